@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses are the only defaults, YAML presets and key=value overrides sit on top."""

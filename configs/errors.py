@@ -1,0 +1,36 @@
+"""The errors this project raises for its users.
+
+    PipelineError
+    ├── ConfigError    a configuration that can't be: unknown key, wrong type, impossible value
+    ├── SourceError    inputs that can't be listed or read at all
+    ├── WeightsError   a weights file that is missing, unreachable or not the one it claims to be
+    ├── ShardError     a shard or data set that contradicts its own manifest
+    └── FaceError      a reference photograph without a usable face (inference)
+
+Each message says what was given, what was expected, and what to do. Programming errors are not in this tree: they
+propagate. A fault of one picture is no exception to the caller either: it is a record's `status` and `reason`.
+"""
+
+
+class PipelineError(Exception):
+    """Base of every error a user can mend; the command line prints its message without a traceback and exits 2."""
+
+
+class ConfigError(PipelineError):
+    """A configuration that can't be."""
+
+
+class SourceError(PipelineError):
+    """Inputs that can't be listed or read at all."""
+
+
+class WeightsError(PipelineError):
+    """A weights file that is missing, unreachable, refused by licence, or not the one it claims to be."""
+
+
+class ShardError(PipelineError):
+    """A shard or data set that contradicts its own manifest."""
+
+
+class FaceError(PipelineError):
+    """A reference photograph without a usable face."""
