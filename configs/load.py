@@ -1,0 +1,138 @@
+"""YAML preset + key=value overrides → a frozen dataclass, strictly.
+
+An unknown key names the closest known one; a value of the wrong type says what was expected. `dump` writes the resolved
+configuration back, so that it can stand beside every output and be loaded again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+
+from configs.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class _Text(str):
+    """An override's text, not yet read: a path named 007 or [a] stays text where text is expected."""
+
+    def read(self, hint: Any) -> Any:
+        if hint is str:
+            return str(self)
+        try:
+            return yaml.safe_load(self)
+        except yaml.YAMLError:
+            return str(self)
+
+
+def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
+    """`kind` from the YAML file at `path` (or from defaults alone) with `a.b=value` overrides, checked throughout.
+
+    Raises ConfigError for a missing file, a key `kind` doesn't have, or a value that doesn't fit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"no configuration at {file}. Presets are in configs/: give one with --config FILE.")
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{file} holds a {type(loaded).__name__}; expected keys and values.")
+        values = loaded or {}
+    for override in overrides:
+        _override(values, override)
+    return cast(T, _build(kind, values, ""))
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration as YAML, in the order of its fields."""
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, as in shard_size=100 or detect.min_score=0.6")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = _Text(text)
+
+
+def _build(kind: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else f" Known: {', '.join(sorted(known))}."
+            raise ConfigError(f"unknown key {prefix}{key}.{hint}")
+    given = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    return kind(**given)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: PLR0911 - one line per kind of value
+    origin = typing.get_origin(hint)
+    value = value.read(hint) if isinstance(value, _Text) else value
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise _mismatch(name, value, "a section of keys and values")
+        return _build(cast(type[Any], hint), value, f"{name}.")
+    if origin is typing.Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise _mismatch(name, value, "one of " + ", ".join(map(str, options)))
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        return _convert(inner, value, name)
+    return _scalar(hint, value, name)
+
+
+def _scalar(hint: Any, value: Any, name: str) -> Any:
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            raise _mismatch(name, value, "a number") from None
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and value is not None and not isinstance(value, list | dict):
+        return value if isinstance(value, str) else str(value)
+    raise _mismatch(name, value, {int: "a whole number", bool: "true or false", str: "text"}.get(hint, str(hint)))
+
+
+def _mismatch(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r}: expected {expected}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

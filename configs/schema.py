@@ -1,0 +1,250 @@
+"""Every setting of the data set pipeline, the trainer and the generator, with its only default.
+
+Values are checked in `__post_init__`: an impossible one raises ConfigError when it is given, not hours later.
+Presets under configs/{dataset,train,infer} are YAML over these classes; see configs/load.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.errors import ConfigError
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# --------------------------------------------------------------------------------------------------- data set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """Where photographs come from: a folder, searched recursively."""
+
+    path: str = ""
+    extensions: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")
+    license: str = ""  # stated for every picture of this source
+    author: str = ""
+
+    def __post_init__(self) -> None:
+        bad = [e for e in self.extensions if not e.startswith(".") or e != e.lower()]
+        _check(not bad, f"source.extensions: {bad} must be lower-case and start with a dot, as in .jpg")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeConfig:
+    mode: Literal["short_side", "squash"] = "short_side"  # squash: size × size, as the reference's mask script
+    size: int = 512  # short side (or both), pixels; smaller pictures are enlarged
+    max_aspect: float = 4.0  # long side over short side
+    min_side: int = 64  # short side of the source, pixels
+    max_bytes: int = 100_000_000  # of the encoded source
+    max_pixels: int = 100_000_000  # declared by the header, checked before decoding
+    jpeg_quality: int = 95
+
+    def __post_init__(self) -> None:
+        _check(64 <= self.size <= 4096, f"resize.size={self.size}: expected 64 to 4096 pixels")
+        _check(1 <= self.jpeg_quality <= 100, f"resize.jpeg_quality={self.jpeg_quality}: expected 1 to 100")
+        _check(self.max_aspect >= 1, f"resize.max_aspect={self.max_aspect}: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectConfig:
+    backend: str = "scrfd"
+    weights: str = "scrfd_500m_bnkps"
+    scales: tuple[int, ...] = (640, 320)  # detector input sizes, tried in order until a face is found
+    pad: float = 0.125  # border around the picture, in parts of its longer side: close-ups need it
+    min_score: float = 0.5
+    select: Literal["largest", "first"] = "largest"  # first: the detector's own order, as the reference
+    min_faces: int = 1
+    max_faces: int = 0  # 0: any number
+    min_face: int = 32  # short side of the chosen face's box, pixels of the resized picture
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _check(bool(self.scales), "detect.scales is empty: give at least one detector size, as in [640, 320]")
+        bad = [s for s in self.scales if s % 32 or s <= 0]
+        _check(not bad, f"detect.scales: {bad} must be positive multiples of 32")
+        _check(0 < self.min_score < 1, f"detect.min_score={self.min_score}: expected between 0 and 1")
+        _check(0 <= self.pad <= 1, f"detect.pad={self.pad}: expected 0 to 1")
+        _check(self.min_faces >= 1, f"detect.min_faces={self.min_faces}: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParseConfig:
+    backend: str = "bisenet"
+    weights: str = "parsing_bisenet"
+    align: Literal["auto", "never", "always"] = "auto"
+    align_below: float = 0.35  # auto: align where the face box's height is under this part of the picture's
+    size: int = 512  # network input, pixels
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    batch_size: int = 1  # no gain from batching on a CPU; presets for GPUs raise it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedConfig:
+    backend: str = "arcface"
+    weights: str = "w600k_mbf"
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionConfig:
+    backend: str = "attributes"
+    model: str = ""  # hub id or folder; `attributes` needs none
+    prompt: str = (
+        "Please describe the people in the image, including their gender, age, clothing, facial expressions, and any "
+        "other distinguishing features."
+    )
+    face_prompt: str = "Describe this person's facial features for me, including face, ears, eyes, nose, and mouth."
+    max_new_tokens: int = 512
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.max_new_tokens > 0, f"caption.max_new_tokens={self.max_new_tokens}: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    paths: tuple[str, ...] = ()  # NAME=FILE: use this file for that name in the weights table
+    cache: str = ""  # "": $CONSISTENTID_CACHE, else .cache/weights of the project
+    allow: Literal["any", "commercial"] = "any"  # commercial: refuse weights whose licence is not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    address: str = ""  # "": $RAY_ADDRESS, else a local cluster of its own
+    workers: int = 0  # copies of each actor group; 0: as many as fit
+    object_store_mb: int = 300  # local cluster only
+    deaths: int = 2  # a shard whose worker died this often is processed picture by picture in a child process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    """`python -m pipelines.cli run`."""
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    output: str = ""
+    shard_size: int = 1000
+    executor: Literal["ray", "inline"] = "ray"
+    threads: int = 0  # per model and process; 0: cores for inline, one for each Ray worker
+    stages: tuple[str, ...] = ("resize", "detect", "parse", "embed", "caption")
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    parse: ParseConfig = field(default_factory=ParseConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.shard_size <= 100_000, f"shard_size={self.shard_size}: expected 1 to 100000")
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule; names as in diffusers' training scripts."""
+
+    learning_rate: float = 1e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    facial_weight: float = 0.01  # of the facial attention localisation loss (paper, section 3.3)
+    mask_loss_prob: float = 0.5  # share of batches whose loss leaves the background out
+    snr_gamma: float = 0.0  # 0: no min-SNR weighting
+    drop_text: float = 0.05  # per sample: text alone, identity alone, both
+    drop_identity: float = 0.05
+    drop_both: float = 0.05
+
+    def __post_init__(self) -> None:
+        total = self.drop_text + self.drop_identity + self.drop_both
+        _check(0 <= total <= 1, f"loss.drop_*: they add up to {total}, expected 0 to 1")
+        _check(0 <= self.mask_loss_prob <= 1, f"loss.mask_loss_prob={self.mask_loss_prob}: expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and where its frozen parts come from."""
+
+    spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
+    mode: Literal["corrected", "legacy"] = "corrected"
+    base: str = ""  # hub id or folder in diffusers layout; "": the spec's own (tiny: made locally)
+    image_encoder: str = ""  # hub id or folder; "": the spec's own
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """`python -m train.cli`."""
+
+    data: str = ""  # OUT of make dataset: a folder or an fsspec URL
+    output: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    adapter: str = ""  # start from this adapter: a checkpoint folder, .safetensors or a published .bin
+    train_base: bool = False  # train the UNet too: for the tiny base, which starts from random weights
+    resolution: int = 512
+    train_batch_size: int = 2
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    max_train_steps: int = 10_000
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    seed: int = 0
+    num_workers: int = 2
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int = 3  # 0: keep all
+    resume_from_checkpoint: str = "latest"  # latest, a folder, or "" to refuse an output that has checkpoints
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
+        _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")
+
+
+# --------------------------------------------------------------------------------------------------- inference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferConfig:
+    """`python -m infer.cli`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: str = ""  # a checkpoint folder, .safetensors or a published .bin
+    dataset: str = ""  # configuration of the stages that read the photograph; "": the one kept in the checkpoint
+    output: str = "runs/portraits"
+    prompt_template: str = "{prompt}"
+    negative_prompt: str = ""
+    scheduler: str = "EulerDiscreteScheduler"  # any of diffusers' schedulers, by class name
+    num_inference_steps: int = 50
+    start_merge_step: int = 30  # steps up to this one see the plain text, later ones the facial prompt
+    guidance_scale: float = 5.0
+    height: int = 768
+    width: int = 512
+    num_images_per_prompt: int = 1
+    id_scale: float = 1.0  # strength of the ID tokens' attention
+    seed: int = 2024
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _check(self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale}: expected at least 1")
+        _check(self.height % 8 == 0 and self.width % 8 == 0, "height and width must be multiples of 8")
+        _check("{prompt}" in self.prompt_template, "prompt_template must hold {prompt}")

@@ -1,0 +1,156 @@
+"""The stage contract: one record in, one record out, in order.
+
+A stage is one class with `setup` and `process`. It never removes, adds or reorders records: to drop one it answers it
+with `status=dropped` and a reason. What a batch shares, the base owns: which records are still ok, batching, errors,
+timing, and the check that the contract was kept. Stages are retry-safe: `process` has no effect but its answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any, ClassVar
+
+from configs.errors import ConfigError
+from stages.record import Record, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one copy of a stage holds while it lives: fractions are allowed. Neighbours with equal ones share a process."""
+
+    cpus: float = 0.5
+    gpus: float = 0.0
+
+
+class Rejection(Exception):  # noqa: N818 - the two below are verdicts on a record, not faults of the program
+    """Ends one record with a reason (a snake_case name) and an optional detail for people."""
+
+    status: ClassVar[Status]
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class Dropped(Rejection):
+    """The picture is fine, a rule says it is not wanted."""
+
+    status = Status.DROPPED
+
+
+class Failed(Rejection):
+    """The picture itself can't be processed."""
+
+    status = Status.FAILED
+
+
+class Stage(ABC):
+    """One link of the chain.
+
+    name, version: part of the signature; raise `version` when the same input would give another answer.
+    requires, provides: record fields read and written; checked over the whole chain before anything starts.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    requires: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ()
+    resources: Resources = Resources()
+    batch_size: int = 1
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def setup(self) -> None:
+        """Load weights. Called once on the worker, before the first `process`; calling it again is harmless."""
+
+    @abstractmethod
+    def process(self, records: list[Record]) -> list[Record]:
+        """Answer each of `records` (all ok, at most `batch_size`), in order."""
+
+    def weights(self) -> tuple[str, ...]:
+        """Names in the weights table this stage loads."""
+        return ()
+
+    def digests(self) -> Mapping[str, str]:
+        """name → sha256 of every weights file the answers depend on."""
+        return {}
+
+    def signature(self) -> str:
+        """Equal signatures mean equal answers: name, version, resolved configuration, digests of the weights."""
+        config = asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}
+        for placement in ("resources", "batch_size"):  # where and how many at a time changes no answer
+            config.pop(placement, None)
+        text = json.dumps([self.name, self.version, config, sorted(self.digests().items())], sort_keys=True)
+        return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+class RecordStage(Stage):
+    """A stage that treats records one by one: `process_one` answers, or raises Dropped or Failed."""
+
+    @abstractmethod
+    def process_one(self, record: Record) -> Record: ...
+
+    def process(self, records: list[Record]) -> list[Record]:
+        return [self._guarded(record) for record in records]
+
+    def _guarded(self, record: Record) -> Record:
+        try:
+            return self.process_one(record)
+        except Rejection as verdict:
+            return reject(record, verdict, self.name)
+
+
+def reject(record: Record, verdict: Rejection, stage: str) -> Record:
+    """The record, ended by `verdict` in `stage`. Payloads are let go: an ended record carries none."""
+    return replace(
+        record,
+        status=verdict.status,
+        reason=verdict.reason,
+        detail=verdict.detail,
+        stage=stage,
+        image=b"",
+        parsing=b"",
+        identity=None,
+        caption="",
+        face_caption="",
+    )
+
+
+def run_stage(stage: Stage, records: Sequence[Record], seconds: dict[str, float] | None = None) -> list[Record]:
+    """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to `seconds[stage.name]`.
+
+    Raises AssertionError where the stage broke the contract (another number, order or key of records).
+    """
+    started = time.perf_counter()
+    answers = list(records)
+    active = [index for index, record in enumerate(records) if record.ok]
+    for start in range(0, len(active), stage.batch_size):
+        batch = active[start : start + stage.batch_size]
+        given = [records[index] for index in batch]
+        taken = stage.process(given)
+        assert [r.key for r in taken] == [r.key for r in given], f"stage {stage.name} must answer each record, in order"
+        for index, record in zip(batch, taken, strict=True):
+            answers[index] = record
+    if seconds is not None:
+        seconds[stage.name] = seconds.get(stage.name, 0.0) + time.perf_counter() - started
+    return answers
+
+
+def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = ("key", "source", "sha256", "image")) -> None:
+    """Raise ConfigError unless every stage's `requires` is provided by what comes before it."""
+    have = set(given)
+    for stage in stages:
+        missing = [field for field in stage.requires if field not in have]
+        if missing:
+            raise ConfigError(
+                f"stage {stage.name!r} requires {', '.join(missing)}, which no stage before it provides "
+                f"(before it: {', '.join(s.name for s in stages[: stages.index(stage)]) or 'nothing'}). "
+                "Put the stage that provides it earlier in `stages`."
+            )
+        have.update(stage.provides)
