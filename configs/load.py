@@ -90,7 +90,7 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
     return kind(**given)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: PLR0911 - one line per kind of value
+def _convert(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     value = value.read(hint) if isinstance(value, _Text) else value
     if is_dataclass(hint):

@@ -21,7 +21,7 @@ from stages.record import Record, Status
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one copy of a stage holds while it lives: fractions are allowed. Neighbours with equal ones share a process."""
+    """What one copy of a stage holds while it lives, in fractions; neighbours with equal ones share a process."""
 
     cpus: float = 0.5
     gpus: float = 0.0
@@ -66,7 +66,7 @@ class Stage(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: B027 - a stage without weights has nothing to set up
         """Load weights. Called once on the worker, before the first `process`; calling it again is harmless."""
 
     @abstractmethod

@@ -1,0 +1,31 @@
+"""Name → class of each backend, loaded only when it is asked for. To add one: a file beside this, a line here.
+
+A backend is built with the stage's own configuration section and a `Weights` (see weights.py): `Backend(config, weights)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from configs.errors import ConfigError
+
+BACKENDS: dict[str, dict[str, str]] = {
+    "detect": {"scrfd": "stages.backends.scrfd:Scrfd"},
+    "parse": {"bisenet": "stages.backends.bisenet:BiSeNetParser"},
+    "embed": {"arcface": "stages.backends.arcface:ArcFace"},
+    "caption": {
+        "attributes": "stages.backends.attributes:Attributes",
+        "llava": "stages.backends.llava:Llava",
+    },
+}
+
+
+def backend_class(job: str, name: str) -> type[Any]:
+    """The class of backend `name` for `job`. Raises ConfigError, naming the known ones."""
+    known = BACKENDS[job]
+    if name not in known:
+        raise ConfigError(f"{job}.backend={name!r}: no such backend. Known: {', '.join(sorted(known))}.")
+    module, _, attribute = known[name].partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), attribute)
+    return found

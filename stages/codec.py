@@ -1,0 +1,108 @@
+"""Pixels ⇄ bytes, and a Record ⇄ the members of its sample in a shard, side by side.
+
+Decoding the record's JPEG is remembered for a few pictures, since four stages in one process each ask for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from stages.backends.protocols import Image, LabelMap
+from stages.record import SCHEMA_VERSION, Record, Status, face_from_dict, face_to_dict
+
+MEMBERS = ("identity.npy", "jpg", "json", "parsing.png", "txt")
+
+
+def encode_jpeg(image: Image, quality: int) -> bytes:
+    """RGB (H, W, 3) uint8 → JPEG without chroma subsampling."""
+    data: bytes = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
+    )
+    return data
+
+
+@lru_cache(maxsize=16)
+def decode_jpeg(data: bytes) -> Image:
+    """JPEG → RGB (H, W, 3) uint8, read-only. Raises ValueError on anything else."""
+    image: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    image.setflags(write=False)
+    return image
+
+
+def encode_labels(labels: LabelMap) -> bytes:
+    """Label map (H, W) uint8 → single-channel PNG. Level 1: label maps pack well at any level."""
+    done, data = cv2.imencode(".png", labels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    assert done, "OpenCV encodes any uint8 array"
+    return data.tobytes()
+
+
+@lru_cache(maxsize=16)
+def decode_labels(data: bytes) -> LabelMap:
+    """PNG → label map (H, W) uint8, read-only. Raises ValueError unless it is a single-channel 8-bit picture."""
+    labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
+        raise ValueError("a label map must be a single-channel 8-bit PNG")
+    labels.setflags(write=False)
+    return labels  # type: ignore[return-value]
+
+
+def to_members(record: Record) -> dict[str, bytes]:
+    """extension → bytes of an ok record, in the order they are written. Raises ValueError if it is incomplete."""
+    if not record.ok or record.identity is None or not record.image or not record.parsing:
+        raise ValueError(f"record {record.key} ({record.source}) is not a whole sample: status {record.status}")
+    meta: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "key": record.key,
+        "source": record.source,
+        "sha256": record.sha256,
+        "license": record.license,
+        "author": record.author,
+        "width": record.width,
+        "height": record.height,
+        "faces": [face_to_dict(face) for face in record.faces],
+        "face": record.face,
+        "caption": record.caption,
+        "face_caption": record.face_caption,
+    }
+    identity = io.BytesIO()
+    np.save(identity, np.asarray(record.identity, np.float32), allow_pickle=False)
+    return {
+        "identity.npy": identity.getvalue(),
+        "jpg": record.image,
+        "json": json.dumps(meta, ensure_ascii=False, sort_keys=True).encode(),
+        "parsing.png": record.parsing,
+        "txt": record.caption.encode(),
+    }
+
+
+def from_members(members: Mapping[str, bytes]) -> Record:
+    """The record of a sample's members. Raises KeyError on a missing member, ValueError on another schema."""
+    meta = json.loads(members["json"])
+    if meta["schema"] != SCHEMA_VERSION:
+        raise ValueError(f"sample {meta.get('key')}: schema {meta['schema']}, this program reads {SCHEMA_VERSION}")
+    identity = np.load(io.BytesIO(members["identity.npy"]), allow_pickle=False)
+    return Record(
+        key=meta["key"],
+        source=meta["source"],
+        sha256=meta["sha256"],
+        license=meta["license"],
+        author=meta["author"],
+        image=members["jpg"],
+        width=meta["width"],
+        height=meta["height"],
+        faces=tuple(face_from_dict(face) for face in meta["faces"]),
+        face=meta["face"],
+        parsing=members["parsing.png"],
+        identity=np.asarray(identity, np.float32),
+        caption=meta["caption"],
+        face_caption=meta["face_caption"],
+        status=Status.OK,
+    )
