@@ -209,7 +209,7 @@ def _without_identity(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
 
 def _without_regions(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
     names = ("token_mask", "token_idx", "token_valid", "region_pixels", "region_masks")
-    return replace(batch, **{name: _zeroed(getattr(batch, name), drop) for name in names})
+    return replace(batch, **{name: _zeroed(getattr(batch, name), drop) for name in names})  # type: ignore[arg-type]
 
 
 def _zeroed(values: Tensor, drop: Tensor) -> Tensor:

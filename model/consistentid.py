@@ -1,0 +1,246 @@
+"""ConsistentID: the trained parts in one module, and the frozen base model that they adapt.
+
+`encode_frozen` runs what never trains (text encoder, image tower), `ConsistentID.prepare` what does; training and
+inference both go through the two, and only what they do with the UNet differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import WeightsError
+from model.attention import IdentityCrossAttention, RegionScores, install_processors
+from model.conditions import ConditionBatch
+from model.facial_encoder import FacialEncoder
+from model.projector import IdentityProjector
+from model.prompt import add_marks
+from model.spec import ModelSpec
+from stages.regions import Mode
+
+
+@dataclass(slots=True, kw_only=True)
+class BaseModels:
+    """The frozen parts, as transformers and diffusers classes; the second text encoder is SDXL's."""
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    unet: Any
+    image_encoder: Any
+    scheduler: Any
+    tokenizer_2: Any = None
+    text_encoder_2: Any = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        names = ("text_encoder", "text_encoder_2", "vae", "unet", "image_encoder")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModels:
+        for module in self.modules.values():
+            module.to(device, dtype)
+        return self
+
+
+def load_base(
+    spec: ModelSpec,
+    base: str | Path | None = None,
+    *,
+    image_encoder: str | Path | None = None,
+    unet: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> BaseModels:
+    """The base model from a folder in diffusers' layout or a hub id, frozen and in eval mode.
+
+    base: spec.base if None. image_encoder: a folder or hub id; if None, `image_encoder/` of a local base if it is
+    there, else spec.image_encoder. unet: a folder with another UNet, e.g. one that was trained too. Raises WeightsError
+    if something is missing or unreachable.
+    """
+    import diffusers
+    import transformers
+
+    root = str(base or spec.base)
+    if not root:
+        raise WeightsError(
+            f"model {spec.name!r} has no public base; make one with model.tiny.make_tiny_base and name it"
+        )
+    own_tower = Path(root, "image_encoder").is_dir() and image_encoder is None
+    tower = root if own_tower else str(image_encoder or spec.image_encoder)
+    options: dict[str, Any] = {} if variant is None else {"variant": variant}
+
+    def part(library: Any, name: str, folder: str, **extra: Any) -> Any:
+        return getattr(library, name).from_pretrained(root, subfolder=folder, **extra)
+
+    try:
+        models = BaseModels(
+            tokenizer=add_marks(part(transformers, "CLIPTokenizer", "tokenizer")),
+            text_encoder=part(transformers, "CLIPTextModel", "text_encoder", **options),
+            vae=part(diffusers, "AutoencoderKL", "vae", **options),
+            unet=diffusers.UNet2DConditionModel.from_pretrained(unet)
+            if unet
+            else part(diffusers, "UNet2DConditionModel", "unet", **options),
+            image_encoder=transformers.CLIPVisionModelWithProjection.from_pretrained(
+                tower, **({"subfolder": "image_encoder"} if own_tower else {})
+            ),
+            scheduler=part(diffusers, "EulerDiscreteScheduler", "scheduler"),
+        )
+        if spec.two_text_encoders:
+            models.tokenizer_2 = part(transformers, "CLIPTokenizer", "tokenizer_2")
+            models.text_encoder_2 = part(transformers, "CLIPTextModelWithProjection", "text_encoder_2", **options)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"base model {root!r} (image encoder {tower!r}) could not be loaded: {error}; "
+            "give a folder in diffusers' layout, or a hub id and a network"
+        ) from error
+    for module in models.modules.values():
+        module.eval().requires_grad_(False)
+    return models.to(device, dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What the frozen parts make of a batch. text_hidden: (B, 77, C); pooled: (B, P) or None (SDXL's);
+    clip_hidden: (B, N, V); region_hidden: (B, 5, N, V); identity: (B, 512); token_mask (B, 77), token_valid (B, 5)."""
+
+    text_hidden: Tensor
+    pooled: Tensor | None
+    clip_hidden: Tensor
+    region_hidden: Tensor
+    identity: Tensor
+    token_mask: Tensor
+    token_valid: Tensor
+
+
+@torch.no_grad()
+def encode_frozen(base: BaseModels, batch: ConditionBatch) -> Features:
+    """Text states and image states of a batch that is on the models' device; all pictures in one call."""
+    size, slots = batch.region_pixels.shape[:2]
+    hidden = encode_images(base.image_encoder, torch.cat((batch.clip_pixels, batch.region_pixels.flatten(0, 1))))
+    text_hidden, pooled = encode_text(base, batch.input_ids, batch.input_ids_2)
+    return Features(
+        text_hidden=text_hidden,
+        pooled=pooled,
+        clip_hidden=hidden[:size],
+        region_hidden=hidden[size:].reshape(size, slots, *hidden.shape[1:]),
+        identity=batch.identity,
+        token_mask=batch.token_mask,
+        token_valid=batch.token_valid,
+    )
+
+
+@torch.no_grad()
+def encode_images(image_encoder: Any, pixels: Tensor) -> Tensor:
+    """CLIP-normalised pictures (N, 3, S, S) → the last hidden states but one (N, tokens, V)."""
+    hidden: Tensor = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True).hidden_states[-2]
+    return hidden
+
+
+@torch.no_grad()
+def encode_text(base: BaseModels, input_ids: Tensor, input_ids_2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, 77) → text states (B, 77, C) and, of a base with two text encoders, the pooled state (B, P)."""
+    if base.text_encoder_2 is None:
+        return base.text_encoder(input_ids)[0], None
+    if input_ids_2 is None:
+        raise ValueError("this base has two text encoders: give ids for both")
+    first = base.text_encoder(input_ids, output_hidden_states=True).hidden_states[-2]
+    second = base.text_encoder_2(input_ids_2, output_hidden_states=True)
+    return torch.cat((first, second.hidden_states[-2]), dim=-1), second.text_embeds
+
+
+class ConsistentID(nn.Module):
+    """The adapter: projector, facial encoder and the attention processors, which it puts into `unet`.
+
+    The attributes' names are the published weights' prefixes. The processors belong to the UNet's modules as well.
+    """
+
+    def __init__(self, spec: ModelSpec, unet: Any, mode: Mode) -> None:
+        super().__init__()
+        width = unet.config.cross_attention_dim
+        if width != spec.cross_attention_dim:
+            raise WeightsError(
+                f"model {spec.name!r} is made for text tokens {spec.cross_attention_dim} wide, "
+                f"the UNet takes {width}; choose the model that fits the base"
+            )
+        self.spec = spec
+        self.mode: Mode = mode
+        self.image_proj_model = IdentityProjector(spec)
+        self.FacialEncoder = FacialEncoder(spec)
+        self.adapter_modules = install_processors(unet, spec, mode)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.image_proj_model.norm.weight.dtype
+
+    def set_scale(self, scale: float) -> None:
+        """Weight of the ID attention in every layer; 1 as trained, 0 none."""
+        for processor in self.adapter_modules:
+            if isinstance(processor, IdentityCrossAttention):
+                processor.scale = float(scale)
+
+    def encode_identity(
+        self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Identity (B, 512) or (B, 1, 512) and photograph (B, N, V) → ID tokens (B, 4, C)."""
+        return self.image_proj_model(  # type: ignore[no-any-return]
+            identity.flatten(1).to(self.dtype),
+            clip_hidden.to(self.dtype),
+            shortcut=self.spec.shortcut if shortcut is None else shortcut,
+            scale=scale,
+        )
+
+    def fuse(
+        self,
+        text_hidden: Tensor,
+        region_hidden: Tensor,
+        token_mask: Tensor,
+        token_valid: Tensor,
+        strength: Tensor | None = None,
+    ) -> Tensor:
+        """Text states (B, 77, C) with regions fused into the marked tokens; see `FacialEncoder.forward`."""
+        return self.FacialEncoder(  # type: ignore[no-any-return]
+            text_hidden.to(self.dtype), region_hidden.to(self.dtype), token_mask, token_valid, strength
+        )
+
+    def prepare(self, features: Features) -> Tensor:
+        """`encoder_hidden_states` (B, 81, C): text with fused regions, then ID tokens."""
+        text = self.fuse(features.text_hidden, features.region_hidden, features.token_mask, features.token_valid)
+        return torch.cat((text, self.encode_identity(features.identity, features.clip_hidden)), dim=1)
+
+
+def predict_noise(
+    unet: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    states: Tensor,
+    *,
+    token_idx: Tensor | None = None,
+    pooled: Tensor | None = None,
+    time_ids: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The UNet's answer (B, 4, h, w), and per hooked layer the region tokens' attention (see `RegionScores`).
+
+    token_idx: (B, 5) to ask for that attention; without it the list is empty. pooled (B, P), time_ids (B, 6): SDXL's.
+    """
+    probe = None if token_idx is None else RegionScores(token_idx)
+    added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+    answer: Tensor = unet(
+        latents,
+        timesteps,
+        encoder_hidden_states=states,
+        cross_attention_kwargs=None if probe is None else {"region_scores": probe},
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+    return answer, [] if probe is None else probe.scores

@@ -1,0 +1,97 @@
+"""The facial encoder: each region's picture becomes one token, fused into the text token of its noun.
+
+Attribute names are those of the published keys. Unlike the reference, which writes into the tensor it is given, the
+answer is a new one; and slots are gathered and scattered by index, so that no step waits for the device to count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.projector import Resampler
+from model.spec import ModelSpec
+
+
+class RegionProjection(Resampler):
+    """Hidden states of region pictures (B, N, V) → one token each (B, 1, C), read by one learned latent."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(
+            in_dim=spec.vision_dim,
+            dim=spec.facial_dim,
+            out_dim=spec.cross_attention_dim,
+            depth=spec.facial_depth,
+            heads=spec.facial_heads,
+            dim_head=spec.dim_head,
+        )
+        self.latents = nn.Parameter(torch.randn(1, 1, spec.facial_dim) / spec.facial_dim**0.5)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self(self.latents.expand(len(hidden), -1, -1), hidden)  # type: ignore[no-any-return]
+
+
+class _MLP(nn.Module):
+    def __init__(self, in_dim: int, dim: int, *, residual: bool) -> None:
+        super().__init__()
+        self.layernorm = nn.LayerNorm(in_dim)
+        self.fc1 = nn.Linear(in_dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.fc2(F.gelu(self.fc1(self.layernorm(x))))
+        return x + answer if self.residual else answer
+
+
+class FuseModule(nn.Module):
+    """A text token and a region token (…, C) each → the fused token (…, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp1 = _MLP(2 * dim, dim, residual=False)
+        self.mlp2 = _MLP(dim, dim, residual=True)
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, text: Tensor, region: Tensor) -> Tensor:
+        mixed = self.mlp1(torch.cat((text, region), dim=-1)) + text
+        fused: Tensor = self.layer_norm(self.mlp2(mixed))
+        return fused
+
+
+class FacialEncoder(nn.Module):
+    """Fuses the hidden states of up to five region pictures into the marked tokens of a text."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.visual_projection = RegionProjection(spec)
+        self.fuse_module = FuseModule(spec.cross_attention_dim)
+
+    def forward(
+        self,
+        text_hidden: Tensor,
+        region_hidden: Tensor,
+        token_mask: Tensor,
+        token_valid: Tensor,
+        strength: Tensor | None = None,
+    ) -> Tensor:
+        """The text (B, 77, C) with fused tokens.
+
+        region_hidden: (B, R, N, V). token_mask: (B, 77) bool; token_valid: (B, R) bool, as many True per row as in
+        token_mask's row: the n-th valid region goes to the n-th masked token. strength: (B, R) in [0, 1], how far each
+        token goes from text to fused; None is 1 for all.
+        """
+        batch, slots = region_hidden.shape[:2]
+        regions = self.visual_projection.project(region_hidden.flatten(0, 1)).reshape(batch, slots, -1)
+        # Stable sorts put the True entries first and in order; what follows are distinct other positions, which are
+        # read and written back unchanged.
+        positions = torch.argsort(token_mask, dim=1, descending=True, stable=True)[:, :slots]
+        order = torch.argsort(token_valid, dim=1, descending=True, stable=True)
+        valid = token_valid.gather(1, order)[..., None]
+        index = positions[..., None].expand(-1, -1, text_hidden.shape[-1])
+        text = text_hidden.gather(1, index)
+        fused = self.fuse_module(text, regions.gather(1, order[..., None].expand_as(regions)))
+        if strength is not None:
+            fused = torch.lerp(text, fused, strength.gather(1, order)[..., None].to(fused.dtype))
+        return text_hidden.scatter(1, index, torch.where(valid, fused.to(text.dtype), text))

@@ -1,0 +1,101 @@
+"""The ID projector: identity embedding and photograph become a few ID tokens; and the perceiver blocks it is made of.
+
+The attribute names are those of the published weights' keys (IP-Adapter FaceID-Plus), hence `proj_in`, `layers.0.0`,
+`to_kv`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.spec import ModelSpec
+from stages.record import IDENTITY_DIM
+
+
+class PerceiverAttention(nn.Module):
+    """Latents (B, L, D) ask inputs (B, N, D) and themselves; multi-head, no biases."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = dim_head**-0.25  # on queries and keys each: their product stays small in half precision
+        inner = heads * dim_head
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, inputs: Tensor, latents: Tensor) -> Tensor:
+        inputs, latents = self.norm1(inputs), self.norm2(latents)
+        query = self._heads(self.to_q(latents))
+        key, value = map(self._heads, self.to_kv(torch.cat((inputs, latents), dim=1)).chunk(2, dim=-1))
+        scores = (query * self.scale) @ (key * self.scale).transpose(-1, -2)
+        # float32: the published weights were trained so, and half precision loses the tail.
+        answer = torch.softmax(scores.float(), dim=-1).type(scores.dtype) @ value
+        merged: Tensor = self.to_out(answer.transpose(1, 2).flatten(2))
+        return merged
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+
+
+def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(dim),
+        nn.Linear(dim, dim * mult, bias=False),
+        nn.GELU(),
+        nn.Linear(dim * mult, dim, bias=False),
+    )
+
+
+class Resampler(nn.Module):
+    """Perceiver blocks between linear layers: latents (B, L, dim) read inputs (B, N, in_dim), give (B, L, out_dim)."""
+
+    def __init__(self, *, in_dim: int, dim: int, out_dim: int, depth: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(in_dim, dim)
+        self.proj_out = nn.Linear(dim, out_dim)
+        self.norm_out = nn.LayerNorm(out_dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList((PerceiverAttention(dim, heads, dim_head), feed_forward(dim))) for _ in range(depth)
+        )
+
+    def forward(self, latents: Tensor, inputs: Tensor) -> Tensor:
+        inputs = self.proj_in(inputs)
+        for block in self.layers:
+            attention, feed = block[0], block[1]  # type: ignore[index]
+            latents = latents + attention(inputs, latents)
+            latents = latents + feed(latents)
+        answer: Tensor = self.norm_out(self.proj_out(latents))
+        return answer
+
+
+class IdentityProjector(nn.Module):
+    """`image_proj_model`: identity (B, 512) and the photograph's hidden states (B, N, V) → ID tokens (B, T, C)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim = spec.cross_attention_dim
+        self.num_tokens = spec.num_tokens
+        self.proj = nn.Sequential(
+            nn.Linear(IDENTITY_DIM, spec.identity_hidden),
+            nn.GELU(),
+            nn.Linear(spec.identity_hidden, dim * spec.num_tokens),
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.perceiver_resampler = Resampler(
+            in_dim=spec.vision_dim,
+            dim=dim,
+            out_dim=dim,
+            depth=spec.projector_depth,
+            heads=spec.projector_heads,
+            dim_head=spec.dim_head,
+        )
+
+    def forward(self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool, scale: float = 1.0) -> Tensor:
+        """shortcut: add `scale` times the resampler's answer to the projected tokens; without it, that answer alone."""
+        tokens = self.norm(self.proj(identity).reshape(len(identity), self.num_tokens, -1))
+        answer: Tensor = self.perceiver_resampler(tokens, clip_hidden)
+        return tokens + scale * answer if shortcut else answer
