@@ -112,7 +112,7 @@ class CaptionConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
     paths: tuple[str, ...] = ()  # NAME=FILE: use this file for that name in the weights table
-    cache: str = ""  # "": $CONSISTENTID_CACHE, else .cache/weights of the project
+    cache: str = ""  # "": $CONSISTENTID_CACHE, else ~/.cache/consistentid
     allow: Literal["any", "commercial"] = "any"  # commercial: refuse weights whose licence is not
 
 

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, ClassVar
 
 from configs.errors import ConfigError
+from stages.backends.registry import backend_class
+from stages.backends.weights import Weights
 from stages.record import Record, Status
 
 
@@ -104,6 +106,32 @@ class RecordStage(Stage):
             return self.process_one(record)
         except Rejection as verdict:
             return reject(record, verdict, self.name)
+
+
+class BackendStage(Stage):
+    """A stage around one backend of the registry, whose job is the stage's name; the model is loaded in `setup`."""
+
+    def __init__(self, config: Any, weights: Weights) -> None:
+        super().__init__(config)
+        self.batch_size = config.batch_size
+        self._weights = weights
+        self._backend: Any = None
+
+    @property
+    def backend(self) -> Any:
+        assert self._backend is not None, f"{self.name}: setup() comes before process()"
+        return self._backend
+
+    def setup(self) -> None:
+        if self._backend is None:
+            self._backend = backend_class(self.name, self.config.backend)(self.config, self._weights)
+
+    def weights(self) -> tuple[str, ...]:
+        name = getattr(self.config, "weights", "")
+        return (name,) if name else ()
+
+    def digests(self) -> Mapping[str, str]:
+        return {name: self._weights.digest(name) for name in self.weights()}
 
 
 def reject(record: Record, verdict: Rejection, stage: str) -> Record:

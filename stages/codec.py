@@ -51,7 +51,7 @@ def decode_labels(data: bytes) -> LabelMap:
     if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
         raise ValueError("a label map must be a single-channel 8-bit PNG")
     labels.setflags(write=False)
-    return labels  # type: ignore[return-value]
+    return np.asarray(labels, np.uint8)
 
 
 def to_members(record: Record) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """Name → class of each backend, loaded only when it is asked for. To add one: a file beside this, a line here.
 
-A backend is built with the stage's own configuration section and a `Weights` (see weights.py): `Backend(config, weights)`.
+It is built with its stage's section of the configuration and a `Weights` (weights.py): `Backend(config, weights)`.
 """
 
 from __future__ import annotations

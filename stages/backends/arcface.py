@@ -1,0 +1,39 @@
+"""ArcFace identity embedding (insightface, onnxruntime) of aligned 112 × 112 crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from configs.schema import EmbedConfig
+from stages.align import ARCFACE_112, similarity
+from stages.backends.protocols import Image
+from stages.backends.runtime import onnx_session
+from stages.backends.weights import Weights
+from stages.record import Face, FloatArray
+
+CROP = 112
+
+
+class ArcFace:
+    def __init__(self, config: EmbedConfig, weights: Weights) -> None:
+        from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+        path = weights.fetch(config.weights)
+        self._model: Any = ArcFaceONNX(model_file=str(path), session=onnx_session(path))
+
+    def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
+        """See protocols.IdentityEmbedder; the whole sequence goes through the network as one batch."""
+        crops = [crop(image, face) for image, face in zip(images, faces, strict=True)]
+        features = np.asarray(self._model.get_feat(crops), np.float32)
+        norms = np.linalg.norm(features, axis=1, keepdims=True)
+        return list(features / np.maximum(norms, np.float32(1e-12)))
+
+
+def crop(image: Image, face: Face) -> Image:
+    """The BGR crop ArcFace was trained on. The reference fed RGB here at inference (REFERENCE.md §7.1); we never do."""
+    warped = cv2.warpAffine(image, similarity(face, ARCFACE_112), (CROP, CROP), borderValue=0.0)
+    return np.ascontiguousarray(warped[:, :, ::-1], np.uint8)

@@ -1,0 +1,85 @@
+"""BiSeNet face parsing (facexlib's network, torch): 19 CelebAMask-HQ classes.
+
+facexlib's own `__init__` imports its detectors, and so torchvision, which this project does without (docs/adr/0002).
+`_network` imports the one module we need past it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from configs.schema import ParseConfig
+from stages.backends.protocols import Image, LabelMap
+from stages.backends.runtime import torch_device
+from stages.backends.weights import Weights
+
+CLASSES = 19
+_MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+_STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+
+
+class BiSeNetParser:
+    def __init__(self, config: ParseConfig, weights: Weights) -> None:
+        state = torch.load(weights.fetch(config.weights), map_location="cpu", weights_only=True)
+        self._net: Any = _network(CLASSES)
+        self._net.load_state_dict(state)
+        self._device = torch.device(torch_device(config.device))
+        self._net.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)
+        self._size = config.size
+        self._dtype = getattr(torch, config.dtype)
+
+    @torch.inference_mode()
+    def parse(self, images: Sequence[Image]) -> list[LabelMap]:
+        """Each image squashed to size × size (as the network was trained), its labels brought back to its own size."""
+        side = (self._size, self._size)
+        squashed = [
+            image if image.shape[:2] == side else cv2.resize(image, side, interpolation=cv2.INTER_LINEAR)
+            for image in images
+        ]
+        x = torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2).to(self._device).float().div_(255)
+        x = x.sub_(_MEAN.to(self._device)).div_(_STD.to(self._device)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32):
+            logits = self._logits(x)
+        labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
+        return [_to_size(labels[i], images[i].shape[:2]) for i in range(len(images))]
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The main head alone: the network's own forward also computes and enlarges two training-time heads."""
+        features, context, _ = self._net.cp(x)
+        logits, _ = self._net.conv_out(self._net.ffm(features, context))
+        return torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=True)
+
+
+def _to_size(labels: LabelMap, size: tuple[int, ...]) -> LabelMap:
+    height, width = size
+    if labels.shape == (height, width):
+        return labels
+    return np.asarray(cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
+
+
+def _network(classes: int) -> Any:
+    """facexlib.parsing.bisenet.BiSeNet, with hollow parents in place of facexlib's two `__init__`s while it loads."""
+    spec = importlib.util.find_spec("facexlib")
+    assert spec is not None and spec.submodule_search_locations is not None, "facexlib is a dependency"
+    root = spec.submodule_search_locations[0]
+    hollow = {"facexlib": root, "facexlib.parsing": f"{root}/parsing"}
+    for name, folder in hollow.items():
+        if name not in sys.modules:
+            module = ModuleType(name)
+            module.__path__ = [folder]
+            sys.modules[name] = module
+    try:
+        return importlib.import_module("facexlib.parsing.bisenet").BiSeNet(num_class=classes)
+    finally:
+        for name in hollow:
+            if getattr(sys.modules[name], "__file__", None) is None:
+                del sys.modules[name]

@@ -1,0 +1,35 @@
+"""SCRFD face detection (insightface, onnxruntime): boxes, five landmarks and scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from configs.schema import DetectConfig
+from stages.backends.protocols import Image
+from stages.backends.runtime import onnx_session
+from stages.backends.weights import Weights
+from stages.record import Face
+
+
+class Scrfd:
+    """One session per detector size, made when it is first used. Coordinates are rounded to a hundredth of a pixel."""
+
+    def __init__(self, config: DetectConfig, weights: Weights) -> None:
+        from insightface.model_zoo.scrfd import SCRFD
+
+        path = weights.fetch(config.weights)
+        self._model: Any = SCRFD(model_file=str(path), session=onnx_session(path))
+        self._threshold = config.min_score
+
+    def detect(self, image: Image, size: int) -> list[Face]:
+        bgr = np.ascontiguousarray(image[:, :, ::-1])  # insightface takes OpenCV's order and swaps it itself
+        boxes, landmarks = self._model.detect(bgr, input_size=(size, size), det_thresh=self._threshold)
+        return [_face(box, points) for box, points in zip(boxes, landmarks, strict=True)]
+
+
+def _face(box: Any, points: Any) -> Face:
+    x1, y1, x2, y2 = (round(float(value), 2) for value in box[:4])
+    landmarks = tuple((round(float(x), 2), round(float(y), 2)) for x, y in points)
+    return Face(box=(x1, y1, x2, y2), landmarks=landmarks, score=round(float(box[4]), 4))

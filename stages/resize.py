@@ -1,0 +1,114 @@
+"""Resize: any photograph → an upright RGB JPEG of the working size.
+
+The size a header declares is checked before a pixel is decoded, so a bomb costs nothing. EXIF orientation is applied,
+CMYK, 16-bit, palette and alpha pictures become plain RGB, an animation its first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from configs.schema import ResizeConfig
+from stages.backends.protocols import Image
+from stages.base import Dropped, Failed, RecordStage
+from stages.codec import encode_jpeg
+from stages.record import Record
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+
+
+class ResizeStage(RecordStage):
+    name = "resize"
+    version = 1
+    requires = ("image",)
+    provides = ("image", "width", "height")
+    config: ResizeConfig
+
+    def process_one(self, record: Record) -> Record:
+        pixels = self._resized(decode(record.image, self.config))
+        height, width = pixels.shape[:2]
+        return replace(record, image=encode_jpeg(pixels, self.config.jpeg_quality), width=width, height=height)
+
+    def _resized(self, image: Image) -> Image:
+        height, width = image.shape[:2]
+        short, long = sorted((height, width))
+        if short < self.config.min_side:
+            raise Dropped("too_small", f"{width}×{height}, short side under {self.config.min_side}")
+        if long > self.config.max_aspect * short:
+            raise Dropped("extreme_aspect", f"{width}×{height}, longer than {self.config.max_aspect}:1")
+        size = self.config.size
+        target = (size, size)
+        if self.config.mode == "short_side":
+            target = (round(width * size / short), round(height * size / short))
+        if target == (width, height):
+            return image
+        shrinks = target[0] * target[1] < width * height
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        return np.asarray(cv2.resize(image, target, interpolation=method), np.uint8)
+
+
+def decode(data: bytes, config: ResizeConfig) -> Image:
+    """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG much larger than needed, at half,
+    a quarter or an eighth of it (libjpeg's own reduction, never under twice the working size).
+
+    Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, truncated, undecodable.
+    """
+    if not data:
+        raise Failed("empty_file", "the file has no bytes")
+    if len(data) > config.max_bytes:
+        raise Failed("too_many_bytes", f"{len(data):,} bytes, limit {config.max_bytes:,}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # our own limit stands in place of Pillow's warning
+        try:
+            opened = PILImage.open(io.BytesIO(data), formats=_FORMATS)
+        except UnidentifiedImageError:
+            raise Failed("not_an_image", f"begins with {data[:12]!r}") from None
+        except PILImage.DecompressionBombError as error:
+            raise Failed("too_many_pixels", str(error)) from None
+        except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever a broken header provokes
+            raise Failed("undecodable", f"{type(error).__name__}: {error}") from None
+    with opened:
+        width, height = opened.size
+        if width * height > config.max_pixels:
+            raise Failed("too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels")
+        return _pixels(opened, data, config)
+
+
+def _pixels(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
+    try:
+        orientation = opened.getexif().get(0x0112, 1)
+        if opened.format == "JPEG" and opened.mode == "RGB" and orientation == 1:
+            return _fast_jpeg(opened, data, config)
+        upright = ImageOps.exif_transpose(opened)
+        return np.asarray(_to_rgb(upright), np.uint8)
+    except (OSError, ValueError, SyntaxError) as error:
+        short = "truncated" in str(error).lower() or "premature" in str(error).lower() or "broken" in str(error).lower()
+        raise Failed("truncated" if short else "undecodable", f"{type(error).__name__}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - as above
+        raise Failed("undecodable", f"{type(error).__name__}: {error}") from None
+
+
+def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
+    """libjpeg-turbo, straight to RGB, strict about missing data."""
+    floor = 2 * config.size if min(opened.size) >= 4 * config.size else 0
+    decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=floor, min_width=floor, strict=True)
+    return decoded
+
+
+def _to_rgb(image: PILImage.Image) -> PILImage.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit: keep the high byte
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        return PILImage.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # on white, as a browser shows it
+        rgba = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
