@@ -228,10 +228,12 @@ def predict_noise(
     token_idx: Tensor | None = None,
     pooled: Tensor | None = None,
     time_ids: Tensor | None = None,
+    **extra: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """The UNet's answer (B, 4, h, w), and per hooked layer the region tokens' attention (see `RegionScores`).
 
     token_idx: (B, 5) to ask for that attention; without it the list is empty. pooled (B, P), time_ids (B, 6): SDXL's.
+    extra: further arguments of the UNet, e.g. a ControlNet's residuals.
     """
     probe = None if token_idx is None else RegionScores(token_idx)
     added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
@@ -242,5 +244,6 @@ def predict_noise(
         cross_attention_kwargs=None if probe is None else {"region_scores": probe},
         added_cond_kwargs=added,
         return_dict=False,
+        **extra,
     )[0]
     return answer, [] if probe is None else probe.scores
