@@ -1,0 +1,63 @@
+"""The caption stage: a coarse and a fine description of each picture, by the backend of `config.backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from configs.schema import CaptionConfig
+from stages.backends.registry import backend_class
+from stages.base import BackendStage, Failed, reject
+from stages.codec import decode_jpeg, decode_labels
+from stages.record import Record
+
+
+class CaptionStage(BackendStage):
+    """Captions the records of a batch together; one that can't be captioned fails alone.
+
+    Reasons of failure: `bad_input` (image, label map and face don't belong together), `empty_caption`.
+    """
+
+    name = "caption"
+    version = 1
+    requires = ("image", "faces", "face", "parsing")
+    provides = ("caption", "face_caption")
+    config: CaptionConfig
+
+    def digests(self) -> Mapping[str, str]:
+        digests: Mapping[str, str] = backend_class(self.name, self.config.backend).digests(self.config)
+        return digests
+
+    def process(self, records: list[Record]) -> list[Record]:
+        sound: list[Record] = []
+        answers: dict[str, Record] = {}
+        for record in records:
+            try:
+                check(record)
+                sound.append(record)
+            except Failed as verdict:
+                answers[record.key] = reject(record, verdict, self.name)
+        texts = self.backend.caption(sound) if sound else []
+        for record, (caption, face_caption) in zip(sound, texts, strict=True):
+            answers[record.key] = self._captioned(record, caption, face_caption)
+        return [answers[record.key] for record in records]
+
+    def _captioned(self, record: Record, caption: str, face_caption: str) -> Record:
+        for kind, text in (("coarse", caption), ("fine", face_caption)):
+            if not text.strip():
+                return reject(record, Failed("empty_caption", f"the {kind} description is empty"), self.name)
+        return replace(record, caption=caption, face_caption=face_caption)
+
+
+def check(record: Record) -> None:
+    """Raise Failed unless the image decodes, the label map is of its size, and a face with landmarks is chosen."""
+    try:
+        size = decode_jpeg(record.image).shape[:2]
+        labels = decode_labels(record.parsing).shape
+        landmarks = len(record.main_face.landmarks)
+    except ValueError as error:
+        raise Failed("bad_input", str(error)) from error
+    if size != labels:
+        raise Failed("bad_input", f"image {size[1]}×{size[0]}, label map {labels[1]}×{labels[0]}")
+    if landmarks != 5:
+        raise Failed("bad_input", f"{landmarks} landmarks, expected 5")
