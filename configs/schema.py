@@ -35,6 +35,22 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementConfig:
+    """Where copies of a stage run: of what a Ray node has, and how many pictures at a time. Changes no answer.
+
+    Neighbouring stages with equal cpus and gpus share one process, and pass records without copying them.
+    """
+
+    cpus: float = 0.75
+    gpus: float = 0.0
+    batch_size: int = 1  # no gain from batching on a CPU; presets for GPUs raise it
+
+    def __post_init__(self) -> None:
+        _check(self.cpus > 0 and self.gpus >= 0, f"cpus={self.cpus}, gpus={self.gpus}: expected over 0, at least 0")
+        _check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResizeConfig:
     mode: Literal["short_side", "squash"] = "short_side"  # squash: size × size, as the reference's mask script
     size: int = 512  # short side (or both), pixels; smaller pictures are enlarged
@@ -43,6 +59,7 @@ class ResizeConfig:
     max_bytes: int = 100_000_000  # of the encoded source
     max_pixels: int = 100_000_000  # declared by the header, checked before decoding
     jpeg_quality: int = 95
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
         _check(64 <= self.size <= 4096, f"resize.size={self.size}: expected 64 to 4096 pixels")
@@ -61,7 +78,7 @@ class DetectConfig:
     min_faces: int = 1
     max_faces: int = 0  # 0: any number
     min_face: int = 32  # short side of the chosen face's box, pixels of the resized picture
-    batch_size: int = 16
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
         _check(bool(self.scales), "detect.scales is empty: give at least one detector size, as in [640, 320]")
@@ -81,14 +98,14 @@ class ParseConfig:
     size: int = 512  # network input, pixels
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
-    batch_size: int = 1  # no gain from batching on a CPU; presets for GPUs raise it
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedConfig:
     backend: str = "arcface"
     weights: str = "w600k_mbf"
-    batch_size: int = 1
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +120,7 @@ class CaptionConfig:
     max_new_tokens: int = 512
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
-    batch_size: int = 1
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
         _check(self.max_new_tokens > 0, f"caption.max_new_tokens={self.max_new_tokens}: expected at least 1")
@@ -120,7 +137,7 @@ class WeightsConfig:
 class RayConfig:
     address: str = ""  # "": $RAY_ADDRESS, else a local cluster of its own
     workers: int = 0  # copies of each actor group; 0: as many as fit
-    object_store_mb: int = 300  # local cluster only
+    object_store_mb: int = 500  # local cluster only
     deaths: int = 2  # a shard whose worker died this often is processed picture by picture in a child process
 
 

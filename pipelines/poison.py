@@ -42,7 +42,7 @@ EXPECTED: dict[str, Expected] = {
 
 
 def write_poisoned(folder: Path, portraits: Sequence[Path]) -> None:
-    """Write every file of EXPECTED under `folder`, from at least seven portraits; the same portraits, the same bytes."""
+    """Write every file of EXPECTED under `folder`, from at least seven portraits."""
     faces = [Image.open(path).convert("RGB").resize((512, 512)) for path in portraits[:7]]
     if len(faces) < 7:
         raise ValueError(f"{len(faces)} portraits given, expected at least 7")

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any, ClassVar
 
 from configs.errors import ConfigError
+from configs.schema import PlacementConfig
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
 from stages.record import Record, Status
 
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one copy of a stage holds while it lives, in fractions; neighbours with equal ones share a process."""
-
-    cpus: float = 0.5
-    gpus: float = 0.0
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
 class Rejection(Exception):  # noqa: N818 - the two below are verdicts on a record, not faults of the program
@@ -62,11 +58,19 @@ class Stage(ABC):
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ()
-    resources: Resources = Resources()
-    batch_size: int = 1
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def resources(self) -> PlacementConfig:
+        """CPUs and GPUs one copy holds while it lives, in fractions."""
+        placement: PlacementConfig = self.config.placement
+        return placement
+
+    @property
+    def batch_size(self) -> int:
+        return self.resources.batch_size
 
     def setup(self) -> None:  # noqa: B027 - a stage without weights has nothing to set up
         """Load weights. Called once on the worker, before the first `process`; calling it again is harmless."""
@@ -86,8 +90,8 @@ class Stage(ABC):
     def signature(self) -> str:
         """Equal signatures mean equal answers: name, version, resolved configuration, digests of the weights."""
         config = asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}
-        for placement in ("resources", "batch_size"):  # where and how many at a time changes no answer
-            config.pop(placement, None)
+        for elsewhere in ("placement", "device"):  # where it runs changes no answer
+            config.pop(elsewhere, None)
         text = json.dumps([self.name, self.version, config, sorted(self.digests().items())], sort_keys=True)
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -113,7 +117,6 @@ class BackendStage(Stage):
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
-        self.batch_size = config.batch_size
         self._weights = weights
         self._backend: Any = None
 
@@ -140,7 +143,7 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
         record,
         status=verdict.status,
         reason=verdict.reason,
-        detail=verdict.detail,
+        detail=_ADDRESS.sub("0x…", verdict.detail)[:300],  # addresses differ from run to run
         stage=stage,
         image=b"",
         parsing=b"",
