@@ -241,13 +241,45 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedModelConfig:
+    """The model behind an adapter: what it is, the adapter says; naming it here only guards against another one."""
+
+    spec: Literal["auto", "tiny", "sd15", "sdxl"] = "auto"
+    mode: Literal["auto", "corrected", "legacy"] = "auto"
+    base: str = ""  # hub id or folder in diffusers layout; "": the spec's own (tiny: base/ beside the adapter's folder)
+    image_encoder: str = ""  # hub id or folder; "": image_encoder/ of a local base, else the spec's own
+    variant: str = ""  # of the base's files, as in diffusers: fp16, …
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionStrength:
+    """How far each region's token goes from the word alone (0) to the word fused with the photograph's region (1)."""
+
+    face: float = 1.0
+    ears: float = 1.0
+    eyes: float = 1.0
+    nose: float = 1.0
+    mouth: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("face", "ears", "eyes", "nose", "mouth"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"region_strength.{name}={value}: expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InferConfig:
     """`python -m infer.cli`."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AdaptedModelConfig = field(default_factory=AdaptedModelConfig)
     adapter: str = ""  # a checkpoint folder, .safetensors or a published .bin
     dataset: str = ""  # configuration of the stages that read the photograph; "": the one kept in the checkpoint
+    photo: str = ""
+    identity: str = ""  # an identity.safetensors that an earlier run saved, in place of a photo
+    prompts: tuple[str, ...] = ()
     output: str = "runs/portraits"
+    overwrite: bool = False  # replace the portraits of another configuration in `output`
     prompt_template: str = "{prompt}"
     negative_prompt: str = ""
     scheduler: str = "EulerDiscreteScheduler"  # any of diffusers' schedulers, by class name
@@ -257,11 +289,25 @@ class InferConfig:
     height: int = 768
     width: int = 512
     num_images_per_prompt: int = 1
+    batch_size: int = 1  # portraits made together; more is faster on a GPU and may change the last bit
     id_scale: float = 1.0  # strength of the ID tokens' attention
+    region_strength: RegionStrength = field(default_factory=RegionStrength)
+    merge_lora: bool = True  # the adapter's LoRA goes into the UNet's weights: faster steps
     seed: int = 2024
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
         _check(self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale}: expected at least 1")
-        _check(self.height % 8 == 0 and self.width % 8 == 0, "height and width must be multiples of 8")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _check(value > 0 and value % 8 == 0, f"{name}={value}: expected a multiple of 8")
+        _check(
+            0 <= self.start_merge_step <= self.num_inference_steps,
+            f"start_merge_step={self.start_merge_step}: expected 0 to num_inference_steps={self.num_inference_steps}, "
+            "or the facial regions would never be fused in",
+        )
+        _check(self.id_scale >= 0, f"id_scale={self.id_scale}: expected at least 0")
         _check("{prompt}" in self.prompt_template, "prompt_template must hold {prompt}")
+        _check(not (self.photo and self.identity), "photo and identity are both given; give one of them")
