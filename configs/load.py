@@ -55,6 +55,11 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
     return cast(T, _build(kind, values, ""))
 
 
+def load_text(kind: type[T], text: str) -> T:
+    """`kind` from the YAML that `to_yaml` made of one."""
+    return cast(T, _build(kind, yaml.safe_load(text) or {}, ""))
+
+
 def dump(config: Any, path: str | Path) -> None:
     """Write the resolved configuration as YAML, in the order of its fields."""
     Path(path).write_text(to_yaml(config), encoding="utf-8")

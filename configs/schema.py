@@ -150,7 +150,6 @@ class DatasetConfig:
     shard_size: int = 1000
     executor: Literal["ray", "inline"] = "ray"
     threads: int = 0  # per model and process; 0: cores for inline, one for each Ray worker
-    stages: tuple[str, ...] = ("resize", "detect", "parse", "embed", "caption")
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
     parse: ParseConfig = field(default_factory=ParseConfig)
@@ -176,8 +175,15 @@ class OptimConfig:
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    lr_scheduler: str = "constant_with_warmup"
+    lr_scheduler: str = "constant_with_warmup"  # any name of diffusers.optimization.SchedulerType
     lr_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            _check(getattr(self, name) > 0, f"optim.{name}={getattr(self, name)}: expected more than 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)}: expected 0 up to 1")
+        _check(self.lr_warmup_steps >= 0, f"optim.lr_warmup_steps={self.lr_warmup_steps}: expected at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +198,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         total = self.drop_text + self.drop_identity + self.drop_both
         _check(0 <= total <= 1, f"loss.drop_*: they add up to {total}, expected 0 to 1")
+        for name in ("drop_text", "drop_identity", "drop_both", "facial_weight", "snr_gamma"):
+            _check(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: expected at least 0")
         _check(0 <= self.mask_loss_prob <= 1, f"loss.mask_loss_prob={self.mask_loss_prob}: expected 0 to 1")
 
 
@@ -229,11 +237,16 @@ class TrainConfig:
     checkpoints_total_limit: int = 3  # 0: keep all
     resume_from_checkpoint: str = "latest"  # latest, a folder, or "" to refuse an output that has checkpoints
     report_to: Literal["tensorboard", "none"] = "tensorboard"
-    log_every: int = 10
+    log_every: int = 10  # steps between two looks at the loss: between them nothing waits for the device
+    keep_samples: int = 0  # prepared samples kept in memory by each worker: for sets seen many times over
+    weights: WeightsConfig = field(default_factory=WeightsConfig)  # of the tiny base's vocabulary
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
+        positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "log_every")
+        for name in (*positive, "checkpointing_steps"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("num_workers", "checkpoints_total_limit", "keep_samples"):
+            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
         _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")
 
 

@@ -43,6 +43,16 @@ def write_portraits(folder: Path, count: int, seed: int, weights: Weights | None
         yield path
 
 
+def write_extras(folder: Path, seed: int) -> None:
+    """A real photograph (scikit-image's astronaut: NASA, public domain) and the poisoned set, beside the portraits."""
+    import skimage.data
+
+    from pipelines.poison import write_poisoned
+
+    (folder / "astronaut.jpg").write_bytes(encode_jpeg(skimage.data.astronaut(), 95))
+    write_poisoned(folder / "poisoned", sorted(folder.glob(f"portrait-{seed}-*.jpg")))
+
+
 def _noise(seed: int, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.Generator(np.random.PCG64([seed, index])).standard_normal((1, STYLE_DIM), dtype=np.float32)
 

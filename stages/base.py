@@ -12,7 +12,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
 from stages.record import Record, Status
 
+_CHUNK = 8  # records; codec remembers more decoded pictures than this
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
@@ -171,6 +172,28 @@ def run_stage(stage: Stage, records: Sequence[Record], seconds: dict[str, float]
     if seconds is not None:
         seconds[stage.name] = seconds.get(stage.name, 0.0) + time.perf_counter() - started
     return answers
+
+
+def run_chain(
+    stages: Sequence[Stage],
+    records: Sequence[Record],
+    seconds: dict[str, float] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[Record]:
+    """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still finds in memory.
+
+    `advance` is told how many more are done. Which records share a batch depends on `records` alone.
+    """
+    chunk = max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
+    done: list[Record] = []
+    for start in range(0, len(records), chunk):
+        part = list(records[start : start + chunk])
+        for stage in stages:
+            part = run_stage(stage, part, seconds)
+        done += part
+        if advance is not None:
+            advance(len(part))
+    return done
 
 
 def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = ("key", "source", "sha256", "image")) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from configs.errors import ConfigError
 from configs.schema import DatasetConfig
 from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
@@ -14,21 +13,14 @@ from stages.resize import ResizeStage
 
 
 def build_stages(config: DatasetConfig) -> list[Stage]:
-    """The stages named by `config.stages`, in that order; nothing is loaded yet.
-
-    Raises ConfigError for an unknown stage, or one whose `requires` nothing before it provides.
-    """
+    """The chain, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting that can't be."""
     weights = Weights(config.weights)
-    known: dict[str, Stage] = {
-        "resize": ResizeStage(config.resize),
-        "detect": DetectStage(config.detect, weights),
-        "parse": ParseStage(config.parse, weights),
-        "embed": EmbedStage(config.embed, weights),
-        "caption": CaptionStage(config.caption, weights),
-    }
-    unknown = [name for name in config.stages if name not in known]
-    if unknown:
-        raise ConfigError(f"stages: {', '.join(unknown)} unknown. Known: {', '.join(known)}.")
-    chain = [known[name] for name in config.stages]
+    chain: list[Stage] = [
+        ResizeStage(config.resize),
+        DetectStage(config.detect, weights),
+        ParseStage(config.parse, weights),
+        EmbedStage(config.embed, weights),
+        CaptionStage(config.caption, weights),
+    ]
     check_chain(chain)
     return chain

@@ -29,7 +29,7 @@ def encode_jpeg(image: Image, quality: int) -> bytes:
     return data
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=24)
 def decode_jpeg(data: bytes) -> Image:
     """JPEG → RGB (H, W, 3) uint8, read-only. Raises ValueError on anything else."""
     image: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -44,7 +44,7 @@ def encode_labels(labels: LabelMap) -> bytes:
     return data.tobytes()
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=24)
 def decode_labels(data: bytes) -> LabelMap:
     """PNG → label map (H, W) uint8, read-only. Raises ValueError unless it is a single-channel 8-bit picture."""
     labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -1,0 +1,259 @@
+"""`python -m pipelines.cli`: photographs → FGID shards + report. Imports lazily: --help answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.errors import PipelineError
+
+if TYPE_CHECKING:
+    from configs.schema import DatasetConfig
+    from pipelines.dataset import Job
+    from pipelines.store import Store
+
+app = typer.Typer(
+    help="Photographs → FGID shards with stats and a report. The same command again resumes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[str, typer.Option("--config", "-c", help="A preset, e.g. configs/dataset/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. source.path=photos output=runs/mine detect.min_score=0.6"),
+]
+Output = Annotated[str, typer.Argument(metavar="OUT", help="The output of `run`: a folder or fsspec URL.")]
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """A user's error is a message and exit 2; Ctrl-C says how to go on and exits 130."""
+    try:
+        yield
+    except PipelineError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("\nstopped; finished shards are kept. The same command goes on from there.", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+
+
+def _load(config: str, overrides: list[str] | None) -> DatasetConfig:
+    from configs.load import load
+    from configs.schema import DatasetConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "fsspec", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return load(DatasetConfig, config or None, overrides or ())
+
+
+@app.command()
+def run(
+    config: Config = "",
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
+) -> None:
+    """Make the data set: resize, detect, parse, embed, caption, shards, report.
+
+    Example: python -m pipelines.cli run --config configs/dataset/demo.yaml source.path=photos output=runs/mine
+    """
+    with _errors():
+        settings = _load(config, overrides)
+        from pipelines.dataset import plan_job
+
+        job = plan_job(settings)
+        typer.echo(
+            f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
+            f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
+        )
+        for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
+            typer.echo(f"  {line}")
+        if not dry_run:
+            _run(job)
+
+
+def _run(job: Job) -> None:
+    from pipelines.dataset import execute, fetch_weights, read_ledger, throughput
+    from pipelines.report import write_report
+
+    for weight in fetch_weights(job.config):
+        typer.echo(f"  weights {weight['file']}: {weight['license']}")
+    started, done = time.time(), []
+    with _Progress(job.todo) as progress:
+        for manifest in execute(job, progress.advance):
+            done.append(manifest)
+            progress.note(manifest)
+    ledger = read_ledger(job.store)
+    for line in ledger.lines():
+        typer.echo(line)
+    if done:
+        seconds = time.time() - started
+        steady = throughput(done)
+        typer.echo(
+            f"{sum(m['inputs'] for m in done):,} images in {seconds:.1f} s"
+            + (f", {steady:.2f} images/s from the first shard to the last" if steady else "")
+        )
+    write_report(job.store)
+    typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
+
+
+class _Progress:
+    """A bar with images/s and ETA on a terminal, a line every few seconds elsewhere; failures by reason on both."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[ended]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._plain = not console.is_terminal
+        self._task = self._bar.add_task("images", total=total, rate="", ended="")
+        self._total, self._done, self._started, self._said = total, 0, 0.0, time.time()
+        self._ended: Counter[str] = Counter()
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        now = time.time()
+        self._started = self._started or now  # the clock starts with the first picture, once models are loaded
+        self._done += count
+        rate = self._done / max(now - self._started, 1e-9) if now - self._started > 1 else 0.0
+        self._bar.update(self._task, advance=count, rate=f"{rate:.1f}/s" if rate else "")
+        if self._plain and now - self._said > 5:
+            self._said = now
+            left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+            typer.echo(f"  {self._done:,}/{self._total:,} images, {rate:.1f}/s{left}{self._reasons()}", err=True)
+
+    def note(self, manifest: dict[str, Any]) -> None:
+        """Count what a committed shard lost, by reason."""
+        self._ended.update(manifest["dropped"])
+        self._ended.update(manifest["failed"])
+        self._bar.update(self._task, ended=self._reasons())
+
+    def _reasons(self) -> str:
+        return "".join(f"  {reason} {count}" for reason, count in self._ended.most_common(4))
+
+
+@app.command()
+def status(output: Output) -> None:
+    """How far a data set is: shards committed, and the ledger."""
+    with _errors():
+        from pipelines.dataset import read_ledger
+        from pipelines.plan import read_plan
+
+        store = _store(output)
+        planned = read_plan(store)
+        ledger = read_ledger(store)
+        typer.echo(f"{ledger.shards} of {len(planned)} planned shards are committed")
+        for line in ledger.lines():
+            typer.echo(line)
+
+
+@app.command()
+def info(output: Output) -> None:
+    """What a data set is made of: source, stages, signatures, weights and their licences."""
+    with _errors():
+        try:
+            typer.echo(_store(output).read("dataset.json").decode(), nl=False)
+        except FileNotFoundError:
+            raise PipelineError(f"{output} is no data set: it has no dataset.json. Make one with `run`.") from None
+
+
+@app.command()
+def lint(output: Output) -> None:
+    """Check every file against its digest and every sample against its row; exits 1 if anything is off."""
+    with _errors():
+        from pipelines.dataset import lint as find
+        from pipelines.dataset import read_ledger
+
+        store = _store(output)
+        found = 0
+        for line in find(store):
+            typer.secho(line, fg="red")
+            found += 1
+        typer.echo(f"{read_ledger(store).shards} shards checked, {found or 'no'} faults")
+        if found:
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(output: Output) -> None:
+    """Write OUT/report/index.html and stats.json again from the shards."""
+    with _errors():
+        from pipelines.report import write_report
+
+        store = _store(output)
+        write_report(store)
+        typer.echo(f"report: {store.url}/report/index.html")
+
+
+@app.command()
+def weights(config: Config = "", overrides: Overrides = None) -> None:
+    """Fetch and check the weights of a configuration ahead of a run."""
+    with _errors():
+        from pipelines.dataset import fetch_weights
+
+        for weight in fetch_weights(_load(config, overrides)):
+            typer.echo(f"{weight['file']}  sha256 {weight['sha256']}  {weight['license']}")
+
+
+@app.command()
+def synthesize(
+    folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
+    count: Annotated[int, typer.Option(min=1, help="How many portraits.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Portrait i depends on the seed and i alone.")] = 0,
+    poison: Annotated[
+        bool, typer.Option(help="Also every kind of bad file, under poisoned/, and a photograph.")
+    ] = False,
+) -> None:
+    """Make photo-real portraits of nobody (MobileStyleGAN, FFHQ): input for the demo and for tests."""
+    with _errors():
+        from rich.progress import track
+
+        from pipelines.synthesize import write_extras, write_portraits
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        for _ in track(write_portraits(folder, count, seed), description="portraits", total=count):
+            pass
+        if poison:
+            write_extras(folder, seed)
+        typer.echo(f"{count} portraits in {folder}")
+
+
+def _store(output: str) -> Store:
+    from pipelines.store import Store
+
+    store = Store(output)
+    if not store.names("shards"):
+        raise PipelineError(f"{output} holds no shards. Make some with `run`, or give the right folder.")
+    return store
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,192 @@
+"""One run of the data set pipeline: plan, what is pending, execute, ledger, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ShardError
+from configs.load import to_yaml
+from configs.schema import DatasetConfig
+from pipelines.executors import EXECUTORS, Advance
+from pipelines.plan import Plan, ShardTask, make_plan, pending, write_plan
+from pipelines.shards import FOLDER, manifests, read_sidecar
+from pipelines.store import Store
+from stages.backends.weights import WEIGHTS, Weights
+from stages.base import Stage
+from stages.chain import build_stages
+from stages.record import SCHEMA_VERSION
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """inputs = written + dropped (by reason) + failed (by reason), per shard and in all."""
+
+    shards: int = 0
+    inputs: int = 0
+    written: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, manifest: dict[str, Any]) -> None:
+        """Raises ShardError for a manifest that doesn't balance."""
+        dropped, failed = Counter(manifest["dropped"]), Counter(manifest["failed"])
+        if manifest["inputs"] != manifest["written"] + dropped.total() + failed.total():
+            raise ShardError(f"{manifest['shard']}: {manifest['inputs']} inputs, but its ledger doesn't add up to that")
+        self.shards += 1
+        self.inputs += manifest["inputs"]
+        self.written += manifest["written"]
+        self.dropped += dropped
+        self.failed += failed
+
+    def lines(self) -> list[str]:
+        lines = [f"{self.inputs:>8,} inputs in {self.shards} shards", f"{self.written:>8,} written"]
+        for word, reasons in (("dropped", self.dropped), ("failed", self.failed)):
+            why = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+            lines.append(f"{reasons.total():>8,} {word}" + (f" ({why})" if why else ""))
+        return lines
+
+
+def read_ledger(store: Store) -> Ledger:
+    """The ledger of every committed shard."""
+    ledger = Ledger()
+    for manifest in manifests(store):
+        ledger.add(manifest)
+    return ledger
+
+
+@dataclass(slots=True)
+class Job:
+    """A planned run: what there is, what is still to do, and why."""
+
+    config: DatasetConfig
+    store: Store
+    stages: list[Stage]
+    plan: Plan
+    tasks: list[ShardTask]
+
+    @property
+    def todo(self) -> int:
+        return sum(len(task.inputs) for task in self.tasks)
+
+    def why(self) -> list[str]:
+        """One line for each kind of work, e.g. "3 shards from caption on"."""
+        starts = Counter(task.start for task in self.tasks)
+        return [
+            f"{count} shards "
+            + (f"from {self.stages[start].name} on, from their own samples" if start else "from the source")
+            for start, count in sorted(starts.items())
+        ]
+
+
+def plan_job(config: DatasetConfig) -> Job:
+    """Everything up to the first picture: checks the configuration, lists the source, finds the pending shards.
+
+    Writes nothing. Raises SourceError, ShardError or WeightsError.
+    """
+    store = Store(config.output)
+    stages = build_stages(config)
+    plan = make_plan(config, store)
+    return Job(config, store, stages, plan, pending(plan, store, [stage.signature() for stage in stages]))
+
+
+def fetch_weights(config: DatasetConfig) -> list[dict[str, str]]:
+    """Fetch and check every weights file of the chain; returns name, file, digest and licence of each."""
+    weights = Weights(config.weights)
+    names = sorted({name for stage in build_stages(config) for name in stage.weights()})
+    for name in names:
+        weights.fetch(name)
+    return [
+        {"name": n, "file": WEIGHTS[n].file, "sha256": WEIGHTS[n].sha256, "license": WEIGHTS[n].license} for n in names
+    ]
+
+
+def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
+    """Make the pending shards; yields each manifest as it is committed. Stopped at any point, the same call resumes."""
+    store, config = job.store, job.config
+    store.sweep(FOLDER)
+    write_plan(job.plan, store)
+    store.write("config.yaml", to_yaml(config))
+    store.write("dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n")
+    if job.tasks:
+        yield from EXECUTORS[config.executor](config, job.tasks, advance)
+
+
+def _card(job: Job) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA_VERSION,
+        "source": str(Path(job.config.source.path).resolve()),
+        "stages": [stage.name for stage in job.stages],
+        "signatures": [stage.signature() for stage in job.stages],
+        "backends": {s.name: s.config.backend for s in job.stages if hasattr(s.config, "backend")},
+        "weights": fetch_weights(job.config),
+    }
+
+
+def lint(store: Store) -> Iterator[str]:
+    """Every contradiction between manifests, files, sidecars and samples, as a line for people; none means sound."""
+    for manifest in manifests(store):
+        name, index = manifest["shard"], int(manifest["shard"][5:])
+        sound = True
+        for kind in ("tar", "parquet"):
+            facts = manifest["files"][kind]
+            try:
+                data = store.read(f"{FOLDER}/{facts['name']}")
+            except FileNotFoundError:
+                yield f"{name}: {facts['name']} is missing"
+                sound = False
+                continue
+            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+                yield f"{name}: {facts['name']} is not the file that was committed ({len(data):,} bytes)"
+                sound = False
+        if sound:
+            yield from _lint_samples(store, index, manifest)
+
+
+def _lint_samples(store: Store, index: int, manifest: dict[str, Any]) -> Iterator[str]:
+    from pipelines.shards import read_sample
+
+    rows = read_sidecar(store, index).to_pylist()
+    if len(rows) != manifest["inputs"]:
+        yield f"{manifest['shard']}: {len(rows)} rows for {manifest['inputs']} inputs"
+    with store.open(f"{FOLDER}/{manifest['files']['tar']['name']}") as tar:
+        for row in rows:
+            if row["status"] != "ok":
+                continue
+            try:
+                record = read_sample(tar, row)
+            except ShardError as error:
+                yield f"{manifest['shard']}: {error}"
+                continue
+            if (record.source, record.sha256, record.caption) != (row["source"], row["sha256"], row["caption"]):
+                yield f"{manifest['shard']}: sample {row['key']} contradicts its row"
+
+
+def throughput(done: Sequence[dict[str, Any]]) -> float:
+    """Images per second from the first shard's commit to the last's: start-up and the loading of models left out.
+
+    0.0 where fewer than two shards were made.
+    """
+    if len(done) < 2:
+        return 0.0
+    ordered = sorted(done, key=lambda manifest: manifest["run"]["finished"])
+    span = ordered[-1]["run"]["finished"] - ordered[0]["run"]["finished"]
+    return float(sum(m["inputs"] for m in ordered[1:]) / max(span, 1e-9))
+
+
+def run(config: DatasetConfig, advance: Advance = lambda count: None) -> Ledger:
+    """Plan and execute without a screen: the whole pipeline as one call, for tests and notebooks."""
+    job = plan_job(config)
+    started = time.time()
+    done = list(execute(job, advance))
+    logger.info("%d shards in %.1f s", len(done), time.time() - started)
+    return read_ledger(job.store)

@@ -1,0 +1,152 @@
+"""One picture at a time in a child process, for a shard that has killed its worker more than once.
+
+The child runs the same stages. When it dies (a segfault in a decoder, out of memory), the picture it had in hand is
+recorded as failed with reason `killed_worker`, a new child is started, and the rest goes on. Records travel as Arrow
+over the child's stdin and stdout, each message behind its length.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import IO
+
+import pyarrow as pa
+
+from configs.load import load_text, to_yaml
+from configs.schema import DatasetConfig
+from stages.base import Failed, Stage, reject, run_chain
+from stages.record import Record, from_table, to_table
+
+_LENGTH = struct.Struct("<Q")
+
+
+class Child:
+    """A process that runs `names` of the configured stages, started when it is first needed."""
+
+    def __init__(self, config: DatasetConfig, names: Sequence[str], threads: int) -> None:
+        self._hello = [to_yaml(config).encode(), ",".join(names).encode(), str(threads).encode()]
+        self._stage = names[0] if names else "source"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def run(self, record: Record) -> Record:
+        """The record through all stages, or failed with `killed_worker` if the child died of it."""
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _send(process.stdin, _pack([record]))
+            answer = _receive(process.stdout)
+        except (EOFError, BrokenPipeError):
+            code = self._end()
+            cause = f"signal {-code}" if code < 0 else f"exit status {code}"
+            return reject(record, Failed("killed_worker", f"its process ended with {cause}"), self._stage)
+        return _unpack(answer)[0]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pipelines.isolate"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None
+        for message in self._hello:
+            _send(self._process.stdin, message)
+        return self._process
+
+    def _end(self) -> int:
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except BrokenPipeError:
+                    continue  # it is gone already, which is what we want
+        try:
+            return process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def run_isolated(
+    config: DatasetConfig,
+    stages: Sequence[Stage],
+    records: Sequence[Record],
+    threads: int,
+    advance: Callable[[int], None] | None = None,
+) -> list[Record]:
+    """As stages.base.run_chain, but no picture can kill this process."""
+    done = []
+    with Child(config, [stage.name for stage in stages], threads) as child:
+        for record in records:
+            done.append(child.run(record) if record.ok else record)
+            if advance is not None:
+                advance(1)
+    return done
+
+
+def _pack(records: Sequence[Record]) -> bytes:
+    table = to_table(records)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _unpack(data: bytes) -> list[Record]:
+    with pa.ipc.open_stream(data) as reader:
+        return from_table(reader.read_all())
+
+
+def _send(stream: IO[bytes], data: bytes) -> None:
+    stream.write(_LENGTH.pack(len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> bytes:
+    """The next message. Raises EOFError at the stream's end."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        raise EOFError
+    (length,) = _LENGTH.unpack(head)
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
+
+
+def _main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    requests = sys.stdin.buffer
+    from stages.backends.runtime import pin_threads
+    from stages.chain import build_stages
+
+    config = load_text(DatasetConfig, _receive(requests).decode())
+    names = _receive(requests).decode().split(",")
+    pin_threads(int(_receive(requests)))
+    stages = [stage for stage in build_stages(config) if stage.name in names]
+    for stage in stages:
+        stage.setup()
+    while True:
+        try:
+            records = _unpack(_receive(requests))
+        except EOFError:
+            return
+        _send(answers, _pack(run_chain(stages, records)))
+
+
+if __name__ == "__main__":
+    _main()
