@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,10 @@ class Guidance:
     def repeat(self, count: int) -> Guidance:
         """Every row `count` times, rows of one prompt together: several pictures per prompt."""
         rows: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Guidance(**{name: None if x is None else x.repeat_interleave(count, 0) for name, x in rows.items()})
+        repeated: dict[str, Any] = {
+            name: None if x is None else x.repeat_interleave(count, 0) for name, x in rows.items()
+        }
+        return replace(self, **repeated)
 
 
 @torch.no_grad()

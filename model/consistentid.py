@@ -46,9 +46,9 @@ class BaseModels:
         """Pixels per latent, along one side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModels:
+    def to(self, device: torch.device | str) -> BaseModels:
         for module in self.modules.values():
-            module.to(device, dtype)
+            module.to(device)
         return self
 
 
@@ -78,27 +78,29 @@ def load_base(
         )
     own_tower = Path(root, "image_encoder").is_dir() and image_encoder is None
     tower = root if own_tower else str(image_encoder or spec.image_encoder)
-    options: dict[str, Any] = {} if variant is None else {"variant": variant}
+    variants = {} if variant is None else {"variant": variant}
+    ours: dict[str, Any] = {"torch_dtype": dtype, **variants}  # diffusers' classes
+    theirs: dict[str, Any] = {"dtype": dtype, **variants}  # transformers'
 
-    def part(library: Any, name: str, folder: str, **extra: Any) -> Any:
-        return getattr(library, name).from_pretrained(root, subfolder=folder, **extra)
+    def part(library: Any, name: str, folder: str, options: dict[str, Any]) -> Any:
+        return getattr(library, name).from_pretrained(root, subfolder=folder, **options)
 
     try:
         models = BaseModels(
-            tokenizer=add_marks(part(transformers, "CLIPTokenizer", "tokenizer")),
-            text_encoder=part(transformers, "CLIPTextModel", "text_encoder", **options),
-            vae=part(diffusers, "AutoencoderKL", "vae", **options),
-            unet=diffusers.UNet2DConditionModel.from_pretrained(unet)
+            tokenizer=add_marks(part(transformers, "CLIPTokenizer", "tokenizer", {})),
+            text_encoder=part(transformers, "CLIPTextModel", "text_encoder", theirs),
+            vae=part(diffusers, "AutoencoderKL", "vae", ours),
+            unet=diffusers.UNet2DConditionModel.from_pretrained(unet, torch_dtype=dtype)
             if unet
-            else part(diffusers, "UNet2DConditionModel", "unet", **options),
+            else part(diffusers, "UNet2DConditionModel", "unet", ours),
             image_encoder=transformers.CLIPVisionModelWithProjection.from_pretrained(
-                tower, **({"subfolder": "image_encoder"} if own_tower else {})
+                tower, dtype=dtype, **({"subfolder": "image_encoder"} if own_tower else {})
             ),
-            scheduler=part(diffusers, "EulerDiscreteScheduler", "scheduler"),
+            scheduler=part(diffusers, "EulerDiscreteScheduler", "scheduler", {}),
         )
         if spec.two_text_encoders:
-            models.tokenizer_2 = part(transformers, "CLIPTokenizer", "tokenizer_2")
-            models.text_encoder_2 = part(transformers, "CLIPTextModelWithProjection", "text_encoder_2", **options)
+            models.tokenizer_2 = part(transformers, "CLIPTokenizer", "tokenizer_2", {})
+            models.text_encoder_2 = part(transformers, "CLIPTextModelWithProjection", "text_encoder_2", theirs)
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"base model {root!r} (image encoder {tower!r}) could not be loaded: {error}; "
@@ -106,7 +108,7 @@ def load_base(
         ) from error
     for module in models.modules.values():
         module.eval().requires_grad_(False)
-    return models.to(device, dtype)
+    return models.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
