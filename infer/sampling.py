@@ -103,14 +103,15 @@ def denoise(
     guidance_scale: float,
     mode: Mode,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     extra: Callable[[Tensor, Tensor, Tensor], dict[str, Any]] | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
     """Unit noise (B, 4, h, w) → denoised latents.
 
     merge_step: how many steps the text alone steers; legacy takes one more (the reference compares with `<=`).
-    guidance_scale: 1 or less leaves the negative out. extra: further UNet arguments per step, from its input, the
+    guidance_scale: 1 or less leaves the negative out. generator: for schedulers that add noise on the way; a list has one
+    per picture. extra: further UNet arguments per step, from its input, the
     timestep and its states (a ControlNet's residuals). Raises ValueError for latents that don't fit the guidance.
     """
     if len(latents) != len(guidance.late):
@@ -167,7 +168,9 @@ def _states(guidance: Guidance, *, first: bool, guided: bool) -> tuple[Tensor, T
     return torch.cat((guidance.negative, toward)), both
 
 
-def _step_options(scheduler: Any, eta: float, generator: torch.Generator | None) -> dict[str, Any]:
+def _step_options(
+    scheduler: Any, eta: float, generator: torch.Generator | list[torch.Generator] | None
+) -> dict[str, Any]:
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 

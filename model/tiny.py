@@ -12,17 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch.nn import functional as F
 
 from configs.errors import ConfigError, WeightsError
 from model.spec import SPECS
 
 _MERGES: Final = 48_894
 _MARKER: Final = "tiny.json"
-_KL_WEIGHT: Final = 1e-3  # just enough to keep latents near zero and smooth
 
 
 def clip_tokenizer(vocab_path: Path) -> Any:
@@ -140,42 +136,3 @@ def _parts(vocab: Path, seed: int) -> dict[str, Any]:
                 timestep_spacing="leading",
             ),
         }
-
-
-def fit_tiny_vae(folder: Path, images: npt.NDArray[np.uint8], *, steps: int, seed: int, batch_size: int = 16) -> float:
-    """Teach the tiny base's VAE to reconstruct pictures like `images` (N, H, W, 3), RGB, sides divisible by 4.
-
-    With its random weights latents say nothing of a picture and decoded ones are noise. Sets the VAE's scaling factor
-    so that latents have unit variance, as the noise schedule expects. Overwrites the VAE in `folder`; returns the mean
-    squared error of the pictures in [-1, 1]. Train no adapter before it: latents change.
-    """
-    import diffusers
-
-    if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] % 4 or images.shape[2] % 4:
-        raise ValueError(f"images must be (N, H, W, 3) with sides divisible by 4, not {images.shape}")
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(steps, 1), pct_start=0.1)
-    for _ in range(steps):
-        batch = pixels[torch.randint(len(pixels), (batch_size,), generator=order)]
-        batch = torch.where(torch.rand(batch_size, 1, 1, 1, generator=order) < 0.5, batch, batch.flip(-1))
-        posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=order)
-        answer = vae.decode(posterior.mean + posterior.std * noise).sample
-        loss = F.mse_loss(answer, batch) + _KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        parts = [vae.encode(part).latent_dist.mean for part in pixels.split(batch_size)]
-        errors = [F.mse_loss(vae.decode(z).sample, x) for z, x in zip(parts, pixels.split(batch_size), strict=True)]
-        vae.register_to_config(scaling_factor=round(float(1.0 / torch.cat(parts).std()), 6))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".vae-") as scratch:
-        vae.save_pretrained(Path(scratch, "vae"))
-        for file in sorted(Path(scratch, "vae").iterdir(), reverse=True):
-            file.replace(folder / "vae" / file.name)
-    return float(torch.stack(errors).mean())

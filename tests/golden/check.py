@@ -36,6 +36,7 @@ from model.projector import IdentityProjector
 from model.prompt import add_marks, mark_clauses, tokenize_marked, training_text, without_marks
 from model.spec import SPECS, ModelSpec
 from model.tiny import clip_tokenizer
+from stages.backends.weights import Weights
 from stages.record import Record
 from stages.regions import filled_masks, foreground_mask, region_masks
 
@@ -332,9 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     vocab = options.vocab
     if vocab is None:
-        from stages.backends import weights
-
-        vocab = weights.fetch("bpe_simple_vocab_16e6.txt.gz")
+        vocab = Weights().fetch("clip_bpe")
     cases, bad = 0, 0
     for case in all_cases(options.folder, vocab):
         cases, bad = cases + 1, bad + (not case.ok)
