@@ -1,0 +1,153 @@
+"""What a run is made of, before its first step: the configuration checked, models, optimizer and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError
+from configs.load import load
+from configs.schema import OptimConfig, TrainConfig
+from model.checkpoint import load_adapter
+from model.conditions import DropRates
+from model.consistentid import ConsistentID, load_base
+from model.spec import ModelSpec
+from train.data import Preparation
+from train.step import Frozen, TrainedModel, freeze
+
+# What may change between two runs of one output; all else would make another model.
+_MAY_CHANGE: Final = (
+    "data",
+    "output",
+    "model.device",
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "mixed_precision",
+    "num_workers",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "log_every",
+    "keep_samples",
+    "weights.",
+)
+_DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ConfigError for what can be told without looking at data or models."""
+    if not config.data:
+        raise ConfigError("no data given. Say data=OUT, the output of make dataset.")
+    if not config.output:
+        raise ConfigError("no output given. Say output=FOLDER, where checkpoints and the adapter go.")
+    if "://" in config.output:
+        raise ConfigError(f"output={config.output}: checkpoints go to a local folder; copy them on from there.")
+    if config.model.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"model.device={config.model.device}: expected auto, cpu or cuda")
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, but torch sees no GPU. Say model.device=auto, or mend the installation.")
+    make_optimizer(config.optim, config.max_train_steps, [nn.Parameter(torch.zeros(1))])
+
+
+def check_same_run(config: TrainConfig, begun: Path) -> None:
+    """Raise ConfigError if the run that wrote configuration `begun` would have made another model."""
+    before, now = flat(asdict(load(TrainConfig, begun))), flat(asdict(config))
+    changed = [
+        f"{key}={before.get(key)!r}, now {now[key]!r}"
+        for key in now
+        if now[key] != before.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{begun.parent} was begun with other settings: {'; '.join(changed)}. Give the same, or another output."
+        )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested settings as dotted keys, lists as text."""
+    items: dict[str, str | int | float | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            items.update(flat(value, f"{prefix}{key}."))
+        else:
+            items[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+    return items
+
+
+def make_models(config: TrainConfig, spec: ModelSpec, base: str, device: torch.device) -> tuple[Frozen, TrainedModel]:
+    """The base on its device in the precision wanted, and what trains, in float32.
+
+    Raises WeightsError if the base or `config.adapter` can't be loaded, ConfigError if the resolution doesn't fit it.
+    """
+    models = load_base(
+        spec,
+        base,
+        image_encoder=config.model.image_encoder or None,
+        device=device,
+        dtype=_DTYPES[config.mixed_precision],
+    )
+    if config.mixed_precision == "fp16":
+        models.vae.float()  # fp16 overflows in SDXL's VAE
+    multiple = models.vae_factor * 2 ** (len(models.unet.config.block_out_channels) - 1)
+    if config.resolution % multiple:
+        raise ConfigError(f"resolution={config.resolution}: this base needs a multiple of {multiple}")
+    if config.train_base:
+        models.unet.float().requires_grad_(True)
+    adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
+    if config.adapter:
+        load_adapter(Path(config.adapter), adapter)
+    if config.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    return freeze(models, spec.vision_size), TrainedModel(adapter, models.unet).train()
+
+
+def make_optimizer(
+    config: OptimConfig, steps: int, parameters: list[nn.Parameter]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW and its schedule, which counts steps of the optimizer. Raises ConfigError for an unknown schedule."""
+    from diffusers.optimization import SchedulerType, get_scheduler
+
+    known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
+    if config.lr_scheduler not in known:
+        raise ConfigError(f"optim.lr_scheduler={config.lr_scheduler}: expected one of {', '.join(known)}")
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
+    )
+    return optimizer, schedule
+
+
+def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Preparation:
+    """How records become micro-batches for these models."""
+    base = frozen.base
+    side = config.resolution // base.vae_factor
+    return Preparation(
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer_2,
+        spec=spec,
+        mode=config.model.mode,
+        resolution=config.resolution,
+        latent_shape=(base.vae.config.latent_channels, side, side),
+        timesteps=frozen.noise_schedule.config.num_train_timesteps,
+        drop=DropRates(
+            text=config.loss.drop_text,
+            identity=config.loss.drop_identity,
+            both=config.loss.drop_both,
+            legacy=config.model.mode == "legacy",
+        ),
+        seed=config.seed,
+        keep=config.keep_samples,
+    )
