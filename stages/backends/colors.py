@@ -1,0 +1,99 @@
+"""Colour names for a masked part of a picture, or none where the part has no one colour.
+
+A name is given only where most of the part's inner pixels lie near its median colour in CIE Lab (D65; L 0-100).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stages.backends.protocols import Image
+from stages.regions import Mask
+
+Lab = tuple[float, float, float]
+LabImage = npt.NDArray[np.float32]
+
+_NEAR: Final = (22.0, 12.0, 12.0)  # half-axes of "near the median" in L, a, b: light varies more than hue does
+_EDGE: Final = 0.008  # of the picture's short side: border pixels mix with the neighbour's colour
+
+# name: hue angles in Lab, degrees, of pure and cloth-like colours alike
+_HUES: Final = (
+    (20.0, "pink"),
+    (48.0, "red"),
+    (72.0, "orange"),
+    (105.0, "yellow"),
+    (175.0, "green"),
+    (230.0, "teal"),
+    (298.0, "blue"),
+    (335.0, "purple"),
+    (360.0, "pink"),
+)
+
+
+def to_lab(image: Image) -> LabImage:
+    """RGB uint8 (H, W, 3) → CIE Lab float32 (H, W, 3)."""
+    return np.asarray(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), np.float32)
+
+
+def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> Lab | None:
+    """The median colour of the mask's inside, or None.
+
+    agreement: share of the inner pixels that must lie near the median. at_least: inner pixels needed to judge at all.
+    """
+    edge = max(1, round(_EDGE * min(mask.shape)))
+    kernel = np.ones((2 * edge + 1, 2 * edge + 1), np.uint8)
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), edge, edge, edge, edge, cv2.BORDER_REPLICATE)
+    inside = cv2.erode(padded, kernel)[edge:-edge, edge:-edge] > 0
+    pixels = lab[inside]
+    if len(pixels) < max(at_least, 1):
+        return None
+    median = np.median(pixels, axis=0)
+    near = (((pixels - median) / np.array(_NEAR)) ** 2).sum(axis=1) <= 1
+    return (float(median[0]), float(median[1]), float(median[2])) if near.mean() >= agreement else None
+
+
+def hair_color(color: Lab) -> str:
+    """Name of a hair colour, "" between the names."""
+    light, chroma, hue = _polar(color)
+    if light < 9 or (light < 15 and chroma < 6):
+        return "black"
+    if light < 20 and chroma < 10:
+        return "dark"
+    if chroma < 8:
+        return "" if light < 36 else "grey" if light < 76 else "white"
+    if not 25 <= hue < 110:
+        return fabric_color(color) if chroma > 22 else ""
+    if light < 62 and ((hue < 58 and chroma >= 24) or (hue < 42 and chroma >= 16)):
+        return "red" if chroma >= 36 and light >= 32 else "auburn"
+    for limit, name in ((25, "dark brown"), (42, "brown"), (55, "light brown")):
+        if light < limit:
+            return name
+    return "blond" if hue >= 58 else ""
+
+
+def fabric_color(color: Lab) -> str:
+    """Name of the colour of clothes, hats and backgrounds."""
+    light, chroma, hue = _polar(color)
+    if light < 12 or (light < 20 and chroma < 10):
+        return "black"
+    if chroma < 11:
+        return "dark grey" if light < 40 else "grey" if light < 66 else "light grey" if light < 82 else "white"
+    if 35 <= hue < 95 and chroma < 30 and light >= 62:
+        return "beige"
+    if 30 <= hue < 90 and chroma < (45 if hue >= 45 else 25) and light < 62:
+        return "dark brown" if light < 28 else "brown"
+    name = next(name for limit, name in _HUES if hue < limit)
+    if name == "pink" and light < 50:
+        name = "red" if hue < 20 else "purple"
+    shade = "dark " if light < 30 else "light " if light > 70 and name not in ("yellow", "pink", "orange") else ""
+    return shade + name
+
+
+def _polar(color: Lab) -> tuple[float, float, float]:
+    """(lightness 0-100, chroma, hue in degrees)."""
+    light, a, b = color
+    return light, float(np.hypot(a, b)), float(np.degrees(np.arctan2(b, a)) % 360)

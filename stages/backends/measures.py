@@ -1,0 +1,306 @@
+"""What the `attributes` captions rest on: parts, colours, pose and expression, measured from one record.
+
+Lengths are in units of the face (distances between landmarks), so that nothing depends on the picture's size. Every
+threshold stands here, once. "left" and "right" are the viewer's. A field left at its default says "not known", never
+"not there".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stages.backends.colors import LabImage, common_color, fabric_color, hair_color
+from stages.backends.protocols import LabelMap
+from stages.record import Face
+from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS, Mask
+
+MIN_PIXELS: Final = 16  # a part smaller than this, or than MIN_SHARE of the picture, isn't named
+MIN_SHARE: Final = 0.0002
+MIN_WORN: Final = 0.001  # the same share for glasses, hats and clothes, which the parser sees where there are none
+MIN_HAIR: Final = 0.005
+MIN_PLAIN: Final = 0.0006  # less of an ear than this isn't counted as plainly seen
+
+TURNED: Final = (0.14, 0.34, 0.8)  # nose off the eyes' middle, in eye distances: slightly, clearly, in profile
+TILTED: Final = 11.0  # degrees of the eyes' line
+PITCHED: Final = (0.38, 0.80)  # nose between eyes (0) and mouth (1): raised below, lowered above
+
+GLINT: Final = (75.0, 45.0, 30.0)  # L of jewellery: brightest pixel; spread in earrings, in necklaces. Skin is even
+MIN_EARRING: Final = 0.0003  # on one side
+MIN_NECKLACE: Final = 0.0012
+MOUTH_OPEN: Final = (0.04, 0.2, 0.5)  # interior's part of the mouth: slightly open, open, wide open from here
+LIKE_SKIN: Final = 18.0  # distance in (L, b) under which hair can't be told from the skin beneath
+TEETH: Final = 0.3  # part of the interior brighter than the lips
+SMILE: Final = 0.08  # corners' lift in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
+SMILE_WIDTH: Final = 0.8
+NARROWED: Final = 0.19  # area of an eye over the square of its width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One face in one picture, in terms a sentence can use."""
+
+    regions: frozenset[str]  # of REGION_WORDS
+    eyes: int = 0  # how many are plainly seen
+    ears: int = 0
+    narrowed: bool = False  # the eyes
+    dark_brows: bool = False
+    close_up: bool = False
+    turned: int = 0  # -1 slightly to the left, -2 clearly, -3 in profile; 1, 2, 3 to the right
+    tilted: int = 0  # -1 to the left, 1 to the right
+    pitched: int = 0  # -1 down, 1 up
+    hair: bool = False
+    hair_color: str = ""
+    hair_long: bool = False  # falls below the chin
+    fringe: bool = False
+    hat: bool = False  # or other headwear, if it covers the face's sides (a scarf, a hood) or leaves the crown free
+    headwear: bool = False
+    hat_color: str = ""
+    glasses: bool = False
+    dark_glasses: bool = False
+    earrings: int = 0  # how many are seen
+    necklace: bool = False
+    cloth: bool = False
+    cloth_color: str = ""
+    backdrop: str = ""  # colour of an even background
+    mouth: str = ""  # closed, slightly open, open, wide open; "" if not known
+    teeth: bool = False
+    smile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The face's own axes: origin between the eyes, `across` from the viewer's left to right eye, `down` the face."""
+
+    origin: npt.NDArray[np.float64]
+    across: npt.NDArray[np.float64]  # unit vectors
+    down: npt.NDArray[np.float64]
+    eye_distance: float
+    eyes_to_mouth: float
+    roll: float  # degrees, clockwise positive
+    nose: tuple[float, float]  # (across in eye distances, down in eyes-to-mouth distances)
+
+    @property
+    def size(self) -> float:
+        """A length that turning the head hardly changes, pixels."""
+        return max(self.eye_distance, self.eyes_to_mouth)
+
+    def coordinates(self, mask: Mask) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(across, down) of the mask's pixels, in units of `size`."""
+        rows, columns = np.nonzero(mask)
+        offset = np.stack([columns, rows], axis=1) - self.origin
+        return offset @ self.across / self.size, offset @ self.down / self.size
+
+
+def frame_of(face: Face) -> Frame:
+    points = np.array(face.landmarks, np.float64)
+    left, right, nose, mouth = points[0], points[1], points[2], points[3:].mean(axis=0)
+    across = right - left
+    distance = float(max(np.hypot(*across), 1e-6))
+    across = across / distance
+    down = np.array([-across[1], across[0]])
+    origin = (left + right) / 2
+    depth = float(max((mouth - origin) @ down, 1e-6))
+    return Frame(
+        origin=origin,
+        across=across,
+        down=down,
+        eye_distance=distance,
+        eyes_to_mouth=depth,
+        roll=float(np.degrees(np.arctan2(across[1], across[0]))),
+        nose=(float((nose - origin) @ across) / distance, float((nose - origin) @ down) / depth),
+    )
+
+
+class _Parts:
+    """Masks of the label map, kept to the surroundings of one face; parts too small count as absent."""
+
+    def __init__(self, labels: LabelMap, face: Face) -> None:
+        self.labels = labels
+        self.total = labels.size
+        x1, y1, x2, y2 = face.box
+        self.width, self.height = max(x2 - x1, 1.0), max(y2 - y1, 1.0)
+        self.box = (x1, y1, x2, y2)
+
+    def near(self, *names: str, sides: float, up: float, down: float, share: float = MIN_SHARE) -> Mask:
+        """Where the labels are, within the face's box grown by parts of its width and height; empty if too small."""
+        x1, y1, x2, y2 = self.box
+        rows = _span(y1 - up * self.height, y2 + down * self.height, self.labels.shape[0])
+        columns = _span(x1 - sides * self.width, x2 + sides * self.width, self.labels.shape[1])
+        mask = np.zeros(self.labels.shape, bool)
+        mask[rows, columns] = np.isin(self.labels[rows, columns], [LABEL_IDS[name] for name in names])
+        return mask if mask.sum() >= max(MIN_PIXELS, share * self.total) else np.zeros_like(mask)
+
+    def on_face(self, *names: str, share: float = MIN_SHARE) -> Mask:
+        return self.near(*names, sides=0.25, up=0.25, down=0.25, share=share)
+
+    def region(self, word: str) -> bool:
+        """Is the region visible: one of its parts is large enough alone, for a face the skin."""
+        names = ("skin",) if word == "face" else REGION_LABELS[word]
+        return any(self.on_face(name).any() for name in names)
+
+
+def measure(lab: LabImage, labels: LabelMap, face: Face) -> Measured:
+    """lab: (H, W, 3) as `to_lab` makes it; labels: (H, W), CelebAMask-HQ classes, sides as the viewer sees them."""
+    parts, frame = _Parts(labels, face), frame_of(face)
+    mouth = _mouth(lab, parts, frame)
+    ears = sum(bool(parts.on_face(name, share=MIN_PLAIN).any()) for name in REGION_LABELS["ears"])
+    return Measured(
+        regions=frozenset(word for word in REGION_WORDS if parts.region(word)),
+        ears=ears,
+        close_up=parts.height >= 0.5 * labels.shape[0],
+        **_pose(frame, mouth),
+        **_eyes(lab, parts, frame),
+        **_hair(lab, parts, frame),
+        **_worn(lab, parts, frame),
+        **mouth,
+    )
+
+
+def _pose(frame: Frame, mouth: dict[str, Any]) -> dict[str, Any]:
+    sideways, depth = frame.nose
+    strength = sum(abs(sideways) >= limit for limit in TURNED)
+    # A smile or an open mouth moves the mouth's landmarks, and from the side the ratio says little.
+    level = strength >= 2 or mouth.get("smile") or mouth.get("mouth") not in ("closed", "slightly open")
+    return {
+        "turned": int(np.sign(sideways)) * strength,
+        "tilted": int(np.sign(frame.roll)) if TILTED <= abs(frame.roll) < 60 else 0,
+        "pitched": 0 if level else int(depth < PITCHED[0]) - int(depth > PITCHED[1]),
+    }
+
+
+def _eyes(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+    eyes = [mask for name in REGION_LABELS["eyes"] if (mask := parts.on_face(name)).any()]
+    brows, skin = parts.on_face("left_brow", "right_brow"), parts.on_face("skin")
+    dark = False
+    if brows.any() and skin.any():
+        brow, face = float(np.median(lab[brows][:, 0])), float(np.median(lab[skin][:, 0]))
+        dark = brow <= 46 and face - brow >= 20
+    openness = [mask.sum() / (frame.size * max(np.ptp(frame.coordinates(mask)[0]), 1e-6)) ** 2 for mask in eyes]
+    return {
+        "eyes": len(eyes),
+        "narrowed": len(eyes) == 2 and max(openness) < NARROWED,
+        "dark_brows": dark,
+    }
+
+
+def _hair(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+    hair = _on_head(parts.near("hair", sides=0.8, up=1.0, down=2.0, share=MIN_HAIR), frame)
+    if not hair.any():
+        return {}
+    color = common_color(lab, hair, agreement=0.6, at_least=MIN_PIXELS)
+    skin = parts.on_face("skin")
+    if color and skin.any() and np.hypot(*(np.median(lab[skin], axis=0) - color)[[0, 2]]) < LIKE_SKIN:
+        color = None  # cropped or thin hair: what is seen through it is the scalp
+    across, down = frame.coordinates(hair)
+    # The chin is about 0.75 of a face size below the mouth. Hair below it, beside the neck, is long.
+    below = (down > 2.0) & (np.abs(across) < 2.2)
+    # A fringe: hair over the middle of the forehead, down to the brows.
+    forehead = (np.abs(across) < 0.45) & (down > -0.62) & (down < -0.22)
+    area = 0.9 * 0.4 * frame.size**2
+    return {
+        "hair": True,
+        "hair_color": hair_color(color) if color else "",
+        "hair_long": bool(below.sum() >= 0.15 * frame.size**2),
+        "fringe": bool(forehead.sum() >= 0.5 * area),
+    }
+
+
+def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+    glasses = parts.near("glasses", sides=0.1, up=0.1, down=0.0, share=MIN_WORN)
+    hat = parts.near("hat", sides=0.6, up=1.0, down=0.0, share=10 * MIN_WORN)
+    heights = frame.coordinates(hat)[1]
+    if hat.any() and np.median(heights) > -0.3:  # a hat sits above the brows
+        hat = np.zeros_like(hat)
+    hair = frame.coordinates(parts.near("hair", sides=0.6, up=1.0, down=0.0))[1]
+    other = hat.any() and ((heights > 0.6).mean() > 0.1 or (hair < np.median(heights)).mean() > 0.15)
+    earring = parts.near("earring", sides=0.3, up=0.0, down=0.3)
+    sides = frame.coordinates(earring)[0] > 0
+    left, right = (_subset(earring, sides == side) for side in (False, True))
+    necklace = parts.near("necklace", sides=0.6, up=0.0, down=0.8, share=MIN_NECKLACE)
+    cloth = _cloth(parts)
+    colors = {
+        name: common_color(lab, mask, agreement=0.6, at_least=200) if mask.any() else None
+        for name, mask in (("hat", hat), ("cloth", cloth))
+    }
+    background = parts.labels == LABEL_IDS["background"]
+    backdrop = common_color(lab, background, agreement=0.85, at_least=round(0.08 * parts.total))
+    skin = parts.on_face("skin")
+    shaded = glasses.any() and skin.any() and np.median(lab[glasses][:, 0]) < 0.5 * np.median(lab[skin][:, 0])
+    return {
+        "glasses": bool(glasses.any()),
+        "dark_glasses": bool(shaded and not parts.region("eyes")),
+        "hat": bool(hat.any()),
+        "headwear": bool(other),
+        "hat_color": fabric_color(colors["hat"]) if colors["hat"] else "",
+        "earrings": sum(_glints(lab, m, GLINT[1]) for m in (left, right) if m.sum() >= MIN_EARRING * m.size),
+        "necklace": _glints(lab, necklace, GLINT[2]),
+        "cloth": bool(cloth.any()),
+        "cloth_color": fabric_color(colors["cloth"]) if colors["cloth"] else "",
+        "backdrop": fabric_color(backdrop) if backdrop else "",
+    }
+
+
+def _cloth(parts: _Parts) -> Mask:
+    """Clothes, unless the parser is lost below the face: on half-body pictures it sees skin and hats there."""
+    cloth = parts.near("cloth", sides=1.5, up=0.0, down=3.0, share=10 * MIN_WORN)
+    _, _, _, chin = parts.box
+    misread = parts.near(
+        "skin", "nose", "mouth", "upper_lip", "lower_lip", "glasses", "hat", sides=1.5, up=0.0, down=3.0
+    )
+    lost = misread[max(0, round(chin + 0.1 * parts.height)) :].sum() > 0.25 * cloth.sum()
+    return np.zeros_like(cloth) if lost else cloth
+
+
+def _on_head(hair: Mask, frame: Frame) -> Mask:
+    """Without the components that lie wholly below the nose: those are collars and fur, not hair."""
+    count, components = cv2.connectedComponents(hair.astype(np.uint8))
+    kept = np.zeros_like(hair)
+    for index in range(1, count):
+        component = components == index
+        if frame.coordinates(component)[1].min() < 0.5:
+            kept |= component
+    return kept
+
+
+def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+    interior, upper, lower = (parts.on_face(name) for name in ("mouth", "upper_lip", "lower_lip"))
+    if not (upper.any() and lower.any()):
+        return {}
+    lips, whole = upper | lower, upper | lower | interior
+    share = interior.sum() / whole.sum()
+    bright = lab[interior][:, 0] > np.median(lab[lips][:, 0]) + 6
+    teeth = bool(share >= 0.1 and bright.mean() > TEETH)
+    across, down = frame.coordinates(whole)
+    width = float(max(np.ptp(across), 1e-6))
+    off_middle = np.abs(across - (across.min() + across.max()) / 2) / width
+    lift = float(down[off_middle < 0.15].mean() - down[off_middle > 0.38].mean()) / width
+    smiling = lift > SMILE / 2 and lift + (width - SMILE_WIDTH) / 4 > SMILE
+    return {
+        "mouth": ("closed", "slightly open", "open", "wide open")[sum(share >= limit for limit in MOUTH_OPEN)],
+        "teeth": teeth,
+        "smile": bool(smiling and (teeth or share < MOUTH_OPEN[1])),  # a wide dark mouth may be speaking or shouting
+    }
+
+
+def _subset(mask: Mask, chosen: npt.NDArray[np.bool_]) -> Mask:
+    """The mask with only those of its pixels, in row-major order, that are chosen."""
+    part = np.zeros_like(mask)
+    part[mask] = chosen
+    return part
+
+
+def _glints(lab: LabImage, mask: Mask, spread: float) -> bool:
+    """Is it metal or stones: the parser also takes ear lobes for earrings, folds and collars for necklaces."""
+    if mask.sum() < MIN_PIXELS:
+        return False
+    light = lab[mask][:, 0]
+    return bool(light.max() >= GLINT[0] and np.subtract(*np.percentile(light, (95, 5))) >= spread)
+
+
+def _span(low: float, high: float, limit: int) -> slice:
+    return slice(max(0, int(np.floor(low))), min(limit, max(0, int(np.ceil(high)))))
