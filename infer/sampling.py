@@ -110,9 +110,9 @@ def denoise(
     """Unit noise (B, 4, h, w) → denoised latents.
 
     merge_step: how many steps the text alone steers; legacy takes one more (the reference compares with `<=`).
-    guidance_scale: 1 or less leaves the negative out. generator: for schedulers that add noise on the way; a list has one
-    per picture. extra: further UNet arguments per step, from its input, the
-    timestep and its states (a ControlNet's residuals). Raises ValueError for latents that don't fit the guidance.
+    guidance_scale: 1 or less leaves the negative out. generator: for schedulers that add noise on the way; a list has
+    one per picture. extra: further UNet arguments per step, from its input, the timestep and its states (a ControlNet's
+    residuals). Raises ValueError for latents that don't fit the guidance.
     """
     if len(latents) != len(guidance.late):
         raise ValueError(f"{len(latents)} latents for {len(guidance.late)} prompts; repeat the guidance to match")

@@ -33,9 +33,10 @@ class RegionScores:
         return list(self._by_layer.values())
 
     def add(self, layer: str, query: Tensor, key: Tensor) -> None:
-        """query: (B, heads, N, d), key: (B, heads, T, d). Gradient checkpointing's second run changes nothing."""
-        if layer not in self._by_layer:
-            self._by_layer[layer] = token_probabilities(query, key, self.token_idx)
+        """query: (B, heads, N, d), key: (B, heads, T, d). Gradient checkpointing's second run must do
+        all that the first did, so the answer is computed again; what the first gave stays."""
+        probabilities = token_probabilities(query, key, self.token_idx)
+        self._by_layer.setdefault(layer, probabilities)
 
 
 def token_probabilities(query: Tensor, key: Tensor, token_idx: Tensor) -> Tensor:

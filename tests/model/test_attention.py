@@ -1,0 +1,152 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import IdentityCrossAttention, RegionScores, merge_lora, token_probabilities
+from model.consistentid import BaseModels, ConsistentID, predict_noise
+from model.losses import localisation_loss
+from model.spec import SPECS
+
+TINY = SPECS["tiny"]
+
+
+@pytest.fixture
+def states() -> Tensor:
+    return torch.randn(2, 81, TINY.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    return torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+TOKEN_IDX = torch.tensor([[3, 5, 9, 0, 0], [11, 12, 13, 14, 76]])
+STEPS = torch.tensor([7, 501])
+
+
+def trained(base: BaseModels, mode: Any = "corrected") -> ConsistentID:
+    """A model whose LoRA does something."""
+    torch.manual_seed(0)
+    model = ConsistentID(TINY, base.unet, mode)
+    for name, parameter in model.adapter_modules.named_parameters():
+        if name.endswith("up.weight"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_fresh_adapter_without_id_attention_leaves_the_base_as_it_was(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
+    before = base.unet(latents, STEPS, states[:, :77]).sample
+    model = ConsistentID(TINY, base.unet, "corrected")
+    model.set_scale(0.0)
+    assert torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-5)
+    model.set_scale(1.0)
+    assert not torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-3)
+
+
+def test_token_probabilities_are_columns_of_the_softmax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 3, n, 8, generator=generator) for n in (20, 77))
+    softmax = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
+    answer = token_probabilities(query, key, TOKEN_IDX)
+    for sample in range(2):
+        assert torch.allclose(answer[sample], softmax[sample][:, :, TOKEN_IDX[sample]], atol=1e-6)
+
+
+def test_index_beyond_the_keys_has_no_attention() -> None:
+    answer = token_probabilities(torch.randn(2, 1, 4, 8), torch.randn(2, 1, 64, 8), TOKEN_IDX)
+    assert not answer[1, :, :, 4].any() and answer[1, :, :, :4].all()
+
+
+def test_asking_for_scores_changes_no_answer_and_only_hooked_layers_reply(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
+    model = trained(base)
+    quiet, none = predict_noise(base.unet, latents, STEPS, states)
+    asked, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
+    assert torch.equal(quiet, asked) and none == []
+    hooked = [processor.hook for processor in model.adapter_modules if processor.hook]
+    assert len(scores) == len(hooked) > 0
+    assert all(name.startswith(TINY.hooked) and name.endswith("attn2") for name in hooked)
+    assert all(layer.shape[0] == 2 and layer.shape[-1] == 5 for layer in scores)
+
+
+def test_legacy_looks_at_self_attention_as_the_reference_does(base: BaseModels) -> None:
+    hooked = [processor.hook for processor in trained(base, "legacy").adapter_modules if processor.hook]
+    assert hooked and all(name.endswith("attn1") for name in hooked)
+
+
+def test_localisation_gradients_reach_the_hooked_cross_attention(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
+    model = trained(base)
+    _, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
+    masks = torch.zeros(2, 5, 64, 64)
+    masks[..., 16:48, 16:48] = 1
+    localisation_loss(scores, masks, torch.ones(2, 5, dtype=torch.bool)).backward()
+    for processor in model.adapter_modules:
+        if processor.hook:
+            for lora in (processor.to_q_lora, processor.to_k_lora):
+                assert lora.up.weight.grad is not None and lora.up.weight.grad.abs().sum() > 0, processor.hook
+
+
+def test_scores_are_the_same_under_gradient_checkpointing(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+    model = trained(base)
+    masks = (torch.rand(2, 5, 16, 16, generator=torch.Generator().manual_seed(3)) > 0.5).float()
+    valid = torch.ones(2, 5, dtype=torch.bool)
+
+    def gradients() -> tuple[float, list[Tensor]]:
+        model.zero_grad()
+        prediction, scores = predict_noise(base.unet.train(), latents, STEPS, states, token_idx=TOKEN_IDX)
+        loss = prediction.square().mean() + localisation_loss(scores, masks, valid)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in model.adapter_modules.parameters() if p.grad is not None]
+
+    plain_loss, plain = gradients()
+    base.unet.enable_gradient_checkpointing()
+    loss, checkpointed = gradients()
+    assert loss == pytest.approx(plain_loss, abs=1e-5)
+    assert len(plain) == len(checkpointed) > 0
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_merged_lora_gives_the_same_answer(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+    trained(base)
+    before = predict_noise(base.unet, latents, STEPS, states)[0]
+    merge_lora(base.unet)
+    merge_lora(base.unet)  # a second time must not add it again
+    assert torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-4)
+
+
+def test_id_attention_starts_as_the_texts(base: BaseModels) -> None:
+    keys = {name: attn.to_k.weight.clone() for name, attn in base.unet.named_modules() if name.endswith("attn2")}
+    ConsistentID(TINY, base.unet, "corrected")
+    for name, processor in base.unet.attn_processors.items():
+        if isinstance(processor, IdentityCrossAttention):
+            assert torch.equal(processor.to_k_ip.weight, keys[name.removesuffix(".processor")])
+
+
+def test_an_attention_mask_is_refused(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+    trained(base)
+    with pytest.raises(ValueError, match="pass none"):
+        base.unet(latents, STEPS, states, encoder_attention_mask=torch.ones(2, 81))
+
+
+def test_a_hook_that_names_no_block_is_told(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+    ConsistentID(replace(TINY, hooked=("down_blocks.7",)), base.unet, "corrected")
+    _, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
+    with pytest.raises(ValueError, match=r"spec\.hooked"):
+        localisation_loss(scores, torch.ones(2, 5, 8, 8), torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_scores_keep_the_first_answer_of_a_layer() -> None:
+    probe = RegionScores(TOKEN_IDX)
+    first, second = torch.randn(2, 2, 1, 4, 8), torch.randn(2, 2, 1, 77, 8)
+    probe.add("layer", first[0], second[0])
+    kept = probe.scores[0].clone()
+    probe.add("layer", first[1], second[1])
+    assert len(probe.scores) == 1 and torch.equal(probe.scores[0], kept)
