@@ -145,9 +145,12 @@ def _holds(stage: Stage) -> tuple[float, float]:
 def _start_ray(config: DatasetConfig, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its workers' news goes to its own log files
+    for noisy in ("ray", "ray.data"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address and address != "local":
         ray.init(address=address, **quiet)
         return
@@ -169,7 +172,6 @@ def _stream(
     context.target_max_block_size = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     data = ray.data.read_datasource(_shard_source(config, tasks), override_num_blocks=len(tasks), num_cpus=_TASK_CPUS)
     for group in groups:
         data = data.map_batches(

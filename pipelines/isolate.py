@@ -41,6 +41,11 @@ class Child:
     ) -> None:
         self._end()
 
+    @property
+    def pid(self) -> int:
+        """Of the running process; 0 before the first record."""
+        return self._process.pid if self._process else 0
+
     def run(self, record: Record) -> Record:
         """The record through all stages, or failed with `killed_worker` if the child died of it."""
         process = self._process or self._start()

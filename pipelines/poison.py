@@ -29,7 +29,7 @@ EXPECTED: dict[str, Expected] = {
     "no face.png": Expected("dropped", "no_face"),
     "three faces.jpg": Expected("dropped", "too_many_faces"),
     "tiny.png": Expected("dropped", "too_small"),
-    "duplicate.jpg": Expected("dropped", "duplicate"),
+    "second copy.jpg": Expected("dropped", "duplicate"),
     "folder.jpg": Expected("failed", "not_a_file"),
     "dangling.jpg": Expected("failed", "not_a_file"),
     "exif.rotated.jpg": Expected("ok"),
@@ -49,7 +49,7 @@ def write_poisoned(folder: Path, portraits: Sequence[Path]) -> None:
     (folder / "ünïcode").mkdir(parents=True, exist_ok=True)
     whole = _jpeg(faces[0])
     _write(folder / "original.jpg", whole)
-    _write(folder / "duplicate.jpg", whole)
+    _write(folder / "second copy.jpg", whole)
     _write(folder / "truncated.jpg", whole[: len(whole) // 2])
     _write(folder / "zero bytes.jpg", b"")
     _write(folder / "page.jpg", b"<!doctype html><title>404</title><script>alert(1)</script>")

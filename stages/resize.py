@@ -22,7 +22,7 @@ from stages.base import Dropped, Failed, RecordStage
 from stages.codec import encode_jpeg
 from stages.record import Record
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 class ResizeStage(RecordStage):
@@ -65,6 +65,7 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
         raise Failed("empty_file", "the file has no bytes")
     if len(data) > config.max_bytes:
         raise Failed("too_many_bytes", f"{len(data):,} bytes, limit {config.max_bytes:,}")
+    PILImage.init()  # every reader of _FORMATS: Pillow loads only the commonest by itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # our own limit stands in place of Pillow's warning
         try:

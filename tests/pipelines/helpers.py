@@ -1,0 +1,29 @@
+"""What the pipeline's tests share: a small configuration, and a data set's files by digest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from configs.load import load
+from configs.schema import DatasetConfig
+
+DEMO = "configs/dataset/demo.yaml"
+
+
+def config(source: Path, output: Path, *overrides: str) -> DatasetConfig:
+    """The demo's configuration on one thread, four pictures a shard, inline unless said otherwise."""
+    given = [f"source.path={source}", f"output={output}", "shard_size=4", "threads=1", "executor=inline"]
+    return load(DatasetConfig, DEMO, [*given, *overrides])
+
+
+def digests(output: Path) -> dict[str, str]:
+    """name → sha256 of every tar and sidecar: all that must not differ between two runs."""
+    files = [path for path in (output / "shards").iterdir() if path.suffix in (".tar", ".parquet")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def stamps(output: Path) -> dict[str, tuple[int, int]]:
+    """name → (inode, mtime) of every file in the shards folder."""
+    found = {path.name: path.stat() for path in sorted((output / "shards").iterdir())}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}

@@ -1,0 +1,149 @@
+"""The data set run: ledger, resume, and what a second run does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.errors import SourceError
+from pipelines.dataset import execute, lint, plan_job, read_ledger, run
+from pipelines.poison import EXPECTED
+from pipelines.shards import manifests, read_records, read_sidecar
+from pipelines.store import Store
+from stages.base import Stage
+from stages.record import Record
+from tests.pipelines.helpers import config, digests, stamps
+
+
+@pytest.fixture(scope="module")
+def made(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("made")
+    run(config(poisoned, output))
+    return output
+
+
+def test_every_poisoned_file_has_its_reason_and_the_ledger_balances(made: Path) -> None:
+    store = Store(str(made))
+    found = {}
+    for index, manifest in enumerate(manifests(store)):
+        rows = read_sidecar(store, index).to_pylist()
+        assert len(rows) == manifest["inputs"]
+        found.update({row["source"]: (row["status"], row["reason"]) for row in rows})
+    assert found == {name: (expected.status, expected.reason) for name, expected in EXPECTED.items()}
+    ledger = read_ledger(store)
+    assert ledger.inputs == len(EXPECTED) == ledger.written + ledger.dropped.total() + ledger.failed.total()
+    assert list(lint(store)) == []
+
+
+def test_pictures_turned_by_exif_or_in_other_colour_spaces_come_out_upright_rgb(made: Path) -> None:
+    records = {r.source: r for index in range(4) for r in read_records(Store(str(made)), index)}
+    for name in ("exif.rotated.jpg", "cmyk.jpg", "sixteen bit.png", "ünïcode/alpha.png"):
+        left_eye, right_eye = records[name].main_face.landmarks[:2]
+        mouth = records[name].main_face.landmarks[3]
+        assert left_eye[0] < right_eye[0] and left_eye[1] < mouth[1], f"{name} is not upright"
+        assert records[name].caption and records[name].face_caption
+
+
+def test_a_second_run_makes_no_model_call_and_writes_nothing(
+    made: Path, poisoned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stamps(made)
+    calls: list[str] = []
+    for stage in plan_job(config(poisoned, made)).stages:
+        _count(stage, calls, monkeypatch)
+    job = plan_job(config(poisoned, made))
+    assert job.tasks == []
+    assert list(execute(job, lambda count: None)) == []
+    assert calls == [] and stamps(made) == before
+
+
+def _count(stage: Stage, calls: list[str], patch: pytest.MonkeyPatch) -> None:
+    kind = type(stage)
+    real = kind.process
+
+    def counted(self: Stage, records: list[Record]) -> list[Record]:
+        calls.append(self.name)
+        return real(self, records)
+
+    patch.setattr(kind, "process", counted)
+
+
+def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratch(
+    poisoned: Path, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(made, output)
+    changed = config(poisoned, output, "caption.face_prompt=another")
+    job = plan_job(changed)
+    names = [stage.name for stage in job.stages]
+    assert {names[task.start] for task in job.tasks} == {"caption"}
+    calls: list[str] = []
+    for stage in job.stages:
+        _count(stage, calls, monkeypatch)
+    list(execute(job, lambda count: None))
+    assert set(calls) == {"caption"}
+    monkeypatch.undo()
+    fresh = tmp_path / "fresh"
+    run(config(poisoned, fresh, "caption.face_prompt=another"))
+    assert digests(output) == digests(fresh)
+
+
+def test_new_inputs_make_new_shards_and_leave_the_old_alone(portraits: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    files = sorted(portraits.glob("*.jpg"))
+    for path in files[2:5]:
+        shutil.copy2(path, source)
+    run(config(source, output, "shard_size=2"))
+    before = digests(output)
+    shutil.copy2(files[0], source)  # sorts before all the others
+    job = plan_job(config(source, output, "shard_size=2"))
+    assert [task.index for task in job.tasks] == [2] and job.plan.new == 1
+    list(execute(job, lambda count: None))
+    after = digests(output)
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 2
+
+
+def test_a_changed_input_is_noticed(portraits: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    one, two = sorted(portraits.glob("*.jpg"))[:2]
+    shutil.copy2(one, source / "a.jpg")
+    run(config(source, output))
+    (source / "a.jpg").write_bytes(two.read_bytes())
+    job = plan_job(config(source, output))
+    assert job.plan.changed == 1 and [task.start for task in job.tasks] == [0]
+
+
+def test_a_shard_without_a_manifest_does_not_exist_and_traces_of_a_kill_go(
+    made: Path, poisoned: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(made, output)
+    (output / "shards" / "fgid-000001.json").unlink()
+    (output / "shards" / ".fgid-000001.tar.tmp-12345678").write_bytes(b"half")
+    job = plan_job(config(poisoned, output))
+    assert [task.index for task in job.tasks] == [1]
+    list(execute(job, lambda count: None))
+    assert digests(output) == digests(made)
+    assert not [path for path in (output / "shards").iterdir() if ".tmp-" in path.name]
+
+
+def test_lint_finds_a_flipped_byte(made: Path, tmp_path: Path) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(made, output)
+    tar = output / "shards" / "fgid-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[5000] ^= 1
+    tar.write_bytes(data)
+    assert [line for line in lint(Store(str(output))) if "fgid-000000.tar" in line]
+
+
+def test_an_empty_or_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="holds no"):
+        plan_job(config(tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(SourceError, match="not a folder"):
+        plan_job(config(tmp_path / "missing", tmp_path / "out"))

@@ -1,0 +1,104 @@
+"""On a real local Ray cluster: the same bytes as inline, kills survived, and a picture that kills its worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.schema import DatasetConfig
+from pipelines.dataset import lint, plan_job, run
+from pipelines.executors import plan_groups
+from pipelines.isolate import Child, run_isolated
+from pipelines.sources import read_record
+from pipelines.store import Store
+from stages.base import run_chain
+from stages.chain import build_stages
+from tests.pipelines.helpers import DEMO, config, digests
+
+
+@pytest.fixture(scope="module")
+def undisturbed(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run(config(portraits, output, "shard_size=2"))
+    return digests(output)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bytes_of_inline(portraits: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    seen = []
+    ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), seen.append)
+    assert digests(tmp_path) == undisturbed
+    assert ledger.inputs == sum(seen) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["ray", "inline"])
+def test_killing_the_driver_mid_run_and_running_again_gives_the_same_bytes(
+    executor: str, portraits: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    given = [f"source.path={portraits}", f"output={tmp_path}", "shard_size=2", "threads=1", f"executor={executor}"]
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shards = tmp_path / "shards"
+    try:
+        while driver.poll() is None and not list(shards.glob("*.json")):
+            time.sleep(0.02)
+    finally:
+        driver.kill()
+    assert driver.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    committed = len(list(shards.glob("*.json")))
+    assert committed < 4, "killed too late to show anything"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert digests(tmp_path) == undisturbed
+    assert list(lint(Store(str(tmp_path)))) == []
+    assert not [path.name for path in shards.iterdir() if ".tmp-" in path.name]
+
+
+def test_isolated_pictures_give_the_same_records(portraits: Path, tmp_path: Path) -> None:
+    job = plan_job(config(portraits, tmp_path, "shard_size=2"))
+    stages = build_stages(job.config)[:2]
+    for stage in stages:
+        stage.setup()
+    records = [read_record(job.config, item) for item in job.plan.shards[0]]
+    together = run_chain(stages, records)
+    apart = run_isolated(job.config, stages, records, threads=1)
+    assert [(r.image, r.faces) for r in apart] == [(r.image, r.faces) for r in together]
+
+
+def test_a_picture_that_kills_its_process_is_lost_and_the_next_is_not(portraits: Path, tmp_path: Path) -> None:
+    job = plan_job(config(portraits, tmp_path))
+    first, second, third = [read_record(job.config, item) for item in job.plan.shards[0]][:3]
+    with Child(job.config, ["resize"], threads=1) as child:
+        assert child.run(first).ok
+        os.kill(child.pid, signal.SIGSEGV)
+        killed = child.run(second)
+        assert (killed.status, killed.reason) == (
+            "failed",
+            "killed_worker",
+        ) and f"signal {signal.SIGSEGV:d}" in killed.detail
+        assert child.run(third).ok
+
+
+def test_actors_leave_room_for_tasks_and_impossible_gpus_are_said() -> None:
+    base = DatasetConfig()
+    chain = build_stages(base)
+    for cpus in (1, 2, 4, 64):
+        groups = plan_groups(base, chain, cpus, 0)
+        assert [group.names for group in groups] == [tuple(stage.name for stage in chain)]
+        assert sum(group.cpus * group.copies for group in groups) <= cpus - 0.5
+    assert plan_groups(base, chain, 2, 0)[0].copies == 2
+    from configs.load import load
+
+    gpu = load(DatasetConfig, "configs/dataset/fgid.yaml", [])
+    with pytest.raises(ConfigError, match="GPUs"):
+        plan_groups(gpu, build_stages(gpu), 8, 0)
+    groups = plan_groups(gpu, build_stages(gpu), 32, 4)
+    assert [group.names for group in groups] == [("resize", "detect"), ("parse", "embed"), ("caption",)]
+    assert sum(group.gpus * group.copies for group in groups) <= 4
