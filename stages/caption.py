@@ -51,6 +51,8 @@ class CaptionStage(BackendStage):
 
 def check(record: Record) -> None:
     """Raise Failed unless the image decodes, the label map is of its size, and a face with landmarks is chosen."""
+    if not record.image or not record.parsing:
+        raise Failed("bad_input", f"no {'label map' if record.image else 'image'}")
     try:
         size = decode_jpeg(record.image).shape[:2]
         labels = decode_labels(record.parsing).shape

@@ -78,7 +78,7 @@ def hair_color(color: Lab) -> str:
 def fabric_color(color: Lab) -> str:
     """Name of the colour of clothes, hats and backgrounds."""
     light, chroma, hue = _polar(color)
-    if light < 12 or (light < 20 and chroma < 10):
+    if light < 6 or (light < 20 and chroma < 10):
         return "black"
     if chroma < 11:
         return "dark grey" if light < 40 else "grey" if light < 66 else "light grey" if light < 82 else "white"
@@ -89,7 +89,7 @@ def fabric_color(color: Lab) -> str:
     name = next(name for limit, name in _HUES if hue < limit)
     if name == "pink" and light < 50:
         name = "red" if hue < 20 else "purple"
-    shade = "dark " if light < 30 else "light " if light > 70 and name not in ("yellow", "pink", "orange") else ""
+    shade = "dark " if light < 27 else "light " if light > 70 and name not in ("yellow", "pink", "orange") else ""
     return shade + name
 
 

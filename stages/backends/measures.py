@@ -33,7 +33,7 @@ GLINT: Final = (75.0, 45.0, 30.0)  # L of jewellery: brightest pixel; spread in 
 MIN_EARRING: Final = 0.0003  # on one side
 MIN_NECKLACE: Final = 0.0012
 MOUTH_OPEN: Final = (0.04, 0.2, 0.5)  # interior's part of the mouth: slightly open, open, wide open from here
-LIKE_SKIN: Final = 18.0  # distance in (L, b) under which hair can't be told from the skin beneath
+LIKE_SKIN: Final = 15.0  # distance in Lab under which hair can't be told from the skin beneath
 TEETH: Final = 0.3  # part of the interior brighter than the lips
 SMILE: Final = 0.08  # corners' lift in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
 SMILE_WIDTH: Final = 0.8
@@ -194,7 +194,7 @@ def _hair(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
         return {}
     color = common_color(lab, hair, agreement=0.6, at_least=MIN_PIXELS)
     skin = parts.on_face("skin")
-    if color and skin.any() and np.hypot(*(np.median(lab[skin], axis=0) - color)[[0, 2]]) < LIKE_SKIN:
+    if color and skin.any() and np.linalg.norm(np.median(lab[skin], axis=0) - color) < LIKE_SKIN:
         color = None  # cropped or thin hair: what is seen through it is the scalp
     across, down = frame.coordinates(hair)
     # The chin is about 0.75 of a face size below the mouth. Hair below it, beside the neck, is long.
