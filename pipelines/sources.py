@@ -75,16 +75,18 @@ def read_bytes(root: str, item: Input, limit: int, count: int = -1) -> bytes:
     except OSError as error:
         reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
         raise Failed(reason, error.strerror or "") from None
-    with os.fdopen(handle, "rb") as stream:
-        found = os.fstat(stream.fileno())
+    try:
+        found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise Failed("not_a_file", "a folder, pipe or device")
         if found.st_size > limit:
             raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {limit:,}")
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as stream:
             return stream.read(count)
-        except OSError as error:
-            raise Failed("unreadable", error.strerror or "") from None
+    except OSError as error:
+        raise Failed("unreadable", error.strerror or "") from None
+    finally:
+        os.close(handle)
 
 
 def read_record(config: DatasetConfig, item: Input) -> Record:

@@ -21,25 +21,34 @@ TRUNCATION = 0.6
 MEAN_OF = 512  # styles averaged for the mean
 
 
-def portraits(count: int, seed: int, weights: Weights | None = None) -> Iterator[Image]:
-    """`count` RGB portraits (1024, 1024, 3) uint8; portrait i depends on (seed, i) alone."""
-    weights = weights or Weights()
-    mapping = _network(weights, "stylegan_mapping")
-    synthesis = _network(weights, "stylegan_synthesis")
-    mean = np.mean([_run(mapping, _noise(0, i)) for i in range(MEAN_OF)], axis=0)
-    for index in range(count):
-        style = _run(mapping, _noise(seed + 1, index))
-        pixels = _run(synthesis, mean + TRUNCATION * (style - mean))[0]
-        rgb = np.clip(pixels * 127.5 + 127.5, 0, 255)
-        yield np.ascontiguousarray(rgb.transpose(1, 2, 0).round().astype(np.uint8))
+class Synthesizer:
+    """The two networks, loaded once. Portrait i of a seed depends on (seed, i) alone."""
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        weights = weights or Weights()
+        self._mapping = _network(weights, "stylegan_mapping")
+        self._synthesis = _network(weights, "stylegan_synthesis")
+        self._mean = np.mean([_run(self._mapping, _noise(0, i)) for i in range(MEAN_OF)], axis=0)
+
+    def portrait(self, seed: int, index: int) -> Image:
+        """RGB (1024, 1024, 3) uint8."""
+        style = _run(self._mapping, _noise(seed + 1, index))
+        pixels = _run(self._synthesis, self._mean + TRUNCATION * (style - self._mean))[0]
+        rgb = np.clip(pixels * 127.5 + 127.5, 0, 255).transpose(1, 2, 0)
+        return np.ascontiguousarray(rgb.round().astype(np.uint8))
 
 
 def write_portraits(folder: Path, count: int, seed: int, weights: Weights | None = None) -> Iterator[Path]:
-    """Write portrait-SEED-NNNNN.jpg files into `folder`, skipping none; yields each path when it is written."""
+    """Write portrait-SEED-NNNNN.jpg files into `folder`, those already there kept; yields each path when it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(portraits(count, seed, weights)):
+    synthesizer: Synthesizer | None = None
+    for index in range(count):
         path = folder / f"portrait-{seed}-{index:05d}.jpg"
-        path.write_bytes(encode_jpeg(image, 92))
+        if not path.exists():
+            synthesizer = synthesizer or Synthesizer(weights)
+            unfinished = path.with_suffix(".part")
+            unfinished.write_bytes(encode_jpeg(synthesizer.portrait(seed, index), 92))
+            unfinished.replace(path)
         yield path
 
 
@@ -49,8 +58,9 @@ def write_extras(folder: Path, seed: int) -> None:
 
     from pipelines.poison import write_poisoned
 
-    (folder / "astronaut.jpg").write_bytes(encode_jpeg(skimage.data.astronaut(), 95))
-    write_poisoned(folder / "poisoned", sorted(folder.glob(f"portrait-{seed}-*.jpg")))
+    if not (folder / "poisoned").exists():
+        (folder / "astronaut.jpg").write_bytes(encode_jpeg(skimage.data.astronaut(), 95))
+        write_poisoned(folder / "poisoned", sorted(folder.glob(f"portrait-{seed}-*.jpg")))
 
 
 def _noise(seed: int, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:

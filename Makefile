@@ -1,0 +1,80 @@
+# ConsistentID, whole: photographs → FGID shards + report → adapter → portraits. `make help` lists what there is.
+# Everything installs itself into .venv on first use; nothing outside this folder and the weights' cache is touched.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PRESET ?= demo
+OUT ?= runs/demo/dataset
+DEMO ?= runs/demo
+COUNT ?= 64
+STEPS ?=
+ARGS ?=
+
+# uv reads its own variables, not pip's: hand on where wheels lie (a CPU torch, say) and which index is configured.
+pip_config = $$($(PYTHON) -m pip config get global.$(1) 2>/dev/null)
+UV_INSTALL = \
+	links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$(call pip_config,find-links)}}"; \
+	index="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$(call pip_config,index-url)}}"; \
+	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$(echo $$links | tr ' ' ',')"; fi; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	$(BIN)/uv pip install --quiet --python $(RUN)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo dataset train infer report weights test golden lint format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo
+	@echo '  CONFIG=FILE names a preset of configs/, ARGS="key=value …" overrides any setting of it.'
+
+install: $(VENV)/.installed ## set up .venv (done by itself before the others)
+
+$(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
+	$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
+	@touch $@
+
+demo: install ## everything once, on real faces: portraits → shards + report → training → portraits
+	$(RUN) -m pipelines.demo --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+dataset: install ## photographs → shards + report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
+	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)
+
+train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… output=…"
+	$(RUN) -m train.cli --config $(or $(CONFIG),configs/train/demo.yaml) $(ARGS)
+
+infer: install ## a photograph and a prompt → portraits. CONFIG=configs/infer/… ARGS="--photo … --prompt …"
+	$(RUN) -m infer.cli --config $(or $(CONFIG),configs/infer/demo.yaml) $(ARGS)
+
+report: install ## write the report of OUT=… again
+	$(RUN) -m pipelines.cli report $(OUT)
+
+weights: install ## fetch weights ahead of a run. PRESET=demo or fgid
+	$(RUN) -m pipelines.cli weights --config configs/dataset/$(PRESET).yaml $(ARGS)
+
+test: install ## all tests
+	$(RUN) -m pytest $(ARGS)
+
+golden: install ## hold every module against the reference's answers
+	$(RUN) -m tests.golden.check tests/golden
+
+lint: install ## style, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(RUN) -m tests.sizes
+
+format: install ## put the code into its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## speed of the bare models, of the inline executor and of Ray, side by side
+	$(RUN) -m bench.dataset $(ARGS)
+
+clean: ## remove what was made here (runs, caches); .venv and fetched weights stay
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
