@@ -119,13 +119,12 @@ def denoise(
     scheduler.set_timesteps(steps, device=latents.device)
     options = _step_options(scheduler, eta, generator)
     guided = guidance_scale > 1.0
-    time_ids = _time_ids(unet, latents) if guidance.pooled_late is not None else None
+    time_ids = _time_ids(latents) if guidance.pooled_late is not None else None
     latents = latents * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
         first = step <= merge_step if mode == "legacy" else step < merge_step
         states, pooled = _states(guidance, first=first, guided=guided)
         model_input = scheduler.scale_model_input(torch.cat((latents, latents)) if guided else latents, timestep)
-        model_input = model_input.to(states.dtype)
         noise, _ = predict_noise(
             unet,
             model_input,
@@ -175,7 +174,7 @@ def _step_options(
     return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 
 
-def _time_ids(unet: Any, latents: Tensor) -> Tensor:
+def _time_ids(latents: Tensor) -> Tensor:
     """SDXL's (1, 6): original size, crop's corner, target size, in pixels; its VAE halves three times."""
     height, width = (8 * side for side in latents.shape[-2:])
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=unet.dtype, device=latents.device)
+    return torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)

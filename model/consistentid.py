@@ -234,15 +234,17 @@ def predict_noise(
 ) -> tuple[Tensor, list[Tensor]]:
     """The UNet's answer (B, 4, h, w), and per hooked layer the region tokens' attention (see `RegionScores`).
 
+    latents and states may be of any floating type; the answer has the UNet's.
     token_idx: (B, 5) to ask for that attention; without it the list is empty. pooled (B, P), time_ids (B, 6): SDXL's.
     extra: further arguments of the UNet, e.g. a ControlNet's residuals.
     """
     probe = None if token_idx is None else RegionScores(token_idx)
-    added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+    dtype = unet.conv_in.weight.dtype  # not unet.dtype: the adapter inside may be of another
+    added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
     answer: Tensor = unet(
-        latents,
+        latents.to(dtype),
         timesteps,
-        encoder_hidden_states=states,
+        encoder_hidden_states=states.to(dtype),
         cross_attention_kwargs=None if probe is None else {"region_scores": probe},
         added_cond_kwargs=added,
         return_dict=False,

@@ -32,7 +32,7 @@ def test_every_kind_of_answer_can_fail(tmp_path: Path, capsys: pytest.CaptureFix
     answers = load_file(folder / "golden.safetensors")
     wrong = ("image_proj.out", "facial.out", "unet.out", "loss.two_layers", "e2e.id_uncond", "e2e.final_latents")
     for name in wrong:
-        answers[name] = answers[name] * 1.01
+        answers[name] = answers[name] * 1.01 + 1e-3
     answers["mask.0.Nose"][0, 0] = 255
     answers["e2e.token_mask"][0, 3] = True
     save_file(answers, folder / "golden.safetensors")

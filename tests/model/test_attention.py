@@ -150,3 +150,15 @@ def test_scores_keep_the_first_answer_of_a_layer() -> None:
     kept = probe.scores[0].clone()
     probe.add("layer", first[1], second[1])
     assert len(probe.scores) == 1 and torch.equal(probe.scores[0], kept)
+
+
+def test_a_full_precision_adapter_trains_in_a_half_precision_base(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
+    base.unet.to(torch.bfloat16)
+    model = trained(base)
+    prediction, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
+    assert prediction.dtype == torch.bfloat16 and scores[0].dtype == torch.float32
+    prediction.float().square().mean().backward()
+    gradients = [parameter.grad for parameter in model.adapter_modules.parameters()]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
