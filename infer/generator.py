@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.schema import DatasetConfig, InferConfig
-from infer.identity import Identity, read_photo, run_stages
+from infer.identity import Identity, read_photo, run_stages, set_up_stages
 from infer.portrait import Portrait, portrait_seed
 from infer.sampling import Guidance, TextStates, decode, denoise, guidance_states, initial_latents
 from infer.schedulers import make_scheduler, merge_position
@@ -27,7 +27,6 @@ from model.conditions import Conditions, build_conditions, collate
 from model.consistentid import BaseModels, ConsistentID, Features, encode_images, encode_text
 from model.prompt import tokenize_marked, without_marks
 from stages.base import Stage
-from stages.chain import build_stages
 from stages.record import Record
 from stages.regions import MAX_REGIONS, word_of
 
@@ -72,19 +71,18 @@ class ConsistentIDGenerator:
     def stages(self) -> list[Stage]:
         """The data set's stages, their weights loaded when first asked for: a saved identity needs none."""
         if self._stages is None:
-            stages = build_stages(self.dataset)
-            for stage in stages:
-                stage.setup()
-            self._stages = stages
+            self._stages = set_up_stages(self.dataset)
         return self._stages
 
-    def identity(self, photo: str | Path | Record) -> Identity:
+    def identity(self, photo: str | Path | Record, name: str = "") -> Identity:
         """The person in a photograph: a path, or a record that holds one (`infer.identity.photo_record`).
 
-        Raises FaceError if it shows no usable face, SourceError if it isn't a readable picture.
+        name: what to call it in an error. Raises FaceError if it shows no usable face, SourceError if it isn't a
+        readable picture.
         """
         record = photo if isinstance(photo, Record) else read_photo(photo)
-        return self.encode(run_stages(record, self.stages, None if isinstance(photo, Record) else photo))
+        called = name or (record.source if isinstance(photo, Record) else str(photo))
+        return self.encode(run_stages(record, self.stages, called))
 
     def encode(self, record: Record) -> Identity:
         """The identity in a record that went through the stages already, e.g. one read from a shard."""
@@ -296,8 +294,6 @@ def _strength(conditions: Conditions, settings: InferConfig, device: torch.devic
     return torch.tensor([[*values, *[1.0] * (MAX_REGIONS - len(values))]], device=device)
 
 
-def _step_generators(seed: int, prompt_index: int, numbers: Sequence[int]) -> torch.Generator:
-    """The noise that some schedulers add on the way, of each picture its own. diffusers draws from a list row by row,
-    and only for a single row is a plain generator the same."""
-    made = [torch.Generator().manual_seed(portrait_seed(seed, prompt_index, number, "steps")) for number in numbers]
-    return made[0] if len(made) == 1 else cast(torch.Generator, made)
+def _step_generators(seed: int, prompt_index: int, numbers: Sequence[int]) -> list[torch.Generator]:
+    """Of each picture its own: the noise that some schedulers add on the way."""
+    return [torch.Generator().manual_seed(portrait_seed(seed, prompt_index, number, "steps")) for number in numbers]

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import FaceError, SourceError
-from stages.base import Stage, run_stage
+from configs.schema import DatasetConfig
+from stages.base import Stage, run_chain
+from stages.chain import build_stages
 from stages.codec import from_members, to_members
 from stages.record import Record, Status, key_of
 from stages.regions import Mode
@@ -131,14 +133,21 @@ def photo_record(data: bytes, name: str) -> Record:
     return Record(key=key_of(name), source=name, sha256=hashlib.sha256(data).hexdigest(), image=data)
 
 
+def set_up_stages(config: DatasetConfig) -> list[Stage]:
+    """The data set's stages, in order, with their weights loaded."""
+    stages = build_stages(config)
+    for stage in stages:
+        stage.setup()
+    return stages
+
+
 def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
     """The record after all stages, which are set up already.
 
     photo: what to call the photograph in an error. Raises FaceError if it shows no usable face, SourceError if it is no
     usable picture.
     """
-    for stage in stages:
-        [record] = run_stage(stage, [record])
+    [record] = run_chain(stages, [record])
     if not record.ok:
         raise _refusal(record, str(photo or record.source))
     return record

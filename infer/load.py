@@ -8,9 +8,9 @@ from typing import Final
 
 from configs.errors import ConfigError
 from configs.load import load
-from configs.schema import DatasetConfig, InferConfig
+from configs.schema import DatasetConfig, DetectConfig, EmbedConfig, InferConfig
 from infer.generator import ConsistentIDGenerator
-from model.checkpoint import WEIGHTS_FILE, AdapterFile, load_adapter, read_adapter
+from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, load_adapter, read_adapter
 from model.consistentid import ConsistentID, load_base
 from stages.backends.runtime import torch_device
 
@@ -24,9 +24,7 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
     """
     import torch
 
-    if not config.adapter:
-        raise ConfigError("no adapter given: adapter=FOLDER, the final/ of a training run, or a published weights file")
-    source = Path(config.adapter).expanduser()
+    source = adapter_path(config)
     adapter = read_adapter(source)
     for name, own in (("spec", adapter.spec.name), ("mode", adapter.mode)):
         wanted = getattr(config.model, name)
@@ -55,12 +53,24 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
     return ConsistentIDGenerator(base, model, config, dataset, digest=adapter_digest(source))
 
 
+def adapter_path(config: InferConfig) -> Path:
+    """Where the adapter is. Raises ConfigError if none is given or it isn't there."""
+    if not config.adapter:
+        raise ConfigError("no adapter given: adapter=FOLDER, the final/ of a training run, or a published weights file")
+    source = Path(config.adapter).expanduser()
+    if not source.exists():
+        raise ConfigError(
+            f"adapter={config.adapter}: nothing there. A training run leaves its adapter in OUT/final."
+        )
+    return source
+
+
 def base_of(config: InferConfig, adapter: AdapterFile) -> str:
     """The base model's folder or hub id: as given, else the spec's own, else `base/` beside the adapter's folder, where
     the trainer makes the tiny one. Raises ConfigError if there is none."""
     if config.model.base or adapter.spec.base:
         return config.model.base or adapter.spec.base
-    near = _folder(Path(config.adapter).expanduser()).resolve().parent / "base"
+    near = _folder(adapter_path(config)).resolve().parent / "base"
     if not near.is_dir():
         raise ConfigError(
             f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base is made locally, and {near} isn't "
@@ -70,11 +80,17 @@ def base_of(config: InferConfig, adapter: AdapterFile) -> str:
 
 
 def dataset_config(config: InferConfig) -> DatasetConfig:
-    """The data set's configuration: the one given, else the one kept beside the adapter, else the defaults."""
+    """The data set's configuration: the one given, else the one kept beside the adapter, else the defaults; for the
+    published weights those with buffalo_l, whose identities they learnt: another embedder's would mean nothing."""
+    source = adapter_path(config)
     if config.dataset:
         return load(DatasetConfig, config.dataset)
-    kept = _folder(Path(config.adapter).expanduser()) / DATASET_FILE
-    return load(DatasetConfig, kept) if config.adapter and kept.is_file() else DatasetConfig()
+    kept = _folder(source) / DATASET_FILE
+    if kept.is_file():
+        return load(DatasetConfig, kept)
+    if (_folder(source) / CONFIG_FILE).is_file():
+        return DatasetConfig()
+    return DatasetConfig(detect=DetectConfig(weights="det_10g"), embed=EmbedConfig(weights="w600k_r50"))
 
 
 def adapter_digest(source: Path) -> str:

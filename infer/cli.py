@@ -1,0 +1,239 @@
+"""`python -m infer.cli`: a photograph and prompts → portraits. Imports lazily: --help answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from configs.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from configs.schema import InferConfig
+    from infer.generator import ConsistentIDGenerator
+    from infer.identity import Identity
+    from infer.portrait import Portrait
+
+SETTINGS_FILE: Final = "infer.yaml"
+IDENTITY_FILE: Final = "identity.safetensors"
+SHEET_FILE: Final = "contact_sheet.png"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[str, typer.Option("--config", "-c", help="A preset, e.g. configs/infer/demo.yaml.")]
+Photo = Annotated[str, typer.Option("--photo", "-p", help="The photograph: one face, from the front.")]
+Saved = Annotated[str, typer.Option("--identity", "-i", help="An identity.safetensors saved earlier, not a photo.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-t", help="What to show; give it again for more.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. adapter=runs/mine/final output=runs/portraits seed=7"),
+]
+
+
+@app.command()
+def main(
+    config: Config = "",
+    photo: Photo = "",
+    identity: Saved = "",
+    prompt: Prompts = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make portraits of the person in a photograph.
+
+    Writes `portrait-PROMPT-IMAGE.png` with all settings in their metadata, `contact_sheet.png`, the person as
+    `identity.safetensors`, and the resolved configuration as `infer.yaml`, which makes the same portraits again.
+
+    **Two prompts, four pictures each**
+
+    `python -m infer.cli --config configs/infer/sd15.yaml adapter=ConsistentID-v1.bin --photo ada.jpg
+    --prompt "a woman in a red coat" --prompt "a woman reading" output=runs/ada num_images_per_prompt=4`
+
+    **The same person again, without reading the photograph; another scheduler**
+
+    `python -m infer.cli --config configs/infer/sd15.yaml adapter=ConsistentID-v1.bin
+    --identity runs/ada/identity.safetensors --prompt "a woman at sea" output=runs/sea
+    scheduler=DPMSolverMultistepScheduler num_inference_steps=25 start_merge_step=15`
+
+    **Less of the person's own eyes; more of the whole likeness**
+
+    `… region_strength.eyes=0.5 id_scale=1.2`
+
+    **Exactly as before**
+
+    `python -m infer.cli --config runs/ada/infer.yaml`
+
+    Exits 0 if every portrait was written, 2 with a message if something given can't be.
+    """
+    with _errors():
+        _run(_settings(config, photo, identity, prompt, overrides))
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """A user's error is a message and exit 2; Ctrl-C exits 130."""
+    try:
+        yield
+    except PipelineError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("\nstopped; the portraits written so far are whole.", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+
+
+def _settings(
+    config: str, photo: str, identity: str, prompts: list[str] | None, overrides: list[str] | None
+) -> InferConfig:
+    """Preset, then KEY=VALUE, then the options; ConfigError unless there are a person and a prompt."""
+    from configs.load import load
+    from configs.schema import InferConfig
+
+    settings = load(InferConfig, config or None, overrides or ())
+    if photo and identity:
+        raise ConfigError("--photo and --identity are both given; give one of them.")
+    if photo or identity:
+        settings = replace(settings, photo=photo, identity=identity)
+    if prompts:
+        settings = replace(settings, prompts=tuple(prompts))
+    if not (settings.photo or settings.identity):
+        raise ConfigError("no person given: --photo FILE, or --identity FILE that an earlier run saved.")
+    if not settings.prompts or not all(prompt.strip() for prompt in settings.prompts):
+        raise ConfigError('no prompt given, or an empty one: --prompt "a man in a suit"; give it again for more.')
+    if not settings.output:
+        raise ConfigError("no output given: output=FOLDER.")
+    return settings
+
+
+def _run(settings: InferConfig) -> None:
+    _quiet()
+    folder = Path(settings.output).expanduser()
+    _check_output(folder, settings)
+    started = time.perf_counter()
+    person, generator = _read(settings)
+    loaded = time.perf_counter()
+    typer.echo(f"{person.record.source}: {', '.join(person.regions)}; model {generator.model.spec.name}", err=True)
+    if generator.model.spec.name == "tiny":
+        typer.echo("the tiny model learnt from a handful of pictures: expect blurred faces, not likenesses", err=True)
+    _claim(folder, settings)
+    person.save(folder / IDENTITY_FILE)
+    paths = _write_portraits(folder, person, generator, settings)
+    ended = time.perf_counter()
+    typer.echo(f"{len(paths)} portraits in {ended - loaded:.1f} s, after {loaded - started:.1f} s of loading:")
+    for path in paths:
+        typer.echo(f"  {path}")
+    typer.echo(f"contact sheet: {folder / SHEET_FILE}")
+
+
+def _read(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
+    """The person, and the generator. A photograph without a face is refused before gigabytes of models are loaded."""
+    from infer.identity import Identity, read_photo, run_stages, set_up_stages
+    from infer.load import dataset_config, load_generator
+    from stages.backends.runtime import pin_threads
+
+    if settings.identity:
+        saved = Identity.load(Path(settings.identity).expanduser())
+        return saved, load_generator(settings)
+    photograph = read_photo(Path(settings.photo).expanduser())
+    dataset = dataset_config(settings)
+    pin_threads(dataset.threads or _allowed_threads())
+    record = run_stages(photograph, set_up_stages(dataset), settings.photo)
+    generator = load_generator(settings)
+    return generator.encode(record), generator
+
+
+def _allowed_threads() -> int:
+    """OMP_NUM_THREADS, by which whoever shares the machine asks for restraint; 0 (all cores) without it."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else 0
+
+
+def _write_portraits(
+    folder: Path, person: Identity, generator: ConsistentIDGenerator, settings: InferConfig
+) -> list[Path]:
+    from infer.sheet import contact_sheet
+
+    made: list[Portrait] = []
+    paths: list[Path] = []
+    count = len(settings.prompts) * settings.num_images_per_prompt
+    with _progress(count * generator.evaluations(settings)) as advance:
+        for portrait in generator.generate(person, settings.prompts, settings, advance):
+            paths.append(portrait.save(folder))
+            made.append(portrait)
+    contact_sheet(person, made).save(folder / SHEET_FILE)
+    return paths
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over the UNet's evaluations, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns: list[Any] = [TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("denoising", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _resolved(settings: InferConfig) -> str:
+    from configs.load import to_yaml
+
+    return to_yaml(replace(settings, overwrite=False))
+
+
+def _check_output(folder: Path, settings: InferConfig) -> None:
+    """Raise ConfigError if `folder` holds portraits of another configuration, or something that is no run's output."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={folder} is a file; expected a folder, there or not yet.")
+    kept = folder / SETTINGS_FILE
+    if kept.is_file() and not settings.overwrite and kept.read_text(encoding="utf-8") != _resolved(settings):
+        raise ConfigError(
+            f"output={folder} holds portraits of another configuration ({SETTINGS_FILE}). "
+            "Name another output, or say overwrite=true to replace them."
+        )
+
+
+def _claim(folder: Path, settings: InferConfig) -> None:
+    """Leave no portrait of another configuration beside the new ones, and say in the folder what is made there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.overwrite:
+            for stale in folder.glob("portrait-[0-9]*-[0-9]*.png"):
+                stale.unlink()
+        (folder / SETTINGS_FILE).write_text(_resolved(settings), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output={folder} can't be written: {error.strerror or error}.") from error
+
+
+def _quiet() -> None:
+    """Libraries' notes on loading would bury our own."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    app()
