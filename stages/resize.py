@@ -75,7 +75,7 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
         except PILImage.DecompressionBombError as error:
             raise Failed("too_many_pixels", str(error)) from None
         except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever a broken header provokes
-            raise Failed("undecodable", f"{type(error).__name__}: {error}") from None
+            raise _undecodable(error) from None
     with opened:
         width, height = opened.size
         if width * height > config.max_pixels:
@@ -90,11 +90,14 @@ def _pixels(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
             return _fast_jpeg(opened, data, config)
         upright = ImageOps.exif_transpose(opened)
         return np.asarray(_to_rgb(upright), np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
-        short = "truncated" in str(error).lower() or "premature" in str(error).lower() or "broken" in str(error).lower()
-        raise Failed("truncated" if short else "undecodable", f"{type(error).__name__}: {error}") from None
     except Exception as error:  # noqa: BLE001 - as above
-        raise Failed("undecodable", f"{type(error).__name__}: {error}") from None
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> Failed:
+    text = f"{type(error).__name__}: {error}"
+    cut = any(word in text.lower() for word in ("truncated", "premature", "broken"))
+    return Failed("truncated" if cut else "undecodable", text)
 
 
 def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:

@@ -1,0 +1,68 @@
+"""Configuration is strict: what can't be is said when it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import load, load_text, to_yaml
+from configs.schema import DatasetConfig, InferConfig, TrainConfig
+
+PRESETS = [
+    (p, k)
+    for k, f in ((DatasetConfig, "dataset"), (TrainConfig, "train"), (InferConfig, "infer"))
+    for p in sorted(Path("configs", f).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("path", "kind"), PRESETS, ids=lambda value: str(value))
+def test_every_preset_loads_and_survives_being_written(path: Path, kind: type) -> None:
+    config = load(kind, path)
+    assert load_text(kind, to_yaml(config)) == config
+
+
+def test_the_production_presets_name_the_real_weights() -> None:
+    fgid = load(DatasetConfig, "configs/dataset/fgid.yaml")
+    assert (fgid.detect.weights, fgid.embed.weights, fgid.parse.weights) == ("det_10g", "w600k_r50", "parsing_bisenet")
+    assert fgid.caption.model == "llava-hf/llava-1.5-7b-hf"
+    assert fgid.caption.prompt == DatasetConfig().caption.prompt
+    assert fgid.caption.face_prompt == DatasetConfig().caption.face_prompt
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("detct.min_score=1", "Did you mean detect"),
+        ("detect.min_scor=1", "Did you mean detect.min_score"),
+        ("detect.min_score=2", "between 0 and 1"),
+        ("executor=spark", "one of ray, inline"),
+        ("shard_size=many", "whole number"),
+        ("shard_size=0", "1 to 100000"),
+        ("shard_size", "key=value"),
+        ("shard_size.x=1", "expected a whole number"),
+        ("detect=1", "section"),
+        ("source.extensions=[JPG]", "lower-case"),
+        ("detect.scales=[100]", "multiples of 32"),
+    ],
+)
+def test_what_cannot_be_says_what_was_expected(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(DatasetConfig, None, [override])
+
+
+def test_text_stays_text_and_numbers_become_numbers() -> None:
+    config = load(
+        DatasetConfig, None, ["output=007", "source.path=[a] b: c", "detect.min_score=6e-1", "detect.scales=320"]
+    )
+    assert (config.output, config.source.path) == ("007", "[a] b: c")
+    assert (config.detect.min_score, config.detect.scales) == (0.6, (320,))
+
+
+def test_a_missing_or_broken_file_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration at"):
+        load(DatasetConfig, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(DatasetConfig, tmp_path / "bad.yaml")

