@@ -19,6 +19,7 @@ LabImage = npt.NDArray[np.float32]
 
 _NEAR: Final = (22.0, 12.0, 12.0)  # half-axes of "near the median" in L, a, b: light varies more than hue does
 _EDGE: Final = 0.008  # of the picture's short side: border pixels mix with the neighbour's colour
+_SAMPLE: Final = 5000  # pixels are enough for a median
 
 # name: hue angles in Lab, degrees, of pure and cloth-like colours alike
 _HUES: Final = (
@@ -51,6 +52,7 @@ def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> 
     pixels = lab[inside]
     if len(pixels) < max(at_least, 1):
         return None
+    pixels = pixels[:: 1 + len(pixels) // _SAMPLE]
     median = np.median(pixels, axis=0)
     near = (((pixels - median) / np.array(_NEAR)) ** 2).sum(axis=1) <= 1
     return (float(median[0]), float(median[1]), float(median[2])) if near.mean() >= agreement else None

@@ -31,14 +31,14 @@ class Llava:
 
     def __init__(self, config: CaptionConfig, weights: Weights | None = None) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         self.config = config
         self.device = torch_device(config.device)
         name, revision = locate(config.model)
         source = {"revision": revision} if revision else {"local_files_only": True}
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=False, **source)
+            self.processor: Any = _load_processor(name, source)
             self.model: Any = AutoModelForImageTextToText.from_pretrained(
                 name,
                 dtype=getattr(torch, config.dtype),
@@ -118,10 +118,9 @@ class Llava:
             lengths.append(shared)
         cut = max(len(row) - length for row, length in zip(ids, lengths, strict=True))
         assert {len(row) - length for row, length in zip(ids, lengths, strict=True)} == {cut}, "one tail per prompt"
-        width = inputs["input_ids"].shape[1]
-        for name, value in inputs.items():  # input_ids, attention_mask, and token types where a model has them
-            if name != "pixel_values" and value.ndim == 2 and value.shape[1] == width:
-                inputs[name] = value[:, : width - cut]
+        for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, :-cut]
         dtype = self.model.dtype
         moved = {n: v.to(self.device, dtype if v.is_floating_point() else None) for n, v in inputs.items()}
         return moved, tails
@@ -165,6 +164,33 @@ class Llava:
             eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+
+
+def _load_processor(name: str, source: Mapping[str, Any]) -> Any:
+    """The checkpoint's processor; where its video half can't be loaded, the same class without it.
+
+    Processors of Qwen-VL and OneVision insist on a video processor, which needs torchvision (transformers 5.23 fails on
+    that with OSError, ImportError or AttributeError, as it happens). Pictures need neither.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    arguments = {"trust_remote_code": False, **source}
+    try:
+        return AutoProcessor.from_pretrained(name, **arguments)
+    except (OSError, ImportError, AttributeError):
+        processor_class = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name, **arguments))]
+        if "video_processor" not in processor_class.get_attributes():
+            raise
+        parts = {
+            "image_processor": AutoImageProcessor.from_pretrained(name, **arguments),
+            "tokenizer": AutoTokenizer.from_pretrained(name, **arguments),
+        }
+        settings, _ = processor_class.get_processor_dict(name, **source)
+        unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
+        pictures_only: Any = type(processor_class.__name__, (processor_class,), unchecked)
+        order = processor_class.get_attributes()
+        return pictures_only.from_args_and_dict([parts.get(part) for part in order], settings)
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

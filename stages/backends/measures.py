@@ -132,7 +132,9 @@ class _Parts:
         rows = _span(y1 - up * self.height, y2 + down * self.height, self.labels.shape[0])
         columns = _span(x1 - sides * self.width, x2 + sides * self.width, self.labels.shape[1])
         mask = np.zeros(self.labels.shape, bool)
-        mask[rows, columns] = np.isin(self.labels[rows, columns], [LABEL_IDS[name] for name in names])
+        wanted = np.zeros(256, bool)
+        wanted[[LABEL_IDS[name] for name in names]] = True
+        mask[rows, columns] = wanted[self.labels[rows, columns]]
         return mask if mask.sum() >= max(MIN_PIXELS, share * self.total) else np.zeros_like(mask)
 
     def on_face(self, *names: str, share: float = MIN_SHARE) -> Mask:

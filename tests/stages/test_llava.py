@@ -57,7 +57,7 @@ def all_plainly(backend: Llava, records: list[Record]) -> list[tuple[str, ...]]:
     return [tuple(plainly(backend, record, prompt) for prompt in backend.prompts) for record in records]
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
 def test_batched_answers_with_a_shared_prefix_are_those_of_plain_generate(
     kind: Any, tmp_path: Path, records: list[Record]
 ) -> None:
