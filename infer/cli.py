@@ -121,6 +121,9 @@ def _settings(
 
 def _run(settings: InferConfig) -> None:
     _quiet()
+    from infer.schedulers import check_scheduler
+
+    check_scheduler(settings.scheduler)
     folder = Path(settings.output).expanduser()
     _check_output(folder, settings)
     started = time.perf_counter()

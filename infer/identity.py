@@ -72,7 +72,8 @@ class Identity:
         tensors = {f"member.{name}": _bytes_to_tensor(data) for name, data in to_members(self.record).items()}
         for name in ("clip_hidden", "region_hidden", "tower"):
             tensors[name] = getattr(self, name).contiguous()
-        metadata = {"format": _FORMAT, "mode": self.mode, "regions": json.dumps(self.regions)}
+        # One entry: safetensors writes several in no fixed order, and the same person should give the same bytes.
+        metadata = {"identity": json.dumps({"format": _FORMAT, "mode": self.mode, "regions": self.regions})}
         partial = target.with_name(f".{target.name}.partial")
         save_file(tensors, partial, metadata=metadata)
         partial.replace(target)
@@ -86,7 +87,7 @@ class Identity:
             raise SourceError(f"no identity at {source}; runs of infer.cli save one as identity.safetensors")
         try:
             with safe_open(source, framework="pt") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {}).get("identity", "{}"))
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
@@ -100,7 +101,7 @@ class Identity:
             return cls(
                 record=from_members(members),
                 mode=mode,
-                regions=tuple(json.loads(metadata["regions"])),
+                regions=tuple(metadata["regions"]),
                 clip_hidden=tensors["clip_hidden"],
                 region_hidden=tensors["region_hidden"],
                 tower=tensors["tower"],

@@ -23,21 +23,29 @@ def known_schedulers() -> tuple[str, ...]:
     return tuple(sorted(name for name in dir(diffusers) if name.endswith(_SUFFIX) and _suits(name)))
 
 
-def make_scheduler(name: str, base: Any) -> Any:
-    """The scheduler of that class name with the noise schedule of `base`, the base model's own scheduler.
-
-    Raises ConfigError for an unknown name (naming the closest) or one that needs a package that isn't there.
-    """
+def check_scheduler(name: str) -> None:
+    """Raise ConfigError for a name that isn't known, naming the closest, or that needs a package which isn't there."""
     import diffusers
 
     known = known_schedulers()
-    if name not in known:
-        if name in dir(diffusers) and name.endswith(_SUFFIX) and not _installed(name):
-            raise ConfigError(f"scheduler={name}: it needs a package that isn't installed (torchsde, for the SDE ones)")
-        full = name if name.endswith(_SUFFIX) else name + _SUFFIX
-        close = difflib.get_close_matches(full, known, 3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
-        raise ConfigError(f"scheduler={name}: not a scheduler for Stable Diffusion in diffusers. {hint}")
+    if name in known:
+        return
+    if name in dir(diffusers) and name.endswith(_SUFFIX) and not _installed(name):
+        raise ConfigError(f"scheduler={name}: it needs a package that isn't installed (torchsde, for the SDE ones)")
+    stems = {each.removesuffix(_SUFFIX): each for each in known}  # the suffix alone would make anything close
+    close = [stems[stem] for stem in difflib.get_close_matches(name.removesuffix(_SUFFIX), stems, 3, cutoff=0.5)]
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+    raise ConfigError(f"scheduler={name}: not a scheduler for Stable Diffusion in diffusers. {hint}")
+
+
+def make_scheduler(name: str, base: Any) -> Any:
+    """The scheduler of that class name with the noise schedule of `base`, the base model's own scheduler.
+
+    Raises ConfigError as `check_scheduler` does.
+    """
+    import diffusers
+
+    check_scheduler(name)
     return getattr(diffusers, name).from_config(base.config)
 
 
