@@ -65,16 +65,18 @@ def hair_color(color: Lab) -> str:
         return "black"
     if light < 20 and chroma < 10:
         return "dark"
-    if chroma < 8:
-        return "" if light < 36 else "grey" if light < 76 else "white"
+    if chroma < 8 or (chroma < 11 and light >= 45):
+        return "" if light < 45 else "grey" if light < 76 else "white"
     if not 25 <= hue < 110:
         return fabric_color(color) if chroma > 22 else ""
     if light < 62 and ((hue < 58 and chroma >= 24) or (hue < 42 and chroma >= 16)):
         return "red" if chroma >= 36 and light >= 32 else "auburn"
+    if hue >= 58 and chroma >= 22 and light >= 42:
+        return "blond"
     for limit, name in ((25, "dark brown"), (42, "brown"), (55, "light brown")):
-        if light < limit:
+        if light < limit and chroma < 22 + light / 4:
             return name
-    return "blond" if hue >= 58 else ""
+    return "blond" if hue >= 58 and chroma >= 15 and light >= 42 else ""
 
 
 def fabric_color(color: Lab) -> str:

@@ -222,6 +222,7 @@ def test_the_size_of_the_picture_changes_no_word() -> None:
         ((110, 50, 28), "auburn"),
         ((170, 80, 40), "red"),
         ((135, 135, 137), "grey"),
+        ((162, 158, 141), "grey"),
         ((240, 240, 238), "white"),
         ((60, 150, 70), "green"),
     ],
