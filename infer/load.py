@@ -59,9 +59,7 @@ def adapter_path(config: InferConfig) -> Path:
         raise ConfigError("no adapter given: adapter=FOLDER, the final/ of a training run, or a published weights file")
     source = Path(config.adapter).expanduser()
     if not source.exists():
-        raise ConfigError(
-            f"adapter={config.adapter}: nothing there. A training run leaves its adapter in OUT/final."
-        )
+        raise ConfigError(f"adapter={config.adapter}: nothing there. A training run leaves its adapter in OUT/final.")
     return source
 
 
