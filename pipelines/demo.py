@@ -70,7 +70,7 @@ def _summary(data: Path, adapter: Path, made: Path, seconds: float) -> list[str]
         f"  training  noise loss {loss['start']:.3f} → {loss['end']:.3f} in {training['steps']} steps",
         f"  adapter   {adapter / 'final'}",
         f"  portraits {len(portraits)} pictures in {made}",
-        "The model is tiny and was trained here in minutes: its portraits show that the chain works, not what it can do.",
+        "The model is tiny and was trained here in minutes: its portraits show that the chain works, no more.",
     ]
 
 

@@ -39,7 +39,7 @@ class Synthesizer:
 
 
 def write_portraits(folder: Path, count: int, seed: int, weights: Weights | None = None) -> Iterator[Path]:
-    """Write portrait-SEED-NNNNN.jpg files into `folder`, those already there kept; yields each path when it is there."""
+    """Write portrait-SEED-NNNNN.jpg into `folder`, keeping those already there; yields each path when it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     synthesizer: Synthesizer | None = None
     for index in range(count):

@@ -20,8 +20,9 @@ from stages.codec import decode_jpeg, encode_labels
 from stages.record import Face, Record
 
 PAIRS = ((2, 3), (4, 5), (7, 8))  # (left, right) brow, eye, ear: "left" is the viewer's left, as in CelebAMask-HQ
-FACE_PARTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)  # skin, brows, eyes, glasses, ears, earring, nose, mouth, lips
+HEAD_PARTS = (*range(1, 14), 18)  # skin, brows, eyes, glasses, ears, earring, nose, mouth, lips; hat
 BACKGROUND, SKIN, CLOTH, HAIR, HAT = 0, 1, 16, 17, 18
+_OUTSIDE = 255  # no label: the crop doesn't reach here
 
 
 class ParseStage(BackendStage):
@@ -39,7 +40,7 @@ class ParseStage(BackendStage):
             warps = [similarity(records[i].main_face, FFHQ_512) for i in close]
             crops = [aligned(images[i], warp) for i, warp in zip(close, warps, strict=True)]
             for i, warp, labels in zip(close, warps, self.backend.parse(crops), strict=True):
-                maps[i] = lay_over(maps[i], labels, warp)
+                maps[i] = lay_over(maps[i], labels, warp, records[i].main_face)
         return [self._answer(record, labels) for record, labels in zip(records, maps, strict=True)]
 
     def _aligns(self, record: Record) -> bool:
@@ -60,20 +61,21 @@ def aligned(image: Image, warp: Matrix) -> Image:
     return np.asarray(crop, np.uint8)
 
 
-def lay_over(whole: LabelMap, crop: LabelMap, warp: Matrix) -> LabelMap:
-    """The whole picture's labels, with those of the aligned crop in their place where the crop knows better.
+def lay_over(whole: LabelMap, crop: LabelMap, warp: Matrix, face: Face) -> LabelMap:
+    """The crop's labels where it reaches, those of the whole picture beyond.
 
-    Inside the crop its face parts, hair and hats count, and face parts or hats that only the whole picture's pass saw
-    there do not: they fall back to what the crop says. Outside it, face parts of other people stay as they were found.
+    Beyond the crop there is nothing of this person's face. What the whole picture's pass takes for a face there is
+    clothes if it lies below the chin, hair or hat if it goes on from these at the crop's edge, and else background or
+    somebody else, which count as the same here.
     """
     height, width = whole.shape
-    back = cv2.warpAffine(
-        crop, warp, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderValue=255.0
-    )
-    inside = back != 255
-    trusted = np.isin(back, (*FACE_PARTS, HAIR, HAT))
-    doubtful = np.isin(whole, (*FACE_PARTS, HAT))
-    return np.where(inside & (trusted | doubtful), back, whole).astype(np.uint8)
+    flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    back = cv2.warpAffine(crop, warp, (width, height), flags=flags, borderValue=_OUTSIDE)
+    edge = cv2.warpAffine(crop, warp, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    above = np.where(np.isin(edge, (HAIR, HAT)), edge, BACKGROUND)
+    below = np.arange(height)[:, None] > face.box[3]
+    beyond = np.where(np.isin(whole, HEAD_PARTS), np.where(below, CLOTH, above), whole)
+    return np.where(back == _OUTSIDE, beyond, back).astype(np.uint8)
 
 
 def mend_sides(labels: LabelMap, face: Face) -> LabelMap:
