@@ -14,7 +14,7 @@ from stages.base import run_stage
 from stages.caption import CaptionStage
 from stages.codec import encode_jpeg, encode_labels
 from stages.record import Record, Status, key_of
-from tests.stages.test_attributes import draw
+from tests.stages.drawing import draw
 from tests.stages.tiny_llava import make_checkpoint
 
 
