@@ -33,8 +33,9 @@ install: $(VENV)/.installed ## set up .venv (done by itself before the others)
 
 $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check uv
-	$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check uv 2>&1 | grep -v "is ignored" || true
+	@echo installing into $(VENV)
+	@$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
 	@touch $@
 
 demo: install ## everything once, on real faces: portraits → shards + report → training → portraits
