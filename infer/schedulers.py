@@ -27,11 +27,12 @@ def check_scheduler(name: str) -> None:
     """Raise ConfigError for a name that isn't known, naming the closest, or that needs a package which isn't there."""
     import diffusers
 
+    if name.endswith(_SUFFIX) and name in dir(diffusers):
+        if not _installed(name):
+            raise ConfigError(f"scheduler={name}: it needs a package that isn't installed (torchsde, for the SDE ones)")
+        if _suits(name):
+            return  # without importing all the others, which takes seconds
     known = known_schedulers()
-    if name in known:
-        return
-    if name in dir(diffusers) and name.endswith(_SUFFIX) and not _installed(name):
-        raise ConfigError(f"scheduler={name}: it needs a package that isn't installed (torchsde, for the SDE ones)")
     stems = {each.removesuffix(_SUFFIX): each for each in known}  # the suffix alone would make anything close
     close = [stems[stem] for stem in difflib.get_close_matches(name.removesuffix(_SUFFIX), stems, 3, cutoff=0.5)]
     hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
