@@ -56,7 +56,7 @@ def _summary(data: Path, adapter: Path, made: Path, seconds: float) -> list[str]
     ledger, speed = stats["data"], stats["runs"]["images_per_second"]
     loss = training["noise_loss"]
     dropped, failed = (sum(ledger[kind].values()) for kind in ("dropped", "failed"))
-    portraits = sorted(made.glob("*.png"))
+    portraits = list(made.glob("portrait-*.png"))
     return [
         f"demo finished in {seconds / 60:.1f} minutes",
         f"  ledger    {ledger['inputs']} inputs = {ledger['written']} written + {dropped} dropped + {failed} failed",
@@ -69,7 +69,7 @@ def _summary(data: Path, adapter: Path, made: Path, seconds: float) -> list[str]
         f"  report    {data / 'report/index.html'}",
         f"  training  noise loss {loss['start']:.3f} → {loss['end']:.3f} in {training['steps']} steps",
         f"  adapter   {adapter / 'final'}",
-        f"  portraits {len(portraits)} pictures in {made}",
+        f"  portraits {len(portraits)} in {made}; see contact_sheet.png there first",
         "The model is tiny and was trained here in minutes: its portraits show that the chain works, no more.",
     ]
 

@@ -47,7 +47,7 @@ def encode_labels(labels: LabelMap) -> bytes:
 @lru_cache(maxsize=24)
 def decode_labels(data: bytes) -> LabelMap:
     """PNG → label map (H, W) uint8, read-only. Raises ValueError unless it is a single-channel 8-bit picture."""
-    labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
         raise ValueError("a label map must be a single-channel 8-bit PNG")
     labels.setflags(write=False)

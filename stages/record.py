@@ -84,6 +84,12 @@ class Record:
         return self.faces[self.face]
 
 
+def scaled(face: Face, by: float) -> Face:
+    """The face in a picture `by` times as large."""
+    x1, y1, x2, y2 = (value * by for value in face.box)
+    return Face(box=(x1, y1, x2, y2), landmarks=tuple((x * by, y * by) for x, y in face.landmarks), score=face.score)
+
+
 def key_of(source: str) -> str:
     """The record's key: the first 20 hex digits of sha256 of the source's name relative to its root."""
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:KEY_LENGTH]
