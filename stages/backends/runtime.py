@@ -10,12 +10,15 @@ _threads = 0
 
 
 def pin_threads(count: int) -> None:
-    """Let every model of this process use `count` threads (0: all cores). Call before stages are set up."""
+    """Let every model of this process use `count` threads. Call before stages are set up.
+
+    0: as OMP_NUM_THREADS says, else all cores.
+    """
     global _threads
     import cv2
     import torch
 
-    _threads = count or os.cpu_count() or 1
+    _threads = count or int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count() or 1
     torch.set_num_threads(_threads)
     cv2.setNumThreads(_threads)
 
