@@ -84,7 +84,7 @@ def run(
 
 
 def _run(job: Job) -> None:
-    from pipelines.dataset import execute, fetch_weights, read_ledger, throughput
+    from pipelines.dataset import execute, fetch_weights, read_ledger
     from pipelines.report import write_report
 
     for weight in fetch_weights(job.config):
@@ -97,14 +97,10 @@ def _run(job: Job) -> None:
     ledger = read_ledger(job.store)
     for line in ledger.lines():
         typer.echo(line)
+    stats = write_report(job.store)
     if done:
-        seconds = time.time() - started
-        steady = throughput(done)
-        typer.echo(
-            f"{sum(m['inputs'] for m in done):,} images in {seconds:.1f} s"
-            + (f", {steady:.2f} images/s from the first shard to the last" if steady else "")
-        )
-    write_report(job.store)
+        rate = stats["runs"]["images_per_second"]
+        typer.echo(f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once models were loaded")
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
 
 

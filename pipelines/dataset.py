@@ -174,7 +174,7 @@ def _lint_samples(store: Store, index: int, manifest: dict[str, Any]) -> Iterato
 def throughput(done: Sequence[dict[str, Any]]) -> float:
     """Images per second from the first shard's commit to the last's: start-up and the loading of models left out.
 
-    0.0 where fewer than two shards were made.
+    To be quoted for many shards only. 0.0 where fewer than two were made.
     """
     if len(done) < 2:
         return 0.0

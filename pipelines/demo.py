@@ -65,7 +65,7 @@ def _summary(data: Path, adapter: Path, made: Path, seconds: float) -> list[str]
             for kind in ("dropped", "failed")
             for reason, n in ledger[kind].items()
         ),
-        f"  shards    {ledger['shards']} in {data / 'shards'}" + (f", {speed:.1f} images/s" if speed else ""),
+        f"  shards    {len(ledger['shards'])} in {data / 'shards'}" + (f", {speed:.1f} images/s" if speed else ""),
         f"  report    {data / 'report/index.html'}",
         f"  training  noise loss {loss['start']:.3f} → {loss['end']:.3f} in {training['steps']} steps",
         f"  adapter   {adapter / 'final'}",

@@ -168,6 +168,7 @@ def _stream(
 ) -> Iterator[Manifest]:
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it anew
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None
     context.enable_progress_bars = False
@@ -265,6 +266,8 @@ class _GroupActor:
 
         records, shard, start, run = _of_block(block)
         stages = self._chain[max(self._group.first, start) : self._group.last]
+        if self._group.first == 0:
+            run["started"] = time.time()  # a shard's time begins once its models are loaded
         attempt = ray.get(self._counter.begin.remote(shard, self._group.first))
         run["attempt"] = max(run["attempt"], attempt)
         last = self._group.last == len(self._chain)

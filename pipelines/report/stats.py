@@ -201,8 +201,7 @@ def _lengths(text: str) -> tuple[int, int]:
 def _runs(found: Sequence[Row]) -> dict[str, Any]:
     """seconds: in which at least one shard was being made; pauses between runs don't count.
 
-    images_per_second: from the first shard's end to the last's, so that start-up and the loading of models are left
-    out, and again without pauses; of the whole time where there is one shard only.
+    images_per_second: over those seconds. A shard's time begins once its models are loaded.
     """
     shards = []
     stage_seconds: dict[str, float] = {}
@@ -224,20 +223,12 @@ def _runs(found: Sequence[Row]) -> dict[str, Any]:
     total = sum(stage_seconds.values())
     return {
         "seconds": round(_covered(spans), 3),
-        "images_per_second": _steady_rate(spans, [manifest["inputs"] for manifest in found]),
+        "images_per_second": _rate(sum(manifest["inputs"] for manifest in found), _covered(spans)),
         "finished": max(shard["finished"] for shard in shards),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
         "stage_share": {stage: round(seconds / total, 4) if total else 0.0 for stage, seconds in stage_seconds.items()},
         "shards": shards,
     }
-
-
-def _steady_rate(spans: Sequence[tuple[float, float]], inputs: Sequence[int]) -> float | None:
-    if len(spans) == 1:
-        return _rate(inputs[0], _covered(spans))
-    first = min(range(len(spans)), key=lambda index: spans[index][1])
-    reached = spans[first][1]
-    return _rate(sum(inputs) - inputs[first], _covered((max(start, reached), end) for start, end in spans))
 
 
 def _rate(images: int, seconds: float) -> float | None:
