@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ from stages.record import Record
 from stages.regions import Mode
 from train import draws
 from train.shards import ShardSet
+
+Batch = TypeVar("Batch")
 
 
 class Order:
@@ -179,9 +181,19 @@ def _non_zero_pictures(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
 
 
 def micro_batches(
-    make: BatchMaker, *, start: int, size: int, rank: int = 0, world: int = 1, workers: int = 0, pin: bool = False
-) -> Iterator[TrainBatch]:
-    """Process `rank` of `world`'s micro-batches of `size` samples, from position `start` on, without end."""
+    make: Callable[[range], Batch],
+    *,
+    start: int,
+    size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """Process `rank` of `world`'s micro-batches of `size` samples, from position `start` on, without end.
+
+    make: positions → micro-batch, in practice a BatchMaker; runs in the worker processes.
+    """
     import webdataset as wds
 
     def plan() -> Iterator[range]:
@@ -190,7 +202,7 @@ def micro_batches(
     def of_this_process(source: Iterator[range]) -> Iterator[range]:
         return islice(source, rank, None, world)
 
-    def made(source: Iterator[range]) -> Iterator[TrainBatch]:
+    def made(source: Iterator[range]) -> Iterator[Batch]:
         return map(make, source)
 
     pipeline = wds.DataPipeline(plan, of_this_process, wds.split_by_worker, made)

@@ -1,0 +1,87 @@
+"""Samples by number: what the shards hold is what is read, and what isn't committed isn't there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from configs.errors import PipelineError, ShardError, SourceError
+from pipelines.shards import read_records
+from pipelines.store import Store
+from train.shards import ShardSet
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "data"))
+
+
+def test_every_sample_is_the_record_that_was_written(data: Path, shards: ShardSet) -> None:
+    written = [record for index in range(3) for record in read_records(Store(str(data)), index)]
+    read = shards.records(range(len(shards)))
+    assert shards.keys == [record.key for record in written]
+    for one, other in zip(read, written, strict=True):
+        assert (one.key, one.image, one.parsing, one.caption) == (other.key, other.image, other.parsing, other.caption)
+        assert one.identity is not None and other.identity is not None
+        np.testing.assert_array_equal(one.identity, other.identity)
+
+
+def test_samples_come_in_the_order_asked_for(shards: ShardSet) -> None:
+    assert [record.key for record in shards.records([7, 0, 3])] == [shards.keys[number] for number in (7, 0, 3)]
+
+
+def test_a_shard_without_a_manifest_is_not_there(copy: Path, shards: ShardSet) -> None:
+    (copy / "shards/fgid-000001.json").unlink()  # a gap in the numbering, and a tar a killed writer left
+    assert ShardSet(str(copy)).keys == [*shards.keys[:3], *shards.keys[6:]]
+
+
+def test_shards_at_a_url_are_read_in_place(data: Path, shards: ShardSet) -> None:
+    fsspec.filesystem("memory").put(str(data), "/fgid", recursive=True)
+    remote = ShardSet("memory://fgid")
+    assert (remote.keys, remote.digest) == (shards.keys, shards.digest)
+    assert remote.records([4])[0].image == shards.records([4])[0].image
+    assert remote.dataset_config() == (data / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_no_data_set_says_what_to_do(tmp_path: Path, made: bool) -> None:
+    if made:
+        (tmp_path / "none/shards").mkdir(parents=True)
+    with pytest.raises(SourceError, match="Run make dataset first"):
+        ShardSet(str(tmp_path / "none"))
+
+
+def test_a_set_whose_pictures_were_all_dropped_says_so(copy: Path) -> None:
+    for manifest in (copy / "shards").glob("*.json"):
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "written": 0}))
+    with pytest.raises(SourceError, match="hold no sample"):
+        ShardSet(str(copy))
+
+
+def test_a_truncated_tar_is_named(copy: Path) -> None:
+    tar = copy / "shards/fgid-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    with pytest.raises(ShardError, match=r"fgid-000001\.tar holds .* its manifest says"):
+        ShardSet(str(copy))
+
+
+def test_a_sidecar_that_points_at_another_sample_is_named(copy: Path) -> None:
+    path = copy / "shards/fgid-000000.parquet"
+    table = pq.read_table(path)
+    keys = table.column("key").to_pylist()
+    pq.write_table(table.set_column(0, "key", [[keys[1], keys[0], *keys[2:]]]), path)
+    with pytest.raises(ShardError, match=keys[1]):
+        ShardSet(str(copy)).records([0])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"shard": "fgid-000000", "written": 3}'])
+def test_a_manifest_that_is_none_is_named(copy: Path, text: str) -> None:
+    (copy / "shards/fgid-000000.json").write_text(text)
+    with pytest.raises(PipelineError, match=r"fgid-000000\.json"):
+        ShardSet(str(copy))
