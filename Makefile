@@ -56,8 +56,8 @@ report: install ## write the report of OUT=… again
 weights: install ## fetch weights ahead of a run. PRESET=demo or fgid
 	$(RUN) -m pipelines.cli weights --config configs/dataset/$(PRESET).yaml $(ARGS)
 
-test: install ## all tests
-	$(RUN) -m pytest $(ARGS)
+test: install ## all tests, two files at a time
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 golden: install ## hold every module against the reference's answers
 	$(RUN) -m tests.golden.check tests/golden
