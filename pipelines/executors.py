@@ -173,7 +173,10 @@ def _stream(
     context.target_max_block_size = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    data = ray.data.read_datasource(_shard_source(config, tasks), override_num_blocks=len(tasks), num_cpus=_TASK_CPUS)
+    at_once = -(-groups[0].copies // 2)  # each costs a process that imports for seconds: a storm of them starves actors
+    data = ray.data.read_datasource(
+        _shard_source(config, tasks), override_num_blocks=len(tasks), num_cpus=_TASK_CPUS, concurrency=at_once
+    )
     for group in groups:
         data = data.map_batches(
             _GroupActor,
@@ -185,8 +188,14 @@ def _stream(
             num_cpus=group.cpus,
             num_gpus=group.gpus or None,
         )
+    signatures = [stage.signature() for stage in build_stages(config)]
     data = data.map_batches(
-        _write, batch_size=None, batch_format="pyarrow", fn_kwargs={"config": config}, num_cpus=_TASK_CPUS
+        _write,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"output": config.output, "signatures": signatures},
+        num_cpus=_TASK_CPUS,
+        concurrency=at_once,
     )
     for row in data.iter_rows():
         yield json.loads(row["manifest"])
@@ -280,11 +289,10 @@ class _GroupActor:
         return _to_block(records, shard, start, run)
 
 
-def _write(block: pa.Table, config: DatasetConfig) -> pa.Table:
+def _write(block: pa.Table, output: str, signatures: Sequence[str]) -> pa.Table:
     records, shard, _, run = _of_block(block)
-    signatures = [stage.signature() for stage in build_stages(config)]
     facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"])
-    manifest = commit(Store(config.output), shard, records, run["digest"], signatures, facts)
+    manifest = commit(Store(output), shard, records, run["digest"], signatures, facts)
     return pa.table({"manifest": [json.dumps(manifest)]})
 
 
