@@ -1,0 +1,61 @@
+"""The tiny base that a run makes for itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from configs.schema import ModelConfig
+from model.conditions import training_pixels
+from model.spec import SPECS
+from tests.train.conftest import small
+from train.base import ensure_base, fit_vae
+from train.shards import ShardSet
+
+
+def encoded(base: Path, shards: ShardSet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures, their scaled latents, and the pictures made of those again."""
+    pictures = torch.stack([training_pixels(record, 64) for record in shards.records(range(8))])
+    vae = diffusers.AutoencoderKL.from_pretrained(base / "vae")
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+        return pictures, latents * vae.config.scaling_factor, vae.decode(latents).sample
+
+
+@pytest.mark.slow
+def test_the_tiny_base_is_made_once_and_turns_latents_back_into_pictures(
+    data: Path, shards: ShardSet, tmp_path: Path
+) -> None:
+    config = replace(small(data, Path(), tmp_path / "out"), resolution=64, model=ModelConfig(spec="tiny"))
+    said: list[str] = []
+    base = Path(ensure_base(config, SPECS["tiny"], shards, said.append))
+    assert base == tmp_path / "out/base" and "random weights" in said[0]
+    pictures, latents, decoded = encoded(base, shards)
+    grey = pictures.mean((2, 3), keepdim=True)
+    assert (decoded - pictures).abs().mean() < 0.4 * (grey - pictures).abs().mean()
+    assert latents.std() == pytest.approx(1.0, abs=0.05)
+    before = (base / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    assert ensure_base(config, SPECS["tiny"], shards, said.append) == str(base) and len(said) == 1
+    assert (base / "vae/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_fitting_is_a_function_of_the_seed(tiny_base: Path, shards: ShardSet, tmp_path: Path) -> None:
+    import shutil
+
+    files = []
+    for name in ("one", "two"):
+        shutil.copytree(tiny_base, tmp_path / name)
+        fit_vae(tmp_path / name, shards, resolution=64, seed=1, steps=2)
+        files.append((tmp_path / name / "vae/diffusion_pytorch_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_named_base_is_taken_as_it_is(data: Path, shards: ShardSet, tmp_path: Path) -> None:
+    config = small(data, Path("/some/base"), tmp_path / "out")
+    assert ensure_base(config, SPECS["tiny"], shards, print) == "/some/base"
+    public = replace(config, model=ModelConfig(spec="sd15"))
+    assert ensure_base(public, SPECS["sd15"], shards, print) == SPECS["sd15"].base

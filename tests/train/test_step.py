@@ -1,0 +1,169 @@
+"""One step's arithmetic: features, noise, losses, and where their gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.errors import ConfigError
+from configs.schema import LossConfig
+from model.conditions import collate, drop_conditions
+from model.consistentid import encode_frozen
+from tests.train.conftest import Parts
+from train import draws
+from train.data import TrainBatch
+from train.step import freeze, frozen_features, noised_latents, snr_weights, step_losses
+
+PLAIN = LossConfig(facial_weight=0)
+
+
+def losses(parts: Parts, batch: TrainBatch, config: LossConfig, *, mask: bool = False) -> dict[str, float]:
+    values = step_losses(parts.trained, parts.frozen, batch, config, mask=mask).values
+    return dict(zip(("loss", "noise", "facial"), values.tolist(), strict=True))
+
+
+def test_features_are_those_of_inference_though_zero_pictures_are_not_encoded(parts: Parts) -> None:
+    positions = range(40)
+    ours = frozen_features(parts.frozen, parts.make(positions))
+    numbers = [parts.make._order.sample(position) for position in positions]
+    conditions = collate([sample for sample, _ in parts.make._samples(numbers)])
+    drawn = torch.tensor([draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64)
+    dropped = drop_conditions(conditions, drawn, parts.preparation.drop, parts.preparation.tokenizer)
+    assert (dropped.identity.norm(dim=1) == 0).any() and (dropped.token_valid.sum(1) == 0).any()
+    theirs = encode_frozen(parts.frozen.base, dropped)
+    for name in ("text_hidden", "clip_hidden", "region_hidden", "identity", "token_mask", "token_valid"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_dropped_conditions_alone_trains(parts: Parts) -> None:
+    batch = parts.make(range(2))
+    bare = replace(
+        batch,
+        pictures=batch.pictures[:0],
+        picture_rows=batch.picture_rows[:0],
+        token_mask=torch.zeros_like(batch.token_mask),
+        token_valid=torch.zeros_like(batch.token_valid),
+        identity=torch.zeros_like(batch.identity),
+    )
+    outcome = step_losses(parts.trained, parts.frozen, bare, LossConfig(), mask=False)
+    outcome.total.backward()
+    assert torch.isfinite(outcome.values).all()
+    grads = [p.grad for p in parts.trained.adapter.parameters()]
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)  # else other processes would wait
+
+
+def test_gradients_of_the_localisation_loss_reach_the_adapter(parts: Parts) -> None:
+    batch = parts.make(range(4))
+    outcome = step_losses(parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False)
+    noise = step_losses(parts.trained, parts.frozen, batch, PLAIN, mask=False)
+    (outcome.total - noise.total).backward()  # the facial loss alone
+    reached = {
+        name for name, p in parts.trained.adapter.named_parameters() if p.grad is not None and p.grad.norm() > 1e-8
+    }
+    for part in (
+        "FacialEncoder.fuse_module.mlp1.fc1.weight",
+        "FacialEncoder.visual_projection.latents",
+        "image_proj_model.proj.0.weight",
+    ):
+        assert part in reached
+    hooked = [i for i, module in enumerate(parts.trained.adapter.adapter_modules) if module.hook]  # type: ignore[union-attr]
+    assert hooked and all(f"adapter_modules.{i}.to_q_lora.up.weight" in reached for i in hooked)
+    assert all(f"adapter_modules.{i}.to_k_lora.up.weight" in reached for i in hooked)
+
+
+def test_the_localisation_loss_falls_when_it_is_trained(parts: Parts) -> None:
+    batch = parts.make(range(4))
+    optimizer = torch.optim.AdamW(parts.trained.adapter.parameters(), lr=3e-3)
+    before = losses(parts, batch, LossConfig())["facial"]
+    for _ in range(12):
+        optimizer.zero_grad()
+        outcome = step_losses(parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False)
+        outcome.total.backward()
+        optimizer.step()
+    assert losses(parts, batch, LossConfig())["facial"] < before - 0.05
+
+
+def test_masking_leaves_out_what_is_behind_the_person(parts: Parts) -> None:
+    batch = parts.make(range(2))
+    no_person = replace(batch, foreground=torch.zeros_like(batch.foreground))
+    everything = replace(batch, foreground=torch.ones_like(batch.foreground))
+    assert losses(parts, no_person, PLAIN, mask=True)["noise"] == 0
+    assert losses(parts, everything, PLAIN, mask=True) == losses(parts, batch, PLAIN)
+    assert 0 < losses(parts, batch, PLAIN, mask=True)["noise"] < losses(parts, batch, PLAIN)["noise"]
+
+
+def test_latents_are_a_sample_of_the_vae_under_the_batch_s_own_noise(parts: Parts) -> None:
+    batch = replace(parts.make(range(2)), timesteps=torch.tensor([0, 999]))
+    noisy, target = noised_latents(parts.frozen, batch)
+    vae, schedule = parts.frozen.base.vae, parts.frozen.noise_schedule
+    with torch.no_grad():
+        posterior = vae.encode(batch.pixels).latent_dist
+    latents = (posterior.mean + posterior.std * batch.latent_noise) * vae.config.scaling_factor
+    kept = schedule.alphas_cumprod[[0, 999]].view(2, 1, 1, 1)
+    torch.testing.assert_close(noisy, kept.sqrt() * latents + (1 - kept).sqrt() * batch.noise)
+    torch.testing.assert_close(target, batch.noise)
+    schedule.register_to_config(prediction_type="v_prediction")
+    velocity = noised_latents(parts.frozen, batch)[1]
+    torch.testing.assert_close(velocity, kept.sqrt() * batch.noise - (1 - kept).sqrt() * latents)
+
+
+def test_min_snr_weights(parts: Parts) -> None:
+    schedule, steps = parts.frozen.noise_schedule, torch.tensor([0, 500, 999])
+    kept = schedule.alphas_cumprod[steps]
+    snr = kept / (1 - kept)
+    wanted = torch.minimum(snr, torch.tensor(5.0)) / snr
+    torch.testing.assert_close(snr_weights(schedule, steps, 5.0), wanted)
+    assert wanted[0] < 0.01 and wanted[2] == 1  # clean steps count for little, noisy ones in full
+
+
+def test_a_base_that_predicts_pictures_is_refused(parts: Parts) -> None:
+    parts.frozen.base.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ConfigError, match="predicts 'sample'"):
+        freeze(parts.frozen.base, 56)
+
+
+def test_gradient_checkpointing_changes_no_gradient(parts: Parts) -> None:
+    batch = parts.make(range(2))
+    gradients: list[dict[str, torch.Tensor]] = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            parts.frozen.base.unet.enable_gradient_checkpointing()
+        parts.trained.zero_grad()
+        step_losses(parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False).total.backward()
+        gradients.append({n: p.grad.clone() for n, p in parts.trained.adapter.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class _Reads(TorchDispatchMode):
+    """Names the operations that would make the host wait for the device: reading a number, or a shape from values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(parts: Parts) -> None:
+    batch = parts.make(range(2))
+    with _Reads() as reads:
+        step_losses(parts.trained, parts.frozen, batch, LossConfig(snr_gamma=5.0), mask=True).total.backward()
+    assert reads.seen == []
+    with _Reads() as reads:
+        batch.identity.sum().item()
+    assert reads.seen == ["_local_scalar_dense"]  # the test can see one

@@ -1,0 +1,172 @@
+"""Whole runs: resuming, checkpoints, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import ConfigError, WeightsError
+from configs.load import load
+from configs.schema import DatasetConfig, ModelConfig, OptimConfig, TrainConfig
+from tests.train.conftest import Listener, run, small
+from train.history import read_history
+from train.state import checkpoints
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = [folder / "adapter.safetensors", *folder.glob("unet/*.safetensors")]
+    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps in one go, the UNet too."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(small(data, tiny_base, output, train_base=True)).step == 10
+    return output
+
+
+def test_ten_steps_equal_five_resume_and_five(straight: Path, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = small(data, tiny_base, tmp_path / "halves", train_base=True, checkpointing_steps=5)
+
+    def stop(step: int) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = run(config, Listener(stop))
+    assert (stopped.step, stopped.signal, stopped.adapter) == (6, signal.SIGTERM, None)
+    shutil.rmtree(tmp_path / "halves/checkpoint-000006")  # as if killed after step 6, with step 5 the last one kept
+    listener = Listener()
+    resumed = run(replace(config, num_workers=1, keep_samples=0), listener)  # and other workers
+    assert "at step 5" in " ".join(listener.said)
+    assert resumed.adapter is not None and same(weights(straight / "final"), weights(resumed.adapter))
+    assert read_history(straight / "losses.jsonl") == read_history(tmp_path / "halves/losses.jsonl")
+
+
+def test_something_was_learnt_in_ten_steps(straight: Path, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    first = run(small(data, tiny_base, tmp_path / "one", train_base=True, max_train_steps=1))
+    assert first.adapter is not None
+    before, after = weights(first.adapter), weights(straight / "final")
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert len(changed) > 0.95 * len(before)
+
+
+def test_accumulating_two_batches_is_one_batch_of_two(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    # AdamW makes much of the smallest difference, so what is compared is the loss after four steps of it.
+    whole = run(small(data, tiny_base, tmp_path / "whole", max_train_steps=5, train_batch_size=4))
+    parts = run(small(data, tiny_base, tmp_path / "parts", max_train_steps=5, gradient_accumulation_steps=2))
+    assert parts.summary["samples"] == whole.summary["samples"] == 20
+    for one, other in zip(*(read_history(tmp_path / n / "losses.jsonl") for n in ("whole", "parts")), strict=True):
+        assert one["noise_loss"] == pytest.approx(other["noise_loss"], rel=1e-3)
+        assert one["lr"] == other["lr"]
+
+
+def test_what_a_run_leaves(straight: Path, data: Path, tiny_base: Path) -> None:
+    assert (straight / "final/dataset.yaml").read_text() == (data / "config.yaml").read_text()
+    assert load(DatasetConfig, straight / "final/dataset.yaml").output == str(data)
+    assert load(TrainConfig, straight / "config.yaml") == small(data, tiny_base, straight, train_base=True)
+    described = json.loads((straight / "final/adapter.json").read_text())
+    assert (described["step"], described["position"], described["mode"]) == (10, 20, "corrected")
+    assert described["train"]["optim"]["learning_rate"] == 1e-3 and described["base"] == str(tiny_base)
+    lines = read_history(straight / "losses.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["finished"] and (summary["steps"], summary["samples"]) == (10, 20)
+    assert summary["noise_loss"] == {"start": lines[0]["noise_loss"], "end": lines[-1]["noise_loss"]}
+    state = torch.load(straight / "checkpoint-000010/state.pt", weights_only=True)
+    assert (state["step"], state["position"]) == (10, 20)
+    assert not [path for path in straight.iterdir() if path.name.startswith(".")]
+
+
+def test_a_trained_unet_loads_as_a_base(straight: Path, tiny_base: Path) -> None:
+    from model.consistentid import load_base
+    from model.spec import SPECS
+
+    unet = load_base(SPECS["tiny"], tiny_base, unet=straight / "final/unet").unet
+    own = load_file(straight / "final/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, own[key]) for key, value in unet.state_dict().items())
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = small(data, tiny_base, tmp_path / "out", max_train_steps=2, optim=OptimConfig(lr_warmup_steps=1))
+    first, listener = run(config), Listener()
+    again = run(config, listener)
+    assert "finished: 2 steps" in " ".join(listener.said) and again.step == 2 and not listener.losses
+    assert first.adapter is not None and again.adapter is not None
+    assert run(replace(config, max_train_steps=3)).summary["steps"] == 3
+
+
+def test_old_checkpoints_go_and_half_written_ones_are_swept(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / ".checkpoint-000004.77.partial").mkdir(parents=True)
+    (output / "checkpoint-000099").mkdir()  # a folder of that name without a state is no checkpoint
+    run(small(data, tiny_base, output, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2))
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-000003", "checkpoint-000004"]
+    assert not list(output.glob(".*"))
+
+
+def test_an_output_with_checkpoints_is_refused_if_so_asked(straight: Path, data: Path, tiny_base: Path) -> None:
+    config = small(data, tiny_base, straight, train_base=True, resume_from_checkpoint="")
+    with pytest.raises(ConfigError, match="resume_from_checkpoint=latest"):
+        run(config)
+    with pytest.raises(ConfigError, match=r"no checkpoint there\. In .*checkpoint-000010"):
+        run(replace(config, resume_from_checkpoint="checkpoint-000007"))
+
+
+def test_other_settings_than_it_was_begun_with_are_refused(straight: Path, data: Path, tiny_base: Path) -> None:
+    config = small(data, tiny_base, straight, train_base=True, optim=OptimConfig(learning_rate=5e-5))
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate=0\.001, now 5e-05"):
+        run(config)
+
+
+def test_a_damaged_state_is_named(straight: Path, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(straight, tmp_path / "out"))
+    (output / "checkpoint-000010/state.pt").write_bytes(b"nonsense")
+    with pytest.raises(WeightsError, match=r"state\.pt can't be read"):
+        run(small(data, tiny_base, output, train_base=True))
+
+
+def test_legacy_mode_trains(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    model = ModelConfig(spec="tiny", base=str(tiny_base), mode="legacy", device="cpu")
+    done = run(small(data, tiny_base, tmp_path / "out", model=model, max_train_steps=2))
+    assert done.adapter is not None
+    assert json.loads((done.adapter / "adapter.json").read_text())["mode"] == "legacy"
+
+
+def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(small(data, tiny_base, tmp_path / "out", max_train_steps=4, report_to="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "out/logs/train"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("noise_loss")] == [2, 4]
+    assert {"loss", "facial_loss", "lr"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "data=OUT"),
+        ({"output": ""}, "output=FOLDER"),
+        ({"output": "s3://bucket/run"}, "local folder"),
+        ({"optim": OptimConfig(lr_scheduler="linaer")}, "expected one of"),
+        ({"model": ModelConfig(spec="tiny", device="tpu")}, "auto, cpu or cuda"),
+    ],
+)
+def test_what_can_t_be_is_refused(
+    data: Path, tiny_base: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(replace(small(data, tiny_base, tmp_path / "out"), **changes))  # type: ignore[arg-type]
