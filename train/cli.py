@@ -71,6 +71,11 @@ def _train(config: TrainConfig) -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):  # their bars for every file would bury ours
+        library.utils.logging.disable_progress_bar()
     from train.trainer import train
 
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
