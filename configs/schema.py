@@ -232,6 +232,7 @@ class TrainConfig:
     max_train_steps: int = 10_000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     seed: int = 0
+    threads: int = 0  # of torch on the CPU; 0: as OMP_NUM_THREADS says, else all cores
     num_workers: int = 2
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 3  # 0: keep all
@@ -245,7 +246,7 @@ class TrainConfig:
         positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "log_every")
         for name in (*positive, "checkpointing_steps"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("num_workers", "checkpoints_total_limit", "keep_samples"):
+        for name in ("threads", "num_workers", "checkpoints_total_limit", "keep_samples"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
         _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")
 

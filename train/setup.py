@@ -29,6 +29,7 @@ _MAY_CHANGE: Final = (
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "mixed_precision",
+    "threads",
     "num_workers",
     "checkpointing_steps",
     "checkpoints_total_limit",

@@ -23,6 +23,7 @@ from torch import Tensor
 from configs.load import dump
 from configs.schema import TrainConfig
 from model.spec import spec_named
+from stages.backends.runtime import pin_threads
 from train import draws
 from train.base import ensure_base
 from train.data import BatchMaker, Order, TrainBatch, micro_batches
@@ -86,6 +87,7 @@ class Trainer:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration, set_seed
 
+        pin_threads(config.threads)
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
         self.shards = ShardSet(config.data)
