@@ -23,7 +23,7 @@ The same command again goes on from the last checkpoint. Ctrl-C leaves one.
 
 [bold]Examples[/]
 
-  Eight minutes' worth of proof on a laptop, from `make dataset`'s output:
+  A few minutes' worth of proof on a laptop, from `make dataset`'s output:
     python -m train.cli --config configs/train/demo.yaml data=runs/dataset output=runs/train
 
   Stable Diffusion 1.5 on four GPUs, shards on an object store:
