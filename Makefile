@@ -19,7 +19,7 @@ UV_INSTALL = \
 	index="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$(call pip_config,index-url)}}"; \
 	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$(echo $$links | tr ' ' ',')"; fi; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-	$(BIN)/uv pip install --quiet --python $(RUN)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dataset train infer report weights test golden lint format bench clean
