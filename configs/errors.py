@@ -4,6 +4,7 @@
     ├── ConfigError    a configuration that can't be: unknown key, wrong type, impossible value
     ├── SourceError    inputs that can't be listed or read at all
     ├── WeightsError   a weights file that is missing, unreachable or not the one it claims to be
+    ├── LockedError    another run is writing to the same output
     ├── ShardError     a shard or data set that contradicts its own manifest
     └── FaceError      a reference photograph without a usable face (inference)
 
@@ -26,6 +27,10 @@ class SourceError(PipelineError):
 
 class WeightsError(PipelineError):
     """A weights file that is missing, unreachable, refused by licence, or not the one it claims to be."""
+
+
+class LockedError(PipelineError):
+    """Another run is writing to the same output."""
 
 
 class ShardError(PipelineError):

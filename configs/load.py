@@ -55,9 +55,12 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
     return cast(T, _build(kind, values, ""))
 
 
-def load_text(kind: type[T], text: str) -> T:
-    """`kind` from the YAML that `to_yaml` made of one."""
-    return cast(T, _build(kind, yaml.safe_load(text) or {}, ""))
+def load_text(kind: type[T], text: str, overrides: Iterable[str] = ()) -> T:
+    """`kind` from the YAML that `to_yaml` made of one, with `a.b=value` overrides."""
+    values = yaml.safe_load(text) or {}
+    for override in overrides:
+        _override(values, override)
+    return cast(T, _build(kind, values, ""))
 
 
 def dump(config: Any, path: str | Path) -> None:

@@ -52,10 +52,14 @@ def _load(config: str, overrides: list[str] | None) -> DatasetConfig:
     from configs.load import load
     from configs.schema import DatasetConfig
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "fsspec", "ray"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log()
     return load(DatasetConfig, config or None, overrides or ())
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @app.command()
@@ -70,17 +74,50 @@ def run(
     """
     with _errors():
         settings = _load(config, overrides)
-        from pipelines.dataset import plan_job
+        _plan_and_run(settings, frozenset(), dry_run)
 
-        job = plan_job(settings)
-        typer.echo(
-            f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
-            f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
-        )
-        for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
-            typer.echo(f"  {line}")
-        if not dry_run:
-            _run(job)
+
+@app.command()
+def retry(
+    output: Output,
+    reason: Annotated[list[str], typer.Option(help="A reason as `status` names it; may be given several times.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
+) -> None:
+    """Try again just those inputs that ended with --reason, with the configuration kept in OUT.
+
+    Example: python -m pipelines.cli retry runs/mine --reason timeout --reason http_503
+    """
+    with _errors():
+        from configs.load import load_text
+        from configs.schema import DatasetConfig
+        from pipelines.dataset import read_ledger
+
+        store = _store(output)
+        known = {**read_ledger(store).failed, **read_ledger(store).dropped}
+        if unknown := [name for name in reason if name not in known]:
+            raise PipelineError(
+                f"no input of {output} ended with {', '.join(unknown)}. Reasons there are: "
+                f"{', '.join(sorted(known)) or 'none'}."
+            )
+        _log()
+        kept = store.read("config.yaml").decode()
+        settings = load_text(DatasetConfig, kept, [f"output={output}", *(overrides or ())])
+        _plan_and_run(settings, frozenset(reason), dry_run)
+
+
+def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool) -> None:
+    from pipelines.dataset import plan_job
+
+    job = plan_job(settings, retry)
+    typer.echo(
+        f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
+        f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
+    )
+    for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
+        typer.echo(f"  {line}")
+    if not dry_run:
+        _run(job)
 
 
 def _run(job: Job) -> None:
@@ -161,12 +198,11 @@ def status(output: Output) -> None:
     """How far a data set is: shards committed, and the ledger."""
     with _errors():
         from pipelines.dataset import read_ledger
-        from pipelines.plan import read_plan
+        from pipelines.plan import planned_shards
 
         store = _store(output)
-        planned = read_plan(store)
         ledger = read_ledger(store)
-        typer.echo(f"{ledger.shards} of {len(planned)} planned shards are committed")
+        typer.echo(f"{ledger.shards} of {planned_shards(store)} planned shards are committed")
         for line in ledger.lines():
             typer.echo(line)
 

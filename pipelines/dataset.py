@@ -16,7 +16,8 @@ from configs.errors import ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.executors import EXECUTORS, Advance
-from pipelines.plan import Plan, ShardTask, make_plan, pending, write_plan
+from pipelines.lock import RunLock
+from pipelines.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
 from pipelines.shards import FOLDER, manifests, read_sidecar
 from pipelines.store import Store
 from stages.backends.weights import WEIGHTS, Weights
@@ -76,27 +77,35 @@ class Job:
 
     @property
     def todo(self) -> int:
-        return sum(len(task.inputs) for task in self.tasks)
+        return sum(task.shard.inputs for task in self.tasks)
 
     def why(self) -> list[str]:
-        """One line for each kind of work, e.g. "3 shards from caption on"."""
-        starts = Counter(task.start for task in self.tasks)
-        return [
-            f"{count} shards "
-            + (f"from {self.stages[start].name} on, from their own samples" if start else "from the source")
-            for start, count in sorted(starts.items())
-        ]
+        """One line for each kind of work, e.g. "3 shards from caption on, from their own samples"."""
+        return [f"{count} shards {why}" for why, count in sorted(Counter(map(self._why, self.tasks)).items())]
+
+    def _why(self, task: ShardTask) -> str:
+        if not task.exists:
+            return "from the source"
+        reasons = []
+        if task.start < len(self.stages):
+            reasons.append(f"from {self.stages[task.start].name} on, from their own samples")
+        if task.moved:
+            reasons.append("with inputs that may have changed: those that have are made again")
+        if task.retry:
+            reasons.append(f"with inputs to be tried again ({', '.join(sorted(task.retry))})")
+        return "; ".join(reasons)
 
 
-def plan_job(config: DatasetConfig) -> Job:
+def plan_job(config: DatasetConfig, retry: frozenset[str] = frozenset()) -> Job:
     """Everything up to the first picture: checks the configuration, lists the source, finds the pending shards.
 
-    Writes nothing. Raises SourceError, ShardError or WeightsError.
+    retry: reasons; inputs that ended with one of them are tried again. Writes nothing. Raises SourceError, ShardError
+    or WeightsError.
     """
     store = Store(config.output)
     stages = build_stages(config)
     plan = make_plan(config, store)
-    return Job(config, store, stages, plan, pending(plan, store, [stage.signature() for stage in stages]))
+    return Job(config, store, stages, plan, pending(plan, store, [stage.signature() for stage in stages], retry))
 
 
 def fetch_weights(config: DatasetConfig) -> list[dict[str, str]]:
@@ -113,18 +122,22 @@ def fetch_weights(config: DatasetConfig) -> list[dict[str, str]]:
 def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
     """Make the pending shards; yields each manifest as it is committed. Stopped at any point, the same call resumes."""
     store, config = job.store, job.config
-    store.sweep(FOLDER)
-    write_plan(job.plan, store)
-    store.write("config.yaml", to_yaml(config))
-    store.write("dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n")
-    if job.tasks:
-        yield from EXECUTORS[config.executor](config, job.tasks, advance)
+    if not job.tasks and planned_shards(store) == len(job.plan.shards):
+        return
+    with RunLock(store):
+        store.sweep(FOLDER)
+        write_plan(job.plan, store)
+        store.keep("config.yaml", to_yaml(config))
+        store.keep("dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n")
+        if job.tasks:
+            yield from EXECUTORS[config.executor](config, job.tasks, advance)
 
 
 def _card(job: Job) -> dict[str, Any]:
+    path = job.config.source.path
     return {
         "schema": SCHEMA_VERSION,
-        "source": str(Path(job.config.source.path).resolve()),
+        "source": path if "://" in path else str(Path(path).resolve()),
         "stages": [stage.name for stage in job.stages],
         "signatures": [stage.signature() for stage in job.stages],
         "backends": {s.name: s.config.backend for s in job.stages if hasattr(s.config, "backend")},

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -25,12 +25,12 @@ import pyarrow as pa
 from configs.errors import ConfigError, PipelineError, ShardError
 from configs.schema import DatasetConfig
 from pipelines.isolate import run_isolated
+from pipelines.load import load_shard
 from pipelines.plan import ShardTask
-from pipelines.shards import ShardRun, commit, read_records
-from pipelines.sources import read_record
+from pipelines.shards import PlannedShard, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
-from stages.base import Stage, run_chain
+from stages.base import Stage, Todo, run_chain
 from stages.chain import build_stages
 from stages.record import ARROW_SCHEMA, Record, from_table, to_table
 
@@ -43,32 +43,23 @@ _TASK_CPUS = 0.25  # of a read or write task
 _SPARE_CPUS = 2 * _TASK_CPUS  # kept free of actors: with none left, reads could never start and the run would hang
 
 
-def load_records(config: DatasetConfig, store: Store, task: ShardTask) -> list[Record]:
-    """The task's records as its first stage takes them: from the source, or from the shard's own samples.
-
-    Raises ShardError if the shard's rows aren't those that were planned.
-    """
-    if task.start == 0:
-        return [read_record(config, item) for item in task.inputs]
-    records = read_records(store, task.index)
-    if [record.key for record in records] != [item.key for item in task.inputs]:
-        raise ShardError(f"shard {task.index} doesn't hold the planned inputs. Remove its .json and run again.")
-    return records
-
-
 def run_inline(config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance) -> Iterator[Manifest]:
     """Make the shards one after another in this process; yields each manifest when it is committed."""
     pin_threads(config.threads)
     store, stages = Store(config.output), build_stages(config)
     signatures = [stage.signature() for stage in stages]
-    for stage in stages[min((task.start for task in tasks), default=len(stages)) :]:
-        stage.setup()
+    ready: set[str] = set()
     for task in tasks:
         started, seconds = time.time(), dict[str, float]()
-        records = load_records(config, store, task)
+        work = load_shard(config, store, task, stages)
         seconds["source"] = time.time() - started
-        done = run_chain(stages[task.start :], records, seconds, advance)
-        yield commit(store, task.index, done, task.digest, signatures, ShardRun(seconds, "inline", started))
+        needed = {name for item in work if item.record.ok for name in item.todo}
+        for stage in stages:
+            if stage.name in needed - ready:
+                stage.setup()
+        ready |= needed
+        done = run_chain(stages, [item.record for item in work], seconds, advance, [item.todo for item in work])
+        yield commit(store, task.shard, done, signatures, ShardRun(seconds, "inline", started))
 
 
 # ----------------------------------------------------------------------------------------------------------- Ray
@@ -201,30 +192,42 @@ def _stream(
         yield json.loads(row["manifest"])
 
 
-_EXTRA = [("shard", pa.int32()), ("start", pa.int32()), ("row", pa.int32()), ("rows", pa.int32()), ("run", pa.string())]
+_EXTRA = [("shard", pa.int32()), ("todo", pa.string()), ("row", pa.int32()), ("rows", pa.int32()), ("run", pa.string())]
 _BLOCK_SCHEMA = pa.schema([*ARROW_SCHEMA, *(pa.field(name, kind) for name, kind in _EXTRA)])
 
 
-def _to_block(records: Sequence[Record], shard: int, start: int, run: dict[str, Any]) -> pa.Table:
-    """Records as one block that knows its shard; `row` of `rows` lets the write task see that nothing is missing."""
-    count = len(records)
-    extra = ([shard] * count, [start] * count, list(range(count)), [count] * count, [json.dumps(run)] * count)
-    table = to_table(records)
-    for (name, kind), values in zip(_EXTRA, extra, strict=True):
-        table = table.append_column(name, pa.array(values, kind))
-    return table
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One whole shard on its way through the engine; run: what its manifest will say of this run."""
 
+    records: list[Record]
+    todo: list[Todo]
+    shard: PlannedShard
+    run: dict[str, Any]
 
-def _of_block(block: pa.Table) -> tuple[list[Record], int, int, dict[str, Any]]:
-    """Records, shard, start and run of a block. Raises ShardError unless it is exactly one whole shard, in order."""
-    shards, rows = set(block["shard"].to_pylist()), block["row"].to_pylist()
-    if len(shards) != 1 or rows != list(range(block["rows"][0].as_py())):
-        raise ShardError(
-            f"the engine gave {len(rows)} rows of shards {sorted(shards)} as one block; expected one shard"
-        )
-    first = block.slice(0, 1).to_pylist()[0]
-    records = from_table(block.select(ARROW_SCHEMA.names))
-    return records, first["shard"], first["start"], json.loads(first["run"])
+    def to_arrow(self) -> pa.Table:
+        """`row` of `rows` lets the write task see that nothing is missing; shard and run stand in the first row."""
+        count, empty = len(self.records), [""] * (len(self.records) - 1)
+        todo = [",".join(sorted(names)) for names in self.todo]
+        run = [json.dumps({"shard": asdict(self.shard), "run": self.run}), *empty]
+        extra = ([self.shard.index] * count, todo, list(range(count)), [count] * count, run)
+        table = to_table(self.records)
+        for (name, kind), values in zip(_EXTRA, extra, strict=True):
+            table = table.append_column(name, pa.array(values, kind))
+        return table
+
+    @staticmethod
+    def of_arrow(block: pa.Table) -> _Block:
+        """Raises ShardError unless it is exactly one whole shard, in order."""
+        shards, rows = set(block["shard"].to_pylist()), block["row"].to_pylist()
+        if len(shards) != 1 or rows != list(range(block["rows"][0].as_py())):
+            raise ShardError(
+                f"the engine gave {len(rows)} rows of shards {sorted(shards)} as one block; expected one shard"
+            )
+        told = json.loads(block["run"][0].as_py())
+        todo = [frozenset(filter(None, names.split(","))) for names in block["todo"].to_pylist()]
+        records = from_table(block.select(ARROW_SCHEMA.names))
+        return _Block(records, todo, PlannedShard(**told["shard"]), told["run"])
 
 
 def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
@@ -235,7 +238,7 @@ def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
         """One read task, and so one block, for each shard."""
 
         def estimate_inmemory_data_size(self) -> int:
-            return sum(max(item.size, 0) for task in tasks for item in task.inputs)
+            return sum(task.shard.bytes for task in tasks)
 
         def get_read_tasks(
             self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
@@ -243,8 +246,7 @@ def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
             return [ReadTask(_reader(config, task), self._metadata(task), _BLOCK_SCHEMA) for task in tasks]
 
         def _metadata(self, task: ShardTask) -> Any:
-            size = sum(max(item.size, 0) for item in task.inputs)
-            return BlockMetadata(num_rows=len(task.inputs), size_bytes=size, exec_stats=None)
+            return BlockMetadata(num_rows=task.shard.inputs, size_bytes=task.shard.bytes, exec_stats=None)
 
     return ShardSource()
 
@@ -252,9 +254,9 @@ def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
 def _reader(config: DatasetConfig, task: ShardTask) -> Callable[[], list[pa.Table]]:
     def read() -> list[pa.Table]:
         started = time.time()
-        records = load_records(config, Store(config.output), task)
-        run = {"digest": task.digest, "started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
-        return [_to_block(records, task.index, task.start, run)]
+        work = load_shard(config, Store(config.output), task, build_stages(config))
+        run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
+        return [_Block([item.record for item in work], [item.todo for item in work], task.shard, run).to_arrow()]
 
     return read
 
@@ -266,33 +268,34 @@ class _GroupActor:
         self._threads = config.threads or 1
         pin_threads(self._threads)
         self._config, self._group, self._counter = config, group, counter
-        self._chain = build_stages(config)
-        for stage in self._chain[group.first : group.last]:
+        chain = build_stages(config)
+        self._stages, self._last = chain[group.first : group.last], group.last == len(chain)
+        for stage in self._stages:
             stage.setup()
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, arrived: pa.Table) -> pa.Table:
         import ray
 
-        records, shard, start, run = _of_block(block)
-        stages = self._chain[max(self._group.first, start) : self._group.last]
+        block = _Block.of_arrow(arrived)
+        shard, run = block.shard.index, block.run
         if self._group.first == 0:
             run["started"] = time.time()  # a shard's time begins once its models are loaded
         attempt = ray.get(self._counter.begin.remote(shard, self._group.first))
         run["attempt"] = max(run["attempt"], attempt)
-        last = self._group.last == len(self._chain)
-        advance = self._counter.advance.remote if last else (lambda count: None)
+        advance = self._counter.advance.remote if self._last else (lambda count: None)
         if attempt > self._config.ray.deaths:
-            records = run_isolated(self._config, stages, records, self._threads, advance)
+            done = run_isolated(self._config, self._stages, block.records, block.todo, self._threads, advance)
         else:
-            records = run_chain(stages, records, run["seconds"], advance)
+            done = run_chain(self._stages, block.records, run["seconds"], advance, block.todo)
         self._counter.end.remote(shard, self._group.first)
-        return _to_block(records, shard, start, run)
+        return _Block(done, block.todo, block.shard, run).to_arrow()
 
 
-def _write(block: pa.Table, output: str, signatures: Sequence[str]) -> pa.Table:
-    records, shard, _, run = _of_block(block)
+def _write(arrived: pa.Table, output: str, signatures: Sequence[str]) -> pa.Table:
+    block = _Block.of_arrow(arrived)
+    run = block.run
     facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"])
-    manifest = commit(Store(output), shard, records, run["digest"], signatures, facts)
+    manifest = commit(Store(output), block.shard, block.records, signatures, facts)
     return pa.table({"manifest": [json.dumps(manifest)]})
 
 

@@ -19,18 +19,18 @@ import pyarrow as pa
 
 from configs.load import load_text, to_yaml
 from configs.schema import DatasetConfig
-from stages.base import Failed, Stage, reject, run_chain
+from stages.base import Failed, Stage, Todo, reject, run_chain
 from stages.record import Record, from_table, to_table
 
 _LENGTH = struct.Struct("<Q")
 
 
 class Child:
-    """A process that runs `names` of the configured stages, started when it is first needed."""
+    """A process that runs the configured stages, started when it is first needed."""
 
     def __init__(self, config: DatasetConfig, names: Sequence[str], threads: int) -> None:
         self._hello = [to_yaml(config).encode(), ",".join(names).encode(), str(threads).encode()]
-        self._stage = names[0] if names else "source"
+        self._names = names
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Child:
@@ -46,18 +46,22 @@ class Child:
         """Of the running process; 0 before the first record."""
         return self._process.pid if self._process else 0
 
-    def run(self, record: Record) -> Record:
-        """The record through all stages, or failed with `killed_worker` if the child died of it."""
+    def run(self, record: Record, todo: Todo) -> Record:
+        """The record through the stages it needs, or failed with `killed_worker` if the child died of it."""
+        names = [name for name in self._names if name in todo]
+        if not record.ok or not names:
+            return record
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            _send(process.stdin, _pack([record]))
+            _send(process.stdin, ",".join(names).encode())
+            _send(process.stdin, _pack(record))
             answer = _receive(process.stdout)
         except (EOFError, BrokenPipeError):
             code = self._end()
             cause = f"signal {-code}" if code < 0 else f"exit status {code}"
-            return reject(record, Failed("killed_worker", f"its process ended with {cause}"), self._stage)
-        return _unpack(answer)[0]
+            return reject(record, Failed("killed_worker", f"its process ended with {cause}"), names[0])
+        return _unpack(answer)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pipelines.isolate"]
@@ -88,21 +92,22 @@ def run_isolated(
     config: DatasetConfig,
     stages: Sequence[Stage],
     records: Sequence[Record],
+    todo: Sequence[Todo],
     threads: int,
     advance: Callable[[int], None] | None = None,
 ) -> list[Record]:
     """As stages.base.run_chain, but no picture can kill this process."""
     done = []
     with Child(config, [stage.name for stage in stages], threads) as child:
-        for record in records:
-            done.append(child.run(record) if record.ok else record)
+        for record, needs in zip(records, todo, strict=True):
+            done.append(child.run(record, needs))
             if advance is not None:
                 advance(1)
     return done
 
 
-def _pack(records: Sequence[Record]) -> bytes:
-    table = to_table(records)
+def _pack(record: Record) -> bytes:
+    table = to_table([record])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -110,9 +115,9 @@ def _pack(records: Sequence[Record]) -> bytes:
     return data
 
 
-def _unpack(data: bytes) -> list[Record]:
+def _unpack(data: bytes) -> Record:
     with pa.ipc.open_stream(data) as reader:
-        return from_table(reader.read_all())
+        return from_table(reader.read_all())[0]
 
 
 def _send(stream: IO[bytes], data: bytes) -> None:
@@ -147,10 +152,11 @@ def _main() -> None:
         stage.setup()
     while True:
         try:
-            records = _unpack(_receive(requests))
+            todo = frozenset(_receive(requests).decode().split(","))
+            record = _unpack(_receive(requests))
         except EOFError:
             return
-        _send(answers, _pack(run_chain(stages, records)))
+        _send(answers, _pack(run_chain(stages, [record], todo=[todo])[0]))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,42 @@
 """Plan: which input belongs to which shard, kept for good; and what each shard still needs.
 
 The sorted inputs are cut into shards once. A known input keeps its shard for ever, new ones are cut into new shards
-behind; one that has vanished keeps its place. Exact copies are found here, where all inputs are seen at once: sizes
-first, then the first 4 KB, then the whole file, so that only likely copies are read.
+behind; one that has vanished keeps its place. The plan is `plan.parquet`, one row group for each shard, so that a
+worker reads its own shard's rows only. It is made in an SQLite file on local disk: millions of inputs are sorted and
+compared there, and the driver's memory doesn't grow with their number.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.errors import ConfigError, SourceError
+from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.shards import read_manifest
-from pipelines.sources import Input, list_folder, read_bytes
+from pipelines.copies import mark_copies
+from pipelines.index import COLUMNS, InputIndex
+from pipelines.shards import PlannedShard, read_manifests
+from pipelines.sources import Input, build_source
 from pipelines.store import Store
-from stages.base import Failed
 
 PLAN = "plan.parquet"
-_PREFIX = 4096
 
 _SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("key", pa.string()),
         ("source", pa.string()),
-        ("path", pa.binary()),
+        ("locator", pa.binary()),
         ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
+        ("version", pa.string()),
+        ("facts", pa.string()),
         ("duplicate_of", pa.string()),
     ]
 )
@@ -42,157 +44,120 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """A shard to be made. start: index of the first stage to run; over 0, the shard's own samples feed that stage."""
+    """A shard to be made.
 
-    index: int
-    inputs: tuple[Input, ...]
+    exists: it has been committed before, and what its samples hold needn't be made again. start: index of the first
+    stage whose signature is new. moved: its inputs aren't all those it was made from. retry: reasons whose records are
+    made again from the source.
+    """
+
+    shard: PlannedShard
+    exists: bool = False
     start: int = 0
-
-    @property
-    def digest(self) -> str:
-        """Equal digests mean equal inputs (by name, size, time and copies), in equal order."""
-        lines = (f"{i.key} {i.size} {i.mtime_ns} {i.duplicate_of}" for i in self.inputs)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+    moved: bool = False
+    retry: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Plan:
-    """shards: index → inputs. new, changed, vanished: how many inputs, against the plan kept in the output."""
+    """file: the plan on local disk, gone with this object. new, changed, vanished: inputs, against the plan kept."""
 
-    shards: dict[int, tuple[Input, ...]]
+    file: Path
+    shards: tuple[PlannedShard, ...]
     new: int = 0
     changed: int = 0
     vanished: int = 0
+    folder: Any = field(repr=False, default=None)  # keeps the temporary folder alive
 
     @property
     def inputs(self) -> int:
-        return sum(len(inputs) for inputs in self.shards.values())
+        return sum(shard.inputs for shard in self.shards)
+
+    def inputs_of(self, shard: int) -> list[Input]:
+        with self.file.open("rb") as stream:
+            return _read_group(pq.ParquetFile(stream), shard)
 
 
 def make_plan(config: DatasetConfig, store: Store) -> Plan:
-    """List the source and place every input; nothing is written. Raises SourceError if there is none at all."""
-    known = read_plan(store)
-    exclude = store.root if store.local else ""
-    found = {item.key: item for item in _unique(list_folder(config.source, exclude))}
-    if not found and not known:
-        raise SourceError(
-            f"source.path={config.source.path!r} holds no {', '.join(config.source.extensions)} files, at any depth."
-        )
-    placed = {item.key for inputs in known.values() for item in inputs}
-    shards = {index: [_fresh(item, found.get(item.key)) for item in inputs] for index, inputs in sorted(known.items())}
-    behind = sorted((item for key, item in found.items() if key not in placed), key=lambda item: item.path)
-    for index, batch in enumerate(_batched(behind, config.shard_size), start=max(shards, default=-1) + 1):
-        shards[index] = batch
-    copies = _copies(config, [item for inputs in shards.values() for item in inputs])
-    before = {item.key: item for inputs in known.values() for item in inputs}
-    return Plan(
-        shards={
-            index: tuple(replace(item, duplicate_of=copies.get(item.key, "")) for item in inputs)
-            for index, inputs in shards.items()
-        },
-        new=len(behind),
-        changed=sum(1 for key, item in found.items() if key in before and _stamp(item) != _stamp(before[key])),
-        vanished=sum(1 for key in before if key not in found),
-    )
+    """List the source and place every input; the output is left alone. Raises SourceError if there is none at all."""
+    folder = tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True)
+    with InputIndex(Path(folder.name) / "inputs.sqlite") as index:
+        index.load_known(_read_rows(store))
+        source = build_source(config)
+        for item in source.list():
+            index.see(item)
+        if not len(index):
+            raise SourceError(
+                f"source.path={config.source.path!r} holds no {', '.join(config.source.extensions)} files, at any "
+                "depth. Give another folder, or other source.extensions."
+            )
+        new, changed, vanished = index.place(config.shard_size)
+        if config.source.find_copies:
+            mark_copies(index, source)
+        file = Path(folder.name) / PLAN
+        shards = tuple(_write(index, file))
+    return Plan(file=file, shards=shards, new=new, changed=changed, vanished=vanished, folder=folder)
 
 
-def pending(plan: Plan, store: Store, signatures: Sequence[str]) -> list[ShardTask]:
-    """The shards that aren't committed with these inputs and signatures, and from which stage each must start."""
+def _write(index: InputIndex, file: Path) -> Iterator[PlannedShard]:
+    with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for number, rows in index.shards():
+            lines = (f"{row['key']} {row['size']} {row['version']} {row['duplicate_of']}" for row in rows)
+            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+            writer.write_table(pa.Table.from_pylist([{"shard": number, **row} for row in rows], schema=_SCHEMA))
+            total = sum(max(row["size"], 0) for row in rows)
+            yield PlannedShard(index=number, inputs=len(rows), bytes=total, digest=digest)
+
+
+def pending(
+    plan: Plan, store: Store, signatures: Sequence[str], retry: frozenset[str] = frozenset()
+) -> list[ShardTask]:
+    """The shards that aren't committed with these inputs and signatures, or that hold records to be tried again."""
     tasks = []
-    for index, inputs in plan.shards.items():
-        task = ShardTask(index=index, inputs=inputs)
-        manifest = read_manifest(store, index)
-        start = 0 if manifest is None else _first_stale(manifest, task, signatures)
-        if start < len(signatures):
-            tasks.append(replace(task, start=start))
+    known = read_manifests(store)
+    for shard in plan.shards:
+        manifest = known.get(shard.index)
+        if manifest is None or len(manifest["signatures"]) != len(signatures):
+            tasks.append(ShardTask(shard=shard))
+            continue
+        pairs = zip(manifest["signatures"], signatures, strict=True)
+        start = next((i for i, (old, new) in enumerate(pairs) if old != new), len(signatures))
+        moved = manifest["inputs_digest"] != shard.digest
+        again = retry & {*manifest["failed"], *manifest["dropped"]}
+        if start < len(signatures) or moved or again:
+            tasks.append(ShardTask(shard=shard, exists=start > 0, start=start, moved=moved, retry=again))
     return tasks
 
 
-def _first_stale(manifest: dict[str, Any], task: ShardTask, signatures: Sequence[str]) -> int:
-    """Index of the first stage to run again: len(signatures) if none, 0 if from the source."""
-    if manifest["inputs_digest"] != task.digest or len(manifest["signatures"]) != len(signatures):
-        return 0
-    pairs = zip(manifest["signatures"], signatures, strict=True)
-    start = next((i for i, (old, new) in enumerate(pairs) if old != new), len(signatures))
-    names = [signature.split("-", 1)[0] for signature in signatures]
-    ended_later = set(names[start:]) & set(manifest["ended_in"])
-    return 0 if ended_later else start  # what ended in a stage that runs again has no picture in the shard
-
-
-def read_plan(store: Store) -> dict[int, tuple[Input, ...]]:
-    """The plan kept in the output, {} if there is none."""
+def planned_shards(store: Store) -> int:
+    """How many shards the plan kept in the output has."""
     if not store.exists(PLAN):
-        return {}
+        return 0
     with store.open(PLAN) as stream:
-        rows = pq.read_table(stream).to_pylist()
-    shards: dict[int, list[Input]] = defaultdict(list)
-    for row in rows:
-        names = ("source", "path", "size", "mtime_ns", "duplicate_of")
-        shards[row["shard"]].append(Input(**{name: row[name] for name in names}))
-    return {index: tuple(inputs) for index, inputs in shards.items()}
+        return int(pq.ParquetFile(stream).num_row_groups)
+
+
+def read_inputs(store: Store, shard: int) -> list[Input]:
+    """The inputs of one shard, in order, from the plan kept in the output."""
+    with store.open(PLAN) as stream:
+        return _read_group(pq.ParquetFile(stream), shard)
 
 
 def write_plan(plan: Plan, store: Store) -> None:
-    names = ("key", "source", "path", "size", "mtime_ns", "duplicate_of")
-    rows = [
-        {"shard": index, **{name: getattr(item, name) for name in names}}
-        for index, inputs in plan.shards.items()
-        for item in inputs
-    ]
-    with store.writer(PLAN) as stream:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), stream, compression="zstd")
+    """Keep the plan in the output; nothing is written where it is there already."""
+    if not store.exists(PLAN) or store.read(PLAN) != plan.file.read_bytes():
+        store.put(PLAN, plan.file)
 
 
-def _unique(items: Iterable[Input]) -> list[Input]:
-    seen: dict[str, Input] = {}
-    for item in items:
-        if item.key in seen and seen[item.key].path != item.path:
-            raise ConfigError(f"two inputs would be called {item.source!r}: rename {item.path!r}")
-        seen[item.key] = item
-    return list(seen.values())
+def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
+    if not store.exists(PLAN):
+        return
+    with store.open(PLAN) as stream:
+        file = pq.ParquetFile(stream)
+        for group in range(file.num_row_groups):
+            yield from file.read_row_group(group, columns=["shard", *COLUMNS]).to_pylist()
 
 
-def _fresh(known: Input, found: Input | None) -> Input:
-    return known if found is None else found
-
-
-def _stamp(item: Input) -> tuple[int, int]:
-    return item.size, item.mtime_ns
-
-
-def _batched(items: list[Input], size: int) -> Iterable[list[Input]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _copies(config: DatasetConfig, items: Sequence[Input]) -> dict[str, str]:
-    """key → source of the first input with the very same bytes, for each later one; in the order of `items`."""
-    limit = config.resize.max_bytes
-    candidates = [[item for item in items if 0 < item.size <= limit]]
-    by_size = _split(candidates, lambda item: item.size)
-    by_prefix = _split(by_size, lambda item: _digest(config, item, _PREFIX))
-    copies = {}
-    for group in _split(by_prefix, lambda item: _digest(config, item, limit)):
-        copies.update({item.key: group[0].source for item in group[1:]})
-    return copies
-
-
-def _split(groups: Iterable[list[Input]], by: Any) -> list[list[Input]]:
-    """Each group cut by `by`, keeping order; groups of one can't hold copies and are left out."""
-    kept = []
-    for group in groups:
-        parts: dict[Any, list[Input]] = defaultdict(list)
-        for item in group:
-            if (value := by(item)) is not None:
-                parts[value].append(item)
-        kept += [part for part in parts.values() if len(part) > 1]
-    return kept
-
-
-def _digest(config: DatasetConfig, item: Input, count: int) -> str | None:
-    """sha256 of the first `count` bytes; None for an input that can't be read: the run itself will say why."""
-    try:
-        return hashlib.sha256(read_bytes(config.source.path, item, config.resize.max_bytes, count)).hexdigest()
-    except Failed:
-        return None
+def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:
+    names = ["source", "locator", "size", "version", "facts", "duplicate_of"]
+    return [Input(**row) for row in file.read_row_group(group, columns=names).to_pylist()]

@@ -58,6 +58,16 @@ SIDECAR_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedShard:
+    """digest: equal digests mean equal inputs (by name, size, version and copies), in equal order."""
+
+    index: int
+    inputs: int
+    bytes: int
+    digest: str
+
+
 def shard_name(index: int) -> str:
     return f"fgid-{index:06d}"
 
@@ -73,17 +83,17 @@ class ShardRun:
 
 
 def commit(
-    store: Store, index: int, records: Sequence[Record], inputs_digest: str, signatures: Sequence[str], run: ShardRun
+    store: Store, shard: PlannedShard, records: Sequence[Record], signatures: Sequence[str], run: ShardRun
 ) -> dict[str, Any]:
-    """Write shard `index` from all its records, in order; returns its manifest.
+    """Write `shard` from all its records, in order; returns its manifest.
 
     The old manifest goes first, the new one comes last: between the two the shard doesn't exist. Raises ShardError if
     two records have the same key.
     """
     twice = [key for key, count in Counter(record.key for record in records).items() if count > 1]
     if twice:
-        raise ShardError(f"shard {shard_name(index)}: {len(twice)} keys occur twice, the first is {twice[0]}")
-    name = shard_name(index)
+        raise ShardError(f"{shard_name(shard.index)}: {len(twice)} keys occur twice, the first is {twice[0]}")
+    name = shard_name(shard.index)
     store.remove(f"{FOLDER}/{name}.json")
     with store.writer(f"{FOLDER}/{name}.tar") as stream:
         tar = _Hashed(stream)
@@ -99,8 +109,7 @@ def commit(
         "written": by_status[Status.OK].total(),
         "dropped": dict(sorted(by_status[Status.DROPPED].items())),
         "failed": dict(sorted(by_status[Status.FAILED].items())),
-        "ended_in": sorted({record.stage for record in records if not record.ok}),
-        "inputs_digest": inputs_digest,
+        "inputs_digest": shard.digest,
         "signatures": list(signatures),
         "files": {
             "tar": {"name": f"{name}.tar", "bytes": tar.count, "sha256": tar.sha256},
@@ -172,29 +181,27 @@ def _sidecar_row(record: Record) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read_manifest(store: Store, index: int) -> dict[str, Any] | None:
-    """The shard's manifest, or None: the shard doesn't exist. Raises ShardError for one this program can't read."""
-    try:
-        manifest: dict[str, Any] = json.loads(store.read(f"{FOLDER}/{shard_name(index)}.json"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ShardError(f"{store.url}: the manifest of {shard_name(index)} is not JSON: {error}") from error
-    if manifest.get("schema") != SCHEMA_VERSION:
-        raise ShardError(
-            f"{store.url}: {shard_name(index)} has schema {manifest.get('schema')}, this program writes "
-            f"{SCHEMA_VERSION}. Use another output, or the program version that wrote it."
-        )
-    return manifest
+def read_manifests(store: Store) -> dict[int, dict[str, Any]]:
+    """index → manifest of every committed shard, in order. Raises ShardError for one this program can't read."""
+    found = {}
+    names = [f"{FOLDER}/{name}" for name in store.names(FOLDER) if name.startswith("fgid-") and name.endswith(".json")]
+    for name, data in store.read_all(names).items():
+        try:
+            manifest = json.loads(data)
+        except ValueError as error:
+            raise ShardError(f"{store.url}: {name} is not JSON: {error}. Remove it, and run again.") from error
+        if manifest.get("schema") != SCHEMA_VERSION:
+            raise ShardError(
+                f"{store.url}: {name} has schema {manifest.get('schema')}, this program writes {SCHEMA_VERSION}. "
+                "Use another output, or the program version that wrote it."
+            )
+        found[int(manifest["shard"][5:])] = manifest
+    return dict(sorted(found.items()))
 
 
 def manifests(store: Store) -> Iterator[dict[str, Any]]:
     """Every committed shard's manifest, in order."""
-    for name in store.names(FOLDER):
-        if name.startswith("fgid-") and name.endswith(".json"):
-            manifest = read_manifest(store, int(name[5:-5]))
-            if manifest is not None:
-                yield manifest
+    yield from read_manifests(store).values()
 
 
 def read_sidecar(store: Store, index: int, columns: list[str] | None = None) -> pa.Table:

@@ -1,20 +1,30 @@
-"""Store: files under one output folder or fsspec URL, written whole or not at all."""
+"""Store: files under one output folder or fsspec URL, written whole or not at all.
+
+On a remote store every call is tried again, with growing pauses, while its failure may pass.
+"""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final, cast
 from uuid import uuid4
 
 import fsspec
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from configs.errors import ConfigError
+from pipelines.remote import is_transient
 
-_TEMPORARY = ".tmp-"
+_TEMPORARY: Final = ".tmp-"
+_TRIES: Final = 8
+_AT_ONCE: Final = 64  # files
+_IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 
 
 class Store:
@@ -26,7 +36,13 @@ class Store:
             raise ConfigError("no output given. Say where the data set goes: output=FOLDER")
         self.url = url
         self._fs: Any
-        self._fs, self.root = fsspec.url_to_fs(url)
+        self._fs, self.root = fsspec.url_to_fs(url, use_listings_cache=False)
+        self._retrying = Retrying(
+            retry=retry_if_exception(is_transient),
+            stop=stop_after_attempt(_TRIES),
+            wait=wait_random_exponential(multiplier=0.2, max=20),
+            reraise=True,
+        )
         self.local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
 
     def path(self, name: str) -> str:
@@ -38,8 +54,10 @@ class Store:
     def writer(self, name: str) -> Iterator[IO[bytes]]:
         """A binary stream; the file appears under `name` when the block ends without an error."""
         if not self.local:
-            with self._fs.open(self.path(name), "wb") as stream:
-                yield stream
+            with tempfile.NamedTemporaryFile(prefix="store-") as scratch:
+                yield cast(IO[bytes], scratch)
+                scratch.flush()
+                self.put(name, Path(scratch.name))
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,25 +71,58 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def put(self, name: str, file: Path) -> None:
+        """Copy a local file into the store, under `name`."""
+        if self.local:
+            with self.writer(name) as target, file.open("rb") as given:
+                shutil.copyfileobj(given, target, 1 << 20)
+        else:
+            self._retrying(self._fs.put_file, str(file), self.path(name))
+
     def write(self, name: str, data: bytes | str) -> None:
         with self.writer(name) as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
 
+    def keep(self, name: str, data: str) -> None:
+        """Write unless the very same is there already."""
+        if self.read_all([name]).get(name) != data.encode():
+            self.write(name, data)
+
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The file's bytes, or those from `start` to `end`. Raises FileNotFoundError."""
-        data: bytes = self._fs.cat_file(self.path(name), start=start, end=end)
+        data: bytes = self._retrying(self._fs.cat_file, self.path(name), start=start, end=end)
         return data
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """name → bytes of those that exist, many at a time where the store is remote."""
+        if self.local:
+            return {name: self.read(name) for name in names if self.exists(name)}
+        found: dict[str, bytes] = {}
+        for start in range(0, len(names), _AT_ONCE):
+            part = {self.path(name): name for name in names[start : start + _AT_ONCE]}
+            for path, answer in self._fs.cat(list(part), on_error="return").items():
+                if isinstance(answer, bytes):
+                    found[part[path]] = answer
+                elif not isinstance(answer, FileNotFoundError):
+                    found[part[path]] = self.read(part[path])
+        return found
 
     def open(self, name: str) -> IO[bytes]:
         """Seekable, for reading. Raises FileNotFoundError."""
-        return io.BytesIO(self.read(name)) if not self.local else Path(self.path(name)).open("rb")
+        if self.local:
+            return Path(self.path(name)).open("rb")
+        if self._retrying(self._fs.size, self.path(name)) <= _IN_MEMORY:
+            return io.BytesIO(self.read(name))
+        scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is the answer
+        self._retrying(self._fs.get_file, self.path(name), scratch.name)
+        return cast(IO[bytes], scratch)
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.exists(self.path(name)))
+        return bool(self._retrying(self._fs.exists, self.path(name)))
 
     def remove(self, name: str) -> None:
         if self.exists(name):
-            self._fs.rm_file(self.path(name))
+            self._retrying(self._fs.rm_file, self.path(name))
 
     def names(self, folder: str) -> list[str]:
         """Base names in `folder`, sorted, without the traces of a killed writer; empty if it doesn't exist."""
@@ -85,6 +136,8 @@ class Store:
 
     def _all(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()
-        if not self._fs.exists(self.path(folder)):
+        try:
+            found = self._retrying(self._fs.ls, self.path(folder), detail=False)
+        except FileNotFoundError:
             return []
-        return sorted(str(path).rsplit("/", 1)[-1] for path in self._fs.ls(self.path(folder), detail=False))
+        return sorted(str(path).rsplit("/", 1)[-1] for path in found if str(path).rstrip("/") != self.path(folder))

@@ -23,6 +23,7 @@ from stages.backends.weights import Weights
 from stages.record import Record, Status
 
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
+Todo = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
@@ -154,14 +155,20 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
     )
 
 
-def run_stage(stage: Stage, records: Sequence[Record], seconds: dict[str, float] | None = None) -> list[Record]:
+def run_stage(
+    stage: Stage,
+    records: Sequence[Record],
+    seconds: dict[str, float] | None = None,
+    todo: Sequence[Todo] | None = None,
+) -> list[Record]:
     """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to `seconds[stage.name]`.
 
-    Raises AssertionError where the stage broke the contract (another number, order or key of records).
+    todo: for each record, the names of the stages it needs; None: all of them. Raises AssertionError where the stage
+    broke the contract (another number, order or key of records).
     """
     started = time.perf_counter()
     answers = list(records)
-    active = [index for index, record in enumerate(records) if record.ok]
+    active = [i for i, record in enumerate(records) if record.ok and (todo is None or stage.name in todo[i])]
     for start in range(0, len(active), stage.batch_size):
         batch = active[start : start + stage.batch_size]
         given = [records[index] for index in batch]
@@ -179,17 +186,19 @@ def run_chain(
     records: Sequence[Record],
     seconds: dict[str, float] | None = None,
     advance: Callable[[int], None] | None = None,
+    todo: Sequence[Todo] | None = None,
 ) -> list[Record]:
     """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still finds in memory.
 
-    `advance` is told how many more are done. Which records share a batch depends on `records` alone.
+    `advance` is told how many more are done. Which records share a batch depends on `records` and `todo` alone.
     """
     chunk = max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
     done: list[Record] = []
     for start in range(0, len(records), chunk):
         part = list(records[start : start + chunk])
+        needs = None if todo is None else todo[start : start + chunk]
         for stage in stages:
-            part = run_stage(stage, part, seconds)
+            part = run_stage(stage, part, seconds, needs)
         done += part
         if advance is not None:
             advance(len(part))

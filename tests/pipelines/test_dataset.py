@@ -78,7 +78,7 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     changed = config(poisoned, output, "caption.face_prompt=another")
     job = plan_job(changed)
     names = [stage.name for stage in job.stages]
-    assert {names[task.start] for task in job.tasks} == {"caption"}
+    assert {names[task.start] for task in job.tasks if task.exists} == {"caption"}
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
@@ -100,7 +100,7 @@ def test_new_inputs_make_new_shards_and_leave_the_old_alone(portraits: Path, tmp
     before = digests(output)
     shutil.copy2(files[0], source)  # sorts before all the others
     job = plan_job(config(source, output, "shard_size=2"))
-    assert [task.index for task in job.tasks] == [2] and job.plan.new == 1
+    assert [task.shard.index for task in job.tasks] == [2] and job.plan.new == 1
     list(execute(job, lambda count: None))
     after = digests(output)
     assert {name: after[name] for name in before} == before and len(after) == len(before) + 2
@@ -114,7 +114,7 @@ def test_a_changed_input_is_noticed(portraits: Path, tmp_path: Path) -> None:
     run(config(source, output))
     (source / "a.jpg").write_bytes(two.read_bytes())
     job = plan_job(config(source, output))
-    assert job.plan.changed == 1 and [task.start for task in job.tasks] == [0]
+    assert job.plan.changed == 1 and [task.moved for task in job.tasks] == [True]
 
 
 def test_a_shard_without_a_manifest_does_not_exist_and_traces_of_a_kill_go(
@@ -125,7 +125,7 @@ def test_a_shard_without_a_manifest_does_not_exist_and_traces_of_a_kill_go(
     (output / "shards" / "fgid-000001.json").unlink()
     (output / "shards" / ".fgid-000001.tar.tmp-12345678").write_bytes(b"half")
     job = plan_job(config(poisoned, output))
-    assert [task.index for task in job.tasks] == [1]
+    assert [task.shard.index for task in job.tasks] == [1]
     list(execute(job, lambda count: None))
     assert digests(output) == digests(made)
     assert not [path for path in (output / "shards").iterdir() if ".tmp-" in path.name]

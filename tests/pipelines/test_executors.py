@@ -16,11 +16,13 @@ from configs.schema import DatasetConfig
 from pipelines.dataset import lint, plan_job, run
 from pipelines.executors import plan_groups
 from pipelines.isolate import Child, run_isolated
-from pipelines.sources import read_record
+from pipelines.sources import build_source
 from pipelines.store import Store
 from stages.base import run_chain
 from stages.chain import build_stages
 from tests.pipelines.helpers import DEMO, config, digests
+
+ALL = frozenset({"resize", "detect", "parse", "embed", "caption"})
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +68,24 @@ def test_isolated_pictures_give_the_same_records(portraits: Path, tmp_path: Path
     stages = build_stages(job.config)[:2]
     for stage in stages:
         stage.setup()
-    records = [read_record(job.config, item) for item in job.plan.shards[0]]
+    records = [build_source(job.config).record(item) for item in job.plan.inputs_of(0)]
     together = run_chain(stages, records)
-    apart = run_isolated(job.config, stages, records, threads=1)
+    apart = run_isolated(job.config, stages, records, [ALL] * len(records), threads=1)
     assert [(r.image, r.faces) for r in apart] == [(r.image, r.faces) for r in together]
 
 
 def test_a_picture_that_kills_its_process_is_lost_and_the_next_is_not(portraits: Path, tmp_path: Path) -> None:
     job = plan_job(config(portraits, tmp_path))
-    first, second, third = [read_record(job.config, item) for item in job.plan.shards[0]][:3]
+    first, second, third = [build_source(job.config).record(item) for item in job.plan.inputs_of(0)][:3]
     with Child(job.config, ["resize"], threads=1) as child:
-        assert child.run(first).ok
+        assert child.run(first, ALL).ok
         os.kill(child.pid, signal.SIGSEGV)
-        killed = child.run(second)
+        killed = child.run(second, ALL)
         assert (killed.status, killed.reason) == (
             "failed",
             "killed_worker",
         ) and f"signal {signal.SIGSEGV:d}" in killed.detail
-        assert child.run(third).ok
+        assert child.run(third, ALL).ok
 
 
 def test_actors_leave_room_for_tasks_and_impossible_gpus_are_said() -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import SourceConfig
-from pipelines.plan import make_plan, read_plan, write_plan
-from pipelines.sources import list_folder, read_record
+from pipelines.plan import Plan, make_plan, planned_shards, write_plan
+from pipelines.sources import Input, build_source
 from pipelines.store import Store
 from stages.record import key_of
 from tests.pipelines.helpers import config
@@ -24,9 +23,10 @@ def test_odd_names_are_listed_whole_and_other_files_are_not(tmp_path: Path) -> N
     (tmp_path / ".hidden").write_bytes(b"x")
     raw = os.fsencode(tmp_path) + b"/bad\xff.jpg"
     Path(os.fsdecode(raw)).write_bytes(b"y")
-    found = {item.source: item for item in list_folder(SourceConfig(path=str(tmp_path)))}
+    source = build_source(config(tmp_path, tmp_path / "out"))
+    found = {item.source: item for item in source.list()}
     assert set(found) == {*names, "bad\\xff.jpg"}
-    assert read_record(config(tmp_path, tmp_path / "out"), found["bad\\xff.jpg"]).image == b"y"
+    assert source.record(found["bad\\xff.jpg"]).image == b"y"
 
 
 def test_what_is_no_file_is_listed_and_never_opened(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_what_is_no_file_is_listed_and_never_opened(tmp_path: Path) -> None:
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "locked.jpg").write_bytes(b"x")
-    settings = config(tmp_path, tmp_path / "out")
-    reasons = {i.source: read_record(settings, i).reason for i in list_folder(settings.source)}
+    source = build_source(config(tmp_path, tmp_path / "out"))
+    reasons = {item.source: source.record(item).reason for item in source.list()}
     assert {name: reasons[name] for name in ("folder.jpg", "dangling.jpg", "pipe.jpg")} == dict.fromkeys(
         ("folder.jpg", "dangling.jpg", "pipe.jpg"), "not_a_file"
     )
@@ -44,11 +44,11 @@ def test_what_is_no_file_is_listed_and_never_opened(tmp_path: Path) -> None:
 
 def test_a_file_that_grew_too_large_or_went_away_has_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x" * 100)
-    settings = config(tmp_path, tmp_path / "out", "resize.max_bytes=50")
-    (item,) = list_folder(settings.source)
-    assert read_record(settings, item).reason == "too_many_bytes"
+    source = build_source(config(tmp_path, tmp_path / "out", "resize.max_bytes=50"))
+    (item,) = source.list()
+    assert source.record(item).reason == "too_many_bytes"
     (tmp_path / "a.jpg").unlink()
-    assert read_record(settings, item).reason == "not_a_file"
+    assert source.record(item).reason == "not_a_file"
 
 
 def test_the_output_inside_the_source_is_not_an_input(tmp_path: Path) -> None:
@@ -56,15 +56,16 @@ def test_the_output_inside_the_source_is_not_an_input(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.jpg").write_bytes(b"x")
     plan = make_plan(config(tmp_path, tmp_path / "out"), Store(str(tmp_path / "out")))
-    assert [item.source for item in plan.shards[0]] == ["a.jpg"]
+    assert [item.source for item in plan.inputs_of(0)] == ["a.jpg"]
 
 
 def test_a_moved_folder_keeps_its_keys(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.jpg").write_bytes(b"x")
-    before = [item.key for item in list_folder(SourceConfig(path=str(tmp_path / "one")))]
+    before = [item.key for item in build_source(config(tmp_path / "one", tmp_path / "out")).list()]
     (tmp_path / "one").rename(tmp_path / "two")
-    assert [item.key for item in list_folder(SourceConfig(path=str(tmp_path / "two")))] == before == [key_of("a.jpg")]
+    after = [item.key for item in build_source(config(tmp_path / "two", tmp_path / "out")).list()]
+    assert after == before == [key_of("a.jpg")]
 
 
 def test_copies_are_found_by_bytes_and_empty_files_are_none(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_copies_are_found_by_bytes_and_empty_files_are_none(tmp_path: Path) -> N
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     plan = make_plan(config(tmp_path, tmp_path / "out"), Store(str(tmp_path / "out")))
-    copies = {i.source: i.duplicate_of for items in plan.shards.values() for i in items if i.duplicate_of}
+    copies = {i.source: i.duplicate_of for items in shards(plan) for i in items if i.duplicate_of}
     assert copies == {"b.jpg": "a.jpg"}
 
 
@@ -84,9 +85,13 @@ def test_a_plan_is_kept_and_new_inputs_go_behind(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
     (tmp_path / "c.jpg").unlink()
     plan = make_plan(settings, store)
-    assert [[i.source for i in items] for items in plan.shards.values()] == [["b.jpg", "c.jpg"], ["d.jpg"], ["a.jpg"]]
+    assert [[i.source for i in items] for items in shards(plan)] == [["b.jpg", "c.jpg"], ["d.jpg"], ["a.jpg"]]
     assert (plan.new, plan.changed, plan.vanished) == (1, 0, 1)
-    assert list(read_plan(store)) == [0, 1]
+    assert planned_shards(store) == 2
+
+
+def shards(plan: Plan) -> list[list[Input]]:
+    return [plan.inputs_of(shard.index) for shard in plan.shards]
 
 
 def test_a_store_shows_whole_files_only_and_cannot_be_left(tmp_path: Path) -> None:

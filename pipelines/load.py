@@ -1,0 +1,76 @@
+"""What goes into a shard's stages: records from the source, or from the shard's own samples, and what each still needs.
+
+One rule decides, for each input: what an earlier run has made of it is kept wherever the same would be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from configs.errors import ShardError
+from configs.schema import DatasetConfig
+from pipelines.plan import ShardTask, read_inputs
+from pipelines.shards import read_records
+from pipelines.sources import Input, Source, build_source
+from pipelines.store import Store
+from stages.base import Stage, Todo
+from stages.record import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A record and the names of the stages it still needs."""
+
+    record: Record
+    todo: Todo
+
+
+def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]) -> list[Work]:
+    """The shard's inputs, in order, as the stages take them. Raises ShardError if the plan kept is another one."""
+    items = read_inputs(store, task.shard.index)
+    if len(items) != task.shard.inputs:
+        raise ShardError(f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run it again.")
+    source = build_source(config)
+    made = {record.key: record for record in read_records(store, task.shard.index)} if task.exists else {}
+    names = [stage.name for stage in stages]
+    kept = {item.key: made[item.key] for item in items if _stands(made.get(item.key), task, names)}
+    fresh = [item for item in items if item.key not in kept or task.moved]
+    arrived = dict(zip((item.key for item in fresh), source.records(fresh), strict=True))
+    return list(_merge(items, kept, arrived, task, stages, source))
+
+
+def _stands(record: Record | None, task: ShardTask, names: Sequence[str]) -> bool:
+    """True if what was made of an unchanged input stands: it isn't to be tried again, nor ended where things change."""
+    return (
+        record is not None
+        and record.reason not in task.retry
+        and (record.ok or record.stage not in names[task.start :])
+    )
+
+
+def _merge(
+    items: Sequence[Input],
+    kept: dict[str, Record],
+    arrived: dict[str, Record],
+    task: ShardTask,
+    stages: Sequence[Stage],
+    source: Source,
+) -> Iterator[Work]:
+    every = frozenset(stage.name for stage in stages)
+    later = frozenset(stage.name for stage in stages[task.start :])
+    given = frozenset(stage.name for stage in stages if set(stage.provides) <= source.gives)
+    for item in items:
+        old, new = kept.get(item.key), arrived.get(item.key)
+        if old is not None and (new is None or _same(old, new)):
+            yield Work(old, later - given)
+        else:
+            assert new is not None, "an input is kept, or it is read"
+            yield Work(new, every - given)
+
+
+def _same(old: Record, new: Record) -> bool:
+    """True if the source gave again what `old` was made of: the same bytes, or the same reason to give none."""
+    if new.ok:
+        return old.sha256 == new.sha256 and (old.license, old.author) == (new.license, new.author)
+    return (old.status, old.reason, old.detail, old.stage) == (new.status, new.reason, new.detail, new.stage)
