@@ -164,6 +164,10 @@ class DatasetConfig:
     shard_size: int = 1000
     executor: Literal["ray", "inline"] = "ray"
     threads: int = 0  # per model and process; 0: cores for inline, one for each Ray worker
+    stuck_after: float = (
+        600.0  # seconds that a stage may take over eight pictures (or a batch); then it is said, and on
+    )
+    # Ray the worker ends, the shard is tried again, and at last picture by picture, each with this limit
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
     parse: ParseConfig = field(default_factory=ParseConfig)
@@ -174,6 +178,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         _check(1 <= self.shard_size <= 100_000, f"shard_size={self.shard_size}: expected 1 to 100000")
+        _check(self.stuck_after > 0, f"stuck_after={self.stuck_after}: expected more than 0 seconds")
 
 
 # --------------------------------------------------------------------------------------------------- training

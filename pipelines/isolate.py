@@ -1,13 +1,14 @@
 """One picture at a time in a child process, for a shard that has killed its worker more than once.
 
-The child runs the same stages. When it dies (a segfault in a decoder, out of memory), the picture it had in hand is
-recorded as failed with reason `killed_worker`, a new child is started, and the rest goes on. Records travel as Arrow
-over the child's stdin and stdout, each message behind its length.
+The child runs the same stages. When it dies (a segfault in a decoder, out of memory) or takes longer than
+`stuck_after`, the picture it had in hand is recorded as failed (`killed_worker`, `timed_out`), a new child is started,
+and the rest goes on. Records travel as Arrow over the child's stdin and stdout, each message behind its length.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from stages.base import Failed, Stage, Todo, reject, run_chain
 from stages.record import Record, from_table, to_table
 
 _LENGTH = struct.Struct("<Q")
+_READY = b"ready"
 
 
 class Child:
@@ -31,6 +33,8 @@ class Child:
     def __init__(self, config: DatasetConfig, names: Sequence[str], threads: int) -> None:
         self._hello = [to_yaml(config).encode(), ",".join(names).encode(), str(threads).encode()]
         self._names = names
+        self._limit = config.stuck_after
+        self._ready = False  # its models are loaded; until then no clock runs
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Child:
@@ -47,7 +51,7 @@ class Child:
         return self._process.pid if self._process else 0
 
     def run(self, record: Record, todo: Todo) -> Record:
-        """The record through the stages it needs, or failed with `killed_worker` if the child died of it."""
+        """The record through the stages it needs; failed where the child died of it or was too long over it."""
         names = [name for name in self._names if name in todo]
         if not record.ok or not names:
             return record
@@ -56,6 +60,13 @@ class Child:
         try:
             _send(process.stdin, ",".join(names).encode())
             _send(process.stdin, _pack(record))
+            if not self._ready and _receive(process.stdout) != _READY:
+                raise EOFError
+            self._ready = True
+            if not select.select([process.stdout], [], [], self._limit)[0]:
+                process.kill()
+                self._end()
+                return reject(record, Failed("timed_out", f"no answer in {self._limit:g} s"), names[0])
             answer = _receive(process.stdout)
         except (EOFError, BrokenPipeError):
             code = self._end()
@@ -74,7 +85,7 @@ class Child:
     def _end(self) -> int:
         if self._process is None:
             return 0
-        process, self._process = self._process, None
+        process, self._process, self._ready = self._process, None, False
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 try:
@@ -150,6 +161,7 @@ def _main() -> None:
     stages = [stage for stage in build_stages(config) if stage.name in names]
     for stage in stages:
         stage.setup()
+    _send(answers, _READY)
     while True:
         try:
             todo = frozenset(_receive(requests).decode().split(","))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import threading
 import time
@@ -53,7 +54,7 @@ class RunLock:
                 f"{found['since']}. Wait until it ends or stop it; or give another output."
             )
         if found:
-            logger.info("the run of process %s on %s is dead; going on after it", found["pid"], found["host"])
+            logger.info("the run of process %s on %s is dead; going on after it", found.get("pid"), found.get("host"))
             self._store.remove(NAME)
         self._create()
         holder = self._read()
@@ -77,13 +78,14 @@ class RunLock:
             self._store.write(NAME, self._text())
             time.sleep(1.0)
             return
-        path = Path(self._store.path(NAME))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._store.write(f"{NAME}.{self._mine['id']}", self._text())
+        whole = Path(self._store.path(f"{NAME}.{self._mine['id']}"))
         try:
-            with path.open("x") as file:
-                file.write(self._text())
+            os.link(whole, self._store.path(NAME))  # unlike a rename, this replaces nothing
         except FileExistsError:
             return  # whoever came first is read back
+        finally:
+            whole.unlink()
 
     def _renew(self) -> None:
         while not self._stop.wait(BEAT):
@@ -95,10 +97,9 @@ class RunLock:
 
     def _alive(self, found: dict[str, Any]) -> bool:
         if found["host"] == _host():
-            try:
-                started = psutil.Process(found["pid"]).create_time()
-            except psutil.NoSuchProcess:
+            if not psutil.pid_exists(found["pid"]):
                 return False
+            started = psutil.Process(found["pid"]).create_time()
             return bool(abs(started - found["process_started"]) < 1.0)
         logger.info("%s has a lock from %s; watching for %.0f s whether it lives", NAME, found["host"], self._watch)
         end = time.monotonic() + self._watch
@@ -117,7 +118,7 @@ class RunLock:
         except FileNotFoundError:
             return None
         except ValueError:
-            return None  # half written by a process that was killed in that instant
+            return {"id": "", "host": _host(), "pid": -1, "process_started": 0.0}  # no run of ours wrote that
         return found
 
     def _text(self) -> str:

@@ -30,6 +30,8 @@ from stages.regions import LABELS
 
 FOLDER = "shards"
 
+Manifest = dict[str, Any]
+
 _MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _FACE = pa.struct([("box", pa.list_(pa.float64())), ("landmarks", pa.list_(pa.float64())), ("score", pa.float64())])
 SIDECAR_SCHEMA = pa.schema(

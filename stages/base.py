@@ -187,10 +187,12 @@ def run_chain(
     seconds: dict[str, float] | None = None,
     advance: Callable[[int], None] | None = None,
     todo: Sequence[Todo] | None = None,
+    entering: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still finds in memory.
 
-    `advance` is told how many more are done. Which records share a batch depends on `records` and `todo` alone.
+    `advance` is told how many more are done, `entering` each stage's name before its next few records. Which records
+    share a batch depends on `records` and `todo` alone.
     """
     chunk = max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
     done: list[Record] = []
@@ -198,6 +200,8 @@ def run_chain(
         part = list(records[start : start + chunk])
         needs = None if todo is None else todo[start : start + chunk]
         for stage in stages:
+            if entering is not None:
+                entering(stage.name)
             part = run_stage(stage, part, seconds, needs)
         done += part
         if advance is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipelines.poison import EXPECTED
 from pipelines.shards import manifests, read_records, read_sidecar
 from pipelines.store import Store
 from stages.base import Stage
-from stages.record import Record
+from stages.record import Record, key_of
 from tests.pipelines.helpers import config, digests, stamps
 
 
@@ -147,3 +148,77 @@ def test_an_empty_or_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
         plan_job(config(tmp_path / "empty", tmp_path / "out"))
     with pytest.raises(SourceError, match="not a folder"):
         plan_job(config(tmp_path / "missing", tmp_path / "out"))
+
+
+def test_retry_makes_just_those_inputs_again(portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(portraits, source)
+    files = sorted(source.glob("*.jpg"))
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:5000])
+    files[6].write_bytes(b"<html>")
+    stamp = files[1].stat()
+    run(config(source, output))
+    files[1].write_bytes(whole)  # mended; a mount that was away comes back with the very same times
+    os.utime(files[1], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    job = plan_job(config(source, output), frozenset({"truncated"}))
+    assert [(task.shard.index, task.start, task.retry) for task in job.tasks] == [(0, 5, frozenset({"truncated"}))]
+    seen = _keys(job.stages, monkeypatch)
+    list(execute(job, lambda count: None))
+    assert seen == {key_of(files[1].name)}
+    monkeypatch.undo()
+    run(config(source, tmp_path / "fresh"))
+    assert digests(output) == digests(tmp_path / "fresh")
+    assert read_ledger(Store(str(output))).failed == {"not_an_image": 1}
+
+
+def test_one_changed_picture_is_made_again_and_its_neighbours_are_not(
+    portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(portraits, source)
+    files = sorted(source.glob("*.jpg"))
+    run(config(source, output))
+    files[2].write_bytes(files[2].read_bytes() + b"\0")
+    for path in files[:4]:
+        os.utime(path)  # touched, as by a copy that keeps no times
+    job = plan_job(config(source, output))
+    assert job.plan.changed == 4 and [task.shard.index for task in job.tasks] == [0]
+    seen = _keys(job.stages, monkeypatch)
+    list(execute(job, lambda count: None))
+    assert seen == {key_of(files[2].name)}
+    monkeypatch.undo()
+    run(config(source, tmp_path / "fresh"))
+    assert digests(output) == digests(tmp_path / "fresh")
+    assert plan_job(config(source, output)).tasks == []
+
+
+def test_what_has_vanished_from_the_source_stays_in_its_shard(portraits: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(portraits, source)
+    run(config(source, output))
+    before = digests(output)
+    sorted(source.glob("*.jpg"))[3].unlink()
+    job = plan_job(config(source, output))
+    assert (job.plan.vanished, job.tasks) == (1, [])
+    later = config(source, output, "caption.face_prompt=another")  # from the shards: the picture isn't needed
+    assert run(later).written == 8
+    assert set(digests(output)) == set(before)
+
+
+def _keys(stages: list[Stage], patch: pytest.MonkeyPatch) -> set[str]:
+    """The keys that any stage is given from now on."""
+    seen: set[str] = set()
+
+    def watch(kind: type[Stage]) -> None:
+        real = kind.process
+
+        def watched(self: Stage, records: list[Record]) -> list[Record]:
+            seen.update(record.key for record in records)
+            return real(self, records)
+
+        patch.setattr(kind, "process", watched)
+
+    for stage in stages:
+        watch(type(stage))
+    return seen

@@ -14,7 +14,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.schema import DatasetConfig
 from pipelines.dataset import lint, plan_job, run
-from pipelines.executors import plan_groups
+from pipelines.executors.groups import plan_groups
 from pipelines.isolate import Child, run_isolated
 from pipelines.sources import build_source
 from pipelines.store import Store

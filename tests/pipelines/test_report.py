@@ -28,7 +28,7 @@ from pipelines.dataset import run
 from pipelines.report import INDEX, STATS, compute_stats, write_report
 from pipelines.report.contact import MAX_SAMPLES, PALETTE, contact_sheet
 from pipelines.report.spread import spread
-from pipelines.shards import ShardRun, commit
+from pipelines.shards import PlannedShard, ShardRun, commit
 from pipelines.store import Store
 from stages.codec import encode_jpeg, encode_labels
 from stages.record import Face, Record, Status, key_of
@@ -89,7 +89,8 @@ def make(folder: Path, parts: list[list[Record]]) -> Store:
     store = Store(str(folder))
     for index, records in enumerate(parts):
         timing = ShardRun({"source": 0.25, "parse": 0.75}, "inline", started=0.0)
-        commit(store, index, records, "digest", ["parse-1-abc"], timing)
+        shard = PlannedShard(index=index, inputs=len(records), bytes=0, digest="digest")
+        commit(store, shard, records, ["parse-1-abc"], timing)
     return store
 
 

@@ -1,0 +1,201 @@
+"""The Ray executor: the same shard tasks and stages on a cluster.
+
+On Ray Data, one read task makes one block of one shard, and `target_max_block_size = None` keeps it whole through the
+actors to the write task, which checks that it holds every planned row of exactly one shard. Neighbouring stages with
+equal resources share an actor. Ray retries a dead task without end, so a small actor on the driver's node counts the
+times that each shard was begun: after `ray.deaths` deaths it is processed picture by picture in a child process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from configs.errors import PipelineError
+from configs.schema import DatasetConfig
+from pipelines.executors.block import BLOCK_SCHEMA, Block
+from pipelines.executors.counter import Advance, Relay, start_counter
+from pipelines.executors.groups import TASK_CPUS, Group, plan_groups
+from pipelines.isolate import run_isolated
+from pipelines.load import load_shard
+from pipelines.plan import ShardTask
+from pipelines.shards import Manifest, ShardRun, commit
+from pipelines.store import Store
+from stages.backends.runtime import pin_threads
+from stages.base import run_chain
+from stages.chain import build_stages
+from stages.record import Record
+
+logger = logging.getLogger(__name__)
+
+
+def run_ray(config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance) -> Iterator[Manifest]:
+    """Make the shards on Ray Data; yields each manifest when it is committed, in no particular order."""
+    import ray
+
+    address = config.ray.address or os.environ.get("RAY_ADDRESS", "")
+    _start_ray(config, address)
+    try:
+        resources = ray.cluster_resources()
+        groups = plan_groups(config, build_stages(config), resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+        for group in groups:
+            logger.info(
+                "ray: %d × (%s), each %g CPU, %g GPU", group.copies, "+".join(group.names), group.cpus, group.gpus
+            )
+        counter = start_counter()
+        with Relay(counter, advance, config.stuck_after):
+            yield from _stream(config, tasks, groups, counter)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, PipelineError) else error) from None
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(config: DatasetConfig, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its workers' news goes to its own log files
+    for noisy in ("ray", "ray.data"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address and address != "local":
+        ray.init(address=address, **quiet)
+        return
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        object_store_memory=config.ray.object_store_mb * 1_000_000,
+        include_dashboard=False,
+        **quiet,
+    )
+
+
+def _stream(
+    config: DatasetConfig, tasks: Sequence[ShardTask], groups: Sequence[Group], counter: Any
+) -> Iterator[Manifest]:
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it anew
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    at_once = -(-groups[0].copies // 2)  # each costs a process that imports for seconds: a storm of them starves actors
+    data = ray.data.read_datasource(
+        _shard_source(config, tasks), override_num_blocks=len(tasks), num_cpus=TASK_CPUS, concurrency=at_once
+    )
+    for group in groups:
+        data = data.map_batches(
+            _GroupActor,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            fn_constructor_args=(config, group, counter),
+            compute=ray.data.ActorPoolStrategy(size=group.copies, max_tasks_in_flight_per_actor=2),
+            num_cpus=group.cpus,
+            num_gpus=group.gpus or None,
+        )
+    signatures = [stage.signature() for stage in build_stages(config)]
+    data = data.map_batches(
+        _write,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"output": config.output, "signatures": signatures},
+        num_cpus=TASK_CPUS,
+        concurrency=at_once,
+    )
+    for row in data.iter_rows():
+        yield json.loads(row["manifest"])
+
+
+def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class ShardSource(Datasource):  # type: ignore[misc]
+        """One read task, and so one block, for each shard."""
+
+        def estimate_inmemory_data_size(self) -> int:
+            return sum(task.shard.bytes for task in tasks)
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
+        ) -> list[Any]:
+            return [ReadTask(_reader(config, task), self._metadata(task), BLOCK_SCHEMA) for task in tasks]
+
+        def _metadata(self, task: ShardTask) -> Any:
+            return BlockMetadata(num_rows=task.shard.inputs, size_bytes=task.shard.bytes, exec_stats=None)
+
+    return ShardSource()
+
+
+def _reader(config: DatasetConfig, task: ShardTask) -> Callable[[], list[pa.Table]]:
+    def read() -> list[pa.Table]:
+        started = time.time()
+        work = load_shard(config, Store(config.output), task, build_stages(config))
+        run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
+        return [Block([item.record for item in work], [item.todo for item in work], task.shard, run).to_arrow()]
+
+    return read
+
+
+class _GroupActor:
+    """A group of stages, loaded once, that takes and gives whole shards."""
+
+    def __init__(self, config: DatasetConfig, group: Group, counter: Any) -> None:
+        self._threads = config.threads or 1
+        pin_threads(self._threads)
+        self._config, self._group, self._counter = config, group, counter
+        chain = build_stages(config)
+        self._stages, self._last = chain[group.first : group.last], group.last == len(chain)
+        for stage in self._stages:
+            stage.setup()
+
+    def __call__(self, arrived: pa.Table) -> pa.Table:
+        import ray
+
+        block = Block.of_arrow(arrived)
+        shard, run = block.shard.index, block.run
+        if self._group.first == 0:
+            run["started"] = time.time()  # a shard's time begins once its models are loaded
+        attempt = ray.get(self._counter.begin.remote(shard, self._group.first))
+        run["attempt"] = max(run["attempt"], attempt)
+        advance = self._counter.advance.remote if self._last else (lambda count: None)
+        if attempt > self._config.ray.deaths:
+            done = run_isolated(self._config, self._stages, block.records, block.todo, self._threads, advance)
+        else:
+            done = self._run(block, advance)
+        self._counter.end.remote(shard, self._group.first)
+        return Block(done, block.todo, block.shard, run).to_arrow()
+
+    def _run(self, block: Block, advance: Advance) -> list[Record]:
+        """The stages in this process. It ends itself where one hangs: faulthandler's clock needs no Python thread."""
+        limit, where = self._config.stuck_after, f"{platform.node()}, process {os.getpid()}"
+
+        def entering(stage: str) -> None:
+            faulthandler.dump_traceback_later(limit, exit=True)
+            self._counter.at.remote(block.shard.index, stage, where)
+
+        try:
+            return run_chain(self._stages, block.records, block.run["seconds"], advance, block.todo, entering)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _write(arrived: pa.Table, output: str, signatures: Sequence[str]) -> pa.Table:
+    block = Block.of_arrow(arrived)
+    run = block.run
+    facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"])
+    manifest = commit(Store(output), block.shard, block.records, signatures, facts)
+    return pa.table({"manifest": [json.dumps(manifest)]})
