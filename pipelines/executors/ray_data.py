@@ -15,15 +15,17 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+import configs
 from configs.errors import PipelineError
 from configs.schema import DatasetConfig
 from pipelines.executors.block import BLOCK_SCHEMA, Block
 from pipelines.executors.counter import Advance, Relay, start_counter
-from pipelines.executors.groups import TASK_CPUS, Group, plan_groups
+from pipelines.executors.groups import TASK_CPUS, Group, Node, plan_groups
 from pipelines.isolate import run_isolated
 from pipelines.load import load_shard
 from pipelines.plan import ShardTask
@@ -44,8 +46,9 @@ def run_ray(config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance)
     address = config.ray.address or os.environ.get("RAY_ADDRESS", "")
     _start_ray(config, address)
     try:
-        resources = ray.cluster_resources()
-        groups = plan_groups(config, build_stages(config), resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [Node(given.get("CPU", 0.0), given.get("GPU", 0.0)) for given in resources]
+        groups = plan_groups(config, build_stages(config), nodes, len(tasks))
         for group in groups:
             logger.info(
                 "ray: %d × (%s), each %g CPU, %g GPU", group.copies, "+".join(group.names), group.cpus, group.gpus
@@ -64,13 +67,13 @@ def _start_ray(config: DatasetConfig, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its workers' news goes to its own log files
-    for noisy in ("ray", "ray.data"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address and address != "local":
-        ray.init(address=address, **quiet)
+        ray.init(address=address, runtime_env=_runtime_env(), **quiet)
         return
     ray.init(
         address="local",
@@ -81,12 +84,22 @@ def _start_ray(config: DatasetConfig, address: str) -> None:
     )
 
 
+def _runtime_env() -> dict[str, Any] | None:
+    """This program's own packages, so that workers need only the image with its requirements.
+
+    None inside `ray job submit`, whose working directory holds them already.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return None
+    root = Path(configs.__file__).parents[1]
+    return {"py_modules": [str(root / name) for name in ("configs", "stages", "model", "pipelines")]}
+
+
 def _stream(
     config: DatasetConfig, tasks: Sequence[ShardTask], groups: Sequence[Group], counter: Any
 ) -> Iterator[Manifest]:
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it anew
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None
     context.enable_progress_bars = False
@@ -113,7 +126,7 @@ def _stream(
         batch_format="pyarrow",
         fn_kwargs={"output": config.output, "signatures": signatures},
         num_cpus=TASK_CPUS,
-        concurrency=at_once,
+        compute=ray.data.TaskPoolStrategy(size=at_once),
     )
     for row in data.iter_rows():
         yield json.loads(row["manifest"])

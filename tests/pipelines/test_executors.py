@@ -14,7 +14,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.schema import DatasetConfig
 from pipelines.dataset import lint, plan_job, run
-from pipelines.executors.groups import plan_groups
+from pipelines.executors.groups import Node, plan_groups
 from pipelines.isolate import Child, run_isolated
 from pipelines.sources import build_source
 from pipelines.store import Store
@@ -92,15 +92,17 @@ def test_actors_leave_room_for_tasks_and_impossible_gpus_are_said() -> None:
     base = DatasetConfig()
     chain = build_stages(base)
     for cpus in (1, 2, 4, 64):
-        groups = plan_groups(base, chain, cpus, 0)
+        groups = plan_groups(base, chain, [Node(cpus, 0)])
         assert [group.names for group in groups] == [tuple(stage.name for stage in chain)]
         assert sum(group.cpus * group.copies for group in groups) <= cpus - 0.5
-    assert plan_groups(base, chain, 2, 0)[0].copies == 2
+    assert plan_groups(base, chain, [Node(2, 0)])[0].copies == 2
+    assert plan_groups(base, chain, [Node(2, 0)] * 40)[0].copies == 80, "none across two nodes"
+    assert plan_groups(base, chain, [Node(2, 0)] * 40, shards=3)[0].copies == 3
     from configs.load import load
 
     gpu = load(DatasetConfig, "configs/dataset/fgid.yaml", [])
     with pytest.raises(ConfigError, match="GPUs"):
-        plan_groups(gpu, build_stages(gpu), 8, 0)
-    groups = plan_groups(gpu, build_stages(gpu), 32, 4)
+        plan_groups(gpu, build_stages(gpu), [Node(8, 0)])
+    groups = plan_groups(gpu, build_stages(gpu), [Node(16, 2)] * 2)
     assert [group.names for group in groups] == [("resize", "detect"), ("parse", "embed"), ("caption",)]
     assert sum(group.gpus * group.copies for group in groups) <= 4
