@@ -74,6 +74,8 @@ class Fetcher:
                 if not target:
                     return self._taken(response)
                 url = _joined(url, target)
+            except faults.ProtocolError:
+                raise Transient("cut_off", "the body ended early") from None
             except faults.HTTPError as error:
                 raise _verdict(error) from None
             finally:
@@ -248,9 +250,5 @@ def _verdict(error: faults.HTTPError) -> Failed:
             return Transient("connection", type(error.__cause__ or error.__context__ or error).__name__)
         case faults.TimeoutError():
             return Transient("timeout", "no answer in time")
-        case faults.IncompleteRead():
-            return Transient("cut_off", "the body ended early")
-        case faults.ProtocolError() if any(isinstance(arg, faults.IncompleteRead) for arg in error.args):
-            return Transient("cut_off", "the body ended early")
         case _:
             return Transient("connection", type(error).__name__)
