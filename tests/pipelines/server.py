@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -36,6 +45,29 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.agents: set[str] = set()
         self.stopping = threading.Event()
+
+    def secure(self, folder: Path) -> Path:
+        """Speak TLS from now on, with a certificate for `localhost` alone; returns its file."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        plain_key = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (folder / "key.pem").write_bytes(plain_key)
+        (folder / "certificate.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        return folder / "certificate.pem"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up, or refuses the certificate, is no fault."""
 
     @property
     def url(self) -> str:

@@ -201,6 +201,18 @@ def test_a_redirect_to_a_private_address_is_refused(server: Server) -> None:
     assert (caught.value.reason, server.asked) == ("refused_address", ["/a"])
 
 
+def test_tls_checks_the_name_although_an_address_is_connected_to(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answers["/a"] = plain(b"picture")
+    certificate = server.secure(tmp_path)
+    by_name, by_address = (f"https://{host}:{server.server_port}/a" for host in ("localhost", "127.0.0.1"))
+    assert fetched(tmp_path, by_name).reason == "bad_certificate"  # nobody vouches for it
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert fetched(tmp_path, by_name).image == b"picture"
+    assert fetched(tmp_path, by_address).reason == "bad_certificate"
+
+
 PUBLIC = "8.8.8.8 2606:4700:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808"
 PRIVATE = """
     0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.8.8.8 169.254.169.254 172.16.0.1 192.168.1.1 192.0.2.1 198.18.0.1
