@@ -1,4 +1,8 @@
-"""Pictures in parquet tables: as bytes in a column, or as files whose names stand in one."""
+"""Pictures in parquet tables: as bytes in a column, or as files whose names stand in one.
+
+A row group is read page by page: memory is that of its largest page, and of the pictures that were asked for. Row
+numbers in names are padded, so that a shard's inputs, which are sorted by name, lie in few row groups.
+"""
 
 from __future__ import annotations
 
@@ -191,8 +195,8 @@ def _cells(table: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterato
 
 
 def _taken(found: dict[int, bytes | Failed], row: int) -> bytes:
-    """The row's picture, which `found` lets go. Raises Failed where there is none."""
-    answer = found.pop(row)
+    """The row's picture. Raises Failed where there is none."""
+    answer = found[row]
     if isinstance(answer, Failed):
         raise answer
     return answer

@@ -42,7 +42,7 @@ class UrlList(Source):
                 with file.open() as stream:
                     for row in self._rows(file, stream):
                         url = str(row[self.config.url_column] or "").strip()
-                        digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).digest()[:16]
+                        digest = hashlib.sha256(_clean(_USER.sub("", url)).encode()).digest()[:16]
                         if seen.execute("INSERT OR IGNORE INTO urls VALUES (?)", (digest,)).rowcount:
                             yield self._input(row, url)
                         else:

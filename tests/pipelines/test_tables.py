@@ -66,6 +66,14 @@ def test_each_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(opened) == [[0], [1]]
 
 
+def test_two_names_for_one_row_both_have_its_picture(tmp_path: Path) -> None:
+    """As after a change of source.name_column: what has vanished keeps its place, and its row is still there."""
+    write(tmp_path / "t.parquet", [{"image": b"0", "id": "n"}])
+    before = list(source(tmp_path / "t.parquet", tmp_path).list())
+    made = source(tmp_path / "t.parquet", tmp_path, "source.name_column=id")
+    assert [record.image for record in made.records([*before, *made.list()])] == [b"0", b"0"]
+
+
 def test_pictures_beside_the_table_cannot_leave_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
