@@ -1,7 +1,7 @@
 """One picture from one URL: from public addresses only, within limits of time and size, as its server allows.
 
 A host's address is looked up once, checked, and connected to as it is: no second look-up could answer otherwise. TLS
-still checks the name. Each redirect makes the same way. Proxies of the environment are not used.
+still checks the name. Each redirect goes the same way. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -179,6 +179,8 @@ def _connect(connection: HTTPConnection, allowed: Allowed) -> socket.socket:
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     fault: Exception = Refused(f"{addresses[0]} is no public address" if addresses else "no address")
     for address in filter(allowed, addresses):
+        if time.monotonic() >= _deadline.get():
+            raise faults.ConnectTimeoutError(connection, "the deadline has passed")
         try:
             port = connection.port
             return create_connection((address, port), connection.timeout, socket_options=connection.socket_options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -32,9 +33,20 @@ class Found:
     version: str
 
     @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """Its bytes, seekable. Raises SourceError, also for what goes wrong inside the block, if it can't be read."""
+    def open(self, seeking: bool = True) -> Iterator[IO[bytes]]:
+        """Its bytes, from their start. Raises SourceError, also for what goes wrong in the block, if it can't be read.
+
+        seeking: whether it will be read in parts.
+        """
         with _listing(self.path), self.fs.open(self.path, "rb", block_size=_BLOCK) as stream:
+            try:
+                if seeking:
+                    stream.seek(0, io.SEEK_END)
+                    stream.seek(0)
+            except ValueError:
+                raise SourceError(
+                    f"{self.path} can't be read in parts: its server sends it whole only. Copy it here first."
+                ) from None
             yield cast(IO[bytes], stream)
 
 

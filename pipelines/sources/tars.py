@@ -97,7 +97,11 @@ class WebDataset(Source):
             return b""
         data = read_range(self._fs, place["tar"], place["offset"], place["offset"] + length)
         if len(data) != length:
-            raise Failed("unreadable", f"asked for {length:,} bytes, got {len(data):,}: the tar has changed")
+            raise Failed(
+                "unreadable",
+                f"asked for {length:,} bytes, got {len(data):,}: the tar has changed, or "
+                "its server sends it whole only",
+            )
         return data
 
 

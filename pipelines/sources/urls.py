@@ -39,8 +39,9 @@ class UrlList(Source):
         with closing(sqlite3.connect("")) as seen:  # a file of its own on local disk, gone when closed
             seen.execute("CREATE TABLE urls (digest BLOB PRIMARY KEY) WITHOUT ROWID")
             for file in find_files(self.config.path, _ENDINGS, self.output):
-                with file.open() as stream:
-                    for row in self._rows(file, stream):
+                ending = next((end for end in _ENDINGS if file.path.lower().endswith(end)), "")
+                with file.open(seeking=ending == ".parquet") as stream:
+                    for row in self._rows(file, stream, ending):
                         url = str(row[self.config.url_column] or "").strip()
                         digest = hashlib.sha256(_clean(_USER.sub("", url)).encode()).digest()[:16]
                         if seen.execute("INSERT OR IGNORE INTO urls VALUES (?)", (digest,)).rowcount:
@@ -57,9 +58,8 @@ class UrlList(Source):
             source=_clean(name) or "(no URL)", locator=url.encode("utf-8", "surrogatepass"), facts=facts_of(row)
         )
 
-    def _rows(self, file: Found, stream: IO[bytes]) -> Iterator[Mapping[str, Any]]:
+    def _rows(self, file: Found, stream: IO[bytes], ending: str) -> Iterator[Mapping[str, Any]]:
         """Rows with the URL's column, and with those of name, license and author that there are."""
-        ending = next((e for e in _ENDINGS if file.path.lower().endswith(e)), "")
         if ending == ".parquet":
             with open_parquet(file.path, stream) as table:
                 columns = self._columns(file, table.schema_arrow.names)

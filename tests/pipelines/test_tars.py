@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -16,6 +17,7 @@ from pipelines.dataset import run
 from pipelines.sources import Input, build_source
 from pipelines.sources.tars import WebDataset
 from tests.pipelines.helpers import config
+from tests.pipelines.server import plain, serving
 
 GOOD = b'{"license": "CC0", "author": "Ada", "caption": "ignored"}'
 
@@ -184,6 +186,23 @@ def test_a_tar_that_changed_or_went_away_since_it_was_listed_has_a_reason(tmp_pa
     assert made.record(item).reason == "unreadable"
     (tmp_path / "a.tar").unlink()
     assert made.record(item).reason == "not_a_file"
+
+
+def test_a_server_that_sends_tars_whole_only_is_said(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.jpg": b"x" * 100})
+    whole = (tmp_path / "a.tar").read_bytes()
+
+    def without_length(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(whole)
+
+    with serving() as server:
+        server.answers = {"/a.tar": plain(whole), "/b.tar": without_length}
+        made = source(f"{server.url}/a.tar", tmp_path)
+        assert [made.record(item).reason for item in made.list()] == ["unreadable"]
+        with pytest.raises(SourceError, match="Copy it here first"):
+            list(source(f"{server.url}/b.tar", tmp_path).list())
 
 
 def test_the_ledger_of_tars_balances(portraits: Path, tmp_path: Path) -> None:
