@@ -30,11 +30,12 @@ class SourceConfig:
     license: str = ""  # where the source itself doesn't state one
     author: str = ""
     tries: int = 4  # of reading an input, where the failure may pass
+    backoff: float = 0.5  # seconds before the second try; about doubled before each further one
     find_copies: bool = True  # compare bytes of inputs of equal size while planning
     image_column: str = "image"  # of parquet: bytes, or a struct with `bytes`
     path_column: str = "path"  # of parquet: file names relative to it, where it has no image column
     url_column: str = "url"  # of lists of URLs
-    name_column: str = ""  # of tables and lists: a unique name for each row; "": the path, the URL or the row's number
+    name_column: str = ""  # of tables and lists: a unique name for each row; "": the URL, or FILE#ROW
     timeout: float = 20.0  # seconds without a byte, and for connecting
     downloads: int = 32  # at a time, by each reader
     allow_private: bool = False  # URLs that lead to private, loopback and link-local addresses
@@ -44,6 +45,7 @@ class SourceConfig:
         bad = [e for e in self.extensions if not e.startswith(".") or e != e.lower()]
         _check(not bad, f"source.extensions: {bad} must be lower-case and start with a dot, as in .jpg")
         _check(self.tries >= 1, f"source.tries={self.tries}: expected at least 1")
+        _check(self.backoff >= 0, f"source.backoff={self.backoff}: expected at least 0 seconds")
         _check(self.timeout > 0, f"source.timeout={self.timeout}: expected more than 0 seconds")
         _check(1 <= self.downloads <= 256, f"source.downloads={self.downloads}: expected 1 to 256")
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from configs.schema import DatasetConfig
 from stages.base import Dropped, Failed, Rejection, reject
 from stages.record import Record, key_of
 
 STAGE = "source"
+_LONGEST_WAIT: Final = 30.0  # seconds between two tries, whatever a server asks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +44,20 @@ class Input:
 
 
 class Transient(Failed):
-    """Can't be read now, but may be in a moment: a timeout, a 503. Tried again before it is believed."""
+    """Can't be read now, but may be in a moment: a timeout, a 503. Tried again before it is believed.
+
+    after: seconds that the server asks to wait before the next try.
+    """
+
+    def __init__(self, reason: str, detail: str = "", after: float = 0.0) -> None:
+        super().__init__(reason, detail)
+        self.after = after
 
 
 class Source(ABC):
     """A kind of place that photographs come from. Lists on the driver, reads on the workers; holds no state."""
 
-    concurrency: ClassVar[int] = 1  # reads at a time; over 1 where reading is waiting
+    concurrency: int = 1  # reads at a time; over 1 where reading is waiting
     gives: ClassVar[frozenset[str]] = frozenset()  # record fields that come with it, so their stages needn't run
 
     def __init__(self, config: DatasetConfig) -> None:
@@ -69,8 +77,11 @@ class Source(ABC):
         """`record`, whose image has been read, with whatever else this source brings (see `gives`)."""
         return record
 
-    def record(self, item: Input) -> Record:
-        """The record of one input, its image the source's own bytes; ended already where it can't be read."""
+    def record(self, item: Input, read: Callable[[Input], bytes] | None = None) -> Record:
+        """The record of one input, its image the source's own bytes; ended already where it can't be read.
+
+        read: in place of `self.read`, for sources that read several inputs at once.
+        """
         facts: dict[str, Any] = json.loads(item.facts) if item.facts else {}
         record = Record(
             key=item.key,
@@ -81,7 +92,7 @@ class Source(ABC):
         try:
             if item.duplicate_of:
                 raise Dropped("duplicate", f"same bytes as {item.duplicate_of}")
-            data = self._retrying(self.read, item)
+            data = self._retrying(read or self.read, item)
             record = replace(record, image=data, sha256=hashlib.sha256(data).hexdigest())
             return self.complete(record, item)
         except Rejection as verdict:
@@ -100,6 +111,13 @@ class Source(ABC):
         return Retrying(
             retry=retry_if_exception_type(Transient),
             stop=stop_after_attempt(self.config.tries),
-            wait=wait_random_exponential(multiplier=0.5, max=30),
+            wait=self._wait,
             reraise=True,
         )
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds until the next try: at random, growing, and no less than the server has asked for."""
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.after if isinstance(error, Transient) else 0.0
+        growing = wait_random_exponential(multiplier=self.config.backoff, max=_LONGEST_WAIT)(state)
+        return min(max(growing, asked), _LONGEST_WAIT)

@@ -16,8 +16,8 @@ import fsspec
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.remote import is_transient
-from pipelines.sources.base import Input, Source, Transient
+from pipelines.sources.base import Input, Source
+from pipelines.sources.paths import read_range, version_of
 from stages.base import Failed
 
 _MAGIC = re.compile(r"[*?\[]")
@@ -57,23 +57,7 @@ class LocalFiles(Source):
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: not_a_file, unreadable, too_many_bytes."""
         root, _ = split_glob(self.config.path)
-        try:
-            handle = os.open(os.path.join(os.fsencode(root), item.locator), os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:  # O_NONBLOCK: a pipe can't block
-            reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
-            raise Failed(reason, error.strerror or "") from None
-        try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise Failed("not_a_file", "a folder, pipe or device")
-            if found.st_size > self.limit:
-                raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {self.limit:,}")
-            with os.fdopen(handle, "rb", closefd=False) as stream:
-                return stream.read(count)
-        except OSError as error:
-            raise Failed("unreadable", error.strerror or "") from None
-        finally:
-            os.close(handle)
+        return read_file(os.path.join(os.fsencode(root), item.locator), self.limit, count)
 
 
 class RemoteFiles(Source):
@@ -96,12 +80,11 @@ class RemoteFiles(Source):
                     continue
                 if self._pattern is None or self._pattern.fullmatch(source):
                     size = found.get("size")
-                    version = found.get("ETag") or found.get("etag") or found.get("LastModified") or found.get("mtime")
                     yield Input(
                         source=source,
                         locator=path.encode(),
                         size=-1 if size is None else int(size),
-                        version=str(version or "").strip('"'),
+                        version=version_of(found),
                     )
 
     def read(self, item: Input, count: int = -1) -> bytes:
@@ -109,17 +92,31 @@ class RemoteFiles(Source):
         if item.size > self.limit:
             raise Failed("too_many_bytes", f"{item.size:,} bytes, limit {self.limit:,}")
         end = self.limit + 1 if count < 0 else count
-        try:
-            data: bytes = self._fs.cat_file(item.locator.decode(), start=0, end=end)
-        except FileNotFoundError:
-            raise Failed("not_a_file", "it is gone") from None
-        except Exception as error:  # noqa: BLE001 - each file system raises its own
-            if is_transient(error):
-                raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
-            raise Failed("unreadable", f"{type(error).__name__}: {error}") from None
+        data = read_range(self._fs, item.locator.decode(), 0, end)
         if len(data) > self.limit:
             raise Failed("too_many_bytes", f"over {self.limit:,} bytes")
         return data
+
+
+def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
+    """The bytes of a file of this machine. Raises Failed: not_a_file, unreadable, too_many_bytes."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe can't block
+    except OSError as error:
+        reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
+        raise Failed(reason, error.strerror or "") from None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise Failed("not_a_file", "a folder, pipe or device")
+        if found.st_size > limit:
+            raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {limit:,}")
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise Failed("unreadable", error.strerror or "") from None
+    finally:
+        os.close(handle)
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
