@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -57,23 +58,7 @@ class LocalFiles(Source):
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: not_a_file, unreadable, too_many_bytes."""
         root, _ = split_glob(self.config.path)
-        try:
-            handle = os.open(os.path.join(os.fsencode(root), item.locator), os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:  # O_NONBLOCK: a pipe can't block
-            reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
-            raise Failed(reason, error.strerror or "") from None
-        try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise Failed("not_a_file", "a folder, pipe or device")
-            if found.st_size > self.limit:
-                raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {self.limit:,}")
-            with os.fdopen(handle, "rb", closefd=False) as stream:
-                return stream.read(count)
-        except OSError as error:
-            raise Failed("unreadable", error.strerror or "") from None
-        finally:
-            os.close(handle)
+        return read_file(os.path.join(os.fsencode(root), item.locator), self.limit, count)
 
 
 class RemoteFiles(Source):
@@ -133,3 +118,24 @@ def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
     return "/".join(parts[:first]) or ("/" if path.startswith("/") else "."), re.compile(
         glob_translate("/".join(parts[first:]))
     )
+
+
+def read_file(path: bytes | Path, limit: int, count: int = -1) -> bytes:
+    """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable, too_many_bytes (`limit`)."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:  # O_NONBLOCK: a pipe can't block
+        reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
+        raise Failed(reason, error.strerror or "") from None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise Failed("not_a_file", "a folder, pipe or device")
+        if found.st_size > limit:
+            raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {limit:,}")
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise Failed("unreadable", error.strerror or "") from None
+    finally:
+        os.close(handle)
