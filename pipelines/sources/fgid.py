@@ -17,7 +17,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -69,7 +69,7 @@ class FgidLayout(Source):
         super().__init__(config)
         path = Path(self.config.path)
         self._file = path / JSON_ALL if path.is_dir() else path
-        self._folder = self._file.parent
+        self._folder = os.path.realpath(self._file.parent)
         self._resize = config.resize
 
     def list(self) -> Iterator[Input]:
@@ -84,12 +84,13 @@ class FgidLayout(Source):
     def _input(self, raw: dict[str, Any], number: int) -> Input:
         raw = {name: _clean(value) for name, value in raw.items()}
         kinds = {"image": _IMAGE, "parsing": _PARSING, "identity": _IDENTITY}
-        entry: Entry = {kind: self._chosen(raw, names) for kind, names in kinds.items()}
+        chosen = {kind: self._chosen(raw, names) for kind, names in kinds.items()}
+        entry: Entry = {kind: given for kind, (given, _) in chosen.items()}
         entry["caption"], entry["face_caption"] = _first(raw, _CAPTION), _first(raw, _FACE_CAPTION)
         entry |= {name: raw[name] for name in _OWN if name in raw}
         locator = json.dumps({name: value for name, value in entry.items() if value not in (None, "", [])})
         facts = {name: raw[name] for name in ("license", "author") if _is_text(raw.get(name))}
-        found = [self._stat(entry[kind]) for kind in kinds]
+        found = [stat for _, stat in chosen.values()]
         name = _first(raw, ("source",)) or _first(raw, tuple(_IMAGE)).lstrip("/") or f"entry {number}"
         return Input(
             source=name,
@@ -99,32 +100,31 @@ class FgidLayout(Source):
             facts=json.dumps(facts) if facts else "",
         )
 
-    def _chosen(self, raw: dict[str, Any], names: _Names) -> tuple[str, str] | None:
-        """The first of `names` whose file is there, else the first that is given; None if none is."""
+    def _chosen(self, raw: dict[str, Any], names: _Names) -> tuple[tuple[str, str] | None, tuple[int, int]]:
+        """The first of `names` whose file is there, else the first that is given; its size and time of change, -1 for
+        no file."""
         given = [(name, raw[name]) for name in names if _is_text(raw.get(name))]
-        return next((pair for pair in given if self._stat(pair)[0] >= 0), given[0] if given else None)
+        for pair in given:
+            try:
+                found = os.stat(self._find(*pair))
+            except (Failed, OSError):
+                continue
+            return pair, (found.st_size, found.st_mtime_ns)
+        return given[0] if given else None, (-1, -1)
 
-    def _stat(self, given: tuple[str, str] | None) -> tuple[int, int]:
-        """(bytes, time of change) of a file; -1 for one that can't be found."""
-        try:
-            found = self._find(*given).stat() if given else None
-        except (Failed, OSError):
-            found = None
-        return (found.st_size, found.st_mtime_ns) if found else (-1, -1)
-
-    def _find(self, name: str, path: str) -> Path:
+    def _find(self, name: str, path: str) -> bytes:
         """Where a file lies below the JSON's folder: at the longest ending of `path` that exists there, or in the
         folders of the layout that such files lie in. Raises Failed: outside_source, not_a_file."""
-        parts = [part for part in PurePosixPath(os.path.normpath(path)).parts if not part.startswith("/")]
+        parts = [part for part in os.path.normpath(path).split("/") if part]
         if ".." in parts:
             raise Failed("outside_source", f"{name}: {path!r} leaves the JSON's folder")
         for start in range(len(parts) if len(path) <= _LONGEST_PATH else 0):
             for root in ("", *_FOLDERS[name]):
-                candidate = self._folder.joinpath(root, *parts[start:])
-                if candidate.is_file():
-                    if not candidate.resolve().is_relative_to(self._folder.resolve()):
+                candidate = os.path.join(self._folder, root, *parts[start:])
+                if os.path.isfile(candidate):
+                    if os.path.commonpath([self._folder, os.path.realpath(candidate)]) != self._folder:
                         raise Failed("outside_source", f"{name}: {path!r} is a link that leaves the JSON's folder")
-                    return candidate
+                    return os.fsencode(candidate)
         raise Failed("not_a_file", f"{name}: no ending of {path!r} is a file below the JSON's folder")
 
     def read(self, item: Input, count: int = -1) -> bytes:

@@ -10,7 +10,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -120,7 +119,7 @@ def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
     )
 
 
-def read_file(path: bytes | Path, limit: int, count: int = -1) -> bytes:
+def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
     """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable, too_many_bytes (`limit`)."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
