@@ -245,6 +245,27 @@ def report(output: Output) -> None:
         typer.echo(f"report: {store.url}/report/index.html")
 
 
+@app.command("export-json")
+def export_json(
+    output: Output,
+    folder: Annotated[Path, typer.Argument(help="Where the layout goes.")],
+    color: Annotated[bool, typer.Option("--color", help="Also each parsing in colours over its picture.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that isn't empty.")] = False,
+) -> None:
+    """Write the layout that FGID is published in, JSON_all.json and its folders; source.kind=fgid reads it back.
+
+    Example: python -m pipelines.cli export-json runs/mine fgid
+    """
+    with _errors():
+        from pipelines.dataset import read_ledger
+        from pipelines.export import export_json as export
+
+        store = _store(output)
+        with _Progress(read_ledger(store).written) as progress:
+            count = export(store, folder, color=color, overwrite=overwrite, advance=progress.advance)
+        typer.echo(f"{count:,} pictures in {folder}/JSON_all.json")
+
+
 @app.command()
 def weights(config: Config = "", overrides: Overrides = None) -> None:
     """Fetch and check the weights of a configuration ahead of a run."""

@@ -69,8 +69,8 @@ class InputIndex:
         state, size, version, locator = found
         if state != "vanished":
             raise ConfigError(
-                f"two inputs are called {item.source!r} ({locator!r} and {item.locator!r}). Names must be unique: "
-                "rename one, or name rows by another source.name_column."
+                f"two inputs are called {item.source!r} ({locator[:200]!r} and {item.locator[:200]!r}). "
+                "Names must be unique: rename one, or name rows by another source.name_column."
             )
         state = "known" if (size, version) == (item.size, item.version) else "changed"
         self._db.execute(

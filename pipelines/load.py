@@ -59,18 +59,12 @@ def _merge(
 ) -> Iterator[Work]:
     every = frozenset(stage.name for stage in stages)
     later = frozenset(stage.name for stage in stages[task.start :])
-    given = frozenset(stage.name for stage in stages if set(stage.provides) <= source.gives)
     for item in items:
+        fields = source.gives(item)
+        given = frozenset(stage.name for stage in stages if fields.issuperset(stage.provides))
         old, new = kept.get(item.key), arrived.get(item.key)
-        if old is not None and (new is None or _same(old, new)):
+        if old is not None and (new is None or source.same(old, new)):
             yield Work(old, later - given)
         else:
             assert new is not None, "an input is kept, or it is read"
             yield Work(new, every - given)
-
-
-def _same(old: Record, new: Record) -> bool:
-    """True if the source gave again what `old` was made of: the same bytes, or the same reason to give none."""
-    if new.ok:
-        return old.sha256 == new.sha256 and (old.license, old.author) == (new.license, new.author)
-    return (old.status, old.reason, old.detail, old.stage) == (new.status, new.reason, new.detail, new.stage)

@@ -19,7 +19,7 @@ from PIL import ImageOps, UnidentifiedImageError
 from configs.schema import ResizeConfig
 from stages.backends.protocols import Image
 from stages.base import Dropped, Failed, RecordStage
-from stages.codec import encode_jpeg
+from stages.codec import decode_jpeg, encode_jpeg
 from stages.record import Record
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -61,6 +61,27 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
 
     Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, truncated, undecodable.
     """
+    with _opened(data, config) as opened:
+        return _pixels(opened, data, config)
+
+
+def as_jpeg(data: bytes, config: ResizeConfig) -> tuple[bytes, int, int]:
+    """(JPEG, width, height) of a picture at its own size, for one whose label map is there already.
+
+    Its own bytes where they are an upright RGB or grey JPEG, else encoded once. Raises Failed as `decode`.
+    """
+    with _opened(data, config) as opened:
+        try:
+            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and opened.getexif().get(0x0112, 1) == 1
+            pixels = decode_jpeg(data) if plain else np.asarray(_to_rgb(ImageOps.exif_transpose(opened)), np.uint8)
+        except Exception as error:  # noqa: BLE001 - as below
+            raise _undecodable(error) from None
+    height, width = pixels.shape[:2]
+    return data if plain else encode_jpeg(pixels, config.jpeg_quality), width, height
+
+
+def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
+    """The picture, its header read and checked, not a pixel decoded."""
     if not data:
         raise Failed("empty_file", "the file has no bytes")
     if len(data) > config.max_bytes:
@@ -76,11 +97,10 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
             raise Failed("too_many_pixels", str(error)) from None
         except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever a broken header provokes
             raise _undecodable(error) from None
-    with opened:
-        width, height = opened.size
-        if width * height > config.max_pixels:
-            raise Failed("too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels")
-        return _pixels(opened, data, config)
+    width, height = opened.size
+    if width * height > config.max_pixels:
+        raise Failed("too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels")
+    return opened
 
 
 def _pixels(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -58,7 +58,6 @@ class Source(ABC):
     """A kind of place that photographs come from. Lists on the driver, reads on the workers; holds no state."""
 
     concurrency: int = 1  # reads at a time; over 1 where reading is waiting
-    gives: ClassVar[frozenset[str]] = frozenset()  # record fields that come with it, so their stages needn't run
 
     def __init__(self, config: DatasetConfig) -> None:
         self.config = config.source
@@ -73,9 +72,19 @@ class Source(ABC):
     def read(self, item: Input, count: int = -1) -> bytes:
         """The input's bytes, or the first `count` of them. Raises Failed, Dropped or Transient."""
 
+    def gives(self, item: Input) -> frozenset[str]:
+        """Record fields that come with this input: a stage that provides nothing else isn't run for it."""
+        return frozenset()
+
     def complete(self, record: Record, item: Input) -> Record:
-        """`record`, whose image has been read, with whatever else this source brings (see `gives`)."""
+        """`record`, whose image has been read, with what else comes with its input (see `gives`)."""
         return record
+
+    def same(self, old: Record, new: Record) -> bool:
+        """True if `new` is what `old` was made of: the same bytes, or the same reason to give none."""
+        if new.ok:
+            return old.sha256 == new.sha256 and (old.license, old.author) == (new.license, new.author)
+        return (old.status, old.reason, old.detail, old.stage) == (new.status, new.reason, new.detail, new.stage)
 
     def record(self, item: Input, read: Callable[[Input], bytes] | None = None) -> Record:
         """The record of one input, its image the source's own bytes; ended already where it can't be read.

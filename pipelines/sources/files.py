@@ -98,11 +98,24 @@ class RemoteFiles(Source):
         return data
 
 
+def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
+    """The folder above the first wildcard, and a pattern for names relative to it; no pattern for a plain folder."""
+    if not _MAGIC.search(path) or os.path.isdir(path):
+        return path.rstrip("/") or path, None
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    from fsspec.utils import glob_translate
+
+    return "/".join(parts[:first]) or ("/" if path.startswith("/") else "."), re.compile(
+        glob_translate("/".join(parts[first:]))
+    )
+
+
 def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
-    """The bytes of a file of this machine. Raises Failed: not_a_file, unreadable, too_many_bytes."""
+    """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable, too_many_bytes (`limit`)."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe can't block
-    except OSError as error:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:  # O_NONBLOCK: a pipe can't block
         reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
         raise Failed(reason, error.strerror or "") from None
     try:
@@ -117,16 +130,3 @@ def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
         raise Failed("unreadable", error.strerror or "") from None
     finally:
         os.close(handle)
-
-
-def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
-    """The folder above the first wildcard, and a pattern for names relative to it; no pattern for a plain folder."""
-    if not _MAGIC.search(path) or os.path.isdir(path):
-        return path.rstrip("/") or path, None
-    parts = path.split("/")
-    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
-    from fsspec.utils import glob_translate
-
-    return "/".join(parts[:first]) or ("/" if path.startswith("/") else "."), re.compile(
-        glob_translate("/".join(parts[first:]))
-    )
