@@ -65,6 +65,10 @@ class Source(ABC):
     def read(self, item: Input, count: int = -1) -> bytes:
         """The input's bytes, or the first `count` of them. Raises Failed, Dropped or Transient."""
 
+    def fetch(self, item: Input, count: int = -1) -> bytes:
+        """`read`, tried again while its failure may pass. Raises Failed or Dropped."""
+        return self._retrying(self.read, item, count)
+
     def complete(self, record: Record, item: Input) -> Record:
         """`record`, whose image has been read, with whatever else this source brings (see `gives`)."""
         return record
@@ -81,7 +85,7 @@ class Source(ABC):
         try:
             if item.duplicate_of:
                 raise Dropped("duplicate", f"same bytes as {item.duplicate_of}")
-            data = self._retrying(self.read, item)
+            data = self.fetch(item)
             record = replace(record, image=data, sha256=hashlib.sha256(data).hexdigest())
             return self.complete(record, item)
         except Rejection as verdict:

@@ -1,0 +1,381 @@
+"""On a real S3 server behind a proxy that spoils answers: the same bytes, manifests last, clear ends, and resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import boto3
+import fsspec
+import pytest
+
+from configs.errors import ConfigError, LockedError, SourceError, StoreError
+from pipelines.dataset import execute, lint, plan_job, read_ledger, run
+from pipelines.lock import NAME, RunLock
+from pipelines.shards import read_records
+from pipelines.sources import build_source
+from pipelines.store import Store
+from tests.pipelines.helpers import DEMO, config, digests
+from tests.pipelines.s3_server import Faults, Proxy, proxy, s3_server
+from tests.pipelines.test_lock import HOLDER
+from train.shards import ShardSet
+
+SECRET = "not-to-be-seen-anywhere"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "somebody",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_MAX_ATTEMPTS": "1",  # botocore leaves trying again to us
+}
+
+
+class Bucket:
+    """A new bucket, written through the proxy and looked into past it."""
+
+    def __init__(self, client: Any, through: Proxy) -> None:
+        self.name, self.proxy, self._client = f"b-{uuid.uuid4().hex[:12]}", through, client
+        self._client.create_bucket(Bucket=self.name)
+
+    @property
+    def out(self) -> str:
+        return f"s3://{self.name}/out"
+
+    def upload(self, folder: Path, to: str = "in") -> str:
+        for path in sorted(folder.iterdir()):
+            self.put(f"{to}/{path.name}", path.read_bytes())
+        return f"s3://{self.name}/{to}"
+
+    def put(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=self.name, Key=key, Body=data)
+
+    def read(self, key: str) -> bytes:
+        data: bytes = self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
+        return data
+
+    def stamps(self) -> dict[str, tuple[str, Any]]:
+        """key → (ETag, time of change) of every object."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
+        found = [item for page in pages for item in page.get("Contents", ())]
+        return {item["Key"]: (item["ETag"], item["LastModified"]) for item in found}
+
+    def digests(self) -> dict[str, str]:
+        """As helpers.digests, of out/."""
+        keys = [key for key in self.stamps() if key.startswith("out/shards/") and key.endswith((".tar", ".parquet"))]
+        return {key.rsplit("/", 1)[-1]: hashlib.sha256(self.read(key)).hexdigest() for key in keys}
+
+    def manifests(self) -> list[str]:
+        return [key.rsplit("/", 1)[-1] for key in self.stamps() if key.startswith("out/shards/") and ".json" in key]
+
+    def changes(self) -> list[tuple[str, str]]:
+        return self.proxy.changes(f"/{self.name}/out/shards/")
+
+    def torn(self) -> list[str]:
+        """Manifests there are whose files aren't those they tell of."""
+        found = []
+        there = self.stamps()
+        for name in self.manifests():
+            for file in json.loads(self.read(f"out/shards/{name}"))["files"].values():
+                key = f"out/shards/{file['name']}"
+                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file["sha256"]:
+                    found.append(name)
+        return found
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Proxy, Any]]:
+    """The proxy, and a client past it; the environment says where the server is, as a user's would."""
+    with s3_server() as port, proxy(port) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("FSSPEC_S3_ENDPOINT_URL", server.url)
+        patch.setitem(fsspec.config.conf, "s3", {})
+        fsspec.config.set_conf_env(fsspec.config.conf)  # as at import
+        yield server, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def bucket(served: tuple[Proxy, Any]) -> Bucket:
+    server, client = served
+    server.reset()
+    return Bucket(client, server)
+
+
+@pytest.fixture(scope="module")
+def faces(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four portraits: two shards of two."""
+    folder = tmp_path_factory.mktemp("faces")
+    for path in sorted(portraits.glob("*.jpg"))[:4]:
+        shutil.copy2(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run(config(faces, output, "shard_size=2"))
+    return digests(output)
+
+
+def command(source: Path | str, output: str, *overrides: str) -> list[str]:
+    given = [f"source.path={source}", f"output={output}", "shard_size=2", "threads=1", *overrides]
+    return [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
+
+
+# ------------------------------------------------------------------------------------------------------ output
+
+
+def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_nothing(
+    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+) -> None:
+    run(config(faces, bucket.out, "shard_size=2"))
+    assert bucket.digests() == undisturbed
+    assert list(lint(Store(bucket.out))) == []
+    assert f"out/{NAME}" not in bucket.stamps()
+    before = bucket.stamps()
+    bucket.proxy.reset()
+    run(config(faces, bucket.out, "shard_size=2"))
+    assert bucket.stamps() == before
+    assert bucket.proxy.changes(f"/{bucket.name}/") == []
+
+    data = ShardSet(bucket.out)  # the trainer's own way to it
+    records = [record for index in (0, 1) for record in read_records(Store(bucket.out), index)]
+    assert data.keys == [record.key for record in records]
+    assert [record.image for record in data.records([3, 0])] == [records[3].image, records[0].image]
+    assert data.dataset_config() == bucket.read("out/config.yaml").decode()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_same_bytes_while_answers_fail_are_late_cut_or_lost(
+    bucket: Bucket, faces: Path, undisturbed: dict[str, str], seed: int
+) -> None:
+    source = bucket.upload(faces)
+    bucket.proxy.reset(Faults(share=0.25, seed=seed))
+    ledger = run(config(source, bucket.out, "shard_size=2"))
+    faults = list(lint(Store(bucket.out)))
+    met = {request.fault for request in bucket.proxy.requests}
+    assert met >= {"500", "503", "slow", "cut", "lost"}
+    assert (ledger.written, faults) == (4, [])
+    assert bucket.digests() == undisturbed
+
+
+def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(bucket: Bucket, faces: Path) -> None:
+    torn: list[str] = []
+    bucket.proxy.changed = lambda: torn.extend(bucket.torn())
+    run(config(faces, bucket.out, "shard_size=2"))
+    written = [[("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)]
+    assert bucket.changes() == [*written[0], *written[1]]
+    bucket.proxy.requests.clear()
+    run(config(faces, bucket.out, "shard_size=2", "caption.face_prompt=another"))
+    gone = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
+    assert bucket.changes() == [*gone[0], *written[0], *gone[1], *written[1]]
+    assert torn == []
+
+
+@pytest.mark.parametrize("kind", ["500", "403"])
+def test_an_upload_that_fails_for_good_says_so_and_the_next_run_completes(
+    bucket: Bucket, faces: Path, undisturbed: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.store._TRIES", 3)
+    bucket.proxy.reset(Faults(always=lambda method, target: kind if method == "PUT" and "1.tar" in target else ""))
+    with pytest.raises(StoreError, match=rf"{bucket.out} doesn't answer .*out of order.* run the same command again"):
+        run(config(faces, bucket.out, "shard_size=2"))
+    assert bucket.manifests() == ["fgid-000000.json"]
+    assert len([r for r in bucket.proxy.requests if r.fault]) == (3 if kind == "500" else 1)  # 403 won't pass
+    bucket.proxy.reset()
+    run(config(faces, bucket.out, "shard_size=2"))
+    assert bucket.digests() == undisturbed
+
+
+def test_a_bucket_that_is_not_there_and_urls_that_cannot_be_are_clear_errors(served: object, faces: Path) -> None:
+    with pytest.raises(StoreError, match="s3://nobodys/out .*bucket does not exist"):
+        Store("s3://nobodys/out").write("a", b"")
+    with pytest.raises(ConfigError, match="names no place"):
+        Store("s3://")
+    with pytest.raises(ConfigError, match="Protocol not known"):
+        Store("s4://bucket/out")
+    with pytest.raises(ConfigError, match="https://…@host/out was given with a password") as told:
+        Store(f"https://me:{SECRET}@host/out")
+    assert SECRET not in str(told.value)
+
+
+def test_a_writer_that_raises_uploads_nothing(bucket: Bucket) -> None:
+    store = Store(bucket.out)
+    with pytest.raises(RuntimeError), store.writer("shards/a.tar") as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert bucket.stamps() == {} and bucket.proxy.requests == []
+
+
+def test_a_large_file_is_uploaded_in_parts_though_the_last_answer_is_lost(bucket: Bucket, tmp_path: Path) -> None:
+    file, lost = tmp_path / "large", []
+
+    def lose_first(method: str, target: str) -> str:
+        if method == "POST" and "uploadId=" in target and not lost:
+            lost.append(target)
+            return "lost"
+        return ""
+
+    with file.open("wb") as stream:
+        stream.truncate(101 << 20)
+    bucket.proxy.reset(Faults(always=lose_first))
+    store = Store(bucket.out)
+    store.put("large", file)
+    assert lost and [r for r in bucket.proxy.requests if "partNumber=3" in r.query]
+    with store.open("large") as stream:  # by way of a local copy
+        assert hashlib.file_digest(stream, "sha256").digest() == hashlib.sha256(file.read_bytes()).digest()
+
+
+def test_names_over_several_pages_and_files_that_are_missing(bucket: Bucket) -> None:
+    store = Store(f"{bucket.out}[1] *")
+    names = [f"{number:02}.json" for number in range(10)]
+    for name in names:
+        store.write(f"shards/{name}", name)
+    assert store.names("shards") == names and store.names("elsewhere") == []
+    assert store.read_all([*(f"shards/{name}" for name in names), "shards/10.json"]) == {
+        f"shards/{name}": name.encode() for name in names
+    }
+    store.remove("shards/03.json")
+    assert not store.exists("shards/03.json") and len(store.names("shards")) == 9  # nothing is remembered
+    with pytest.raises(FileNotFoundError):
+        store.read("shards/03.json")
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_the_lock_refuses_a_second_run_and_knows_a_dead_one(bucket: Bucket) -> None:
+    store = Store(bucket.out)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, bucket.out], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match="give another output"), RunLock(store):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunLock(store):
+        assert json.loads(bucket.read(f"out/{NAME}"))["pid"] == os.getpid()
+        store.create(NAME, "another's")
+        assert json.loads(bucket.read(f"out/{NAME}"))["pid"] == os.getpid()
+    assert bucket.stamps() == {}
+
+
+@pytest.mark.slow
+def test_killing_the_driver_mid_upload_and_running_again_gives_the_same_bytes(
+    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+) -> None:
+    given = command(faces, bucket.out, "executor=inline")
+    driver = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kill_within_a_shard() -> None:
+        if bucket.changes()[-1:] == [("PUT", "fgid-000001.tar")]:
+            driver.kill()
+
+    bucket.proxy.changed = kill_within_a_shard
+    assert driver.wait(timeout=120) == -9, "the run ended before it could be killed"
+    assert bucket.manifests() == ["fgid-000000.json"] and f"out/{NAME}" in bucket.stamps()
+    bucket.proxy.reset()
+    subprocess.run(given, check=True, stdout=subprocess.DEVNULL)
+    assert bucket.digests() == undisturbed and f"out/{NAME}" not in bucket.stamps()
+    assert [path for _, path in bucket.changes() if "000000" in path] == []
+    assert list(lint(Store(bucket.out))) == []
+
+
+@pytest.mark.slow
+def test_ray_from_s3_into_s3_with_keys_from_the_environment_that_are_kept_nowhere(
+    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+) -> None:
+    source = bucket.upload(faces)
+    given = command(source, bucket.out, "executor=ray")
+    said = subprocess.run(given, check=True, capture_output=True)
+    assert bucket.digests() == undisturbed
+    kept = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
+    assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(kept)
+    assert [key for key, data in {**kept, "said": said.stdout + said.stderr}.items() if SECRET.encode() in data] == []
+
+
+# ------------------------------------------------------------------------------------------------------ source
+
+
+def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
+    names = [
+        "a.jpg",
+        "b/c/d.JPG",
+        "per%20cent.png",
+        "q?x=1.jpg",
+        "h#h.jpg",
+        "ünï/çodé.webp",
+        "a/../b.jpg",
+        "st*r[1].jpg",
+    ]
+    for name in names:
+        bucket.put(f"in/{name}", name.encode())
+    for name in ("in/folder.jpg/", "in/notes.txt", "input/x.jpg"):
+        bucket.put(name, b"")
+    bucket.put("in/empty.jpg", b"")
+    source = build_source(config(f"s3://{bucket.name}/in/", bucket.out))
+    bucket.proxy.reset(Faults(share=0.3, seed=3))
+    found = {item.source: source.fetch(item) for item in source.list()}
+    assert found == {name: name.encode() for name in names} | {"empty.jpg": b""}
+    bucket.put("in/new.jpg", b"")
+    assert "new.jpg" in {item.source for item in source.list()}  # no listing is remembered
+    glob = build_source(config(f"s3://{bucket.name}/in/b/**/*.JPG", bucket.out))
+    assert [item.source for item in glob.list()] == ["c/d.JPG"]
+
+
+def test_a_listing_that_fails_is_an_error_not_an_empty_folder(bucket: Bucket) -> None:
+    bucket.put("in/a.jpg", b"x")
+    bucket.put("in/deep/b.jpg", b"x")
+    bucket.proxy.reset(Faults(always=lambda method, target: "500" if "prefix=in%2Fdeep" in target else ""))
+    with pytest.raises(SourceError, match="can't be listed at .*in/deep"):
+        list(build_source(config(f"s3://{bucket.name}/in", bucket.out, "source.tries=2")).list())
+    with pytest.raises(SourceError, match="isn't there"):
+        list(build_source(config(f"s3://{bucket.name}/missing", bucket.out)).list())
+
+
+def test_what_was_unreachable_is_mended_by_retry(bucket: Bucket, faces: Path, undisturbed: dict[str, str]) -> None:
+    source = bucket.upload(faces)
+    third = sorted(faces.iterdir())[2].name
+    settings = config(source, bucket.out, "shard_size=2", "source.tries=2")
+    bucket.proxy.reset(Faults(always=lambda method, target: "503" if method == "GET" and third in target else ""))
+    ledger = run(settings)
+    assert (ledger.written, dict(ledger.failed)) == (3, {"unreachable": 1})
+    assert len([r for r in bucket.proxy.requests if r.fault]) == 2  # as often as source.tries says
+    bucket.proxy.reset()
+    assert plan_job(settings).tasks == []
+    job = plan_job(settings, frozenset({"unreachable"}))
+    assert [task.shard.index for task in job.tasks] == [1]
+    list(execute(job, lambda count: None))
+    assert read_ledger(job.store).written == 4
+    assert bucket.digests() == undisturbed
+
+
+def test_a_folder_on_a_web_server_is_a_source(tmp_path: Path) -> None:
+    root = tmp_path / "www"
+    for name in ("a b.jpg", "deep/er/ü.jpg", "notes.txt"):
+        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "in" / name).write_bytes(name.encode())
+    (root / "beside.jpg").write_bytes(b"x")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(root)))
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        source = build_source(config(f"http://127.0.0.1:{server.server_port}/in/", tmp_path / "out"))
+        found = {item.source: source.fetch(item) for item in source.list()}
+        assert found == {name: name.encode() for name in ("a b.jpg", "deep/er/ü.jpg")}
+        assert source.fetch(next(iter(source.list())), 2) in (b"a ", b"de")  # though the server knows no parts
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
