@@ -11,7 +11,7 @@ import fsspec
 
 from configs.errors import ConfigError
 
-_PASSWORD: Final = re.compile(r"[^/]+://[^/@]*:[^/]*@")
+_PASSWORD: Final = re.compile(r"(?<=://)[^/@]*:[^/]*@")
 _STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _ERRNO: Final = frozenset({errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN})
 _CODES: Final = frozenset(
@@ -35,10 +35,10 @@ def file_system(url: str) -> tuple[Any, str]:
     Keys and endpoints come from the environment of each process, never from the URL: that one is printed and kept.
     Raises ConfigError.
     """
-    if _PASSWORD.match(url):
+    if _PASSWORD.search(url):
         raise ConfigError(
-            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept beside the data. Take it "
-            "out, and give it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
+            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept beside the data. Take "
+            "it out, and give it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
         )
     try:
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False)

@@ -5,17 +5,21 @@ The server: `python -m tests.pipelines.s3_server` says its port and serves until
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import json
 import random
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -116,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         cut = {"cut": len(answer) // 2, "lost": 0}.get(fault, -1)
         self._answer(status, headers, answer, cut, silent=fault == "lost")
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815 - http.server's names
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
@@ -151,6 +155,62 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Silent."""
+
+
+class Bucket:
+    """A new bucket, written through the proxy and looked into past it."""
+
+    def __init__(self, client: Any, through: Proxy) -> None:
+        self.name, self.proxy, self._client = f"b-{uuid.uuid4().hex[:12]}", through, client
+        self._client.create_bucket(Bucket=self.name)
+
+    @property
+    def out(self) -> str:
+        return f"s3://{self.name}/out"
+
+    def upload(self, folder: Path, to: str = "in") -> str:
+        for path in sorted(folder.iterdir()):
+            self.put(f"{to}/{path.name}", path.read_bytes())
+        return f"s3://{self.name}/{to}"
+
+    def put(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=self.name, Key=key, Body=data)
+
+    def copy_of(self, other: Bucket) -> None:
+        for key in other.stamps():
+            self.put(key, other.read(key))
+
+    def read(self, key: str) -> bytes:
+        data: bytes = self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
+        return data
+
+    def stamps(self) -> dict[str, tuple[str, Any]]:
+        """key → (ETag, time of change) of every object."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
+        found = [item for page in pages for item in page.get("Contents", ())]
+        return {item["Key"]: (item["ETag"], item["LastModified"]) for item in found}
+
+    def digests(self) -> dict[str, str]:
+        """As helpers.digests, of out/."""
+        keys = [key for key in self.stamps() if key.startswith("out/shards/") and key.endswith((".tar", ".parquet"))]
+        return {key.rsplit("/", 1)[-1]: hashlib.sha256(self.read(key)).hexdigest() for key in keys}
+
+    def manifests(self) -> list[str]:
+        return [key.rsplit("/", 1)[-1] for key in self.stamps() if key.startswith("out/shards/") and ".json" in key]
+
+    def changes(self) -> list[tuple[str, str]]:
+        return self.proxy.changes(f"/{self.name}/out/shards/")
+
+    def torn(self) -> list[str]:
+        """Manifests there are whose files aren't those they tell of."""
+        found = []
+        there = self.stamps()
+        for name in self.manifests():
+            for file in json.loads(self.read(f"out/shards/{name}"))["files"].values():
+                key = f"out/shards/{file['name']}"
+                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file["sha256"]:
+                    found.append(name)
+        return found
 
 
 @contextmanager
