@@ -12,6 +12,9 @@ import fsspec
 from configs.errors import ConfigError
 
 _PASSWORD: Final = re.compile(r"(?<=://)[^/@]*:[^/]*@")
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "s3": {"max_concurrency": 2}  # parts of 50 MiB in memory at a time: s3fs's own 10 are a gigabyte in each writer
+}
 _STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _ERRNO: Final = frozenset({errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN})
 _CODES: Final = frozenset(
@@ -41,7 +44,9 @@ def file_system(url: str) -> tuple[Any, str]:
             "it out, and give it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
         )
     try:
-        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+        protocol = url.partition("://")[0]
+        options = _OPTIONS.get(protocol, {}) | fsspec.config.conf.get(protocol, {})
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(
             f"{url!r} can't be opened: {error}. Give a folder or an fsspec URL; s3:// needs `pip install -e '.[s3]'`."
