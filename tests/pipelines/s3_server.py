@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
-CODES = {"500": b"InternalError", "503": b"ServiceUnavailable", "403": b"AccessDenied"}
+CODES = {"500": b"InternalError", "503": b"ServiceUnavailable", "403": b"AccessDenied", "404": b"NoSuchUpload"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Faults:
     """Which requests to spoil: a share of all, by `seed`, yet never three in a row of one kind at one place; or all
     that `always` picks.
 
-    500, 503, 403: an error, nothing is done. slow: answered late. cut: half an answer. lost: done, never answered.
+    500, 503, 403, 404: an error, nothing is done. slow: answered late. cut: half an answer. lost: done, never answered.
     """
 
     share: float = 0.0
