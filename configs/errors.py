@@ -5,6 +5,7 @@
     ├── SourceError    inputs that can't be listed or read at all
     ├── WeightsError   a weights file that is missing, unreachable or not the one it claims to be
     ├── LockedError    another run is writing to the same output
+    ├── StoreError     an output that can't be read or written, however often it was tried
     ├── ShardError     a shard or data set that contradicts its own manifest
     └── FaceError      a reference photograph without a usable face (inference)
 
@@ -31,6 +32,10 @@ class WeightsError(PipelineError):
 
 class LockedError(PipelineError):
     """Another run is writing to the same output."""
+
+
+class StoreError(PipelineError):
+    """An output that can't be read or written, however often it was tried."""
 
 
 class ShardError(PipelineError):

@@ -40,6 +40,6 @@ def _split(groups: Iterable[list[Input]], by: Callable[[Input], Any]) -> list[li
 def _digest(source: Source, item: Input, count: int) -> str | None:
     """sha256 of the first `count` bytes; None for an input that can't be read: the run itself will say why."""
     try:
-        return hashlib.sha256(source.read(item, count)).hexdigest()
+        return hashlib.sha256(source.fetch(item, count)).hexdigest()
     except Rejection:
         return None

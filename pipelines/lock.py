@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import threading
 import time
@@ -19,7 +18,7 @@ from uuid import uuid4
 
 import psutil
 
-from configs.errors import LockedError
+from configs.errors import LockedError, StoreError
 from pipelines.store import Store
 
 logger = logging.getLogger(__name__)
@@ -68,24 +67,17 @@ class RunLock:
     ) -> None:
         self._stop.set()
         self._thread.join(timeout=BEAT)
-        found = self._read()
-        if found and found["id"] == self._mine["id"]:
-            self._store.remove(NAME)
+        try:
+            found = self._read()
+            if found and found["id"] == self._mine["id"]:
+                self._store.remove(NAME)
+        except StoreError as trouble:  # the run has its own end to tell of; a dead run's lock is no obstacle
+            logger.warning("the lock of %s is left behind: %s", self._store.url, trouble)
 
     def _create(self) -> None:
-        """On a file system only one of two that try at once succeeds; on an object store the last one does."""
+        self._store.create(NAME, self._text())  # whoever came first is read back
         if not self._store.local:
-            self._store.write(NAME, self._text())
-            time.sleep(1.0)
-            return
-        self._store.write(f"{NAME}.{self._mine['id']}", self._text())
-        whole = Path(self._store.path(f"{NAME}.{self._mine['id']}"))
-        try:
-            os.link(whole, self._store.path(NAME))  # unlike a rename, this replaces nothing
-        except FileExistsError:
-            return  # whoever came first is read back
-        finally:
-            whole.unlink()
+            time.sleep(1.0)  # not every object store knows that it must not replace
 
     def _renew(self) -> None:
         while not self._stop.wait(BEAT):

@@ -9,17 +9,16 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final, cast
 from uuid import uuid4
 
-import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from configs.errors import ConfigError
-from pipelines.remote import is_transient
+from configs.errors import ConfigError, StoreError
+from pipelines.remote import file_system, is_transient
 
 _TEMPORARY: Final = ".tmp-"
 _TRIES: Final = 8
@@ -29,14 +28,14 @@ _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read
 
 class Store:
     """Names are relative, with forward slashes. On a file system a file appears by rename, on an object store when its
-    upload is complete: no reader ever sees half of one."""
+    upload is complete: no reader ever sees half of one. Raises StoreError where the store doesn't do as it is told."""
 
     def __init__(self, url: str) -> None:
         if not url:
             raise ConfigError("no output given. Say where the data set goes: output=FOLDER")
         self.url = url
         self._fs: Any
-        self._fs, self.root = fsspec.url_to_fs(url, use_listings_cache=False)
+        self._fs, self.root = file_system(url)
         self._retrying = Retrying(
             retry=retry_if_exception(is_transient),
             stop=stop_after_attempt(_TRIES),
@@ -77,11 +76,34 @@ class Store:
             with self.writer(name) as target, file.open("rb") as given:
                 shutil.copyfileobj(given, target, 1 << 20)
         else:
-            self._retrying(self._fs.put_file, str(file), self.path(name))
+            try:
+                self._call(self._fs.put_file, str(file), self.path(name))
+            except FileNotFoundError as error:  # of the bucket: `file` was open a moment ago
+                raise self._failure(error) from error
 
     def write(self, name: str, data: bytes | str) -> None:
         with self.writer(name) as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
+
+    def create(self, name: str, data: str) -> None:
+        """Write unless `name` is there already. Of two that try at once one does, and on an object store that knows no
+        conditional writes the last one."""
+        if self.local:
+            whole = f"{name}{_TEMPORARY}{uuid4().hex[:8]}"
+            self.write(whole, data)
+            try:
+                os.link(self.path(whole), self.path(name))  # unlike a rename, this replaces nothing
+            except FileExistsError:
+                return
+            finally:
+                Path(self.path(whole)).unlink()
+            return
+        try:
+            self._call(self._fs.pipe_file, self.path(name), data.encode(), mode="create")
+        except FileExistsError:
+            return
+        except (StoreError, FileNotFoundError):
+            self.write(name, data)
 
     def keep(self, name: str, data: str) -> None:
         """Write unless the very same is there already."""
@@ -90,7 +112,7 @@ class Store:
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The file's bytes, or those from `start` to `end`. Raises FileNotFoundError."""
-        data: bytes = self._retrying(self._fs.cat_file, self.path(name), start=start, end=end)
+        data: bytes = self._call(self._fs.cat_file, self.path(name), start=start, end=end)
         return data
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
@@ -99,30 +121,37 @@ class Store:
             return {name: self.read(name) for name in names if self.exists(name)}
         found: dict[str, bytes] = {}
         for start in range(0, len(names), _AT_ONCE):
-            part = {self.path(name): name for name in names[start : start + _AT_ONCE]}
-            for path, answer in self._fs.cat(list(part), on_error="return").items():
+            part = names[start : start + _AT_ONCE]
+            answers = self._fs.cat_ranges([self.path(name) for name in part], None, None, on_error="return")
+            for name, answer in zip(part, answers, strict=True):
                 if isinstance(answer, bytes):
-                    found[part[path]] = answer
+                    found[name] = answer
                 elif not isinstance(answer, FileNotFoundError):
-                    found[part[path]] = self.read(part[path])
+                    with suppress(FileNotFoundError):
+                        found[name] = self.read(name)
         return found
 
     def open(self, name: str) -> IO[bytes]:
         """Seekable, for reading. Raises FileNotFoundError."""
         if self.local:
             return Path(self.path(name)).open("rb")
-        if self._retrying(self._fs.size, self.path(name)) <= _IN_MEMORY:
+        if self._call(self._fs.size, self.path(name)) <= _IN_MEMORY:
             return io.BytesIO(self.read(name))
         scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is the answer
-        self._retrying(self._fs.get_file, self.path(name), scratch.name)
+        self._call(self._fs.get_file, self.path(name), scratch.name)
         return cast(IO[bytes], scratch)
 
     def exists(self, name: str) -> bool:
-        return bool(self._retrying(self._fs.exists, self.path(name)))
+        try:
+            self._call(self._fs.info, self.path(name))  # fsspec's own `exists` is False for some on any error
+        except FileNotFoundError:
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         if self.exists(name):
-            self._retrying(self._fs.rm_file, self.path(name))
+            with suppress(FileNotFoundError):  # an earlier try did it, and its answer was lost
+                self._call(self._fs.rm_file, self.path(name))
 
     def names(self, folder: str) -> list[str]:
         """Base names in `folder`, sorted, without the traces of a killed writer; empty if it doesn't exist."""
@@ -137,7 +166,23 @@ class Store:
     def _all(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            found = self._retrying(self._fs.ls, self.path(folder), detail=False)
+            found = self._call(self._fs.ls, self.path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(str(path).rsplit("/", 1)[-1] for path in found if str(path).rstrip("/") != self.path(folder))
+
+    def _call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """What `function` gives, in the end. Raises FileNotFoundError, FileExistsError or StoreError."""
+        try:
+            return self._retrying(function, *given, **options)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:  # each file system raises its own
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self.url} doesn't answer as it should: {type(error).__name__}: {error}. Check that it exists, that its "
+            "keys and endpoint are in the environment and allow reading, writing, listing and deleting; then run the "
+            "same command again: what is committed is kept."
+        )

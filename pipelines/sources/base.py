@@ -76,6 +76,11 @@ class Source(ABC):
         """Record fields that come with this input: a stage that provides nothing else isn't run for it."""
         return frozenset()
 
+    def fetch(self, item: Input, count: int = -1) -> bytes:
+        """`read`, tried again while its failure may pass. Raises Failed or Dropped."""
+        data: bytes = self._retrying(self.read, item, count)
+        return data
+
     def complete(self, record: Record, item: Input) -> Record:
         """`record`, whose image has been read, with what else comes with its input (see `gives`)."""
         return record
@@ -101,7 +106,7 @@ class Source(ABC):
         try:
             if item.duplicate_of:
                 raise Dropped("duplicate", f"same bytes as {item.duplicate_of}")
-            data = self._retrying(read or self.read, item)
+            data = self._retrying(read, item) if read else self.fetch(item)
             record = replace(record, image=data, sha256=hashlib.sha256(data).hexdigest())
             return self.complete(record, item)
         except Rejection as verdict:

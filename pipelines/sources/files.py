@@ -6,19 +6,22 @@ never opened blindly.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-
-import fsspec
+from urllib.parse import unquote
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import Input, Source
-from pipelines.sources.paths import read_range, version_of
+from pipelines.remote import file_system, is_transient
+from pipelines.sources.base import Input, Source, Transient
+from pipelines.sources.paths import version_of
 from stages.base import Failed
+
+logger = logging.getLogger(__name__)
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -68,34 +71,78 @@ class RemoteFiles(Source):
     def __init__(self, config: DatasetConfig) -> None:
         super().__init__(config)
         root, self._pattern = split_glob(self.config.path)
-        self._fs: Any
-        self._fs, self._root = fsspec.url_to_fs(root)
+        self._fs, path = file_system(root)
+        self._root = path.rstrip("/")
 
     def list(self) -> Iterator[Input]:
-        for folder, _, files in self._fs.walk(self._root, detail=True):
-            for name, found in sorted(files.items()):
-                path = f"{folder.rstrip('/')}/{name}"
-                source = path[len(self._root) :].lstrip("/")
-                if os.path.splitext(name)[1].lower() not in self.config.extensions:
+        folders = [self._root]
+        while folders:
+            folder = folders.pop()
+            for found in self._entries(folder):
+                path = found["name"].rstrip("/")
+                above, _, name = path.rpartition("/")
+                if above != folder or not name:  # the folder's own mark; on the web, a link to elsewhere
                     continue
-                if self._pattern is None or self._pattern.fullmatch(source):
-                    size = found.get("size")
-                    yield Input(
-                        source=source,
-                        locator=path.encode(),
-                        size=-1 if size is None else int(size),
-                        version=version_of(found),
-                    )
+                if found["type"] == "directory":
+                    folders.append(path)
+                elif os.path.splitext(name)[1].lower() in self.config.extensions:
+                    item = self._input(path, found)
+                    if self._pattern is None or self._pattern.fullmatch(item.source):
+                        yield item
+
+    def _entries(self, folder: str) -> Iterable[dict[str, Any]]:
+        try:
+            found: list[dict[str, Any]] = self._retrying(self._ask, self._fs.ls, folder, detail=True)
+        except FileNotFoundError:
+            if folder != self._root:
+                return []  # it has gone since
+            raise SourceError(f"source.path={self.config.path!r} isn't there. Give another folder or glob.") from None
+        except Exception as error:  # each file system raises its own
+            raise SourceError(
+                f"source.path={self.config.path!r} can't be listed at {folder}: {error}. Check that it exists and that "
+                "its keys and endpoint are in the environment, then run again."
+            ) from error
+        for entry in found:
+            if entry["type"] == "directory" and entry["name"] == f"{folder}/":
+                logger.warning("%s: names with // in them can't be listed, and are left out", folder)
+        return found
+
+    def _input(self, path: str, found: dict[str, Any]) -> Input:
+        source = path[len(self._root) :].lstrip("/")
+        size = found.get("size")
+        return Input(
+            source=unquote(source) if path.startswith(("http://", "https://")) else source,
+            locator=path.encode(),
+            size=-1 if size is None else int(size),
+            version=version_of(found),
+        )
 
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: not_a_file, unreadable, too_many_bytes; Transient: unreachable."""
         if item.size > self.limit:
             raise Failed("too_many_bytes", f"{item.size:,} bytes, limit {self.limit:,}")
         end = self.limit + 1 if count < 0 else count
-        data = read_range(self._fs, item.locator.decode(), 0, end)
+        part = {"start": 0, "end": end} if item.size else {}  # no part of an empty file can be asked for
+        try:
+            data: bytes = self._ask(self._fs.cat_file, item.locator.decode(), **part)[:end]
+        except FileNotFoundError:
+            raise Failed("not_a_file", "it is gone") from None
+        except Failed:
+            raise
+        except Exception as error:  # noqa: BLE001 - each file system raises its own
+            raise Failed("unreadable", f"{type(error).__name__}: {error}") from None
         if len(data) > self.limit:
             raise Failed("too_many_bytes", f"over {self.limit:,} bytes")
         return data
+
+    def _ask(self, function: Callable[..., Any], path: str, **options: Any) -> Any:
+        """Raises Transient where the same question may be answered in a moment."""
+        try:
+            return function(path, **options)
+        except Exception as error:
+            if is_transient(error):
+                raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
+            raise
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Final, cast
 
-import fsspec
 from braceexpand import braceexpand
 
 from configs.errors import SourceError
-from pipelines.remote import is_transient
+from pipelines.remote import file_system, is_transient
 from pipelines.sources.base import Transient
 from stages.base import Failed
 
@@ -56,9 +55,9 @@ def find_files(path: str, endings: tuple[str, ...], output: str) -> Iterator[Fou
     Raises SourceError if there is none, or if one that is named outright isn't there.
     """
     with _listing(path):
-        fs, plain = fsspec.url_to_fs(path)
+        fs, plain = file_system(path)
         root, files = _files(fs, plain, endings)
-        target, skip = fsspec.url_to_fs(output) if output else (None, "")
+        target, skip = file_system(output) if output else (None, "")
     count = 0
     for name, found in files.items():
         if not (target is not None and target.protocol == fs.protocol and name.startswith(f"{skip}/")):

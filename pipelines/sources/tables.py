@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.remote import is_transient
+from pipelines.remote import file_system, is_transient
 from pipelines.sources.base import Input, Source, Transient
 from pipelines.sources.files import read_file
 from pipelines.sources.paths import Found, facts_of, find_files, is_local, read_range, text
@@ -39,7 +38,7 @@ class ParquetTable(Source):
     def __init__(self, config: DatasetConfig) -> None:
         super().__init__(config)
         self._fs: Any
-        self._fs, _ = fsspec.url_to_fs(self.config.path)
+        self._fs, _ = file_system(self.config.path)
         self.concurrency = 1 if is_local(self._fs) else 16
 
     def list(self) -> Iterator[Input]:

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
-import fsspec
-
 from configs.schema import DatasetConfig
+from pipelines.remote import file_system
 from pipelines.sources.base import Input, Source
 from pipelines.sources.paths import Found, facts_of, find_files, is_local, read_range, text
 from stages.base import Failed
@@ -44,7 +43,7 @@ class WebDataset(Source):
     def __init__(self, config: DatasetConfig) -> None:
         super().__init__(config)
         self._fs: Any
-        self._fs, _ = fsspec.url_to_fs(self.config.path)
+        self._fs, _ = file_system(self.config.path)
         self.concurrency = 1 if is_local(self._fs) else 16
 
     def list(self) -> Iterator[Input]:

@@ -11,7 +11,7 @@ from configs.schema import DatasetConfig
 DEMO = "configs/dataset/demo.yaml"
 
 
-def config(source: Path, output: Path, *overrides: str) -> DatasetConfig:
+def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
     """The demo's configuration on one thread, four pictures a shard, inline unless said otherwise."""
     given = [f"source.path={source}", f"output={output}", "shard_size=4", "threads=1", "executor=inline"]
     return load(DatasetConfig, DEMO, [*given, *overrides])
