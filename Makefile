@@ -22,7 +22,7 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train infer report weights test golden lint format bench clean
+.PHONY: help install demo dataset train infer report weights test golden chaos lint format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ test: install ## all tests, two files at a time
 
 golden: install ## hold every module against the reference's answers
 	$(RUN) -m tests.golden.check tests/golden
+
+chaos: install ## kill -9 workers, actors, nodes and the driver of a Ray cluster, and compare every byte. ROUNDS=5
+	$(RUN) -m tests.chaos --rounds $(or $(ROUNDS),5) $(ARGS)
 
 lint: install ## style, types, import layers
 	$(BIN)/ruff check .

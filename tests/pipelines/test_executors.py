@@ -41,22 +41,35 @@ def test_ray_gives_the_bytes_of_inline(portraits: Path, undisturbed: dict[str, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["ray", "inline"])
-def test_killing_the_driver_mid_run_and_running_again_gives_the_same_bytes(
-    executor: str, portraits: Path, undisturbed: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("executor", "how"), [("ray", signal.SIGKILL), ("inline", signal.SIGKILL), ("ray", signal.SIGINT)]
+)
+def test_stopping_the_driver_mid_run_and_running_again_gives_the_same_bytes(
+    executor: str, how: signal.Signals, portraits: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     given = [f"source.path={portraits}", f"output={tmp_path}", "shard_size=2", "threads=1", f"executor={executor}"]
     command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     shards = tmp_path / "shards"
     try:
         while driver.poll() is None and not list(shards.glob("*.json")):
             time.sleep(0.02)
     finally:
-        driver.kill()
-    assert driver.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        if how is signal.SIGINT:
+            os.killpg(driver.pid, how)  # as a terminal does: to every process of the group
+        else:
+            driver.kill()
+    _, said = driver.communicate(timeout=60)
     committed = len(list(shards.glob("*.json")))
-    assert committed < 4, "killed too late to show anything"
+    assert committed < 4, "stopped too late to show anything"
+    if how is signal.SIGINT:
+        assert driver.returncode == 130, said
+        assert "The same command goes on" in said and "Traceback" not in said
+        assert not (tmp_path / "run.lock").exists()
+    else:
+        assert driver.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert digests(tmp_path) == undisturbed
     assert list(lint(Store(str(tmp_path)))) == []
