@@ -35,7 +35,7 @@ class Node:
         found = []
         for child in tree(self.process.pid):
             title = title_of(child)
-            if title.startswith("ray::") and "IDLE" not in title:
+            if title.startswith("ray::") and not any(other in title for other in ("IDLE", "Agent", "SPILL", "RESTORE")):
                 found.append(child)
         return found
 
