@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import torch
 
 from configs.errors import SourceError
 from pipelines.dataset import execute, lint, plan_job, read_ledger, run
@@ -83,12 +85,23 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
+    ran = _count_models(monkeypatch)
     list(execute(job, lambda count: None))
     assert set(calls) == {"caption"}
-    monkeypatch.undo()
+    assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
     run(config(poisoned, fresh, "caption.face_prompt=another"))
+    assert set(ran) == {"onnx", "torch"}, "what counts the models must see them"
     assert digests(output) == digests(fresh)
+
+
+def _count_models(patch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the parser on torch."""
+    ran: list[str] = []
+    session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
+    patch.setattr(onnxruntime.InferenceSession, "run", lambda *a, **k: (ran.append("onnx"), session(*a, **k))[1])
+    patch.setattr(torch.nn.Module, "__call__", lambda *a, **k: (ran.append("torch"), module(*a, **k))[1])
+    return ran
 
 
 def test_new_inputs_make_new_shards_and_leave_the_old_alone(portraits: Path, tmp_path: Path) -> None:
