@@ -40,7 +40,7 @@ def png(width: int, height: int, stream: bytes, depth: int = 8, color: int = 2, 
 
 def packed(byte: bytes, size: int) -> bytes:
     """`size` times that byte, as zlib packs it; never held as a whole."""
-    packer, block = zlib.compressobj(9), byte * (1 << 20)
+    packer, block = zlib.compressobj(1), byte * (1 << 20)
     return b"".join([*(packer.compress(block) for _ in range(size >> 20)), packer.flush()])
 
 

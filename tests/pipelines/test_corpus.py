@@ -32,7 +32,7 @@ _RUN = """
 import resource, sys
 from pipelines.dataset import run
 from tests.pipelines.helpers import config
-run(config(sys.argv[1], sys.argv[2]))
+run(config(sys.argv[1], sys.argv[2], "shard_size=50"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
