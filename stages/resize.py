@@ -1,14 +1,17 @@
 """Resize: any photograph → an upright RGB JPEG of the working size.
 
-The size a header declares is checked before a pixel is decoded, so a bomb costs nothing. EXIF orientation is applied,
-CMYK, 16-bit, palette and alpha pictures become plain RGB, an animation its first frame.
+The size a header declares is checked before a pixel is decoded, and so is the number of a JPEG's scans: a bomb costs
+nothing. EXIF orientation is applied, CMYK, 16-bit, palette and alpha pictures become plain RGB, an animation its first
+frame.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import replace
+from typing import Final
 
 import cv2
 import numpy as np
@@ -23,11 +26,21 @@ from stages.codec import decode_jpeg, encode_jpeg
 from stages.record import Record
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_BEGINNINGS: Final = {
+    b"\xff\xd8": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+_MOST_SCANS: Final = 500  # libjpeg-turbo's own limit, where it has one; honest files hold about ten
+_MARKER: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)  # of a JPEG: what begins or ends a scan
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
 
 
 class ResizeStage(RecordStage):
     name = "resize"
-    version = 1
+    version = 2
     requires = ("image",)
     provides = ("image", "width", "height")
     config: ResizeConfig
@@ -59,7 +72,8 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
     """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG much larger than needed, at half,
     a quarter or an eighth of it (libjpeg's own reduction, never under twice the working size).
 
-    Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, truncated, undecodable.
+    Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, too_many_scans, truncated,
+    undecodable.
     """
     with _opened(data, config) as opened:
         return _pixels(opened, data, config)
@@ -75,7 +89,7 @@ def as_jpeg(data: bytes, config: ResizeConfig) -> tuple[bytes, int, int]:
             plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and opened.getexif().get(0x0112, 1) == 1
             pixels = decode_jpeg(data) if plain else np.asarray(_to_rgb(ImageOps.exif_transpose(opened)), np.uint8)
         except Exception as error:  # noqa: BLE001 - as below
-            raise _undecodable(error) from None
+            raise _undecodable(error, data) from None
     height, width = pixels.shape[:2]
     return data if plain else encode_jpeg(pixels, config.jpeg_quality), width, height
 
@@ -92,15 +106,36 @@ def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
         try:
             opened = PILImage.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
-            raise Failed("not_an_image", f"begins with {data[:12]!r}") from None
+            raise _unidentified(data) from None
         except PILImage.DecompressionBombError as error:
             raise Failed("too_many_pixels", str(error)) from None
         except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever a broken header provokes
-            raise _undecodable(error) from None
+            raise _undecodable(error, data) from None
     width, height = opened.size
     if width * height > config.max_pixels:
         raise Failed("too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels")
+    if opened.format in ("JPEG", "MPO") and _scans(data) > _MOST_SCANS:
+        raise Failed("too_many_scans", f"over {_MOST_SCANS}, each over all of {width}×{height} pixels")
     return opened
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG holds, counted up to one more than _MOST_SCANS.
+
+    Each costs a pass over the whole picture and may take next to no bytes: an hour of work fits into a few megabytes.
+    """
+    count, place = 0, 2
+    while count <= _MOST_SCANS and (found := _MARKER.search(data, place)) and found[0] != _END:
+        count += found[0] == _SCAN
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return count
+
+
+def _unidentified(data: bytes) -> Failed:
+    kind = next((kind for beginning, kind in _BEGINNINGS.items() if data.startswith(beginning)), "")
+    if kind:
+        return Failed("undecodable", f"{len(data):,} bytes of a {kind} whose header is cut, broken or unknown")
+    return Failed("not_an_image", f"begins with {data[:12]!r}")
 
 
 def _pixels(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
@@ -111,12 +146,14 @@ def _pixels(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
         upright = ImageOps.exif_transpose(opened)
         return np.asarray(_to_rgb(upright), np.uint8)
     except Exception as error:  # noqa: BLE001 - as above
-        raise _undecodable(error) from None
+        raise _undecodable(error, data) from None
 
 
-def _undecodable(error: Exception) -> Failed:
+def _undecodable(error: Exception, data: bytes) -> Failed:
     text = f"{type(error).__name__}: {error}"
     cut = any(word in text.lower() for word in ("truncated", "premature", "broken"))
+    if data.startswith(b"RIFF"):  # a WebP, whose decoder doesn't say; it begins with its length
+        cut = 8 + int.from_bytes(data[4:8], "little") > len(data)
     return Failed("truncated" if cut else "undecodable", text)
 
 
@@ -129,7 +166,7 @@ def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Ima
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit: keep the high byte
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = 65535.0 if values.max(initial=0) > 255 else 255.0
         return PILImage.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # on white, as a browser shows it

@@ -6,6 +6,7 @@ never opened blindly.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -161,19 +162,27 @@ def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
 def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
     """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable, too_many_bytes (`limit`)."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:  # O_NONBLOCK: a pipe can't block
-        reason = "not_a_file" if isinstance(error, FileNotFoundError | IsADirectoryError) else "unreadable"
-        raise Failed(reason, error.strerror or "") from None
+        _check_regular(os.stat(path))  # nothing else is opened: that alone sets some devices going
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe by now, which then can't block
+    except OSError as error:
+        nowhere = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+        raise Failed("not_a_file" if nowhere else "unreadable", error.strerror or "") from None
     try:
         found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise Failed("not_a_file", "a folder, pipe or device")
+        _check_regular(found)
         if found.st_size > limit:
             raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {limit:,}")
         with os.fdopen(handle, "rb", closefd=False) as stream:
-            return stream.read(count)
+            data = stream.read(limit + 1 if count < 0 else count)
     except OSError as error:
         raise Failed("unreadable", error.strerror or "") from None
     finally:
         os.close(handle)
+    if len(data) > limit:  # it has grown, or hid its size
+        raise Failed("too_many_bytes", f"over {limit:,} bytes")
+    return data
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise Failed("not_a_file", "a folder, pipe, socket or device")

@@ -6,10 +6,13 @@ Planning walks the headers alone. Nothing of a tar is ever unpacked: a member's 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
+import sqlite3
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -29,12 +32,12 @@ _BROKEN: Final = (tarfile.TarError, ValueError, LookupError, OverflowError, Recu
 class _Sample:
     name: str = ""
     facts: str = ""
-    exact: tarfile.TarInfo | None = None  # NAME.jpg
+    exact: list[tarfile.TarInfo] = field(default_factory=list)  # NAME.jpg; more than one only of the very same name
     others: list[tarfile.TarInfo] = field(default_factory=list)  # NAME.more.jpg, where there is no NAME.jpg
 
     @property
     def pictures(self) -> list[tarfile.TarInfo]:
-        return [self.exact] if self.exact else self.others
+        return self.exact or self.others
 
 
 class WebDataset(Source):
@@ -49,7 +52,7 @@ class WebDataset(Source):
     def list(self) -> Iterator[Input]:
         for file in find_files(self.config.path, (".tar",), self.output):
             with file.open() as stream:
-                yield from self._inputs(file, stream)
+                yield from _named_apart(file, self._inputs(file, stream))
 
     def _inputs(self, file: Found, stream: IO[bytes]) -> Iterator[Input]:
         sample = _Sample()
@@ -73,7 +76,8 @@ class WebDataset(Source):
 
     def _add(self, sample: _Sample, member: tarfile.TarInfo, extension: str, stream: IO[bytes]) -> None:
         if extension in self.config.extensions:
-            sample.exact = sample.exact or member
+            if not sample.exact or sample.exact[0].name == member.name:
+                sample.exact.append(member)
         elif extension[extension.rindex(".") :] in self.config.extensions:
             sample.others.append(member)
         elif extension == ".json" and _is_plain(member) and member.size <= _JSON:
@@ -84,8 +88,8 @@ class WebDataset(Source):
                 return  # no fault of the picture's
 
     def read(self, item: Input, count: int = -1) -> bytes:
-        """Raises Failed: truncated_tar, damaged_tar, outside_source, not_a_file, unreadable, too_many_bytes;
-        Transient: unreachable."""
+        """Raises Failed: truncated_tar, damaged_tar, duplicate_name, outside_source, not_a_file, unreadable,
+        too_many_bytes; Transient: unreachable."""
         place = json.loads(item.locator)
         if "reason" in place:
             raise Failed(place["reason"], place["detail"])
@@ -102,6 +106,19 @@ class WebDataset(Source):
                 "its server sends it whole only",
             )
         return data
+
+
+def _named_apart(file: Found, items: Iterable[Input]) -> Iterator[Input]:
+    """`items`, but where a name stands in the tar again, the later one is ended, under a name of its own."""
+    numbers = itertools.count(1)
+    with closing(sqlite3.connect("")) as seen:  # a file of its own on local disk, gone when closed
+        seen.execute("CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID")
+        for item in items:
+            name = item.source
+            while not seen.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount:
+                name = f"{item.source} (again, {next(numbers)})"
+            again = _ended(file, name, "duplicate_name", f"another {item.source} stands before it in the tar")
+            yield item if name == item.source else again
 
 
 def _input(file: Found, sample: _Sample, member: tarfile.TarInfo) -> Input:
