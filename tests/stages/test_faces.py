@@ -178,7 +178,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (b"", "empty_file"),
         (b"<html>", "not_an_image"),
         (b"\xff\xd8\xff\xe0garbage", "truncated"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "not_an_image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "undecodable"),
     ],
 )
 def test_what_is_no_picture_fails_with_a_reason(data: bytes, reason: str) -> None:
