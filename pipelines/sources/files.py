@@ -40,7 +40,7 @@ class LocalFiles(Source):
             )
         skip = os.fsencode(os.path.realpath(self.output)) if self.output else b""
         top = os.fsencode(root)
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=_unlisted):
             folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) != skip]
             for name in (*files, *folders):
                 if os.path.splitext(os.fsdecode(name))[1].lower() in config.extensions:
@@ -144,6 +144,10 @@ class RemoteFiles(Source):
             if is_transient(error):
                 raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
             raise
+
+
+def _unlisted(error: OSError) -> None:
+    logger.warning("%s can't be listed (%s): its pictures are left out", error.filename, error.strerror)
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
