@@ -15,10 +15,12 @@ from pipelines.sources import Input
 COLUMNS: Final = ("key", "source", "locator", "size", "version", "facts", "duplicate_of")
 _TABLE: Final = """
 CREATE TABLE inputs (
-    key TEXT PRIMARY KEY, source TEXT, locator BLOB, size INTEGER, version TEXT, facts TEXT,
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, source TEXT, locator BLOB, size INTEGER, version TEXT, facts TEXT,
     duplicate_of TEXT NOT NULL DEFAULT '', shard INTEGER, position INTEGER,
     state TEXT  -- vanished (known, and not seen yet), known, changed, new
-) WITHOUT ROWID
+    -- rows as they come, beside a narrow index of keys: these are random, and whole rows in their order would be
+    -- written all over the file
+)
 """
 
 
@@ -83,9 +85,9 @@ class InputIndex:
         last, rows = self._db.execute("SELECT coalesce(max(shard), -1), count(shard) FROM inputs").fetchone()
         self._db.execute(
             "UPDATE inputs SET position = ? + n, shard = ? + n / ? FROM ("
-            "  SELECT key AS k, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n FROM inputs "
+            "  SELECT id AS row, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n FROM inputs "
             "  WHERE state = 'new'"
-            ") WHERE key = k",
+            ") WHERE id = row",
             (rows, last + 1, shard_size),
         )
         self._db.execute("CREATE UNIQUE INDEX by_place ON inputs (position)")
