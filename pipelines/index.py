@@ -15,12 +15,10 @@ from pipelines.sources import Input
 COLUMNS: Final = ("key", "source", "locator", "size", "version", "facts", "duplicate_of")
 _TABLE: Final = """
 CREATE TABLE inputs (
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, source TEXT, locator BLOB, size INTEGER, version TEXT, facts TEXT,
+    key TEXT PRIMARY KEY, source TEXT, locator BLOB, size INTEGER, version TEXT, facts TEXT,
     duplicate_of TEXT NOT NULL DEFAULT '', shard INTEGER, position INTEGER,
     state TEXT  -- vanished (known, and not seen yet), known, changed, new
-    -- rows as they come, beside a narrow index of keys: these are random, and whole rows in their order would be
-    -- written all over the file
-)
+) WITHOUT ROWID
 """
 
 
@@ -85,9 +83,9 @@ class InputIndex:
         last, rows = self._db.execute("SELECT coalesce(max(shard), -1), count(shard) FROM inputs").fetchone()
         self._db.execute(
             "UPDATE inputs SET position = ? + n, shard = ? + n / ? FROM ("
-            "  SELECT id AS row, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n FROM inputs "
+            "  SELECT key AS k, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n FROM inputs "
             "  WHERE state = 'new'"
-            ") WHERE id = row",
+            ") WHERE key = k",
             (rows, last + 1, shard_size),
         )
         self._db.execute("CREATE UNIQUE INDEX by_place ON inputs (position)")
