@@ -22,10 +22,10 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train infer report weights test golden chaos lint format bench clean
+.PHONY: help install demo dataset train infer report weights test golden chaos lint format bench bench-scale clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo
 	@echo '  CONFIG=FILE names a preset of configs/, ARGS="key=value …" overrides any setting of it.'
 
@@ -76,8 +76,11 @@ format: install ## put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## speed of the bare models, of the inline executor and of Ray, side by side
+bench: install ## speed of the bare models, of the inline executor and of Ray, side by side. ARGS="--against reference" or img2dataset
 	$(RUN) -m bench.dataset $(ARGS)
+
+bench-scale: install ## the Ray executor with 1 to 32 simulated workers, and the driver's memory at 1k to 1M inputs
+	$(RUN) -m bench.scale $(ARGS)
 
 clean: ## remove what was made here (runs, caches); .venv and fetched weights stay
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -5,24 +5,28 @@
     ray      the same on a local Ray cluster, from the first shard committed to the last (start-up left out)
 
 Bare and inline take turns, and Ray runs between two halves of those turns, so that a machine whose speed drifts does it
-to all three. Ratios are what to quote.
+to all three. Ratios are what to quote. `--against` runs another comparison in place of these (bench/against.py):
+
+    reference     a loop that works as the reference's data scripts do, with the same weights and threads
+    img2dataset   download, resize and shard alone, beside our resize stage and commit
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bench.against import against_img2dataset, against_reference, cores
 from configs.load import load
 from configs.schema import DatasetConfig
 from pipelines.dataset import execute, plan_job, throughput
@@ -33,6 +37,11 @@ from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
 from stages.detect import find_faces
 from stages.record import Record, key_of
+
+
+class Contender(StrEnum):
+    reference = "reference"
+    img2dataset = "img2dataset"
 
 
 class Bare:
@@ -81,15 +90,23 @@ def main(
     count: Annotated[int, typer.Option(min=40, help="Portraits; at least 200 for figures to quote.")] = 208,
     rounds: Annotated[int, typer.Option(min=1, help="Times bare and inline take turns, before and after Ray.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where pictures and outputs go.")] = Path("runs/bench"),
+    against: Annotated[Contender | None, typer.Option(help="Compare with this instead.")] = None,
+    urls: Annotated[int, typer.Option(min=200, help="Downloads, against img2dataset.")] = 1000,
 ) -> None:
     """Print images/s of the bare models, of the inline executor and of Ray, and their ratios."""
-    photos = folder / "photos"
+    photos = folder / f"photos-{count}"  # no more of them than are counted
     files = list(write_portraits(photos, count, 0))
-    cores = os.cpu_count() or 1
+    threads = cores()
     given = [f"source.path={photos}", "shard_size=16"]
     base = load(DatasetConfig, "configs/dataset/demo.yaml", given)
-    inline = replace(base, executor="inline", threads=cores, output=str(folder / "inline"))
-    pin_threads(cores)
+    inline = replace(base, executor="inline", threads=threads, output=str(folder / "inline"))
+    if against is Contender.reference:
+        against_reference(inline, files, folder, rounds)
+        return
+    if against is Contender.img2dataset:
+        against_img2dataset(files, folder, rounds, urls)
+        return
+    pin_threads(threads)
     bare = Bare(inline, files)
     bare_rates, inline_rates, spent = [], [], dict[str, float]()
     stage_seconds: dict[str, float] = {}
@@ -110,7 +127,7 @@ def main(
     ray_seconds, ray_done = run_pipeline(replace(base, executor="ray", output=str(folder / "ray")))
     for _ in range(rounds):
         turn()
-    report(count, cores, bare_rates, inline_rates, throughput(ray_done), ray_seconds)
+    report(count, threads, bare_rates, inline_rates, throughput(ray_done), ray_seconds)
     turns = len(bare_rates)
     print("where the time goes, ms per image (bare model / stage in the inline pipeline):")
     for name, value in stage_seconds.items():

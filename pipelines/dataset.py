@@ -22,7 +22,7 @@ from pipelines.shards import FOLDER, manifests, read_sidecar
 from pipelines.store import Store
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
-from stages.chain import build_stages
+from stages.chain import Chain, build_stages
 from stages.record import SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Job:
     stages: list[Stage]
     plan: Plan
     tasks: list[ShardTask]
+    chain: Chain = build_stages
 
     @property
     def todo(self) -> int:
@@ -96,22 +97,23 @@ class Job:
         return "; ".join(reasons)
 
 
-def plan_job(config: DatasetConfig, retry: frozenset[str] = frozenset()) -> Job:
+def plan_job(config: DatasetConfig, retry: frozenset[str] = frozenset(), chain: Chain = build_stages) -> Job:
     """Everything up to the first picture: checks the configuration, lists the source, finds the pending shards.
 
     retry: reasons; inputs that ended with one of them are tried again. Writes nothing. Raises SourceError, ShardError
     or WeightsError.
     """
     store = Store(config.output)
-    stages = build_stages(config)
+    stages = chain(config)
     plan = make_plan(config, store)
-    return Job(config, store, stages, plan, pending(plan, store, [stage.signature() for stage in stages], retry))
+    tasks = pending(plan, store, [stage.signature() for stage in stages], retry)
+    return Job(config, store, stages, plan, tasks, chain)
 
 
-def fetch_weights(config: DatasetConfig) -> list[dict[str, str]]:
+def fetch_weights(config: DatasetConfig, chain: Chain = build_stages) -> list[dict[str, str]]:
     """Fetch and check every weights file of the chain; returns name, file, digest and licence of each."""
     weights = Weights(config.weights)
-    names = sorted({name for stage in build_stages(config) for name in stage.weights()})
+    names = sorted({name for stage in chain(config) for name in stage.weights()})
     for name in names:
         weights.fetch(name)
     return [
@@ -130,7 +132,7 @@ def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
         store.keep("config.yaml", to_yaml(config))
         store.keep("dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n")
         if job.tasks:
-            yield from EXECUTORS[config.executor](config, job.tasks, advance)
+            yield from EXECUTORS[config.executor](config, job.tasks, advance, job.chain)
 
 
 def _card(job: Job) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _card(job: Job) -> dict[str, Any]:
         "stages": [stage.name for stage in job.stages],
         "signatures": [stage.signature() for stage in job.stages],
         "backends": {s.name: s.config.backend for s in job.stages if hasattr(s.config, "backend")},
-        "weights": fetch_weights(job.config),
+        "weights": fetch_weights(job.config, job.chain),
     }
 
 

@@ -7,6 +7,7 @@ and the rest goes on. Records travel as Arrow over the child's stdin and stdout,
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import struct
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import IO
+from typing import IO, Any, Final
 
 import pyarrow as pa
 
@@ -25,13 +26,17 @@ from stages.record import Record, from_table, to_table
 
 _LENGTH = struct.Struct("<Q")
 _READY = b"ready"
+_CHAIN: Final = "stages.chain:build_stages"
 
 
 class Child:
-    """A process that runs the configured stages, started when it is first needed."""
+    """A process that runs the configured stages, started when it is first needed.
 
-    def __init__(self, config: DatasetConfig, names: Sequence[str], threads: int) -> None:
-        self._hello = [to_yaml(config).encode(), ",".join(names).encode(), str(threads).encode()]
+    chain: module:function of the Chain that builds them.
+    """
+
+    def __init__(self, config: DatasetConfig, names: Sequence[str], threads: int, chain: str = _CHAIN) -> None:
+        self._hello = [text.encode() for text in (to_yaml(config), ",".join(names), str(threads), chain)]
         self._names = names
         self._limit = config.stuck_after
         self._ready = False  # its models are loaded; until then no clock runs
@@ -106,10 +111,11 @@ def run_isolated(
     todo: Sequence[Todo],
     threads: int,
     advance: Callable[[int], None] | None = None,
+    chain: str = _CHAIN,
 ) -> list[Record]:
     """As stages.base.run_chain, but no picture can kill this process."""
     done = []
-    with Child(config, [stage.name for stage in stages], threads) as child:
+    with Child(config, [stage.name for stage in stages], threads, chain) as child:
         for record, needs in zip(records, todo, strict=True):
             done.append(child.run(record, needs))
             if advance is not None:
@@ -153,12 +159,13 @@ def _main() -> None:
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     requests = sys.stdin.buffer
     from stages.backends.runtime import pin_threads
-    from stages.chain import build_stages
 
     config = load_text(DatasetConfig, _receive(requests).decode())
     names = _receive(requests).decode().split(",")
     pin_threads(int(_receive(requests)))
-    stages = [stage for stage in build_stages(config) if stage.name in names]
+    module, _, function = _receive(requests).decode().partition(":")
+    chain: Any = getattr(importlib.import_module(module), function)
+    stages = [stage for stage in chain(config) if stage.name in names]
     for stage in stages:
         stage.setup()
     _send(answers, _READY)

@@ -145,8 +145,17 @@ def read_inputs(store: Store, shard: int) -> list[Input]:
 
 def write_plan(plan: Plan, store: Store) -> None:
     """Keep the plan in the output; nothing is written where it is there already."""
-    if not store.exists(PLAN) or store.read(PLAN) != plan.file.read_bytes():
+    if not store.exists(PLAN) or not _same(plan.file, store):
         store.put(PLAN, plan.file)
+
+
+def _same(file: Path, store: Store) -> bool:
+    """True if the plan kept is this file, byte for byte; read a little at a time, since plans have no upper size."""
+    with file.open("rb") as made, store.open(PLAN) as kept:
+        while (part := made.read(1 << 20)) == kept.read(1 << 20):
+            if not part:
+                return True
+    return False
 
 
 def _read_rows(store: Store) -> Iterator[dict[str, Any]]:

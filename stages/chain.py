@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from configs.schema import DatasetConfig
 from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
@@ -10,6 +12,9 @@ from stages.detect import DetectStage
 from stages.embed import EmbedStage
 from stages.parse import ParseStage
 from stages.resize import ResizeStage
+
+Chain = Callable[[DatasetConfig], list[Stage]]
+"""A module's function that builds a chain: executors hand it to their processes, which import it by its name."""
 
 
 def build_stages(config: DatasetConfig) -> list[Stage]:

@@ -5,8 +5,8 @@ Only this package imports ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
 
 from configs.schema import DatasetConfig
 from pipelines.executors.counter import Advance
@@ -14,11 +14,17 @@ from pipelines.executors.inline import run_inline
 from pipelines.executors.ray_data import run_ray
 from pipelines.plan import ShardTask
 from pipelines.shards import Manifest
+from stages.chain import Chain
 
 __all__ = ["EXECUTORS", "Advance"]
 
-EXECUTORS: Final[dict[str, Callable[[DatasetConfig, Sequence[ShardTask], Advance], Iterator[Manifest]]]] = {
-    "inline": run_inline,
-    "ray": run_ray,
-}
-"""Each yields the manifest of every shard as it is committed."""
+
+class Executor(Protocol):
+    def __call__(
+        self, config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = ...
+    ) -> Iterator[Manifest]:
+        """Yields the manifest of every shard as it is committed."""
+        ...
+
+
+EXECUTORS: Final[dict[str, Executor]] = {"inline": run_inline, "ray": run_ray}

@@ -13,13 +13,15 @@ from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
-from stages.chain import build_stages
+from stages.chain import Chain, build_stages
 
 
-def run_inline(config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance) -> Iterator[Manifest]:
+def run_inline(
+    config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_stages
+) -> Iterator[Manifest]:
     """Make the shards one after another in this process; yields each manifest when it is committed."""
     pin_threads(config.threads)
-    store, stages = Store(config.output), build_stages(config)
+    store, stages = Store(config.output), chain(config)
     signatures = [stage.signature() for stage in stages]
     ready: set[str] = set()
     for task in tasks:

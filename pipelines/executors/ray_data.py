@@ -33,13 +33,15 @@ from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
-from stages.chain import build_stages
+from stages.chain import Chain, build_stages
 from stages.record import Record
 
 logger = logging.getLogger(__name__)
 
 
-def run_ray(config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance) -> Iterator[Manifest]:
+def run_ray(
+    config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_stages
+) -> Iterator[Manifest]:
     """Make the shards on Ray Data; yields each manifest when it is committed, in no particular order."""
     import ray
 
@@ -48,14 +50,14 @@ def run_ray(config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance)
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         nodes = [Node(given.get("CPU", 0.0), given.get("GPU", 0.0)) for given in resources]
-        groups = plan_groups(config, build_stages(config), nodes, len(tasks))
+        groups = plan_groups(config, chain(config), nodes, len(tasks))
         for group in groups:
             logger.info(
                 "ray: %d × (%s), each %g CPU, %g GPU", group.copies, "+".join(group.names), group.cpus, group.gpus
             )
         counter = start_counter()
         with Relay(counter, advance, config.stuck_after):
-            yield from _stream(config, tasks, groups, counter)
+            yield from _stream(config, tasks, groups, counter, chain)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, PipelineError) else error) from None
@@ -96,7 +98,7 @@ def _runtime_env() -> dict[str, Any] | None:
 
 
 def _stream(
-    config: DatasetConfig, tasks: Sequence[ShardTask], groups: Sequence[Group], counter: Any
+    config: DatasetConfig, tasks: Sequence[ShardTask], groups: Sequence[Group], counter: Any, chain: Chain
 ) -> Iterator[Manifest]:
     import ray
 
@@ -106,7 +108,7 @@ def _stream(
     context.print_on_execution_start = False
     at_once = -(-groups[0].copies // 2)  # each costs a process that imports for seconds: a storm of them starves actors
     data = ray.data.read_datasource(
-        _shard_source(config, tasks), override_num_blocks=len(tasks), num_cpus=TASK_CPUS, concurrency=at_once
+        _shard_source(config, tasks, chain), override_num_blocks=len(tasks), num_cpus=TASK_CPUS, concurrency=at_once
     )
     for group in groups:
         data = data.map_batches(
@@ -114,12 +116,12 @@ def _stream(
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            fn_constructor_args=(config, group, counter),
+            fn_constructor_args=(config, group, counter, chain),
             compute=ray.data.ActorPoolStrategy(size=group.copies, max_tasks_in_flight_per_actor=2),
             num_cpus=group.cpus,
             num_gpus=group.gpus or None,
         )
-    signatures = [stage.signature() for stage in build_stages(config)]
+    signatures = [stage.signature() for stage in chain(config)]
     data = data.map_batches(
         _write,
         batch_size=None,
@@ -132,7 +134,7 @@ def _stream(
         yield json.loads(row["manifest"])
 
 
-def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
+def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask], chain: Chain) -> Any:
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -145,7 +147,7 @@ def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
         def get_read_tasks(
             self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
         ) -> list[Any]:
-            return [ReadTask(_reader(config, task), self._metadata(task), BLOCK_SCHEMA) for task in tasks]
+            return [ReadTask(_reader(config, task, chain), self._metadata(task), BLOCK_SCHEMA) for task in tasks]
 
         def _metadata(self, task: ShardTask) -> Any:
             return BlockMetadata(num_rows=task.shard.inputs, size_bytes=task.shard.bytes, exec_stats=None)
@@ -153,10 +155,10 @@ def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask]) -> Any:
     return ShardSource()
 
 
-def _reader(config: DatasetConfig, task: ShardTask) -> Callable[[], list[pa.Table]]:
+def _reader(config: DatasetConfig, task: ShardTask, chain: Chain) -> Callable[[], list[pa.Table]]:
     def read() -> list[pa.Table]:
         started = time.time()
-        work = load_shard(config, Store(config.output), task, build_stages(config))
+        work = load_shard(config, Store(config.output), task, chain(config))
         run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
         return [Block([item.record for item in work], [item.todo for item in work], task.shard, run).to_arrow()]
 
@@ -166,12 +168,12 @@ def _reader(config: DatasetConfig, task: ShardTask) -> Callable[[], list[pa.Tabl
 class _GroupActor:
     """A group of stages, loaded once, that takes and gives whole shards."""
 
-    def __init__(self, config: DatasetConfig, group: Group, counter: Any) -> None:
+    def __init__(self, config: DatasetConfig, group: Group, counter: Any, chain: Chain) -> None:
         self._threads = config.threads or 1
         pin_threads(self._threads)
-        self._config, self._group, self._counter = config, group, counter
-        chain = build_stages(config)
-        self._stages, self._last = chain[group.first : group.last], group.last == len(chain)
+        self._config, self._group, self._counter, self._chain = config, group, counter, chain
+        stages = chain(config)
+        self._stages, self._last = stages[group.first : group.last], group.last == len(stages)
         for stage in self._stages:
             stage.setup()
 
@@ -186,7 +188,9 @@ class _GroupActor:
         run["attempt"] = max(run["attempt"], attempt)
         advance = self._counter.advance.remote if self._last else (lambda count: None)
         if attempt > self._config.ray.deaths:
-            done = run_isolated(self._config, self._stages, block.records, block.todo, self._threads, advance)
+            name = f"{self._chain.__module__}:{self._chain.__qualname__}"
+            given = (block.records, block.todo, self._threads, advance, name)
+            done = run_isolated(self._config, self._stages, *given)
         else:
             done = self._run(block, advance)
         self._counter.end.remote(shard, self._group.first)

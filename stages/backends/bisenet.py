@@ -1,7 +1,7 @@
 """BiSeNet face parsing (facexlib's network, torch): 19 CelebAMask-HQ classes.
 
 facexlib's own `__init__` imports its detectors, and so torchvision, which this project does without (docs/adr/0002).
-`_network` imports the one module we need past it.
+`bisenet` imports the one module we need past it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
 class BiSeNetParser:
     def __init__(self, config: ParseConfig, weights: Weights) -> None:
         state = torch.load(weights.fetch(config.weights), map_location="cpu", weights_only=True)
-        self._net: Any = _network(CLASSES)
+        self._net: Any = bisenet(CLASSES)
         self._net.load_state_dict(state)
         self._device = torch.device(torch_device(config.device))
         self._net.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ def _to_size(labels: LabelMap, size: tuple[int, ...]) -> LabelMap:
     return np.asarray(cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
-def _network(classes: int) -> Any:
+def bisenet(classes: int) -> Any:
     """facexlib.parsing.bisenet.BiSeNet, with hollow parents in place of facexlib's two `__init__`s while it loads."""
     spec = importlib.util.find_spec("facexlib")
     assert spec is not None and spec.submodule_search_locations is not None, "facexlib is a dependency"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -48,11 +49,14 @@ class Node:
 
 @dataclass
 class Cluster:
-    """A head, which lives, and nodes, which may not."""
+    """A head, which lives, and nodes, which may not; `cpus`: what each says it has."""
 
     count: int
+    cpus: int = 2
     nodes: list[Node] = field(default_factory=list)
     _given: int = 0  # loopback addresses: Ray would replace 127.0.0.1 by one that others can reach
+    _net: str = field(default_factory=lambda: f"127.{random.randrange(1, 255)}.{random.randrange(255)}")
+    """Of its own: nodes of two clusters at one address would take each other's ports."""
 
     def __enter__(self) -> Cluster:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets' paths have 107 bytes
@@ -68,7 +72,7 @@ class Cluster:
             *ports,
         ]
         self.head = self._start(head)
-        wait_for_port(self._port)
+        wait_for_port(self._net + ".2", self._port)
         for _ in range(self.count - 1):
             self.add()
         return self
@@ -80,7 +84,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.2:{self._port}"
+        return f"{self._net}.2:{self._port}"
 
     def add(self) -> None:
         """Start a node. It has joined some seconds later."""
@@ -97,11 +101,20 @@ class Cluster:
         yield from self.nodes
 
     def _start(self, arguments: list[str]) -> Node:
-        command = [*RAY, "start", "--block", "--num-cpus", "2", "--object-store-memory", _STORE, "--node-ip-address"]
+        command = [
+            *RAY,
+            "start",
+            "--block",
+            "--num-cpus",
+            str(self.cpus),
+            "--object-store-memory",
+            _STORE,
+            "--node-ip-address",
+        ]
         self._given = self._given % 250 + 1
         log = (self._folder / f"node-{time.time_ns()}.log").open("wb")
         process = subprocess.Popen(
-            [*command, f"127.0.0.{1 + self._given}", *arguments],
+            [*command, f"{self._net}.{1 + self._given}", *arguments],
             cwd=ROOT,
             env={**os.environ, **_ENVIRONMENT, **TOKEN},
             stdout=log,
@@ -139,11 +152,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for_port(port: int, seconds: float = 60) -> None:
+def wait_for_port(host: str, port: int, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.2", port)) == 0:
+            if probe.connect_ex((host, port)) == 0:
                 return
         time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port}")
+    raise TimeoutError(f"nothing listens on {host}:{port}")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.chains import resizing
 from configs.errors import ConfigError
 from configs.schema import DatasetConfig
-from pipelines.dataset import lint, plan_job, run
+from pipelines.dataset import execute, lint, plan_job, run
 from pipelines.executors.groups import Node, plan_groups
 from pipelines.isolate import Child, run_isolated
 from pipelines.sources import build_source
@@ -99,6 +100,24 @@ def test_a_picture_that_kills_its_process_is_lost_and_the_next_is_not(portraits:
             "killed_worker",
         ) and f"signal {signal.SIGSEGV:d}" in killed.detail
         assert child.run(third, ALL).ok
+
+
+def test_another_chain_is_run_and_signed_in_place_of_the_real_one(portraits: Path, tmp_path: Path) -> None:
+    job = plan_job(config(portraits, tmp_path), chain=resizing)
+    done = list(execute(job, lambda count: None))
+    assert [manifest["written"] for manifest in done] == [4, 4]
+    assert all(set(manifest["run"]["stage_seconds"]) == {"source", "resize", "fill"} for manifest in done)
+    assert all(manifest["signatures"] == [stage.signature() for stage in resizing(job.config)] for manifest in done)
+    assert plan_job(job.config, chain=resizing).tasks == []
+    assert len(plan_job(job.config).tasks) == 2, "the real chain has everything still to do"
+
+
+def test_a_child_process_builds_the_chain_it_is_told(portraits: Path, tmp_path: Path) -> None:
+    job = plan_job(config(portraits, tmp_path), chain=resizing)
+    record = build_source(job.config).record(job.plan.inputs_of(0)[0])
+    given = ([record], [frozenset({"resize", "fill"})], 1)
+    done = run_isolated(job.config, job.stages, *given, chain="bench.chains:resizing")
+    assert done[0].identity is not None and (done[0].width, done[0].height) == (512, 512)
 
 
 def test_actors_leave_room_for_tasks_and_impossible_gpus_are_said() -> None:
