@@ -36,7 +36,7 @@ run(config(sys.argv[1], sys.argv[2], "shard_size=50"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
