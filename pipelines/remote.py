@@ -56,6 +56,10 @@ def file_system(url: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
+def is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
 def is_transient(error: BaseException) -> bool:
     """True where the same request may succeed in a moment: timeouts, cut connections, 408, 429 and the 5xx kind."""
     status = next(filter(None, (getattr(error, name, None) for name in ("status", "status_code", "code"))), None)

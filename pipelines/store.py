@@ -18,10 +18,10 @@ from uuid import uuid4
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from configs.errors import ConfigError, StoreError
-from pipelines.remote import file_system, is_transient
+from pipelines.remote import file_system, is_local, is_transient
 
 _TEMPORARY: Final = ".tmp-"
-_TRIES: Final = 8
+TRIES: Final = 8  # of each call to a remote store
 _AT_ONCE: Final = 64  # files
 _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 
@@ -38,11 +38,11 @@ class Store:
         self._fs, self.root = file_system(url)
         self._retrying = Retrying(
             retry=retry_if_exception(is_transient),
-            stop=stop_after_attempt(_TRIES),
+            stop=stop_after_attempt(TRIES),
             wait=wait_random_exponential(multiplier=0.2, max=20),
             reraise=True,
         )
-        self.local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self.local = is_local(self._fs)
 
     def path(self, name: str) -> str:
         if name.startswith("/") or ".." in name.split("/"):

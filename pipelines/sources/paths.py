@@ -13,13 +13,24 @@ from typing import IO, Any, Final, cast
 from braceexpand import braceexpand
 
 from configs.errors import SourceError
-from pipelines.remote import file_system, is_transient
-from pipelines.sources.base import Transient
+from configs.schema import DatasetConfig
+from pipelines.remote import file_system, is_local, is_transient
+from pipelines.sources.base import Source, Transient
 from stages.base import Failed
 
 _MAGIC: Final = re.compile(r"[*?\[{]")
 _BLOCK: Final = 1 << 18  # bytes fetched at a time from a remote file that is listed
 _FACT: Final = 1000  # characters
+
+
+class InsideFiles(Source):
+    """A source whose pictures lie inside other files, here or behind an fsspec URL, and are read where they lie."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        super().__init__(config)
+        self._fs: Any
+        self._fs, _ = file_system(self.config.path)
+        self.concurrency = 1 if is_local(self._fs) else 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +127,6 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
             raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
         raise Failed("unreadable", f"{type(error).__name__}: {error}") from None
     return data
-
-
-def is_local(fs: Any) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def version_of(info: Mapping[str, Any]) -> str:

@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import SourceError
-from configs.schema import DatasetConfig
-from pipelines.remote import file_system, is_transient
-from pipelines.sources.base import Input, Source, Transient
+from pipelines.remote import is_local, is_transient
+from pipelines.sources.base import Input, Transient
 from pipelines.sources.files import read_file
-from pipelines.sources.paths import Found, facts_of, find_files, is_local, read_range, text
+from pipelines.sources.paths import Found, InsideFiles, facts_of, find_files, read_range, text
 from stages.base import Failed
 from stages.record import Record
 
@@ -32,14 +31,8 @@ _ABSOLUTE: Final = re.compile(r"[/\\]|[A-Za-z]:|[A-Za-z][A-Za-z0-9+.-]*://")
 Place = tuple[str, int]  # file, row group
 
 
-class ParquetTable(Source):
+class ParquetTable(InsideFiles):
     """Parquet here or behind an fsspec URL. Columns `license` and `author`, where there are any, become facts."""
-
-    def __init__(self, config: DatasetConfig) -> None:
-        super().__init__(config)
-        self._fs: Any
-        self._fs, _ = file_system(self.config.path)
-        self.concurrency = 1 if is_local(self._fs) else 16
 
     def list(self) -> Iterator[Input]:
         for file in find_files(self.config.path, (".parquet",), self.output):

@@ -14,12 +14,10 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import IO, Any, Final
+from typing import IO, Final
 
-from configs.schema import DatasetConfig
-from pipelines.remote import file_system
-from pipelines.sources.base import Input, Source
-from pipelines.sources.paths import Found, facts_of, find_files, is_local, read_range, text
+from pipelines.sources.base import Input
+from pipelines.sources.paths import Found, InsideFiles, facts_of, find_files, read_range, text
 from stages.base import Failed
 
 _NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # sample, extension: as webdataset splits it
@@ -40,14 +38,8 @@ class _Sample:
         return self.exact or self.others
 
 
-class WebDataset(Source):
+class WebDataset(InsideFiles):
     """Tars here or behind an fsspec URL. A sample's license and author come from its .json."""
-
-    def __init__(self, config: DatasetConfig) -> None:
-        super().__init__(config)
-        self._fs: Any
-        self._fs, _ = file_system(self.config.path)
-        self.concurrency = 1 if is_local(self._fs) else 16
 
     def list(self) -> Iterator[Input]:
         for file in find_files(self.config.path, (".tar",), self.output):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.errors import SourceError
-from pipelines.dataset import execute, lint, plan_job, read_ledger, run
+from pipelines.dataset import Job, execute, lint, plan_job, read_ledger, run
 from pipelines.poison import EXPECTED
 from pipelines.shards import manifests, read_records, read_sidecar
 from pipelines.store import Store
@@ -176,12 +176,8 @@ def test_retry_makes_just_those_inputs_again(portraits: Path, tmp_path: Path, mo
     os.utime(files[1], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     job = plan_job(config(source, output), frozenset({"truncated"}))
     assert [(task.shard.index, task.start, task.retry) for task in job.tasks] == [(0, 5, frozenset({"truncated"}))]
-    seen = _keys(job.stages, monkeypatch)
-    list(execute(job, lambda count: None))
-    assert seen == {key_of(files[1].name)}
-    monkeypatch.undo()
-    run(config(source, tmp_path / "fresh"))
-    assert digests(output) == digests(tmp_path / "fresh")
+    assert _remade(job, monkeypatch) == {key_of(files[1].name)}
+    assert digests(output) == _from_scratch(source, tmp_path)
     assert read_ledger(Store(str(output))).failed == {"not_an_image": 1}
 
 
@@ -197,12 +193,8 @@ def test_one_changed_picture_is_made_again_and_its_neighbours_are_not(
         os.utime(path)  # touched, as by a copy that keeps no times
     job = plan_job(config(source, output))
     assert job.plan.changed == 4 and [task.shard.index for task in job.tasks] == [0]
-    seen = _keys(job.stages, monkeypatch)
-    list(execute(job, lambda count: None))
-    assert seen == {key_of(files[2].name)}
-    monkeypatch.undo()
-    run(config(source, tmp_path / "fresh"))
-    assert digests(output) == digests(tmp_path / "fresh")
+    assert _remade(job, monkeypatch) == {key_of(files[2].name)}
+    assert digests(output) == _from_scratch(source, tmp_path)
     assert plan_job(config(source, output)).tasks == []
 
 
@@ -219,8 +211,13 @@ def test_what_has_vanished_from_the_source_stays_in_its_shard(portraits: Path, t
     assert set(digests(output)) == set(before)
 
 
-def _keys(stages: list[Stage], patch: pytest.MonkeyPatch) -> set[str]:
-    """The keys that any stage is given from now on."""
+def _from_scratch(source: Path, folder: Path) -> dict[str, str]:
+    run(config(source, folder / "fresh"))
+    return digests(folder / "fresh")
+
+
+def _remade(job: Job, patch: pytest.MonkeyPatch) -> set[str]:
+    """Executes the job; the keys that any of its stages was given."""
     seen: set[str] = set()
 
     def watch(kind: type[Stage]) -> None:
@@ -232,6 +229,8 @@ def _keys(stages: list[Stage], patch: pytest.MonkeyPatch) -> set[str]:
 
         patch.setattr(kind, "process", watched)
 
-    for stage in stages:
+    for stage in job.stages:
         watch(type(stage))
+    list(execute(job, lambda count: None))
+    patch.undo()
     return seen

@@ -25,7 +25,7 @@ from pipelines.dataset import execute, lint, plan_job, read_ledger, run
 from pipelines.lock import NAME, RunLock
 from pipelines.shards import read_records
 from pipelines.sources import build_source
-from pipelines.store import Store
+from pipelines.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests
 from tests.pipelines.s3_server import Bucket, Faults, Proxy, proxy, s3_server
 from tests.pipelines.test_lock import HOLDER
@@ -151,14 +151,13 @@ def test_the_same_bytes_while_answers_fail_are_late_cut_or_lost(
 
 
 def test_an_upload_that_fails_for_good_says_so_and_the_next_run_completes(
-    bucket: Bucket, faces: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("pipelines.store._TRIES", 3)
     bucket.proxy.reset(Faults(always=lambda method, target: "500" if method == "PUT" and "1.tar" in target else ""))
     with pytest.raises(StoreError, match=rf"{bucket.out} doesn't answer .*out of order.* run the same command again"):
         run(config(faces, bucket.out, "shard_size=1"))
     assert bucket.manifests() == ["fgid-000000.json"]
-    assert len([r for r in bucket.proxy.requests if r.fault]) == 3
+    assert len([r for r in bucket.proxy.requests if r.fault]) == TRIES
     bucket.proxy.reset()
     run(config(faces, bucket.out, "shard_size=1"))
     assert bucket.digests() == undisturbed
