@@ -54,7 +54,7 @@ class Bare:
         self._config = config
         records = [Record(key=key_of(p.name), source=p.name, image=p.read_bytes()) for p in files]
         made = run_chain(list(self._chain.values()), records)
-        self._inputs = [(r, decode_jpeg.__wrapped__(r.image), r.main_face) for r in made if r.ok]
+        self._inputs = [(r, decode_jpeg(r.image), r.main_face) for r in made if r.ok]
 
     def seconds(self, start: int, end: int) -> dict[str, float]:
         """Seconds spent in each model over inputs[start:end]."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from configs.errors import ShardError
 from configs.load import to_yaml
@@ -18,7 +18,7 @@ from configs.schema import DatasetConfig
 from pipelines.executors import EXECUTORS, Advance
 from pipelines.lock import RunLock
 from pipelines.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
-from pipelines.shards import FOLDER, manifests, read_sidecar
+from pipelines.shards import FOLDER, manifests, read_sample, read_sidecar
 from pipelines.store import Store
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
@@ -155,21 +155,20 @@ def lint(store: Store) -> Iterator[str]:
         for kind in ("tar", "parquet"):
             facts = manifest["files"][kind]
             try:
-                data = store.read(f"{FOLDER}/{facts['name']}")
+                with store.open(f"{FOLDER}/{facts['name']}") as stream:
+                    digest, count = hashlib.file_digest(cast(Any, stream), "sha256").hexdigest(), stream.tell()
             except FileNotFoundError:
                 yield f"{name}: {facts['name']} is missing"
                 sound = False
                 continue
-            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-                yield f"{name}: {facts['name']} is not the file that was committed ({len(data):,} bytes)"
+            if digest != facts["sha256"]:
+                yield f"{name}: {facts['name']} is not the file that was committed ({count:,} bytes)"
                 sound = False
         if sound:
             yield from _lint_samples(store, index, manifest)
 
 
 def _lint_samples(store: Store, index: int, manifest: dict[str, Any]) -> Iterator[str]:
-    from pipelines.shards import read_sample
-
     rows = read_sidecar(store, index).to_pylist()
     if len(rows) != manifest["inputs"]:
         yield f"{manifest['shard']}: {len(rows)} rows for {manifest['inputs']} inputs"

@@ -27,7 +27,7 @@ class InputIndex:
 
     def __init__(self, file: Path) -> None:
         self._db = sqlite3.connect(file, isolation_level=None)
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", "cache_size=-32768"):
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", "cache_size=-4096"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.execute(_TABLE)
         self._db.execute("BEGIN")

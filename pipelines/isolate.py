@@ -26,6 +26,7 @@ from stages.record import Record, from_table, to_table
 
 _LENGTH = struct.Struct("<Q")
 _READY = b"ready"
+_AT: Final = b"@"  # begins what the child says on entering a stage; an answer's first byte is another
 _CHAIN: Final = "stages.chain:build_stages"
 
 
@@ -62,22 +63,25 @@ class Child:
             return record
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
+        stage = names[0]
         try:
             _send(process.stdin, ",".join(names).encode())
             _send(process.stdin, _pack(record))
             if not self._ready and _receive(process.stdout) != _READY:
                 raise EOFError
             self._ready = True
-            if not select.select([process.stdout], [], [], self._limit)[0]:
-                process.kill()
-                self._end()
-                return reject(record, Failed("timed_out", f"no answer in {self._limit:g} s"), names[0])
-            answer = _receive(process.stdout)
+            while select.select([process.stdout], [], [], self._limit)[0]:
+                answer = _receive(process.stdout)
+                if not answer.startswith(_AT):
+                    return _unpack(answer)
+                stage = answer[len(_AT) :].decode()
         except (EOFError, BrokenPipeError):
             code = self._end()
             cause = f"signal {-code}" if code < 0 else f"exit status {code}"
-            return reject(record, Failed("killed_worker", f"its process ended with {cause}"), names[0])
-        return _unpack(answer)
+            return reject(record, Failed("killed_worker", f"its process ended with {cause}"), stage)
+        process.kill()
+        self._end()
+        return reject(record, Failed("timed_out", f"no answer in {self._limit:g} s"), stage)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pipelines.isolate"]
@@ -143,15 +147,20 @@ def _send(stream: IO[bytes], data: bytes) -> None:
 
 
 def _receive(stream: IO[bytes]) -> bytes:
-    """The next message. Raises EOFError at the stream's end."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        raise EOFError
-    (length,) = _LENGTH.unpack(head)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
-    return data
+    """The next message, and not a byte more: what waits behind it must be seen by `select`. Raises EOFError."""
+    (length,) = _LENGTH.unpack(_read(stream.fileno(), _LENGTH.size))
+    return _read(stream.fileno(), length)
+
+
+def _read(handle: int, count: int) -> bytes:
+    parts = []
+    while count:
+        part = os.read(handle, min(count, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 def _main() -> None:
@@ -175,7 +184,8 @@ def _main() -> None:
             record = _unpack(_receive(requests))
         except EOFError:
             return
-        _send(answers, _pack(run_chain(stages, [record], todo=[todo])[0]))
+        done = run_chain(stages, [record], todo=[todo], entering=lambda stage: _send(answers, _AT + stage.encode()))
+        _send(answers, _pack(done[0]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ On a remote store every call is tried again, with growing pauses, while its fail
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -22,6 +23,7 @@ from pipelines.remote import file_system, is_local, is_transient
 
 _TEMPORARY: Final = ".tmp-"
 TRIES: Final = 8  # of each call to a remote store
+_UNWRITABLE: Final = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")  # a person's to mend
 _AT_ONCE: Final = 64  # files
 _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 
@@ -59,16 +61,24 @@ class Store:
                 self.put(name, Path(scratch.name))
             return
         target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}{_TEMPORARY}{uuid4().hex[:8]}")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(target)
+        except OSError as error:
+            if errno.errorcode.get(error.errno or 0) in _UNWRITABLE:
+                raise StoreError(
+                    f"{target} can't be written: {error.strerror}. Make room, or mend the folder or its rights; then "
+                    "run the same command again: what is committed is kept."
+                ) from error
+            raise
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def put(self, name: str, file: Path) -> None:
         """Copy a local file into the store, under `name`."""

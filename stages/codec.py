@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ import simplejpeg
 from stages.backends.protocols import Image, LabelMap
 from stages.record import SCHEMA_VERSION, Record, Status, face_from_dict, face_to_dict
 
+_REMEMBERED: Final = 2**21  # pixels; of larger pictures a few would fill the memory
 MEMBERS = ("identity.npy", "jpg", "json", "parsing.png", "txt")
 
 
@@ -29,12 +30,19 @@ def encode_jpeg(image: Image, quality: int) -> bytes:
     return data
 
 
-@lru_cache(maxsize=24)
 def decode_jpeg(data: bytes) -> Image:
     """JPEG → RGB (H, W, 3) uint8, read-only. Raises ValueError on anything else."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    return _remembered(data) if height * width <= _REMEMBERED else _decode_jpeg(data)
+
+
+def _decode_jpeg(data: bytes) -> Image:
     image: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
     image.setflags(write=False)
     return image
+
+
+_remembered = lru_cache(maxsize=24)(_decode_jpeg)
 
 
 def encode_labels(labels: LabelMap) -> bytes:

@@ -40,7 +40,7 @@ _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 
 class ResizeStage(RecordStage):
     name = "resize"
-    version = 2
+    version = 3
     requires = ("image",)
     provides = ("image", "width", "height")
     config: ResizeConfig
@@ -69,8 +69,8 @@ class ResizeStage(RecordStage):
 
 
 def decode(data: bytes, config: ResizeConfig) -> Image:
-    """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG much larger than needed, at half,
-    a quarter or an eighth of it (libjpeg's own reduction, never under twice the working size).
+    """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG at least twice as large as needed, at
+    half, a quarter or an eighth of it: libjpeg's own reduction while it decodes, never to under the working size.
 
     Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, too_many_scans, truncated,
     undecodable.
@@ -159,8 +159,10 @@ def _undecodable(error: Exception, data: bytes) -> Failed:
 
 def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
     """libjpeg-turbo, straight to RGB, strict about missing data."""
-    floor = 2 * config.size if min(opened.size) >= 4 * config.size else 0
-    decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=floor, min_width=floor, strict=True)
+    least = max(config.size, config.min_side)
+    factor = next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(opened.size) >= factor * least)
+    width, height = (-(-side // factor) for side in opened.size)
+    decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, strict=True)
     return decoded
 
 

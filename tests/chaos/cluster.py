@@ -72,9 +72,13 @@ class Cluster:
             *ports,
         ]
         self.head = self._start(head)
-        wait_for_port(self._net + ".2", self._port)
-        for _ in range(self.count - 1):
-            self.add()
+        try:
+            wait_for_port(self._net + ".2", self._port)
+            for _ in range(self.count - 1):
+                self.add()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
