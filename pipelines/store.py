@@ -23,7 +23,7 @@ from pipelines.remote import file_system, is_local, is_transient
 
 _TEMPORARY: Final = ".tmp-"
 TRIES: Final = 8  # of each call to a remote store
-_UNWRITABLE: Final = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")  # a person's to mend
+_UNWRITABLE: Final = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")  # people mend it
 _AT_ONCE: Final = 64  # files
 _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 
