@@ -83,6 +83,7 @@ def against_reference(config: DatasetConfig, files: Sequence[Path], folder: Path
 
         return work
 
+    shutil.rmtree(config.output, ignore_errors=True)
     planned = plan_job(config).plan.inputs
     assert planned == len(files), f"the pipeline would take {planned} pictures, the loop {len(files)}"
     for _ in range(rounds):

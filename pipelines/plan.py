@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.errors import SourceError
+from configs.errors import ShardError, SourceError
 from configs.schema import DatasetConfig
 from pipelines.copies import mark_copies
 from pipelines.index import COLUMNS, InputIndex
@@ -79,7 +79,8 @@ class Plan:
 
 
 def make_plan(config: DatasetConfig, store: Store) -> Plan:
-    """List the source and place every input; the output is left alone. Raises SourceError if there is none at all."""
+    """List the source and place every input; the output is left alone. Raises SourceError if there is none at all,
+    ShardError where another version of this program kept the plan."""
     folder = tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True)
     with InputIndex(Path(folder.name) / "inputs.sqlite") as index:
         index.load_known(_read_rows(store))
@@ -163,6 +164,11 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
         return
     with store.open(PLAN) as stream:
         file = pq.ParquetFile(stream)
+        if missing := {"shard", *COLUMNS} - {*file.schema_arrow.names}:
+            raise ShardError(
+                f"{store.url}: {PLAN} has no column {', '.join(sorted(missing))}: another version of this program "
+                "wrote it. Use another output, or the version that wrote it."
+            )
         for group in range(file.num_row_groups):
             yield from file.read_row_group(group, columns=["shard", *COLUMNS]).to_pylist()
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,9 +134,7 @@ def commit(
 def _write_tar(stream: _Hashed, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Write the ok records as samples; returns a sidecar row for every record."""
     rows = []
-    with tarfile.open(
-        fileobj=cast(IO[bytes], stream), mode="w|", format=tarfile.USTAR_FORMAT, bufsize=tarfile.BLOCKSIZE
-    ) as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="w|", format=tarfile.USTAR_FORMAT, bufsize=1 << 16) as tar:
         for record in records:
             row = _sidecar_row(record)
             if record.ok:
@@ -156,7 +155,8 @@ def _sidecar_row(record: Record) -> dict[str, Any]:
     areas: list[float] = []
     if record.ok and record.parsing:
         labels = decode_labels(record.parsing)
-        areas = list(np.bincount(labels.ravel(), minlength=len(LABELS))[: len(LABELS)] / np.float32(labels.size))
+        counts = cv2.calcHist([labels], [0], None, [len(LABELS)], [0, len(LABELS)])  # bincount takes twice as long
+        areas = list(counts.ravel().astype(np.int64) / labels.size)
     return {
         "key": record.key,
         "source": record.source,

