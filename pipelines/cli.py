@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +45,12 @@ def _errors() -> Iterator[None]:
     except PipelineError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         typer.secho("\nstopped; finished shards are kept. The same command goes on from there.", fg="yellow", err=True)
-        raise typer.Exit(130) from None
+        traceback.clear_frames(stopped.__traceback__)  # temporary files go with what held them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # a thread may be waiting for a server, and Python would wait for the thread
 
 
 def _load(config: str, overrides: list[str] | None) -> DatasetConfig:

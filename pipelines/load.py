@@ -12,7 +12,7 @@ from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.plan import ShardTask, read_inputs
 from pipelines.shards import read_records
-from pipelines.sources import Input, Source, build_source
+from pipelines.sources import build_source
 from pipelines.store import Store
 from stages.base import Stage, Todo
 from stages.record import Record
@@ -26,8 +26,9 @@ class Work:
     todo: Todo
 
 
-def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]) -> list[Work]:
-    """The shard's inputs, in order, as the stages take them. Raises ShardError if the plan kept is another one."""
+def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]) -> Iterator[Work]:
+    """The shard's inputs, in order, as the stages take them, each as soon as it is there: a source that reads several
+    at a time goes on meanwhile. Raises ShardError if the plan kept is another one."""
     items = read_inputs(store, task.shard.index)
     if len(items) != task.shard.inputs:
         raise ShardError(f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run it again.")
@@ -36,8 +37,19 @@ def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Seq
     names = [stage.name for stage in stages]
     kept = {item.key: made[item.key] for item in items if _stands(made.get(item.key), task, names)}
     fresh = [item for item in items if item.key not in kept or task.moved]
-    arrived = dict(zip((item.key for item in fresh), source.records(fresh), strict=True))
-    return list(_merge(items, kept, arrived, task, stages, source))
+    arrived = iter(source.records(fresh))
+    every = frozenset(stage.name for stage in stages)
+    later = frozenset(names[task.start :])
+    again = frozenset(item.key for item in fresh)
+    for item in items:
+        fields = source.gives(item)
+        given = frozenset(stage.name for stage in stages if fields.issuperset(stage.provides))
+        old, new = kept.get(item.key), next(arrived) if item.key in again else None
+        if old is not None and (new is None or source.same(old, new)):
+            yield Work(old, later - given)
+        else:
+            assert new is not None, "an input is kept, or it is read"
+            yield Work(new, every - given)
 
 
 def _stands(record: Record | None, task: ShardTask, names: Sequence[str]) -> bool:
@@ -47,24 +59,3 @@ def _stands(record: Record | None, task: ShardTask, names: Sequence[str]) -> boo
         and record.reason not in task.retry
         and (record.ok or record.stage not in names[task.start :])
     )
-
-
-def _merge(
-    items: Sequence[Input],
-    kept: dict[str, Record],
-    arrived: dict[str, Record],
-    task: ShardTask,
-    stages: Sequence[Stage],
-    source: Source,
-) -> Iterator[Work]:
-    every = frozenset(stage.name for stage in stages)
-    later = frozenset(stage.name for stage in stages[task.start :])
-    for item in items:
-        fields = source.gives(item)
-        given = frozenset(stage.name for stage in stages if fields.issuperset(stage.provides))
-        old, new = kept.get(item.key), arrived.get(item.key)
-        if old is not None and (new is None or source.same(old, new)):
-            yield Work(old, later - given)
-        else:
-            assert new is not None, "an input is kept, or it is read"
-            yield Work(new, every - given)

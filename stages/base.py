@@ -194,7 +194,7 @@ def run_chain(
     `advance` is told how many more are done, `entering` each stage's name before its next few records. Which records
     share a batch depends on `records` and `todo` alone.
     """
-    chunk = max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
+    chunk = chunk_size(stages)
     done: list[Record] = []
     for start in range(0, len(records), chunk):
         part = list(records[start : start + chunk])
@@ -207,6 +207,11 @@ def run_chain(
         if advance is not None:
             advance(len(part))
     return done
+
+
+def chunk_size(stages: Sequence[Stage]) -> int:
+    """How many records `run_chain` takes through all `stages` at a time."""
+    return max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
 
 
 def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = ("key", "source", "sha256", "image")) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from configs.schema import DatasetConfig
 from pipelines.executors.counter import Advance
-from pipelines.load import load_shard
+from pipelines.load import Work, load_shard
 from pipelines.plan import ShardTask
 from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
-from stages.base import run_chain
+from stages.base import chunk_size, run_chain
 from stages.chain import Chain, build_stages
+from stages.record import Record
 
 
 def run_inline(
@@ -26,12 +28,23 @@ def run_inline(
     ready: set[str] = set()
     for task in tasks:
         started, seconds = time.time(), dict[str, float]()
-        work = load_shard(config, store, task, stages)
-        seconds["source"] = time.time() - started
-        needed = {name for item in work if item.record.ok for name in item.todo}
-        for stage in stages:
-            if stage.name in needed - ready:
-                stage.setup()
-        ready |= needed
-        done = run_chain(stages, [item.record for item in work], seconds, advance, [item.todo for item in work])
+        done: list[Record] = []
+        for part in _parts(load_shard(config, store, task, stages), chunk_size(stages), seconds):
+            needed = {name for item in part if item.record.ok for name in item.todo}
+            for stage in stages:
+                if stage.name in needed - ready:
+                    stage.setup()
+            ready |= needed
+            done += run_chain(stages, [item.record for item in part], seconds, advance, [item.todo for item in part])
         yield commit(store, task.shard, done, signatures, ShardRun(seconds, "inline", started))
+
+
+def _parts(work: Iterator[Work], count: int, seconds: dict[str, float]) -> Iterator[list[Work]]:
+    """`count` of `work` at a time; the time that passes until they are there is the source's."""
+    while True:
+        began = time.time()
+        part = list(islice(work, count))
+        seconds["source"] = seconds.get("source", 0.0) + time.time() - began
+        if not part:
+            return
+        yield part

@@ -158,7 +158,7 @@ def _shard_source(config: DatasetConfig, tasks: Sequence[ShardTask], chain: Chai
 def _reader(config: DatasetConfig, task: ShardTask, chain: Chain) -> Callable[[], list[pa.Table]]:
     def read() -> list[pa.Table]:
         started = time.time()
-        work = load_shard(config, Store(config.output), task, chain(config))
+        work = list(load_shard(config, Store(config.output), task, chain(config)))
         run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
         return [Block([item.record for item in work], [item.todo for item in work], task.shard, run).to_arrow()]
 

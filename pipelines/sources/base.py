@@ -117,8 +117,11 @@ class Source(ABC):
         if self.concurrency == 1 or len(items) < 2:
             yield from map(self.record, items)
             return
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix=STAGE) as pool:
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix=STAGE)
+        try:
             yield from pool.map(self.record, items)
+        finally:  # where a run is stopped, a server that hangs must not hold it up
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @cached_property
     def _retrying(self) -> Retrying:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import logging
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -19,7 +23,7 @@ from pipelines.sources.fetch import USER_AGENT, Fetcher, is_public, opts_out
 from pipelines.sources.urls import UrlList
 from stages.base import Failed
 from stages.record import Record
-from tests.pipelines.helpers import config
+from tests.pipelines.helpers import DEMO, config
 from tests.pipelines.server import Server, plain, serving
 
 FAST = ("source.kind=urls", "source.backoff=0", "source.tries=3", "source.timeout=0.3", "source.downloads=8")
@@ -49,6 +53,10 @@ def fetched(folder: Path, url: str, *overrides: str, private: bool = True) -> Re
 def short(handler: BaseHTTPRequestHandler) -> None:
     plain(b"x" * 10, ("Content-Length", "5000"))(handler)
     handler.close_connection = True
+
+
+def hang(server: Server) -> None:
+    server.stopping.wait()
 
 
 def endless(handler: BaseHTTPRequestHandler) -> None:
@@ -284,3 +292,17 @@ def test_the_ledger_of_a_list_balances(server: Server, portraits: Path, tmp_path
     ledger = run(config(tmp_path / "list.txt", tmp_path / "out", *settings))
     assert (ledger.inputs, ledger.written) == (4, 2)
     assert (dict(ledger.dropped), dict(ledger.failed)) == ({"robots_opt_out": 1}, {"http_404": 1})
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(server: Server, tmp_path: Path) -> None:
+    server.answers["/hangs.jpg"] = lambda handler: hang(server)
+    (tmp_path / "list.txt").write_text(f"{server.url}/hangs.jpg\n{server.url}/hangs.jpg?again\n")
+    given = [f"source.path={tmp_path}/list.txt", f"output={tmp_path}/out", "source.kind=urls", "source.timeout=600"]
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given, "source.allow_private=true"]
+    run = subprocess.Popen([*command, "executor=inline"], stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and "/hangs.jpg" not in server.asked:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)  # ten minutes, if it did wait
+    assert run.returncode == 130 and "The same command goes on" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "run.lock").exists()
