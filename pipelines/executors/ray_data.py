@@ -38,6 +38,8 @@ from stages.record import Record
 
 logger = logging.getLogger(__name__)
 
+_IDLE_MS = 60_000  # by itself Ray ends a task's process after one idle second, and the next shard's imports for seconds
+
 
 def run_ray(
     config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_stages
@@ -82,6 +84,7 @@ def _start_ray(config: DatasetConfig, address: str) -> None:
         num_cpus=os.cpu_count(),
         object_store_memory=config.ray.object_store_mb * 1_000_000,
         include_dashboard=False,
+        _system_config={"idle_worker_killing_time_threshold_ms": _IDLE_MS},
         **quiet,
     )
 
