@@ -127,7 +127,7 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 def _run(job: Job) -> None:
     from pipelines.dataset import execute, fetch_weights, read_ledger
-    from pipelines.report import write_report
+    from pipelines.report import images_per_second, write_report
 
     for weight in fetch_weights(job.config):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
@@ -139,9 +139,9 @@ def _run(job: Job) -> None:
     ledger = read_ledger(job.store)
     for line in ledger.lines():
         typer.echo(line)
-    stats = write_report(job.store)
+    write_report(job.store)
     if done:
-        rate = stats["runs"]["images_per_second"]
+        rate = images_per_second(done) or 0.0
         typer.echo(f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once models were loaded")
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
 

@@ -223,12 +223,19 @@ def _runs(found: Sequence[Row]) -> dict[str, Any]:
     total = sum(stage_seconds.values())
     return {
         "seconds": round(_covered(spans), 3),
-        "images_per_second": _rate(sum(manifest["inputs"] for manifest in found), _covered(spans)),
+        "images_per_second": images_per_second(found),
         "finished": max(shard["finished"] for shard in shards),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
         "stage_share": {stage: round(seconds / total, 4) if total else 0.0 for stage, seconds in stage_seconds.items()},
         "shards": shards,
     }
+
+
+def images_per_second(found: Sequence[Row]) -> float | None:
+    """Of these shards' manifests, over the time in which at least one of them was being made."""
+    runs = [manifest["run"] for manifest in found]
+    spans = [(run["finished"] - run["seconds"], run["finished"]) for run in runs]
+    return _rate(sum(manifest["inputs"] for manifest in found), _covered(spans))
 
 
 def _rate(images: int, seconds: float) -> float | None:

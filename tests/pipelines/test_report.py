@@ -25,10 +25,10 @@ from PIL import Image
 
 from configs.errors import ShardError
 from pipelines.dataset import run
-from pipelines.report import INDEX, STATS, compute_stats, write_report
+from pipelines.report import INDEX, STATS, compute_stats, images_per_second, write_report
 from pipelines.report.contact import MAX_SAMPLES, PALETTE, contact_sheet
 from pipelines.report.spread import spread
-from pipelines.shards import PlannedShard, ShardRun, commit
+from pipelines.shards import PlannedShard, ShardRun, commit, manifests
 from pipelines.store import Store
 from stages.codec import encode_jpeg, encode_labels
 from stages.record import Face, Record, Status, key_of
@@ -224,6 +224,8 @@ def test_time_counts_only_while_a_shard_is_made(made: Store, tmp_path: Path) -> 
     runs = compute_stats(store)["runs"]
     assert runs["seconds"] == 12.0  # 6 to 12 and 105 to 111: the hour at lunch is no work
     assert runs["images_per_second"] == round(compute_stats(made)["data"]["inputs"] / 12, 3)
+    second = [manifest for manifest in manifests(store) if manifest["run"]["finished"] > 100]  # of a run that resumed
+    assert images_per_second(second) == round(sum(manifest["inputs"] for manifest in second) / 6, 3)
     assert runs["stage_seconds"] == {"source": 1.0, "parse": 3.0}
     assert runs["stage_share"] == {"source": 0.25, "parse": 0.75}
 
