@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
 
 from configs.load import load
@@ -27,3 +28,8 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
     """name → (inode, mtime) of every file in the shards folder."""
     found = {path.name: path.stat() for path in sorted((output / "shards").iterdir())}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def hears_ctrl_c() -> None:
+    """For Popen's preexec_fn: shells start what runs in the background, this test perhaps, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -23,7 +23,7 @@ from pipelines.sources import build_source
 from pipelines.store import Store
 from stages.base import run_chain
 from stages.chain import build_stages
-from tests.pipelines.helpers import DEMO, config, digests
+from tests.pipelines.helpers import DEMO, config, digests, hears_ctrl_c
 from tests.pipelines.traps import trapped
 
 ALL = frozenset({"resize", "detect", "parse", "embed", "caption"})
@@ -47,7 +47,12 @@ def test_ray_gives_the_bytes_of_inline(portraits: Path, undisturbed: dict[str, s
 def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int, str]:
     """Exit status and last words of `command`, sent `how` when its first shard was committed."""
     driver = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hears_ctrl_c,
     )
     try:
         while driver.poll() is None and not list(shards.glob("*.json")):

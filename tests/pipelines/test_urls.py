@@ -23,7 +23,7 @@ from pipelines.sources.fetch import USER_AGENT, Fetcher, is_public, opts_out
 from pipelines.sources.urls import UrlList
 from stages.base import Failed
 from stages.record import Record
-from tests.pipelines.helpers import DEMO, config
+from tests.pipelines.helpers import DEMO, config, hears_ctrl_c
 from tests.pipelines.server import Server, plain, serving
 
 FAST = ("source.kind=urls", "source.backoff=0", "source.tries=3", "source.timeout=0.3", "source.downloads=8")
@@ -299,7 +299,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(server: Server, tmp_path: 
     (tmp_path / "list.txt").write_text(f"{server.url}/hangs.jpg\n{server.url}/hangs.jpg?again\n")
     given = [f"source.path={tmp_path}/list.txt", f"output={tmp_path}/out", "source.kind=urls", "source.timeout=600"]
     command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given, "source.allow_private=true"]
-    run = subprocess.Popen([*command, "executor=inline"], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*command, "executor=inline"], stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     while run.poll() is None and "/hangs.jpg" not in server.asked:
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
