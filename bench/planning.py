@@ -50,10 +50,14 @@ def measure(count: int, again: bool) -> dict[str, Any]:
     return {"inputs": count, **dict(zip(names, peaks, strict=False)), "seconds": round(seconds, 1)}
 
 
-def peak() -> float:
-    """MB. Of this program alone: getrusage would count what the parent held when it forked."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024, 1)
+def peak(pid: int | str = "self") -> float:
+    """Peak resident MB; 0.0 of a process that has ended. Of its program alone: getrusage would count what its parent
+    held when it forked."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return 0.0
+    return round(next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0) / 1024, 1)
 
 
 def main(

@@ -22,11 +22,13 @@ import cv2
 import numpy as np
 import typer
 
+from bench.planning import peak
 from pipelines.dataset import lint, read_ledger
 from pipelines.shards import manifests
 from pipelines.store import Store
 from stages.backends.protocols import Image
 from stages.codec import decode_jpeg, encode_jpeg
+from tests.pipelines.helpers import stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,16 @@ def main(
     store = Store(str(output))
     if store.names("shards"):
         raise SystemExit(f"{output} holds a data set: remove it, or give another --folder")
-    first = run(command, lambda: committed(store) >= at * count)
+    first = run(command, lambda: read_ledger(store).inputs >= at * count)
     time.sleep(10)  # its workers live on for a moment
-    kept = stamps(output)
-    before = committed(store)
-    print(f"killed after {first.seconds:.0f} s: {before:,} of {count:,} inputs committed in {len(kept) // 3} shards")
+    whole = {manifest["shard"] for manifest in manifests(store)}
+    kept = {name: stamp for name, stamp in stamps(output).items() if Path(name).stem in whole}
+    before = read_ledger(store).inputs
+    print(f"killed after {first.seconds:.0f} s: {before:,} of {count:,} inputs committed in {len(whole)} shards")
     second = run(command, lambda: False)
     ledger, now = read_ledger(store), stamps(output)
     again = [name for name, stamp in kept.items() if now.get(name) != stamp]
-    done = sum(m["inputs"] for m in manifests(store) if f"{m['shard']}.json" not in kept)
+    done = sum(m["inputs"] for m in manifests(store) if m["shard"] not in whole)
     print(f"the second start ended {second.status} after {second.seconds:.0f} s: it worked on {done:,}")
     print(f"driver's peak: {first.peak_mb:.0f} MB, then {second.peak_mb:.0f} MB")
     print(f"{ledger.inputs:,} inputs = {ledger.written:,} written + {dict(ledger.dropped)} + {dict(ledger.failed)}")
@@ -96,39 +99,15 @@ def edited(image: Image, dice: np.random.Generator) -> bytes:
 
 def run(command: list[str], enough: Callable[[], bool]) -> Start:
     """The command, until it ends or there is `enough`, when it gets SIGKILL."""
-    began, peak = time.monotonic(), 0.0
+    began, most = time.monotonic(), 0.0
     driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while driver.poll() is None:
-        peak = max(peak, resident(driver.pid))
+        most = max(most, peak(driver.pid))
         if enough():
             driver.send_signal(signal.SIGKILL)
             driver.wait()
         time.sleep(1)
-    return Start(driver.returncode, time.monotonic() - began, peak)
-
-
-def resident(pid: int) -> float:
-    """Peak resident MB of a process up to now; 0 where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except FileNotFoundError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
-
-
-def committed(store: Store) -> int:
-    """Inputs in committed shards."""
-    return sum(manifest["inputs"] for manifest in manifests(store))
-
-
-def stamps(output: Path) -> dict[str, tuple[int, int]]:
-    """name → (inode, mtime) of every file of a committed shard."""
-    found = {}
-    for manifest in (output / "shards").glob("*.json"):
-        for path in (output / "shards").glob(f"{manifest.stem}.*"):
-            stat = path.stat()
-            found[path.name] = (stat.st_ino, stat.st_mtime_ns)
-    return found
+    return Start(driver.returncode, time.monotonic() - began, most)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ import io
 import itertools
 import json
 import re
-import sqlite3
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import IO, Final
 
 from pipelines.sources.base import Input
 from pipelines.sources.paths import Found, InsideFiles, facts_of, find_files, read_range, text
+from pipelines.sources.seen import Seen
 from stages.base import Failed
 
 _NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # sample, extension: as webdataset splits it
@@ -103,14 +102,15 @@ class WebDataset(InsideFiles):
 def _named_apart(file: Found, items: Iterable[Input]) -> Iterator[Input]:
     """`items`, but where a name stands in the tar again, the later one is ended, under a name of its own."""
     numbers = itertools.count(1)
-    with closing(sqlite3.connect("")) as seen:  # a file of its own on local disk, gone when closed
-        seen.execute("CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID")
+    with Seen() as seen:
         for item in items:
             name = item.source
-            while not seen.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount:
+            while not seen.add(name):
                 name = f"{item.source} (again, {next(numbers)})"
-            again = _ended(file, name, "duplicate_name", f"another {item.source} stands before it in the tar")
-            yield item if name == item.source else again
+            if name == item.source:
+                yield item
+            else:
+                yield _ended(file, name, "duplicate_name", f"another {item.source} stands before it in the tar")
 
 
 def _input(file: Found, sample: _Sample, member: tarfile.TarInfo) -> Input:

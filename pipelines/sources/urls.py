@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import logging
 import re
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import cached_property
 from typing import IO, Any, Final
 
@@ -18,6 +15,7 @@ from configs.schema import DatasetConfig
 from pipelines.sources.base import Input, Source
 from pipelines.sources.fetch import Fetcher, is_public
 from pipelines.sources.paths import Found, facts_of, find_files
+from pipelines.sources.seen import Seen
 from pipelines.sources.tables import open_parquet
 
 logger = logging.getLogger(__name__)
@@ -36,15 +34,13 @@ class UrlList(Source):
 
     def list(self) -> Iterator[Input]:
         twice = 0
-        with closing(sqlite3.connect("")) as seen:  # a file of its own on local disk, gone when closed
-            seen.execute("CREATE TABLE urls (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        with Seen() as seen:
             for file in find_files(self.config.path, _ENDINGS, self.output):
                 ending = next((end for end in _ENDINGS if file.path.lower().endswith(end)), "")
                 with file.open(seeking=ending == ".parquet") as stream:
                     for row in self._rows(file, stream, ending):
                         url = str(row[self.config.url_column] or "").strip()
-                        digest = hashlib.sha256(_clean(_USER.sub("", url)).encode()).digest()[:16]
-                        if seen.execute("INSERT OR IGNORE INTO urls VALUES (?)", (digest,)).rowcount:
+                        if seen.add(_clean(_USER.sub("", url))):
                             yield self._input(row, url)
                         else:
                             twice += 1
