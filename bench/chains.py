@@ -16,7 +16,7 @@ from stages.record import IDENTITY_DIM, Face, Record
 from stages.resize import ResizeStage
 
 SECONDS: Final = {"resize": 0.0111, "detect": 0.0286, "parse": 0.2615, "embed": 0.0184, "caption": 0.0214}
-"""An image in each stage of the inline pipeline: measured, docs/benchmarks.md."""
+"""An image in each stage of the inline pipeline, as a run of `make bench` on two cores had it."""
 
 _FACE: Final = Face(box=(8, 8, 56, 56), landmarks=((20, 24), (44, 24), (32, 36), (22, 46), (42, 46)), score=0.9)
 
