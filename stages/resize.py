@@ -114,21 +114,25 @@ def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
     width, height = opened.size
     if width * height > config.max_pixels:
         raise Failed("too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels")
-    if opened.format in ("JPEG", "MPO") and _scans(data) > _MOST_SCANS:
+    if opened.format in ("JPEG", "MPO") and _too_many_scans(data):
         raise Failed("too_many_scans", f"over {_MOST_SCANS}, each over all of {width}×{height} pixels")
     return opened
 
 
-def _scans(data: bytes) -> int:
-    """How many scans a JPEG holds, counted up to one more than _MOST_SCANS.
+def _too_many_scans(data: bytes) -> bool:
+    """True if a JPEG holds more than _MOST_SCANS scans.
 
     Each costs a pass over the whole picture and may take next to no bytes: an hour of work fits into a few megabytes.
     """
-    count, place = 0, 2
+    values = np.frombuffer(data, np.uint8)
+    at_most = np.count_nonzero((values[:-1] == _SCAN[0]) & (values[1:] == _SCAN[1]))
+    if at_most <= _MOST_SCANS:
+        return False
+    count, place = 0, 2  # what looks like a scan may lie in a profile or a thumbnail, or behind the end
     while count <= _MOST_SCANS and (found := _MARKER.search(data, place)) and found[0] != _END:
         count += found[0] == _SCAN
         place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return count
+    return count > _MOST_SCANS
 
 
 def _unidentified(data: bytes) -> Failed:

@@ -31,7 +31,7 @@ USER_AGENT: Final = "consistentid-pipeline/0.1 (collects pictures for a data set
 _HEADERS: Final = {"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 _REDIRECTS: Final = 5
 _PATIENCE: Final = 10  # the whole picture must be here within as many times `timeout`
-_CHUNK: Final = 1 << 16  # bytes
+_CHUNK: Final = 1 << 18  # bytes
 _LATER: Final = frozenset({408, 425, 429})
 _NO: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
