@@ -99,7 +99,8 @@ def retry(
         from pipelines.dataset import read_ledger
 
         store = _store(output)
-        known = {**read_ledger(store).failed, **read_ledger(store).dropped}
+        ledger = read_ledger(store)
+        known = {*ledger.failed, *ledger.dropped}
         if unknown := [name for name in reason if name not in known]:
             raise PipelineError(
                 f"no input of {output} ended with {', '.join(unknown)}. Reasons there are: "

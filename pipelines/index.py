@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sqlite3
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -23,10 +22,13 @@ CREATE TABLE inputs (
 
 
 class InputIndex:
-    """First `load_known`, then `see` every listed input, then `place` them; `shards` gives them back in order."""
+    """First `load_known`, then `see` every listed input, then `place` them; `shards` gives them back in order.
 
-    def __init__(self, file: Path) -> None:
-        self._db = sqlite3.connect(file, isolation_level=None)
+    Its file has no name: it goes with the process, however that ends.
+    """
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", "cache_size=-4096"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.execute(_TABLE)

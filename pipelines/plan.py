@@ -8,17 +8,19 @@ compared there, and the driver's memory doesn't grow with their number.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.errors import ShardError, SourceError
+from configs.errors import ShardError, SourceError, StoreError
 from configs.schema import DatasetConfig
 from pipelines.copies import mark_copies
 from pipelines.index import COLUMNS, InputIndex
@@ -27,6 +29,7 @@ from pipelines.sources import Input, build_source
 from pipelines.store import Store
 
 PLAN = "plan.parquet"
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _SCHEMA = pa.schema(
     [
@@ -60,29 +63,38 @@ class ShardTask:
 
 @dataclass(kw_only=True)
 class Plan:
-    """file: the plan on local disk, gone with this object. new, changed, vanished: inputs, against the plan kept."""
+    """file: the plan on local disk, without a name. new, changed, vanished: inputs, against the plan kept."""
 
-    file: Path
+    file: IO[bytes]
     shards: tuple[PlannedShard, ...]
     new: int = 0
     changed: int = 0
     vanished: int = 0
-    folder: Any = field(repr=False, default=None)  # keeps the temporary folder alive
 
     @property
     def inputs(self) -> int:
         return sum(shard.inputs for shard in self.shards)
 
     def inputs_of(self, shard: int) -> list[Input]:
-        with self.file.open("rb") as stream:
-            return _read_group(pq.ParquetFile(stream), shard)
+        return _read_group(pq.ParquetFile(self.file), shard)
 
 
 def make_plan(config: DatasetConfig, store: Store) -> Plan:
     """List the source and place every input; the output is left alone. Raises SourceError if there is none at all,
-    ShardError where another version of this program kept the plan."""
-    folder = tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True)
-    with InputIndex(Path(folder.name) / "inputs.sqlite") as index:
+    ShardError where another version of this program kept the plan, StoreError where local disk has no room for it."""
+    try:
+        return _make_plan(config, store)
+    except (sqlite3.OperationalError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+            raise
+        raise StoreError(
+            f"there is no room for the plan on local disk: {error}. Make room in /tmp and /var/tmp, or name a folder "
+            "elsewhere in TMPDIR; then run the same command again."
+        ) from error
+
+
+def _make_plan(config: DatasetConfig, store: Store) -> Plan:
+    with InputIndex() as index:
         index.load_known(_read_rows(store))
         source = build_source(config)
         for item in source.list():
@@ -95,12 +107,13 @@ def make_plan(config: DatasetConfig, store: Store) -> Plan:
         new, changed, vanished = index.place(config.shard_size)
         if config.source.find_copies:
             mark_copies(index, source)
-        file = Path(folder.name) / PLAN
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file))
-    return Plan(file=file, shards=shards, new=new, changed=changed, vanished=vanished, folder=folder)
+        file.flush()
+    return Plan(file=file, shards=shards, new=new, changed=changed, vanished=vanished)
 
 
-def _write(index: InputIndex, file: Path) -> Iterator[PlannedShard]:
+def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
     with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
         for number, rows in index.shards():
             lines = (f"{row['key']} {row['size']} {row['version']} {row['duplicate_of']}" for row in rows)
@@ -146,14 +159,18 @@ def read_inputs(store: Store, shard: int) -> list[Input]:
 
 def write_plan(plan: Plan, store: Store) -> None:
     """Keep the plan in the output; nothing is written where it is there already."""
-    if not store.exists(PLAN) or not _same(plan.file, store):
-        store.put(PLAN, plan.file)
+    if store.exists(PLAN) and _same(plan.file, store):
+        return
+    plan.file.seek(0)
+    with store.writer(PLAN) as target:
+        shutil.copyfileobj(plan.file, target, 1 << 20)
 
 
-def _same(file: Path, store: Store) -> bool:
+def _same(file: IO[bytes], store: Store) -> bool:
     """True if the plan kept is this file, byte for byte; read a little at a time, since plans have no upper size."""
-    with file.open("rb") as made, store.open(PLAN) as kept:
-        while (part := made.read(1 << 20)) == kept.read(1 << 20):
+    file.seek(0)
+    with store.open(PLAN) as kept:
+        while (part := file.read(1 << 20)) == kept.read(1 << 20):
             if not part:
                 return True
     return False

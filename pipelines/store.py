@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -58,7 +57,10 @@ class Store:
             with tempfile.NamedTemporaryFile(prefix="store-") as scratch:
                 yield cast(IO[bytes], scratch)
                 scratch.flush()
-                self.put(name, Path(scratch.name))
+                try:
+                    self._call(self._fs.put_file, scratch.name, self.path(name))
+                except FileNotFoundError as error:  # of the bucket: the file was written a moment ago
+                    raise self._failure(error) from error
             return
         target = Path(self.path(name))
         temporary = target.with_name(f".{target.name}{_TEMPORARY}{uuid4().hex[:8]}")
@@ -79,17 +81,6 @@ class Store:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-    def put(self, name: str, file: Path) -> None:
-        """Copy a local file into the store, under `name`."""
-        if self.local:
-            with self.writer(name) as target, file.open("rb") as given:
-                shutil.copyfileobj(given, target, 1 << 20)
-        else:
-            try:
-                self._call(self._fs.put_file, str(file), self.path(name))
-            except FileNotFoundError as error:  # of the bucket: `file` was open a moment ago
-                raise self._failure(error) from error
 
     def write(self, name: str, data: bytes | str) -> None:
         with self.writer(name) as stream:

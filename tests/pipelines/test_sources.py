@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,32 @@ def test_a_plan_is_kept_and_new_inputs_go_behind(tmp_path: Path) -> None:
     assert [[i.source for i in items] for items in shards(plan)] == [["b.jpg", "c.jpg"], ["d.jpg"], ["a.jpg"]]
     assert (plan.new, plan.changed, plan.vanished) == (1, 0, 1)
     assert planned_shards(store) == 2
+
+
+_NO_ROOM = """
+import resource, sys
+from pipelines.plan import make_plan
+from pipelines.store import Store
+from tests.pipelines.helpers import config
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    make_plan(config(sys.argv[1], sys.argv[2]), Store(sys.argv[2]))
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("rows", [3, 50_000])  # the first fills the disk with its plan, the second while it sorts
+def test_no_room_for_the_plan_is_said(tmp_path: Path, rows: int) -> None:
+    urls, scratch = tmp_path / "urls.txt", tmp_path / "scratch"
+    urls.write_text("".join(f"https://example.org/{row}.jpg\n" for row in range(rows)))
+    scratch.mkdir()
+    command = [sys.executable, "-c", _NO_ROOM, str(urls), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(scratch)}
+    )
+    assert done.stdout.startswith("StoreError: there is no room for the plan on local disk: "), done
+    assert not list(scratch.iterdir())
 
 
 def shards(plan: Plan) -> list[list[Input]]:
