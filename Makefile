@@ -57,7 +57,7 @@ weights: install ## fetch weights ahead of a run. PRESET=demo or fgid
 	$(RUN) -m pipelines.cli weights --config configs/dataset/$(PRESET).yaml $(ARGS)
 
 test: install ## all tests, two files at a time
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 golden: install ## hold every module against the reference's answers
 	$(RUN) -m tests.golden.check tests/golden

@@ -67,16 +67,15 @@ def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("executor", "how"), [("ray", signal.SIGKILL), ("inline", signal.SIGKILL), ("ray", signal.SIGINT)]
-)
+# Ray's driver is killed by `make chaos`.
+@pytest.mark.parametrize(("executor", "how"), [("inline", signal.SIGKILL), ("ray", signal.SIGINT)])
 def test_stopping_the_driver_mid_run_and_running_again_gives_the_same_bytes(
     executor: str, how: signal.Signals, portraits: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     given = [f"source.path={portraits}", f"output={tmp_path}", "shard_size=2", "threads=1", f"executor={executor}"]
     command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
     shards = tmp_path / "shards"
-    for _ in range(3):  # workers may outlive a killed driver long enough to commit the rest
+    for _ in range(3):  # it may have come to the end before it heard
         shutil.rmtree(tmp_path)
         code, said = _stopped(command, shards, how)
         if len(list(shards.glob("*.json"))) < 4:
