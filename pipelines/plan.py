@@ -30,6 +30,7 @@ from pipelines.store import Store
 
 PLAN = "plan.parquet"
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM_SQLITE: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 _SCHEMA = pa.schema(
     [
@@ -85,7 +86,11 @@ def make_plan(config: DatasetConfig, store: Store) -> Plan:
     try:
         return _make_plan(config, store)
     except (sqlite3.OperationalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+        if isinstance(error, OSError):
+            no_room = error.errno in _NO_ROOM
+        else:
+            no_room = getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM_SQLITE  # its low byte is the kind
+        if not no_room:
             raise
         raise StoreError(
             f"there is no room for the plan on local disk: {error}. Make room in /tmp and /var/tmp, or name a folder "

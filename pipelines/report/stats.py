@@ -8,7 +8,7 @@ balance, or a manifest that its sidecar contradicts, is an error and never a num
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,10 +219,9 @@ def _runs(found: Sequence[Row]) -> dict[str, Any]:
         )
         for stage, seconds in run["stage_seconds"].items():
             stage_seconds[stage] = stage_seconds.get(stage, 0.0) + seconds
-    spans = [(shard["finished"] - shard["seconds"], shard["finished"]) for shard in shards]
     total = sum(stage_seconds.values())
     return {
-        "seconds": round(_covered(spans), 3),
+        "seconds": round(_busy_seconds(found), 3),
         "images_per_second": images_per_second(found),
         "finished": max(shard["finished"] for shard in shards),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
@@ -233,19 +232,18 @@ def _runs(found: Sequence[Row]) -> dict[str, Any]:
 
 def images_per_second(found: Sequence[Row]) -> float | None:
     """Of these shards' manifests, over the time in which at least one of them was being made."""
-    runs = [manifest["run"] for manifest in found]
-    spans = [(run["finished"] - run["seconds"], run["finished"]) for run in runs]
-    return _rate(sum(manifest["inputs"] for manifest in found), _covered(spans))
+    return _rate(sum(manifest["inputs"] for manifest in found), _busy_seconds(found))
 
 
 def _rate(images: int, seconds: float) -> float | None:
     return round(images / seconds, 3) if seconds > 0 else None
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (start, end) spans."""
+def _busy_seconds(found: Sequence[Row]) -> float:
+    """In which at least one of these shards was being made."""
+    runs = [manifest["run"] for manifest in found]
     total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
+    for start, end in sorted((run["finished"] - run["seconds"], run["finished"]) for run in runs):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
