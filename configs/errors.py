@@ -7,6 +7,7 @@
     ├── LockedError    another run is writing to the same output
     ├── StoreError     an output that can't be read or written, however often it was tried
     ├── ShardError     a shard or data set that contradicts its own manifest
+    ├── QualityError   a data set that isn't fit for what it is made for
     └── FaceError      a reference photograph without a usable face (inference)
 
 Each message says what was given, what was expected, and what to do. Programming errors are not in this tree: they
@@ -40,6 +41,10 @@ class StoreError(PipelineError):
 
 class ShardError(PipelineError):
     """A shard or data set that contradicts its own manifest."""
+
+
+class QualityError(PipelineError):
+    """A data set that isn't fit for what it is made for, by the limits of its configuration."""
 
 
 class FaceError(PipelineError):

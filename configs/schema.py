@@ -29,6 +29,7 @@ class SourceConfig:
     extensions: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")
     license: str = ""  # where the source itself doesn't state one
     author: str = ""
+    consent: str = ""  # what is stated of the consent of the people shown, in words or a code of your own
     tries: int = 4  # of reading an input, where the failure may pass
     backoff: float = 0.5  # seconds before the second try; about doubled before each further one
     find_copies: bool = True  # compare bytes of inputs of equal size while planning
@@ -84,6 +85,33 @@ class ResizeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RightsConfig:
+    """Pictures of another licence or consent are dropped, and nothing of them is kept."""
+
+    license_allow: tuple[str, ...] = ()  # e.g. [CC0*, CC-BY-*]: * and ? stand for anything, case doesn't count
+    consent_allow: tuple[str, ...] = ()  # of what the source states as consent; both empty: anything, stated or not
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThumbnailConfig:
+    """Of 96 pixels on the long side, for the report; kept of dropped pictures too."""
+
+    quality: int = 55  # of WebP
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.quality <= 100, f"thumbnail.quality={self.quality}: expected 1 to 100")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureConfig:
+    """What is measured has no settings; what is made of it, RulesConfig says."""
+
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DetectConfig:
     backend: str = "scrfd"
     weights: str = "scrfd_500m_bnkps"
@@ -91,9 +119,6 @@ class DetectConfig:
     pad: float = 0.125  # border around the picture, in parts of its longer side: close-ups need it
     min_score: float = 0.5
     select: Literal["largest", "first"] = "largest"  # first: the detector's own order, as the reference
-    min_faces: int = 1
-    max_faces: int = 0  # 0: any number
-    min_face: int = 32  # short side of the chosen face's box, pixels of the resized picture
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
@@ -102,7 +127,6 @@ class DetectConfig:
         _check(not bad, f"detect.scales: {bad} must be positive multiples of 32")
         _check(0 < self.min_score < 1, f"detect.min_score={self.min_score}: expected between 0 and 1")
         _check(0 <= self.pad <= 1, f"detect.pad={self.pad}: expected 0 to 1")
-        _check(self.min_faces >= 1, f"detect.min_faces={self.min_faces}: expected at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +167,26 @@ class CaptionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RulesConfig:
+    max_faces: int = 0
+    min_face: int = 32
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewConfig:
+    """What the trainer will make of the texts; `spec` and `mode` as it will be told."""
+
+    spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
+    mode: Literal["corrected", "legacy"] = "corrected"
+    max_untrainable: float = field(default=0.5, metadata={"answers": False})  # share of samples; over it a run fails
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.max_untrainable <= 1, f"review.max_untrainable={self.max_untrainable}: expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
     paths: tuple[str, ...] = ()  # NAME=FILE: use this file for that name in the weights table
     cache: str = ""  # "": $CONSISTENTID_CACHE, else ~/.cache/consistentid
@@ -170,11 +214,16 @@ class DatasetConfig:
         600.0  # seconds that a stage may take over eight pictures (or a batch); then it is said, and on
     )
     # Ray the worker ends, the shard is tried again, and at last picture by picture, each with this limit
+    rights: RightsConfig = field(default_factory=RightsConfig)
     resize: ResizeConfig = field(default_factory=ResizeConfig)
+    thumbnail: ThumbnailConfig = field(default_factory=ThumbnailConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
     parse: ParseConfig = field(default_factory=ParseConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    rules: RulesConfig = field(default_factory=RulesConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
+    review: ReviewConfig = field(default_factory=ReviewConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.prompt import MarkedText, inference_text, tokenize_marked, training_text
+from model.prompt import MarkedText, fused_regions, inference_text, training_text
 from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks
@@ -124,11 +124,7 @@ def build_conditions(
     photo, labels, identity = _opened(record)
     masks = region_masks(labels, mode)
     text = _text_of(record, tuple(masks), tokenizer, spec, mode, prompt)
-    tokens = tokenize_marked(text.text, tokenizer, keep_eos=mode == "corrected")
-    slots = text.regions[: len(tokens.positions)]
-    cut = tuple((region, "mark_cut_off") for region in text.regions[len(slots) :])
-    if len(slots) != len(tokens.positions):
-        raise ValueError(f"{len(tokens.positions)} marks for {len(slots)} regions in {text.text!r}")
+    tokens, slots, dropped = fused_regions(text, tokenizer, mode)
     mask = torch.zeros(TOKEN_LIMIT, dtype=torch.bool)
     mask[list(tokens.positions)] = True
     idx = torch.zeros(MAX_REGIONS, dtype=torch.int64)
@@ -139,7 +135,7 @@ def build_conditions(
         key=record.key,
         text=text.text,
         regions=slots,
-        dropped=(*text.dropped, *cut),
+        dropped=dropped,
         input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
         input_ids_2=_second_ids(text.text, tokens.ids, tokenizer, tokenizer_2, mode),
         token_mask=mask,

@@ -81,6 +81,36 @@ def tokenize_marked(text: str, tokenizer: Any, *, keep_eos: bool, pad_id: int | 
     return TokenIds(ids=ids, positions=tuple(position for position in positions if position < limit))
 
 
+def fused_regions(
+    text: MarkedText, tokenizer: Any, mode: Mode
+) -> tuple[TokenIds, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Where the marked nouns stand, the regions fused into them in that order, and (region, reason) of all others.
+
+    Raises ValueError if marks and regions don't match.
+    """
+    tokens = tokenize_marked(text.text, tokenizer, keep_eos=mode == "corrected")
+    slots = text.regions[: len(tokens.positions)]
+    if len(slots) != len(tokens.positions):
+        raise ValueError(f"{len(tokens.positions)} marks for {len(slots)} regions in {text.text!r}")
+    cut = tuple((region, "mark_cut_off") for region in text.regions[len(slots) :])
+    return tokens, slots, (*text.dropped, *cut)
+
+
+def named_regions(text: str) -> tuple[str, ...]:
+    """Those of REGION_WORDS that a text names, in any form and case."""
+    return tuple(
+        word
+        for word in REGION_WORDS
+        if any(re.search(rf"\b{form}\b", text, re.IGNORECASE) for form in _FORMS[word])
+    )
+
+
+def region_words(face_caption: str) -> dict[str, int]:
+    """Region → words of the description's clause that names it first; a clause that names several counts for each."""
+    clauses, _ = _marked_clauses(face_caption, REGION_WORDS)
+    return {region: len(without_marks(clause.full).split()) for clause in clauses for region in clause.regions}
+
+
 def without_marks(text: str) -> str:
     return text.replace(FACIAL_MARK, "")
 

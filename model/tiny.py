@@ -6,7 +6,6 @@ marks and positions are those of the large models.
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -14,36 +13,11 @@ from typing import Any, Final
 
 import torch
 
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError
 from model.spec import SPECS
+from model.vocabulary import clip_tokenizer
 
-_MERGES: Final = 48_894
 _MARKER: Final = "tiny.json"
-
-
-def clip_tokenizer(vocab_path: Path) -> Any:
-    """CLIP's tokenizer (49,408 entries, padded with EOS) from its `bpe_simple_vocab_16e6.txt.gz`.
-
-    Raises WeightsError if the file is not that vocabulary.
-    """
-    from transformers import CLIPTokenizer
-
-    with gzip.open(vocab_path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
-    if len(merges) != _MERGES or any(len(merge) != 2 for merge in merges):
-        raise WeightsError(f"{vocab_path} holds no CLIP vocabulary: expected {_MERGES} merges after a head line")
-    letters = _byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
-    vocab = {word: index for index, word in enumerate((*words, "<|startoftext|>", "<|endoftext|>"))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
-
-
-def _byte_letters() -> list[str]:
-    """A printable letter for each byte in CLIP's order: printable bytes stand for themselves, the rest from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(0x100 + index) for index in range(len(others))]
 
 
 def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:

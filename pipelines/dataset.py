@@ -22,7 +22,7 @@ from pipelines.shards import FOLDER, manifests, read_sample, read_sidecar
 from pipelines.store import Store
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
-from stages.chain import Chain, build_stages
+from pipelines.chain import Chain, build_chain
 from stages.record import SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Job:
     stages: list[Stage]
     plan: Plan
     tasks: list[ShardTask]
-    chain: Chain = build_stages
+    chain: Chain = build_chain
 
     @property
     def todo(self) -> int:
@@ -88,16 +88,19 @@ class Job:
         if not task.exists:
             return "from the source"
         reasons = []
-        if task.start < len(self.stages):
-            reasons.append(f"from {self.stages[task.start].name} on, from their own samples")
+        if task.again:
+            stale = [stage.name for stage in self.stages if stage.name in task.again]
+            reasons.append(f"through {', '.join(stale)}, from their own samples")
         if task.moved:
             reasons.append("with inputs that may have changed: those that have are made again")
         if task.retry:
             reasons.append(f"with inputs to be tried again ({', '.join(sorted(task.retry))})")
+        if task.judged:
+            reasons.append("whose copies or take-downs have changed")
         return "; ".join(reasons)
 
 
-def plan_job(config: DatasetConfig, retry: frozenset[str] = frozenset(), chain: Chain = build_stages) -> Job:
+def plan_job(config: DatasetConfig, retry: frozenset[str] = frozenset(), chain: Chain = build_chain) -> Job:
     """Everything up to the first picture: checks the configuration, lists the source, finds the pending shards.
 
     retry: reasons; inputs that ended with one of them are tried again. Writes nothing. Raises SourceError, ShardError
@@ -106,11 +109,11 @@ def plan_job(config: DatasetConfig, retry: frozenset[str] = frozenset(), chain: 
     store = Store(config.output)
     stages = chain(config)
     plan = make_plan(config, store)
-    tasks = pending(plan, store, [stage.signature() for stage in stages], retry)
+    tasks = pending(plan, store, stages, retry)
     return Job(config, store, stages, plan, tasks, chain)
 
 
-def fetch_weights(config: DatasetConfig, chain: Chain = build_stages) -> list[dict[str, str]]:
+def fetch_weights(config: DatasetConfig, chain: Chain = build_chain) -> list[dict[str, str]]:
     """Fetch and check every weights file of the chain; returns name, file, digest and licence of each."""
     weights = Weights(config.weights)
     names = sorted({name for stage in chain(config) for name in stage.weights()})

@@ -26,6 +26,10 @@ from pipelines.store import Store
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import KEY_LENGTH, FloatArray, Record, Status, face_to_dict
 
+_FIELDS: Final = (
+    *("key", "source", "sha256", "license", "author", "consent", "width", "height", "source_width", "source_height"),
+    "identity_norm",
+)
 _KEY: Final = re.compile(f"[0-9a-f]{{{KEY_LENGTH}}}")
 
 
@@ -86,7 +90,7 @@ def _write(record: Record, folder: Path, color: bool) -> dict[str, Any]:
         **entry,
         "vqa_llva": record.caption,
         "vqa_llva_more_face_detail": record.face_caption,
-        **{name: getattr(record, name) for name in ("key", "source", "sha256", "license", "author", "width", "height")},
+        **{name: getattr(record, name) for name in _FIELDS},
         "faces": [face_to_dict(face) for face in record.faces],
         "face": record.face,
     }

@@ -27,7 +27,7 @@ from stages.record import Record, from_table, to_table
 _LENGTH = struct.Struct("<Q")
 _READY = b"ready"
 _AT: Final = b"@"  # begins what the child says on entering a stage; an answer's first byte is another
-_CHAIN: Final = "stages.chain:build_stages"
+_CHAIN: Final = "pipelines.chain:build_chain"
 
 
 class Child:

@@ -6,16 +6,17 @@ One rule decides, for each input: what an earlier run has made of it is kept whe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
+from pipelines import verdicts
 from pipelines.plan import ShardTask, read_inputs
 from pipelines.shards import read_records
 from pipelines.sources import build_source
 from pipelines.store import Store
 from stages.base import Stage, Todo
-from stages.record import Record
+from stages.record import Record, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +34,43 @@ def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Seq
     if len(items) != task.shard.inputs:
         raise ShardError(f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run it again.")
     source = build_source(config)
+    taken = {key for key, verdict in verdicts.of_shard(store, task.shard.index).items() if verdict.final}
     made = {record.key: record for record in read_records(store, task.shard.index)} if task.exists else {}
     names = [stage.name for stage in stages]
-    kept = {item.key: made[item.key] for item in items if _stands(made.get(item.key), task, names)}
-    fresh = [item for item in items if item.key not in kept or task.moved]
+    kept = {key: work for key, record in made.items() if (work := _continued(record, task, names))}
+    fresh = [item for item in items if item.key not in taken and (item.key not in kept or task.moved)]
     arrived = iter(source.records(fresh))
-    every = frozenset(stage.name for stage in stages)
-    later = frozenset(names[task.start :])
     again = frozenset(item.key for item in fresh)
     for item in items:
+        if item.key in taken:
+            yield Work(verdicts.tombstone(item.key), frozenset())
+            continue
         fields = source.gives(item)
-        given = frozenset(stage.name for stage in stages if fields.issuperset(stage.provides))
+        given = frozenset(stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides))
         old, new = kept.get(item.key), next(arrived) if item.key in again else None
-        if old is not None and (new is None or source.same(old, new)):
-            yield Work(old, later - given)
+        if old is not None and (new is None or source.same(made[item.key], new)):
+            yield Work(old.record, old.todo - given)
         else:
             assert new is not None, "an input is kept, or it is read"
-            yield Work(new, every - given)
+            yield Work(new, frozenset(names) - given)
 
 
-def _stands(record: Record | None, task: ShardTask, names: Sequence[str]) -> bool:
-    """True if what was made of an unchanged input stands: it isn't to be tried again, nor ended where things change."""
-    return (
-        record is not None
-        and record.reason not in task.retry
-        and (record.ok or record.stage not in names[task.start :])
-    )
+def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> Work | None:
+    """What an earlier run made of an input, to go on from; None where it must be made again from its source.
+
+    A verdict stands unless a stage up to the one that gave it answers anew. A record that was held comes back then, and
+    needs the stages from there on; one held as a copy is as whole as a sample, and if it still is a copy, the commit
+    holds it again.
+    """
+    if record.reason in task.retry:
+        return None
+    if record.ok or (record.held and record.stage not in names):
+        return Work(_released(record), task.again)
+    place = names.index(record.stage) if record.stage in names else -1
+    if not task.again & {*names[: place + 1]}:
+        return Work(record, frozenset())
+    return Work(_released(record), task.again | {*names[place:]}) if record.held else None
+
+
+def _released(record: Record) -> Record:
+    return replace(record, status=Status.OK, reason="", detail="", stage="")

@@ -22,11 +22,13 @@ import pyarrow.parquet as pq
 
 from configs.errors import ShardError, SourceError, StoreError
 from configs.schema import DatasetConfig
+from pipelines import verdicts
 from pipelines.copies import mark_copies
 from pipelines.index import COLUMNS, InputIndex
 from pipelines.shards import PlannedShard, read_manifests
 from pipelines.sources import Input, build_source
 from pipelines.store import Store
+from stages.base import Stage
 
 PLAN = "plan.parquet"
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,16 +52,17 @@ _SCHEMA = pa.schema(
 class ShardTask:
     """A shard to be made.
 
-    exists: it has been committed before, and what its samples hold needn't be made again. start: index of the first
-    stage whose signature is new. moved: its inputs aren't all those it was made from. retry: reasons whose records are
-    made again from the source.
+    exists: it has been committed before, and what its samples hold needn't be made again. again: stages whose answers
+    would be others now. moved: its inputs aren't all those it was made from. retry: reasons whose records are made
+    again from the source. judged: what is known of its records from outside has changed.
     """
 
     shard: PlannedShard
     exists: bool = False
-    start: int = 0
+    again: frozenset[str] = frozenset()
     moved: bool = False
     retry: frozenset[str] = frozenset()
+    judged: bool = False
 
 
 @dataclass(kw_only=True)
@@ -129,23 +132,51 @@ def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
 
 
 def pending(
-    plan: Plan, store: Store, signatures: Sequence[str], retry: frozenset[str] = frozenset()
+    plan: Plan, store: Store, stages: Sequence[Stage], retry: frozenset[str] = frozenset()
 ) -> list[ShardTask]:
-    """The shards that aren't committed with these inputs and signatures, or that hold records to be tried again."""
+    """The shards that aren't committed with these inputs, signatures and verdicts, or that hold records to be tried
+    again."""
+    signatures = [stage.signature() for stage in stages]
+    known, told = read_manifests(store), verdicts.of_all(store)
     tasks = []
-    known = read_manifests(store)
     for shard in plan.shards:
         manifest = known.get(shard.index)
-        if manifest is None or len(manifest["signatures"]) != len(signatures):
+        again = stale_stages(stages, signatures, manifest["signatures"]) if manifest else None
+        if manifest is None or again is None:
             tasks.append(ShardTask(shard=shard))
             continue
-        pairs = zip(manifest["signatures"], signatures, strict=True)
-        start = next((i for i, (old, new) in enumerate(pairs) if old != new), len(signatures))
-        moved = manifest["inputs_digest"] != shard.digest
-        again = retry & {*manifest["failed"], *manifest["dropped"]}
-        if start < len(signatures) or moved or again:
-            tasks.append(ShardTask(shard=shard, exists=start > 0, start=start, moved=moved, retry=again))
+        task = ShardTask(
+            shard=shard,
+            exists=True,
+            again=again,
+            moved=manifest["inputs_digest"] != shard.digest,
+            retry=retry & {*manifest["failed"], *manifest["dropped"]},
+            judged=manifest["verdicts"] != verdicts.digest(told.get(shard.index, verdicts.NONE)),
+        )
+        if again or task.moved or task.retry or task.judged or manifest["signatures"] != signatures:
+            tasks.append(task)
     return tasks
+
+
+def stale_stages(
+    stages: Sequence[Stage], signatures: Sequence[str], made_with: Sequence[str]
+) -> frozenset[str] | None:
+    """The stages whose answers, in a shard made with the signatures `made_with`, would be others now: those that are
+    new or changed, and those that read what these provide. None where the shard must be made from its sources: a stage
+    that replaces what it reads, as resize does, has changed, or one is gone.
+    """
+    names = {stage.name for stage in stages}
+    if not {signature.rsplit("-", 2)[0] for signature in made_with} <= names:
+        return None
+    stale: set[str] = set()
+    remade: set[str] = set()
+    for stage, signature in zip(stages, signatures, strict=True):
+        if signature not in made_with or remade & {*stage.requires}:
+            stale.add(stage.name)
+            remade |= {*stage.provides}
+            if {*stage.requires} & {*stage.provides}:
+                return None
+    return frozenset(stale)
 
 
 def planned_shards(store: Store) -> int:

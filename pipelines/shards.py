@@ -1,8 +1,9 @@
 """Shards: the commit, and reading back.
 
 A shard is a tar of samples, a parquet sidecar with a row for every input (dropped and failed ones too), and a manifest,
-written last. A shard without a manifest doesn't exist. Tar and parquet depend on inputs and signatures alone; whatever
-varies from run to run (times, hosts, attempts) stays in the manifest.
+written last. What a rule dropped is whole, and lies in a tar of its own (`.held.tar`), out of the way of those who read
+samples: another rule takes it back without a model call. A shard without a manifest doesn't exist. Its files depend on
+inputs, signatures and verdicts alone; whatever varies from run to run (times, hosts, attempts) stays in the manifest.
 """
 
 from __future__ import annotations
@@ -13,52 +14,24 @@ import platform
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import ShardError
+from pipelines import verdicts
+from pipelines.sidecar import SIDECAR_SCHEMA, Row, ended_record, sidecar_row, write_sidecar
 from pipelines.store import Store
-from stages.backends.protocols import LabelMap
-from stages.codec import decode_labels, from_members, to_members
-from stages.record import SCHEMA_VERSION, Record, Status, face_to_dict
-from stages.regions import LABELS
+from stages.codec import from_members, to_members
+from stages.record import SCHEMA_VERSION, Record, Status
 
 FOLDER = "shards"
 
 Manifest = dict[str, Any]
-
-_MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-_FACE = pa.struct([("box", pa.list_(pa.float64())), ("landmarks", pa.list_(pa.float64())), ("score", pa.float64())])
-SIDECAR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("stage", pa.string()),
-        ("sha256", pa.string()),
-        ("tar_offset", pa.int64()),  # of the sample's first header; -1 where none was written
-        ("tar_size", pa.int64()),  # bytes of the sample in the tar, headers and padding included
-        ("members", pa.list_(_MEMBER)),  # data offsets, from the tar's beginning
-        ("license", pa.string()),
-        ("author", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("faces", pa.list_(_FACE)),
-        ("face", pa.int32()),
-        ("label_areas", pa.list_(pa.float32())),  # share of the picture, one for each of the 19 labels
-        ("caption", pa.string()),
-        ("face_caption", pa.string()),
-    ],
-    metadata={"record_schema": str(SCHEMA_VERSION)},
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
@@ -86,23 +59,27 @@ class ShardRun:
 
 def commit(
     store: Store, shard: PlannedShard, records: Sequence[Record], signatures: Sequence[str], run: ShardRun
-) -> dict[str, Any]:
+) -> Manifest:
     """Write `shard` from all its records, in order; returns its manifest.
 
-    The old manifest goes first, the new one comes last: between the two the shard doesn't exist. Raises ShardError if
-    two records have the same key.
+    The verdicts that the output holds on the shard are carried out here, and nowhere else. The old manifest goes first,
+    the new one comes last: between the two the shard doesn't exist. Raises ShardError if two records have the same key.
     """
     twice = [key for key, count in Counter(record.key for record in records).items() if count > 1]
     if twice:
         raise ShardError(f"{shard_name(shard.index)}: {len(twice)} keys occur twice, the first is {twice[0]}")
+    told = verdicts.of_shard(store, shard.index)
+    records = [verdicts.carry_out(told.get(record.key), record) for record in records]
     name = shard_name(shard.index)
     store.remove(f"{FOLDER}/{name}.json")
-    with store.writer(f"{FOLDER}/{name}.tar") as stream:
-        tar = _Hashed(stream)
-        rows = _write_tar(tar, records)
-    with store.writer(f"{FOLDER}/{name}.parquet") as stream:
-        sidecar = _Hashed(stream)
-        pq.write_table(pa.Table.from_pylist(rows, schema=SIDECAR_SCHEMA), cast(IO[bytes], sidecar), compression="zstd")
+    rows = {record.key: sidecar_row(record) for record in records}
+    files = {"tar": _put(store, f"{name}.tar", lambda out: _write_tar(out, [r for r in records if r.ok], rows, "tar"))}
+    if held := [record for record in records if record.held]:
+        files["held"] = _put(store, f"{name}.held.tar", lambda out: _write_tar(out, held, rows, "held"))
+    else:
+        store.remove(f"{FOLDER}/{name}.held.tar")
+    table = pa.Table.from_pylist(list(rows.values()), schema=SIDECAR_SCHEMA)
+    files["parquet"] = _put(store, f"{name}.parquet", lambda out: write_sidecar(table, out))
     by_status = {status: Counter(r.reason for r in records if r.status is status) for status in Status}
     manifest = {
         "schema": SCHEMA_VERSION,
@@ -113,10 +90,8 @@ def commit(
         "failed": dict(sorted(by_status[Status.FAILED].items())),
         "inputs_digest": shard.digest,
         "signatures": list(signatures),
-        "files": {
-            "tar": {"name": f"{name}.tar", "bytes": tar.count, "sha256": tar.sha256},
-            "parquet": {"name": f"{name}.parquet", "bytes": sidecar.count, "sha256": sidecar.sha256},
-        },
+        "verdicts": verdicts.digest(told),
+        "files": files,
         "run": {
             "finished": round(time.time(), 3),
             "seconds": round(time.time() - run.started, 3),
@@ -130,58 +105,28 @@ def commit(
     return manifest
 
 
-def _write_tar(stream: _Hashed, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Write the ok records as samples; returns a sidecar row for every record."""
-    rows = []
+def _put(store: Store, name: str, write: Callable[[_Hashed], None]) -> dict[str, Any]:
+    """Write a file of a shard; what the manifest says of it."""
+    with store.writer(f"{FOLDER}/{name}") as stream:
+        out = _Hashed(stream)
+        write(out)
+    return {"name": name, "bytes": out.count, "sha256": out.sha256}
+
+
+def _write_tar(out: _Hashed, records: Sequence[Record], rows: Mapping[str, Row], kind: str) -> None:
+    """Write whole records as samples; says in their sidecar rows where, as `kind`_offset and `kind`_size."""
     for record in records:
-        row = _sidecar_row(record)
-        if record.ok:
-            row["tar_offset"] = stream.count
-            for extension, data in to_members(record).items():
-                info = tarfile.TarInfo(f"{record.key}.{extension}")
-                info.size, info.mode = len(data), 0o644  # mtime, uid and gid stay 0: no run leaves a trace
-                stream.write(info.tobuf(tarfile.USTAR_FORMAT))
-                row["members"].append({"name": extension, "offset": stream.count, "size": len(data)})
-                stream.write(data)
-                stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-            row["tar_size"] = stream.count - row["tar_offset"]
-        rows.append(row)
+        row, start = rows[record.key], out.count
+        for extension, data in to_members(record).items():
+            info = tarfile.TarInfo(f"{record.key}.{extension}")
+            info.size, info.mode = len(data), 0o644  # mtime, uid and gid stay 0: no run leaves a trace
+            out.write(info.tobuf(tarfile.USTAR_FORMAT))
+            row["members"].append({"name": extension, "offset": out.count, "size": len(data)})
+            out.write(data)
+            out.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        row[f"{kind}_offset"], row[f"{kind}_size"] = start, out.count - start
     end = 2 * tarfile.BLOCKSIZE
-    stream.write(bytes(end + -(stream.count + end) % tarfile.RECORDSIZE))
-    return rows
-
-
-def _sidecar_row(record: Record) -> dict[str, Any]:
-    areas = _label_areas(decode_labels(record.parsing)) if record.ok and record.parsing else []
-    return {
-        "key": record.key,
-        "source": record.source,
-        "status": record.status.value,
-        "reason": record.reason,
-        "detail": record.detail,
-        "stage": record.stage,
-        "sha256": record.sha256,
-        "tar_offset": -1,
-        "tar_size": 0,
-        "members": [],
-        "license": record.license,
-        "author": record.author,
-        "width": record.width,
-        "height": record.height,
-        "faces": [face_to_dict(face) for face in record.faces],
-        "face": record.face,
-        "label_areas": areas,
-        "caption": record.caption,
-        "face_caption": record.face_caption,
-    }
-
-
-def _label_areas(labels: LabelMap) -> list[float]:
-    """Each label's share of the picture. Counted by runs of equal labels: there are few, of many pixels."""
-    flat = labels.ravel()
-    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
-    pixels = np.bincount(flat[starts], np.diff(starts, append=flat.size), len(LABELS))
-    return list(pixels / flat.size)
+    out.write(bytes(end + -(out.count + end) % tarfile.RECORDSIZE))
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -217,16 +162,33 @@ def read_sidecar(store: Store, index: int, columns: list[str] | None = None) -> 
 
 
 def read_records(store: Store, index: int) -> list[Record]:
-    """Every input's record: samples whole, ended ones with their reason and no payload. Raises ShardError."""
-    records = []
-    with store.open(f"{FOLDER}/{shard_name(index)}.tar") as tar:
-        for row in read_sidecar(store, index).to_pylist():
-            records.append(read_sample(tar, row) if row["status"] == Status.OK else _ended(row))
-    return records
+    """Every input's record: samples and held ones whole, others with their reason and no payload. Raises ShardError."""
+    name = f"{FOLDER}/{shard_name(index)}"
+    rows = read_sidecar(store, index).to_pylist()
+    with ExitStack() as stack:
+        tar = stack.enter_context(store.open(f"{name}.tar"))
+        held = stack.enter_context(store.open(f"{name}.held.tar")) if any(map(is_held, rows)) else tar
+        return [_record(held if is_held(row) else tar, row) for row in rows]
 
 
-def read_sample(tar: IO[bytes], row: dict[str, Any]) -> Record:
-    """The record that sidecar row `row` points at. Raises ShardError if the tar holds another one there."""
+def is_held(row: Mapping[str, Any]) -> bool:
+    """True of a sidecar row whose record a rule dropped, and whose sample lies in the held tar."""
+    return bool(row["held_offset"] >= 0)
+
+
+def _record(tar: IO[bytes], row: Row) -> Record:
+    if row["status"] != Status.OK and not is_held(row):
+        return ended_record(row)
+    return replace(
+        read_sample(tar, row),
+        thumbnail=row["thumbnail"],
+        status=Status(row["status"]),
+        **{name: row[name] for name in ("reason", "detail", "stage")},
+    )
+
+
+def read_sample(tar: IO[bytes], row: Row) -> Record:
+    """The sample, ok, that sidecar row `row` points at. Raises ShardError if the tar holds another one there."""
     members = {}
     for member in row["members"]:
         tar.seek(member["offset"])
@@ -238,11 +200,6 @@ def read_sample(tar: IO[bytes], row: dict[str, Any]) -> Record:
     if record.key != row["key"]:
         raise ShardError(f"sample {row['key']} ({row['source']}): the tar holds {record.key} there")
     return record
-
-
-def _ended(row: dict[str, Any]) -> Record:
-    names = ("key", "source", "sha256", "license", "author", "width", "height", "reason", "detail", "stage")
-    return Record(status=Status(row["status"]), face=row["face"], **{name: row[name] for name in names})
 
 
 # ----------------------------------------------------------------------------------------------------- streams

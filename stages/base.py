@@ -22,6 +22,7 @@ from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
 from stages.record import Record, Status
 
+GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")  # fields that every source gives
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
 Todo = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
@@ -155,6 +156,11 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
     )
 
 
+def hold(record: Record, verdict: Rejection, stage: str) -> Record:
+    """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
+    return replace(record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage)
+
+
 def run_stage(
     stage: Stage,
     records: Sequence[Record],
@@ -163,12 +169,15 @@ def run_stage(
 ) -> list[Record]:
     """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to `seconds[stage.name]`.
 
-    todo: for each record, the names of the stages it needs; None: all of them. Raises AssertionError where the stage
-    broke the contract (another number, order or key of records).
+    The stage is set up if there is anything for it to do, outside its seconds. todo: for each record, the names of the
+    stages it needs; None: all of them. Raises AssertionError where the stage broke the contract (another number, order
+    or key of records).
     """
-    started = time.perf_counter()
     answers = list(records)
     active = [i for i, record in enumerate(records) if record.ok and (todo is None or stage.name in todo[i])]
+    if active:
+        stage.setup()
+    started = time.perf_counter()
     for start in range(0, len(active), stage.batch_size):
         batch = active[start : start + stage.batch_size]
         given = [records[index] for index in batch]
@@ -214,7 +223,7 @@ def chunk_size(stages: Sequence[Stage]) -> int:
     return max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
 
 
-def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = ("key", "source", "sha256", "image")) -> None:
+def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = GIVEN) -> None:
     """Raise ConfigError unless every stage's `requires` is provided by what comes before it."""
     have = set(given)
     for stage in stages:

@@ -1,8 +1,6 @@
-"""build_stages: the readable list. The data set pipeline and inference both run exactly this."""
+"""build_stages: the five stages with a model behind them. Data sets (pipelines/chain.py) and inference share them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from configs.schema import DatasetConfig
 from stages.backends.weights import Weights
@@ -13,12 +11,8 @@ from stages.embed import EmbedStage
 from stages.parse import ParseStage
 from stages.resize import ResizeStage
 
-Chain = Callable[[DatasetConfig], list[Stage]]
-"""A module's function that builds a chain: executors hand it to their processes, which import it by its name."""
-
-
 def build_stages(config: DatasetConfig) -> list[Stage]:
-    """The chain, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting that can't be."""
+    """The stages, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting that can't be."""
     weights = Weights(config.weights)
     chain: list[Stage] = [
         ResizeStage(config.resize),

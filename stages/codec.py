@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, Final
 
@@ -16,9 +17,22 @@ import numpy as np
 import simplejpeg
 
 from stages.backends.protocols import Image, LabelMap
-from stages.record import SCHEMA_VERSION, Record, Status, face_from_dict, face_to_dict
+from stages.record import (
+    SCHEMA_VERSION,
+    Measures,
+    Record,
+    Status,
+    face_from_dict,
+    face_to_dict,
+    review_from_dict,
+    review_to_dict,
+)
 
 _REMEMBERED: Final = 2**21  # pixels; of larger pictures a few would fill the memory
+_PLAIN: Final = (
+    *("key", "source", "sha256", "license", "author", "consent", "width", "height", "source_width", "source_height"),
+    *("face", "identity_norm", "caption", "face_caption"),
+)
 MEMBERS = ("identity.npy", "jpg", "json", "parsing.png", "txt")
 
 
@@ -63,22 +77,15 @@ def decode_labels(data: bytes) -> LabelMap:
 
 
 def to_members(record: Record) -> dict[str, bytes]:
-    """extension → bytes of an ok record, in the order they are written. Raises ValueError if it is incomplete."""
-    if not record.ok or record.identity is None or not record.image or not record.parsing:
+    """extension → bytes of a whole record, in the order they are written. Raises ValueError if it is incomplete."""
+    if not (record.ok or record.held) or record.identity is None or not record.image or not record.parsing:
         raise ValueError(f"record {record.key} ({record.source}) is not a whole sample: status {record.status}")
     meta: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
-        "key": record.key,
-        "source": record.source,
-        "sha256": record.sha256,
-        "license": record.license,
-        "author": record.author,
-        "width": record.width,
-        "height": record.height,
+        **{name: getattr(record, name) for name in _PLAIN},
         "faces": [face_to_dict(face) for face in record.faces],
-        "face": record.face,
-        "caption": record.caption,
-        "face_caption": record.face_caption,
+        "measures": None if record.measures is None else asdict(record.measures),
+        "review": None if record.review is None else review_to_dict(record.review),
     }
     identity = io.BytesIO()
     np.save(identity, np.asarray(record.identity, np.float32), allow_pickle=False)
@@ -92,25 +99,18 @@ def to_members(record: Record) -> dict[str, bytes]:
 
 
 def from_members(members: Mapping[str, bytes]) -> Record:
-    """The record of a sample's members. Raises KeyError on a missing member, ValueError on another schema."""
+    """The record of a sample's members, ok. Raises KeyError on a missing member, ValueError on another schema."""
     meta = json.loads(members["json"])
     if meta["schema"] != SCHEMA_VERSION:
         raise ValueError(f"sample {meta.get('key')}: schema {meta['schema']}, this program reads {SCHEMA_VERSION}")
     identity = np.load(io.BytesIO(members["identity.npy"]), allow_pickle=False)
     return Record(
-        key=meta["key"],
-        source=meta["source"],
-        sha256=meta["sha256"],
-        license=meta["license"],
-        author=meta["author"],
         image=members["jpg"],
-        width=meta["width"],
-        height=meta["height"],
         faces=tuple(face_from_dict(face) for face in meta["faces"]),
-        face=meta["face"],
         parsing=members["parsing.png"],
         identity=np.asarray(identity, np.float32),
-        caption=meta["caption"],
-        face_caption=meta["face_caption"],
+        measures=None if meta["measures"] is None else Measures(**meta["measures"]),
+        review=None if meta["review"] is None else review_from_dict(meta["review"]),
         status=Status.OK,
+        **{name: meta[name] for name in _PLAIN},
     )

@@ -28,14 +28,7 @@ class DetectStage(BackendStage, RecordStage):
         faces = find_faces(self.backend, decode_jpeg(record.image), self.config)
         if not faces:
             raise Dropped("no_face", f"none over score {self.config.min_score} at sizes {list(self.config.scales)}")
-        if len(faces) < self.config.min_faces:
-            raise Dropped("too_few_faces", f"{len(faces)}, expected at least {self.config.min_faces}")
-        if self.config.max_faces and len(faces) > self.config.max_faces:
-            raise Dropped("too_many_faces", f"{len(faces)}, expected at most {self.config.max_faces}")
         chosen = 0 if self.config.select == "first" else max(range(len(faces)), key=lambda i: faces[i].area)
-        x1, y1, x2, y2 = faces[chosen].box
-        if min(x2 - x1, y2 - y1) < self.config.min_face:
-            raise Dropped("face_too_small", f"{x2 - x1:.0f}×{y2 - y1:.0f} pixels, expected {self.config.min_face}")
         return replace(record, faces=tuple(faces), face=chosen)
 
 

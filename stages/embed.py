@@ -14,18 +14,19 @@ from stages.record import IDENTITY_DIM, FloatArray, Record
 
 class EmbedStage(BackendStage):
     name = "embed"
-    version = 1
+    version = 2
     requires = ("image", "faces", "face")
-    provides = ("identity",)
+    provides = ("identity", "identity_norm")
     config: EmbedConfig
 
     def process(self, records: list[Record]) -> list[Record]:
         images = [decode_jpeg(record.image) for record in records]
-        identities = self.backend.embed(images, [record.main_face for record in records])
-        return [self._answer(record, identity) for record, identity in zip(records, identities, strict=True)]
+        features = self.backend.embed(images, [record.main_face for record in records])
+        return [self._answer(record, feature) for record, feature in zip(records, features, strict=True)]
 
-    def _answer(self, record: Record, identity: FloatArray) -> Record:
-        norm = float(np.linalg.norm(identity))
-        if identity.shape != (IDENTITY_DIM,) or not abs(norm - 1) < 1e-3:
-            return reject(record, Failed("no_identity", f"shape {identity.shape}, norm {norm:.4f}"), self.name)
-        return replace(record, identity=identity)
+    def _answer(self, record: Record, feature: FloatArray) -> Record:
+        norm = float(np.linalg.norm(feature))
+        if feature.shape != (IDENTITY_DIM,) or not 1e-6 < norm < np.inf:
+            return reject(record, Failed("no_identity", f"shape {feature.shape}, norm {norm:.4f}"), self.name)
+        identity = np.asarray(feature / np.float32(norm), np.float32)
+        return replace(record, identity=identity, identity_norm=round(norm, 6))

@@ -7,8 +7,9 @@ source's own bytes until the resize stage has run, and a JPEG afterwards.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEY_LENGTH = 20
 IDENTITY_DIM = 512
 
@@ -48,6 +49,53 @@ class Face:
         x1, y1, x2, y2 = self.box
         return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
+    @property
+    def side(self) -> float:
+        """The short side of the box, pixels."""
+        x1, y1, x2, y2 = self.box
+        return min(x2 - x1, y2 - y1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures:
+    """What the quality rules judge by, measured of the chosen face; see stages/quality.py for how.
+
+    sharpness: at least 0. brightness: mean luma of the face's skin, 0 to 1. clipped: share of the face that is black or
+    white, 0 to 1. yaw, pitch, roll: degrees, 0 is frontal; yaw over 0 is turned to the viewer's right. occlusion: share
+    of the face that something else covers, 0 to 1. hash: 64 hex digits, the picture's 256-bit perceptual hash.
+    """
+
+    sharpness: float
+    brightness: float
+    clipped: float
+    yaw: float
+    pitch: float
+    roll: float
+    occlusion: float
+    hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Review:
+    """What the trainer's own prompt code makes of a sample's texts; see pipelines/review.py.
+
+    caption_tokens, face_caption_tokens: CLIP tokens of each text, uncut, without BOS and EOS. text_tokens: of the
+    training text. cut: share of the two texts' tokens that the training text leaves out, 0 to 1. fused: regions whose
+    pictures will be fused into their words. unfused: (region, why not). absent: regions that a text names and the label
+    map doesn't hold. region_words: for each of REGION_WORDS, words of the clause that names it. trainable: at least one
+    region is fused.
+    """
+
+    caption_tokens: int
+    face_caption_tokens: int
+    text_tokens: int
+    cut: float
+    fused: tuple[str, ...]
+    unfused: tuple[tuple[str, str], ...]
+    absent: tuple[str, ...]
+    region_words: tuple[int, ...]
+    trainable: bool
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Record:
@@ -58,15 +106,22 @@ class Record:
     sha256: str = ""  # of the source's bytes
     license: str = ""
     author: str = ""
+    consent: str = ""  # what the source states of the person's consent
     image: bytes = b""
     width: int = 0
     height: int = 0
+    source_width: int = 0  # upright pixels of the source
+    source_height: int = 0
+    thumbnail: bytes = b""  # WebP; stays with a record that has ended
     faces: tuple[Face, ...] = ()
     face: int = -1  # index into faces; -1: none chosen
     parsing: bytes = b""  # PNG label map, 19 CelebAMask-HQ classes, the image's size
     identity: FloatArray | None = None  # float32[512], unit norm
+    identity_norm: float | None = None  # of the embedding before it was made unit: low where the face is hard to recognise
+    measures: Measures | None = None
     caption: str = ""
     face_caption: str = ""
+    review: Review | None = None
     status: Status = Status.OK
     reason: str = ""  # snake_case name, e.g. no_face
     detail: str = ""  # what was measured or raised, for people
@@ -75,6 +130,11 @@ class Record:
     @property
     def ok(self) -> bool:
         return self.status is Status.OK
+
+    @property
+    def held(self) -> bool:
+        """Dropped by a rule, and whole all the same: another rule may take it back without a model call."""
+        return self.status is Status.DROPPED and bool(self.image and self.parsing) and self.identity is not None
 
     @property
     def main_face(self) -> Face:
@@ -103,6 +163,10 @@ _FACE_TYPE = pa.struct(
     ]
 )
 
+_MEASURES_TYPE = pa.struct(
+    [(field.name, pa.string() if field.name == "hash" else pa.float64()) for field in fields(Measures)]
+)
+
 ARROW_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),
@@ -110,15 +174,22 @@ ARROW_SCHEMA = pa.schema(
         pa.field("sha256", pa.string()),
         pa.field("license", pa.string()),
         pa.field("author", pa.string()),
+        pa.field("consent", pa.string()),
         pa.field("image", pa.large_binary()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
+        pa.field("source_width", pa.int32()),
+        pa.field("source_height", pa.int32()),
+        pa.field("thumbnail", pa.binary()),
         pa.field("faces", pa.list_(_FACE_TYPE)),
         pa.field("face", pa.int32()),
         pa.field("parsing", pa.large_binary()),
         pa.field("identity", pa.list_(pa.float32())),
+        pa.field("identity_norm", pa.float64()),
+        pa.field("measures", _MEASURES_TYPE),
         pa.field("caption", pa.string()),
         pa.field("face_caption", pa.string()),
+        pa.field("review", pa.string()),  # JSON
         pa.field("status", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
@@ -143,11 +214,24 @@ def face_from_dict(row: dict[str, Any]) -> Face:
     return Face(box=(x1, y1, x2, y2), landmarks=tuple(zip(flat[::2], flat[1::2], strict=True)), score=row["score"])
 
 
+def review_to_dict(review: Review) -> dict[str, Any]:
+    """Plain, JSON-ready form; the inverse of `review_from_dict`."""
+    return asdict(review)
+
+
+def review_from_dict(row: dict[str, Any]) -> Review:
+    lists = {name: tuple(row[name]) for name in ("fused", "absent", "region_words")}
+    unfused = tuple((region, reason) for region, reason in row["unfused"])
+    return Review(**{**row, **lists, "unfused": unfused})
+
+
 def to_row(record: Record) -> dict[str, Any]:
     row = {field.name: getattr(record, field.name) for field in fields(record)}
     row["faces"] = [face_to_dict(face) for face in record.faces]
     row["status"] = record.status.value
     row["identity"] = None if record.identity is None else np.asarray(record.identity, np.float32)
+    row["measures"] = None if record.measures is None else asdict(record.measures)
+    row["review"] = None if record.review is None else json.dumps(review_to_dict(record.review))
     return row
 
 
@@ -158,6 +242,8 @@ def from_row(row: dict[str, Any]) -> Record:
     values["status"] = Status(row["status"])
     identity = row["identity"]
     values["identity"] = None if identity is None else np.asarray(identity, np.float32)
+    values["measures"] = None if row["measures"] is None else Measures(**row["measures"])
+    values["review"] = None if row["review"] is None else review_from_dict(json.loads(row["review"]))
     return Record(**values)
 
 

@@ -40,15 +40,24 @@ _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 
 class ResizeStage(RecordStage):
     name = "resize"
-    version = 3
+    version = 4
     requires = ("image",)
-    provides = ("image", "width", "height")
+    provides = ("image", "width", "height", "source_width", "source_height")
     config: ResizeConfig
 
     def process_one(self, record: Record) -> Record:
-        pixels = self._resized(decode(record.image, self.config))
+        with _opened(record.image, self.config) as opened:
+            source_width, source_height = _upright_size(opened)
+            pixels = self._resized(_pixels(opened, record.image, self.config))
         height, width = pixels.shape[:2]
-        return replace(record, image=encode_jpeg(pixels, self.config.jpeg_quality), width=width, height=height)
+        return replace(
+            record,
+            image=encode_jpeg(pixels, self.config.jpeg_quality),
+            width=width,
+            height=height,
+            source_width=source_width,
+            source_height=source_height,
+        )
 
     def _resized(self, image: Image) -> Image:
         height, width = image.shape[:2]
@@ -117,6 +126,15 @@ def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
     if opened.format in ("JPEG", "MPO") and _too_many_scans(data):
         raise Failed("too_many_scans", f"over {_MOST_SCANS}, each over all of {width}×{height} pixels")
     return opened
+
+
+def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
+    """(width, height) once EXIF's orientation is applied; orientations from 5 on lie on their side."""
+    try:
+        lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # noqa: BLE001 - broken EXIF raises what it likes; the decoder will meet it again, and say so
+        lies = False
+    return (opened.height, opened.width) if lies else opened.size
 
 
 def _too_many_scans(data: bytes) -> bool:

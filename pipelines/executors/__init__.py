@@ -14,7 +14,7 @@ from pipelines.executors.inline import run_inline
 from pipelines.executors.ray_data import run_ray
 from pipelines.plan import ShardTask
 from pipelines.shards import Manifest
-from stages.chain import Chain
+from pipelines.chain import Chain
 
 __all__ = ["EXECUTORS", "Advance"]
 

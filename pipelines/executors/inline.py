@@ -14,27 +14,21 @@ from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
 from stages.base import chunk_size, run_chain
-from stages.chain import Chain, build_stages
+from pipelines.chain import Chain, build_chain
 from stages.record import Record
 
 
 def run_inline(
-    config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_stages
+    config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_chain
 ) -> Iterator[Manifest]:
     """Make the shards one after another in this process; yields each manifest when it is committed."""
     pin_threads(config.threads)
     store, stages = Store(config.output), chain(config)
     signatures = [stage.signature() for stage in stages]
-    ready: set[str] = set()
     for task in tasks:
         started, seconds = time.time(), dict[str, float]()
         done: list[Record] = []
         for part in _parts(load_shard(config, store, task, stages), chunk_size(stages), seconds):
-            needed = {name for item in part if item.record.ok for name in item.todo}
-            for stage in stages:
-                if stage.name in needed - ready:
-                    stage.setup()
-            ready |= needed
             done += run_chain(stages, [item.record for item in part], seconds, advance, [item.todo for item in part])
         yield commit(store, task.shard, done, signatures, ShardRun(seconds, "inline", started))
 

@@ -33,7 +33,7 @@ from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
-from stages.chain import Chain, build_stages
+from pipelines.chain import Chain, build_chain
 from stages.record import Record
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _IDLE_MS = 60_000  # by itself Ray ends a task's process after one idle second, 
 
 
 def run_ray(
-    config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_stages
+    config: DatasetConfig, tasks: Sequence[ShardTask], advance: Advance, chain: Chain = build_chain
 ) -> Iterator[Manifest]:
     """Make the shards on Ray Data; yields each manifest when it is committed, in no particular order."""
     import ray
@@ -169,7 +169,7 @@ def _reader(config: DatasetConfig, task: ShardTask, chain: Chain) -> Callable[[]
 
 
 class _GroupActor:
-    """A group of stages, loaded once, that takes and gives whole shards."""
+    """A group of stages, each loaded once, that takes and gives whole shards."""
 
     def __init__(self, config: DatasetConfig, group: Group, counter: Any, chain: Chain) -> None:
         self._threads = config.threads or 1
@@ -177,14 +177,16 @@ class _GroupActor:
         self._config, self._group, self._counter, self._chain = config, group, counter, chain
         stages = chain(config)
         self._stages, self._last = stages[group.first : group.last], group.last == len(stages)
-        for stage in self._stages:
-            stage.setup()
 
     def __call__(self, arrived: pa.Table) -> pa.Table:
         import ray
 
         block = Block.of_arrow(arrived)
         shard, run = block.shard.index, block.run
+        every = {stage.name for stage in self._stages}
+        if any(every <= todo for todo in block.todo):  # else each stage loads its model when there is work for it
+            for stage in self._stages:
+                stage.setup()
         if self._group.first == 0:
             run["started"] = time.time()  # a shard's time begins once its models are loaded
         attempt = ray.get(self._counter.begin.remote(shard, self._group.first))

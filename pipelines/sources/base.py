@@ -18,6 +18,7 @@ from stages.base import Dropped, Failed, Rejection, reject
 from stages.record import Record, key_of
 
 STAGE = "source"
+FACTS: Final = ("license", "author", "consent")  # what a source may state of a picture: record fields
 _LONGEST_WAIT: Final = 30.0  # seconds between two tries, whatever a server asks for
 
 
@@ -88,7 +89,7 @@ class Source(ABC):
     def same(self, old: Record, new: Record) -> bool:
         """True if `new` is what `old` was made of: the same bytes, or the same reason to give none."""
         if new.ok:
-            return old.sha256 == new.sha256 and (old.license, old.author) == (new.license, new.author)
+            return all(getattr(old, name) == getattr(new, name) for name in ("sha256", *FACTS))
         return (old.status, old.reason, old.detail, old.stage) == (new.status, new.reason, new.detail, new.stage)
 
     def record(self, item: Input, read: Callable[[Input], bytes] | None = None) -> Record:
@@ -100,8 +101,7 @@ class Source(ABC):
         record = Record(
             key=item.key,
             source=item.source,
-            license=facts.get("license") or self.config.license,
-            author=facts.get("author") or self.config.author,
+            **{name: facts.get(name) or getattr(self.config, name) for name in FACTS},
         )
         try:
             if item.duplicate_of:

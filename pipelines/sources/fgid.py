@@ -24,7 +24,7 @@ import numpy as np
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import Input, Source
+from pipelines.sources.base import FACTS, Input, Source
 from pipelines.sources.files import read_file
 from pipelines.sources.objects import read_objects
 from stages.base import Failed
@@ -49,7 +49,7 @@ _IDENTITY: Final[_Names] = dict.fromkeys(
 _FOLDERS: Final[_Names] = {**_IMAGE, **_PARSING, **_IDENTITY}
 _CAPTION: Final = ("vqa_llva",)
 _FACE_CAPTION: Final = ("vqa_llva_more_face_detail", "vqa_llva_facial", "vqa_llva_face_caption")
-_OWN: Final = ("faces", "face", "sha256", "width", "height")  # what export-json adds
+_OWN: Final = ("faces", "face", "sha256", "width", "height", "source_width", "source_height", "identity_norm")  # what export-json adds
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -89,7 +89,7 @@ class FgidLayout(Source):
         entry["caption"], entry["face_caption"] = _first(raw, _CAPTION), _first(raw, _FACE_CAPTION)
         entry |= {name: raw[name] for name in _OWN if name in raw}
         locator = json.dumps({name: value for name, value in entry.items() if value not in (None, "", [])})
-        facts = {name: raw[name] for name in ("license", "author") if _is_text(raw.get(name))}
+        facts = {name: raw[name] for name in FACTS if _is_text(raw.get(name))}
         found = [stat for _, stat in chosen.values()]
         name = _first(raw, ("source",)) or _first(raw, tuple(_IMAGE)).lstrip("/") or f"entry {number}"
         return Input(
@@ -149,7 +149,7 @@ class FgidLayout(Source):
             record = replace(record, sha256=entry["sha256"])  # of the photograph it was made of, long ago
         if "image" in given:
             image, width, height = as_jpeg(record.image, self._resize)
-            record = replace(record, image=image, width=width, height=height)
+            record = replace(record, image=image, width=width, height=height, **_source_size(entry, width, height))
         if "faces" in given:
             record = replace(record, faces=_faces(entry, record), face=entry["face"])
         if "parsing" in given:
@@ -157,7 +157,9 @@ class FgidLayout(Source):
             record = replace(record, parsing=_checked_labels(data, record))
         if "identity" in given:
             data = read_file(self._find(*entry["identity"]), _MOST_IDENTITY_BYTES)
-            record = replace(record, identity=read_identity(data))
+            norm = entry.get("identity_norm")
+            known = isinstance(norm, int | float) and math.isfinite(norm)
+            record = replace(record, identity=read_identity(data), identity_norm=float(norm) if known else None)
         if "caption" in given:
             record = replace(record, caption=entry["caption"], face_caption=entry["face_caption"])
         return record
@@ -166,14 +168,24 @@ class FgidLayout(Source):
 def _gives(entry: Entry) -> frozenset[str]:
     """What an entry brings. Captions count as a pair. A picture with a label map or faces keeps its size: they are in
     its pixels."""
-    given: set[str] = {name for name in ("parsing", "identity") if name in entry}
+    given: set[str] = {name for name in ("parsing",) if name in entry}
+    if "identity" in entry:
+        given |= {"identity", "identity_norm"}
     if "caption" in entry and "face_caption" in entry:
         given |= {"caption", "face_caption"}
     if "faces" in entry:
         given |= {"faces", "face"}
     if given & {"parsing", "faces"}:
-        given |= {"image", "width", "height"}
+        given |= {"image", "width", "height", "source_width", "source_height"}
     return frozenset(given)
+
+
+def _source_size(entry: Entry, width: int, height: int) -> dict[str, int]:
+    """What the entry says of the photograph that its picture was made of; else the picture's own size."""
+    given = (entry.get("source_width"), entry.get("source_height"))
+    sound = all(type(side) is int and 0 < side < 1 << 20 for side in given)
+    source_width, source_height = given if sound else (width, height)
+    return {"source_width": source_width, "source_height": source_height}
 
 
 def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:

@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
 from pipelines.remote import file_system, is_local, is_transient
-from pipelines.sources.base import Source, Transient
+from pipelines.sources.base import FACTS, Source, Transient
 from stages.base import Failed
 
 _MAGIC: Final = re.compile(r"[*?\[{]")
@@ -141,10 +141,10 @@ def text(name: str) -> str:
 
 
 def facts_of(values: Any) -> str:
-    """`license` and `author`, where they are text, as Input.facts; of anything else nothing."""
+    """Those of FACTS that are text, as Input.facts; of anything else nothing."""
     if not isinstance(values, Mapping):
         return ""
-    given = {name: values.get(name) for name in ("license", "author")}
+    given = {name: values.get(name) for name in FACTS}
     facts = {
         name: value[:_FACT].encode("utf-8", "replace").decode()
         for name, value in given.items()

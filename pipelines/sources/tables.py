@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import SourceError
 from pipelines.remote import is_local, is_transient
-from pipelines.sources.base import Input, Transient
+from pipelines.sources.base import FACTS, Input, Transient
 from pipelines.sources.files import read_file
 from pipelines.sources.paths import Found, InsideFiles, facts_of, find_files, read_range, text
 from stages.base import Failed
@@ -32,7 +32,7 @@ Place = tuple[str, int]  # file, row group
 
 
 class ParquetTable(InsideFiles):
-    """Parquet here or behind an fsspec URL. Columns `license` and `author`, where there are any, become facts."""
+    """Parquet here or behind an fsspec URL. Columns of FACTS, where there are any, become facts."""
 
     def list(self) -> Iterator[Input]:
         for file in find_files(self.config.path, (".parquet",), self.output):
@@ -69,7 +69,7 @@ class ParquetTable(InsideFiles):
         )
 
     def _rows(self, file: Found, table: pq.ParquetFile, paths: str) -> Iterator[Input]:
-        wanted = [name for name in (paths, self.config.name_column, "license", "author") if name]
+        wanted = [name for name in (paths, self.config.name_column, *FACTS) if name]
         columns = [name for name in wanted if name in table.schema_arrow.names]
         number = 0
         for group in range(table.num_row_groups):

@@ -38,7 +38,7 @@ class _Sample:
 
 
 class WebDataset(InsideFiles):
-    """Tars here or behind an fsspec URL. A sample's license and author come from its .json."""
+    """Tars here or behind an fsspec URL. A sample's FACTS come from its .json."""
 
     def list(self) -> Iterator[Input]:
         for file in find_files(self.config.path, (".tar",), self.output):

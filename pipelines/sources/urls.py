@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import Input, Source
+from pipelines.sources.base import FACTS, Input, Source
 from pipelines.sources.fetch import Fetcher, is_public
 from pipelines.sources.paths import Found, facts_of, find_files
 from pipelines.sources.seen import Seen
@@ -26,7 +26,7 @@ _USER: Final = re.compile(r"(?<=://)[^/?#]*@")
 
 
 class UrlList(Source):
-    """http(s) pictures. Columns `license` and `author`, where there are any, become facts."""
+    """http(s) pictures. Columns of FACTS, where there are any, become facts."""
 
     def __init__(self, config: DatasetConfig) -> None:
         super().__init__(config)
@@ -55,7 +55,7 @@ class UrlList(Source):
         )
 
     def _rows(self, file: Found, stream: IO[bytes], ending: str) -> Iterator[Mapping[str, Any]]:
-        """Rows with the URL's column, and with those of name, license and author that there are."""
+        """Rows with the URL's column, and with those of its name and FACTS that there are."""
         if ending == ".parquet":
             with open_parquet(file.path, stream) as table:
                 columns = self._columns(file, table.schema_arrow.names)
@@ -85,7 +85,7 @@ class UrlList(Source):
                 raise SourceError(
                     f"{file.path}: no column source.{setting}={column!r}. It has {', '.join(names) or 'none'}."
                 )
-        wanted = {config.url_column, config.name_column, "license", "author"}
+        wanted = {config.url_column, config.name_column, *FACTS}
         return [name for name in names if name in wanted]
 
     def read(self, item: Input, count: int = -1) -> bytes:

@@ -28,7 +28,7 @@ class FaceParser(Protocol):
 
 class IdentityEmbedder(Protocol):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        """float32[512] per image, unit norm, of the face given for it."""
+        """float32[512] per image, of the face given for it, as the network gives it: not yet of unit norm."""
         ...
 
 

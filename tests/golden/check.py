@@ -35,7 +35,7 @@ from model.losses import localisation_loss
 from model.projector import IdentityProjector
 from model.prompt import add_marks, mark_clauses, tokenize_marked, training_text, without_marks
 from model.spec import SPECS, ModelSpec
-from model.tiny import clip_tokenizer
+from model.vocabulary import clip_tokenizer
 from stages.backends.weights import Weights
 from stages.record import Record
 from stages.regions import filled_masks, foreground_mask, region_masks

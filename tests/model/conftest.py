@@ -6,7 +6,7 @@ import pytest
 from model.consistentid import BaseModels, load_base
 from model.prompt import add_marks
 from model.spec import SPECS
-from model.tiny import clip_tokenizer
+from model.vocabulary import clip_tokenizer
 from stages.backends.weights import Weights
 
 

@@ -67,7 +67,7 @@ def test_legacy_cuts_without_eos_and_corrected_keeps_it(tokenizer: Any) -> None:
 
 
 def test_a_tokenizer_without_the_mark_is_refused(vocab: Any) -> None:
-    from model.tiny import clip_tokenizer
+    from model.vocabulary import clip_tokenizer
 
     with pytest.raises(ValueError, match="add_marks"):
         tokenize_marked("a face", clip_tokenizer(vocab), keep_eos=True)

@@ -7,7 +7,8 @@ from configs.errors import ConfigError, WeightsError
 from model.consistentid import encode_images, encode_text, load_base
 from model.prompt import tokenize_marked
 from model.spec import SPECS
-from model.tiny import clip_tokenizer, make_tiny_base
+from model.tiny import make_tiny_base
+from model.vocabulary import clip_tokenizer
 
 TINY = SPECS["tiny"]
 

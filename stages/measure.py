@@ -1,0 +1,23 @@
+"""Measure: the figures that the quality rules judge by, kept with every sample. No network runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs.schema import MeasureConfig
+from stages.base import RecordStage
+from stages.codec import decode_jpeg, decode_labels
+from stages.quality import measure
+from stages.record import Record
+
+
+class MeasureStage(RecordStage):
+    name = "measure"
+    version = 1
+    requires = ("image", "parsing", "faces", "face")
+    provides = ("measures",)
+    config: MeasureConfig
+
+    def process_one(self, record: Record) -> Record:
+        image, labels = decode_jpeg(record.image), decode_labels(record.parsing)
+        return replace(record, measures=measure(image, labels, record.main_face))

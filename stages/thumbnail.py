@@ -1,0 +1,48 @@
+"""Thumbnail: the picture at a glance, small enough to stand in the sidecar and, by thousands, in the report.
+
+It is made as soon as there is a picture, and stays with a record that is dropped later: the report shows what was lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import cv2
+import numpy as np
+
+from configs.schema import ThumbnailConfig
+from stages.backends.protocols import Image, LabelMap
+from stages.base import RecordStage
+from stages.codec import decode_jpeg
+from stages.record import Record
+
+LONG_SIDE: Final = 96  # pixels
+
+
+class ThumbnailStage(RecordStage):
+    name = "thumbnail"
+    version = 1
+    requires = ("image",)
+    provides = ("thumbnail",)
+    config: ThumbnailConfig
+
+    def process_one(self, record: Record) -> Record:
+        small = shrink(decode_jpeg(record.image), LONG_SIDE)
+        done, data = cv2.imencode(".webp", small[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, self.config.quality])
+        assert done, "OpenCV encodes any uint8 picture"
+        return replace(record, thumbnail=data.tobytes())
+
+
+def shrink(pixels: Image | LabelMap, long_side: int) -> Image | LabelMap:
+    """Pixels (H, W, 3) by area, or labels (H, W) by the nearest, at most `long_side` on the long side; never larger.
+
+    A picture and its label map become equally large, so that one lies on the other.
+    """
+    height, width = pixels.shape[:2]
+    scale = long_side / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    method = cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST_EXACT  # plain NEAREST is half a pixel off
+    return np.asarray(cv2.resize(pixels, size, interpolation=method), np.uint8)
