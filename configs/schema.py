@@ -174,6 +174,31 @@ class RulesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NeighboursConfig:
+    """What only the whole data set can tell: copies, who is who, and the split."""
+
+    max_hash_distance: int = 24  # near_duplicate: bits of 256 in which perceptual hashes differ; -1: off
+    max_similarity: float = 0.95  # face_duplicate: cosine of identities from which it is the same picture; 0: off
+    identity_similarity: float = 0.5  # one person: mean cosine between the members of an identity
+    nearest: int = 32  # neighbours looked at of each sample
+    val_share: float = 0.02  # of identities, kept apart for validation
+    seed: int = 0  # of the split
+
+    def __post_init__(self) -> None:
+        _check(
+            -1 <= self.max_hash_distance <= 128,
+            f"neighbours.max_hash_distance={self.max_hash_distance}: expected -1 (off) to 128 bits",
+        )
+        for name in ("max_similarity", "val_share"):
+            _check(0 <= getattr(self, name) <= 1, f"neighbours.{name}={getattr(self, name)}: expected 0 to 1")
+        _check(
+            0 < self.identity_similarity < 1,
+            f"neighbours.identity_similarity={self.identity_similarity}: expected between 0 and 1",
+        )
+        _check(5 <= self.nearest <= 256, f"neighbours.nearest={self.nearest}: expected 5 to 256")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewConfig:
     """What the trainer will make of the texts; `spec` and `mode` as it will be told."""
 
@@ -224,6 +249,7 @@ class DatasetConfig:
     rules: RulesConfig = field(default_factory=RulesConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     review: ReviewConfig = field(default_factory=ReviewConfig)
+    neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -289,6 +315,7 @@ class TrainConfig:
     """`python -m train.cli`."""
 
     data: str = ""  # OUT of make dataset: a folder or an fsspec URL
+    split: Literal["train", "val", "all"] = "train"  # which side of the data set's split by identity
     output: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.prompt import MarkedText, fused_regions, inference_text, training_text
+from model.prompt import MarkedText, fused_regions, inference_text, tokenize_marked, training_text
 from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks

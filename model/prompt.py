@@ -99,9 +99,7 @@ def fused_regions(
 def named_regions(text: str) -> tuple[str, ...]:
     """Those of REGION_WORDS that a text names, in any form and case."""
     return tuple(
-        word
-        for word in REGION_WORDS
-        if any(re.search(rf"\b{form}\b", text, re.IGNORECASE) for form in _FORMS[word])
+        word for word in REGION_WORDS if any(re.search(rf"\b{form}\b", text, re.IGNORECASE) for form in _FORMS[word])
     )
 
 

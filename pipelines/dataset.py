@@ -15,14 +15,17 @@ from typing import Any, cast
 from configs.errors import ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
+from pipelines import verdicts
+from pipelines.chain import Chain, build_chain
 from pipelines.executors import EXECUTORS, Advance
 from pipelines.lock import RunLock
 from pipelines.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
-from pipelines.shards import FOLDER, manifests, read_sample, read_sidecar
+from pipelines.settle import is_settled, lint_identities, settle
+from pipelines.shards import FOLDER, is_held, manifests, read_manifests, read_sample, read_sidecar
 from pipelines.store import Store
+from pipelines.takedown import lint_takedowns
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
-from pipelines.chain import Chain, build_chain
 from stages.record import SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -95,8 +98,6 @@ class Job:
             reasons.append("with inputs that may have changed: those that have are made again")
         if task.retry:
             reasons.append(f"with inputs to be tried again ({', '.join(sorted(task.retry))})")
-        if task.judged:
-            reasons.append("whose copies or take-downs have changed")
         return "; ".join(reasons)
 
 
@@ -127,7 +128,8 @@ def fetch_weights(config: DatasetConfig, chain: Chain = build_chain) -> list[dic
 def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
     """Make the pending shards; yields each manifest as it is committed. Stopped at any point, the same call resumes."""
     store, config = job.store, job.config
-    if not job.tasks and planned_shards(store) == len(job.plan.shards):
+    planned = planned_shards(store) == len(job.plan.shards)
+    if not job.tasks and planned and is_settled(store, config.neighbours):
         return
     with RunLock(store):
         store.sweep(FOLDER)
@@ -136,6 +138,7 @@ def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
         store.keep("dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n")
         if job.tasks:
             yield from EXECUTORS[config.executor](config, job.tasks, advance, job.chain)
+        settle(store, config.neighbours)
 
 
 def _card(job: Job) -> dict[str, Any]:
@@ -151,12 +154,13 @@ def _card(job: Job) -> dict[str, Any]:
 
 
 def lint(store: Store) -> Iterator[str]:
-    """Every contradiction between manifests, files, sidecars and samples, as a line for people; none means sound."""
-    for manifest in manifests(store):
-        name, index = manifest["shard"], int(manifest["shard"][5:])
+    """Every contradiction between manifests, files, sidecars, samples, verdicts and identities, as a line for people;
+    none means sound."""
+    told = verdicts.of_all(store)
+    for index, manifest in read_manifests(store).items():
+        name = manifest["shard"]
         sound = True
-        for kind in ("tar", "parquet"):
-            facts = manifest["files"][kind]
+        for facts in manifest["files"].values():
             try:
                 with store.open(f"{FOLDER}/{facts['name']}") as stream:
                     digest, count = hashlib.file_digest(cast(Any, stream), "sha256").hexdigest(), stream.tell()
@@ -167,25 +171,33 @@ def lint(store: Store) -> Iterator[str]:
             if digest != facts["sha256"]:
                 yield f"{name}: {facts['name']} is not the file that was committed ({count:,} bytes)"
                 sound = False
+        if manifest["verdicts"] != verdicts.digest(told.get(index, verdicts.NONE)):
+            yield f"{name}: what is known of its copies, or was taken down, isn't carried out yet; run again"
         if sound:
             yield from _lint_samples(store, index, manifest)
+    yield from lint_takedowns(store)
+    yield from lint_identities(store)
 
 
 def _lint_samples(store: Store, index: int, manifest: dict[str, Any]) -> Iterator[str]:
     rows = read_sidecar(store, index).to_pylist()
     if len(rows) != manifest["inputs"]:
         yield f"{manifest['shard']}: {len(rows)} rows for {manifest['inputs']} inputs"
-    with store.open(f"{FOLDER}/{manifest['files']['tar']['name']}") as tar:
-        for row in rows:
-            if row["status"] != "ok":
-                continue
-            try:
-                record = read_sample(tar, row)
-            except ShardError as error:
-                yield f"{manifest['shard']}: {error}"
-                continue
-            if (record.source, record.sha256, record.caption) != (row["source"], row["sha256"], row["caption"]):
-                yield f"{manifest['shard']}: sample {row['key']} contradicts its row"
+    for kind, chosen in (("tar", [r for r in rows if r["status"] == "ok"]), ("held", [r for r in rows if is_held(r)])):
+        if not chosen:
+            continue
+        if kind not in manifest["files"]:
+            yield f"{manifest['shard']}: {len(chosen)} rows point into a tar that its manifest doesn't name"
+            continue
+        with store.open(f"{FOLDER}/{manifest['files'][kind]['name']}") as tar:
+            for row in chosen:
+                try:
+                    record = read_sample(tar, row)
+                except ShardError as error:
+                    yield f"{manifest['shard']}: {error}"
+                    continue
+                if any(getattr(record, name) != row[name] for name in ("source", "sha256", "caption", "license")):
+                    yield f"{manifest['shard']}: sample {row['key']} contradicts its row"
 
 
 def throughput(done: Sequence[dict[str, Any]]) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
@@ -17,6 +18,8 @@ from pipelines.sources import build_source
 from pipelines.store import Store
 from stages.base import Stage, Todo
 from stages.record import Record, Status
+
+NOTHING: Final[Todo] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Seq
     if len(items) != task.shard.inputs:
         raise ShardError(f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run it again.")
     source = build_source(config)
+    banned = verdicts.taken_digests(store)
     taken = {key for key, verdict in verdicts.of_shard(store, task.shard.index).items() if verdict.final}
     made = {record.key: record for record in read_records(store, task.shard.index)} if task.exists else {}
     names = [stage.name for stage in stages]
@@ -43,7 +47,7 @@ def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Seq
     again = frozenset(item.key for item in fresh)
     for item in items:
         if item.key in taken:
-            yield Work(verdicts.tombstone(item.key), frozenset())
+            yield Work(verdicts.tombstone(item.key), NOTHING)
             continue
         fields = source.gives(item)
         given = frozenset(stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides))
@@ -52,7 +56,8 @@ def load_shard(config: DatasetConfig, store: Store, task: ShardTask, stages: Seq
             yield Work(old.record, old.todo - given)
         else:
             assert new is not None, "an input is kept, or it is read"
-            yield Work(new, frozenset(names) - given)
+            gone = new.sha256 in banned
+            yield Work(verdicts.tombstone(new.key), NOTHING) if gone else Work(new, frozenset(names) - given)
 
 
 def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> Work | None:
@@ -68,7 +73,7 @@ def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> Work | 
         return Work(_released(record), task.again)
     place = names.index(record.stage) if record.stage in names else -1
     if not task.again & {*names[: place + 1]}:
-        return Work(record, frozenset())
+        return Work(record, NOTHING)
     return Work(_released(record), task.again | {*names[place:]}) if record.held else None
 
 

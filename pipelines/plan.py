@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 
 from configs.errors import ShardError, SourceError, StoreError
 from configs.schema import DatasetConfig
-from pipelines import verdicts
 from pipelines.copies import mark_copies
 from pipelines.index import COLUMNS, InputIndex
 from pipelines.shards import PlannedShard, read_manifests
@@ -54,7 +53,7 @@ class ShardTask:
 
     exists: it has been committed before, and what its samples hold needn't be made again. again: stages whose answers
     would be others now. moved: its inputs aren't all those it was made from. retry: reasons whose records are made
-    again from the source. judged: what is known of its records from outside has changed.
+    again from the source.
     """
 
     shard: PlannedShard
@@ -62,7 +61,6 @@ class ShardTask:
     again: frozenset[str] = frozenset()
     moved: bool = False
     retry: frozenset[str] = frozenset()
-    judged: bool = False
 
 
 @dataclass(kw_only=True)
@@ -131,13 +129,10 @@ def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
             yield PlannedShard(index=number, inputs=len(rows), bytes=total, digest=digest)
 
 
-def pending(
-    plan: Plan, store: Store, stages: Sequence[Stage], retry: frozenset[str] = frozenset()
-) -> list[ShardTask]:
-    """The shards that aren't committed with these inputs, signatures and verdicts, or that hold records to be tried
-    again."""
+def pending(plan: Plan, store: Store, stages: Sequence[Stage], retry: frozenset[str] = frozenset()) -> list[ShardTask]:
+    """The shards that aren't committed with these inputs and signatures, or that hold records to be tried again."""
     signatures = [stage.signature() for stage in stages]
-    known, told = read_manifests(store), verdicts.of_all(store)
+    known = read_manifests(store)
     tasks = []
     for shard in plan.shards:
         manifest = known.get(shard.index)
@@ -151,16 +146,13 @@ def pending(
             again=again,
             moved=manifest["inputs_digest"] != shard.digest,
             retry=retry & {*manifest["failed"], *manifest["dropped"]},
-            judged=manifest["verdicts"] != verdicts.digest(told.get(shard.index, verdicts.NONE)),
         )
-        if again or task.moved or task.retry or task.judged or manifest["signatures"] != signatures:
+        if again or task.moved or task.retry or manifest["signatures"] != signatures:
             tasks.append(task)
     return tasks
 
 
-def stale_stages(
-    stages: Sequence[Stage], signatures: Sequence[str], made_with: Sequence[str]
-) -> frozenset[str] | None:
+def stale_stages(stages: Sequence[Stage], signatures: Sequence[str], made_with: Sequence[str]) -> frozenset[str] | None:
     """The stages whose answers, in a shard made with the signatures `made_with`, would be others now: those that are
     new or changed, and those that read what these provide. None where the shard must be made from its sources: a stage
     that replaces what it reads, as resize does, has changed, or one is gone.

@@ -33,6 +33,7 @@ FOLDER = "shards"
 
 Manifest = dict[str, Any]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
     """digest: equal digests mean equal inputs (by name, size, version and copies), in equal order."""
@@ -56,9 +57,25 @@ class ShardRun:
     started: float  # Unix time
     attempt: int = 1
 
+    def told(self) -> dict[str, Any]:
+        """For the manifest, the run ending now."""
+        now = time.time()
+        return {
+            "finished": round(now, 3),
+            "seconds": round(now - self.started, 3),
+            "stage_seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
+            "executor": self.executor,
+            "attempt": self.attempt,
+            "host": platform.node(),
+        }
+
 
 def commit(
-    store: Store, shard: PlannedShard, records: Sequence[Record], signatures: Sequence[str], run: ShardRun
+    store: Store,
+    shard: PlannedShard,
+    records: Sequence[Record],
+    signatures: Sequence[str],
+    run: ShardRun | Mapping[str, Any],
 ) -> Manifest:
     """Write `shard` from all its records, in order; returns its manifest.
 
@@ -92,17 +109,19 @@ def commit(
         "signatures": list(signatures),
         "verdicts": verdicts.digest(told),
         "files": files,
-        "run": {
-            "finished": round(time.time(), 3),
-            "seconds": round(time.time() - run.started, 3),
-            "stage_seconds": {stage: round(value, 4) for stage, value in run.seconds.items()},
-            "executor": run.executor,
-            "attempt": run.attempt,
-            "host": platform.node(),
-        },
+        "run": run.told() if isinstance(run, ShardRun) else run,
     }
     store.write(f"{FOLDER}/{name}.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def commit_again(store: Store, manifest: Manifest) -> Manifest:
+    """Write a shard again from what it holds, since the verdicts on it have changed; no stage is at work. Its run stays
+    the one that made it."""
+    index = int(manifest["shard"].rpartition("-")[2])
+    shard = PlannedShard(index=index, inputs=manifest["inputs"], bytes=0, digest=manifest["inputs_digest"])
+    records = [verdicts.released(record) for record in read_records(store, index)]
+    return commit(store, shard, records, manifest["signatures"], manifest["run"])
 
 
 def _put(store: Store, name: str, write: Callable[[_Hashed], None]) -> dict[str, Any]:

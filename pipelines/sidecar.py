@@ -113,7 +113,7 @@ def sidecar_row(record: Record) -> Row:
 
 
 def ended_record(row: Row) -> Record:
-    """The record of a row without a sample: how it ended, and what was measured before; no payload but the thumbnail."""
+    """The record of a row without a sample: how it ended, and what was measured before; no payload, but a thumbnail."""
     plain = (
         *("key", "source", "sha256", "license", "author", "consent", "width", "height", "source_width"),
         *("source_height", "face", "identity_norm", "reason", "detail", "stage", "thumbnail"),

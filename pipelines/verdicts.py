@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -56,12 +56,19 @@ NONE: Final[Verdicts] = {}
 
 
 def carry_out(verdict: Verdict | None, record: Record) -> Record:
-    """The record as its verdict has it: a copy is held, where it is ok; of one taken down nothing is left but its key."""
+    """The record as its verdict has it: a copy is held, where it is ok; of one taken down just the key is left."""
     if verdict is None:
         return record
     if verdict.final:
         return tombstone(record.key)
     return hold(record, Dropped(verdict.reason, verdict.detail), verdict.stage) if record.ok else record
+
+
+def released(record: Record) -> Record:
+    """The record as it was before it was held as a copy; any other as it is."""
+    if record.held and record.stage == NEIGHBOURS_STAGE:
+        return replace(record, status=Status.OK, reason="", detail="", stage="")
+    return record
 
 
 def tombstone(key: str) -> Record:
@@ -103,12 +110,15 @@ def read_takedowns(store: Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.read(TAKEDOWN).decode().splitlines() if line.strip()]
 
 
+def taken_digests(store: Store) -> frozenset[str]:
+    """sha256 of pictures that were taken down: under whatever name they come again, nothing is made of them."""
+    return frozenset(digest for entry in read_takedowns(store) for digest in entry["sha256"])
+
+
 def _copies(table: pa.Table) -> dict[int, dict[str, Verdict]]:
     found: dict[int, dict[str, Verdict]] = defaultdict(dict)
     for row in table.to_pylist():
-        found[row["shard"]][row["key"]] = Verdict(
-            stage=NEIGHBOURS_STAGE, reason=row["reason"], detail=row["detail"]
-        )
+        found[row["shard"]][row["key"]] = Verdict(stage=NEIGHBOURS_STAGE, reason=row["reason"], detail=row["detail"])
     return found
 
 

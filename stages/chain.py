@@ -11,6 +11,7 @@ from stages.embed import EmbedStage
 from stages.parse import ParseStage
 from stages.resize import ResizeStage
 
+
 def build_stages(config: DatasetConfig) -> list[Stage]:
     """The stages, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting that can't be."""
     weights = Weights(config.weights)

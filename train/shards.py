@@ -43,20 +43,37 @@ class _Sidecar:
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
 
+    def of(self, chosen: frozenset[str] | None) -> _Sidecar:
+        """The samples with these keys; None: all."""
+        if chosen is None:
+            return self
+        places = [place for place, key in enumerate(self.keys) if key in chosen]
+        return _Sidecar(
+            keys=[self.keys[place] for place in places], offsets=self.offsets[places], sizes=self.sizes[places]
+        )
+
 
 class ShardSet:
-    """Every sample of a data set, numbered in the order of shards and, in a shard, of its tar.
+    """Every sample on one side of a data set's split, numbered in the order of shards and, in a shard, of its tar.
 
-    Raises SourceError if there is no data set or nothing in it, ShardError if a shard contradicts its manifest.
+    split: train, val or all. Raises SourceError if there is no data set or nothing in it, ShardError if a shard
+    contradicts its manifest.
     """
 
-    def __init__(self, data: str) -> None:
+    def __init__(self, data: str, split: str = "all") -> None:
         self.data = data
         fs, root = _file_system(data)
         manifests = _manifests(fs, root, data)
         with ThreadPoolExecutor(_READERS) as pool:
             read = list(pool.map(lambda path: _read_shard(fs, path), manifests))
-        found = [(shard, sidecar) for shard, sidecar in read if sidecar is not None]
+        chosen = None if split == "all" else _side(fs, root, data, split)
+        kept = ((shard, sidecar.of(chosen) if sidecar else None) for shard, sidecar in read)
+        found = [(shard, sidecar) for shard, sidecar in kept if sidecar is not None and sidecar.keys]
+        if not found and chosen is not None and any(sidecar for _, sidecar in read):
+            raise SourceError(
+                f"{data}: none of its samples is on the side split={split}. Train with split=all, or make the data set "
+                "again with another neighbours.val_share."
+            )
         if not found:
             raise SourceError(
                 f"{data}: its {len(read)} shards hold no sample; the report under {data}/report says why pictures were "
@@ -64,10 +81,11 @@ class ShardSet:
             )
         self.shards: tuple[Shard, ...] = tuple(shard for shard, _ in found)
         self.keys: list[str] = [key for _, sidecar in found for key in sidecar.keys]
-        self._shard_of = np.repeat(np.arange(len(found)), [shard.written for shard in self.shards])
+        self._shard_of = np.repeat(np.arange(len(found)), [len(sidecar.keys) for _, sidecar in found])
         self._offsets = np.concatenate([sidecar.offsets for _, sidecar in found])
         self._sizes = np.concatenate([sidecar.sizes for _, sidecar in found])
         text = "".join(f"{shard.name} {shard.sha256}\n" for shard in self.shards)
+        text += "" if chosen is None else "".join(f"{key}\n" for key in self.keys)
         self.digest: Final = hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -120,6 +138,22 @@ def _manifests(fs: Any, root: str, data: str) -> list[str]:
             "here, as in data=runs/dataset."
         )
     return manifests
+
+
+def _side(fs: Any, root: str, data: str, split: str) -> frozenset[str]:
+    """Keys of the samples on one side of the split. Raises SourceError where the data set has none yet."""
+    import pyarrow.parquet
+
+    path = f"{root}/identities.parquet"
+    try:
+        with fs.open(path, "rb") as file:
+            table = pyarrow.parquet.read_table(file, columns=["key", "split"])
+    except FileNotFoundError:
+        raise SourceError(
+            f"{data}: it has no identities.parquet, so nobody knows who is on which side of the split. Run make dataset "
+            "to its end, or train with split=all."
+        ) from None
+    return frozenset(row["key"] for row in table.to_pylist() if row["split"] == split)
 
 
 def _read_shard(fs: Any, manifest: str) -> tuple[Shard, _Sidecar | None]:

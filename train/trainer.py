@@ -90,7 +90,7 @@ class Trainer:
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
-        self.shards = ShardSet(config.data)
+        self.shards = ShardSet(config.data, config.split)
         resumed = find_checkpoint(self.output, config.resume_from_checkpoint)
         if resumed is not None:
             check_same_run(config, self.output / "config.yaml")

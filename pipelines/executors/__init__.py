@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 from configs.schema import DatasetConfig
+from pipelines.chain import Chain
 from pipelines.executors.counter import Advance
 from pipelines.executors.inline import run_inline
 from pipelines.executors.ray_data import run_ray
 from pipelines.plan import ShardTask
 from pipelines.shards import Manifest
-from pipelines.chain import Chain
 
 __all__ = ["EXECUTORS", "Advance"]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from configs.schema import DatasetConfig
+from pipelines.chain import Chain, build_chain
 from pipelines.executors.counter import Advance
 from pipelines.load import Work, load_shard
 from pipelines.plan import ShardTask
@@ -14,7 +15,6 @@ from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
 from stages.base import chunk_size, run_chain
-from pipelines.chain import Chain, build_chain
 from stages.record import Record
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import configs
 from configs.errors import PipelineError
 from configs.schema import DatasetConfig
+from pipelines.chain import Chain, build_chain
 from pipelines.executors.block import BLOCK_SCHEMA, Block
 from pipelines.executors.counter import Advance, Relay, start_counter
 from pipelines.executors.groups import TASK_CPUS, Group, Node, plan_groups
@@ -33,7 +34,6 @@ from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
-from pipelines.chain import Chain, build_chain
 from stages.record import Record
 
 logger = logging.getLogger(__name__)

@@ -49,7 +49,9 @@ _IDENTITY: Final[_Names] = dict.fromkeys(
 _FOLDERS: Final[_Names] = {**_IMAGE, **_PARSING, **_IDENTITY}
 _CAPTION: Final = ("vqa_llva",)
 _FACE_CAPTION: Final = ("vqa_llva_more_face_detail", "vqa_llva_facial", "vqa_llva_face_caption")
-_OWN: Final = ("faces", "face", "sha256", "width", "height", "source_width", "source_height", "identity_norm")  # what export-json adds
+_OWN: Final = (  # what export-json adds
+    *("faces", "face", "sha256", "width", "height", "source_width", "source_height", "identity_norm"),
+)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -149,7 +151,9 @@ class FgidLayout(Source):
             record = replace(record, sha256=entry["sha256"])  # of the photograph it was made of, long ago
         if "image" in given:
             image, width, height = as_jpeg(record.image, self._resize)
-            record = replace(record, image=image, width=width, height=height, **_source_size(entry, width, height))
+            source_width, source_height = _source_size(entry, width, height)
+            record = replace(record, image=image, width=width, height=height)
+            record = replace(record, source_width=source_width, source_height=source_height)
         if "faces" in given:
             record = replace(record, faces=_faces(entry, record), face=entry["face"])
         if "parsing" in given:
@@ -158,8 +162,8 @@ class FgidLayout(Source):
         if "identity" in given:
             data = read_file(self._find(*entry["identity"]), _MOST_IDENTITY_BYTES)
             norm = entry.get("identity_norm")
-            known = isinstance(norm, int | float) and math.isfinite(norm)
-            record = replace(record, identity=read_identity(data), identity_norm=float(norm) if known else None)
+            known = float(norm) if isinstance(norm, int | float) and math.isfinite(norm) else None
+            record = replace(record, identity=read_identity(data), identity_norm=known)
         if "caption" in given:
             record = replace(record, caption=entry["caption"], face_caption=entry["face_caption"])
         return record
@@ -180,12 +184,10 @@ def _gives(entry: Entry) -> frozenset[str]:
     return frozenset(given)
 
 
-def _source_size(entry: Entry, width: int, height: int) -> dict[str, int]:
-    """What the entry says of the photograph that its picture was made of; else the picture's own size."""
-    given = (entry.get("source_width"), entry.get("source_height"))
-    sound = all(type(side) is int and 0 < side < 1 << 20 for side in given)
-    source_width, source_height = given if sound else (width, height)
-    return {"source_width": source_width, "source_height": source_height}
+def _source_size(entry: Entry, width: int, height: int) -> tuple[int, int]:
+    """(width, height) that the entry states of the photograph behind its picture; else the picture's own."""
+    given = [side for side in (entry.get("source_width"), entry.get("source_height")) if type(side) is int]
+    return (given[0], given[1]) if len(given) == 2 and 0 < min(given) <= max(given) < 1 << 20 else (width, height)
 
 
 def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:
