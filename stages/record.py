@@ -117,9 +117,7 @@ class Record:
     face: int = -1  # index into faces; -1: none chosen
     parsing: bytes = b""  # PNG label map, 19 CelebAMask-HQ classes, the image's size
     identity: FloatArray | None = None  # float32[512], unit norm
-    identity_norm: float | None = (
-        None  # of the embedding as it was given: low where a face is hard to recognise
-    )
+    identity_norm: float | None = None  # of the embedding as it was given: low where a face is hard to recognise
     measures: Measures | None = None
     caption: str = ""
     face_caption: str = ""

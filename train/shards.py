@@ -150,7 +150,7 @@ def _side(fs: Any, root: str, data: str, split: str) -> frozenset[str]:
             table = pyarrow.parquet.read_table(file, columns=["key", "split"])
     except FileNotFoundError:
         raise SourceError(
-            f"{data}: it has no identities.parquet, so nobody knows who is on which side of the split. Run make dataset "
+            f"{data}: it has no identities.parquet, so it isn't split yet. Run make dataset "
             "to its end, or train with split=all."
         ) from None
     return frozenset(row["key"] for row in table.to_pylist() if row["split"] == split)
