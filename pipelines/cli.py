@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -128,7 +128,8 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 def _run(job: Job) -> None:
     from pipelines.dataset import execute, fetch_weights, read_ledger
-    from pipelines.report import images_per_second, write_report
+    from pipelines.report import images_per_second
+    from pipelines.review import check_trainable
 
     for weight in fetch_weights(job.config):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
@@ -140,11 +141,18 @@ def _run(job: Job) -> None:
     ledger = read_ledger(job.store)
     for line in ledger.lines():
         typer.echo(line)
-    write_report(job.store)
+    _write_report(job.store)
     if done:
         rate = images_per_second(done) or 0.0
         typer.echo(f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once models were loaded")
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
+    check_trainable(job.store, job.config.review.max_untrainable)
+
+
+def _write_report(store: Store) -> None:
+    from pipelines.report import write_report
+
+    write_report(store)
 
 
 class _Progress:
@@ -241,13 +249,62 @@ def lint(output: Output) -> None:
 
 
 @app.command()
+def takedown(
+    output: Output,
+    source: Annotated[str, typer.Option(help="A picture's name in its source; * and ? stand for anything.")] = "",
+    hash_: Annotated[str, typer.Option("--hash", help="sha256 of a picture's file, or such a file.")] = "",
+    photo: Annotated[Path | None, typer.Option(help="A photograph of the person, who is found by the face.")] = None,
+    similarity: Annotated[
+        float, typer.Option(help="With --photo: cosine from which a face is the person's; 0: identity_similarity.")
+    ] = 0.0,
+    note: Annotated[str, typer.Option(help="For the log, such as a ticket's number; nothing personal.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; change nothing.")] = False,
+) -> None:
+    """Remove pictures, or all of a person, for good; only the shards that hold them are written again.
+
+    Example: python -m pipelines.cli takedown runs/mine --photo ada.jpg --dry-run
+    """
+    with _errors():
+        from configs.load import load_text
+        from configs.schema import DatasetConfig
+        from pipelines import takedown as removal
+
+        _log()
+        given = {"source": source, "hash": hash_, "photo": str(photo or "")}
+        chosen = [name for name, value in given.items() if value]
+        if len(chosen) != 1:
+            raise PipelineError(f"give one of --source, --hash and --photo; given: {', '.join(chosen) or 'none'}.")
+        store = _store(output)
+        config = load_text(DatasetConfig, store.read("config.yaml").decode(), [f"output={output}"])
+        if photo is not None:
+            found = removal.by_photo(store, config, photo, similarity or config.neighbours.identity_similarity)
+        else:
+            found = removal.by_hash(store, removal.digest_of(hash_)) if hash_ else removal.by_source(store, source)
+        for match in sorted(found, key=lambda match: (match.shard, match.source)):
+            typer.echo(f"  fgid-{match.shard:06d}  {match.key}  {_printable(match.source)}  ({match.why})")
+        shards = len({match.shard for match in found})
+        typer.echo(f"{len(found)} inputs in {shards} shards{' would go' if dry_run else ''}")
+        if dry_run or not found:
+            return
+        if not yes:
+            typer.confirm("remove them for good?", abort=True)
+        names = removal.take_down(store, config, found, cast(removal.By, chosen[0]), note)
+        _write_report(store)
+        typer.echo(f"removed; {len(names)} shards written again, logged in {store.url}/takedown.jsonl")
+        typer.echo("Delete the files from the source too, and copies of old shards; adapters trained on them remember.")
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+@app.command()
 def report(output: Output) -> None:
     """Write OUT/report/index.html and stats.json again from the shards."""
     with _errors():
-        from pipelines.report import write_report
-
         store = _store(output)
-        write_report(store)
+        _write_report(store)
         typer.echo(f"report: {store.url}/report/index.html")
 
 
