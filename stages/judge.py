@@ -1,0 +1,93 @@
+"""Judge: the rules on recorded figures. Nothing is measured here, so other rules need no picture and no model.
+
+A rule is a row of RULES. The first that a record breaks names the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from configs.schema import RulesConfig
+from stages.quality import Measures
+from stages.record import Face
+
+
+class Judged(Protocol):
+    """What the rules look at of a record. Unmeasured: sides and norm of 0, measures of None; no rule applies then."""
+
+    @property
+    def source_width(self) -> int: ...
+    @property
+    def source_height(self) -> int: ...
+    @property
+    def faces(self) -> tuple[Face, ...]: ...
+    @property
+    def main_face(self) -> Face: ...
+    @property
+    def identity_norm(self) -> float: ...
+    @property
+    def measures(self) -> Measures | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`setting` names the limit in RulesConfig; its prefix, min or max, says on which side of it a figure is broken."""
+
+    setting: str
+    reason: str
+    what: str  # the figure's name in the detail
+    figure: Callable[[Judged], float | None]  # None: not measured
+
+    def broken(self, record: Judged, rules: RulesConfig) -> str:
+        """What was found and what was expected; "" where the rule is kept, switched off or has nothing to look at."""
+        limit, figure = getattr(rules, self.setting), self.figure(record)
+        if not limit or figure is None:
+            return ""
+        at_least = self.setting.startswith("min_")
+        if figure >= limit if at_least else figure <= limit:
+            return ""
+        digits = 3 if round(figure, 2) == round(limit, 2) else 2  # never "0.22, expected at least 0.22"
+        found = figure if isinstance(figure, int) else round(figure, digits)
+        return f"{self.what} {found:g}, expected at {'least' if at_least else 'most'} {limit:g}"
+
+
+def verdict(record: Judged, rules: RulesConfig) -> tuple[str, str] | None:
+    """(reason, detail) of the first rule that the record breaks; None where it keeps them all."""
+    for rule in RULES:
+        if detail := rule.broken(record, rules):
+            return rule.reason, detail
+    return None
+
+
+def _side(record: Judged) -> float | None:
+    return min(record.source_width, record.source_height) or None
+
+
+def _face_side(record: Judged) -> float:
+    x1, y1, x2, y2 = record.main_face.box
+    return min(x2 - x1, y2 - y1)
+
+
+def _of(name: str) -> Callable[[Judged], float | None]:
+    """A figure of the measures, without its sign: turned left is as bad as turned right."""
+    return lambda record: None if record.measures is None else abs(float(getattr(record.measures, name)))
+
+
+RULES: Final = (
+    Rule("min_side", "low_resolution", "short side in pixels", _side),
+    Rule("max_faces", "too_many_faces", "faces", lambda record: len(record.faces)),
+    Rule("min_faces", "too_few_faces", "faces", lambda record: len(record.faces)),
+    Rule("min_face", "face_too_small", "face in pixels", _face_side),
+    Rule("min_score", "low_score", "detection score", lambda record: record.main_face.score),
+    Rule("min_sharpness", "blurred", "sharpness", _of("sharpness")),
+    Rule("min_brightness", "too_dark", "brightness", _of("brightness")),
+    Rule("max_brightness", "too_bright", "brightness", _of("brightness")),
+    Rule("max_clipped", "clipped", "clipped share", _of("clipped")),
+    Rule("max_yaw", "turned_away", "yaw in degrees", _of("yaw")),
+    Rule("max_pitch", "nodding", "pitch in degrees", _of("pitch")),
+    Rule("max_roll", "tilted", "roll in degrees", _of("roll")),
+    Rule("max_occlusion", "occluded", "occlusion", _of("occlusion")),
+    Rule("min_identity_norm", "weak_identity", "identity norm", lambda record: record.identity_norm or None),
+)
