@@ -22,7 +22,7 @@ from torch import Tensor
 
 from configs.errors import FaceError, SourceError
 from configs.schema import DatasetConfig
-from stages.base import Stage, run_chain
+from stages.base import Dropped, Stage, reject, run_chain
 from stages.chain import build_stages
 from stages.codec import from_members, to_members
 from stages.record import Record, Status, key_of
@@ -35,10 +35,9 @@ _FACE_REASONS: Final = {
     "no_face": "no face found in {photo}",
     "no_face_parsed": "no face found in {photo}: something was detected, but no facial skin seen there",
     "face_too_small": "the face in {photo} is too small",
-    "too_few_faces": "too few faces in {photo}",
-    "too_many_faces": "too many faces in {photo}",
     "no_identity": "the face in {photo} could not be recognised",
 }
+_LEAST_FACE: Final = 32  # short side of the face's box, pixels of the resized picture
 _FACE_ADVICE: Final = "Give a photograph that shows one face, from the front and at least 100 pixels wide."
 _FILE_ADVICE: Final = "Give a JPEG, PNG or WebP photograph that opens in a viewer."
 
@@ -149,6 +148,9 @@ def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None
     usable picture.
     """
     [record] = run_chain(stages, [record])
+    if record.ok and record.main_face.side < _LEAST_FACE:
+        detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_LEAST_FACE}"
+        record = reject(record, Dropped("face_too_small", detail), "detect")
     if not record.ok:
         raise _refusal(record, str(photo or record.source))
     return record

@@ -58,21 +58,17 @@ class Face:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measures:
-    """What the quality rules judge by, measured of the chosen face; see stages/quality.py for how.
+    """What the quality rules judge by: all of the chosen face, but for `hash`, which is of the whole picture. See
+    stages/quality.py for how each is measured."""
 
-    sharpness: at least 0. brightness: mean luma of the face's skin, 0 to 1. clipped: share of the face that is black or
-    white, 0 to 1. yaw, pitch, roll: degrees, 0 is frontal; yaw over 0 is turned to the viewer's right. occlusion: share
-    of the face that something else covers, 0 to 1. hash: 64 hex digits, the picture's 256-bit perceptual hash.
-    """
-
-    sharpness: float
-    brightness: float
-    clipped: float
-    yaw: float
-    pitch: float
-    roll: float
-    occlusion: float
-    hash: str
+    sharpness: float  # 0..1: 0 is blurred
+    brightness: float  # mean luma of the face's skin, 0..1
+    clipped: float  # share of the face's pixels at 0-2 or 253-255 luma, 0..1
+    yaw: float  # degrees, 0 is frontal; > 0: turned to the viewer's right
+    pitch: float  # > 0: raised
+    roll: float  # > 0: tilted clockwise as the viewer sees it
+    occlusion: float  # share of the face's expected area that something else covers, 0..1
+    hash: str  # 64 hex digits: 256-bit DCT perceptual hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
