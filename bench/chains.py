@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from configs.schema import DatasetConfig, PlacementConfig
+from configs.schema import NO_ANSWER, DatasetConfig, PlacementConfig
 from stages.base import Stage
 from stages.codec import encode_labels
 from stages.record import IDENTITY_DIM, Face, Record
@@ -24,7 +24,7 @@ _FACE: Final = Face(box=(8, 8, 56, 56), landmarks=((20, 24), (44, 24), (32, 36),
 @dataclass(frozen=True, slots=True)
 class SleepConfig:
     seconds: float  # an image
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 class SleepStage(Stage):

@@ -63,7 +63,7 @@ def _load(config: str, overrides: list[str] | None) -> DatasetConfig:
 
 def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs"):
+    for noisy in ("httpx", "httpx2", "openai", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -14,7 +14,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
 import numpy as np
@@ -76,12 +76,16 @@ def shard_name(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ShardRun:
-    """What varies from run to run, for the manifest: seconds by stage, and which executor."""
+    """What varies from run to run, for the manifest: seconds by stage, and which executor.
+
+    counts: by stage, of what it counts itself, such as a captioner's tokens.
+    """
 
     seconds: dict[str, float]
     executor: str
     started: float  # Unix time
     attempt: int = 1
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def commit(
@@ -121,6 +125,7 @@ def commit(
             "finished": round(time.time(), 3),
             "seconds": round(time.time() - run.started, 3),
             "stage_seconds": {stage: round(value, 4) for stage, value in run.seconds.items()},
+            "stage_counts": run.counts,
             "executor": run.executor,
             "attempt": run.attempt,
             "host": platform.node(),

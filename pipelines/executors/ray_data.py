@@ -32,7 +32,7 @@ from pipelines.plan import ShardTask
 from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
-from stages.base import run_chain
+from stages.base import run_chain, take_counts
 from stages.chain import Chain, build_stages
 from stages.record import Record
 
@@ -162,7 +162,7 @@ def _reader(config: DatasetConfig, task: ShardTask, chain: Chain) -> Callable[[]
     def read() -> list[pa.Table]:
         started = time.time()
         work = list(load_shard(config, Store(config.output), task, chain(config)))
-        run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
+        run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1, "counts": {}}
         return [Block([item.record for item in work], [item.todo for item in work], task.shard, run).to_arrow()]
 
     return read
@@ -196,6 +196,7 @@ class _GroupActor:
             done = run_isolated(self._config, self._stages, *given)
         else:
             done = self._run(block, advance)
+            run["counts"] |= take_counts(self._stages)
         self._counter.end.remote(shard, self._group.first)
         return Block(done, block.todo, block.shard, run).to_arrow()
 
@@ -216,6 +217,6 @@ class _GroupActor:
 def _write(arrived: pa.Table, output: str, signatures: Sequence[str]) -> pa.Table:
     block = Block.of_arrow(arrived)
     run = block.run
-    facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"])
+    facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"], run["counts"])
     manifest = commit(Store(output), block.shard, block.records, signatures, facts)
     return pa.table({"manifest": [json.dumps(manifest)]})
