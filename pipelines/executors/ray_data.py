@@ -109,6 +109,7 @@ def _stream(
     context.target_max_block_size = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # its own wrapper forgets the cause, and with it whose fault it was
     at_once = -(-groups[0].copies // 2)  # each costs a process that imports for seconds: a storm of them starves actors
     data = ray.data.read_datasource(
         _shard_source(config, tasks, chain), override_num_blocks=len(tasks), num_cpus=TASK_CPUS, concurrency=at_once

@@ -118,7 +118,7 @@ class OpenAICaptioner:
                 self.counts["prompt_tokens"] += answer.usage.prompt_tokens
                 self.counts["completion_tokens"] += answer.usage.completion_tokens
         except APIStatusError as error:
-            return Fault(error.status_code, self._clean(f"status {error.status_code}: {error.message}"))
+            return Fault(error.status_code, self._clean(f"status {error.status_code}: {error.response.text}"))
         except OpenAIError as error:
             return Fault(0, self._clean(f"{type(error).__name__}: {error.__cause__ or error}"))
         except (ValueError, TypeError, AttributeError, LookupError) as error:  # the package doesn't check answers
