@@ -22,13 +22,14 @@ from bench.chains import resizing
 from bench.reference_loop import ReferenceLoop
 from configs.load import load
 from configs.schema import DatasetConfig
+from pipelines.chain import Chain, build_chain
 from pipelines.dataset import execute, plan_job, read_ledger
 from pipelines.store import Store
 from stages.backends.bisenet import BiSeNetParser
 from stages.backends.runtime import pin_threads
 from stages.backends.weights import Weights
 from stages.base import run_chain
-from stages.chain import Chain, build_stages
+from stages.chain import build_stages
 from stages.codec import decode_jpeg
 from stages.record import Record, key_of
 
@@ -54,7 +55,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def make(config: DatasetConfig, chain: Chain = build_stages) -> int:
+def make(config: DatasetConfig, chain: Chain = build_chain) -> int:
     """The data set from nothing; how many samples were written."""
     shutil.rmtree(config.output, ignore_errors=True)
     list(execute(plan_job(config, chain=chain), lambda count: None))

@@ -4,6 +4,7 @@
     ├── ConfigError    a configuration that can't be: unknown key, wrong type, impossible value
     ├── SourceError    inputs that can't be listed or read at all
     ├── WeightsError   a weights file that is missing, unreachable or not the one it claims to be
+    ├── ServerError    a model's server that can't be reached, refuses, or answers nothing of use
     ├── LockedError    another run is writing to the same output
     ├── StoreError     an output that can't be read or written, however often it was tried
     ├── ShardError     a shard or data set that contradicts its own manifest
@@ -29,6 +30,10 @@ class SourceError(PipelineError):
 
 class WeightsError(PipelineError):
     """A weights file that is missing, unreachable, refused by licence, or not the one it claims to be."""
+
+
+class ServerError(PipelineError):
+    """A model's server that can't be reached, refuses the key, doesn't know the model, or answers nothing of use."""
 
 
 class LockedError(PipelineError):

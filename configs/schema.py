@@ -6,10 +6,14 @@ Presets under configs/{dataset,train,infer} are YAML over these classes; see con
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from configs.errors import ConfigError
+
+NO_ANSWER: Final = {"answers": False}
+"""Metadata of a field that changes no answer of its stage, such as where it runs: it stays out of the signature."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -76,7 +80,7 @@ class ResizeConfig:
     max_bytes: int = 100_000_000  # of the encoded source
     max_pixels: int = 100_000_000  # declared by the header, checked before decoding
     jpeg_quality: int = 95
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
         _check(64 <= self.size <= 4096, f"resize.size={self.size}: expected 64 to 4096 pixels")
@@ -90,7 +94,7 @@ class RightsConfig:
 
     license_allow: tuple[str, ...] = ()  # e.g. [CC0*, CC-BY-*]: * and ? stand for anything, case doesn't count
     consent_allow: tuple[str, ...] = ()  # of what the source states as consent; both empty: anything, stated or not
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,7 @@ class ThumbnailConfig:
     """Of 96 pixels on the long side, for the report; kept of dropped pictures too."""
 
     quality: int = 55  # of WebP
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
         _check(1 <= self.quality <= 100, f"thumbnail.quality={self.quality}: expected 1 to 100")
@@ -108,7 +112,7 @@ class ThumbnailConfig:
 class MeasureConfig:
     """What is measured has no settings; what is made of it, RulesConfig says."""
 
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,7 @@ class DetectConfig:
     pad: float = 0.125  # border around the picture, in parts of its longer side: close-ups need it
     min_score: float = 0.5
     select: Literal["largest", "first"] = "largest"  # first: the detector's own order, as the reference
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
         _check(bool(self.scales), "detect.scales is empty: give at least one detector size, as in [640, 320]")
@@ -137,33 +141,56 @@ class ParseConfig:
     align_below: float = 0.35  # auto: align where the face box's height is under this part of the picture's
     size: int = 512  # network input, pixels
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    device: str = field(default="auto", metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedConfig:
     backend: str = "arcface"
     weights: str = "w600k_mbf"
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionConfig:
     backend: str = "attributes"
-    model: str = ""  # hub id or folder; `attributes` needs none
+    model: str = ""  # llava: hub id or folder; openai: the server's name for it; `attributes` needs none
     prompt: str = (
         "Please describe the people in the image, including their gender, age, clothing, facial expressions, and any "
         "other distinguishing features."
     )
     face_prompt: str = "Describe this person's facial features for me, including face, ears, eyes, nose, and mouth."
     max_new_tokens: int = 512
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    device: str = "auto"
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # llava
+    quantize: Literal["none", "4bit"] = "none"  # llava: 4bit keeps weights as NF4, and needs a GPU and bitsandbytes
+    device: str = field(default="auto", metadata=NO_ANSWER)
+    base_url: str = field(default="", metadata=NO_ANSWER)  # openai: as in http://HOST:8000/v1; never with credentials
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata=NO_ANSWER)  # the variable that holds the key, no key
+    concurrency: int = field(default=8, metadata=NO_ANSWER)  # openai: requests at a time, of each copy of the stage
+    tries: int = field(default=4, metadata=NO_ANSWER)  # openai: of a request, where its failure may pass
+    timeout: float = field(default=60.0, metadata=NO_ANSWER)  # openai: seconds; all tries within stuck_after
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
         _check(self.max_new_tokens > 0, f"caption.max_new_tokens={self.max_new_tokens}: expected at least 1")
+        _check(1 <= self.concurrency <= 1024, f"caption.concurrency={self.concurrency}: expected 1 to 1024")
+        _check(self.tries >= 1, f"caption.tries={self.tries}: expected at least 1")
+        _check(self.timeout > 0, f"caption.timeout={self.timeout}: expected more than 0 seconds")
+        _check(  # what was given is not repeated: it may be the key itself
+            re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env) is not None,
+            "caption.api_key_env is not the name of an environment variable, as in OPENAI_API_KEY. The key itself "
+            "belongs into that variable: configurations are kept beside every output.",
+        )
+        _check(
+            not re.search("[@?#]", self.base_url),
+            "caption.base_url holds more than a scheme, a host and a path. Credentials belong into the environment "
+            "variable that caption.api_key_env names: configurations are kept beside every output.",
+        )
+        _check(
+            re.fullmatch(r"(https?://[^/\s]+(/\S*)?)?", self.base_url) is not None,
+            f"caption.base_url={self.base_url!r}: expected a URL as in http://127.0.0.1:8000/v1",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +215,7 @@ class RulesConfig:
     max_roll: float = 35.0
     max_occlusion: float = 0.2  # share of the face, 0 to 1: portraits up to 0.03, mouth or eyes covered 0.25 and more
     min_identity_norm: float = 12.0  # of ArcFace's raw embedding, w600k_mbf: faces 16 to 26, no faces 6 to 13
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
         for name in ("min_side", "max_faces", "min_faces", "min_face", "min_identity_norm"):
@@ -236,8 +263,8 @@ class ReviewConfig:
 
     spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
     mode: Literal["corrected", "legacy"] = "corrected"
-    max_untrainable: float = field(default=0.5, metadata={"answers": False})  # share of samples; over it a run fails
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    max_untrainable: float = field(default=0.5, metadata=NO_ANSWER)  # share of samples; over it a run fails
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
         _check(0 <= self.max_untrainable <= 1, f"review.max_untrainable={self.max_untrainable}: expected 0 to 1")

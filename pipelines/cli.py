@@ -63,7 +63,8 @@ def _load(config: str, overrides: list[str] | None) -> DatasetConfig:
 
 def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs", "faiss"):
+    quiet = ("httpx", "httpx2", "openai", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs", "faiss")
+    for noisy in quiet:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

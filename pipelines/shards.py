@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
@@ -50,12 +50,16 @@ def shard_name(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ShardRun:
-    """What varies from run to run, for the manifest: seconds by stage, and which executor."""
+    """What varies from run to run, for the manifest: seconds by stage, and which executor.
+
+    counts: by stage, of what it counts itself, such as a captioner's tokens.
+    """
 
     seconds: dict[str, float]
     executor: str
     started: float  # Unix time
     attempt: int = 1
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
         """For the manifest, the run ending now."""
@@ -64,6 +68,7 @@ class ShardRun:
             "finished": round(now, 3),
             "seconds": round(now - self.started, 3),
             "stage_seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
+            "stage_counts": self.counts,
             "executor": self.executor,
             "attempt": self.attempt,
             "host": platform.node(),

@@ -12,8 +12,9 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 from configs.errors import ConfigError
@@ -90,11 +91,16 @@ class Stage(ABC):
         """name → sha256 of every weights file the answers depend on."""
         return {}
 
+    def take_counts(self) -> dict[str, int]:
+        """What was counted since the last call, such as tokens; for the manifest of the shard that it was done for."""
+        return {}
+
     def signature(self) -> str:
         """Equal signatures mean equal answers: name, version, resolved configuration, digests of the weights."""
-        config = asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}
-        for elsewhere in ("placement", "device"):  # where it runs changes no answer
-            config.pop(elsewhere, None)
+        config: dict[str, Any] = {}
+        if is_dataclass(self.config) and not isinstance(self.config, type):
+            answering = {field.name for field in fields(self.config) if field.metadata.get("answers", True)}
+            config = {name: value for name, value in asdict(self.config).items() if name in answering}
         text = json.dumps([self.name, self.version, config, sorted(self.digests().items())], sort_keys=True)
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -132,6 +138,12 @@ class BackendStage(Stage):
         if self._backend is None:
             self._backend = backend_class(self.name, self.config.backend)(self.config, self._weights)
 
+    def take_counts(self) -> dict[str, int]:
+        counts: Counter[str] = getattr(self._backend, "counts", None) or Counter()
+        taken = dict(counts)
+        counts.clear()
+        return taken
+
     def weights(self) -> tuple[str, ...]:
         name = getattr(self.config, "weights", "")
         return (name,) if name else ()
@@ -159,6 +171,11 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
 def hold(record: Record, verdict: Rejection, stage: str) -> Record:
     """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
     return replace(record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage)
+
+
+def take_counts(stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
+    """Stage → what it has counted since the last call, where it counts anything."""
+    return {stage.name: counts for stage in stages if (counts := stage.take_counts())}
 
 
 def run_stage(

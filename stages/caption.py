@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from configs.schema import CaptionConfig
 from stages.backends.registry import backend_class
@@ -15,7 +16,8 @@ from stages.record import Record
 class CaptionStage(BackendStage):
     """Captions the records of a batch together; one that can't be captioned fails alone.
 
-    Reasons of failure: `bad_input` (image, label map and face don't belong together), `empty_caption`.
+    Reasons of failure: `bad_input` (image, label map and face don't belong together), `empty_caption`,
+    `caption_failed` (the model's server gave no answer for this picture).
     """
 
     name = "caption"
@@ -25,8 +27,17 @@ class CaptionStage(BackendStage):
     config: CaptionConfig
 
     def digests(self) -> Mapping[str, str]:
-        digests: Mapping[str, str] = backend_class(self.name, self.config.backend).digests(self.config)
+        digests: Mapping[str, str] = self._captioner.digests(self.config)
         return digests
+
+    @property
+    def batch_size(self) -> int:
+        window: int = self._captioner.window(self.config)
+        return window
+
+    @property
+    def _captioner(self) -> Any:
+        return backend_class(self.name, self.config.backend)
 
     def process(self, records: list[Record]) -> list[Record]:
         sound: list[Record] = []
@@ -37,9 +48,12 @@ class CaptionStage(BackendStage):
                 sound.append(record)
             except Failed as verdict:
                 answers[record.key] = reject(record, verdict, self.name)
-        texts = self.backend.caption(sound) if sound else []
-        for record, (caption, face_caption) in zip(sound, texts, strict=True):
-            answers[record.key] = self._captioned(record, caption, face_caption)
+        texts: Sequence[tuple[str, str] | Failed] = self.backend.caption(sound) if sound else []
+        for record, given in zip(sound, texts, strict=True):
+            if isinstance(given, Failed):
+                answers[record.key] = reject(record, given, self.name)
+            else:
+                answers[record.key] = self._captioned(record, *given)
         return [answers[record.key] for record in records]
 
     def _captioned(self, record: Record, caption: str, face_caption: str) -> Record:

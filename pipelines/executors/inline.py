@@ -14,7 +14,7 @@ from pipelines.plan import ShardTask
 from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
-from stages.base import chunk_size, run_chain
+from stages.base import chunk_size, run_chain, take_counts
 from stages.record import Record
 
 
@@ -30,7 +30,8 @@ def run_inline(
         done: list[Record] = []
         for part in _parts(load_shard(config, store, task, stages), chunk_size(stages), seconds):
             done += run_chain(stages, [item.record for item in part], seconds, advance, [item.todo for item in part])
-        yield commit(store, task.shard, done, signatures, ShardRun(seconds, "inline", started))
+        facts = ShardRun(seconds, "inline", started, counts=take_counts(stages))
+        yield commit(store, task.shard, done, signatures, facts)
 
 
 def _parts(work: Iterator[Work], count: int, seconds: dict[str, float]) -> Iterator[list[Work]]:

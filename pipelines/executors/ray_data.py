@@ -33,7 +33,7 @@ from pipelines.plan import ShardTask
 from pipelines.shards import Manifest, ShardRun, commit
 from pipelines.store import Store
 from stages.backends.runtime import pin_threads
-from stages.base import run_chain
+from stages.base import run_chain, take_counts
 from stages.record import Record
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def _stream(
     context.target_max_block_size = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # its own wrapper forgets the cause, and with it whose fault it was
     at_once = -(-groups[0].copies // 2)  # each costs a process that imports for seconds: a storm of them starves actors
     data = ray.data.read_datasource(
         _shard_source(config, tasks, chain), override_num_blocks=len(tasks), num_cpus=TASK_CPUS, concurrency=at_once
@@ -162,7 +163,7 @@ def _reader(config: DatasetConfig, task: ShardTask, chain: Chain) -> Callable[[]
     def read() -> list[pa.Table]:
         started = time.time()
         work = list(load_shard(config, Store(config.output), task, chain(config)))
-        run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1}
+        run = {"started": started, "seconds": {"source": time.time() - started}, "attempt": 1, "counts": {}}
         return [Block([item.record for item in work], [item.todo for item in work], task.shard, run).to_arrow()]
 
     return read
@@ -198,6 +199,7 @@ class _GroupActor:
             done = run_isolated(self._config, self._stages, *given)
         else:
             done = self._run(block, advance)
+            run["counts"] |= take_counts(self._stages)
         self._counter.end.remote(shard, self._group.first)
         return Block(done, block.todo, block.shard, run).to_arrow()
 
@@ -218,6 +220,6 @@ class _GroupActor:
 def _write(arrived: pa.Table, output: str, signatures: Sequence[str]) -> pa.Table:
     block = Block.of_arrow(arrived)
     run = block.run
-    facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"])
+    facts = ShardRun(run["seconds"], "ray", run["started"], run["attempt"], run["counts"])
     manifest = commit(Store(output), block.shard, block.records, signatures, facts)
     return pa.table({"manifest": [json.dumps(manifest)]})

@@ -39,6 +39,10 @@ class Attributes:
         """No weights."""
         return {}
 
+    @staticmethod
+    def window(config: CaptionConfig) -> int:
+        return config.placement.batch_size
+
     def caption(self, records: Sequence[Record]) -> list[tuple[str, str]]:
         """(coarse, fine) of each record; the fine one is "" where no region of the face is visible."""
         texts = []

@@ -1,8 +1,9 @@
 """Captions by a vision-language model, through transformers' own classes: LLaVA-1.5, LLaVA-NeXT, and others by name.
 
 Both prompts of a picture begin alike (template, picture, first words), so that prefix is run through the model once and
-its key-value cache serves both; the pictures of a batch go together. The answers are those of two plain greedy
-`generate` calls. In half precision the last bits depend on the batch's shape, and with them, now and then, a word.
+its key-value cache serves both. The pictures of a batch go together, and batches are made of pictures near in length,
+since every row is padded to the longest. The answers are those of two plain greedy `generate` calls. In half precision
+the last bits depend on the batch's shape, and with them, now and then, a word.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stages.backends.weights import Weights
 
 PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's, for processors that carry none
+_BATCHES = 4  # that a call takes, to sort their pictures by length
 _ANSWERING_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a checkpoint: what can change its answers
 
 
@@ -35,6 +37,7 @@ class Llava:
 
         self.config = config
         self.device = torch_device(config.device)
+        quantization = _quantization(config, self.device)
         name, revision = locate(config.model)
         source = {"revision": revision} if revision else {"local_files_only": True}
         try:
@@ -44,6 +47,7 @@ class Llava:
                 dtype=getattr(torch, config.dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
+                **quantization,
                 **source,
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -52,7 +56,9 @@ class Llava:
                 f"{type(error).__name__}: {error} Expected a checkpoint in transformers' layout with safetensors "
                 "weights, such as llava-hf/llava-1.5-7b-hf; caption.backend=attributes needs none."
             ) from error
-        self.model.to(self.device).eval()
+        if not quantization:  # a quantized model is where it belongs already, and can't be moved
+            self.model.to(self.device)
+        self.model.eval()
         self.tokenizer: Any = self.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -65,14 +71,37 @@ class Llava:
         name, revision = locate(config.model)
         return {"checkpoint": revision or _folder_digest(Path(name))}
 
+    @staticmethod
+    def window(config: CaptionConfig) -> int:
+        """Some batches together, so that there are lengths to choose from."""
+        size = config.placement.batch_size
+        return size * _BATCHES if size > 1 else 1
+
     def caption(self, records: Sequence[Record]) -> list[tuple[str, str]]:
-        """(coarse, fine) description of each record's image; all of them go through the model as one batch."""
+        """(coarse, fine) description of each record's image, `placement.batch_size` at a time, the longest first."""
         import torch
 
+        images = [decode_jpeg(record.image) for record in records]
+        lengths = self._image_tokens(images)
+        order = sorted(range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index))
+        size = self.config.placement.batch_size
+        texts: dict[int, tuple[str, str]] = {}
         with torch.inference_mode():
-            inputs, tails = self._prefix([decode_jpeg(record.image) for record in records])
-            answers = self._answers(inputs, tails)
-        return list(zip(answers[::2], answers[1::2], strict=True))
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                answers = self._answers(*self._prefix([images[index] for index in batch]))
+                texts |= zip(batch, zip(answers[::2], answers[1::2], strict=True), strict=True)
+        return [texts[index] for index in range(len(images))]
+
+    def _image_tokens(self, images: Sequence[Any]) -> list[int]:
+        """How many tokens each picture will take: all else of a prompt is of equal length.
+
+        The processor knows without looking at pixels, in a method that all of transformers' have and serving engines
+        rely on.
+        """
+        sizes = [image.shape[:2] for image in images]
+        counts: list[int] = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+        return counts
 
     def _templated(self, prompt: str) -> str:
         if not self.processor.chat_template:
@@ -164,6 +193,31 @@ class Llava:
             eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+
+
+def _quantization(config: CaptionConfig, device: str) -> dict[str, Any]:
+    """Arguments of from_pretrained for `config.quantize`. Raises ConfigError where that can't be had."""
+    import torch
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if config.quantize == "none":
+        return {}
+    lacks = [] if device.startswith("cuda") and torch.cuda.is_available() else [f"a GPU (the device here is {device})"]
+    if not is_bitsandbytes_available():
+        lacks.append("the package bitsandbytes (`pip install -U bitsandbytes`)")
+    if lacks:
+        raise ConfigError(
+            f"caption.quantize={config.quantize!r} needs {' and '.join(lacks)} on every node that captions. "
+            "caption.quantize=none needs neither."
+        )
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _load_processor(name: str, source: Mapping[str, Any]) -> Any:

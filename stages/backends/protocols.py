@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from configs.schema import CaptionConfig
 from stages.record import Face, FloatArray, Record
+
+if TYPE_CHECKING:
+    from stages.base import Failed
 
 Image = npt.NDArray[np.uint8]
 LabelMap = npt.NDArray[np.uint8]
@@ -33,6 +37,21 @@ class IdentityEmbedder(Protocol):
 
 
 class Captioner(Protocol):
-    def caption(self, records: Sequence[Record]) -> list[tuple[str, str]]:
-        """(coarse, fine) description of each record, from its image and what was measured of it."""
+    """May carry `counts: Counter[str]`, such as tokens: each shard's manifest says what was counted for it."""
+
+    def caption(self, records: Sequence[Record]) -> Sequence[tuple[str, str] | Failed]:
+        """(coarse, fine) description of each record, from its image and what was measured of it; or why there is none.
+
+        Raises PipelineError for what is no record's fault.
+        """
+        ...
+
+    @staticmethod
+    def digests(config: CaptionConfig) -> Mapping[str, str]:
+        """name → digest of whatever the answers depend on beside `config`. Loads nothing."""
+        ...
+
+    @staticmethod
+    def window(config: CaptionConfig) -> int:
+        """How many records it would like in one call, at most."""
         ...

@@ -17,6 +17,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     "caption": {
         "attributes": "stages.backends.attributes:Attributes",
         "llava": "stages.backends.llava:Llava",
+        "openai": "stages.backends.openai:OpenAICaptioner",
     },
 }
 

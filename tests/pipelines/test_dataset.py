@@ -13,6 +13,7 @@ import torch
 
 from configs.errors import ShardError, SourceError
 from pipelines.dataset import Job, execute, lint, plan_job, read_ledger, run
+from pipelines.load import NOTHING
 from pipelines.poison import EXPECTED
 from pipelines.shards import manifests, read_records, read_sidecar
 from pipelines.store import Store
@@ -81,14 +82,13 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     shutil.copytree(made, output)
     changed = config(poisoned, output, "caption.face_prompt=another")
     job = plan_job(changed)
-    names = [stage.name for stage in job.stages]
-    assert {names[task.start] for task in job.tasks if task.exists} == {"caption"}
+    assert {task.again for task in job.tasks} == {frozenset({"caption", "review"})}
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
     ran = _count_models(monkeypatch)
     list(execute(job, lambda count: None))
-    assert set(calls) == {"caption"}
+    assert set(calls) == {"caption", "review"}
     assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
     run(config(poisoned, fresh, "caption.face_prompt=another"))
@@ -184,7 +184,9 @@ def test_retry_makes_just_those_inputs_again(portraits: Path, tmp_path: Path, mo
     files[1].write_bytes(whole)  # mended; a mount that was away comes back with the very same times
     os.utime(files[1], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     job = plan_job(config(source, output), frozenset({"truncated"}))
-    assert [(task.shard.index, task.start, task.retry) for task in job.tasks] == [(0, 5, frozenset({"truncated"}))]
+    assert [(task.shard.index, task.again, task.retry) for task in job.tasks] == [
+        (0, NOTHING, frozenset({"truncated"}))
+    ]
     assert _remade(job, monkeypatch) == {key_of(files[1].name)}
     assert digests(output) == _from_scratch(source, tmp_path)
     assert read_ledger(Store(str(output))).failed == {"not_an_image": 1}

@@ -100,7 +100,7 @@ def test_pictures_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(po
     first, second, *others = sorted(photos.iterdir())
     first.rename(photos / "killer.jpg")
     second.rename(photos / "sleeper.jpg")
-    given = ["shard_size=4", "executor=ray", "stuck_after=4", "ray.deaths=1"]
+    given = ["shard_size=4", "executor=ray", "stuck_after=4", "ray.deaths=1", "neighbours.max_similarity=0"]
     job = plan_job(config(photos, tmp_path / "out", *given), chain=trapped)
     done = list(execute(job, lambda count: None))
     rows = [row for index in range(2) for row in read_sidecar(Store(job.config.output), index).to_pylist()]

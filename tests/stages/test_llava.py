@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from PIL import Image
 from skimage.data import astronaut, cat, coffee
 
 from configs.errors import ConfigError, WeightsError
-from configs.schema import CaptionConfig
+from configs.schema import CaptionConfig, PlacementConfig
 from stages.backends.llava import Llava
+from stages.backends.weights import Weights
+from stages.caption import CaptionStage
 from stages.codec import decode_jpeg, encode_jpeg
 from stages.record import Record
 from tests.stages.tiny_llava import make_checkpoint
@@ -40,8 +43,10 @@ def records() -> list[Record]:
     return [Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95)) for n, p in enumerate(pictures)]
 
 
-def config_of(model: Path | str, **changes: Any) -> CaptionConfig:
-    return CaptionConfig(backend="llava", model=str(model), device="cpu", max_new_tokens=TOKENS, **changes)
+def config_of(model: Path | str, batch_size: int = 3, **changes: Any) -> CaptionConfig:
+    placement = PlacementConfig(batch_size=batch_size)
+    given: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, "placement": placement, **changes}
+    return CaptionConfig(backend="llava", model=str(model), **given)
 
 
 def plainly(backend: Llava, record: Record, prompt: str) -> str:
@@ -57,7 +62,7 @@ def all_plainly(backend: Llava, records: list[Record]) -> list[tuple[str, ...]]:
     return [tuple(plainly(backend, record, prompt) for prompt in backend.prompts) for record in records]
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl"])
 def test_batched_answers_with_a_shared_prefix_are_those_of_plain_generate(
     kind: Any, tmp_path: Path, records: list[Record]
 ) -> None:
@@ -99,6 +104,40 @@ def test_each_picture_is_encoded_once_for_both_prompts(checkpoint: Path, records
     assert prefix > 16, "the prefix holds the picture's 16 tokens"
     assert prefix + tail <= len(whole) + 20, "and the tail is only the prompt's own words (the longer prompt's)"
     assert all(shape == (2 * len(records), 1) for shape in fed[2:])
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_5_vl"])
+def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(kind: Any, tmp_path: Path) -> None:
+    shapes = ((56, 112), (84, 84), (56, 112), (84, 84))
+    crops = [astronaut()[n * 20 :][:high, n * 20 :][:, :wide] for n, (high, wide) in enumerate(shapes)]
+    records = [Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(crop, 95)) for n, crop in enumerate(crops)]
+    backend = Llava(config_of(make_checkpoint(tmp_path, kind), batch_size=2, max_new_tokens=8))
+    prefixes: list[torch.Tensor] = []
+    prefix = backend._prefix
+
+    def watched(images: Any) -> Any:
+        inputs, tails = prefix(images)
+        prefixes.append(inputs["attention_mask"])
+        return inputs, tails
+
+    backend._prefix = watched  # type: ignore[method-assign]
+    answers = backend.caption(records)
+    (rows, longest), (others, length) = (mask.shape for mask in prefixes)
+    assert rows == others == 2 and longest > length, "lengths must differ, or this is void"
+    assert all(bool(mask.all()) for mask in prefixes), "no row is padded"
+    assert answers == [pair for record in records for pair in backend.caption([record])]
+    assert len(set(answers)) == len(records)
+
+
+def test_a_call_takes_several_batches_so_that_there_is_something_to_sort(checkpoint: Path) -> None:
+    assert CaptionStage(config_of(checkpoint, batch_size=8), Weights()).batch_size == 32
+    assert CaptionStage(config_of(checkpoint, batch_size=1), Weights()).batch_size == 1
+
+
+def test_four_bits_without_what_they_need_say_so(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"caption\.quantize='4bit' needs a GPU \(the device here is cpu\)") as caught:
+        Llava(config_of(checkpoint, quantize="4bit"))
+    assert ("bitsandbytes" in str(caught.value)) == (importlib.util.find_spec("bitsandbytes") is None)
 
 
 def test_sampling_habits_of_a_checkpoint_are_ignored(checkpoint: Path, tmp_path: Path, records: list[Record]) -> None:

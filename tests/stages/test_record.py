@@ -69,7 +69,7 @@ def test_an_incomplete_record_has_no_members() -> None:
 def test_another_schema_is_refused() -> None:
     record = Record(key="0" * 20, source="a", image=b"i", parsing=b"p", identity=np.ones(512, np.float32))
     members = to_members(record)
-    members["json"] = members["json"].replace(b'"schema": 1', b'"schema": 99')
+    members["json"] = members["json"].replace(b'"schema": 2', b'"schema": 99')
     with pytest.raises(ValueError, match="schema 99"):
         from_members(members)
 

@@ -1,5 +1,5 @@
-"""A LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL checkpoint of some hundred kilobytes, made locally: real classes, real image
-processing, a tokenizer trained on the spot, seeded random weights.
+"""A LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL checkpoint of some hundred kilobytes, made locally: real
+classes, real image processing, a tokenizer trained on the spot, seeded random weights.
 
 It is loaded from disk like any other checkpoint. Its words mean nothing, but they depend on the picture and on the
 prompt, which is what the tests need. Run `python -m tests.stages.tiny_llava FOLDER` to look at one.
@@ -9,14 +9,34 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-Kind = Literal["llava", "llava_next", "qwen2_5_vl"]
+Kind = Literal["llava", "llava_next", "llava_onevision", "qwen2_5_vl"]
 
-IMAGE_SIZE = 28
-PATCH_SIZE = 7  # 4 × 4 = 16 image tokens
-TILINGS = [[28, 56], [56, 28], [56, 56]]  # llava_next: (height, width) a picture may be spread over
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of a checkpoint (of qwen2_5_vl: of its text half). The default, 4 × 4 image tokens, just tells pictures apart."""
+
+    image: int = 28  # pixels, square
+    patch: int = 7
+    hidden: int = 48
+    layers: int = 3
+    heads: int = 4
+    vision_hidden: int = 32
+    vision_layers: int = 3
+    positions: int = 512
+
+    @property
+    def tilings(self) -> list[list[int]]:
+        """llava_next, llava_onevision: (height, width) a picture may be spread over."""
+        one, two = self.image, 2 * self.image
+        return [[one, two], [two, one], [two, two]]
+
+
+TINY = Size()
 
 TRAINING_TEXT = (
     "USER: ASSISTANT: Please describe the people in the image, including their clothing and facial expressions. "
@@ -60,87 +80,131 @@ def make_tokenizer(image_token: str = "<image>") -> Any:
     )
 
 
-def make_checkpoint(folder: Path, kind: Kind = "llava", seed: int = 0, chat_template: bool = True) -> Path:
+def make_checkpoint(
+    folder: Path, kind: Kind = "llava", seed: int = 0, chat_template: bool = True, size: Size = TINY
+) -> Path:
     """Write processor and model to `folder` and return it.
 
-    llava_next cuts a picture into as many tiles as fit it. qwen2_5_vl has another picture token, positions in three
-    dimensions, and a processor that can't be loaded whole without torchvision.
+    llava_next and llava_onevision cut a picture into as many tiles as fit it. qwen2_5_vl has another picture token and
+    positions in three dimensions. The processors of the last two can't be loaded whole without torchvision.
     """
     import torch
 
     tokenizer = make_tokenizer("<|image_pad|>" if kind == "qwen2_5_vl" else "<image>")
     torch.manual_seed(seed)
-    model, processor_files = (_qwen if kind == "qwen2_5_vl" else _llava)(tokenizer, kind, chat_template)
+    model, processor_parts = _MAKERS[kind](tokenizer, size)
     with torch.no_grad():
         for parameter in model.parameters():  # far from nought, or picture and prompt hardly sway the next word
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     model.eval().save_pretrained(folder)
-    for part in processor_files:
+    for part in processor_parts:
         part.save_pretrained(folder)
-    if kind == "qwen2_5_vl":  # laid out as on the hub: no processor_config.json
-        settings = json.loads((folder / "preprocessor_config.json").read_text())
-        settings["processor_class"] = "Qwen2_5_VLProcessor"
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-        template = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
-        (folder / "chat_template.jinja").write_text(template)
+    if kind == "qwen2_5_vl":
+        _lay_out(folder, "Qwen2_5_VLProcessor")
+    if kind == "llava_onevision":
+        _lay_out(folder, "LlavaOnevisionProcessor", num_image_tokens=(size.image // size.patch) ** 2)
+    if chat_template:
+        image = "<|vision_start|><|image_pad|><|vision_end|>" if kind == "qwen2_5_vl" else "<image>"
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", image))
     return folder
 
 
-def _text(tokenizer: Any) -> dict[str, Any]:
+def _lay_out(folder: Path, processor_class: str, **settings: Any) -> None:
+    """The processor of separately saved parts, as on the hub: its class beside the image processor's settings."""
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"processor_class": processor_class}))
+    if settings:
+        (folder / "processor_config.json").write_text(json.dumps(settings | {"processor_class": processor_class}))
+
+
+def _text(tokenizer: Any, size: Size) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "hidden_size": size.hidden,
+        "intermediate_size": 2 * size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads // 2,
+        "max_position_embeddings": size.positions,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
 
 
-def _llava(tokenizer: Any, kind: Kind, chat_template: bool) -> tuple[Any, tuple[Any, ...]]:
+def _vision(size: Size) -> dict[str, Any]:
+    return {
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": 2 * size.vision_hidden,
+        "num_hidden_layers": size.vision_layers,
+        "num_attention_heads": 2,
+        "image_size": size.image,
+        "patch_size": size.patch,
+    }
+
+
+def _llava(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
     import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = CLIPImageProcessorPil(**_crop(size))
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**_llava_parts(tokenizer, size)))
+    return model, (_llava_processor(transformers.LlavaProcessor, images, tokenizer, size),)
+
+
+def _llava_next(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
+    import transformers
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    crop = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
-    settings: dict[str, Any] = {
-        "vision_config": transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-        ),
-        "text_config": transformers.LlamaConfig(**_text(tokenizer)),
+    images = LlavaNextImageProcessorPil(**_crop(size), image_grid_pinpoints=size.tilings)
+    config = transformers.LlavaNextConfig(**_llava_parts(tokenizer, size), image_grid_pinpoints=size.tilings)
+    model = transformers.LlavaNextForConditionalGeneration(config)
+    return model, (_llava_processor(transformers.LlavaNextProcessor, images, tokenizer, size),)
+
+
+def _crop(size: Size) -> dict[str, Any]:
+    return {"size": {"shortest_edge": size.image}, "crop_size": {"height": size.image, "width": size.image}}
+
+
+def _llava_parts(tokenizer: Any, size: Size) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "vision_config": transformers.CLIPVisionConfig(**_vision(size)),
+        "text_config": transformers.LlamaConfig(**_text(tokenizer, size)),
         "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
     }
-    if kind == "llava":
-        images: Any = CLIPImageProcessorPil(**crop)
-        model: Any = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**settings))
-        processor_class: Any = transformers.LlavaProcessor
-    else:
-        images = LlavaNextImageProcessorPil(**crop, image_grid_pinpoints=TILINGS)
-        config = transformers.LlavaNextConfig(**settings, image_grid_pinpoints=TILINGS)
-        model = transformers.LlavaNextForConditionalGeneration(config)
-        processor_class = transformers.LlavaNextProcessor
-    processor = processor_class(
+
+
+def _llava_processor(kind: Any, images: Any, tokenizer: Any, size: Size) -> Any:
+    return kind(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=size.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE if chat_template else None,
     )
-    return model, (processor,)
 
 
-def _qwen(tokenizer: Any, kind: Kind, chat_template: bool) -> tuple[Any, tuple[Any, ...]]:
+def _onevision(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
+    import transformers
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    square = {"height": size.image, "width": size.image}
+    images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=size.tilings)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**_vision(size), vision_use_head=False),
+        text_config=transformers.Qwen2Config(**_text(tokenizer, size)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=size.tilings,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config), (images, tokenizer)
+
+
+def _qwen(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -148,14 +212,14 @@ def _qwen(tokenizer: Any, kind: Kind, chat_template: bool) -> tuple[Any, tuple[A
     names |= {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     tokenizer.add_tokens(list(names.values()), special_tokens=True)
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**_text(tokenizer), "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
+        text_config={**_text(tokenizer, size), "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
         vision_config={
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
             "patch_size": 14,
-            "out_hidden_size": 48,
+            "out_hidden_size": size.hidden,
             "window_size": 56,
             "fullatt_block_indexes": [1],
         },
@@ -164,6 +228,8 @@ def _qwen(tokenizer: Any, kind: Kind, chat_template: bool) -> tuple[Any, tuple[A
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, patch_size=14)
     return transformers.Qwen2_5_VLForConditionalGeneration(config), (images, tokenizer)
 
+
+_MAKERS: Final = {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _onevision, "qwen2_5_vl": _qwen}
 
 if __name__ == "__main__":
     print(make_checkpoint(Path(sys.argv[1])))

@@ -1,0 +1,129 @@
+"""A small HTTP server on loopback that speaks enough of OpenAI's chat completions to say what went over the wire.
+
+By itself it answers a request with the picture's digest and the prompt. `decide` may have it answer anything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request as it arrived; number: how many came before it."""
+
+    number: int
+    body: dict[str, Any]
+    key: str
+
+    @property
+    def jpeg(self) -> bytes:
+        url: str = self.body["messages"][0]["content"][0]["image_url"]["url"]
+        assert url.startswith("data:image/jpeg;base64,")
+        return base64.b64decode(url.partition(",")[2])
+
+    @property
+    def prompt(self) -> str:
+        text: str = self.body["messages"][0]["content"][1]["text"]
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0  # before it is sent
+
+
+def words(jpeg: bytes, prompt: str) -> str:
+    return f"{hashlib.sha256(jpeg).hexdigest()[:12]}: {prompt}"
+
+
+def completion(asked: Asked, seconds: float = 0.0) -> Reply:
+    message = {"role": "assistant", "content": words(asked.jpeg, asked.prompt)}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    told = {"id": "1", "object": "chat.completion", "created": 0, "model": asked.body["model"], "usage": USAGE}
+    return Reply(200, json.dumps(told | {"choices": [choice]}).encode(), seconds=seconds)
+
+
+def refusal(status: int, message: str, **headers: str) -> Reply:
+    return Reply(status, json.dumps({"error": {"message": message}}).encode(), headers)
+
+
+class ChatServer:
+    """Listens while it is entered. `asked`: every request; `most`: how many were open at the same time."""
+
+    def __init__(self, decide: Callable[[Asked], Reply] = completion) -> None:
+        self.asked: list[Asked] = []
+        self.most = 0
+        self._decide, self._open, self._lock = decide, 0, threading.Lock()
+        self._connections: list[socket.socket] = []
+
+    def __enter__(self) -> ChatServer:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                server._connections.append(self.connection)
+
+            def do_POST(self) -> None:
+                given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                reply = server._answer(self.path, given, self.headers["Authorization"])
+                self.send_response(reply.status)
+                for name, value in {"Content-Type": "application/json", **reply.headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(reply.body)))
+                with suppress(BrokenPipeError, ConnectionResetError):  # who asked may have given up
+                    self.end_headers()
+                    self.wfile.write(reply.body)
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing on the tests' screen."""
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        for connection in self._connections:
+            with suppress(OSError):  # it may be closed already
+                connection.shutdown(socket.SHUT_RDWR)
+        self._http.server_close()
+        self._thread.join()
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}/v1"
+
+    def _answer(self, path: str, body: dict[str, Any], authorization: str) -> Reply:
+        if path != "/v1/chat/completions":
+            return refusal(404, f"no {path} here")
+        with self._lock:
+            asked = Asked(len(self.asked), body, authorization.removeprefix("Bearer "))
+            self.asked.append(asked)
+            self._open += 1
+            self.most = max(self.most, self._open)
+        reply = self._decide(asked)
+        time.sleep(reply.seconds)
+        with self._lock:
+            self._open -= 1
+        return reply
