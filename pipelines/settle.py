@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from configs.schema import NeighboursConfig
 from pipelines import verdicts
 from pipelines.neighbours import Twin, cluster, near_by_identity, split_of, twins
-from pipelines.shards import commit_again, read_manifests, read_sidecar
+from pipelines.shards import Manifest, commit_again, read_manifests, read_sidecar
 from pipelines.store import Store
 from pipelines.verdicts import DUPLICATES, DUPLICATES_SCHEMA, NEIGHBOURS_STAGE
 from stages.record import IDENTITY_DIM, Status
@@ -72,10 +72,11 @@ def settle(store: Store, config: NeighboursConfig) -> None:
     """
     if is_settled(store, config):
         return
+    count = carry_out(store)  # what was taken down must not be compared any more
     pool = read_pool(store)
     copies = twins(pool.sha256, pool.hashes, pool.vectors, config.max_hash_distance, config.max_similarity)
     _keep(store, DUPLICATES, _duplicates(pool, copies))
-    count = carry_out(store)
+    count += carry_out(store)
     reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(t.reason for t in copies.values()).items()))
     again = f"; {count} shards written again" if count else ""
     logger.info("%s samples compared: %s%s", f"{len(pool.keys):,}", reasons or "no copies", again)
@@ -89,8 +90,8 @@ def settle(store: Store, config: NeighboursConfig) -> None:
 
 
 def is_settled(store: Store, config: NeighboursConfig) -> bool:
-    """True if the identities were made from the shards as they are, by this configuration."""
-    if not store.exists(IDENTITIES):
+    """True if every shard carries the verdicts on it, and the identities were made from them by this configuration."""
+    if stale_shards(store) or not store.exists(IDENTITIES):
         return False
     with store.open(IDENTITIES) as stream:
         told = pq.read_schema(stream).metadata or {}
@@ -99,15 +100,20 @@ def is_settled(store: Store, config: NeighboursConfig) -> bool:
 
 def carry_out(store: Store) -> int:
     """Write those shards again that don't carry the verdicts on them yet; how many there were."""
+    stale = stale_shards(store)
+    for manifest in stale:
+        commit_again(store, manifest)
+    return len(stale)
+
+
+def stale_shards(store: Store) -> list[Manifest]:
+    """Manifests of the shards that don't carry the verdicts on them yet: copies and take-downs."""
     told = verdicts.of_all(store)
-    stale = [
+    return [
         manifest
         for index, manifest in read_manifests(store).items()
         if manifest["verdicts"] != verdicts.digest(told.get(index, verdicts.NONE))
     ]
-    for manifest in stale:
-        commit_again(store, manifest)
-    return len(stale)
 
 
 def read_pool(store: Store) -> Pool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from configs.schema import RightsConfig
-from stages.base import Dropped, RecordStage
+from stages.base import Dropped, RecordStage, reject
 from stages.record import Record
 
 
@@ -20,10 +20,13 @@ class RightsStage(RecordStage):
 
     def process_one(self, record: Record) -> Record:
         if not allowed(record.license, self.config.license_allow):
-            raise Dropped("license_not_allowed", _said("licence", record.license, self.config.license_allow))
-        if not allowed(record.consent, self.config.consent_allow):
-            raise Dropped("consent_missing", _said("consent", record.consent, self.config.consent_allow))
-        return record
+            verdict = Dropped("license_not_allowed", _said("licence", record.license, self.config.license_allow))
+        elif not allowed(record.consent, self.config.consent_allow):
+            verdict = Dropped("consent_missing", _said("consent", record.consent, self.config.consent_allow))
+        else:
+            return record
+        stated = {name: getattr(record, name) for name in ("key", "source", "sha256", "license", "author", "consent")}
+        return reject(Record(**stated), verdict, self.name)  # an earlier run may have made more of it: that goes too
 
 
 def allowed(stated: str, patterns: Sequence[str]) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from configs.load import load
 from configs.schema import DatasetConfig
+from pipelines.settle import IDENTITIES
+from pipelines.verdicts import DUPLICATES
 
 DEMO = "configs/dataset/demo.yaml"
 
@@ -19,8 +21,9 @@ def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetCo
 
 
 def digests(output: Path) -> dict[str, str]:
-    """name → sha256 of every tar and sidecar: all that must not differ between two runs."""
+    """name → sha256 of every tar and sidecar, of copies and identities: all that must not differ between two runs."""
     files = [path for path in (output / "shards").iterdir() if path.suffix in (".tar", ".parquet")]
+    files += [output / name for name in (DUPLICATES, IDENTITIES)]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 

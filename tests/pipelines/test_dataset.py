@@ -118,7 +118,8 @@ def test_new_inputs_make_new_shards_and_leave_the_old_alone(portraits: Path, tmp
     assert [task.shard.index for task in job.tasks] == [2] and job.plan.new == 1
     list(execute(job, lambda count: None))
     after = digests(output)
-    assert {name: after[name] for name in before} == before and len(after) == len(before) + 2
+    shards = {name: digest for name, digest in before.items() if name.startswith("fgid-")}
+    assert {name: after[name] for name in shards} == shards and len(after) == len(before) + 2
 
 
 def test_a_changed_input_is_noticed(portraits: Path, tmp_path: Path) -> None:
@@ -184,9 +185,8 @@ def test_retry_makes_just_those_inputs_again(portraits: Path, tmp_path: Path, mo
     files[1].write_bytes(whole)  # mended; a mount that was away comes back with the very same times
     os.utime(files[1], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     job = plan_job(config(source, output), frozenset({"truncated"}))
-    assert [(task.shard.index, task.again, task.retry) for task in job.tasks] == [
-        (0, NOTHING, frozenset({"truncated"}))
-    ]
+    [task] = job.tasks
+    assert (task.shard.index, task.again, task.retry) == (0, NOTHING, {"truncated"})
     assert _remade(job, monkeypatch) == {key_of(files[1].name)}
     assert digests(output) == _from_scratch(source, tmp_path)
     assert read_ledger(Store(str(output))).failed == {"not_an_image": 1}
