@@ -22,7 +22,7 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train infer report weights test golden chaos lint format bench bench-scale clean
+.PHONY: help install demo dataset train infer report weights test golden chaos quality lint format bench bench-scale clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ golden: install ## hold every module against the reference's answers
 
 chaos: install ## kill -9 workers, actors, nodes and the driver of a Ray cluster, and compare every byte. ROUNDS=5
 	$(RUN) -m tests.chaos --rounds $(or $(ROUNDS),5) $(ARGS)
+
+quality: install ## plant faults among COUNT portraits: each must be caught by the right rule, little else lost. ARGS="--each 20"
+	$(RUN) -m tests.quality --count $(COUNT) $(ARGS)
 
 lint: install ## style, types, import layers
 	$(BIN)/ruff check .
