@@ -280,6 +280,16 @@ def test_hair_covers_eyes_and_a_beard_covers_nothing(clean: list[Seen]) -> None:
 
 
 @pytest.mark.parametrize("label", [0, 14, 16, 18])
+def test_a_hand_beside_the_nose_counts_by_its_area(clean: list[Seen], label: int) -> None:
+    """Eyes, nose and mouth all stay in part: only the foreign pixels tell."""
+    for seen in clean[:8]:
+        labels = seen.labels.copy()
+        side = labels[:, : round(seen.face.landmarks[2][0])]
+        side[side == 1] = label
+        assert 0.2 < replace(seen, labels=labels).measure().occlusion < 0.5
+
+
+@pytest.mark.parametrize("label", [0, 14, 16, 18])
 def test_a_map_of_something_else_is_all_covered(clean: list[Seen], label: int) -> None:
     assert replace(clean[0], labels=np.full_like(clean[0].labels, label)).measure().occlusion == 1
 
