@@ -197,8 +197,8 @@ class CaptionConfig:
 class RulesConfig:
     """What a sample must be, in figures that are recorded; another rule needs no model to run again. 0: no such rule.
 
-    Defaults lose 3 of 1,000 synthetic portraits, two of them for a second face. `python -m bench.quality FOLDER` shows
-    how your own pictures lie.
+    The defaults keep 999 of 1,000 synthetic portraits (the other has a second face) and were tried on few photographs:
+    `python -m bench.quality FOLDER` shows where yours lie.
     """
 
     min_side: int = 256  # short side of the source, pixels
