@@ -202,7 +202,7 @@ class RulesConfig:
     """
 
     min_side: int = 256  # short side of the source, pixels
-    max_faces: int = 1
+    max_faces: int = 1  # of at least a third of the chosen one's side: passers-by far behind don't count
     min_faces: int = 1
     min_face: float = 64.0  # short side of the chosen face's box, pixels of the resized picture
     min_score: float = 0.5  # of the chosen face's detection, 0 to 1

@@ -14,6 +14,8 @@ from configs.schema import RulesConfig
 from stages.base import Dropped, RecordStage, hold
 from stages.record import Record
 
+_PASSER_BY: Final = 1 / 3
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -60,6 +62,11 @@ def _side(record: Record) -> float | None:
     return min(record.source_width, record.source_height) or None
 
 
+def _large_faces(record: Record) -> int:
+    """Faces that a picture may be about: a passer-by far behind has a side under a third of the chosen face's."""
+    return sum(face.side >= record.main_face.side * _PASSER_BY for face in record.faces)
+
+
 def _of(name: str) -> Callable[[Record], float | None]:
     """A figure of the measures, without its sign: turned left is as bad as turned right."""
     return lambda record: None if record.measures is None else abs(float(getattr(record.measures, name)))
@@ -67,7 +74,7 @@ def _of(name: str) -> Callable[[Record], float | None]:
 
 RULES: Final = (
     Rule("min_side", "low_resolution", "short side in pixels", _side),
-    Rule("max_faces", "too_many_faces", "faces", lambda record: len(record.faces)),
+    Rule("max_faces", "too_many_faces", "faces", _large_faces),
     Rule("min_faces", "too_few_faces", "faces", lambda record: len(record.faces)),
     Rule("min_face", "face_too_small", "face in pixels", lambda record: record.main_face.side),
     Rule("min_score", "low_score", "detection score", lambda record: record.main_face.score),

@@ -47,8 +47,8 @@ class ResizeStage(RecordStage):
 
     def process_one(self, record: Record) -> Record:
         with _opened(record.image, self.config) as opened:
-            source_width, source_height = _upright_size(opened)
             pixels = self._resized(_pixels(opened, record.image, self.config))
+            source_width, source_height = _upright_size(opened)
         height, width = pixels.shape[:2]
         return replace(
             record,
@@ -129,11 +129,8 @@ def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
 
 
 def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
-    """(width, height) once EXIF's orientation is applied; orientations from 5 on lie on their side."""
-    try:
-        lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:  # noqa: BLE001 - broken EXIF raises what it likes; the decoder will meet it again, and say so
-        lies = False
+    """(width, height) of a picture that has been decoded, once EXIF's orientation is applied: from 5 on it lies."""
+    lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (opened.height, opened.width) if lies else opened.size
 
 

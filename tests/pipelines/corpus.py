@@ -243,7 +243,7 @@ def contents(faces: Faces) -> Iterator[Case]:
         yield Case(name, encoded(image, "PNG" if name.endswith("png") else "JPEG"), NO_FACE)
     tiny = Image.new("RGB", (1024, 1024), "grey")
     tiny.paste(faces[0].resize((48, 48)), (480, 480))
-    yield Case("tiny face.png", encoded(tiny, "PNG"), Expected("dropped", "face_too_small"))
+    yield Case("tiny face.png", encoded(tiny, "PNG"), Expected("dropped", "no_face_parsed"))
     many = Image.new("RGB", (3 * SIDE, SIDE))
     for index in range(3):
         many.paste(faces[index], (index * SIDE, 0))

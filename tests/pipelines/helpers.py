@@ -10,8 +10,11 @@ from configs.load import load
 from configs.schema import DatasetConfig
 from pipelines.settle import IDENTITIES
 from pipelines.verdicts import DUPLICATES
+from stages.judge import RULES
 
 DEMO = "configs/dataset/demo.yaml"
+NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
+NO_COPIES = ("neighbours.max_hash_distance=-1", "neighbours.max_similarity=0")
 
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:

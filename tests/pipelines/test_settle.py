@@ -15,7 +15,7 @@ from pipelines.settle import IDENTITIES, read_identities
 from pipelines.store import Store
 from pipelines.verdicts import DUPLICATES
 from stages.record import key_of
-from tests.pipelines.helpers import config, digests, stamps
+from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
 from tests.pipelines.test_rules import rows_of
 
 SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike are two people
@@ -60,7 +60,7 @@ def test_a_second_run_writes_nothing_and_other_limits_need_no_stage(photos: Path
     before = stamps(output)
     run(config(photos, output, *SPLIT))
     assert stamps(output) == before
-    run(config(photos, output, *SPLIT, "neighbours.max_hash_distance=-1", "neighbours.max_similarity=0"))
+    run(config(photos, output, *SPLIT, *NO_COPIES))
     assert Counter(row["reason"] for row in rows_of(output)) == {"": 10, "duplicate": 1}
     run(config(photos, output, *SPLIT))
     assert digests(output) == digests(made)
@@ -113,8 +113,7 @@ def test_more_pictures_change_no_verdict_and_move_nobody(photos: Path, made: Pat
 def test_killed_between_finding_copies_and_carrying_them_out(photos: Path, made: Path, tmp_path: Path) -> None:
     """The state that a SIGKILL leaves there: copies are written down, and no shard says so yet."""
     output = tmp_path / "out"
-    off = ("neighbours.max_hash_distance=-1", "neighbours.max_similarity=0")
-    run(config(photos, output, *SPLIT, *off))
+    run(config(photos, output, *SPLIT, *NO_COPIES))
     shutil.copy(made / DUPLICATES, output / DUPLICATES)
     assert [line for line in lint(Store(str(output))) if "doesn't carry out yet" in line]
     run(config(photos, output, *SPLIT))

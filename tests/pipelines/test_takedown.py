@@ -20,11 +20,11 @@ from pipelines.shards import read_records
 from pipelines.store import Store
 from pipelines.takedown import by_hash, by_photo, by_source, digest_of, take_down
 from stages.backends.protocols import Image
-from tests.pipelines.helpers import config, stamps
+from tests.pipelines.helpers import NO_COPIES, NO_RULES, config, stamps
 from tests.pipelines.test_dataset import _count_models
 from tests.pipelines.test_rules import rows_of
 
-ALL = ("neighbours.max_hash_distance=-1", "neighbours.max_similarity=0", "shard_size=2", "rules.min_sharpness=0")
+ALL = (*NO_COPIES, *NO_RULES, "shard_size=2")
 PERSON = "portrait-7-00003"
 
 

@@ -9,8 +9,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.schema import RulesConfig
 from stages.judge import RULES, Rule, verdict
-from stages.quality import Measures
-from stages.record import Face
+from stages.record import Face, Measures
 
 FACE = Face(
     box=(100.0, 100.0, 200.0, 220.0),
@@ -28,7 +27,7 @@ class Facts:
     source_height: int = 600
     faces: tuple[Face, ...] = (FACE,)
     main_face: Face = FACE
-    identity_norm: float = 20.0
+    identity_norm: float | None = 20.0
     measures: Measures | None = FINE
 
 
@@ -64,12 +63,11 @@ BROKEN = {
 
 def test_a_good_record_breaks_no_rule_and_an_unmeasured_one_none_on_measures() -> None:
     assert verdict(Facts(), RulesConfig()) is None
-    assert verdict(Facts(measures=None, identity_norm=0.0, source_width=0, source_height=0), RulesConfig()) is None
+    assert verdict(Facts(measures=None, identity_norm=None, source_width=0, source_height=0), RulesConfig()) is None
 
 
-def test_every_limit_of_the_configuration_is_a_rule_or_compares_pictures() -> None:
-    across = {"max_hash_distance", "max_similarity"}
-    assert [rule.setting for rule in RULES] == [f.name for f in fields(RulesConfig) if f.name not in across]
+def test_every_limit_of_the_configuration_is_a_rule() -> None:
+    assert [rule.setting for rule in RULES] == [f.name for f in fields(RulesConfig) if f.name != "placement"]
     assert {rule.setting for rule in RULES} == set(BROKEN)
 
 
@@ -77,6 +75,12 @@ def test_every_limit_of_the_configuration_is_a_rule_or_compares_pictures() -> No
 def test_each_rule_names_its_reason_and_what_it_found(setting: str) -> None:
     facts, reason, detail = BROKEN[setting]
     assert verdict(facts, RulesConfig()) == (reason, detail)
+
+
+def test_a_passer_by_is_no_second_person() -> None:
+    far, near = (replace(FACE, box=(0.0, 0.0, side, side)) for side in (30.0, 40.0))
+    assert verdict(Facts(faces=(FACE, far)), RulesConfig()) is None
+    assert verdict(Facts(faces=(FACE, near)), RulesConfig()) == ("too_many_faces", "faces 2, expected at most 1")
 
 
 @pytest.mark.parametrize("setting", BROKEN)
@@ -112,8 +116,6 @@ def test_a_figure_that_is_no_number_is_no_pass() -> None:
         {"min_sharpness": 1.5},
         {"max_yaw": 200},
         {"max_occlusion": -0.1},
-        {"max_hash_distance": 300},
-        {"max_similarity": 2},
         {"min_faces": 3, "max_faces": 2},
         {"min_brightness": 0.9, "max_brightness": 0.5},
     ],

@@ -17,8 +17,8 @@ from stages.backends.protocols import Image, LabelMap
 from stages.base import run_chain
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels, encode_jpeg
-from stages.quality import FACE_MM, Measures, Points, angles_of, measure, rotation_of
-from stages.record import Face, Record, key_of
+from stages.quality import FACE_MM, Points, angles_of, measure, rotation_of
+from stages.record import Face, Measures, Record, key_of
 
 RULES = RulesConfig()
 
