@@ -9,8 +9,7 @@ not on what is said.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ import typer
 from PIL import Image
 from skimage.data import astronaut, cat, chelsea, coffee
 
+from bench.against import Cost, cost_of
 from configs.schema import CaptionConfig, PlacementConfig
 from stages.backends.llava import Llava
 from stages.backends.runtime import pin_threads
@@ -43,7 +43,7 @@ def main(
     records = [Record(key=key_of(str(n)), source=str(n), image=pictures[n % len(pictures)]) for n in range(batch_size)]
     with tempfile.TemporaryDirectory(prefix="captions-") as folder:
         make_checkpoint(Path(folder), size=SIZE)
-        print("tokens   way          s a picture   times as fast as two calls: median (least, most)", flush=True)
+        print("tokens   way         s a picture   two calls over it    CPU-s a picture   two calls over it", flush=True)
         for count in tokens or (16, 64):
             config = CaptionConfig(
                 backend="llava",
@@ -56,22 +56,30 @@ def main(
 
 
 def compare(backend: Llava, records: Sequence[Record], rounds: int) -> None:
-    """All ways in turns, on the same model; the texts must be the same each time. Prints a row for each."""
+    """All ways in turns, on the same model; the texts must be the same each time. Prints a row for each.
+
+    Ratios are medians (least, most) of the turns. CPU-seconds are steadier where the machine has other work too.
+    """
     ways = {"shared": backend.caption, "one call": partial(one_call, backend), "two calls": partial(two_calls, backend)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
     backend.caption(records)  # once outside the clock: the first call of anything is slower
     for _ in range(rounds):
-        said = []
+        said: dict[str, Any] = {}
         for name, way in ways.items():
-            began = time.perf_counter()
-            said.append(way(records))
-            seconds[name].append((time.perf_counter() - began) / len(records))
-        assert said[0] == said[1] == said[2], "sharing a prefix must change no word"
-        assert len(set(said[0])) == len({record.image for record in records}), "each picture has words of its own"
-    for name, taken in seconds.items():
-        ratios = [other / own for own, other in zip(taken, seconds["two calls"], strict=True)]
-        spread = f"{median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
-        print(f"{backend.config.max_new_tokens:>6}   {name:10} {median(taken):>13.2f}   {spread}", flush=True)
+            costs[name].append(cost_of(partial(say, said, name, way, records)))
+        assert said["shared"] == said["one call"] == said["two calls"], "sharing a prefix must change no word"
+        assert len(set(said["shared"])) == len({record.image for record in records}), "each picture has its own words"
+    for name, turns in costs.items():
+        row = f"{backend.config.max_new_tokens:>6}   {name:10}"
+        for unit in ("seconds", "cpu"):
+            own, other = ([getattr(cost, unit) for cost in taken] for taken in (turns, costs["two calls"]))
+            ratios = [b / a for a, b in zip(own, other, strict=True)]
+            row += f" {median(own) / len(records):>13.2f}   {median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
+        print(row, flush=True)
+
+
+def say(said: dict[str, Any], name: str, way: Callable[..., Any], records: Sequence[Record]) -> None:
+    said[name] = way(records)
 
 
 def two_calls(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]:
