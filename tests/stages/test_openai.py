@@ -80,10 +80,9 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         command = [str(program), "serve", str(checkpoint), *options]
         server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
     try:
-        for _ in range(1200):
-            assert server.poll() is None, log.read_text()
-            if answers(f"http://127.0.0.1:{port}/health"):
-                break
+        until = time.monotonic() + 400  # it imports for seconds, on a busy machine for minutes
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < until, log.read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
