@@ -53,7 +53,8 @@ def simulate(count: int, people: int, copies: float, alike: bool, seed: int) -> 
     copied = np.flatnonzero(rng.random(count) < copies)
     copied = copied[copied > 0]
     original[copied] = rng.integers(0, copied)
-    original[copied] = original[original[copied]]  # at most two hops: what is left over is a copy of a copy
+    while not np.array_equal(original, original[original]):  # a copy of a copy is one of the first
+        original = original[original]
     person[copied] = person[original[copied]]
     share_common = _COMMON if alike else 0.0
     axes = np.arange(_DIM, dtype=np.float32)
@@ -70,7 +71,7 @@ def simulate(count: int, people: int, copies: float, alike: bool, seed: int) -> 
         noise = rng.standard_normal((len(share), _DIM), np.float32) * spread
         vectors[rows] = unit(common + np.sqrt(share) * people_vectors[person[rows]] + np.sqrt(1 - share) * noise)
     hashes = _hashes(rng, count)
-    for row in copied.tolist():  # in order: a copy of a copy follows it
+    for row in copied.tolist():
         source = original[row]
         drift = rng.standard_normal(_DIM, np.float32) / np.sqrt(_DIM)
         vectors[row] = unit((vectors[source] + rng.uniform(0.1, 0.3) * drift)[None])[0]

@@ -182,6 +182,7 @@ def test_a_chain_is_not_one_identity(degrees: float) -> None:
     least = np.cos(np.radians(degrees)) - 0.04
     labels = clustered(vectors, least, 23)
     assert len(np.unique(labels)) > 4 and labels[0] != labels[-1]
+    assert (labels[labels] == labels).all(), "each is known by a member"
     for label in np.unique(labels):
         own = vectors[labels == label]
         pairs = (own @ own.T)[np.triu_indices(len(own), 1)]
