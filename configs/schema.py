@@ -148,8 +148,8 @@ class IdentitiesConfig:
 
     # Mean cosine between two clusters that merge. Measured (docs/benchmarks.md) where strangers are hardest to tell
     # apart, with the demo's embedder on synthetic portraits, of which one pair in a thousand has 0.57: of 300 strangers
-    # 0.5 joins 132 to others, 0.6 joins 25. Where strangers lie near 0, as photographs' do by a better embedder, 0.6 leaves
-    # a person in pieces and 0.35 joins no one falsely (simulated): lower it for one that you have measured.
+    # 0.5 joins 132 to others, 0.6 joins 25. Where strangers lie near 0, as photographs' do by a better embedder, 0.6
+    # leaves people in pieces and 0.35 joins no one falsely (simulated): lower it for one that you have measured.
     min_similarity: float = 0.6
     neighbours: int = 16  # looked at for each sample; twice as many gave the same identities within half a per cent
     val_share: float = 0.02  # of the identities
