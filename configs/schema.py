@@ -271,6 +271,25 @@ class ReviewConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IdentitiesConfig:
+    """Which samples are one person, and on which side of the split. Applies to a finished data set, over all shards."""
+
+    # Mean cosine between two clusters that merge. Measured (docs/benchmarks.md) where strangers are hardest to tell
+    # apart, with the demo's embedder on synthetic portraits, of which one pair in a thousand has 0.57: of 300 strangers
+    # 0.5 joins 132 to others, 0.6 joins 25. Where strangers lie near 0, as photographs' do by a better embedder, 0.6
+    # leaves people in pieces and 0.35 joins no one falsely (simulated): lower it for one that you have measured.
+    min_similarity: float = 0.6
+    neighbours: int = 16  # looked at for each sample; twice as many gave the same identities within half a per cent
+    val_share: float = 0.02  # of the identities
+    seed: int = 0  # of the split
+
+    def __post_init__(self) -> None:
+        _check(0 < self.min_similarity < 1, f"identities.min_similarity={self.min_similarity}: expected 0 to 1")
+        _check(1 <= self.neighbours <= 256, f"identities.neighbours={self.neighbours}: expected 1 to 256")
+        _check(0 <= self.val_share <= 1, f"identities.val_share={self.val_share}: expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
     paths: tuple[str, ...] = ()  # NAME=FILE: use this file for that name in the weights table
     cache: str = ""  # "": $CONSISTENTID_CACHE, else ~/.cache/consistentid

@@ -6,9 +6,9 @@ Rows are pictures in the plan's order; a lower row came earlier.
 from __future__ import annotations
 
 from pipelines.neighbours.clusters import cluster, split_of
+from pipelines.neighbours.greedy import Twin, twins
 from pipelines.neighbours.hashes import HashPairs, near_by_hash, within
 from pipelines.neighbours.identities import Neighbours, near_by_identity, similarities
-from pipelines.neighbours.twins import Twin, twins
 
 __all__ = [
     "HashPairs",

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.neighbours.hashes import Hashes, HashIndex, Ints
-from pipelines.neighbours.identities import EXACT_ROWS, Floats, IdentityIndex, Vectors, similarities
+from pipelines.neighbours.identities import Floats, IdentityIndex, Vectors, similarities
 
 _BLOCK = 1024  # rows judged before those that were kept are indexed
+EXACT_ROWS = 30_000  # as long as no more are kept, all are compared
 _PROBES = 8  # cells: vectors with a cosine of 0.95 mostly share the nearest few
 _CANDIDATES = 4
 _ROUNDING = np.float32(1e-3)  # what a matrix product may be off; its candidates are computed anew
