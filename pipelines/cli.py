@@ -127,6 +127,7 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 
 def _run(job: Job) -> None:
+    from pipelines.card import write_card
     from pipelines.dataset import execute, fetch_weights, read_ledger
     from pipelines.report import images_per_second, write_report
 
@@ -141,6 +142,7 @@ def _run(job: Job) -> None:
     for line in ledger.lines():
         typer.echo(line)
     write_report(job.store)
+    write_card(job.store)
     if done:
         rate = images_per_second(done) or 0.0
         typer.echo(f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once models were loaded")
@@ -242,12 +244,14 @@ def lint(output: Output) -> None:
 
 @app.command()
 def report(output: Output) -> None:
-    """Write OUT/report/index.html and stats.json again from the shards."""
+    """Write OUT/report/index.html and stats.json, README.md and croissant.json again from the shards."""
     with _errors():
+        from pipelines.card import write_card
         from pipelines.report import write_report
 
         store = _store(output)
         write_report(store)
+        write_card(store)
         typer.echo(f"report: {store.url}/report/index.html")
 
 
