@@ -80,7 +80,7 @@ def _draw_faces(photo: Image, row: Row) -> None:
         cv2.rectangle(photo, (x1, y1), (x2, y2), _CHOSEN if chosen else _OTHER, line)
         points = zip(face["landmarks"][::2], face["landmarks"][1::2], strict=True)
         for x, y in points if chosen else ():
-            cv2.circle(photo, (round(x * scale), round(y * scale)), line if line > 1 else 0, _POINT, cv2.FILLED)
+            cv2.circle(photo, (round(x * scale), round(y * scale)), line + 1 if line > 1 else 0, _POINT, cv2.FILLED)
 
 
 def half_blocks(shown: Panes) -> Text:
