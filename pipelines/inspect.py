@@ -51,8 +51,11 @@ class Inspection:
 def inspect(store: Store, text: str) -> Inspection:
     """The input that `text` names: a key, the beginning of one, or a name. Raises PipelineError unless there is one."""
     manifests = read_manifests(store)
-    index, key = find(store, sorted(manifests), text)
-    table = read_sidecar(store, index)
+    try:
+        index, key = find(store, sorted(manifests), text)
+        table = read_sidecar(store, index)
+    except FileNotFoundError as error:
+        raise ShardError(f"{store.url}: a shard has a manifest and no sidecar. Run the pipeline again.") from error
     [row] = table.filter(pc.equal(table.column("key"), key)).to_pylist()
     config = yaml.safe_load(store.read("config.yaml")) if store.exists("config.yaml") else {}
     dataset = json.loads(store.read("dataset.json")) if store.exists("dataset.json") else {}
@@ -61,7 +64,7 @@ def inspect(store: Store, text: str) -> Inspection:
         row=row,
         record=_sample(store, shard_name(index), row),
         person=_person(store, key),
-        config=config,
+        config=config or {},
         current=dataset.get("signatures", []) == manifests[index]["signatures"],
     )
 
@@ -70,6 +73,9 @@ def find(store: Store, shards: Sequence[int], text: str) -> tuple[int, str]:
     """(shard, key) of the one input that `text` names. Raises PipelineError."""
     wanted, found, names = text.lower(), list[tuple[int, Row]](), list[str]()
     exact = key_of(text)
+    for key in (wanted, exact):
+        if (person := _person(store, key)) and person["shard"] in shards:
+            return person["shard"], key  # no need to look through them all
     begins = len(wanted) >= _LEAST and not wanted.strip("0123456789abcdef")
     for index in shards:
         table = read_sidecar(store, index, ["key", "source", "status", "reason"])

@@ -91,6 +91,13 @@ def test_at_most_ten_are_listed(tmp_path: Path) -> None:
     assert str(caught.value).count("http_404") == 10 and "and 3 more" in str(caught.value)
 
 
+def test_a_missing_sidecar_is_said(made: Store, tmp_path: Path) -> None:
+    shutil.copytree(made.root, tmp_path / "copy")
+    (tmp_path / "copy/shards/fgid-000000.parquet").unlink()
+    done = call(Store(str(tmp_path / "copy")), "page.jpg")
+    assert done.exit_code == 2 and "no sidecar" in done.stderr
+
+
 # -------------------------------------------------------------------------------------------------------- telling
 
 
