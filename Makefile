@@ -22,7 +22,8 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train infer report weights test golden chaos quality lint format bench bench-scale clean
+.PHONY: help install demo dataset train infer report inspect weights test golden chaos quality lint format bench \
+	bench-scale clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,6 +53,9 @@ infer: install ## a photograph and a prompt → portraits. CONFIG=configs/infer/
 
 report: install ## write the report of OUT=… again
 	$(RUN) -m pipelines.cli report $(OUT)
+
+inspect: install ## one sample in the terminal or as PNG. OUT=… KEY=… ARGS="--png FILE"
+	$(RUN) -m pipelines.cli inspect $(OUT) $(KEY) $(ARGS)
 
 weights: install ## fetch weights ahead of a run. PRESET=demo or fgid
 	$(RUN) -m pipelines.cli weights --config configs/dataset/$(PRESET).yaml $(ARGS)

@@ -21,7 +21,8 @@ from PIL import Image
 from skimage.data import astronaut, cat, chelsea, coffee
 
 from bench.against import Cost, cost_of
-from configs.schema import CaptionConfig, PlacementConfig
+from configs.common import PlacementConfig
+from configs.schema import CaptionConfig
 from stages.backends.llava import Llava
 from stages.backends.runtime import pin_threads
 from stages.codec import decode_jpeg, encode_jpeg

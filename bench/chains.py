@@ -9,7 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from configs.schema import NO_ANSWER, DatasetConfig, PlacementConfig
+from configs.common import NO_ANSWER, PlacementConfig
+from configs.schema import DatasetConfig
 from stages.base import Stage
 from stages.codec import encode_labels
 from stages.record import IDENTITY_DIM, Face, Record

@@ -20,7 +20,8 @@ import PIL.Image
 import typer
 
 from configs.load import load
-from configs.schema import DatasetConfig, RulesConfig
+from configs.quality import RulesConfig
+from configs.schema import DatasetConfig
 from stages import quality
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain

@@ -8,10 +8,9 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -129,13 +128,14 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 def _run(job: Job) -> None:
     from pipelines.dataset import execute, fetch_weights, read_ledger
+    from pipelines.progress import Progress
     from pipelines.report import images_per_second
     from pipelines.review import check_trainable
 
     for weight in fetch_weights(job.config):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
     started, done = time.time(), []
-    with _Progress(job.todo) as progress:
+    with Progress(job.todo) as progress:
         for manifest in execute(job, progress.advance):
             done.append(manifest)
             progress.note(manifest)
@@ -151,61 +151,11 @@ def _run(job: Job) -> None:
 
 
 def _write_report(store: Store) -> None:
+    from pipelines.card import write_card
     from pipelines.report import write_report
 
     write_report(store)
-
-
-class _Progress:
-    """A bar with images/s and ETA on a terminal, a line every few seconds elsewhere; failures by reason on both."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[ended]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._plain = not console.is_terminal
-        self._task = self._bar.add_task("images", total=total, rate="", ended="")
-        self._total, self._done, self._started, self._said = total, 0, 0.0, time.time()
-        self._ended: Counter[str] = Counter()
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        now = time.time()
-        self._started = self._started or now  # the clock starts with the first picture, once models are loaded
-        self._done += count
-        rate = self._done / max(now - self._started, 1e-9) if now - self._started > 1 else 0.0
-        self._bar.update(self._task, advance=count, rate=f"{rate:.1f}/s" if rate else "")
-        if self._plain and now - self._said > 5:
-            self._said = now
-            left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
-            typer.echo(f"  {self._done:,}/{self._total:,} images, {rate:.1f}/s{left}{self._reasons()}", err=True)
-
-    def note(self, manifest: dict[str, Any]) -> None:
-        """Count what a committed shard lost, by reason."""
-        self._ended.update(manifest["dropped"])
-        self._ended.update(manifest["failed"])
-        self._bar.update(self._task, ended=self._reasons())
-
-    def _reasons(self) -> str:
-        return "".join(f"  {reason} {count}" for reason, count in self._ended.most_common(4))
+    write_card(store)
 
 
 @app.command()
@@ -302,11 +252,36 @@ def _printable(text: str) -> str:
 
 @app.command()
 def report(output: Output) -> None:
-    """Write OUT/report/index.html and stats.json again from the shards."""
+    """Write OUT/report/index.html and stats.json, README.md and croissant.json again from the shards."""
     with _errors():
         store = _store(output)
         _write_report(store)
         typer.echo(f"report: {store.url}/report/index.html")
+
+
+@app.command()
+def inspect(
+    output: Output,
+    key: Annotated[str, typer.Argument(help="A key, at least four digits of its beginning, or a picture's name.")],
+    png: Annotated[Path | None, typer.Option("--png", help="Write picture, labels and legend there.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --png file.")] = False,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Text only.")] = False,
+) -> None:
+    """Show one input: its picture, labels and faces, why it ended as it did, and what the trainer makes of it.
+
+    Example: python -m pipelines.cli inspect runs/mine 0c0f
+    """
+    with _errors():
+        from pipelines.describe import console_of, show
+        from pipelines.inspect import inspect as look
+        from pipelines.panes import write_sheet
+
+        found = look(_store(output), key)
+        if png is not None:
+            write_sheet(found, png, overwrite)
+        show(found, console_of(), not no_picture)
+        if png is not None:
+            typer.echo(f"written: {png}")
 
 
 @app.command("export-json")
@@ -323,9 +298,10 @@ def export_json(
     with _errors():
         from pipelines.dataset import read_ledger
         from pipelines.export import export_json as export
+        from pipelines.progress import Progress
 
         store = _store(output)
-        with _Progress(read_ledger(store).written) as progress:
+        with Progress(read_ledger(store).written) as progress:
             count = export(store, folder, color=color, overwrite=overwrite, advance=progress.advance)
         typer.echo(f"{count:,} pictures in {folder}/JSON_all.json")
 

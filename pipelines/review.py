@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from configs.errors import QualityError
-from configs.schema import ReviewConfig
+from configs.quality import ReviewConfig
 from model.prompt import add_marks, fused_regions, named_regions, region_words, training_text, without_marks
 from model.spec import spec_named
 from model.vocabulary import clip_tokenizer

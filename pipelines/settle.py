@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from configs.schema import NeighboursConfig
+from configs.quality import NeighboursConfig
 from pipelines import verdicts
 from pipelines.neighbours import Twin, cluster, near_by_identity, split_of, twins
 from pipelines.shards import Manifest, commit_again, read_manifests, read_sidecar

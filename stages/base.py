@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
+from configs.common import PlacementConfig
 from configs.errors import ConfigError
-from configs.schema import PlacementConfig
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
 from stages.record import Record, Status

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from configs.schema import RulesConfig
+from configs.quality import RulesConfig
 from stages.base import Dropped, RecordStage, hold
 from stages.record import Record
 

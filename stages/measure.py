@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from configs.schema import MeasureConfig
+from configs.quality import MeasureConfig
 from stages.base import RecordStage
 from stages.codec import decode_jpeg, decode_labels
 from stages.quality import measure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from configs.schema import RightsConfig
+from configs.quality import RightsConfig
 from stages.base import Dropped, RecordStage, reject
 from stages.record import Record
 

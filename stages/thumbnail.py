@@ -11,7 +11,7 @@ from typing import Final
 import cv2
 import numpy as np
 
-from configs.schema import ThumbnailConfig
+from configs.quality import ThumbnailConfig
 from stages.backends.protocols import Image, LabelMap
 from stages.base import RecordStage
 from stages.codec import decode_jpeg

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 
 from configs.errors import ConfigError
-from configs.schema import RulesConfig
+from configs.quality import RulesConfig
 from stages.judge import RULES, Rule, verdict
 from stages.record import Face, Measures
 

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from skimage.data import astronaut, cat, coffee
 
+from configs.common import PlacementConfig
 from configs.errors import ConfigError, WeightsError
-from configs.schema import CaptionConfig, PlacementConfig
+from configs.schema import CaptionConfig
 from stages.backends.llava import Llava
 from stages.backends.weights import Weights
 from stages.caption import CaptionStage

@@ -21,8 +21,9 @@ import pytest
 import torch
 from skimage.data import astronaut, cat, coffee, rocket
 
+from configs.common import PlacementConfig
 from configs.errors import ConfigError, ServerError
-from configs.schema import CaptionConfig, PlacementConfig
+from configs.schema import CaptionConfig
 from stages.backends.llava import Llava
 from stages.backends.openai import OpenAICaptioner
 from stages.backends.weights import Weights

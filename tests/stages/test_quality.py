@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import skimage.data
 
-from configs.schema import DatasetConfig, ParseConfig, RulesConfig
+from configs.quality import RulesConfig
+from configs.schema import DatasetConfig, ParseConfig
 from stages.backends.protocols import Image, LabelMap
 from stages.base import run_chain
 from stages.chain import build_stages
