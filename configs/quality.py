@@ -78,14 +78,14 @@ class RulesConfig:
 class NeighboursConfig:
     """What only the whole data set can tell: copies, who is who, and the split."""
 
-    # Measured (docs/benchmarks.md): what was encoded again or scaled is within 6 bits, no strangers within 46; of half a
-    # million strangers about one pair in ten sets would be within 10. Cropped copies are found by the face.
+    # Measured (docs/benchmarks.md): what was encoded again or scaled is within 6 bits, no strangers within 46; of half
+    # a million strangers about one pair in ten sets would be within 10. Cropped copies are found by the face.
     max_hash_distance: int = 10  # near_duplicate: bits of 256 in which perceptual hashes differ; -1: off
     max_similarity: float = 0.95  # face_duplicate: cosine of identities from which it is the same picture; 0: off
     # Mean cosine between two groups that become one identity. Measured where strangers are hardest to tell apart, with
     # the demo's embedder on synthetic portraits, of which one pair in a thousand has 0.57: of 300 strangers 0.5 joins
-    # 132 to others, 0.6 joins 25. Where strangers lie near 0, as photographs' do by a better embedder, 0.6 leaves people in
-    # pieces and 0.35 joins no one falsely (simulated): lower it for one that you have measured.
+    # 132 to others, 0.6 joins 25. Where strangers lie near 0, as photographs' do by a better embedder, 0.6 leaves
+    # people in pieces and 0.35 joins no one falsely (simulated): lower it for one that you have measured.
     identity_similarity: float = 0.6
     nearest: int = 16  # neighbours looked at of each sample; twice as many gave the same within half a per cent
     val_share: float = 0.02  # of identities, kept apart for validation
