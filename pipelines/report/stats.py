@@ -20,7 +20,7 @@ from pipelines.report.drift import Track, flags
 from pipelines.report.figures import FIGURES
 from pipelines.report.identities import identity_figures, takedowns
 from pipelines.report.runs import chain_figures, plan_figures, run_figures
-from pipelines.report.scan import End, Row, Scan, scan
+from pipelines.report.scan import EXAMPLES, End, Row, Scan, scan
 from pipelines.report.spread import Floats, Sums, median, rounded, spread
 from pipelines.shards import manifests
 from pipelines.store import Store
@@ -74,7 +74,8 @@ def compute(store: Store) -> Report:
     examples: dict[End, list[tuple[int, int]]] = {}
     for part in scans:
         for end, rows in part.first.items():
-            examples.setdefault(end, []).extend((part.index, row) for row in rows)
+            first = examples.setdefault(end, [])
+            first += [(part.index, row) for row in rows[: EXAMPLES - len(first)]]
     runs = run_figures(found)
     table, drift = _shard_table(scans, spreads, runs, np.array(means), np.array(medians), np.array(counts))
     data = {

@@ -9,6 +9,8 @@ def number(value: float | None) -> str:
     """At most three digits behind the point, and none that say nothing."""
     if value is None:
         return "–"
+    if value < 0:
+        return f"−{number(-value)}"
     if float(value).is_integer():
         return f"{int(value):,}"
     digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1

@@ -17,6 +17,7 @@ function el(tag, attributes = {}, ...children) {
 // At most three digits behind the point, and none that say nothing; as pipelines/report/text.py has it.
 function number(value) {
   if (value == null || Number.isNaN(value)) return "–";
+  if (value < 0) return `−${number(-value)}`;
   if (Number.isInteger(value)) return whole.format(value);
   const size = Math.abs(value), digits = size < 1 ? 3 : size < 10 ? 2 : 1;
   return new Intl.NumberFormat("en", { maximumFractionDigits: digits }).format(value);

@@ -1,6 +1,6 @@
 // The browser of samples: filters in the address, their chips, and a grid of which only the cards in view exist.
 const grid = $("grid"), search = $("search");
-const GAP = 12, UNDER = 58; // pixels between cards, and for the words under a picture
+const GAP = 12, UNDER = 60; // pixels between cards, and for the words under a picture
 const CHIP = { q: "search", missing: "lacks", absent: "named, not there", past: "went beyond", of: null, at: null };
 let filters = new URLSearchParams(), found = [], current = 0, cards = new Map(), shape = null;
 
@@ -58,7 +58,9 @@ async function showPictures(next) {
 function countText(of) {
   if (of > found.length) return `showing ${whole.format(found.length)} of ${whole.format(of)}`;
   const text = `${whole.format(found.length)} ${found.length === 1 ? "record" : "records"}`;
-  return facts.records < facts.inputs ? `${text} of the ${whole.format(facts.records)} on this page; the set has ${whole.format(facts.inputs)}` : text;
+  if (facts.records === facts.inputs) return text;
+  const here = found.length === facts.records ? " on this page" : ` of the ${whole.format(facts.records)} on this page`;
+  return `${text}${here}; the set has ${whole.format(facts.inputs)}`;
 }
 
 function layout() {
@@ -102,7 +104,7 @@ function makeCard(all, index) {
   } else frame.append(el("span", { class: "bare" }, "no picture"));
   const state = all.status[at] === "ok" ? null : el("span", { class: `verdict ${all.status[at]}` }, all.reason[at].replaceAll("_", " "));
   return el("button", {
-    class: "card", type: "button", role: "option", "data-index": index, "data-key": all.key[at], tabindex: index === current ? 0 : -1,
+    class: "sample", type: "button", role: "option", "data-index": index, "data-key": all.key[at], tabindex: index === current ? 0 : -1,
     "aria-posinset": index + 1, "aria-setsize": found.length, "aria-selected": String(index === current),
     onclick: () => { current = index; openDetail(at); }, onfocus: () => { current = index; },
   }, frame, state, el("span", { class: "words", dir: "auto" }, words));

@@ -51,10 +51,9 @@ function histogram(element) {
   const figure = figureOf.get(element.dataset.figure), spread = spreadOf(figure.name), rows = bins(figure, spread);
   const whole = figure.whole && spread.edges[1] - spread.edges[0] === 1, small = element.classList.contains("small");
   const middle = (at) => (whole ? spread.edges[at] : ((spread.edges[at] + spread.edges[at + 1]) / 2) * figure.scale);
-  const tone = element.dataset.color || colour("bar");
   const trace = {
     type: "bar", x: rows.map((_, at) => middle(at)), y: rows.map(([, count]) => count), customdata: rows.map(([, , to]) => to), hovertext: rows.map(([label, count]) => `${label}: <b>${number(count)}</b>`),
-    hoverinfo: "text", marker: { color: tone }, width: whole ? 0.9 : undefined,
+    hoverinfo: "text", marker: { color: colour("bar") }, width: whole ? 0.9 : undefined,
   };
   const rule = { type: "line", xref: "x", yref: "paper", y0: 0, y1: 1, x0: spread.median * figure.scale, x1: spread.median * figure.scale, line: { color: colour("ink"), width: 1, dash: "dot" } };
   const layout = frame(small ? 120 : 170, { shapes: [rule], bargap: whole ? 0.1 : 0.04 });
@@ -75,8 +74,8 @@ function funnel(element) {
 }
 
 function stages(element) {
-  const names = Object.keys(facts.stage_seconds).toReversed(), values = names.map((name) => facts.stage_seconds[name]);
-  const trace = { type: "bar", orientation: "h", y: names, x: values, marker: { color: colour("bar") }, hovertext: values.map((v, i) => `${names[i]} <b>${seconds(v)}</b>`), hoverinfo: "text" };
+  const tones = stageTones(), names = Object.keys(facts.stage_seconds).toReversed(), values = names.map((name) => facts.stage_seconds[name]);
+  const trace = { type: "bar", orientation: "h", y: names, x: values, marker: { color: names.map((_, at) => tones[(names.length - 1 - at) % 8]) }, hovertext: values.map((v, i) => `${names[i]} <b>${seconds(v)}</b>`), hoverinfo: "text" };
   const layout = frame(34 + 24 * names.length, { bargap: 0.3, yaxis: axis({ showline: false, ticks: "", ticklabelstandoff: 6 }), xaxis: axis({ title: title("seconds, all shards") }) });
   layout.margin = { l: 90, r: 10, t: 4, b: 44 };
   return show(element, [trace], layout, false);
@@ -93,6 +92,8 @@ function sizes(element) {
   return show(element, [trace], layout, true);
 }
 
+const stageTones = () => ["s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8"].map(colour); // as in the table of stages
+
 async function rates(element) {
   const { rows, runs } = await shards();
   const trace = {
@@ -104,15 +105,14 @@ async function rates(element) {
 
 async function perShard(element) {
   const { rows, runs } = await shards(), names = Object.keys(facts.stage_seconds);
-  const tones = ["s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8"].map(colour);
+  const tones = stageTones();
   const traces = names.map((name, at) => ({
     type: "bar", name, x: rows.map((_, i) => i), y: rows.map((row, i) => (1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs), marker: { color: tones[at % tones.length] },
     hovertext: rows.map((row, i) => `${row.shard} ${name} <b>${number((1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs)}</b> ms an image`), hoverinfo: "text", customdata: rows.map(({ shard, inputs }) => address({ shard, of: inputs })),
   }));
   if (rows.length > 120) for (const trace of traces) Object.assign(trace, { type: "scatter", mode: "lines", line: { width: 0, color: trace.marker.color }, fillcolor: trace.marker.color, stackgroup: "all" });
-  const layout = frame(220, { barmode: "stack", bargap: 0.15, showlegend: true, legend: { orientation: "h", y: 1.16, traceorder: "normal" }, xaxis: axis({ title: title("shard") }) });
+  const layout = frame(220, { barmode: "stack", bargap: 0.15, xaxis: axis({ title: title("shard") }) });
   layout.yaxis.title = title("ms an image");
-  layout.margin.t = 34;
   return show(element, traces, layout, true);
 }
 
@@ -157,7 +157,6 @@ const seen = new IntersectionObserver((entries) => {
     CHARTS[target.dataset.chart](target);
   }
 }, { rootMargin: "150px" });
-for (const element of document.querySelectorAll("[data-chart]")) seen.observe(element);
 
 function redraw() {
   for (const [element, draw] of drawn) draw(element);

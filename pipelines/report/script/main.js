@@ -43,7 +43,7 @@ function act(event) {
     const by = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key];
     return by ? (step(by), true) : false;
   }
-  return !$("pictures").hidden && !event.target.matches("a, #pictures button:not(.card)") && gridKey(event);
+  return !$("pictures").hidden && !event.target.matches("a, #pictures button:not(.sample)") && gridKey(event);
 }
 
 function theme() {
@@ -78,6 +78,7 @@ async function start() {
   route();
   await Promise.all([fillSelects(), examples(), fillShards()]);
   document.documentElement.dataset.ready = "yes";
+  for (const element of document.querySelectorAll("[data-chart]")) seen.observe(element);
 }
 if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
 else start();

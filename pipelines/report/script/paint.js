@@ -5,7 +5,7 @@ const PARTS = [
   ["clothes", ["cloth"]], ["worn", ["glasses", "earring", "necklace", "hat"]],
 ];
 const rgb = facts.palette.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
-const overlay = { on: true, strength: 0.5, boxes: false, parts: new Set(PARTS.slice(0, 5).map(([name]) => name)) };
+const overlay = { on: true, strength: 0.4, boxes: false, parts: new Set(PARTS.slice(0, 5).map(([name]) => name)) };
 const painted = new Set(); // canvases on the page that show a record
 
 function shown() {
@@ -24,12 +24,12 @@ async function paint(canvas, at, scale = 1) {
   context.imageSmoothingQuality = "high";
   context.drawImage(found.photo, 0, 0, width, height);
   const labels = shown();
-  if (found.labels && labels.some(Boolean)) {
+  if (found.labels && labels.some(Boolean) && !("plain" in canvas.dataset)) {
     context.globalAlpha = overlay.strength;
     context.drawImage(coloured(found, labels), 0, 0, width, height);
     context.globalAlpha = 1;
   }
-  if (overlay.boxes) boxes(context, all.faces[at], all.face[at], width, height);
+  if (overlay.boxes && !("plain" in canvas.dataset)) boxes(context, all.faces[at], all.face[at], width, height);
   canvas.dataset.labels = found.labels ? labels.join("") : "";
   painted.add(canvas);
 }
@@ -102,7 +102,7 @@ const waiting = new IntersectionObserver((entries) => {
 }, { rootMargin: "200px" });
 
 function lazyCanvas(at, label) {
-  const canvas = el("canvas", { role: "img", "aria-label": label, "data-at": at, width: 96, height: 96 });
+  const canvas = el("canvas", { role: "img", "aria-label": label, "data-at": at, "data-plain": true, width: 96, height: 96 });
   waiting.observe(canvas);
   return canvas;
 }
