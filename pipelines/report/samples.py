@@ -132,5 +132,3 @@ def _missing(labels: Floats) -> list[int]:
 
 def _first(row: Row | None) -> float:
     return row["similarity"][0] if row and row["similarity"] else np.nan
-
-

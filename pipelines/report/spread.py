@@ -40,7 +40,7 @@ class Sums:
         high = np.floor(fraction * 2.0**_HIGH)
         low = fraction * 2.0**_LOW - high * 2.0 ** (_LOW - _HIGH)
         where = row * width + (exponent - first)
-        parts = np.stack([np.bincount(where, part, rows * width).reshape(rows, width) for part in (high, low)])
+        parts: Floats = np.stack([np.bincount(where, part, rows * width).reshape(rows, width) for part in (high, low)])
         self._parts[:, :, first - _LOWEST : first - _LOWEST + width] += parts
         return _totals(parts, first)
 

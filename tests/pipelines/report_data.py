@@ -26,7 +26,7 @@ from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
 EVIL = "<script>window.evil = 1; alert(1)</script>"
 EVIL_IMAGE = '"><img src=x onerror="window.evil = 2">'
 EVIL_MORE = "</script><!-- ]]> {{ 7 * 7 }} \u2028 ' & \\ ${window.evil = 3} \u202e"
-ROW_GROUP = 100
+ROW_GROUP = 250
 
 _MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _FACE = pa.struct([("box", pa.list_(pa.float64())), ("landmarks", pa.list_(pa.float64())), ("score", pa.float64())])
@@ -137,7 +137,7 @@ def write_shard(folder: Path, index: int, table: pa.Table, rng: np.random.Genera
         table, folder / "shards" / f"{name}.parquet", compression="zstd", row_group_size=ROW_GROUP,
         use_dictionary=[c for c in SCHEMA.names if c not in ("thumbnail", "thumbnail_labels", "key", "sha256", "hash")],
     )  # fmt: skip
-    counts = {status: {} for status in ("dropped", "failed")}  # type: dict[str, dict[str, int]]
+    counts: dict[str, dict[str, int]] = {"dropped": {}, "failed": {}}
     for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
         if status != "ok":
             counts[status][reason] = counts[status].get(reason, 0) + 1
@@ -216,8 +216,10 @@ def _sidecar(index: int, recipe: Recipe, pool: Sequence[tuple[bytes, bytes]], rn
 
 def _spoil(columns: dict[str, Any], ok: np.ndarray, lost: np.ndarray) -> None:
     """Words that would be markup, everywhere a stranger's words may stand."""
-    for row, (name, word) in zip(np.repeat(ok[:4], 3), 4 * list(zip(("caption", "face_caption", "author"), (EVIL, EVIL_IMAGE, EVIL_MORE), strict=True)), strict=True):  # fmt: skip # noqa: E501
-        columns[name][row] = word
+    texts = (("caption", EVIL), ("face_caption", EVIL_IMAGE), ("author", EVIL_MORE))
+    for row in ok[:4]:
+        for name, word in texts:
+            columns[name][row] = word
     for name, word in (("license", EVIL), ("consent", EVIL_IMAGE), ("source", EVIL)):
         columns[name][ok[0]] = word
     for name, word in (("source", EVIL_IMAGE), ("detail", EVIL)):
@@ -229,7 +231,7 @@ def _areas(n: int, rng: np.random.Generator) -> np.ndarray:
     typical = np.full(19, 0.01)
     typical[[0, 1, 16, 17]] = 0.4, 0.25, 0.12, 0.15
     areas = typical * rng.gamma(6, 1 / 6, (n, 19)) * (rng.random((n, 19)) > 0.15)
-    areas[:, 0] = 1 - areas[:, 1:].sum(1)
+    areas[:, 0] = np.maximum(0, 1 - areas[:, 1:].sum(1))
     return areas.astype(np.float32)
 
 
@@ -282,8 +284,13 @@ def _identities(written: Sequence[tuple[str, int]], rng: np.random.Generator) ->
             alike = np.sort(rng.uniform(0.2, 0.9, len(nearest)))[::-1]
             rows.append(
                 {
-                    "key": key, "shard": written[len(rows)][1], "identity_id": f"id-{group[0][:12]}",
-                    "identity_size": len(group), "split": split, "nearest": nearest, "similarity": alike.tolist(),
+                    "key": key,
+                    "shard": written[len(rows)][1],
+                    "identity_id": f"id-{group[0][:12]}",
+                    "identity_size": len(group),
+                    "split": split,
+                    "nearest": nearest,
+                    "similarity": alike.tolist(),
                 }  # fmt: skip
             )
     return pa.Table.from_pylist(rows, schema=IDENTITIES)
