@@ -1,6 +1,7 @@
 """Figures: what is measured of every written sample, one number each, and how the page calls it.
 
-To add one, add a row to FIGURES; if its number is not a sidecar column of the same name, say in `matrix` where it is from.
+To add one, add a row to FIGURES; if its number is not a sidecar column of the same name, `matrix` says where it is
+from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Spread: how one measured quantity is distributed, as a histogram on round edges and a few exact figures.
 
-Sums are exact: every value is split into whole numbers by its exponent, and whole numbers add without error. So the order
-of the values changes nothing, and sums of shards merge into the sum of the set.
+Sums are exact: every value is split into whole numbers by its exponent, and whole numbers add without error. So the
+order of the values changes nothing, and sums of shards merge into the sum of the set.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _totals(parts: Floats, first: int) -> list[float]:
 def spread(values: Floats, total: float, *, whole: bool = False) -> dict[str, Any]:
     """count, min, quartiles, mean, max; and `counts` of the values in [edges[i], edges[i + 1]).
 
-    values: sorted, without NaN. total: their exact sum. whole: they are whole numbers, so that no bin is narrower than 1.
+    values: sorted, without NaN. total: their exact sum. whole: they are whole numbers, and no bin is narrower than 1.
     With no values the figures are None and the histogram is empty.
     """
     count = len(values)

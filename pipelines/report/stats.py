@@ -1,8 +1,9 @@
 """Stats: every figure of the report.
 
-`data` follows from the sidecars, identities.parquet and takedown.jsonl alone, so anyone can recompute it and equal shards
-give equal figures. What varies from run to run (seconds, images per second) stands apart under `runs`, and comes from the
-manifests. A ledger that doesn't balance, or a manifest that its sidecar contradicts, is an error and never a number.
+`data` follows from the sidecars, identities.parquet and takedown.jsonl alone, so anyone can recompute it and equal
+shards give equal figures. What varies from run to run (seconds, images per second) stands apart under `runs`, and comes
+from the manifests. A ledger that doesn't balance, or a manifest that its sidecar contradicts, is an error and never a
+number.
 """
 
 from __future__ import annotations

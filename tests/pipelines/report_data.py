@@ -192,7 +192,7 @@ def _sidecar(index: int, recipe: Recipe, pool: Sequence[tuple[bytes, bytes]], rn
         "score": pa.array(scores, pa.float64(), mask=far < 2), "face_side": pa.array(sides, pa.float64(), mask=far < 2),
         "label_areas": [list(row) if f >= 2 else [] for row, f in zip(areas, far, strict=True)],
         **{name: pa.array(values.astype(np.float32), mask=far < 2) for name, values in measures.items()},
-        "hash": [f"{value:064x}" if f >= 2 else "" for value, f in zip(rng.integers(1 << 62, size=n), far, strict=True)],
+        "hash": [f"{v:064x}" if f >= 2 else "" for v, f in zip(rng.integers(1 << 62, size=n), far, strict=True)],
         "identity": _vectors(n, recipe.dim, far < 2, rng),
         "identity_norm": pa.array(rng.normal(21, 3, n).astype(np.float32), mask=far < 2),
         "caption": [pair[0] if f == 3 else "" for pair, f in zip(captions, far, strict=True)],
@@ -291,7 +291,7 @@ def _identities(written: Sequence[tuple[str, int]], rng: np.random.Generator) ->
                     "split": split,
                     "nearest": nearest,
                     "similarity": alike.tolist(),
-                }  # fmt: skip
+                }
             )
     return pa.Table.from_pylist(rows, schema=IDENTITIES)
 

@@ -1,12 +1,12 @@
 // The browser of samples: filters in the address, their chips, and a grid of which only the cards in view exist.
 const grid = $("grid"), search = $("search");
 const GAP = 12, UNDER = 60; // pixels between cards, and for the words under a picture
-const CHIP = { q: "search", missing: "lacks", absent: "named, not there", past: "went beyond", of: null, at: null };
-let filters = new URLSearchParams(), found = [], current = 0, cards = new Map(), shape = null;
+const CHIP = { q: "search", missing: "lacks", without: "without label", absent: "named, not there", past: "went beyond" };
+let filters = new URLSearchParams(), found = [], current = 0, cards = new Map(), shape = null, typing = 0;
 
 function chipText(name, wanted) {
   const figure = figureOf.get(name);
-  if (!figure) return [CHIP[name] ?? name, wanted === "" ? "none" : wanted.replace(":", ", ").replaceAll("_", " ")];
+  if (!figure) return [Object.hasOwn(CHIP, name) ? CHIP[name] : name, wanted === "" ? "none" : wanted.replace(":", ", ").replaceAll("_", " ")];
   const [low, high] = wanted.split("~").map((edge) => Number(edge) * figure.scale);
   const unit = figure.unit ? ` ${figure.unit}` : "";
   const title = figure.name.startsWith("area_") ? `area of ${figure.title}` : figure.name.startsWith("words_") ? `words on ${figure.title}` : figure.title.toLowerCase();
@@ -21,6 +21,7 @@ function go(next) {
 }
 
 function without(...names) {
+  if (typing) searchNow(); // a word may still wait to be searched
   const next = new URLSearchParams(filters);
   for (const name of [...names, "of", "at"]) next.delete(name);
   return next;
@@ -38,7 +39,7 @@ async function showPictures(next) {
   found = matching(all, filters);
   current = Math.max(0, found.indexOf(all.place.get(filters.get("at"))));
   if (document.activeElement !== search) search.value = filters.get("q") ?? "";
-  const chips = [...filters].filter(([name]) => CHIP[name] !== null).map(([name, wanted]) => {
+  const chips = [...filters].filter(([name]) => name !== "of" && name !== "at").map(([name, wanted]) => {
     const [title, text] = chipText(name, wanted);
     return el("button", { class: "chip", type: "button", "aria-label": `Remove filter ${title} ${text}`, onclick: () => go(without(name)) },
       el("span", {}, title), ` ${text} `, el("b", { "aria-hidden": "true" }, "×"));
@@ -50,6 +51,7 @@ async function showPictures(next) {
   cards.forEach((card) => card.remove());
   cards.clear();
   layout();
+  grid.dataset.shown = location.hash;
   const open = all.place.get(filters.get("at"));
   if (open !== undefined) openDetail(open);
   else closeDetail();
@@ -138,7 +140,7 @@ async function fillSelects() {
   const values = { status: all.status, reason: all.reason, shard: all.shard.map(shardName), split: all.split };
   for (const select of document.querySelectorAll("select[data-filter]")) {
     const name = select.dataset.filter;
-    const options = name === "missing" ? Object.keys(bits) : [...new Set(values[name])].filter(Boolean).sort();
+    const options = name === "missing" ? [...labelsOf.keys()] : [...new Set(values[name])].filter(Boolean).sort();
     select.append(el("option", { value: "*" }, `any ${select.getAttribute("aria-label").toLowerCase()}`));
     for (const option of options) select.append(el("option", { value: option }, option.replaceAll("_", " ")));
     select.value = filters.get(name) ?? "*";
@@ -146,15 +148,18 @@ async function fillSelects() {
   }
 }
 
-let typing = 0;
+function searchNow() {
+  clearTimeout(typing);
+  typing = 0;
+  filters = without("q");
+  if (search.value.trim()) filters.set("q", search.value.trim());
+  history.replaceState(null, "", `#pictures?${filters}`);
+  showPictures(filters);
+}
+
 search.addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(() => {
-    const next = without("q");
-    if (search.value.trim()) next.set("q", search.value.trim());
-    history.replaceState(null, "", `#pictures?${next}`);
-    showPictures(next);
-  }, 120);
+  typing = setTimeout(searchNow, 120);
 });
 addEventListener("scroll", cardsInView, { passive: true });
 addEventListener("resize", () => { if (!$("pictures").hidden) layout(); });

@@ -156,7 +156,7 @@ const seen = new IntersectionObserver((entries) => {
     drawn.set(target, CHARTS[target.dataset.chart]);
     CHARTS[target.dataset.chart](target);
   }
-}, { rootMargin: "150px" });
+}, { rootMargin: "700px" });
 
 function redraw() {
   for (const [element, draw] of drawn) draw(element);

@@ -35,8 +35,11 @@ function act(event) {
   if (event.key === "?") return $("help").showModal(), true;
   if (event.key === "/") {
     closeDetail();
-    if ($("pictures").hidden) location.hash = "#pictures";
-    setTimeout(() => search.focus());
+    if ($("pictures").hidden) {
+      history.pushState(null, "", "#pictures");
+      route();
+    }
+    search.focus();
     return true;
   }
   if (dialog.open) {

@@ -55,17 +55,15 @@ async function decode(all, at) {
 }
 
 // Filters are the parameters of the address: one value each, all of which must hold.
-const bits = Object.fromEntries([
-  ...facts.labels.map((name, label) => [name, [label]]),
-  ...facts.regions.map(({ word, labels }) => [word, labels]),
-]);
+const labelsOf = new Map(facts.regions.map(({ word, labels }) => [word, labels]));
 const lacks = (mask, labels) => mask >= 0 && labels.every((label) => mask & (1 << label));
 const order = facts.funnel.map((step) => step.stage);
 const EXACT = ["status", "reason", "stage", "split", "license", "author", "consent"];
 const TESTS = {
   shard: (all, name) => (at) => shardName(all.shard[at]) === name,
   identity: (all, name) => (at) => all.identity_id[at] === name,
-  missing: (all, name) => (at) => lacks(all.missing[at], bits[name] ?? []),
+  missing: (all, region) => (at) => labelsOf.has(region) && lacks(all.missing[at], labelsOf.get(region)),
+  without: (all, label) => (at) => facts.labels.includes(label) && lacks(all.missing[at], [facts.labels.indexOf(label)]),
   fused: (all, word) => (at) => all.fused[at].includes(word),
   unfused: (all, pair) => (at) => all.unfused[at].includes(pair),
   absent: (all, word) => (at) => all.absent[at].includes(word),
@@ -87,7 +85,7 @@ function haystack(all) {
 
 function test(all, name, wanted) {
   if (EXACT.includes(name)) return (at) => all[name][at] === wanted;
-  if (TESTS[name]) return TESTS[name](all, wanted);
+  if (Object.hasOwn(TESTS, name)) return TESTS[name](all, wanted);
   if (!figureOf.has(name)) return null;
   const [low, high] = wanted.split("~").map(Number), first = figureOf.get(name).row * all.count;
   return (at) => all.values[first + at] >= low && all.values[first + at] < high; // NaN is never in
