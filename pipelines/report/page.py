@@ -2,8 +2,8 @@
 
 Captions, file names and details come from outside: Jinja escapes what it writes, the script sets text and nothing else,
 and a content security policy that knows the two scripts by their digests stands behind that. Whatever is large is
-packed (gzip, base64) and unpacked when it is wanted: the charting library, the records, and their pictures in chunks. Equal
-outputs give equal pages: no clock, no host, no path.
+packed (gzip, base64) and unpacked when it is wanted: the charting library, the records, and their pictures in chunks.
+Equal outputs give equal pages: no clock, no host, no path.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def count(page: Any) -> str:
-    page.wait_for_function("document.getElementById('count').textContent !== ''")
+    page.wait_for_function("() => document.getElementById('count').textContent !== ''")
     return str(page.inner_text("#count"))
 
 
@@ -166,7 +166,7 @@ def test_every_chart_is_drawn(open_page: Open) -> None:
     for chart in page.locator("[data-chart]").all():
         chart.scroll_into_view_if_needed()
         chart.locator("svg.main-svg").first.wait_for(state="attached")
-    page.wait_for_function("document.querySelectorAll('[data-chart]:not([data-drawn])').length === 0")
+    page.wait_for_function("() => document.querySelectorAll('[data-chart]:not([data-drawn])').length === 0")
     page.select_option("#track", "brightness")
     assert page.locator("#flags tr").count() == 3
     page.click("#shard-head button:has-text('flags')")
@@ -253,31 +253,31 @@ def test_keys_move_open_and_close(open_page: Open, made: Path) -> None:
     focused = "document.activeElement.dataset.index"
     page.wait_for_selector(".sample")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"{focused} === '0'")
+    page.wait_for_function(f"() => {focused} === '0'")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"{focused} === '1'")
+    page.wait_for_function(f"() => {focused} === '1'")
     page.keyboard.press("ArrowDown")
     columns = page.evaluate(f"Number({focused})") - 1
-    page.wait_for_function(f"Number({focused}) > 2")
+    page.wait_for_function(f"() => Number({focused}) > 2")
     columns = page.evaluate(f"Number({focused})") - 1
     page.keyboard.press("End")
-    page.wait_for_function(f"{focused} === '{len(rows) - 1}'")
+    page.wait_for_function(f"() => {focused} === '{len(rows) - 1}'")
     assert page.locator(".sample").count() < 120, "only the cards in view exist"
     page.keyboard.press("ArrowUp")
-    page.wait_for_function(f"{focused} === '{len(rows) - 1 - columns}'")
+    page.wait_for_function(f"() => {focused} === '{len(rows) - 1 - columns}'")
     page.keyboard.press("Enter")
     page.wait_for_selector("#detail[open]")
     at = len(rows) - 1 - columns
     assert page.inner_text("#detail-title") == rows[at]["source"]
     assert f"at={rows[at]['key']}" in page.url
     page.keyboard.press("j")
-    page.wait_for_function(f"document.getElementById('detail-place').textContent.startsWith('{at + 2:,} of')")
+    page.wait_for_function(f"() => document.getElementById('detail-place').textContent.startsWith('{at + 2:,} of')")
     page.keyboard.press("k")
     page.keyboard.press("k")
-    page.wait_for_function(f"document.getElementById('detail-place').textContent.startsWith('{at:,} of')")
+    page.wait_for_function(f"() => document.getElementById('detail-place').textContent.startsWith('{at:,} of')")
     page.keyboard.press("Escape")
     page.wait_for_selector("#detail:not([open])", state="attached")
-    page.wait_for_function(f"{focused} === '{at - 1}'")
+    page.wait_for_function(f"() => {focused} === '{at - 1}'")
     page.keyboard.press("?")
     page.wait_for_selector("#help[open]")
     page.keyboard.press("?")
@@ -287,7 +287,7 @@ def test_keys_move_open_and_close(open_page: Open, made: Path) -> None:
 def test_a_record_shows_all_that_is_known_of_it(open_page: Open, made: Path) -> None:
     rows = {row["key"]: row for row in rows_of(made)}
     near = {row["key"]: row for row in pq.read_table(made / "identities.parquet").to_pylist()}
-    wanted = [k for k, row in near.items() if row["identity_size"] > 1 and EVIL != rows[k]["caption"]]
+    wanted = [k for k, row in near.items() if row["identity_size"] > 1 and rows[k]["caption"] != EVIL]
     key = next(k for k in wanted if rows[k]["unfused"] and rows[k]["fused"])
     row = rows[key]
     page = open_page(f"#pictures?at={key}")
@@ -373,10 +373,10 @@ def test_ten_thousand_samples(open_page: Open, tmp_path: Path, capsys: pytest.Ca
     assert opened + drawn < 10
     blurred = json.loads((folder / STATS).read_text())["data"]["dropped"]["blurred"]
     page.click("#reasons tr:has-text('blurred') a.count")
-    page.wait_for_function("document.getElementById('count').textContent.startsWith('showing ')")
+    page.wait_for_function("() => document.getElementById('count').textContent.startsWith('showing ')")
     assert page.inner_text("#count").endswith(f" of {blurred}")
     page.evaluate("location.hash = '#pictures'")
-    page.wait_for_function("document.getElementById('count').textContent.includes('the set has 11,000')")
+    page.wait_for_function("() => document.getElementById('count').textContent.includes('the set has 11,000')")
     page.mouse.wheel(0, 100_000)
     page.wait_for_selector(".sample canvas[data-labels]")
     assert page.locator(".sample").count() < 120

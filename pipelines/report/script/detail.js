@@ -23,7 +23,7 @@ function tinted(text, region, tag = "mark") {
 }
 
 const rows = (pairs) => el("dl", { class: "pairs" }, ...pairs.filter(([, text]) => text !== "" && text != null)
-  .map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", { dir: "auto" }, text))));
+  .map(([name, text]) => el("div", { class: typeof text === "string" && text.length > 32 ? "long" : "" }, el("dt", {}, name), el("dd", { dir: "auto" }, text))));
 
 async function openDetail(at) {
   const all = await records();
