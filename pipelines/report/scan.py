@@ -72,7 +72,8 @@ def scan(store: Store, manifests: Sequence[Row]) -> Iterator[Scan]:
 def open_sidecar(store: Store, name: str) -> pq.ParquetFile:
     """Raises ShardError if it is missing."""
     try:
-        return pq.ParquetFile(store.open(f"{FOLDER}/{name}.parquet"))
+        path = f"{FOLDER}/{name}.parquet"
+        return pq.ParquetFile(store.path(path) if store.local else store.open(path))  # a path is read without Python
     except FileNotFoundError as error:
         raise ShardError(
             f"{store.url}: {name} has a manifest and no sidecar. Remove the manifest and run again."
@@ -82,7 +83,8 @@ def open_sidecar(store: Store, name: str) -> pq.ParquetFile:
 def _scan(store: Store, manifest: Row) -> Scan:
     name = manifest["shard"]
     with open_sidecar(store, name) as file:
-        if absent := [column for column in _COLUMNS if column not in file.schema_arrow.names]:
+        names = set(file.schema_arrow.names)
+        if absent := [column for column in _COLUMNS if column not in names]:
             raise ShardError(f"{name}: its sidecar has no column {', '.join(absent)}. Make it with this version.")
         table = file.read(_COLUMNS, use_threads=False).combine_chunks()
     counts, first = _ends(table)
