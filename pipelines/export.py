@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from configs.errors import ConfigError, ShardError
-from pipelines.report.contact import PALETTE
+from pipelines.report.palette import PALETTE
 from pipelines.shards import FOLDER, read_manifests, read_sample, read_sidecar, shard_name
 from pipelines.sources.fgid import JSON_ALL
 from pipelines.store import Store

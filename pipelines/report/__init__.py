@@ -1,6 +1,7 @@
-"""The report on a data set: `write_report` writes report/stats.json and report/index.html beside the shards."""
+"""The report on a data set: `write_report` writes index.html, stats.json and stats.parquet under report/."""
 
-from pipelines.report.page import INDEX, STATS, write_report
-from pipelines.report.stats import compute_stats, images_per_second
+from pipelines.report.page import INDEX, STATS, TABLE, write_report
+from pipelines.report.runs import images_per_second
+from pipelines.report.stats import compute_stats
 
-__all__ = ["INDEX", "STATS", "compute_stats", "images_per_second", "write_report"]
+__all__ = ["INDEX", "STATS", "TABLE", "compute_stats", "images_per_second", "write_report"]

@@ -1,133 +1,105 @@
-"""Figures: stats → what the template draws. Bars are plain SVG and HTML, so the page needs no script and no library."""
+"""Figures: what is measured of every written sample, one number each, and how the page calls it.
+
+To add one, add a row to FIGURES; if its number is not a sidecar column of the same name, `matrix` says where it is
+from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Final
 
-_MOST_ROWS = 8  # of a bar list; the rest is summed up
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """share: length, in parts of the longest. tip: what the bar says when pointed at."""
-
-    label: str
-    value: str
-    share: float
-    tip: str = ""
+from pipelines.report.spread import Floats
+from stages.regions import LABEL_IDS, LABELS, REGION_LABELS, REGION_WORDS
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram:
-    """bars in order of their edges; ticks: labels of the first and the last edge; peak: the largest count."""
+class Figure:
+    """scale: the page shows values times this, as in shares of a picture in percent. whole: whole numbers."""
 
+    name: str
     title: str
-    unit: str
-    bars: tuple[Bar, ...]
-    ticks: tuple[str, str]
-    peak: int
-    figures: tuple[tuple[str, str], ...]  # name, value
+    unit: str = ""
     note: str = ""
-
-    @property
-    def spoken(self) -> str:
-        """For those who can't see the bars."""
-        return f"{self.title}: " + (", ".join(f"{name} {value}" for name, value in self.figures) or "no samples")
+    scale: float = 1
+    whole: bool = False
+    group: str = "picture"
 
 
-@dataclass(frozen=True, slots=True)
-class BarList:
-    title: str
-    bars: tuple[Bar, ...]
-    note: str = ""
+FIGURES: Final = (
+    Figure("score", "Detection score", note="of the chosen face"),
+    Figure("face_count", "Faces per image", note="all faces found", whole=True),
+    Figure("face_side", "Face size", "px", "short side of the box"),
+    Figure("source_side", "Source size", "px", "short side, before resizing", whole=True),
+    Figure("sharpness", "Sharpness", note="of the chosen face"),
+    Figure("brightness", "Brightness", note="of the face's skin, 0 to 1"),
+    Figure("clipped", "Clipped", "%", "of the face, black or white", 100),
+    Figure("occlusion", "Occlusion", "%", "of the face, hidden by something", 100),
+    Figure("yaw", "Yaw", "°", "over 0: to the viewer's right", group="pose"),
+    Figure("pitch", "Pitch", "°", "nodding", group="pose"),
+    Figure("roll", "Roll", "°", "tilted", group="pose"),
+    Figure("identity_norm", "Embedding norm", note="before it is made unit length", group="identity"),
+    Figure("caption_tokens", "Caption", "tokens", "coarse description", whole=True, group="text"),
+    Figure("face_caption_tokens", "Face caption", "tokens", "fine description", whole=True, group="text"),
+    Figure("text_tokens", "Training text", "tokens", "as the trainer makes it", whole=True, group="text"),
+    Figure("cut", "Share cut", "%", "of the captions, in training", 100, group="text"),
+    *(Figure(f"area_{w}", w, "%", "of the picture, where visible", 100, group="area") for w in REGION_WORDS),
+    *(Figure(f"words_{w}", w, "words", "of its clause", whole=True, group="words") for w in REGION_WORDS),
+)
+COLUMNS: Final = [  # of the sidecar, for these
+    *("score", "face_count", "face_side", "source_width", "source_height", "sharpness", "brightness", "clipped"),
+    *("occlusion", "yaw", "pitch", "roll", "identity_norm", "caption_tokens", "face_caption_tokens", "text_tokens"),
+    *("cut", "label_areas", "region_words"),
+]
 
 
-def histogram(title: str, spread: Mapping[str, Any], *, unit: str = "", scale: float = 1, note: str = "") -> Histogram:
-    """scale: values are shown multiplied by it, as in shares of a picture shown in percent."""
-    edges = [number(edge * scale) for edge in spread["edges"]]
-    peak = max(spread["counts"], default=0)
-    suffix = f" {unit}" if unit else ""
-    bars = tuple(
-        Bar(left, str(count), count / peak, f"{left} to {right}{suffix}: {count:,}")
-        for left, right, count in zip(edges, edges[1:], spread["counts"], strict=False)
-    )
-    figures = tuple(
-        (name, number(spread[name] * scale)) for name in ("min", "median", "mean", "max") if spread["count"]
-    )
-    return Histogram(title, unit, bars, (edges[0], edges[-1]) if edges else ("", ""), peak, figures, note)
+def matrix(table: pa.Table) -> Floats:
+    """(len(FIGURES), rows) of a table with COLUMNS; NaN where a row has no such number, or a region no pixel."""
+    areas = regions(label_matrix(table))
+    areas[areas == 0] = np.nan
+    words = _lists(table["region_words"], len(REGION_WORDS))
+    special = {
+        "source_side": np.minimum(_numbers(table["source_width"]), _numbers(table["source_height"])),
+        **{f"area_{word}": area for word, area in zip(REGION_WORDS, areas, strict=True)},
+        **{f"words_{word}": count for word, count in zip(REGION_WORDS, words, strict=True)},
+    }
+    rows = [special[f.name] if f.name in special else _numbers(table[f.name]) for f in FIGURES]
+    return np.stack(rows)
 
 
-def bar_list(title: str, counts: Sequence[tuple[str, float]], *, total: float, note: str = "") -> BarList:
-    """A row for each (label, count), with its share of `total`; from the ninth on they become one row."""
-    rows = list(counts[:_MOST_ROWS])
-    if rest := counts[_MOST_ROWS:]:
-        rows.append((f"{len(rest):,} others", sum(count for _, count in rest)))
-    longest = max((count for _, count in rows), default=0) or 1
-    bars = (Bar(label, number(count), count / longest, percent(count / total if total else 0)) for label, count in rows)
-    return BarList(title, tuple(bars), note)
+def label_matrix(table: pa.Table) -> Floats:
+    """Share of each label (19, rows); a column of NaN where there is no label map."""
+    return _lists(table["label_areas"], len(LABELS))
 
 
-def charts(data: Mapping[str, Any]) -> list[Histogram]:
-    return [
-        histogram("Detection score", data["detection_score"], note="of the chosen face"),
-        histogram("Face size", data["face_size"], unit="px", note="short side of the chosen face's box"),
-        histogram("Caption length", data["caption"]["words"], unit="words", note="coarse description"),
-        histogram("Face caption length", data["face_caption"]["words"], unit="words", note="fine description"),
-    ]
+def regions(labels: Floats) -> Floats:
+    """Share of each region (5, rows), from that of the labels (19, rows). The labels are added in their order."""
+    return np.stack([sum_of(labels, [LABEL_IDS[name] for name in REGION_LABELS[word]]) for word in REGION_WORDS])
 
 
-def bar_lists(data: Mapping[str, Any]) -> list[BarList]:
-    faces = [(f"{n} face{'s' if n != '1' else ''}", count) for n, count in data["faces_per_image"].items()]
-    sizes = [(f"{size['width']} × {size['height']}", size["count"]) for size in data["image_sizes"]]
-    return [
-        bar_list("Faces per image", faces, total=data["written"], note="written samples, all faces found"),
-        bar_list("Image size", sizes, total=data["written"], note="as written, pixels"),
-    ]
+def sum_of(labels: Floats, ids: list[int]) -> Floats:
+    total = np.zeros(labels.shape[1])
+    for label in ids:
+        total = total + labels[label]
+    return total
 
 
-def stage_times(runs: Mapping[str, Any]) -> BarList:
-    """Seconds by stage, in the order of the chain; `tip` is the share."""
-    seconds = runs["stage_seconds"]
-    longest = max(seconds.values(), default=0) or 1
-    bars = (
-        Bar(stage, duration(value), value / longest, percent(runs["stage_share"][stage]))
-        for stage, value in seconds.items()
-    )
-    return BarList("Time per stage", tuple(bars))
+def _numbers(column: pa.ChunkedArray) -> Floats:
+    values: Floats = pc.cast(column, pa.float64()).to_numpy()  # of a null: NaN
+    return values
 
 
-# --------------------------------------------------------------------------------------------- values as text
-
-
-def number(value: float) -> str:
-    """At most three digits behind the point, and none that say nothing."""
-    if float(value).is_integer():
-        return f"{int(value):,}"
-    digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
-    return f"{value:,.{digits}f}".rstrip("0").rstrip(".")
-
-
-def percent(share: float | None) -> str:
-    if share is None:
-        return "–"
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    return f"{number(round(100 * share, 1))} %"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 0.1 or seconds == 0 else f"{1000 * seconds:.0f} ms"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def size(count: int) -> str:
-    """Bytes, in powers of ten."""
-    if count < 1000:
-        return f"{count} B"
-    power = min((len(str(count)) - 1) // 3, 4)
-    return f"{count / 1000**power:,.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+def _lists(column: pa.ChunkedArray, size: int) -> Floats:
+    """Lists of `size` numbers or none → (size, rows), NaN for none."""
+    lengths: npt.NDArray[np.int64] = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    if not set(np.unique(lengths)) <= {0, size}:
+        raise ValueError(f"lists of {sorted(set(lengths.tolist()))} numbers, expected {size} or none")
+    out = np.full((size, len(lengths)), np.nan)
+    flat = pc.cast(pc.list_flatten(column), pa.float64()).to_numpy()
+    out[:, lengths == size] = flat.reshape(-1, size).T
+    return out

@@ -1,100 +1,213 @@
 """Page: the stats as one HTML file that needs nothing from anywhere.
 
-Captions, file names and details come from outside: everything is escaped by Jinja, and a content security policy that
-knows the one script by its digest stands behind that. Equal outputs give equal pages: no clock, no host, no path.
+Captions, file names and details come from outside: Jinja escapes what it writes, the script sets text and nothing else,
+and a content security policy that knows the two scripts by their digests stands behind that. Whatever is large is
+packed (gzip, base64) and unpacked when it is wanted: the charting library, the records, and their pictures in chunks.
+Equal outputs give equal pages: no clock, no host, no path.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import io
 import json
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlencode
 
+import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
-from pipelines.report import figures
-from pipelines.report.contact import PALETTE, Sample, contact_sheet
-from pipelines.report.stats import compute_stats
+from pipelines.report import text
+from pipelines.report.figures import FIGURES
+from pipelines.report.palette import PALETTE
+from pipelines.report.samples import EXTRA, Samples, read_samples
+from pipelines.report.stats import Report, compute
 from pipelines.store import Store
-from stages.regions import LABELS, REGION_LABELS
+from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
 
-INDEX = "report/index.html"
-STATS = "report/stats.json"
-_DATASET = "dataset.json"
-_HERE = Path(__file__).parent
-_STATUSES = ("written", "dropped", "failed")
+INDEX: Final = "report/index.html"
+STATS: Final = "report/stats.json"
+TABLE: Final = "report/stats.parquet"
+SAMPLES: Final = 10_000  # records on the page
+_CHUNK: Final = 200  # records whose pictures are unpacked together
+_DATASET: Final = "dataset.json"
+_HERE: Final = Path(__file__).parent
+_SCRIPTS: Final = ("base.js", "records.js", "paint.js", "browser.js", "detail.js", "charts.js", "shards.js", "main.js")
+_REGION_COLORS: Final = ("#35b3a2", "#e0557d", "#1f5fd6", "#f4873a", "#e63946")
 
 
-def write_report(output: str | Store) -> dict[str, Any]:
-    """Write report/stats.json and report/index.html into the data set at `output`; returns the stats.
+def write_report(output: str | Store, samples: int = SAMPLES) -> dict[str, Any]:
+    """Write report/stats.json, stats.parquet and index.html into the data set at `output`; returns the stats.
 
-    Raises ShardError if there is no shard, or one that contradicts its manifest.
+    samples: how many records the page holds, besides examples of every reason. Raises ShardError if there is no shard,
+    or one that contradicts its manifest.
     """
     store = output if isinstance(output, Store) else Store(output)
-    stats = compute_stats(store)
-    page = render(stats, contact_sheet(store, stats["data"]["shards"]), _dataset(store))
-    store.write(STATS, json.dumps(stats, indent=1, ensure_ascii=False) + "\n")
+    report = compute(store)
+    records = read_samples(store, report.manifests, report.examples, samples)
+    _fill_examples(report, records)
+    page = render(report, records, _dataset(store))
+    store.write(STATS, json.dumps(report.stats, indent=1, ensure_ascii=False) + "\n")
+    with io.BytesIO() as table:
+        pq.write_table(report.shards, table, compression="zstd")
+        store.write(TABLE, table.getvalue())
     store.write(INDEX, page)
-    return stats
+    return report.stats
 
 
-def render(stats: dict[str, Any], samples: list[Sample], dataset: dict[str, Any]) -> str:
+def _fill_examples(report: Report, records: Samples) -> None:
+    """Into the stats: of each reason the first few records, with what was said of them."""
+    columns = records.columns
+    first: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    ends = zip(columns["status"], columns["stage"], columns["reason"], strict=True)
+    for at, end in enumerate(ends):
+        found = first.setdefault(end, [])
+        if len(found) < len(report.examples.get(end, ())):
+            found.append({name: columns[name][at] for name in ("key", "source", "detail")})
+    for entry in report.stats["data"]["reasons"]:
+        entry["examples"] = first[entry["status"], entry["stage"], entry["reason"]]
+
+
+def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
     """The page. dataset: what dataset.json says, {} if there is none."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    filters = {name: getattr(figures, name) for name in ("number", "percent", "duration", "size")}
-    environment.filters.update(filters, clock=_clock)
-    script, style = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
-    data, runs = stats["data"], stats["runs"]
+    filters = {name: getattr(text, name) for name in ("number", "percent", "duration", "size", "clock")}
+    environment.filters.update(filters, query=_query)
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    script = _script()
+    data, runs = report.stats["data"], report.stats["runs"]
     return environment.get_template("page.html.j2").render(
         data=data,
         runs=runs,
-        plan=stats["plan"],
-        chains=stats["chains"],
+        plan=report.stats["plan"],
+        chains=report.stats["chains"],
         dataset=dataset,
         weights=_dicts(dataset.get("weights")),
-        totals={status: sum(shard[status] for shard in data["shards"]) for status in _STATUSES},
-        run_of={run["shard"]: run for run in runs["shards"]},
-        charts=figures.charts(data),
-        bar_lists=figures.bar_lists(data),
-        stage_times=figures.stage_times(runs),
-        regions=_regions(data),
-        legend=_legend(data),
-        samples=samples,
-        script=Markup(script),  # noqa: S704 - both are this package's own files
+        totals={name: sum(shard[name] for shard in data["shards"]) for name in ("written", "dropped", "failed")},
+        groups={group: [f for f in FIGURES if f.group == group] for group in dict.fromkeys(f.group for f in FIGURES)},
+        figure={figure.name: figure for figure in FIGURES},
+        regions=[{"word": w, "color": c} for w, c in zip(REGION_WORDS, _REGION_COLORS, strict=True)],
+        records=len(records),
+        packed_records=Markup(_pack(_records(records))),  # noqa: S704 - base64, as are the next ones
+        packed_values=Markup(_gzip(records.values.astype("<f8").tobytes())),  # noqa: S704
+        chunks=[Markup(chunk) for chunk in _chunks(records)],  # noqa: S704
+        packed_shards=Markup(_pack(_shards(report))),  # noqa: S704
+        plotly=Markup(_plotly()[0]),  # noqa: S704
+        facts=Markup(_facts(report, records)),  # noqa: S704 - `<` is escaped
+        script=Markup(script),  # noqa: S704 - this package's own files
         style=Markup(style),  # noqa: S704
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        digests=[_digest(script), _plotly()[1]],
     )
 
 
-def _regions(data: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "word": word,
-            "color": PALETTE[LABELS.index(labels[-1] if word == "mouth" else labels[0])],
-            "labels": [label.replace("_", " ") for label in labels],
-            "missing": data["regions"][word]["missing"],
-            "missing_rate": data["regions"][word]["missing_rate"],
-            "mean_area": data["regions"][word]["area"]["mean"],
-            "chart": figures.histogram(word, data["regions"][word]["area"], unit="%", scale=100),
-        }
-        for word, labels in REGION_LABELS.items()
-    ]
+# ------------------------------------------------------------------------------------------ what the script reads
 
 
-def _legend(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every label but the background, which the overlay leaves clear."""
-    entries = []
-    for label, color in list(zip(LABELS, PALETTE, strict=True))[1:]:
-        missing = data["labels"][label]["missing_rate"]
-        present = None if missing is None else 1 - missing
-        entries.append({"name": label.replace("_", " "), "color": color, "present": present})
-    return entries
+def _facts(report: Report, records: Samples) -> str:
+    """Small things, as JSON that can't end its element."""
+    data = report.stats["data"]
+    facts = {
+        "figures": [asdict(figure) | {"spread": data["figures"][figure.name]} for figure in FIGURES],
+        "extra": EXTRA,
+        "identities": data["identities"],
+        "funnel": data["funnel"],
+        "inputs": data["inputs"],
+        "written": data["written"],
+        "stage_seconds": report.stats["runs"]["stage_seconds"],
+        "labels": LABELS,
+        "palette": PALETTE,
+        "regions": [
+            {"word": word, "color": color, "labels": [LABELS.index(name) for name in REGION_LABELS[word]]}
+            for word, color in zip(REGION_WORDS, _REGION_COLORS, strict=True)
+        ],
+        "chunk": _CHUNK,
+        "records": len(records),
+    }
+    return json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def _records(records: Samples) -> dict[str, Any]:
+    sizes = [[len(part) for part in pair] for pair in records.pictures]
+    return records.columns | {"sizes": sizes}
+
+
+def _shards(report: Report) -> dict[str, Any]:
+    """The table by shard, and each shard's distance in each figure."""
+    runs = report.stats["runs"]
+    drift = report.stats["data"]["drift"]
+    columns = report.shards
+    return {
+        "rows": report.stats["data"]["shards"],
+        "runs": [{k: v for k, v in run.items() if k != "finished"} for run in runs["shards"]],
+        "drift": [
+            {
+                "name": name,
+                "middle": entry["middle"],
+                "flagged": [flag["shard"] for flag in entry["flagged"]],
+                "away": [_short(v, 2) for v in columns[f"{name}_away"].to_pylist()],
+                "values": [_short(v, 6) for v in columns[_value_column(name)].to_pylist()],
+            }
+            for name, entry in drift.items()
+        ],
+    }
+
+
+def _value_column(name: str) -> str:
+    whole = {figure.name: figure.whole for figure in FIGURES}
+    return name if name not in whole else f"{name}_{'mean' if whole[name] else 'median'}"
+
+
+def _short(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _chunks(records: Samples) -> Iterator[str]:
+    """Pictures of _CHUNK records each, one after the other."""
+    for start in range(0, len(records), _CHUNK):
+        data = b"".join(part for pair in records.pictures[start : start + _CHUNK] for part in pair)
+        yield base64.b64encode(data).decode()
+
+
+def _pack(value: Any) -> str:
+    return _gzip(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _gzip(data: bytes) -> str:
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """(the charting library, packed; its digest)."""
+    script = get_plotlyjs()
+    return base64.b64encode(gzip.compress(script.encode(), 9, mtime=0)).decode(), _digest(script)
+
+
+def _script() -> str:
+    parts = [(_HERE / "script" / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+# ------------------------------------------------------------------------------------------ for the template
+
+
+def _query(count: float | None, **filters: Any) -> str:
+    """The link to the pictures behind a number."""
+    return "#pictures?" + urlencode({**filters, "of": "" if count is None else int(count)})
 
 
 def _dataset(store: Store) -> dict[str, Any]:
@@ -108,7 +221,3 @@ def _dataset(store: Store) -> dict[str, Any]:
 
 def _dicts(value: object) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

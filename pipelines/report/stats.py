@@ -1,262 +1,275 @@
 """Stats: every figure of the report.
 
-`data` follows from the sidecars alone, so anyone can recompute it and equal shards give equal figures. What varies from
-run to run (seconds, images per second) stands apart under `runs`, and comes from the manifests. A ledger that doesn't
-balance, or a manifest that its sidecar contradicts, is an error and never a number in a report.
+`data` follows from the sidecars, identities.parquet and takedown.jsonl alone, so anyone can recompute it and equal
+shards give equal figures. What varies from run to run (seconds, images per second) stands apart under `runs`, and comes
+from the manifests. A ledger that doesn't balance, or a manifest that its sidecar contradicts, is an error and never a
+number.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 
 from configs.errors import ShardError
-from pipelines.plan import PLAN
-from pipelines.report.spread import rounded, spread
-from pipelines.shards import manifests, read_sidecar
+from pipelines.report.drift import Track, flags
+from pipelines.report.figures import FIGURES
+from pipelines.report.identities import identity_figures, takedowns
+from pipelines.report.runs import chain_figures, plan_figures, run_figures
+from pipelines.report.scan import EXAMPLES, End, Row, Scan, scan
+from pipelines.report.spread import Floats, Sums, median, rounded, spread
+from pipelines.shards import manifests
 from pipelines.store import Store
 from stages.record import Status
-from stages.regions import LABEL_IDS, LABELS, REGION_LABELS
+from stages.regions import LABELS, REGION_WORDS
 
-EXAMPLES = 5  # sources named for each reason
-
-_COLUMNS = [
-    *("source", "status", "reason", "detail", "stage", "tar_size"),
-    *("width", "height", "faces", "face", "label_areas", "caption", "face_caption"),
-]
-_ENDED = (Status.DROPPED, Status.FAILED)
-
-Row = Mapping[str, Any]
-
-
-@dataclass(slots=True)
-class _Written:
-    """Columns of the written samples, in order; statistics are made of these once all shards are read."""
-
-    scores: list[float] = field(default_factory=list)
-    face_sides: list[float] = field(default_factory=list)
-    face_counts: Counter[int] = field(default_factory=Counter)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    areas: list[Sequence[float]] = field(default_factory=list)
-    captions: list[tuple[int, int]] = field(default_factory=list)  # words, characters
-    face_captions: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, row: Row) -> None:
-        self.face_counts[len(row["faces"])] += 1
-        self.sizes[row["width"], row["height"]] += 1
-        self.captions.append(_lengths(row["caption"]))
-        self.face_captions.append(_lengths(row["face_caption"]))
-        if row["label_areas"]:
-            self.areas.append(row["label_areas"])
-        if 0 <= row["face"] < len(row["faces"]):
-            face = row["faces"][row["face"]]
-            x1, y1, x2, y2 = face["box"]
-            self.scores.append(face["score"])
-            self.face_sides.append(min(x2 - x1, y2 - y1))
+_ENDED: Final = (Status.DROPPED, Status.FAILED)
+_CUT: Final = next(at for at, figure in enumerate(FIGURES) if figure.name == "cut")
+_THREADS: Final = 4
+_NAMED: Final = 20  # licences named one by one
+_CHAIN: Final = (  # as records go through it; a stage not named here comes after those that are
+    *("source", "rights", "resize", "thumbnail", "detect", "parse", "embed", "measure", "judge", "caption", "review"),
+    *("neighbours", "takedown"),
+)
 
 
-@dataclass(slots=True)
-class _Ended:
-    """How many records ended for one reason, and the first few of them."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """stats: ready for JSON. shards: a row for each. examples: reason → (shard's index, row) of its first records."""
 
-    count: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)
-
-    def add(self, row: Row) -> None:
-        self.count += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append({"source": row["source"], "detail": row["detail"]})
+    stats: dict[str, Any]
+    shards: pa.Table
+    examples: dict[End, list[tuple[int, int]]]
+    manifests: Sequence[Row]
 
 
 def compute_stats(store: Store) -> dict[str, Any]:
-    """The report's figures, ready for JSON.
+    """The report's figures, ready for JSON: see `compute`."""
+    return compute(store).stats
 
-    data: from the sidecars alone. runs: times of each shard's last run. plan: shards and inputs that the kept plan
+
+def compute(store: Store) -> Report:
+    """data: from the shards alone. runs: times of each shard's last run. plan: shards and inputs that the kept plan
     holds, None without one. chains: the stage signatures that shards were made with, more than one while a changed
     configuration is not run to its end. Raises ShardError if there is no shard, or one contradicts itself.
     """
     found = list(manifests(store))
     if not found:
         raise ShardError(f"{store.url} holds no committed shard: there is nothing to report. Run the data set first.")
-    written, ended, shards = _Written(), dict[tuple[str, str, str], _Ended](), []
-    for manifest in found:
-        rows = _rows(store, manifest)
-        shards.append(_balanced(manifest, rows))
-        for row in rows:
-            if row["status"] == Status.OK:
-                written.add(row)
-            else:
-                ended.setdefault((row["status"], row["stage"], row["reason"]), _Ended()).add(row)
-    data = _ledger(shards, ended) | {"shards": shards} | _figures(written)
-    return {"data": data, "runs": _runs(found), "plan": _plan(store), "chains": _chains(found)}
-
-
-def _rows(store: Store, manifest: Row) -> list[Row]:
-    try:
-        rows: list[Row] = read_sidecar(store, int(manifest["shard"].rpartition("-")[2]), _COLUMNS).to_pylist()
-    except FileNotFoundError as error:
-        raise ShardError(
-            f"{store.url}: {manifest['shard']} has a manifest and no sidecar. Remove the manifest and run again."
-        ) from error
-    return rows
-
-
-def _balanced(manifest: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    """The shard's row of the table. Raises ShardError unless rows and manifest agree and the ledger balances."""
-    counts = Counter(row["status"] for row in rows)
-    shard = {
-        "shard": manifest["shard"],
-        "inputs": len(rows),
-        "written": counts.pop(Status.OK, 0),
-        "dropped": counts.pop(Status.DROPPED, 0),
-        "failed": counts.pop(Status.FAILED, 0),
-        "tar_bytes": sum(row["tar_size"] for row in rows),
+    sums, label_sums = Sums(len(FIGURES)), Sums(len(LABELS))
+    scans, means, medians, counts = [], [], [], []
+    for part in scan(store, found):
+        ordered = np.sort(part.values, axis=1)  # NaN comes last
+        count = (~np.isnan(part.values)).sum(1)
+        means.append([total / n if n else np.nan for total, n in zip(sums.add(part.values), count, strict=True)])
+        medians.append([median(row[:n]) if n else np.nan for row, n in zip(ordered, count.tolist(), strict=True)])
+        counts.append(count)
+        label_sums.add(_present(part.labels))
+        scans.append(part)
+    spreads = _spreads(scans, sums)
+    tally = sum((part.tally for part in scans), Counter[tuple[str, ...]]())
+    examples: dict[End, list[tuple[int, int]]] = {}
+    for part in scans:
+        for end, rows in part.first.items():
+            first = examples.setdefault(end, [])
+            first += [(part.index, row) for row in rows[: EXAMPLES - len(first)]]
+    runs = run_figures(found)
+    table, drift = _shard_table(scans, spreads, runs, np.array(means), np.array(medians), np.array(counts))
+    data = {
+        **_ledger(scans),
+        "shards": [_shard(part) for part in scans],
+        "figures": spreads,
+        "regions": {word: _region(word, tally) for word in REGION_WORDS},
+        "labels": _labels(scans, label_sums),
+        "image_sizes": _sizes(tally),
+        "cut": sum(int((part.values[_CUT] > 0).sum()) for part in scans),
+        "trainable": {name: tally["trainable", name] for name in ("yes", "no", "unknown")},
+        "licenses": _named("license", tally),
+        "consents": _named("consent", tally),
+        "identities": identity_figures(store),
+        "takedowns": takedowns(store),
+        "drift": drift,
     }
-    if counts:
-        raise ShardError(f"{shard['shard']}: the sidecar has rows of status {', '.join(sorted(counts))}")
-    stated = {name: manifest[name] for name in ("inputs", "written", "dropped", "failed")}
-    by_reason = {s.value: dict(Counter(row["reason"] for row in rows if row["status"] == s)) for s in _ENDED}
-    measured = {"inputs": shard["inputs"], "written": shard["written"], **by_reason}
-    if stated != measured:
-        raise ShardError(
-            f"the ledger of {shard['shard']} doesn't balance: its manifest says {stated}, its sidecar {measured}. "
-            "Remove the manifest and run again."
-        )
-    return shard
+    stats = {"data": data, "runs": runs, "plan": plan_figures(store), "chains": chain_figures(found)}
+    return Report(stats, table, examples, found)
 
 
-def _ledger(shards: Sequence[Row], ended: Mapping[tuple[str, str, str], _Ended]) -> dict[str, Any]:
-    """inputs = written + dropped by reason + failed by reason. Raises ShardError if not."""
-    inputs, written = (sum(shard[name] for shard in shards) for name in ("inputs", "written"))
-    if inputs != written + sum(entry.count for entry in ended.values()):
-        raise ShardError(f"the ledger doesn't balance: {inputs} inputs, {written} written, {len(ended)} reasons")
+def _shard(part: Scan) -> dict[str, Any]:
+    return {
+        "shard": part.name,
+        "inputs": part.inputs,
+        **{name: part.of(status) for name, status in (("written", "ok"), ("dropped", "dropped"), ("failed", "failed"))},
+        "tar_bytes": part.tar_bytes,
+        "held_bytes": part.held_bytes,
+    }
+
+
+def _ledger(scans: Sequence[Scan]) -> dict[str, Any]:
+    """inputs = written + dropped by reason + failed by reason; the scan has checked it shard by shard."""
+    total: Counter[End] = Counter()
+    for part in scans:
+        total.update(part.counts)
+    inputs, written = total.total(), sum(count for end, count in total.items() if end[0] == Status.OK)
     by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _ENDED}
     by_stage: dict[str, Counter[str]] = {}
-    for (status, stage, reason), entry in ended.items():
-        by_reason[status][reason] += entry.count
-        by_stage.setdefault(stage, Counter())[status] += entry.count
-    reasons = sorted(ended.items(), key=lambda item: (item[0][0], -item[1].count, item[0]))
+    for (status, stage, reason), count in total.items():
+        if status != Status.OK:
+            by_reason[status][reason] += count
+            by_stage.setdefault(stage, Counter())[status] += count
+    reasons = sorted(total.items(), key=lambda item: (item[0][0], -item[1], item[0]))
     return {
         "inputs": inputs,
         "written": written,
         **{status: dict(sorted(counts.items())) for status, counts in by_reason.items()},
-        "by_stage": {
-            stage: {status.value: counts[status] for status in _ENDED} for stage, counts in sorted(by_stage.items())
-        },
+        "funnel": _funnel(inputs, by_stage),
         "reasons": [
-            {"status": status, "stage": stage, "reason": reason, "count": entry.count, "examples": entry.examples}
-            for (status, stage, reason), entry in reasons
+            {"status": status, "stage": stage, "reason": reason, "count": count}
+            for (status, stage, reason), count in reasons
+            if status != Status.OK
         ],
     }
+
+
+def _funnel(inputs: int, by_stage: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Stages that lost something, in the chain's order: how many came, how many were lost there, how many went on."""
+    steps = []
+    known = {stage: place for place, stage in enumerate(_CHAIN)}
+    for stage in sorted(by_stage, key=lambda stage: (known.get(stage, len(known)), stage)):
+        lost = {status.value: by_stage[stage].get(status, 0) for status in _ENDED}
+        left = inputs - sum(lost.values())
+        steps.append({"stage": stage, "entered": inputs, **lost, "left": left})
+        inputs = left
+    return steps
 
 
 # ------------------------------------------------------------------------------------------ what was measured
 
 
-def _figures(written: _Written) -> dict[str, Any]:
-    """faces_per_image: of all found. detection_score, face_size (short side of the box, pixels): of the chosen one."""
-    sizes = sorted(written.sizes.items(), key=lambda item: (-item[1], item[0]))
-    return {
-        "faces_per_image": {str(number): count for number, count in sorted(written.face_counts.items())},
-        "detection_score": spread(written.scores),
-        "face_size": spread(written.face_sides),
-        "image_sizes": [{"width": width, "height": height, "count": count} for (width, height), count in sizes],
-        "regions": {
-            word: _area(written.areas, [LABEL_IDS[name] for name in names]) for word, names in REGION_LABELS.items()
-        },
-        "labels": {name: _area(written.areas, [LABEL_IDS[name]]) for name in LABELS},
-        "caption": _texts(written.captions),
-        "face_caption": _texts(written.face_captions),
+def _spreads(scans: Sequence[Scan], sums: Sums) -> dict[str, Any]:
+    """Of each figure over all written samples."""
+    totals = sums.totals()
+
+    def one(at: int) -> dict[str, Any]:
+        return spread(_sorted([part.values[at] for part in scans]), totals[at], whole=FIGURES[at].whole)
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # sorting leaves Python alone
+        return dict(zip((figure.name for figure in FIGURES), pool.map(one, range(len(FIGURES))), strict=True))
+
+
+def _labels(scans: Sequence[Scan], sums: Sums) -> dict[str, Any]:
+    """Of each label: in how many pictures there is none, and its share of each picture that has any."""
+    totals = sums.totals()
+
+    def one(at: int) -> dict[str, Any]:
+        every = _sorted([part.labels[at] for part in scans])
+        present = every[np.searchsorted(every, 0, "right") :]
+        return _missing(len(every) - len(present), len(every)) | {"area": spread(present, totals[at])}
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(LABELS, pool.map(one, range(len(LABELS))), strict=True))
+
+
+def _sorted(parts: Sequence[Floats]) -> Floats:
+    values = np.concatenate(parts)
+    values = values[~np.isnan(values)]
+    values.sort()
+    return values
+
+
+def _present(labels: Floats) -> Floats:
+    return np.where(labels > 0, labels, np.nan)
+
+
+def _region(word: str, tally: Mapping[tuple[str, ...], int]) -> dict[str, Any]:
+    """missing: of the samples with a label map. fused, unfused by reason: what the trainer makes of it. absent: named
+    by a caption and not in the label map."""
+    unfused = {key[2]: count for key, count in sorted(tally.items()) if key[:2] == ("unfused", word)}
+    return _missing(tally["missing", word], tally["parsed",]) | {
+        "fused": tally["fused", word],
+        "unfused": unfused,
+        "absent": tally["absent", word],
     }
 
 
-def _area(areas: Sequence[Sequence[float]], labels: Sequence[int]) -> dict[str, Any]:
-    """Of some labels together: in how many pictures there is none, and their share of each picture that has any."""
-    shares = [sum(row[label] for label in labels) for row in areas]
-    present = [share for share in shares if share > 0]
-    missing = len(shares) - len(present)
-    return {
-        "missing": missing,
-        "missing_rate": rounded(missing / len(shares)) if shares else None,
-        "area": spread(present),
-    }
+def _missing(missing: int, total: int) -> dict[str, Any]:
+    return {"missing": missing, "missing_rate": rounded(missing / total) if total else None}
 
 
-def _texts(lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    words, characters = zip(*lengths, strict=True) if lengths else ((), ())
-    return {"words": spread(words, whole=True), "characters": spread(characters, whole=True)}
+def _sizes(tally: Mapping[tuple[str, ...], int]) -> list[dict[str, int]]:
+    sizes = [(int(key[1]), int(key[2]), count) for key, count in tally.items() if key[0] == "size"]
+    sizes.sort(key=lambda size: (-size[2], size))
+    return [{"width": width, "height": height, "count": count} for width, height, count in sizes]
 
 
-def _lengths(text: str) -> tuple[int, int]:
-    return len(text.split()), len(text)
+def _named(kind: str, tally: Mapping[tuple[str, ...], int]) -> dict[str, Any]:
+    """The most common ones by name, the rest together."""
+    found = sorted(((key[1], count) for key, count in tally.items() if key[0] == kind), key=lambda p: (-p[1], p[0]))
+    named = [{"name": name, "count": count} for name, count in found[:_NAMED]]
+    return {"named": named, "others": len(found[_NAMED:]), "others_count": sum(count for _, count in found[_NAMED:])}
 
 
-# ------------------------------------------------------------------------------------------ what varies by run
+# ------------------------------------------------------------------------------------------ shard by shard
 
 
-def _runs(found: Sequence[Row]) -> dict[str, Any]:
-    """seconds: in which at least one shard was being made; pauses between runs don't count.
-
-    images_per_second: over those seconds. A shard's time begins once its models are loaded.
-    """
-    shards = []
-    stage_seconds: dict[str, float] = {}
-    for manifest in found:
-        run = manifest["run"]
-        shards.append(
-            {
-                "shard": manifest["shard"],
-                "seconds": run["seconds"],
-                "images_per_second": _rate(manifest["inputs"], run["seconds"]),
-                "finished": run["finished"],
-                "executor": run["executor"],
-                "attempt": run["attempt"],
-            }
-        )
-        for stage, seconds in run["stage_seconds"].items():
-            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + seconds
-    total = sum(stage_seconds.values())
-    return {
-        "seconds": round(_busy_seconds(found), 3),
-        "images_per_second": images_per_second(found),
-        "finished": max(shard["finished"] for shard in shards),
-        "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
-        "stage_share": {stage: round(seconds / total, 4) if total else 0.0 for stage, seconds in stage_seconds.items()},
-        "shards": shards,
-    }
+def _shard_table(
+    scans: Sequence[Scan], spreads: Row, runs: Row, means: Floats, medians: Floats, counts: Floats
+) -> tuple[pa.Table, dict[str, Any]]:
+    """(report/stats.parquet: a row for each shard; the stats' entry on drift)."""
+    names = [part.name for part in scans]
+    columns: dict[str, Any] = {name: [_shard(part)[name] for part in scans] for name in _shard(scans[0])}
+    columns["seconds"] = [run["seconds"] for run in runs["shards"]]
+    columns["images_per_second"] = [run["images_per_second"] for run in runs["shards"]]
+    for stage in runs["stage_seconds"]:
+        columns[f"seconds_{stage}"] = [run["stage_seconds"].get(stage) for run in runs["shards"]]
+    tracks = _rates(scans)
+    columns |= {track.name: _nulls(track.values) for track in tracks}
+    for at, figure in enumerate(FIGURES):
+        columns[f"{figure.name}_count"] = counts[:, at]
+        columns[f"{figure.name}_mean"] = _nulls(means[:, at])
+        columns[f"{figure.name}_median"] = _nulls(medians[:, at])
+        found = spreads[figure.name]
+        if found["count"]:
+            scale = _deviation(found, scans, at) if figure.whole else found["upper"] - found["lower"]
+            values = means[:, at] if figure.whole else medians[:, at]
+            tracks.append(Track(figure.name, values, counts[:, at], scale))
+    drift = {}
+    for track in tracks:
+        entry, away = flags(track, names)
+        drift[track.name] = entry
+        columns[f"{track.name}_away"] = _nulls(away)
+    return pa.table(columns), drift
 
 
-def images_per_second(found: Sequence[Row]) -> float | None:
-    """Of these shards' manifests, over the time in which at least one of them was being made."""
-    return _rate(sum(manifest["inputs"] for manifest in found), _busy_seconds(found))
+def _deviation(found: Row, scans: Sequence[Scan], at: int) -> float:
+    """Standard deviation of whole numbers, from exact sums."""
+    squares = sum(int(np.nansum(np.square(part.values[at]))) for part in scans)
+    total = sum(int(np.nansum(part.values[at])) for part in scans)
+    return float(np.sqrt((found["count"] * squares - total**2) / found["count"] ** 2))
 
 
-def _rate(images: int, seconds: float) -> float | None:
-    return round(images / seconds, 3) if seconds > 0 else None
+def _rates(scans: Sequence[Scan]) -> list[Track]:
+    """Shares of a shard: of its inputs that were written, of its samples that can be trained on, lose text, lack a
+    region."""
+    inputs = np.array([part.inputs for part in scans], float)
+    written = np.array([part.of(Status.OK) for part in scans], float)
+    reviewed = np.array([part.tally["trainable", "yes"] + part.tally["trainable", "no"] for part in scans], float)
+    parsed = np.array([part.tally["parsed",] for part in scans], float)
+    shares = [
+        ("written_share", written, inputs),
+        ("trainable_share", [part.tally["trainable", "yes"] for part in scans], reviewed),
+        ("cut_share", [int((part.values[_CUT] > 0).sum()) for part in scans], reviewed),
+        *((f"missing_{w}_share", [part.tally["missing", w] for part in scans], parsed) for w in REGION_WORDS),
+    ]
+    with np.errstate(invalid="ignore"):
+        return [Track(name, np.asarray(some, float) / whole, whole, None) for name, some, whole in shares]
 
 
-def _busy_seconds(found: Sequence[Row]) -> float:
-    """In which at least one of these shards was being made."""
-    runs = [manifest["run"] for manifest in found]
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted((run["finished"] - run["seconds"], run["finished"]) for run in runs):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def _plan(store: Store) -> dict[str, int] | None:
-    if not store.exists(PLAN):
-        return None
-    with store.open(PLAN) as stream:
-        column = pq.read_table(stream, columns=["shard"]).column("shard")
-    return {"shards": len(column.unique()), "inputs": len(column)}
-
-
-def _chains(found: Sequence[Row]) -> list[dict[str, Any]]:
-    chains = Counter(tuple(manifest["signatures"]) for manifest in found)
-    return [{"signatures": list(chain), "shards": count} for chain, count in sorted(chains.items())]
+def _nulls(values: Floats) -> pa.Array:
+    """NaN and infinity become null: a table has no such numbers."""
+    return pa.array(values, pa.float64(), mask=~np.isfinite(values))

@@ -1,0 +1,89 @@
+"""Identities: what identities.parquet and takedown.jsonl say of the whole set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from configs.errors import ShardError
+from pipelines.report.spread import Sums, spread
+from pipelines.store import Store
+
+IDENTITIES: Final = "identities.parquet"
+TAKEDOWN: Final = "takedown.jsonl"
+_NAMED: Final = 12  # largest identities named one by one
+
+
+def identity_figures(store: Store) -> dict[str, Any] | None:
+    """count, samples; sizes: size → number of identities of it; largest; splits; similarity: of each sample's nearest
+    other one. None where identities weren't grouped."""
+    if not store.exists(IDENTITIES):
+        return None
+    with store.open(IDENTITIES) as stream:
+        table = pq.read_table(stream, columns=["identity_id", "split", "similarity"])
+    names, sizes = _counted(table["identity_id"])
+    order = sorted(range(len(names)), key=lambda at: (-sizes[at], names[at]))[:_NAMED]
+    splits = Counter(dict(zip(*_counted(table["split"]), strict=True)))
+    people = table.select(["identity_id", "split"]).group_by(["identity_id", "split"]).aggregate([])
+    split_people = dict(zip(*_counted(people["split"]), strict=True))
+    closest = _closest(table["similarity"])
+    sums = Sums(1)
+    sums.add(closest[None])
+    return {
+        "count": len(names),
+        "samples": len(table),
+        "sizes": {str(size): count for size, count in sorted(Counter(sizes).items())},
+        "largest": [{"identity": names[at], "count": sizes[at]} for at in order],
+        "splits": {name: {"samples": splits[name], "identities": split_people[name]} for name in sorted(splits)},
+        "similarity": spread(np.sort(closest), sums.totals()[0]),
+    }
+
+
+def takedowns(store: Store) -> list[dict[str, Any]]:
+    """Every line of the log. Raises ShardError for one that is no JSON object."""
+    try:
+        lines = store.read(TAKEDOWN).decode().rstrip("\n").split("\n")
+    except FileNotFoundError:
+        return []
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            kept = {name: entry[name] for name in ("time", "by", "inputs", "note")}
+            counts = {name: len(entry[name]) for name in ("shards", "keys")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"{store.url}: line {number} of {TAKEDOWN} can't be read: {error!r}") from error
+        entries.append(kept | counts)
+    return entries
+
+
+def neighbours(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
+    """key → its row of identities.parquet, of those that are in it; a row group at a time."""
+    found: dict[str, dict[str, Any]] = {}
+    if not store.exists(IDENTITIES):
+        return found
+    wanted = pa.array(keys, pa.string())
+    with pq.ParquetFile(store.open(IDENTITIES)) as file:
+        for group in range(file.num_row_groups):
+            here = pc.is_in(file.read_row_group(group, ["key"])["key"], wanted)
+            if pc.any(here).as_py():
+                rows = file.read_row_group(group).filter(here).to_pylist()
+                found |= {row["key"]: row for row in rows}
+    return found
+
+
+def _closest(lists: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The first of each list that has one."""
+    some = lists.filter(pc.greater(pc.list_value_length(lists), 0))
+    return np.asarray(pc.cast(pc.list_element(some, 0), pa.float64()).to_numpy(), np.float64)
+
+
+def _counted(column: pa.ChunkedArray) -> tuple[list[str], list[int]]:
+    found = pc.value_counts(column.combine_chunks())
+    return found.field("values").to_pylist(), found.field("counts").to_pylist()

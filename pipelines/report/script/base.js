@@ -1,0 +1,66 @@
+// Small tools that the rest is written with. Strangers' words enter the page through `el` alone, as text.
+const facts = JSON.parse(document.getElementById("facts").textContent);
+const $ = (id) => document.getElementById(id);
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child != null)); // strings become text nodes
+  return node;
+}
+
+// At most three digits behind the point, and none that say nothing; as pipelines/report/text.py has it.
+function number(value) {
+  if (value == null || Number.isNaN(value)) return "–";
+  if (value < 0) return `−${number(-value)}`;
+  if (Number.isInteger(value)) return whole.format(value);
+  const size = Math.abs(value), digits = size < 1 ? 3 : size < 10 ? 2 : 1;
+  return new Intl.NumberFormat("en", { maximumFractionDigits: digits }).format(value);
+}
+
+function bytes(count) {
+  if (count < 1000) return `${count} B`;
+  const power = Math.min(Math.floor((String(count).length - 1) / 3), 4);
+  return `${(count / 1000 ** power).toFixed(1)} ${["kB", "MB", "GB", "TB"][power - 1]}`;
+}
+
+function seconds(value) {
+  if (value < 60) return value >= 0.1 ? `${value.toFixed(1)} s` : `${Math.round(1000 * value)} ms`;
+  const minutes = Math.floor(value / 60);
+  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function raw(text) {
+  const binary = atob(text.trim()), out = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) out[i] = binary.charCodeAt(i);
+  return out;
+}
+
+async function unpacked(id) {
+  const stream = new Blob([raw($(id).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
+const once = (make) => {
+  let made;
+  return () => (made ??= make());
+};
+
+const figureOf = new Map(facts.figures.map((figure, row) => [figure.name, { ...figure, row }]));
+figureOf.set("identity_size", { name: "identity_size", title: "Samples of the identity", scale: 1, unit: "", row: facts.figures.length });
+figureOf.set("similarity", { name: "similarity", title: "Similarity to the nearest", scale: 1, unit: "", row: facts.figures.length + 1 });
+
+const shardName = (index) => `fgid-${String(index).padStart(6, "0")}`;
+const link = (query, ...children) => el("a", { class: "count", href: `#pictures?${new URLSearchParams(query)}` }, ...children);
+
+// A colour of the style sheet as it is now, in light or dark.
+function colour(name) {
+  const probe = $("probe");
+  probe.style.color = `var(--${name})`;
+  return getComputedStyle(probe).color;
+}

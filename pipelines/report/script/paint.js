@@ -1,0 +1,108 @@
+// A picture on its canvas: the photograph, the chosen parts of its label map in colours, the boxes of its faces.
+const PARTS = [
+  ["face", ["skin", "left_brow", "right_brow"]], ["ears", ["left_ear", "right_ear"]], ["eyes", ["left_eye", "right_eye"]],
+  ["nose", ["nose"]], ["mouth", ["mouth", "upper_lip", "lower_lip"]], ["hair", ["hair"]], ["neck", ["neck"]],
+  ["clothes", ["cloth"]], ["worn", ["glasses", "earring", "necklace", "hat"]],
+];
+const rgb = facts.palette.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+const overlay = { on: true, strength: 0.4, boxes: false, parts: new Set(PARTS.slice(0, 5).map(([name]) => name)) };
+const painted = new Set(); // canvases on the page that show a record
+
+function shown() {
+  const labels = new Uint8Array(facts.labels.length);
+  if (overlay.on) for (const [name, members] of PARTS) if (overlay.parts.has(name)) for (const m of members) labels[facts.labels.indexOf(m)] = 1;
+  return labels;
+}
+
+async function paint(canvas, at, scale = 1) {
+  canvas.dataset.at = at;
+  const all = await records(), found = await picture(all, at);
+  if (!found || Number(canvas.dataset.at) !== at) return; // it shows another record by now
+  const width = found.photo.width * scale, height = found.photo.height * scale;
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(found.photo, 0, 0, width, height);
+  const labels = shown();
+  if (found.labels && labels.some(Boolean) && !("plain" in canvas.dataset)) {
+    context.globalAlpha = overlay.strength;
+    context.drawImage(coloured(found, labels), 0, 0, width, height);
+    context.globalAlpha = 1;
+  }
+  if (overlay.boxes && !("plain" in canvas.dataset)) boxes(context, all.faces[at], all.face[at], width, height);
+  canvas.dataset.labels = found.labels ? labels.join("") : "";
+  painted.add(canvas);
+}
+
+function coloured({ labels, width, height }, wanted) {
+  const image = new ImageData(width, height);
+  for (let i = 0; i < labels.length; i++) {
+    const label = labels[i];
+    if (label && wanted[label]) image.data.set([...rgb[label], 255], 4 * i);
+  }
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return canvas;
+}
+
+function boxes(context, faces, chosen, width, height) {
+  faces.forEach(([x, y, w, h], index) => {
+    for (const [style, line] of [["rgb(0 0 0 / 0.6)", 3], ["#fff", 1]]) {
+      context.strokeStyle = style;
+      context.lineWidth = (line * width) / 240 + 0.5;
+      context.setLineDash(index === chosen ? [] : [4, 3]);
+      context.strokeRect(x * width, y * height, w * width, h * height);
+    }
+  });
+}
+
+function repaint() {
+  for (const canvas of painted) {
+    if (canvas.isConnected) paint(canvas, Number(canvas.dataset.at), Number(canvas.dataset.scale || 1));
+    else painted.delete(canvas);
+  }
+  for (const box of document.querySelectorAll("[data-part]")) box.checked = overlay.on && overlay.parts.has(box.dataset.part);
+  for (const box of document.querySelectorAll("[data-boxes]")) box.checked = overlay.boxes;
+}
+
+function togglePart(name) {
+  if (!overlay.on) Object.assign(overlay, { on: true, parts: new Set([name]) });
+  else if (!overlay.parts.delete(name)) overlay.parts.add(name);
+  repaint();
+}
+
+function toggles() {
+  const rows = PARTS.map(([name, members], index) => {
+    const swatch = el("i", { class: "swatch" });
+    swatch.style.background = facts.palette[facts.labels.indexOf(members.at(name === "mouth" ? 1 : 0))];
+    const box = el("input", { type: "checkbox", "data-part": name, onchange: () => togglePart(name) });
+    return el("label", {}, box, swatch, name, el("kbd", {}, String(index + 1)));
+  });
+  const faces = el("input", { type: "checkbox", "data-boxes": true, onchange: () => toggleBoxes() });
+  return [...rows, el("label", {}, faces, "boxes", el("kbd", {}, "b"))];
+}
+
+function toggleOverlay() {
+  overlay.on = !overlay.on;
+  repaint();
+}
+
+function toggleBoxes() {
+  overlay.boxes = !overlay.boxes;
+  repaint();
+}
+
+// Draw a canvas when it comes into view.
+const waiting = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    waiting.unobserve(target);
+    paint(target, Number(target.dataset.at), Number(target.dataset.scale || 1));
+  }
+}, { rootMargin: "200px" });
+
+function lazyCanvas(at, label) {
+  const canvas = el("canvas", { role: "img", "aria-label": label, "data-at": at, "data-plain": true, width: 96, height: 96 });
+  waiting.observe(canvas);
+  return canvas;
+}
