@@ -19,6 +19,7 @@ from typing import IO, Any, Final
 
 import pyarrow as pa
 
+from configs.errors import PipelineError
 from configs.load import load_text, to_yaml
 from configs.schema import DatasetConfig
 from stages.base import Failed, Stage, Todo, reject, run_chain
@@ -27,6 +28,7 @@ from stages.record import Record, from_table, to_table
 _LENGTH = struct.Struct("<Q")
 _READY = b"ready"
 _AT: Final = b"@"  # begins what the child says on entering a stage; an answer's first byte is another
+_FAULT: Final = b"!"  # begins an error that is no picture's fault, such as a caption server that is gone
 _CHAIN: Final = "pipelines.chain:build_chain"
 
 
@@ -57,7 +59,10 @@ class Child:
         return self._process.pid if self._process else 0
 
     def run(self, record: Record, todo: Todo) -> Record:
-        """The record through the stages it needs; failed where the child died of it or was too long over it."""
+        """The record through the stages it needs; failed where the child died of it or was too long over it.
+
+        Raises PipelineError for what is no record's fault.
+        """
         names = [name for name in self._names if name in todo]
         if not record.ok or not names:
             return record
@@ -67,11 +72,11 @@ class Child:
         try:
             _send(process.stdin, ",".join(names).encode())
             _send(process.stdin, _pack(record))
-            if not self._ready and _receive(process.stdout) != _READY:
+            if not self._ready and _heard(process.stdout) != _READY:
                 raise EOFError
             self._ready = True
             while select.select([process.stdout], [], [], self._limit)[0]:
-                answer = _receive(process.stdout)
+                answer = _heard(process.stdout)
                 if not answer.startswith(_AT):
                     return _unpack(answer)
                 stage = answer[len(_AT) :].decode()
@@ -127,6 +132,14 @@ def run_isolated(
     return done
 
 
+def _heard(stream: IO[bytes]) -> bytes:
+    """The child's next message. Raises PipelineError where it tells of one, EOFError where it is gone."""
+    answer = _receive(stream)
+    if answer.startswith(_FAULT):
+        raise PipelineError(answer[len(_FAULT) :].decode())
+    return answer
+
+
 def _pack(record: Record) -> bytes:
     table = to_table([record])
     sink = pa.BufferOutputStream()
@@ -166,7 +179,13 @@ def _read(handle: int, count: int) -> bytes:
 def _main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    requests = sys.stdin.buffer
+    try:
+        _serve(sys.stdin.buffer, answers)
+    except PipelineError as error:
+        _send(answers, _FAULT + str(error).encode())
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     from stages.backends.runtime import pin_threads
 
     config = load_text(DatasetConfig, _receive(requests).decode())

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.chains import resizing
-from configs.errors import ConfigError
+from configs.errors import ConfigError, PipelineError
 from configs.schema import DatasetConfig
 from pipelines.dataset import execute, lint, plan_job, run
 from pipelines.executors.groups import Node, plan_groups
@@ -154,6 +155,17 @@ def test_a_child_process_builds_the_chain_it_is_told(portraits: Path, tmp_path: 
     given = ([record], [frozenset({"resize", "fill"})], 1)
     done = run_isolated(job.config, job.stages, *given, chain="bench.chains:resizing")
     assert done[0].identity is not None and (done[0].width, done[0].height) == (512, 512)
+
+
+def test_an_error_that_is_no_pictures_fault_ends_an_isolated_run_too(portraits: Path, tmp_path: Path) -> None:
+    job = plan_job(config(portraits, tmp_path), chain=resizing)
+    record = build_source(job.config).record(job.plan.inputs_of(0)[0])
+    lonely = replace(record, source="lonely.jpg")
+    todo = frozenset({"resize", "trap", "fill"})
+    with Child(job.config, ["resize", "trap", "fill"], 1, "tests.pipelines.traps:trapped") as child:
+        assert child.run(record, todo).ok
+        with pytest.raises(PipelineError, match="nobody answers"):
+            child.run(lonely, todo)
 
 
 def test_actors_leave_room_for_tasks_and_impossible_gpus_are_said() -> None:

@@ -6,13 +6,14 @@ import ctypes
 import time
 
 from bench.chains import SleepConfig, SleepStage, resizing
+from configs.errors import ServerError
 from configs.schema import DatasetConfig
 from stages.base import Stage
 from stages.record import Record
 
 
 class Trap(SleepStage):
-    """Dies of killer*.jpg as a decoder's segfault dies; never ends sleeper*.jpg."""
+    """Dies of killer*.jpg as a decoder's segfault dies; never ends sleeper*.jpg; has no server for lonely*.jpg."""
 
     name = "trap"
     provides = ("caption", "face_caption")
@@ -23,6 +24,8 @@ class Trap(SleepStage):
                 ctypes.string_at(0)
             if record.source.startswith("sleeper"):
                 time.sleep(3600)
+            if record.source.startswith("lonely"):
+                raise ServerError("nobody answers")
         return records
 
 
