@@ -71,6 +71,7 @@ IDENTITIES: Final = {
     "shard": "number of the shard that holds it",
     "identity_id": "who it shows: samples with equal ids are taken for one person",
     "identity_size": "samples of that identity",
+    "split_group": "identities that may be one person, and stay on one side together",
     "split": "train or val; an identity is on one side only",
     "nearest": "keys of the samples whose faces are most alike, the closest first",
     "similarity": "their cosines",

@@ -46,6 +46,7 @@ IDENTITIES_SCHEMA = pa.schema(
         ("shard", pa.int32()),
         ("identity_id", pa.string()),  # "id-" and the beginning of the key of its earliest member
         ("identity_size", pa.int32()),
+        ("split_group", pa.string()),  # what is on one side together: identities that may be one person
         ("split", pa.string()),  # train or val
         ("nearest", pa.list_(pa.string())),  # keys of other samples, the closest first
         ("similarity", pa.list_(pa.float32())),  # their cosines
@@ -149,7 +150,7 @@ def lint_identities(store: Store) -> Iterator[str]:
     table = read_identities(store)
     if not len(table):
         return
-    rows = table.select(["key", "identity_id", "split"]).to_pylist()
+    rows = table.select(["key", "identity_id", "split_group", "split"]).to_pylist()
     keys = Counter(row["key"] for row in rows)
     samples = set().union(*(_keys(store, index) for index in read_manifests(store)))
     for what, odd in (
@@ -160,14 +161,15 @@ def lint_identities(store: Store) -> Iterator[str]:
         if odd:
             yield f"{IDENTITIES}: {min(odd)} {what}" + (f", as {len(odd) - 1} more" if len(odd) > 1 else "")
     how = json.loads(table.schema.metadata[_SPLIT])
-    sides: dict[str, set[str]] = {}
-    for row in rows:
-        sides.setdefault(row["identity_id"], set()).add(row["split"])
-    for identity, found in sides.items():
-        if len(found) > 1:
-            yield f"{IDENTITIES}: {identity} is on both sides of the split"
-        elif found != {split_of(identity, how["val_share"], how["seed"])}:
-            yield f"{IDENTITIES}: {identity} is on the wrong side of the split"
+    for column in ("identity_id", "split_group"):
+        sides: dict[str, set[str]] = {}
+        for row in rows:
+            sides.setdefault(row[column], set()).add(row["split"])
+        for name, found in sides.items():
+            if len(found) > 1:
+                yield f"{IDENTITIES}: {name} is on both sides of the split"
+            elif column == "split_group" and found != {split_of(name, how["val_share"], how["seed"])}:
+                yield f"{IDENTITIES}: {name} is on the wrong side of the split"
 
 
 def _keys(store: Store, index: int) -> set[str]:
@@ -216,19 +218,23 @@ def _duplicates(pool: Pool, copies: Mapping[int, Twin]) -> pa.Table:
 def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
     """A row for each of the samples `stay`."""
     vectors = pool.vectors[stay] if len(stay) < len(pool.keys) else pool.vectors
-    near = near_by_identity(vectors, min(_LEAST_ALIKE, config.identity_similarity), config.nearest)
+    near = near_by_identity(vectors, min(_LEAST_ALIKE, config.split_similarity), config.nearest)
     labels = cluster(vectors, near, config.identity_similarity)
+    # The rows of an identity take its earliest member's group: no identity can be in two.
+    together = cluster(vectors, near, config.split_similarity)[labels]
     keys = [pool.keys[row] for row in stay]
     names = [f"id-{keys[label][:12]}" for label in labels]
+    groups = [f"group-{keys[label][:12]}" for label in together]
     sizes = Counter(names)
-    sides = {name: split_of(name, config.val_share, config.seed) for name in sizes}
+    sides = {group: split_of(group, config.val_share, config.seed) for group in set(groups)}
     closest = [[place for place in row if place >= 0][:_NEAREST] for row in near.row.tolist()]
     columns = {
         "key": keys,
         "shard": [pool.shards[row] for row in stay],
         "identity_id": names,
         "identity_size": [sizes[name] for name in names],
-        "split": [sides[name] for name in names],
+        "split_group": groups,
+        "split": [sides[group] for group in groups],
         "nearest": [[keys[place] for place in places] for places in closest],
         "similarity": [row[: len(places)] for row, places in zip(near.similarity.tolist(), closest, strict=True)],
     }

@@ -22,6 +22,7 @@ SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike a
     "neighbours.val_share=0.5",
     "neighbours.max_similarity=0.995",
     "neighbours.identity_similarity=0.8",
+    "neighbours.split_similarity=0.8",
 )
 
 
