@@ -1,7 +1,8 @@
 // Charts, drawn by plotly.js when they come into view. What a bar stands for is a link to its pictures.
+const library = once(() => unpacked("plotly"));
 const plotly = once(async () => {
   const script = el("script");
-  script.textContent = new TextDecoder().decode(await unpacked("plotly")); // its digest is in the policy
+  script.textContent = new TextDecoder().decode(await library()); // its digest is in the policy
   document.head.append(script);
   return window.Plotly;
 });
@@ -22,8 +23,8 @@ function frame(height, more = {}) {
 }
 
 async function show(element, traces, layout, clicked) {
-  const library = await plotly();
-  await library.react(element, traces, layout, { displayModeBar: false, responsive: true, showTips: false });
+  const charts = await plotly();
+  await charts.react(element, traces, layout, { displayModeBar: false, responsive: true, showTips: false });
   if (clicked && !element.dataset.clicks) {
     element.dataset.clicks = "yes";
     element.on("plotly_click", ({ points: [point] }) => { if (point.customdata != null) location.hash = point.customdata; });
