@@ -35,6 +35,7 @@ function choose(name, wanted) {
 
 async function showPictures(next) {
   const all = await records();
+  await fillSelects();
   filters = next;
   found = matching(all, filters);
   current = Math.max(0, found.indexOf(all.place.get(filters.get("at"))));
@@ -135,9 +136,9 @@ function gridKey(event) {
 }
 
 // The choices: every value that the records on the page have.
-async function fillSelects() {
+const fillSelects = once(async () => {
   const all = await records();
-  const values = { status: all.status, reason: all.reason, shard: all.shard.map(shardName), split: all.split };
+  const values = { status: all.status, reason: all.reason, shard: [...new Set(all.shard)].map(shardName), split: all.split };
   for (const select of document.querySelectorAll("select[data-filter]")) {
     const name = select.dataset.filter;
     const options = name === "missing" ? [...labelsOf.keys()] : [...new Set(values[name])].filter(Boolean).sort();
@@ -146,7 +147,7 @@ async function fillSelects() {
     select.value = filters.get(name) ?? "*";
     select.addEventListener("change", () => choose(name, select.value === "*" ? null : select.value));
   }
-}
+});
 
 function searchNow() {
   clearTimeout(typing);

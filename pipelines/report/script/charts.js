@@ -1,7 +1,8 @@
 // Charts, drawn by plotly.js when they come into view. What a bar stands for is a link to its pictures.
+const library = once(() => unpacked("plotly"));
 const plotly = once(async () => {
   const script = el("script");
-  script.textContent = new TextDecoder().decode(await unpacked("plotly")); // its digest is in the policy
+  script.textContent = new TextDecoder().decode(await library()); // its digest is in the policy
   document.head.append(script);
   return window.Plotly;
 });
@@ -22,8 +23,8 @@ function frame(height, more = {}) {
 }
 
 async function show(element, traces, layout, clicked) {
-  const library = await plotly();
-  await library.react(element, traces, layout, { displayModeBar: false, responsive: true, showTips: false });
+  const charts = await plotly();
+  await charts.react(element, traces, layout, { displayModeBar: false, responsive: true, showTips: false });
   if (clicked && !element.dataset.clicks) {
     element.dataset.clicks = "yes";
     element.on("plotly_click", ({ points: [point] }) => { if (point.customdata != null) location.hash = point.customdata; });
@@ -129,9 +130,14 @@ async function drift(element) {
     colorscale: [[0, colour("cold")], [0.5, colour("card")], [1, colour("warm")]], showscale: true, colorbar: { thickness: 8, outlinewidth: 0, len: 0.6, tickvals: [-5, 0, 5] },
     hovertext: shown.map((track) => track.away.map((z, at) => `${rows[at].shard}, ${spoken(track.name)}: <b>${number(track.values[at])}</b>, ${number(z)} units`)), customdata: shown.map(() => rows.map(({ shard, inputs }) => address({ shard, of: inputs }))),
   };
-  const layout = frame(60 + 15 * shown.length, { yaxis: axis({ showline: false, ticks: "", tickfont: { size: 11 }, dtick: 1, ticklabelstandoff: 4 }), xaxis: axis({ title: title("shard"), showline: false }) });
+  const flagged = shown.flatMap((track) => track.flagged.map((shard) => [rows.findIndex((row) => row.shard === shard), spoken(track.name)]));
+  const marks = { // a cell may be narrower than a pixel
+    type: "scatter", mode: "markers", x: flagged.map(([at]) => at), y: flagged.map(([, name]) => name), hoverinfo: "text", marker: { symbol: "circle-open", size: 9, color: colour("ink"), line: { width: 1.5 } },
+    hovertext: flagged.map(([at, name]) => `${rows[at].shard}, ${name}`), customdata: flagged.map(([at]) => address({ shard: rows[at].shard, of: rows[at].inputs })),
+  };
+  const layout = frame(60 + 15 * shown.length, { yaxis: axis({ showline: false, ticks: "", tickfont: { size: 11 }, dtick: 1, ticklabelstandoff: 4 }), xaxis: axis({ title: title("shard"), showline: false, range: [-0.5, rows.length - 0.5] }) });
   layout.margin = { l: 150, r: 6, t: 6, b: 40 };
-  return show(element, [trace], layout, true);
+  return show(element, [trace, marks], layout, true);
 }
 
 async function track(element) {

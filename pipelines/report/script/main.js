@@ -79,7 +79,8 @@ repaint();
 // The records lie behind this script: they are read once the page is whole.
 async function start() {
   route();
-  await Promise.all([fillSelects(), examples(), fillShards()]);
+  if ($("pictures").hidden) library(); // unpacked beside the rest
+  await Promise.all([examples(), fillShards()]);
   document.documentElement.dataset.ready = "yes";
   for (const element of document.querySelectorAll("[data-chart]")) seen.observe(element);
 }
