@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipelines.settle import IDENTITIES
+from pipelines.verdicts import DUPLICATES
+
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
 CODES = {"500": b"InternalError", "503": b"ServiceUnavailable", "403": b"AccessDenied", "404": b"NoSuchUpload"}
@@ -192,7 +195,9 @@ class Bucket:
 
     def digests(self) -> dict[str, str]:
         """As helpers.digests, of out/."""
+        tables = (f"out/{DUPLICATES}", f"out/{IDENTITIES}")
         keys = [key for key in self.stamps() if key.startswith("out/shards/") and key.endswith((".tar", ".parquet"))]
+        keys += [key for key in self.stamps() if key in tables]
         return {key.rsplit("/", 1)[-1]: hashlib.sha256(self.read(key)).hexdigest() for key in keys}
 
     def manifests(self) -> list[str]:

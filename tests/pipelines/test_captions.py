@@ -14,7 +14,7 @@ from pipelines.store import Store
 from stages.backends.weights import Weights
 from stages.base import Stage
 from stages.caption import CaptionStage
-from tests.pipelines.helpers import config, digests
+from tests.pipelines.helpers import NO_COPIES, config, digests
 from tests.stages.chat_server import Asked, ChatServer, Reply, completion, refusal
 
 KEY = "sk-test-c0ffee0ddba11"
@@ -27,7 +27,7 @@ def captioned(config: DatasetConfig) -> list[Stage]:
 
 def settings(source: Path, output: Path, server: ChatServer, executor: str) -> DatasetConfig:
     caption = [f"caption.base_url={server.base_url}", "caption.model=someone/model", "caption.tries=1"]
-    return config(source, output, "caption.backend=openai", *caption, f"executor={executor}")
+    return config(source, output, "caption.backend=openai", *NO_COPIES, *caption, f"executor={executor}")
 
 
 @pytest.mark.slow

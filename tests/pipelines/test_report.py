@@ -32,7 +32,6 @@ from pipelines.report.stats import compute
 from pipelines.report.text import number, percent
 from pipelines.shards import manifests
 from pipelines.store import Store
-from stages.record import SCHEMA_VERSION
 from stages.regions import LABELS, REGION_WORDS
 from tests.pipelines.helpers import config
 from tests.pipelines.report_data import EVIL, EVIL_IMAGE, Recipe, write_set, write_shard
@@ -73,7 +72,6 @@ def test_every_figure_recomputes_from_the_shards(made: Store) -> None:
     check_data(stats_of(made)["data"], Path(made.root))
 
 
-@pytest.mark.skipif(SCHEMA_VERSION < 2, reason="the pipeline doesn't write sidecars of schema 2 yet")
 def test_every_figure_recomputes_from_real_shards(real: Store) -> None:
     check_data(stats_of(real)["data"], Path(real.root))
 
