@@ -18,9 +18,9 @@ from pipelines import fields
 from pipelines.croissant import BIASES, CROISSANT, DESCRIPTION, KEYWORDS, LIMITS, PERSONAL, SIDECARS, TARS, USES
 from pipelines.croissant import croissant as describe
 from pipelines.facts import Facts, read_facts
-from pipelines.settle import IDENTITIES
 from pipelines.shards import FOLDER
 from pipelines.store import Store
+from pipelines.verdicts import IDENTITIES
 from stages.backends.weights import WEIGHTS
 
 CARD: Final = "README.md"

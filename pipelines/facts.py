@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from pipelines.settle import IDENTITIES, read_identities
+from pipelines.settle import read_identities
 from pipelines.shards import Manifest, read_manifests, read_sidecar
 from pipelines.store import Store
-from pipelines.verdicts import read_takedowns
+from pipelines.verdicts import IDENTITIES, read_takedowns
 from stages.record import Status
 
 STATED: Final = ("license", "author", "consent")  # what a source states of a picture

@@ -12,17 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 
 from configs.errors import PipelineError, ShardError
-from pipelines.settle import IDENTITIES
 from pipelines.shards import FOLDER, is_held, read_manifests, read_sample, read_sidecar, shard_name
 from pipelines.sidecar import Row
 from pipelines.store import Store
-from pipelines.verdicts import TAKEN_DOWN
+from pipelines.verdicts import IDENTITIES, TAKEN_DOWN
 from stages.record import KEY_LENGTH, Record, Status, key_of
 
 _LEAST: Final = 4  # digits of a key that may stand for it
@@ -129,9 +126,8 @@ def _sample(store: Store, shard: str, row: Row) -> Record | None:
 def _person(store: Store, key: str) -> Row | None:
     if not store.exists(IDENTITIES):
         return None
-    with store.open(IDENTITIES) as stream:
-        found: pa.Table = pq.read_table(stream, filters=[("key", "=", key)])
-    rows: list[Row] = found.to_pylist()
+    table = store.table(IDENTITIES)
+    rows: list[Row] = table.filter(pc.equal(table.column("key"), key)).to_pylist()
     return rows[0] if rows else None
 
 

@@ -175,14 +175,14 @@ def planned_shards(store: Store) -> int:
     """How many shards the plan kept in the output has."""
     if not store.exists(PLAN):
         return 0
-    with store.open(PLAN) as stream:
-        return int(pq.ParquetFile(stream).num_row_groups)
+    with store.parquet(PLAN) as file:
+        return int(file.num_row_groups)
 
 
 def read_inputs(store: Store, shard: int) -> list[Input]:
     """The inputs of one shard, in order, from the plan kept in the output."""
-    with store.open(PLAN) as stream:
-        return _read_group(pq.ParquetFile(stream), shard)
+    with store.parquet(PLAN) as file:
+        return _read_group(file, shard)
 
 
 def write_plan(plan: Plan, store: Store) -> None:
@@ -207,8 +207,7 @@ def _same(file: IO[bytes], store: Store) -> bool:
 def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
     if not store.exists(PLAN):
         return
-    with store.open(PLAN) as stream:
-        file = pq.ParquetFile(stream)
+    with store.parquet(PLAN) as file:
         if missing := {"shard", *COLUMNS} - {*file.schema_arrow.names}:
             raise ShardError(
                 f"{store.url}: {PLAN} has no column {', '.join(sorted(missing))}: another version of this program "

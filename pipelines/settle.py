@@ -27,12 +27,11 @@ from pipelines import verdicts
 from pipelines.neighbours import Twin, cluster, near_by_identity, split_of, twins
 from pipelines.shards import Manifest, commit_again, read_manifests, read_sidecar
 from pipelines.store import Store
-from pipelines.verdicts import DUPLICATES, DUPLICATES_SCHEMA, NEIGHBOURS_STAGE
+from pipelines.verdicts import DUPLICATES, DUPLICATES_SCHEMA, IDENTITIES, NEIGHBOURS_STAGE
 from stages.record import IDENTITY_DIM, Status
 
 logger = logging.getLogger(__name__)
 
-IDENTITIES: Final = "identities.parquet"
 _VERSION: Final = 1  # raise it where the same samples would be settled otherwise
 _MADE_FROM: Final = b"made_from"
 _SPLIT: Final = b"split"
@@ -94,8 +93,8 @@ def is_settled(store: Store, config: NeighboursConfig) -> bool:
     """True if every shard carries the verdicts on it, and the identities were made from them by this configuration."""
     if stale_shards(store) or not store.exists(IDENTITIES):
         return False
-    with store.open(IDENTITIES) as stream:
-        told = pq.read_schema(stream).metadata or {}
+    with store.parquet(IDENTITIES) as file:
+        told = file.schema_arrow.metadata or {}
     return told.get(_MADE_FROM) == _made_from(store, config).encode()
 
 
@@ -141,8 +140,7 @@ def read_identities(store: Store) -> pa.Table:
     """The table, empty where there is none yet."""
     if not store.exists(IDENTITIES):
         return IDENTITIES_SCHEMA.empty_table()
-    with store.open(IDENTITIES) as stream:
-        return pq.read_table(stream)
+    return store.table(IDENTITIES)
 
 
 def lint_identities(store: Store) -> Iterator[str]:

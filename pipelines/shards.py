@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from configs.errors import ShardError
 from pipelines import verdicts
@@ -181,8 +180,7 @@ def manifests(store: Store) -> Iterator[dict[str, Any]]:
 
 def read_sidecar(store: Store, index: int, columns: list[str] | None = None) -> pa.Table:
     """The sidecar's rows, in input order. Raises FileNotFoundError."""
-    with store.open(f"{FOLDER}/{shard_name(index)}.parquet") as stream:
-        return pq.read_table(stream, columns=columns)
+    return store.table(f"{FOLDER}/{shard_name(index)}.parquet", columns)
 
 
 def read_records(store: Store, index: int) -> list[Record]:

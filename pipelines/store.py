@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any, Final, cast
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from configs.errors import ConfigError, StoreError
@@ -141,6 +143,25 @@ class Store:
         scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is the answer
         self._call(self._fs.get_file, self.path(name), scratch.name)
         return cast(IO[bytes], scratch)
+
+    @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A parquet file, to be read in parts. Raises FileNotFoundError.
+
+        Not by pyarrow's data sets, as pq.read_table does: their threads may hold a Python stream for longer than Python
+        lives, and then abort the process at its end. A local file is read without Python.
+        """
+        if self.local:
+            with pq.ParquetFile(self.path(name)) as file:
+                yield file
+        else:
+            with self.open(name) as stream, pq.ParquetFile(stream) as file:
+                yield file
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A parquet file's rows. Raises FileNotFoundError."""
+        with self.parquet(name) as file:
+            return file.read(columns)
 
     def exists(self, name: str) -> bool:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from configs.errors import FaceError, PipelineError, SourceError
 from configs.schema import DatasetConfig
@@ -167,12 +167,11 @@ def _copied(store: Store) -> dict[str, str]:
     """key → key of what it is a copy of."""
     of: dict[str, str] = {}
     if store.exists(PLAN):
-        with store.open(PLAN) as stream:
-            plan = pq.read_table(stream, columns=["key", "duplicate_of"], filters=[("duplicate_of", "!=", "")])
-        of = {row["key"]: key_of(row["duplicate_of"]) for row in plan.to_pylist()}
+        plan = store.table(PLAN, ["key", "duplicate_of"])
+        copies = plan.filter(pc.not_equal(plan.column("duplicate_of"), ""))
+        of = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
     if store.exists(verdicts.DUPLICATES):
-        with store.open(verdicts.DUPLICATES) as stream:
-            of |= {row["key"]: row["of"] for row in pq.read_table(stream).to_pylist()}
+        of |= {row["key"]: row["of"] for row in store.table(verdicts.DUPLICATES).to_pylist()}
     return of
 
 

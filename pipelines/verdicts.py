@@ -15,13 +15,15 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from configs.errors import ShardError
 from pipelines.store import Store
 from stages.base import Dropped, hold
 from stages.record import Record, Status
 
 DUPLICATES: Final = "duplicates.parquet"
+IDENTITIES: Final = "identities.parquet"
 TAKEDOWN: Final = "takedown.jsonl"
 NEIGHBOURS_STAGE: Final = "neighbours"
 TAKEDOWN_STAGE: Final = "takedown"
@@ -88,8 +90,8 @@ def of_shard(store: Store, index: int) -> Verdicts:
     """The verdicts on one shard's records."""
     found: dict[str, Verdict] = {}
     if store.exists(DUPLICATES):
-        with store.open(DUPLICATES) as stream:
-            found = _copies(pq.read_table(stream, filters=[("shard", "=", index)])).get(index, {})
+        table = store.table(DUPLICATES)
+        found = _copies(table.filter(pc.equal(table.column("shard"), index))).get(index, {})
     return found | _taken_down(store).get(index, {})
 
 
@@ -97,17 +99,29 @@ def of_all(store: Store) -> dict[int, Verdicts]:
     """shard → the verdicts on its records, for shards that have any."""
     copies: dict[int, dict[str, Verdict]] = {}
     if store.exists(DUPLICATES):
-        with store.open(DUPLICATES) as stream:
-            copies = _copies(pq.read_table(stream))
+        copies = _copies(store.table(DUPLICATES))
     taken = _taken_down(store)
     return {index: copies.get(index, {}) | taken.get(index, {}) for index in sorted({*copies, *taken})}
 
 
 def read_takedowns(store: Store) -> list[dict[str, Any]]:
-    """The audit log, oldest first."""
+    """The audit log, oldest first. Raises ShardError for a line that isn't one of it."""
     if not store.exists(TAKEDOWN):
         return []
-    return [json.loads(line) for line in store.read(TAKEDOWN).decode().splitlines() if line.strip()]
+    entries = []
+    for number, line in enumerate(store.read(TAKEDOWN).decode().splitlines(), 1):
+        try:
+            entry: dict[str, Any] = json.loads(line)
+            keys = [key for shard in entry["removed"].values() for key in shard]
+            if entry["inputs"] != len(keys) or not {"time", "by", "note", "sha256"} <= {*entry}:
+                raise ValueError(f"{len(keys)} keys for {entry['inputs']} inputs")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(
+                f"{store.url}: line {number} of {TAKEDOWN} is no take-down ({error!r}). It says what must stay out: "
+                "mend it from a copy, don't delete it."
+            ) from error
+        entries.append(entry)
+    return entries
 
 
 def taken_digests(store: Store) -> frozenset[str]:

@@ -142,12 +142,9 @@ def _manifests(fs: Any, root: str, data: str) -> list[str]:
 
 def _side(fs: Any, root: str, data: str, split: str) -> frozenset[str]:
     """Keys of the samples on one side of the split. Raises SourceError where the data set has none yet."""
-    import pyarrow.parquet
-
     path = f"{root}/identities.parquet"
     try:
-        with fs.open(path, "rb") as file:
-            table = pyarrow.parquet.read_table(file, columns=["key", "split"])
+        table = _table(fs, path, ["key", "split"])
     except FileNotFoundError:
         raise SourceError(
             f"{data}: it has no identities.parquet, so it isn't split yet. Run make dataset "
@@ -185,11 +182,16 @@ def _read_shard(fs: Any, manifest: str) -> tuple[Shard, _Sidecar | None]:
 _REBUILD: Final = "Delete that manifest and run make dataset again: it makes the shard anew."
 
 
-def _sidecar(fs: Any, path: str) -> _Sidecar:
+def _table(fs: Any, path: str, columns: list[str]) -> Any:
+    """A parquet file's columns. Not by pq.read_table, whose threads may outlive Python with the stream in hand."""
     import pyarrow.parquet
 
-    with fs.open(path, "rb") as file:
-        table = pyarrow.parquet.read_table(file, columns=["key", "status", "tar_offset", "tar_size"])
+    with fs.open(path, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        return file.read(columns)
+
+
+def _sidecar(fs: Any, path: str) -> _Sidecar:
+    table = _table(fs, path, ["key", "status", "tar_offset", "tar_size"])
     rows = [row for row in table.to_pylist() if row["status"] == "ok"]
     rows.sort(key=lambda row: row["tar_offset"])
     return _Sidecar(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from configs.errors import ShardError
 from pipelines.report.spread import Sums, spread
 from pipelines.store import Store
+from pipelines.verdicts import IDENTITIES, read_takedowns
 
-IDENTITIES: Final = "identities.parquet"
-TAKEDOWN: Final = "takedown.jsonl"
 _NAMED: Final = 12  # largest identities named one by one
 
 
@@ -25,8 +21,7 @@ def identity_figures(store: Store) -> dict[str, Any] | None:
     other one. None where identities weren't grouped."""
     if not store.exists(IDENTITIES):
         return None
-    with store.open(IDENTITIES) as stream:
-        table = pq.read_table(stream, columns=["identity_id", "split", "similarity"])
+    table = store.table(IDENTITIES, ["identity_id", "split", "similarity"])
     names, sizes = _counted(table["identity_id"])
     order = sorted(range(len(names)), key=lambda at: (-sizes[at], names[at]))[:_NAMED]
     splits = Counter(dict(zip(*_counted(table["split"]), strict=True)))
@@ -46,21 +41,12 @@ def identity_figures(store: Store) -> dict[str, Any] | None:
 
 
 def takedowns(store: Store) -> list[dict[str, Any]]:
-    """Every line of the log. Raises ShardError for one that is no JSON object."""
-    try:
-        lines = store.read(TAKEDOWN).decode().rstrip("\n").split("\n")
-    except FileNotFoundError:
-        return []
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            kept = {name: entry[name] for name in ("time", "by", "inputs", "note")}
-            counts = {name: len(entry[name]) for name in ("shards", "keys")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{store.url}: line {number} of {TAKEDOWN} can't be read: {error!r}") from error
-        entries.append(kept | counts)
-    return entries
+    """Every line of the log, without what it removed: time, by, inputs, note, shards, keys (the last two: how many)."""
+    return [
+        {name: entry[name] for name in ("time", "by", "inputs", "note")}
+        | {"shards": len(entry["removed"]), "keys": sum(map(len, entry["removed"].values()))}
+        for entry in read_takedowns(store)
+    ]
 
 
 def neighbours(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
@@ -69,7 +55,7 @@ def neighbours(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
     if not store.exists(IDENTITIES):
         return found
     wanted = pa.array(keys, pa.string())
-    with pq.ParquetFile(store.open(IDENTITIES)) as file:
+    with store.parquet(IDENTITIES) as file:
         for group in range(file.num_row_groups):
             here = pc.is_in(file.read_row_group(group, ["key"])["key"], wanted)
             if pc.any(here).as_py():

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines.plan import PLAN
 from pipelines.store import Store
 
@@ -56,8 +54,7 @@ def plan_figures(store: Store) -> dict[str, int] | None:
     """Shards and inputs that the kept plan holds, None without one."""
     if not store.exists(PLAN):
         return None
-    with store.open(PLAN) as stream:
-        column = pq.read_table(stream, columns=["shard"]).column("shard")
+    column = store.table(PLAN, ["shard"]).column("shard")
     return {"shards": len(column.unique()), "inputs": len(column)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,11 +70,12 @@ def scan(store: Store, manifests: Sequence[Row]) -> Iterator[Scan]:
         yield from pool.map(lambda manifest: _scan(store, manifest), manifests)
 
 
-def open_sidecar(store: Store, name: str) -> pq.ParquetFile:
+@contextmanager
+def open_sidecar(store: Store, name: str) -> Iterator[pq.ParquetFile]:
     """Raises ShardError if it is missing."""
     try:
-        path = f"{FOLDER}/{name}.parquet"
-        return pq.ParquetFile(store.path(path) if store.local else store.open(path))  # a path is read without Python
+        with store.parquet(f"{FOLDER}/{name}.parquet") as file:
+            yield file
     except FileNotFoundError as error:
         raise ShardError(
             f"{store.url}: {name} has a manifest and no sidecar. Remove the manifest and run again."

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from configs.load import load
 from configs.schema import DatasetConfig
-from pipelines.settle import IDENTITIES
-from pipelines.verdicts import DUPLICATES
+from pipelines.verdicts import DUPLICATES, IDENTITIES
 from stages.judge import RULES
 
 DEMO = "configs/dataset/demo.yaml"

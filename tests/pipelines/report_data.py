@@ -119,7 +119,8 @@ def write_set(folder: Path, recipe: Recipe) -> Path:
     pq.write_table(_identities(written, rng), folder / "identities.parquet", row_group_size=10_000)
     takedown = {
         "time": "2026-11-20T10:00:00+00:00", "by": "source", "inputs": 2, "shards": ["fgid-000000"],
-        "keys": [key_of("gone-1.jpg"), key_of("gone-2.jpg")], "note": EVIL if recipe.hostile else "asked by mail",
+        "removed": {"fgid-000000": [key_of("gone-1.jpg"), key_of("gone-2.jpg")]}, "sha256": [],
+        "note": EVIL if recipe.hostile else "asked by mail",
     }  # fmt: skip
     (folder / "takedown.jsonl").write_text(json.dumps(takedown) + "\n")
     dataset = {

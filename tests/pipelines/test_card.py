@@ -31,7 +31,7 @@ from pipelines.sidecar import SIDECAR_SCHEMA
 from pipelines.store import Store
 from pipelines.takedown import by_source, take_down
 from stages.codec import MEMBERS
-from tests.pipelines.helpers import config
+from tests.pipelines.helpers import NO_COPIES, config
 
 EVIL = "CC|BY\n# hi <script>"
 LICENSES = ("CC0-1.0", EVIL, "CC0-1.0", "", "CC BY 4.0", "CC0-1.0")
@@ -53,7 +53,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     }
     pq.write_table(pa.table(rows), folder / "in.parquet")
     output = tmp_path_factory.mktemp("made") / "out"
-    more = ("rules.min_face=265", "neighbours.val_share=0.4", "neighbours.max_hash_distance=-1")
+    more = ("rules.min_face=265", "neighbours.val_share=0.4", "neighbours.split_similarity=0.6", *NO_COPIES)
     run(config(folder / "in.parquet", output, "source.name_column=name", *more))
     store = Store(str(output))
     write_card(store)

@@ -165,7 +165,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         write_report(store)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"time": "", "by": "hash", "inputs": 1, "shards": [], "keys": []}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"time": "", "by": "hash", "inputs": 1, "removed": {}, "note": "", "sha256": []}']
+)
 def test_a_takedown_that_can_not_be_read_is_an_error(tmp_path: Path, line: str) -> None:
     store = small(tmp_path)
     with Path(store.path("takedown.jsonl")).open("a") as log:

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.dataset import lint, run
-from pipelines.settle import IDENTITIES, read_identities
+from pipelines.settle import read_identities
 from pipelines.store import Store
-from pipelines.verdicts import DUPLICATES
+from pipelines.verdicts import DUPLICATES, IDENTITIES
 from stages.record import key_of
 from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
 from tests.pipelines.test_rules import rows_of

@@ -124,7 +124,8 @@ def test_copies_that_planning_dropped_go_with_their_original(photos: Path, tmp_p
 def test_what_is_left_of_a_take_down_is_found(made: Path, output: Path, photos: Path) -> None:
     store = Store(str(output))
     found = by_source(store, f"plain {PERSON}.jpg")
-    entry = {"removed": {f"fgid-{found[0].shard:06d}": [found[0].key]}, "sha256": [found[0].sha256]}
+    entry: dict[str, object] = {"time": "", "by": "source", "note": "", "inputs": 1, "sha256": [found[0].sha256]}
+    entry["removed"] = {f"fgid-{found[0].shard:06d}": [found[0].key]}
     store.write("takedown.jsonl", json.dumps(entry) + "\n")
     lines = list(lint(store))
     assert any("was taken down" in line and ".tar: " in line for line in lines)
