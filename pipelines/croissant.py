@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from pipelines import fields
 from pipelines.facts import Facts
-from pipelines.settle import IDENTITIES, IDENTITIES_SCHEMA
+from pipelines.settle import IDENTITIES_SCHEMA
 from pipelines.shards import FOLDER
 from pipelines.sidecar import SIDECAR_SCHEMA
+from pipelines.verdicts import IDENTITIES
 from stages.record import IDENTITY_DIM, SCHEMA_VERSION
 
 Node = dict[str, Any]
