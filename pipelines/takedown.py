@@ -18,7 +18,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 import pyarrow.compute as pc
 
 from configs.errors import FaceError, PipelineError, SourceError
@@ -32,7 +31,7 @@ from pipelines.store import Store
 from pipelines.verdicts import TAKEDOWN, TAKEN_DOWN
 from stages.base import run_chain
 from stages.chain import build_stages
-from stages.record import FloatArray, Record, Status, key_of
+from stages.record import IDENTITY_DIM, FloatArray, Record, Status, key_of
 
 By = Literal["source", "hash", "photo"]
 
@@ -70,9 +69,10 @@ def by_photo(store: Store, config: DatasetConfig, photo: Path, least: float) -> 
     alike = dict[str, float]()
     for index in read_manifests(store):
         table = read_sidecar(store, index, ["key", "identity"])
-        for key, vector in zip(table.column("key").to_pylist(), table.column("identity").to_pylist(), strict=True):
-            if vector is not None:
-                alike[key] = float(np.asarray(vector, np.float32) @ identity)
+        table = table.filter(pc.is_valid(table.column("identity")))
+        vectors = table.column("identity").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        cosines = vectors.reshape(-1, IDENTITY_DIM) @ identity
+        alike |= zip(table.column("key").to_pylist(), cosines.tolist(), strict=True)
     found = {people[key] for key, cosine in alike.items() if cosine >= least and key in people}
 
     def why(row: dict[str, Any]) -> str:
