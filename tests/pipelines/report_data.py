@@ -1,6 +1,6 @@
 """Data sets for the report's tests: sidecars, manifests, identities and takedowns of any size, from a seed.
 
-The files are as the pipeline writes them (schema v2); the pictures in them are crops of one photograph, tinted so that
+The files have the schemas that the pipeline writes; the pictures in them are crops of one photograph, tinted so that
 no two are equal. There are no tars: the report reads none.
 """
 
@@ -20,56 +20,14 @@ import pyarrow.parquet as pq
 import skimage.data
 from PIL import Image, ImageDraw
 
+from pipelines.settle import IDENTITIES_SCHEMA
+from pipelines.sidecar import SIDECAR_SCHEMA, write_sidecar
 from stages.record import SCHEMA_VERSION, key_of
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
 
 EVIL = "<script>window.evil = 1; alert(1)</script>"
 EVIL_IMAGE = '"><img src=x onerror="window.evil = 2">'
 EVIL_MORE = "</script><!-- ]]> {{ 7 * 7 }} \u2028 ' & \\ ${window.evil = 3} \u202e"
-ROW_GROUP = 250
-
-_MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-_FACE = pa.struct([("box", pa.list_(pa.float64())), ("landmarks", pa.list_(pa.float64())), ("score", pa.float64())])
-_UNFUSED = pa.struct([("region", pa.string()), ("reason", pa.string())])
-_MEASURES = ("sharpness", "brightness", "clipped", "yaw", "pitch", "roll", "occlusion")
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("key", "source", "status", "reason", "detail", "stage", "sha256")),
-        *((name, pa.int64()) for name in ("tar_offset", "tar_size", "held_offset", "held_size")),
-        ("members", pa.list_(_MEMBER)),
-        *((name, pa.string()) for name in ("license", "author", "consent")),
-        *((name, pa.int32()) for name in ("width", "height", "source_width", "source_height")),
-        ("faces", pa.list_(_FACE)),
-        ("face", pa.int32()),
-        ("face_count", pa.int32()),
-        ("score", pa.float64()),
-        ("face_side", pa.float64()),
-        ("label_areas", pa.list_(pa.float32())),
-        *((name, pa.float32()) for name in _MEASURES),
-        ("hash", pa.string()),
-        ("identity", pa.list_(pa.float32())),
-        ("identity_norm", pa.float32()),
-        *((name, pa.string()) for name in ("caption", "face_caption")),
-        *((name, pa.int32()) for name in ("caption_tokens", "face_caption_tokens", "text_tokens")),
-        ("cut", pa.float32()),
-        ("trainable", pa.bool_()),
-        *((name, pa.list_(pa.string())) for name in ("fused", "absent")),
-        ("unfused", pa.list_(_UNFUSED)),
-        ("region_words", pa.list_(pa.int32())),
-        *((name, pa.binary()) for name in ("thumbnail", "thumbnail_labels")),
-    ]
-)
-IDENTITIES = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.int32()),
-        ("identity_id", pa.string()),
-        ("identity_size", pa.int32()),
-        ("split", pa.string()),
-        ("nearest", pa.list_(pa.string())),
-        ("similarity", pa.list_(pa.float32())),
-    ]
-)
 
 # status, stage, reason, its share, and how far the record came: 0 nothing, 1 a picture, 2 measured, 3 captioned
 _ENDS = (
@@ -134,10 +92,8 @@ def write_set(folder: Path, recipe: Recipe) -> Path:
 def write_shard(folder: Path, index: int, table: pa.Table, rng: np.random.Generator) -> None:
     """Sidecar and manifest of one shard."""
     name = f"fgid-{index:06d}"
-    pq.write_table(
-        table, folder / "shards" / f"{name}.parquet", compression="zstd", row_group_size=ROW_GROUP,
-        use_dictionary=[c for c in SCHEMA.names if c not in ("thumbnail", "thumbnail_labels", "key", "sha256", "hash")],
-    )  # fmt: skip
+    with (folder / "shards" / f"{name}.parquet").open("wb") as stream:
+        write_sidecar(table, stream)
     counts: dict[str, dict[str, int]] = {"dropped": {}, "failed": {}}
     for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
         if status != "ok":
@@ -212,7 +168,8 @@ def _sidecar(index: int, recipe: Recipe, pool: Sequence[tuple[bytes, bytes]], rn
     }  # fmt: skip
     if recipe.hostile:
         _spoil(columns, np.flatnonzero(ok), np.flatnonzero(far == 0))
-    return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, schema=SCHEMA)
+    arrays = {field.name: pa.array(columns[field.name], field.type) for field in SIDECAR_SCHEMA}
+    return pa.table(arrays, schema=SIDECAR_SCHEMA)
 
 
 def _spoil(columns: dict[str, Any], ok: np.ndarray, lost: np.ndarray) -> None:
@@ -289,12 +246,13 @@ def _identities(written: Sequence[tuple[str, int]], rng: np.random.Generator) ->
                     "shard": written[len(rows)][1],
                     "identity_id": f"id-{group[0][:12]}",
                     "identity_size": len(group),
+                    "split_group": f"group-{group[0][:12]}",
                     "split": split,
                     "nearest": nearest,
                     "similarity": alike.tolist(),
                 }
             )
-    return pa.Table.from_pylist(rows, schema=IDENTITIES)
+    return pa.Table.from_pylist(rows, schema=IDENTITIES_SCHEMA)
 
 
 # ------------------------------------------------------------------------------------------------ thumbnails
