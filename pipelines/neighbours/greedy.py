@@ -50,6 +50,7 @@ def twins(
     max_distance: int,
     max_similarity: float,
     exact_rows: int = EXACT_ROWS,
+    block_rows: int = _BLOCK,
 ) -> dict[int, Twin]:
     """Row → why it goes, for each row that is a copy of an earlier one that stays.
 
@@ -60,8 +61,8 @@ def twins(
     found: dict[int, Twin] = {}
     by_sha: dict[str, int] = {}
     index = _Kept(hashes, vectors, max_distance, max_similarity, exact_rows)
-    for start in range(0, len(sha256), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(sha256)))
+    for start in range(0, len(sha256), block_rows):
+        rows = np.arange(start, min(start + block_rows, len(sha256)))
         block = index.look_up(rows)
         stays = np.zeros(len(rows), np.bool_)
         for place, row in enumerate(rows.tolist()):

@@ -41,24 +41,24 @@ class HashPairs(NamedTuple):
     distance: Ints
 
 
-def near_by_hash(hashes: Hashes, max_distance: int) -> HashPairs:
+def near_by_hash(hashes: Hashes, max_distance: int, block_rows: int = _BLOCK) -> HashPairs:
     """All pairs of (N, 32) `hashes` at most `max_distance` bits apart."""
     if not len(hashes):
         return HashPairs(*(np.zeros(0, np.int64) for _ in range(4)))
     words = np.ascontiguousarray(hashes).view(f"V{HASH_BYTES}").ravel()
     _, earliest, group = np.unique(words, return_index=True, return_inverse=True)
     firsts = np.sort(earliest)
-    parts = list(_triangle(hashes[firsts], max_distance))
+    parts = list(_triangle(hashes[firsts], max_distance, block_rows))
     left, right, distance = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((right, left))
     return HashPairs(earliest[group], firsts[left[order]], firsts[right[order]], distance[order].astype(np.int64))
 
 
-def _triangle(hashes: Hashes, max_distance: int) -> Iterator[tuple[Ints, Ints, Ints]]:
+def _triangle(hashes: Hashes, max_distance: int, block_rows: int) -> Iterator[tuple[Ints, Ints, Ints]]:
     """(left, right, distance) with left < right, some blocks of right at a time."""
     index = HashIndex()
-    for start in range(0, len(hashes), _BLOCK):
-        block = hashes[start : start + _BLOCK]
+    for start in range(0, len(hashes), block_rows):
+        block = hashes[start : start + block_rows]
         index.add(block)
         found = index.within(block, max_distance)
         earlier = found.row < found.query + start

@@ -57,15 +57,14 @@ def bits(left: Hashes, right: Hashes) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- hashes
 
 
-def test_pairs_of_hashes_are_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.neighbours.hashes._BLOCK", 256)
+def test_pairs_of_hashes_are_all_there_are() -> None:
     hashes = near_hashes(900)
     distance = bits(hashes, hashes)
     first = (distance == 0).argmax(1)
     own = np.flatnonzero(first == np.arange(len(hashes)))
     assert len(own) < len(hashes), "some are equal"
     for most in (0, 1, 4, 10):
-        found = near_by_hash(hashes, most)
+        found = near_by_hash(hashes, most, block_rows=256)
         left, right = np.nonzero(np.triu(distance[np.ix_(own, own)] <= most, 1))
         assert (len(left) > 0) == (most > 0), "pairs of different hashes, or none at 0 bits"
         assert (found.first == first).all()
@@ -274,10 +273,8 @@ def pictures(count: int, seed: int) -> tuple[list[str], Hashes, Floats]:
 def test_twins_are_those_found_one_by_one(count: int, seed: int, most: int, least: float) -> None:
     shas, hashes, vectors = pictures(count, seed)
     wanted = by_hand(shas, hashes, vectors, most, least)
-    with pytest.MonkeyPatch.context() as patch:
-        for block in (7, 1024):
-            patch.setattr("pipelines.neighbours.greedy._BLOCK", block)
-            assert twins(shas, hashes, vectors, most, least) == wanted
+    for block in (7, 1024):
+        assert twins(shas, hashes, vectors, most, least, block_rows=block) == wanted
 
 
 def test_every_reason_occurs() -> None:
@@ -286,16 +283,15 @@ def test_every_reason_occurs() -> None:
 
 
 @pytest.mark.parametrize("exact_rows", [30_000, 300], ids=["exact", "cells"])
-def test_pictures_behind_change_no_verdict(exact_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.neighbours.greedy._BLOCK", 64)
+def test_pictures_behind_change_no_verdict(exact_rows: int) -> None:
     vectors = unit(np.repeat(crowd(700, 1, 0, dim=128)[0], 2, 0))
     rng = np.random.default_rng(3)
     vectors = unit(vectors + 0.15 * rng.standard_normal(vectors.shape) / np.sqrt(128))[rng.permutation(1400)]
     shas, hashes = [""] * 1400, np.zeros((1400, 32), np.uint8)
-    whole = twins(shas, hashes, vectors, 10, 0.95, exact_rows)
+    whole = twins(shas, hashes, vectors, 10, 0.95, exact_rows, block_rows=64)
     assert len(whole) > 650, "nearly all of the 700 that have an earlier twin"
     for count in (1, 63, 64, 500, 801, 1399):
-        part = twins(shas[:count], hashes[:count], vectors[:count], 10, 0.95, exact_rows)
+        part = twins(shas[:count], hashes[:count], vectors[:count], 10, 0.95, exact_rows, block_rows=64)
         assert part == {row: twin for row, twin in whole.items() if row < count}
 
 
