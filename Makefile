@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	@touch $@
 
 demo: install ## everything once, on real faces: portraits → shards + report → training → portraits
-	$(RUN) -m pipelines.demo --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+	$(RUN) -m pipelines.demo.run --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 dataset: install ## photographs → shards + report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
 	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)

@@ -16,10 +16,17 @@ from stages.codec import encode_labels
 from stages.record import IDENTITY_DIM, Face, Record
 from stages.resize import ResizeStage
 
-SECONDS: Final = {"resize": 0.0111, "detect": 0.0286, "parse": 0.2615, "embed": 0.0184, "caption": 0.0214}
+SECONDS: Final = {
+    "resize": 0.0111,
+    "detect": 0.0286,
+    "parse": 0.2615,
+    "embed": 0.0184,
+    "caption": 0.0214,
+}
 """An image in each stage of the inline pipeline, as a run of `make bench` on two cores had it."""
 
-_FACE: Final = Face(  # floats, as a detector's are: after a journey through Arrow they would be anyway
+# floats, as a detector's are: after a journey through Arrow they would be anyway
+_FACE: Final = Face(
     box=(8.0, 8.0, 56.0, 56.0),
     landmarks=((20.0, 24.0), (44.0, 24.0), (32.0, 36.0), (22.0, 46.0), (42.0, 46.0)),
     score=0.9,
@@ -68,7 +75,9 @@ class Caption(SleepStage):
 
 
 class Fill(Stage):
-    """What a sample must have and nothing here has made: constants, so that the shard can be committed."""
+    """What a sample must have and nothing here has made: constants, so that the shard can be
+    committed.
+    """
 
     name = "fill"
     provides = ("parsing", "identity", "faces", "face")
@@ -80,12 +89,16 @@ class Fill(Stage):
 def sleeping(config: DatasetConfig) -> list[Stage]:
     """A Chain: the real chain's times and placement, nothing computed."""
     kinds = (Resize, Detect, Parse, Embed, Caption)
-    stages: list[Stage] = [kind(SleepConfig(SECONDS[kind.name], config.resize.placement)) for kind in kinds]
+    stages: list[Stage] = [
+        kind(SleepConfig(SECONDS[kind.name], config.resize.placement)) for kind in kinds
+    ]
     return [*stages, Fill(SleepConfig(0.0, config.resize.placement))]
 
 
 def resizing(config: DatasetConfig) -> list[Stage]:
-    """A Chain: the resize stage alone, and constants for what the rest of the chain would have given."""
+    """A Chain: the resize stage alone, and constants for what the rest of the chain would have
+    given.
+    """
     return [ResizeStage(config.resize), Fill(SleepConfig(0.0, config.resize.placement))]
 
 

@@ -1,8 +1,9 @@
-"""How far copies are from their original, and strangers from each other: `python -m bench.copies FOLDER`.
+"""How far copies are from their original, and strangers from each other: `python -m bench.copies
+FOLDER`.
 
-Every picture of FOLDER must show another person (`python -m pipelines.cli synthesize FOLDER --count 1000` makes such).
-Some are edited as copies are on the way through the web, and go through the same resize, detect and embed stages. The
-perceptual hash is of the resized picture, as in the pipeline.
+Every picture of FOLDER must show another person (`python -m pipelines.cli synthesize FOLDER --count
+1000` makes such). Some are edited as copies are on the way through the web, and go through the same
+resize, detect and embed stages. The perceptual hash is of the resized picture, as in the pipeline.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _jpeg(quality: int) -> Edit:
 
 
 def _scaled(by: float, quality: int) -> Edit:
-    return lambda image: encode_jpeg(cv2.resize(image, None, fx=by, fy=by, interpolation=cv2.INTER_AREA), quality)
+    return lambda image: encode_jpeg(
+        cv2.resize(image, None, fx=by, fy=by, interpolation=cv2.INTER_AREA), quality
+    )
 
 
 def _cut(left: float, top: float, right: float, bottom: float) -> Edit:
@@ -47,7 +50,10 @@ def _cut(left: float, top: float, right: float, bottom: float) -> Edit:
     def edit(image: Image) -> bytes:
         height, width = image.shape[:2]
         rows = slice(round(top * height), height - round(bottom * height))
-        return encode_jpeg(np.ascontiguousarray(image[rows, round(left * width) : width - round(right * width)]), 90)
+        return encode_jpeg(
+            np.ascontiguousarray(image[rows, round(left * width) : width - round(right * width)]),
+            90,
+        )
 
     return edit
 
@@ -68,7 +74,9 @@ EDITS: dict[str, Edit] = {
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the pipeline makes of pictures: hashes (N, 32) uint8, identities (N, 512) or zero rows where none."""
+    """What the pipeline makes of pictures: hashes (N, 32) uint8, identities (N, 512) or zero rows
+    where none.
+    """
 
     hashes: npt.NDArray[np.uint8]
     identities: FloatArray
@@ -76,7 +84,9 @@ class Seen:
 
 def see(images: list[bytes], stages: list[Stage], embed: bool) -> Seen:
     """The resized pictures' hashes and, with `embed`, the identities of their chosen faces."""
-    records = [Record(key=key_of(str(i)), source=str(i), image=data) for i, data in enumerate(images)]
+    records = [
+        Record(key=key_of(str(i)), source=str(i), image=data) for i, data in enumerate(images)
+    ]
     resized = run_chain(stages[:1], records)
     hashes = np.stack([perceptual_hash(decode_jpeg(record.image)) for record in resized])
     identities = np.zeros((len(images), 512), np.float32)
@@ -108,7 +118,9 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Pictures embedded; all are hashed.")] = 300,
     edited: Annotated[int, typer.Option(min=1, help="Pictures that are edited.")] = 150,
     save: Annotated[Path | None, typer.Option(help="Keep the identities here, as .npy.")] = None,
-    config: Annotated[Path, typer.Option(help="Preset of the data set.")] = Path("configs/dataset/demo.yaml"),
+    config: Annotated[Path, typer.Option(help="Preset of the data set.")] = Path(
+        "configs/dataset/demo.yaml"
+    ),
 ) -> None:
     """Print distances and cosines of strangers, and of copies by edit."""
     settings = load(DatasetConfig, config)
@@ -120,27 +132,49 @@ def main(
     ]
     for stage in stages:
         stage.setup()
-    names = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    names = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     first = see([path.read_bytes() for path in names[:count]], stages, embed=True)
-    rest = see([path.read_bytes() for path in names[count:]], stages, embed=False) if names[count:] else None
+    rest = (
+        see([path.read_bytes() for path in names[count:]], stages, embed=False)
+        if names[count:]
+        else None
+    )
     if save is not None:
         np.save(save, first.identities)
-    bits, _ = strangers(Seen(np.concatenate([first.hashes, rest.hashes]), first.identities) if rest else first)
+    bits, _ = strangers(
+        Seen(np.concatenate([first.hashes, rest.hashes]), first.identities) if rest else first
+    )
     cosines = strangers(first)[1]
-    print(f"strangers: {len(bits):,} pairs by hash, bits: " + _spread(bits, "{:.0f}", (0, 0.0001, 0.001, 0.01, 0.5)))
-    print(f"strangers: {len(cosines):,} pairs by face, cosine: " + _spread(cosines, "{:.3f}", (0.5, 0.99, 0.999, 1)))
+    print(
+        f"strangers: {len(bits):,} pairs by hash, bits: "
+        + _spread(bits, "{:.0f}", (0, 0.0001, 0.001, 0.01, 0.5))
+    )
+    print(
+        f"strangers: {len(cosines):,} pairs by face, cosine: "
+        + _spread(cosines, "{:.3f}", (0.5, 0.99, 0.999, 1))
+    )
     originals = [decode_jpeg(path.read_bytes()) for path in names[:edited]]
-    print(f"copies of {len(originals)}; of hashes: median, 95 %, largest; of cosines: median, 5 %, smallest; no face")
+    print(
+        f"copies of {len(originals)}; of hashes: median, 95 %, largest; of cosines: median, 5 %, "
+        "smallest; no face"
+    )
     for name, edit in EDITS.items():
         copies = see([edit(image) for image in originals], stages, embed=True)
         far = distances(copies.hashes, first.hashes[: len(originals)])
         near = np.einsum("nd,nd->n", copies.identities, first.identities[: len(originals)])
         near = near[np.any(copies.identities, axis=1)]
-        by_hash, by_face = _spread(far, "{:.0f}", (0.5, 0.95, 1)), _spread(near, "{:.3f}", (0.5, 0.05, 0))
+        by_hash, by_face = (
+            _spread(far, "{:.0f}", (0.5, 0.95, 1)),
+            _spread(near, "{:.3f}", (0.5, 0.05, 0)),
+        )
         print(f"{name:<28} {by_hash}   {by_face}   {len(far) - len(near)}", flush=True)
 
 
-def _spread(values: npt.NDArray[np.int64] | FloatArray, form: str, quantiles: tuple[float, ...]) -> str:
+def _spread(
+    values: npt.NDArray[np.int64] | FloatArray, form: str, quantiles: tuple[float, ...]
+) -> str:
     return " ".join(form.format(value) for value in np.quantile(values, quantiles))
 
 

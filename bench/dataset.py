@@ -4,8 +4,9 @@
     inline   the whole pipeline in one process: decoding, resizing, encoding, shards
     ray      the same on a local Ray cluster, from the first shard committed to the last (start-up left out)
 
-Bare and inline take turns, and Ray runs between two halves of those turns, so that a machine whose speed drifts does it
-to all three. Ratios are what to quote. `--against` runs another comparison in place of these (bench/against.py):
+Bare and inline take turns, and Ray runs between two halves of those turns, so that a machine whose
+speed drifts does it to all three. Ratios are what to quote. `--against` runs another comparison in
+place of these (bench/against.py):
 
     reference     a loop that works as the reference's data scripts do, with the same weights and threads
     img2dataset   download, resize and shard alone, beside our resize stage and commit
@@ -29,8 +30,8 @@ import typer
 from bench.against import against_img2dataset, against_reference, cores
 from configs.load import load
 from configs.schema import DatasetConfig
-from pipelines.dataset import execute, plan_job, throughput
-from pipelines.synthesize import write_portraits
+from pipelines.demo.synthesize import write_portraits
+from pipelines.run import execute, plan_job, throughput
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
 from stages.chain import build_stages
@@ -45,7 +46,9 @@ class Contender(StrEnum):
 
 
 class Bare:
-    """The models of a chain, called singly on what they take: nothing is decoded, encoded or written."""
+    """The models of a chain, called singly on what they take: nothing is decoded, encoded or
+    written.
+    """
 
     def __init__(self, config: DatasetConfig, files: Sequence[Path]) -> None:
         self._chain = {stage.name: stage for stage in build_stages(config)}
@@ -58,12 +61,17 @@ class Bare:
 
     def seconds(self, start: int, end: int) -> dict[str, float]:
         """Seconds spent in each model over inputs[start:end]."""
-        backends = {name: stage.backend for name, stage in self._chain.items() if hasattr(stage, "backend")}
+        backends = {
+            name: stage.backend for name, stage in self._chain.items() if hasattr(stage, "backend")
+        }
         spent = dict.fromkeys(backends, 0.0)
         for record, image, face in self._inputs[start:end]:
-            decode_jpeg(record.image), decode_labels(record.parsing)  # so that captions find them decoded
+            # so that captions find them decoded
+            decode_jpeg(record.image), decode_labels(record.parsing)
             calls: dict[str, Any] = {
-                "detect": lambda image=image: find_faces(backends["detect"], image, self._config.detect),
+                "detect": lambda image=image: find_faces(
+                    backends["detect"], image, self._config.detect
+                ),
                 "parse": lambda image=image: backends["parse"].parse([image]),
                 "embed": lambda image=image, face=face: backends["embed"].embed([image], [face]),
                 "caption": lambda record=record: backends["caption"].caption([record]),
@@ -87,9 +95,15 @@ def run_pipeline(config: DatasetConfig) -> tuple[float, list[dict[str, Any]]]:
 
 
 def main(
-    count: Annotated[int, typer.Option(min=40, help="Portraits; at least 200 for figures to quote.")] = 208,
-    rounds: Annotated[int, typer.Option(min=1, help="Times bare and inline take turns, before and after Ray.")] = 2,
-    folder: Annotated[Path, typer.Option(help="Where pictures and outputs go.")] = Path("runs/bench"),
+    count: Annotated[
+        int, typer.Option(min=40, help="Portraits; at least 200 for figures to quote.")
+    ] = 208,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Times bare and inline take turns, before and after Ray.")
+    ] = 2,
+    folder: Annotated[Path, typer.Option(help="Where pictures and outputs go.")] = Path(
+        "runs/bench"
+    ),
     against: Annotated[Contender | None, typer.Option(help="Compare with this instead.")] = None,
     urls: Annotated[int, typer.Option(min=200, help="Downloads, against img2dataset.")] = 1000,
 ) -> None:
@@ -136,20 +150,38 @@ def main(
         print(f"  {name:8} {shown} / {value / turns / count * 1000:7.1f}")
 
 
-def report(count: int, cores: int, bare: list[float], inline: list[float], ray: float, ray_seconds: float) -> None:
+def report(
+    count: int, cores: int, bare: list[float], inline: list[float], ray: float, ray_seconds: float
+) -> None:
     """The three rates with their spread, the two ratios, and one line of JSON."""
     b, i = statistics.median(bare), statistics.median(inline)
     print(f"{count} portraits, {cores} cores, {_cpu()}, Python {platform.python_version()}")
-    print(f"bare    {b:6.2f} images/s (min {min(bare):.2f}, max {max(bare):.2f}, {len(bare)} turns)")
-    print(f"inline  {i:6.2f} images/s (min {min(inline):.2f}, max {max(inline):.2f})   inline/bare {i / b:.3f}")
-    print(f"ray     {ray:6.2f} images/s in steady state; {ray_seconds:.1f} s in all   ray/bare    {ray / b:.3f}")
-    print(json.dumps({"bare": round(b, 3), "inline_ratio": round(i / b, 3), "ray_ratio": round(ray / b, 3)}))
+    print(
+        f"bare    {b:6.2f} images/s (min {min(bare):.2f}, max {max(bare):.2f}, {len(bare)} turns)"
+    )
+    print(
+        f"inline  {i:6.2f} images/s (min {min(inline):.2f}, max {max(inline):.2f})   inline/bare "
+        f"{i / b:.3f}"
+    )
+    print(
+        f"ray     {ray:6.2f} images/s in steady state; {ray_seconds:.1f} s in all   ray/bare    "
+        f"{ray / b:.3f}"
+    )
+    print(
+        json.dumps(
+            {"bare": round(b, 3), "inline_ratio": round(i / b, 3), "ray_ratio": round(ray / b, 3)}
+        )
+    )
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
         if info.exists()
         else []
     )

@@ -1,8 +1,10 @@
-"""What the report takes: `python -m bench.report` makes a set of SHARDS × ROWS, reports on it, and opens its page.
+"""What the report takes: `python -m bench.report` makes a set of SHARDS × ROWS, reports on it, and
+opens its page.
 
-The sidecars are synthetic (tests/pipelines/report_data.py), with everything that the pipeline's have: embeddings of 512
-numbers, captions, thumbnails of 2,000 different crops. They are written just before, so reading them costs no disk. The
-page is opened in Chromium without a network, as often as asked for.
+The sidecars are synthetic (tests/pipelines/report/report_data.py), with everything that the
+pipeline's have: embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. They are
+written just before, so reading them costs no disk. The page is opened in Chromium without a
+network, as often as asked for.
 """
 
 from __future__ import annotations
@@ -20,23 +22,28 @@ import typer
 from pipelines.report import INDEX, write_report
 from pipelines.report.page import SAMPLES
 from pipelines.report.stats import compute
-from pipelines.store import Store
-from tests.pipelines.report_data import Recipe, write_set
+from stages.storage.store import Store
+from tests.pipelines.report.report_data import Recipe, write_set
 
-FIRST = {"": "[data-chart][data-drawn]", "#pictures": ".sample canvas[data-labels]"}  # view → its first drawing
+# view → its first drawing
+FIRST = {"": "[data-chart][data-drawn]", "#pictures": ".sample canvas[data-labels]"}
 
 
 def main(
     shards: Annotated[int, typer.Option(help="How many shards.")] = 1000,
     rows: Annotated[int, typer.Option(help="Inputs in each.")] = 1000,
     opens: Annotated[int, typer.Option(help="How often each view is opened.")] = 5,
-    folder: Annotated[Path | None, typer.Option(help="Keep the set here, and use it if it is there.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the set here, and use it if it is there.")
+    ] = None,
 ) -> None:
     """Print what making and opening the report takes."""
     with tempfile.TemporaryDirectory(prefix="report-") as scratch:
         out = folder or Path(scratch) / "out"
         if not (out / "dataset.json").exists():
-            write_set(out, Recipe(shards=shards, rows=rows, odd=(shards // 2,), dim=512, variants=2000))
+            write_set(
+                out, Recipe(shards=shards, rows=rows, odd=(shards // 2,), dim=512, variants=2000)
+            )
         began, cpu = time.perf_counter(), time.process_time()
         stats = compute(Store(str(out))).stats["data"]
         figures, figures_cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -45,22 +52,35 @@ def main(
         whole, whole_cpu = time.perf_counter() - began, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         size = (out / INDEX).stat().st_size / 1e6
-        print(f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} written")
+        print(
+            f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} "
+            "written"
+        )
         print(f"figures alone        {figures:6.1f} s, {figures_cpu:.1f} s of CPU")
         print(f"the whole report     {whole:6.1f} s, {whole_cpu:.1f} s of CPU, peak {peak:,.0f} MB")
-        print(f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and examples")
+        print(
+            f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and "
+            "examples"
+        )
         for view, (ready, first) in opened(out / INDEX, opens).items():
             name = view or "figures"
-            print(f"{name:20} {ready:6.2f} s until it can be used, {first:.2f} s until its first picture or chart")
+            print(
+                f"{name:20} {ready:6.2f} s until it can be used, {first:.2f} s until its first "
+                "picture or chart"
+            )
 
 
 def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
-    """view → median seconds since navigation until the page is ready, and until the first of `FIRST` is drawn."""
+    """view → median seconds since navigation until the page is ready, and until the first of
+    `FIRST` is drawn.
+    """
     from playwright.sync_api import sync_playwright
 
     found = {}
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        browser = play.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
         for view, first in FIRST.items():
             marks = []
             for _ in range(times):

@@ -1,1 +1,3 @@
-"""Configuration: frozen dataclasses are the only defaults, YAML presets and key=value overrides sit on top."""
+"""Configuration: frozen dataclasses are the only defaults, YAML presets and key=value overrides sit
+on top.
+"""

@@ -11,13 +11,16 @@
     ├── QualityError   a data set that isn't fit for what it is made for
     └── FaceError      a reference photograph without a usable face (inference)
 
-Each message says what was given, what was expected, and what to do. Programming errors are not in this tree: they
-propagate. A fault of one picture is no exception to the caller either: it is a record's `status` and `reason`.
+Each message says what was given, what was expected, and what to do. Programming errors are not in
+this tree: they propagate. A fault of one picture is no exception to the caller either: it is a
+record's `status` and `reason`.
 """
 
 
 class PipelineError(Exception):
-    """Base of every error a user can mend; the command line prints its message without a traceback and exits 2."""
+    """Base of every error a user can mend; the command line prints its message without a traceback
+    and exits 2.
+    """
 
 
 class ConfigError(PipelineError):
@@ -29,11 +32,15 @@ class SourceError(PipelineError):
 
 
 class WeightsError(PipelineError):
-    """A weights file that is missing, unreachable, refused by licence, or not the one it claims to be."""
+    """A weights file that is missing, unreachable, refused by licence, or not the one it claims to
+    be.
+    """
 
 
 class ServerError(PipelineError):
-    """A model's server that can't be reached, refuses the key, doesn't know the model, or answers nothing of use."""
+    """A model's server that can't be reached, refuses the key, doesn't know the model, or answers
+    nothing of use.
+    """
 
 
 class LockedError(PipelineError):

@@ -1,7 +1,8 @@
 """YAML preset + key=value overrides → a frozen dataclass, strictly.
 
-An unknown key names the closest known one; a value of the wrong type says what was expected. `dump` writes the resolved
-configuration back, so that it can stand beside every output and be loaded again.
+An unknown key names the closest known one; a value of the wrong type says what was expected. `dump`
+writes the resolved configuration back, so that it can stand beside every output and be loaded
+again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class _Text(str):
 
 
 def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
-    """`kind` from the YAML file at `path` (or from defaults alone) with `a.b=value` overrides, checked throughout.
+    """`kind` from the YAML file at `path` (or from defaults alone) with `a.b=value` overrides,
+    checked throughout.
 
     Raises ConfigError for a missing file, a key `kind` doesn't have, or a value that doesn't fit.
     """
@@ -42,7 +44,9 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
     if path is not None:
         file = Path(path)
         if not file.is_file():
-            raise ConfigError(f"no configuration at {file}. Presets are in configs/: give one with --config FILE.")
+            raise ConfigError(
+                f"no configuration at {file}. Presets are in configs/: give one with --config FILE."
+            )
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -75,7 +79,10 @@ def to_yaml(config: Any) -> str:
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key=value, as in shard_size=100 or detect.min_score=0.6")
+        raise ConfigError(
+            f"override {override!r}: expected key=value, as in shard_size=100 or "
+            "detect.min_score=0.6"
+        )
     *parents, last = key.split(".")
     node = values
     for parent in parents:
@@ -92,9 +99,15 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
-            hint = f" Did you mean {prefix}{close[0]}?" if close else f" Known: {', '.join(sorted(known))}."
+            hint = (
+                f" Did you mean {prefix}{close[0]}?"
+                if close
+                else f" Known: {', '.join(sorted(known))}."
+            )
             raise ConfigError(f"unknown key {prefix}{key}.{hint}")
-    given = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    given = {
+        name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()
+    }
     return kind(**given)
 
 
@@ -112,7 +125,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+        return tuple(
+            _convert(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(items)
+        )
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -133,7 +148,11 @@ def _scalar(hint: Any, value: Any, name: str) -> Any:
         return value
     if hint is str and value is not None and not isinstance(value, list | dict):
         return value if isinstance(value, str) else str(value)
-    raise _mismatch(name, value, {int: "a whole number", bool: "true or false", str: "text"}.get(hint, str(hint)))
+    raise _mismatch(
+        name,
+        value,
+        {int: "a whole number", bool: "true or false", str: "text"}.get(hint, str(hint)),
+    )
 
 
 def _mismatch(name: str, value: Any, expected: str) -> ConfigError:

@@ -1,4 +1,6 @@
-"""`python -m infer.cli`: a photograph and prompts → portraits. Imports lazily: --help answers at once."""
+"""`python -m infer.cli`: a photograph and prompts → portraits. Imports lazily: --help answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[str, typer.Option("--config", "-c", help="A preset, e.g. configs/infer/demo.yaml.")]
-Photo = Annotated[str, typer.Option("--photo", "-p", help="The photograph: one face, from the front.")]
-Saved = Annotated[str, typer.Option("--identity", "-i", help="An identity.safetensors saved earlier, not a photo.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-t", help="What to show; give it again for more.")]
+Config = Annotated[
+    str, typer.Option("--config", "-c", help="A preset, e.g. configs/infer/demo.yaml.")
+]
+Photo = Annotated[
+    str, typer.Option("--photo", "-p", help="The photograph: one face, from the front.")
+]
+Saved = Annotated[
+    str,
+    typer.Option("--identity", "-i", help="An identity.safetensors saved earlier, not a photo."),
+]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", "-t", help="What to show; give it again for more.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. adapter=runs/mine/final output=runs/portraits seed=7"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="e.g. adapter=runs/mine/final output=runs/portraits seed=7"
+    ),
 ]
 
 
@@ -55,13 +68,15 @@ def main(
 ) -> None:
     """Make portraits of the person in a photograph.
 
-    Writes `portrait-PROMPT-IMAGE.png` with all settings in their metadata, `contact_sheet.png`, the person as
-    `identity.safetensors`, and the resolved configuration as `infer.yaml`, which makes the same portraits again.
+    Writes `portrait-PROMPT-IMAGE.png` with all settings in their metadata, `contact_sheet.png`, the
+    person as `identity.safetensors`, and the resolved configuration as `infer.yaml`, which makes
+    the same portraits again.
 
     **Two prompts, four pictures each**
 
-    `python -m infer.cli --config configs/infer/sd15.yaml adapter=ConsistentID-v1.bin --photo ada.jpg
-    --prompt "a woman in a red coat" --prompt "a woman reading" output=runs/ada num_images_per_prompt=4`
+    `python -m infer.cli --config configs/infer/sd15.yaml adapter=ConsistentID-v1.bin --photo
+    ada.jpg --prompt "a woman in a red coat" --prompt "a woman reading" output=runs/ada
+    num_images_per_prompt=4`
 
     **The same person again, without reading the photograph; another scheduler**
 
@@ -111,9 +126,13 @@ def _settings(
     if prompts:
         settings = replace(settings, prompts=tuple(prompts))
     if not (settings.photo or settings.identity):
-        raise ConfigError("no person given: --photo FILE, or --identity FILE that an earlier run saved.")
+        raise ConfigError(
+            "no person given: --photo FILE, or --identity FILE that an earlier run saved."
+        )
     if not settings.prompts or not all(prompt.strip() for prompt in settings.prompts):
-        raise ConfigError('no prompt given, or an empty one: --prompt "a man in a suit"; give it again for more.')
+        raise ConfigError(
+            'no prompt given, or an empty one: --prompt "a man in a suit"; give it again for more.'
+        )
     if not settings.output:
         raise ConfigError("no output given: output=FOLDER.")
     return settings
@@ -129,21 +148,33 @@ def _run(settings: InferConfig) -> None:
     started = time.perf_counter()
     person, generator = _read(settings)
     loaded = time.perf_counter()
-    typer.echo(f"{person.record.source}: {', '.join(person.regions)}; model {generator.model.spec.name}", err=True)
+    typer.echo(
+        f"{person.record.source}: {', '.join(person.regions)}; model {generator.model.spec.name}",
+        err=True,
+    )
     if generator.model.spec.name == "tiny":
-        typer.echo("the tiny model learnt from a handful of pictures: expect blurred faces, not likenesses", err=True)
+        typer.echo(
+            "the tiny model learnt from a handful of pictures: expect blurred faces, not "
+            "likenesses",
+            err=True,
+        )
     _claim(folder, settings)
     person.save(folder / IDENTITY_FILE)
     paths = _write_portraits(folder, person, generator, settings)
     ended = time.perf_counter()
-    typer.echo(f"{len(paths)} portraits in {ended - loaded:.1f} s, after {loaded - started:.1f} s of loading:")
+    typer.echo(
+        f"{len(paths)} portraits in {ended - loaded:.1f} s, after {loaded - started:.1f} s of "
+        "loading:"
+    )
     for path in paths:
         typer.echo(f"  {path}")
     typer.echo(f"contact sheet: {folder / SHEET_FILE}")
 
 
 def _read(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
-    """The person, and the generator. A photograph without a face is refused before gigabytes of models are loaded."""
+    """The person, and the generator. A photograph without a face is refused before gigabytes of
+    models are loaded.
+    """
     from infer.identity import Identity, read_photo, run_stages, set_up_stages
     from infer.load import dataset_config, load_generator
     from stages.backends.runtime import pin_threads
@@ -160,7 +191,9 @@ def _read(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
 
 
 def _allowed_threads() -> int:
-    """OMP_NUM_THREADS, by which whoever shares the machine asks for restraint; 0 (all cores) without it."""
+    """OMP_NUM_THREADS, by which whoever shares the machine asks for restraint; 0 (all cores)
+    without it.
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else 0
 
@@ -185,10 +218,21 @@ def _write_portraits(
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A bar over the UNet's evaluations, on a terminal only."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns: list[Any] = [TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns: list[Any] = [
+        TextColumn("denoising"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("denoising", total=total)
         yield lambda count: bar.advance(task, count)
@@ -201,11 +245,17 @@ def _resolved(settings: InferConfig) -> str:
 
 
 def _check_output(folder: Path, settings: InferConfig) -> None:
-    """Raise ConfigError if `folder` holds portraits of another configuration, or something that is no run's output."""
+    """Raise ConfigError if `folder` holds portraits of another configuration, or something that is
+    no run's output.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output={folder} is a file; expected a folder, there or not yet.")
     kept = folder / SETTINGS_FILE
-    if kept.is_file() and not settings.overwrite and kept.read_text(encoding="utf-8") != _resolved(settings):
+    if (
+        kept.is_file()
+        and not settings.overwrite
+        and kept.read_text(encoding="utf-8") != _resolved(settings)
+    ):
         raise ConfigError(
             f"output={folder} holds portraits of another configuration ({SETTINGS_FILE}). "
             "Name another output, or say overwrite=true to replace them."
@@ -213,7 +263,9 @@ def _check_output(folder: Path, settings: InferConfig) -> None:
 
 
 def _claim(folder: Path, settings: InferConfig) -> None:
-    """Leave no portrait of another configuration beside the new ones, and say in the folder what is made there."""
+    """Leave no portrait of another configuration beside the new ones, and say in the folder what is
+    made there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
@@ -221,7 +273,9 @@ def _claim(folder: Path, settings: InferConfig) -> None:
                 stale.unlink()
         (folder / SETTINGS_FILE).write_text(_resolved(settings), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"output={folder} can't be written: {error.strerror or error}.") from error
+        raise ConfigError(
+            f"output={folder} can't be written: {error.strerror or error}."
+        ) from error
 
 
 def _quiet() -> None:

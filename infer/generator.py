@@ -1,8 +1,9 @@
-"""ConsistentIDGenerator: an identity × prompts → portraits, over the same stages and conditions as training.
+"""ConsistentIDGenerator: an identity × prompts → portraits, over the same stages and conditions as
+training.
 
-What depends on the person is made once (`Identity`), what depends on nothing is kept (the image tower's answer to zero
-pixels, the negative text), and a prompt costs one pass of the text encoder. Portrait i of prompt j depends on
-(seed, i, j), however many others are made with it.
+What depends on the person is made once (`Identity`), what depends on nothing is kept (the image
+tower's answer to zero pixels, the negative text), and a prompt costs one pass of the text encoder.
+Portrait i of prompt j depends on (seed, i, j), however many others are made with it.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ StepCallback = Callable[[int], None]
 class ConsistentIDGenerator:
     """Makes portraits of a person.
 
-    base: the frozen models, with `model`'s processors in its UNet, all on one device. dataset: the configuration of the
-    stages that read photographs: the one that the adapter's training data was made with. digest: names the adapter in
-    the portraits' settings. `infer.load.load_generator` builds one from a configuration.
+    base: the frozen models, with `model`'s processors in its UNet, all on one device. dataset: the
+    configuration of the stages that read photographs: the one that the adapter's training data was
+    made with. digest: names the adapter in the portraits' settings. `infer.load.load_generator`
+    builds one from a configuration.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class ConsistentIDGenerator:
         if self.config.merge_lora:
             merge_lora(base.unet)
         side = model.spec.vision_size
-        self._zero_hidden = encode_images(base.image_encoder, torch.zeros(1, 3, side, side, device=self.device))
+        self._zero_hidden = encode_images(
+            base.image_encoder, torch.zeros(1, 3, side, side, device=self.device)
+        )
         self._texts: dict[str, TextStates] = {}
         self._stages: list[Stage] | None = None
 
@@ -69,23 +73,28 @@ class ConsistentIDGenerator:
 
     @property
     def stages(self) -> list[Stage]:
-        """The data set's stages, their weights loaded when first asked for: a saved identity needs none."""
+        """The data set's stages, their weights loaded when first asked for: a saved identity needs
+        none.
+        """
         if self._stages is None:
             self._stages = set_up_stages(self.dataset)
         return self._stages
 
     def identity(self, photo: str | Path | Record, name: str = "") -> Identity:
-        """The person in a photograph: a path, or a record that holds one (`infer.identity.photo_record`).
+        """The person in a photograph: a path, or a record that holds one
+        (`infer.identity.photo_record`).
 
-        name: what to call it in an error. Raises FaceError if it shows no usable face, SourceError if it isn't a
-        readable picture.
+        name: what to call it in an error. Raises FaceError if it shows no usable face, SourceError
+        if it isn't a readable picture.
         """
         record = photo if isinstance(photo, Record) else read_photo(photo)
         called = name or (record.source if isinstance(photo, Record) else str(photo))
         return self.encode(run_stages(record, self.stages, called))
 
     def encode(self, record: Record) -> Identity:
-        """The identity in a record that went through the stages already, e.g. one read from a shard."""
+        """The identity in a record that went through the stages already, e.g. one read from a
+        shard.
+        """
         everything = self._conditions(record, "")  # no prompt leaves room for all regions
         count = len(everything.regions)
         pixels = torch.cat((everything.clip_pixels[None], everything.region_pixels[:count]))
@@ -99,7 +108,9 @@ class ConsistentIDGenerator:
             tower=self._zero_hidden[0, 0].cpu().clone(),
         )
 
-    def conditions(self, identity: Identity, prompt: str, settings: InferConfig | None = None) -> Conditions:
+    def conditions(
+        self, identity: Identity, prompt: str, settings: InferConfig | None = None
+    ) -> Conditions:
         """All that the model is told of `identity` and one prompt, wrapped into `prompt_template`."""
         return self._conditions(identity.record, wrapped(prompt, settings or self.config))
 
@@ -110,12 +121,14 @@ class ConsistentIDGenerator:
         settings: InferConfig | None = None,
         on_step: StepCallback | None = None,
     ) -> Iterator[Portrait]:
-        """Portraits in the order of prompts, `num_images_per_prompt` of each, made as they are asked for.
+        """Portraits in the order of prompts, `num_images_per_prompt` of each, made as they are
+        asked for.
 
-        settings: in place of the generator's own, as `dataclasses.replace(generator.config, seed=1)`; those of the
-        model, the adapter and the data set have no effect here. on_step: called after each evaluation of the UNet with
-        the number of portraits that it went over. Raises ConfigError for an unknown scheduler, or an identity that was
-        made with another image tower or in another mode.
+        settings: in place of the generator's own, as `dataclasses.replace(generator.config,
+        seed=1)`; those of the model, the adapter and the data set have no effect here. on_step:
+        called after each evaluation of the UNet with the number of portraits that it went over.
+        Raises ConfigError for an unknown scheduler, or an identity that was made with another image
+        tower or in another mode.
         """
         settings = settings or self.config
         self._check(identity)
@@ -127,7 +140,9 @@ class ConsistentIDGenerator:
             guidance = self._guidance(features, conditions, wrapped(prompt, settings), settings)
             described = self._described(identity, conditions, prompt, settings)
             for start in range(0, settings.num_images_per_prompt, settings.batch_size):
-                numbers = range(start, min(start + settings.batch_size, settings.num_images_per_prompt))
+                numbers = range(
+                    start, min(start + settings.batch_size, settings.num_images_per_prompt)
+                )
                 pictures = self._sample(guidance, scheduler, settings, index, numbers, on_step)
                 for number, pixels in zip(numbers, pictures, strict=True):
                     own = {"prompt_index": str(index), "image_index": str(number)}
@@ -161,7 +176,8 @@ class ConsistentIDGenerator:
     def _check(self, identity: Identity) -> None:
         if identity.mode != self.model.mode:
             raise ConfigError(
-                f"the identity of {identity.record.source} was made in {identity.mode} mode, the adapter is of "
+                f"the identity of {identity.record.source} was made in {identity.mode} mode, the "
+                "adapter is of "
                 f"{self.model.mode} mode; make it again from the photograph"
             )
         own = self._zero_hidden[0, 0].float().cpu()
@@ -174,10 +190,14 @@ class ConsistentIDGenerator:
             )
 
     def _features(self, identity: Identity, conditions: Conditions) -> Features:
-        """As `encode_frozen` gives for these conditions, with the image tower's answers taken from the identity."""
+        """As `encode_frozen` gives for these conditions, with the image tower's answers taken from
+        the identity.
+        """
         batch = collate([conditions]).to(self.device)
         text_hidden, pooled = encode_text(self.base, batch.input_ids, batch.input_ids_2)
-        rows = [identity.region_hidden[identity.regions.index(region)] for region in conditions.regions]
+        rows = [
+            identity.region_hidden[identity.regions.index(region)] for region in conditions.regions
+        ]
         empty = [self._zero_hidden[0].cpu()] * (MAX_REGIONS - len(rows))
         return Features(
             text_hidden=text_hidden,
@@ -189,7 +209,9 @@ class ConsistentIDGenerator:
             token_valid=batch.token_valid,
         )
 
-    def _guidance(self, features: Features, conditions: Conditions, prompt: str, settings: InferConfig) -> Guidance:
+    def _guidance(
+        self, features: Features, conditions: Conditions, prompt: str, settings: InferConfig
+    ) -> Guidance:
         return guidance_states(
             self.model,
             features,
@@ -200,11 +222,15 @@ class ConsistentIDGenerator:
         )
 
     def _early(self, features: Features, conditions: Conditions, prompt: str) -> TextStates:
-        """The first phase's text. corrected: the second's, before anything is fused into it. legacy: the same text as a
-        plain prompt, EOS kept; of two text encoders, the prompt alone (REFERENCE.md 7.2 and 7.3)."""
+        """The first phase's text. corrected: the second's, before anything is fused into it.
+        legacy: the same text as a plain prompt, EOS kept; of two text encoders, the prompt alone
+        (REFERENCE.md 7.2 and 7.3).
+        """
         if self.model.mode == "corrected":
             return TextStates(hidden=features.text_hidden, pooled=features.pooled)
-        return self._text_states(prompt if self.model.spec.two_text_encoders else without_marks(conditions.text))
+        return self._text_states(
+            prompt if self.model.spec.two_text_encoders else without_marks(conditions.text)
+        )
 
     def _text(self, text: str) -> TextStates:
         """States of a text that comes again and again."""
@@ -217,7 +243,10 @@ class ConsistentIDGenerator:
     def _text_states(self, text: str) -> TextStates:
         tokenizer = self.base.tokenizer
         ids, ids_2 = (
-            torch.tensor([tokenize_marked(text, tokenizer, keep_eos=True, pad_id=pad).ids], device=self.device)
+            torch.tensor(
+                [tokenize_marked(text, tokenizer, keep_eos=True, pad_id=pad).ids],
+                device=self.device,
+            )
             for pad in (None, _SECOND_PAD)
         )
         hidden, pooled = encode_text(self.base, ids, ids_2)
@@ -235,9 +264,17 @@ class ConsistentIDGenerator:
         """Pictures `numbers` of one prompt, (len(numbers), H, W, 3)."""
         factor = self.base.vae_factor
         if settings.height % factor or settings.width % factor:
-            raise ConfigError(f"{settings.width}×{settings.height}: this base needs multiples of {factor}")
-        shape = (int(self.base.unet.config.in_channels), settings.height // factor, settings.width // factor)
-        latents = initial_latents(shape, [portrait_seed(settings.seed, prompt_index, number) for number in numbers])
+            raise ConfigError(
+                f"{settings.width}×{settings.height}: this base needs multiples of {factor}"
+            )
+        shape = (
+            int(self.base.unet.config.in_channels),
+            settings.height // factor,
+            settings.width // factor,
+        )
+        latents = initial_latents(
+            shape, [portrait_seed(settings.seed, prompt_index, number) for number in numbers]
+        )
         scheduler.set_timesteps(settings.num_inference_steps)
         final = denoise(
             self.base.unet,
@@ -296,4 +333,7 @@ def _strength(conditions: Conditions, settings: InferConfig, device: torch.devic
 
 def _step_generators(seed: int, prompt_index: int, numbers: Sequence[int]) -> list[torch.Generator]:
     """Of each picture its own: the noise that some schedulers add on the way."""
-    return [torch.Generator().manual_seed(portrait_seed(seed, prompt_index, number, "steps")) for number in numbers]
+    return [
+        torch.Generator().manual_seed(portrait_seed(seed, prompt_index, number, "steps"))
+        for number in numbers
+    ]

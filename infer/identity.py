@@ -1,8 +1,10 @@
-"""Identity: a person as the model sees them, read once from a photograph, saved, and reused for any prompt.
+"""Identity: a person as the model sees them, read once from a photograph, saved, and reused for any
+prompt.
 
-The photograph goes through the very stages of the data set pipeline, so what is known of it here is what would stand in
-a shard. Kept beside that are the image tower's states, which take longest to make. ID tokens are not kept: they come
-from the adapter in a moment, and without them an identity serves every adapter over the same image tower.
+The photograph goes through the very stages of the data set pipeline, so what is known of it here is
+what would stand in a shard. Kept beside that are the image tower's states, which take longest to
+make. ID tokens are not kept: they come from the adapter in a moment, and without them an identity
+serves every adapter over the same image tower.
 """
 
 from __future__ import annotations
@@ -30,15 +32,19 @@ from stages.regions import Mode
 
 _FORMAT: Final = "consistentid-identity-1"
 
-# A record's reason → what a person is told; reasons that aren't here are faults of the file, not of the face.
+# A record's reason → what a person is told; reasons that aren't here are faults of the file, not of
+# the face.
 _FACE_REASONS: Final = {
     "no_face": "no face found in {photo}",
-    "no_face_parsed": "no face found in {photo}: something was detected, but no facial skin seen there",
+    "no_face_parsed": "no face found in {photo}: something was detected, but no facial skin seen "
+    "there",
     "face_too_small": "the face in {photo} is too small",
     "no_identity": "the face in {photo} could not be recognised",
 }
 _LEAST_FACE: Final = 32  # short side of the face's box, pixels of the resized picture
-_FACE_ADVICE: Final = "Give a photograph that shows one face, from the front and at least 100 pixels wide."
+_FACE_ADVICE: Final = (
+    "Give a photograph that shows one face, from the front and at least 100 pixels wide."
+)
 _FILE_ADVICE: Final = "Give a JPEG, PNG or WebP photograph that opens in a viewer."
 
 
@@ -46,9 +52,10 @@ _FILE_ADVICE: Final = "Give a JPEG, PNG or WebP photograph that opens in a viewe
 class Identity:
     """One person, from one photograph; tensors are on the CPU.
 
-    record: the photograph after the stages. regions: names of the regions seen, as `mode` calls them. clip_hidden:
-    (N, V), the image tower's states of the photograph; region_hidden: (R, N, V), of its regions, in their order.
-    tower: (V,), the tower's answer to zero pixels, by which a reader knows whether it has the same one.
+    record: the photograph after the stages. regions: names of the regions seen, as `mode` calls
+    them. clip_hidden: (N, V), the image tower's states of the photograph; region_hidden: (R, N, V),
+    of its regions, in their order. tower: (V,), the tower's answer to zero pixels, by which a
+    reader knows whether it has the same one.
     """
 
     record: Record
@@ -65,14 +72,22 @@ class Identity:
         return torch.from_numpy(self.record.identity.copy())
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file: the sample's members as bytes, the states as tensors. Returns the path."""
+        """Write to a safetensors file: the sample's members as bytes, the states as tensors.
+        Returns the path.
+        """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"member.{name}": _bytes_to_tensor(data) for name, data in to_members(self.record).items()}
+        tensors = {
+            f"member.{name}": _bytes_to_tensor(data)
+            for name, data in to_members(self.record).items()
+        }
         for name in ("clip_hidden", "region_hidden", "tower"):
             tensors[name] = getattr(self, name).contiguous()
-        # One entry: safetensors writes several in no fixed order, and the same person should give the same bytes.
-        metadata = {"identity": json.dumps({"format": _FORMAT, "mode": self.mode, "regions": self.regions})}
+        # One entry: safetensors writes several in no fixed order, and the same person should give
+        # the same bytes.
+        metadata = {
+            "identity": json.dumps({"format": _FORMAT, "mode": self.mode, "regions": self.regions})
+        }
         partial = target.with_name(f".{target.name}.partial")
         save_file(tensors, partial, metadata=metadata)
         partial.replace(target)
@@ -80,10 +95,14 @@ class Identity:
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Read what `save` wrote. Raises SourceError for a file that isn't there or holds no identity."""
+        """Read what `save` wrote. Raises SourceError for a file that isn't there or holds no
+        identity.
+        """
         source = Path(path)
         if not source.is_file():
-            raise SourceError(f"no identity at {source}; runs of infer.cli save one as identity.safetensors")
+            raise SourceError(
+                f"no identity at {source}; runs of infer.cli save one as identity.safetensors"
+            )
         try:
             with safe_open(source, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {}).get("identity", "{}"))
@@ -106,11 +125,14 @@ class Identity:
                 tower=tensors["tower"],
             )
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise SourceError(f"{source} holds no identity ({error}); make it again from the photograph") from error
+            raise SourceError(
+                f"{source} holds no identity ({error}); make it again from the photograph"
+            ) from error
 
 
 def read_photo(path: str | Path) -> Record:
-    """The record of a photograph on disk, as the data set pipeline would begin it: its name alone is its source.
+    """The record of a photograph on disk, as the data set pipeline would begin it: its name alone
+    is its source.
 
     Raises SourceError for a path that isn't there, isn't a regular file, or can't be read.
     """
@@ -118,19 +140,25 @@ def read_photo(path: str | Path) -> Record:
     if photo.is_dir():
         raise SourceError(f"{photo} is a folder; expected one photograph. Name a file in it.")
     if not photo.exists():
-        raise SourceError(f"no photograph at {photo}. Check the path; it is taken from the folder you are in.")
+        raise SourceError(
+            f"no photograph at {photo}. Check the path; it is taken from the folder you are in."
+        )
     if not photo.is_file():
         raise SourceError(f"{photo} is not a regular file; expected a photograph.")
     try:
         data = photo.read_bytes()
     except OSError as error:
-        raise SourceError(f"{photo} can't be read: {error.strerror or error}. Check its permissions.") from error
+        raise SourceError(
+            f"{photo} can't be read: {error.strerror or error}. Check its permissions."
+        ) from error
     return photo_record(data, photo.name)
 
 
 def photo_record(data: bytes, name: str) -> Record:
     """The record of a photograph's bytes under the name that it has in a data set."""
-    return Record(key=key_of(name), source=name, sha256=hashlib.sha256(data).hexdigest(), image=data)
+    return Record(
+        key=key_of(name), source=name, sha256=hashlib.sha256(data).hexdigest(), image=data
+    )
 
 
 def set_up_stages(config: DatasetConfig) -> list[Stage]:
@@ -144,8 +172,8 @@ def set_up_stages(config: DatasetConfig) -> list[Stage]:
 def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
     """The record after all stages, which are set up already.
 
-    photo: what to call the photograph in an error. Raises FaceError if it shows no usable face, SourceError if it is no
-    usable picture.
+    photo: what to call the photograph in an error. Raises FaceError if it shows no usable face,
+    SourceError if it is no usable picture.
     """
     [record] = run_chain(stages, [record])
     if record.ok and record.main_face.side < _LEAST_FACE:
@@ -159,12 +187,16 @@ def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None
 def _refusal(record: Record, photo: str) -> FaceError | SourceError:
     detail = f" ({record.detail})" if record.detail else ""
     if record.reason in _FACE_REASONS:
-        return FaceError(f"{_FACE_REASONS[record.reason].format(photo=photo)}{detail}. {_FACE_ADVICE}")
+        return FaceError(
+            f"{_FACE_REASONS[record.reason].format(photo=photo)}{detail}. {_FACE_ADVICE}"
+        )
     if record.reason == "not_an_image":
         return SourceError(f"{photo} is not an image{detail}. {_FILE_ADVICE}")
     verdict = "was refused" if record.status is Status.DROPPED else "could not be read"
     reason = record.reason.replace("_", " ")
-    return SourceError(f"{photo} {verdict} in stage {record.stage!r}: {reason}{detail}. {_FILE_ADVICE}")
+    return SourceError(
+        f"{photo} {verdict} in stage {record.stage!r}: {reason}{detail}. {_FILE_ADVICE}"
+    )
 
 
 def _bytes_to_tensor(data: bytes) -> Tensor:

@@ -1,4 +1,6 @@
-"""From a configuration to a generator: which adapter, which base beneath it, which stages before it."""
+"""From a configuration to a generator: which adapter, which base beneath it, which stages before
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ DATASET_FILE: Final = "dataset.yaml"  # the trainer keeps it beside the adapter
 def load_generator(config: InferConfig) -> ConsistentIDGenerator:
     """The generator of a configuration, on its device.
 
-    Raises ConfigError where the configuration doesn't fit the adapter, WeightsError for weights that can't be had.
+    Raises ConfigError where the configuration doesn't fit the adapter, WeightsError for weights
+    that can't be had.
     """
     import torch
 
@@ -56,30 +59,40 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
 def adapter_path(config: InferConfig) -> Path:
     """Where the adapter is. Raises ConfigError if none is given or it isn't there."""
     if not config.adapter:
-        raise ConfigError("no adapter given: adapter=FOLDER, the final/ of a training run, or a published weights file")
+        raise ConfigError(
+            "no adapter given: adapter=FOLDER, the final/ of a training run, or a published "
+            "weights file"
+        )
     source = Path(config.adapter).expanduser()
     if not source.exists():
-        raise ConfigError(f"adapter={config.adapter}: nothing there. A training run leaves its adapter in OUT/final.")
+        raise ConfigError(
+            f"adapter={config.adapter}: nothing there. A training run leaves its adapter in "
+            "OUT/final."
+        )
     return source
 
 
 def base_of(config: InferConfig, adapter: AdapterFile) -> str:
-    """The base model's folder or hub id: as given, else the spec's own, else `base/` beside the adapter's folder, where
-    the trainer makes the tiny one. Raises ConfigError if there is none."""
+    """The base model's folder or hub id: as given, else the spec's own, else `base/` beside the
+    adapter's folder, where the trainer makes the tiny one. Raises ConfigError if there is none.
+    """
     if config.model.base or adapter.spec.base:
         return config.model.base or adapter.spec.base
     near = _folder(adapter_path(config)).resolve().parent / "base"
     if not near.is_dir():
         raise ConfigError(
-            f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base is made locally, and {near} isn't "
+            f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base is made "
+            f"locally, and {near} isn't "
             "there. Say model.base=FOLDER, the base that it was trained on."
         )
     return str(near)
 
 
 def dataset_config(config: InferConfig) -> DatasetConfig:
-    """The data set's configuration: the one given, else the one kept beside the adapter, else the defaults; for the
-    published weights those with buffalo_l, whose identities they learnt: another embedder's would mean nothing."""
+    """The data set's configuration: the one given, else the one kept beside the adapter, else the
+    defaults; for the published weights those with buffalo_l, whose identities they learnt: another
+    embedder's would mean nothing.
+    """
     source = adapter_path(config)
     if config.dataset:
         return load(DatasetConfig, config.dataset)
@@ -88,7 +101,9 @@ def dataset_config(config: InferConfig) -> DatasetConfig:
         return load(DatasetConfig, kept)
     if (_folder(source) / CONFIG_FILE).is_file():
         return DatasetConfig()
-    return DatasetConfig(detect=DetectConfig(weights="det_10g"), embed=EmbedConfig(weights="w600k_r50"))
+    return DatasetConfig(
+        detect=DetectConfig(weights="det_10g"), embed=EmbedConfig(weights="w600k_r50")
+    )
 
 
 def adapter_digest(source: Path) -> str:

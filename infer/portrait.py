@@ -14,7 +14,9 @@ from PIL import Image, PngImagePlugin
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Portrait:
-    """pixels: (H, W, 3) uint8, RGB. prompt: as it was given. settings: name → value, as in the PNG's text."""
+    """pixels: (H, W, 3) uint8, RGB. prompt: as it was given. settings: name → value, as in the
+    PNG's text.
+    """
 
     pixels: npt.NDArray[np.uint8]
     prompt: str
@@ -32,7 +34,9 @@ class Portrait:
         return Image.fromarray(self.pixels)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `name` into `folder`, whole or not at all; returns its path. Equal portraits give equal bytes."""
+        """Write `name` into `folder`, whole or not at all; returns its path. Equal portraits give
+        equal bytes.
+        """
         path = Path(folder) / self.name
         info = PngImagePlugin.PngInfo()
         for key, value in self.settings.items():
@@ -46,4 +50,5 @@ class Portrait:
 def portrait_seed(seed: int, prompt_index: int, image_index: int, purpose: str = "latents") -> int:
     """The seed of a generator that serves one purpose of one picture, and of nothing else."""
     name = f"consistentid/{seed}/{prompt_index}/{image_index}/{purpose}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1  # torch takes 63 bits
+    # torch takes 63 bits
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -1,8 +1,8 @@
 """Sampling: from encoded conditions to a picture, in a handful of functions read top to bottom.
 
-Two phases share the steps: the first is steered by the text alone beside the ID tokens, which lays out the picture;
-from `merge_step` on the regions are fused in. Any diffusers scheduler serves, and any batch: row n of every tensor is
-picture n.
+Two phases share the steps: the first is steered by the text alone beside the ID tokens, which lays
+out the picture; from `merge_step` on the regions are fused in. Any diffusers scheduler serves, and
+any batch: row n of every tensor is picture n.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class TextStates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """`encoder_hidden_states` (B, 81, C) of both phases and of what to steer away from; pooled states are SDXL's."""
+    """`encoder_hidden_states` (B, 81, C) of both phases and of what to steer away from; pooled
+    states are SDXL's.
+    """
 
     early: Tensor
     late: Tensor
@@ -63,15 +65,22 @@ def guidance_states(
 ) -> Guidance:
     """Everything the UNet is to be told.
 
-    features: of the described prompt. early: of the text of the first phase. zero_hidden: (1, N, V), the image tower's
-    states of zero pixels. strength: (B, 5), see `FacialEncoder`. legacy mode fuses zero-pixel regions into the
-    negative text at the positive text's nouns, as the published weights expect (REFERENCE.md 7.2).
+    features: of the described prompt. early: of the text of the first phase. zero_hidden: (1, N,
+    V), the image tower's states of zero pixels. strength: (B, 5), see `FacialEncoder`. legacy mode
+    fuses zero-pixel regions into the negative text at the positive text's nouns, as the published
+    weights expect (REFERENCE.md 7.2).
     """
     size, slots = features.token_valid.shape
     empty = zero_hidden.expand(size, -1, -1)
     identity = model.encode_identity(features.identity, features.clip_hidden)
     no_identity = model.encode_identity(torch.zeros_like(features.identity), empty)
-    late = model.fuse(features.text_hidden, features.region_hidden, features.token_mask, features.token_valid, strength)
+    late = model.fuse(
+        features.text_hidden,
+        features.region_hidden,
+        features.token_mask,
+        features.token_valid,
+        strength,
+    )
     away = negative.hidden.expand(size, -1, -1)
     if model.mode == "legacy":
         regions = empty[:, None].expand(-1, slots, -1, -1)
@@ -87,8 +96,12 @@ def guidance_states(
 
 
 def initial_latents(shape: tuple[int, int, int], seeds: list[int]) -> Tensor:
-    """(len(seeds), *shape) unit noise, float32 on the CPU; a picture's noise depends on its own seed alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """(len(seeds), *shape) unit noise, float32 on the CPU; a picture's noise depends on its own
+    seed alone.
+    """
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 @torch.no_grad()
@@ -109,13 +122,16 @@ def denoise(
 ) -> Tensor:
     """Unit noise (B, 4, h, w) → denoised latents.
 
-    merge_step: how many steps the text alone steers; legacy takes one more (the reference compares with `<=`).
-    guidance_scale: 1 or less leaves the negative out. generator: for schedulers that add noise on the way; a list has
-    one per picture. extra: further UNet arguments per step, from its input, the timestep and its states (a ControlNet's
-    residuals). Raises ValueError for latents that don't fit the guidance.
+    merge_step: how many steps the text alone steers; legacy takes one more (the reference compares
+    with `<=`). guidance_scale: 1 or less leaves the negative out. generator: for schedulers that
+    add noise on the way; a list has one per picture. extra: further UNet arguments per step, from
+    its input, the timestep and its states (a ControlNet's residuals). Raises ValueError for latents
+    that don't fit the guidance.
     """
     if len(latents) != len(guidance.late):
-        raise ValueError(f"{len(latents)} latents for {len(guidance.late)} prompts; repeat the guidance to match")
+        raise ValueError(
+            f"{len(latents)} latents for {len(guidance.late)} prompts; repeat the guidance to match"
+        )
     scheduler.set_timesteps(steps, device=latents.device)
     options = _step_options(scheduler, eta, generator)
     guided = guidance_scale > 1.0
@@ -124,7 +140,9 @@ def denoise(
     for step, timestep in enumerate(scheduler.timesteps):
         first = step <= merge_step if mode == "legacy" else step < merge_step
         states, pooled = _states(guidance, first=first, guided=guided)
-        model_input = scheduler.scale_model_input(torch.cat((latents, latents)) if guided else latents, timestep)
+        model_input = scheduler.scale_model_input(
+            torch.cat((latents, latents)) if guided else latents, timestep
+        )
         noise, _ = predict_noise(
             unet,
             model_input,
@@ -171,10 +189,14 @@ def _step_options(
     scheduler: Any, eta: float, generator: torch.Generator | list[torch.Generator] | None
 ) -> dict[str, Any]:
     known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+    return {
+        name: value for name, value in (("eta", eta), ("generator", generator)) if name in known
+    }
 
 
 def _time_ids(latents: Tensor) -> Tensor:
-    """SDXL's (1, 6): original size, crop's corner, target size, in pixels; its VAE halves three times."""
+    """SDXL's (1, 6): original size, crop's corner, target size, in pixels; its VAE halves three
+    times.
+    """
     height, width = (8 * side for side in latents.shape[-2:])
     return torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)

@@ -38,10 +38,16 @@ def contact_sheet(identity: Identity, portraits: Sequence[Portrait]) -> Image.Im
     if not portraits:
         raise ValueError("a contact sheet needs a portrait at least")
     width = max(_fit(portrait.image).width for portrait in portraits)
-    columns = min(_COLUMNS, max(len(list(group)) for _, group in groupby(portraits, lambda p: p.prompt_index)))
-    right = max(columns * (width + _GAP) - _GAP, 2 * _TILE)  # room for a label of a few words per line
+    columns = min(
+        _COLUMNS, max(len(list(group)) for _, group in groupby(portraits, lambda p: p.prompt_index))
+    )
+    # room for a label of a few words per line
+    right = max(columns * (width + _GAP) - _GAP, 2 * _TILE)
     rows = [
-        _Row(label=_wrapped(group[0].prompt, _font(_TEXT), right), tiles=[_fit(portrait.image) for portrait in group])
+        _Row(
+            label=_wrapped(group[0].prompt, _font(_TEXT), right),
+            tiles=[_fit(portrait.image) for portrait in group],
+        )
         for _, members in groupby(portraits, lambda p: p.prompt_index)
         if (group := list(members))
     ]
@@ -62,12 +68,19 @@ def contact_sheet(identity: Identity, portraits: Sequence[Portrait]) -> Image.Im
         _draw_row(sheet, draw, row, (left, top), columns, line)
         top += _row_height(row, columns, line) + _MARGIN // 2
     for number, text in enumerate(footer):
-        draw.text((_MARGIN, _MARGIN + body + _GAP + number * foot), text, fill=_GREY, font=_font(_SMALL))
+        draw.text(
+            (_MARGIN, _MARGIN + body + _GAP + number * foot), text, fill=_GREY, font=_font(_SMALL)
+        )
     return sheet
 
 
 def _draw_row(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, corner: tuple[int, int], columns: int, line: int
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    row: _Row,
+    corner: tuple[int, int],
+    columns: int,
+    line: int,
 ) -> None:
     left, top = corner
     for text in row.label:
@@ -114,7 +127,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)  # Pillow carries one: no file of the system is needed
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
     """Lines no wider than `width` pixels where words allow it; at least one."""
     lines = [""]
     for word in text.split():

@@ -1,8 +1,10 @@
-"""Attention processors: LoRA on every attention, and in cross-attention a second one for the ID tokens.
+"""Attention processors: LoRA on every attention, and in cross-attention a second one for the ID
+tokens.
 
-Scores are never kept on the side. Who wants them, the localisation loss, passes a `RegionScores` through diffusers'
-`cross_attention_kwargs`; only hooked layers answer it, and only for the region tokens. All else is fused attention.
-The processors define `__call__`, not `forward`: diffusers reads its signature to decide which arguments to pass.
+Scores are never kept on the side. Who wants them, the localisation loss, passes a `RegionScores`
+through diffusers' `cross_attention_kwargs`; only hooked layers answer it, and only for the region
+tokens. All else is fused attention. The processors define `__call__`, not `forward`: diffusers
+reads its signature to decide which arguments to pass.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from stages.regions import Mode
 
 
 class RegionScores:
-    """Asks hooked layers for the attention that region tokens get; a new one for every call of the UNet.
+    """Asks hooked layers for the attention that region tokens get; a new one for every call of the
+    UNet.
 
-    token_idx: (B, R) positions. After the call `scores` holds, by layer, probabilities (B, heads, pixels, R) that
-    carry gradients.
+    token_idx: (B, R) positions. After the call `scores` holds, by layer, probabilities (B, heads,
+    pixels, R) that carry gradients.
     """
 
     def __init__(self, token_idx: Tensor) -> None:
@@ -33,21 +36,25 @@ class RegionScores:
         return list(self._by_layer.values())
 
     def add(self, layer: str, query: Tensor, key: Tensor) -> None:
-        """query: (B, heads, N, d), key: (B, heads, T, d). Gradient checkpointing's second run must do
-        all that the first did, so the answer is computed again; what the first gave stays."""
+        """query: (B, heads, N, d), key: (B, heads, T, d). Gradient checkpointing's second run must
+        do all that the first did, so the answer is computed again; what the first gave stays.
+        """
         probabilities = token_probabilities(query, key, self.token_idx)
         self._by_layer.setdefault(layer, probabilities)
 
 
 def token_probabilities(query: Tensor, key: Tensor, token_idx: Tensor) -> Tensor:
-    """softmax(q·k/√d) over all T keys, at the keys of token_idx (B, R) only: (B, heads, N, R) float32.
+    """softmax(q·k/√d) over all T keys, at the keys of token_idx (B, R) only: (B, heads, N, R)
+    float32.
 
-    Zero for an index ≥ T: the reference takes positions of the text for pixels of the picture (legacy mode), and at
-    8×8 some of them don't exist.
+    Zero for an index ≥ T: the reference takes positions of the text for pixels of the picture
+    (legacy mode), and at 8×8 some of them don't exist.
     """
     logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     index = token_idx.clamp(max=key.shape[-2] - 1)[:, None, None, :].expand(*logits.shape[:-1], -1)
-    probabilities = torch.exp(logits.gather(-1, index) - torch.logsumexp(logits, dim=-1, keepdim=True))
+    probabilities = torch.exp(
+        logits.gather(-1, index) - torch.logsumexp(logits, dim=-1, keepdim=True)
+    )
     return probabilities * (token_idx < key.shape[-2])[:, None, None, :]
 
 
@@ -101,10 +108,17 @@ class LoRASelfAttention(nn.Module):
         return cast(Tensor, out / attn.rescale_output_factor)
 
     def _attend(
-        self, attn: Any, query: Tensor, context: Tensor, mask: Tensor | None, region_scores: RegionScores | None
+        self,
+        attn: Any,
+        query: Tensor,
+        context: Tensor,
+        mask: Tensor | None,
+        region_scores: RegionScores | None,
     ) -> Tensor:
         if mask is not None:
-            raise ValueError("an attention mask was given, but ConsistentID attends to all tokens; pass none")
+            raise ValueError(
+                "an attention mask was given, but ConsistentID attends to all tokens; pass none"
+            )
         key = self._heads(attn, self._linear(attn.to_k, self.to_k_lora, context))
         value = self._heads(attn, self._linear(attn.to_v, self.to_v_lora, context))
         if region_scores is not None and self.hook:
@@ -135,12 +149,15 @@ class LoRASelfAttention(nn.Module):
 
 
 class IdentityCrossAttention(LoRASelfAttention):
-    """attn2: the last tokens of the context are ID tokens; text and ID are attended to apart and added.
+    """attn2: the last tokens of the context are ID tokens; text and ID are attended to apart and
+    added.
 
     scale: weight of the ID attention; 0 leaves the text alone.
     """
 
-    def __init__(self, hidden: int, context: int, rank: int, num_tokens: int, hook: str = "") -> None:
+    def __init__(
+        self, hidden: int, context: int, rank: int, num_tokens: int, hook: str = ""
+    ) -> None:
         super().__init__(hidden, context, rank, hook)
         self.num_tokens = num_tokens
         self.scale = 1.0
@@ -148,7 +165,12 @@ class IdentityCrossAttention(LoRASelfAttention):
         self.to_v_ip = nn.Linear(context, hidden, bias=False)
 
     def _attend(
-        self, attn: Any, query: Tensor, context: Tensor, mask: Tensor | None, region_scores: RegionScores | None
+        self,
+        attn: Any,
+        query: Tensor,
+        context: Tensor,
+        mask: Tensor | None,
+        region_scores: RegionScores | None,
     ) -> Tensor:
         text, identity = context[:, : -self.num_tokens], context[:, -self.num_tokens :]
         answer = super()._attend(attn, query, text, mask, region_scores)
@@ -161,10 +183,11 @@ class IdentityCrossAttention(LoRASelfAttention):
 
 
 def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
-    """Put new processors into a UNet and return them in diffusers' order: down, up, mid; even = attn1, odd = attn2.
+    """Put new processors into a UNet and return them in diffusers' order: down, up, mid; even =
+    attn1, odd = attn2.
 
-    The ID attention starts as a copy of the text's. Hooked for the localisation loss are the cross-attentions of
-    `spec.hooked` (legacy: their self-attentions, as in the reference).
+    The ID attention starts as a copy of the text's. Hooked for the localisation loss are the
+    cross-attentions of `spec.hooked` (legacy: their self-attentions, as in the reference).
     """
     hooked_kind = "attn2" if mode == "corrected" else "attn1"
     processors: dict[str, LoRASelfAttention] = {}
@@ -172,7 +195,9 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
         path = name.removesuffix(".processor")
         attn = unet.get_submodule(path)
         hidden, context = attn.to_q.out_features, attn.to_k.in_features
-        hooked = path.endswith(hooked_kind) and path.startswith(tuple(f"{block}." for block in spec.hooked))
+        hooked = path.endswith(hooked_kind) and path.startswith(
+            tuple(f"{block}." for block in spec.hooked)
+        )
         hook = path if hooked else ""
         if path.endswith("attn1"):
             processors[name] = LoRASelfAttention(hidden, context, spec.lora_rank, hook)
@@ -187,7 +212,9 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
 
 
 def merge_lora(unet: Any) -> None:
-    """Merge every processor's LoRA into the UNet's weights, for speed at inference. There is no way back."""
+    """Merge every processor's LoRA into the UNet's weights, for speed at inference. There is no way
+    back.
+    """
     for name, processor in unet.attn_processors.items():
         if isinstance(processor, LoRASelfAttention):
             processor.merge(unet.get_submodule(name.removesuffix(".processor")))

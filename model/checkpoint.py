@@ -1,4 +1,5 @@
-"""Checkpoints: safetensors with the published prefixes, and a JSON beside them that says what they are.
+"""Checkpoints: safetensors with the published prefixes, and a JSON beside them that says what they
+are.
 
     adapter.safetensors   image_proj_model.*  adapter_modules.*  FacialEncoder.*
     adapter.json          format, mode, spec (every field), step, versions, and what the caller adds
@@ -42,8 +43,11 @@ class AdapterFile:
     config: dict[str, Any]
 
 
-def save_adapter(model: ConsistentID, folder: Path, config: Mapping[str, Any] | None = None) -> Path:
-    """Write a checkpoint of the adapter; the JSON comes last, so a folder with one is whole. Returns the folder.
+def save_adapter(
+    model: ConsistentID, folder: Path, config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a checkpoint of the adapter; the JSON comes last, so a folder with one is whole.
+    Returns the folder.
 
     config: JSON-ready, e.g. step and name of the data set; mode, spec and versions are added.
     """
@@ -67,22 +71,33 @@ def save_adapter(model: ConsistentID, folder: Path, config: Mapping[str, Any] | 
 
 
 def read_adapter(source: Path) -> AdapterFile:
-    """Read a folder written by `save_adapter`, its .safetensors, or a published .bin or .safetensors.
+    """Read a folder written by `save_adapter`, its .safetensors, or a published .bin or
+    .safetensors.
 
-    A file without a JSON beside it is a published one: legacy mode, its size told by its weights. Raises WeightsError.
+    A file without a JSON beside it is a published one: legacy mode, its size told by its weights.
+    Raises WeightsError.
     """
     weights = source / WEIGHTS_FILE if source.is_dir() else source
     if not weights.is_file():
-        raise WeightsError(f"{source}: no adapter there; expected a folder with {WEIGHTS_FILE}, or a weights file")
+        raise WeightsError(
+            f"{source}: no adapter there; expected a folder with {WEIGHTS_FILE}, or a weights file"
+        )
     state = _flat_state(weights)
     described = weights.with_name(CONFIG_FILE)
     if weights.name == WEIGHTS_FILE and described.is_file():
         config = json.loads(described.read_text())
         if config.get("format") != FORMAT:
-            raise WeightsError(f"{described}: format {config.get('format')}, this version reads {FORMAT}; update it")
-        return AdapterFile(state=state, spec=_spec_of(config, described), mode=config["mode"], config=config)
+            raise WeightsError(
+                f"{described}: format {config.get('format')}, this version reads {FORMAT}; "
+                "update it"
+            )
+        return AdapterFile(
+            state=state, spec=_spec_of(config, described), mode=config["mode"], config=config
+        )
     spec = _published_spec(state, weights)
-    return AdapterFile(state=state, spec=spec, mode="legacy", config={"mode": "legacy", "published": weights.name})
+    return AdapterFile(
+        state=state, spec=spec, mode="legacy", config={"mode": "legacy", "published": weights.name}
+    )
 
 
 def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, Any]:
@@ -92,7 +107,10 @@ def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, A
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter(source)
     if adapter.mode != model.mode:
-        raise WeightsError(f"the checkpoint is of {adapter.mode} mode, the model of {model.mode}; set mode accordingly")
+        raise WeightsError(
+            f"the checkpoint is of {adapter.mode} mode, the model of {model.mode}; set mode "
+            "accordingly"
+        )
     own = model.state_dict()
     faults = (
         _listed("missing", own.keys() - adapter.state.keys()),
@@ -108,7 +126,8 @@ def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, A
     )
     if any(faults):
         raise WeightsError(
-            f"the checkpoint doesn't fit model {model.spec.name!r}: {'; '.join(filter(None, faults))}; "
+            f"the checkpoint doesn't fit model {model.spec.name!r}: "
+            f"{'; '.join(filter(None, faults))}; "
             f"it was made for {adapter.spec.name!r}, load it with that model and its base"
         )
     model.load_state_dict(adapter.state, strict=True)
@@ -116,13 +135,18 @@ def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, A
 
 
 def save_unet(unet: Any, folder: Path) -> Path:
-    """Write a UNet that was trained too, in diffusers' layout and without the adapter's processors in it."""
+    """Write a UNet that was trained too, in diffusers' layout and without the adapter's processors
+    in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items() if ".processor." not in key
+        key: value.detach().cpu().contiguous()
+        for key, value in unet.state_dict().items()
+        if ".processor." not in key
     }
     _written(
-        folder / "diffusion_pytorch_model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"})
+        folder / "diffusion_pytorch_model.safetensors",
+        lambda path: save_file(state, path, metadata={"format": "pt"}),
     )
     unet.save_config(folder)
     return folder
@@ -141,15 +165,22 @@ def _flat_state(weights: Path) -> dict[str, Tensor]:
         else:
             nested = torch.load(weights, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise WeightsError(f"{weights}: not a readable weights file ({error}); download it again") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError, a bare Exception, for what isn't tensors
+        raise WeightsError(
+            f"{weights}: not a readable weights file ({error}); download it again"
+        ) from error
+    # torch raises pickle.UnpicklingError, a bare Exception, for what isn't tensors
+    except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise WeightsError(f"{weights}: holds more than tensors and is not loaded; get it from its author") from error
+        raise WeightsError(
+            f"{weights}: holds more than tensors and is not loaded; get it from its author"
+        ) from error
     flat: dict[str, Tensor] = {}
     for key, value in nested.items():
         parts = (
-            {f"{key}.{inner}": tensor for inner, tensor in value.items()} if isinstance(value, dict) else {key: value}
+            {f"{key}.{inner}": tensor for inner, tensor in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
         )
         for name, tensor in parts.items():
             head, _, rest = name.partition(".")
@@ -157,7 +188,8 @@ def _flat_state(weights: Path) -> dict[str, Tensor]:
     heads = {key.partition(".")[0] for key in flat}
     if heads != set(_PREFIXES):
         raise WeightsError(
-            f"{weights}: holds {', '.join(sorted(heads)) or 'nothing'}; expected {', '.join(_PREFIXES)} "
+            f"{weights}: holds {', '.join(sorted(heads)) or 'nothing'}; expected "
+            f"{', '.join(_PREFIXES)} "
             "(an adapter of ConsistentID, not a base model or a LoRA)"
         )
     return flat
@@ -166,8 +198,14 @@ def _flat_state(weights: Path) -> dict[str, Tensor]:
 def _spec_of(config: Mapping[str, Any], path: Path) -> ModelSpec:
     known = {field.name for field in fields(ModelSpec)}
     values = config.get("spec")
-    if not isinstance(values, dict) or not set(values) <= known or config.get("mode") not in ("legacy", "corrected"):
-        raise WeightsError(f"{path}: no valid spec and mode in it; the file is damaged or of a newer version")
+    if (
+        not isinstance(values, dict)
+        or not set(values) <= known
+        or config.get("mode") not in ("legacy", "corrected")
+    ):
+        raise WeightsError(
+            f"{path}: no valid spec and mode in it; the file is damaged or of a newer version"
+        )
     return ModelSpec(**{**values, "hooked": tuple(values.get("hooked", ()))})
 
 
@@ -177,7 +215,9 @@ def _published_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
     for spec in SPECS.values():
         if spec.base and spec.cross_attention_dim == width:
             return spec
-    raise WeightsError(f"{path}: ID tokens {width} wide; known are those of SD 1.5 (768) and SDXL (2048)")
+    raise WeightsError(
+        f"{path}: ID tokens {width} wide; known are those of SD 1.5 (768) and SDXL (2048)"
+    )
 
 
 def _listed(kind: str, keys: Iterable[str]) -> str:

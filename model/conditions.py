@@ -1,7 +1,9 @@
-"""Conditions: all that one record tells the model, as CPU tensors; the only way from a record to the model.
+"""Conditions: all that one record tells the model, as CPU tensors; the only way from a record to
+the model.
 
-Training and inference both come through `build_conditions`, so a record read from a shard and the record that
-inference makes of the same photograph give equal tensors. What differs is the text alone: a caption or a prompt.
+Training and inference both come through `build_conditions`, so a record read from a shard and the
+record that inference makes of the same photograph give equal tensors. What differs is the text
+alone: a caption or a prompt.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks
 
 _SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
-_HEAD_MARGIN: Final = 0.1  # of the regions' box, on every side of the square that region pictures are cut to
+# of the regions' box, on every side of the square that region pictures are cut to
+_HEAD_MARGIN: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
     """One sample. R = resolution, S = the image tower's side, both in pixels.
 
-    input_ids: (77,) int64. input_ids_2: the same text for a second text encoder. token_mask: (77,) bool, True on fused
-    nouns. token_idx: (5,) int64, their positions, 0 where token_valid (5,) bool is False; slot i's picture is
-    region_pixels[i] of (5, 3, S, S), CLIP-normalised, zero where not valid, and its mask region_masks[i] of (5, R, R)
-    in [0, 1]. foreground: (R, R) in [0, 1]. clip_pixels: (3, S, S), the whole photograph. identity: (512,) unit norm.
-    text: with marks. regions: the slots' regions in order; dropped: (region, reason) of those that got no slot.
+    input_ids: (77,) int64. input_ids_2: the same text for a second text encoder. token_mask: (77,)
+    bool, True on fused nouns. token_idx: (5,) int64, their positions, 0 where token_valid (5,) bool
+    is False; slot i's picture is region_pixels[i] of (5, 3, S, S), CLIP-normalised, zero where not
+    valid, and its mask region_masks[i] of (5, R, R) in [0, 1]. foreground: (R, R) in [0, 1].
+    clip_pixels: (3, S, S), the whole photograph. identity: (512,) unit norm. text: with marks.
+    regions: the slots' regions in order; dropped: (region, reason) of those that got no slot.
     """
 
     key: str
@@ -75,7 +79,9 @@ class ConditionBatch:
         return int(self.input_ids.shape[0])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ConditionBatch:
-        """Every tensor on `device`; those of floating point in `dtype`, the identity and the masks stay float32."""
+        """Every tensor on `device`; those of floating point in `dtype`, the identity and the masks
+        stay float32.
+        """
         moved: dict[str, Tensor] = {}
         for name in _TENSORS:
             value: Tensor = getattr(self, name)
@@ -84,15 +90,19 @@ class ConditionBatch:
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
-_TENSORS: Final = tuple(field.name for field in fields(ConditionBatch) if field.name not in ("keys", "texts"))
+_TENSORS: Final = tuple(
+    field.name for field in fields(ConditionBatch) if field.name not in ("keys", "texts")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropRates:
-    """Probabilities of dropping the text, the identity, or both, of a sample; their sum is at most 1.
+    """Probabilities of dropping the text, the identity, or both, of a sample; their sum is at most
+    1.
 
-    The reference drops text and whole photograph together in 10 % of samples, but never the identity embedding nor the
-    regions, so its unconditional branch was never trained: `legacy=True` repeats that, at the rate `both`.
+    The reference drops text and whole photograph together in 10 % of samples, but never the
+    identity embedding nor the regions, so its unconditional branch was never trained: `legacy=True`
+    repeats that, at the rate `both`.
     """
 
     text: float = 0.05
@@ -116,10 +126,12 @@ def build_conditions(
     resolution: int,
     tokenizer_2: Any = None,
 ) -> Conditions:
-    """Conditions of a record that has image, parsing and identity. Without a prompt: those of a training sample.
+    """Conditions of a record that has image, parsing and identity. Without a prompt: those of a
+    training sample.
 
-    tokenizer: a CLIP tokenizer that knows the marks (`model.prompt.add_marks`). tokenizer_2: SDXL's second one; only
-    the ids of legacy mode need it. Raises ValueError if the record lacks something.
+    tokenizer: a CLIP tokenizer that knows the marks (`model.prompt.add_marks`). tokenizer_2: SDXL's
+    second one; only the ids of legacy mode need it. Raises ValueError if the record lacks
+    something.
     """
     photo, labels, identity = _opened(record)
     masks = region_masks(labels, mode)
@@ -141,8 +153,12 @@ def build_conditions(
         token_mask=mask,
         token_idx=idx,
         token_valid=torch.arange(MAX_REGIONS) < len(slots),
-        region_pixels=_padded([_clip_normalised(picture, side) for picture in pictures], (3, side, side)),
-        region_masks=_padded([_fit_mask(masks[name], resolution) for name in slots], (resolution, resolution)),
+        region_pixels=_padded(
+            [_clip_normalised(picture, side) for picture in pictures], (3, side, side)
+        ),
+        region_masks=_padded(
+            [_fit_mask(masks[name], resolution) for name in slots], (resolution, resolution)
+        ),
         foreground=_fit_mask(foreground_mask(labels, mode), resolution),
         clip_pixels=_clip_normalised(photo, side),
         identity=torch.from_numpy(identity.copy()),
@@ -150,7 +166,9 @@ def build_conditions(
 
 
 def training_pixels(record: Record, resolution: int) -> Tensor:
-    """The picture to be learnt, (3, R, R) in [-1, 1]: short side to R, then the centre, as the masks are cut."""
+    """The picture to be learnt, (3, R, R) in [-1, 1]: short side to R, then the centre, as the
+    masks are cut.
+    """
     with Image.open(io.BytesIO(record.image)) as opened:
         picture = _fit(opened.convert("RGB"), resolution)
     return torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1.0
@@ -165,17 +183,23 @@ def collate(samples: Sequence[Conditions]) -> ConditionBatch:
     )
 
 
-def drop_conditions(batch: ConditionBatch, draws: Tensor, rates: DropRates, tokenizer: Any) -> ConditionBatch:
-    """The batch with some samples' text or identity taken away, so that guidance has something to guide away from.
+def drop_conditions(
+    batch: ConditionBatch, draws: Tensor, rates: DropRates, tokenizer: Any
+) -> ConditionBatch:
+    """The batch with some samples' text or identity taken away, so that guidance has something to
+    guide away from.
 
-    draws: (B,) in [0, 1), one per sample, which the caller makes from the sample's own seed: what is dropped then
-    doesn't depend on the batch it came in. A dropped identity is a zero embedding with zero pixels and no regions;
-    a dropped text is empty and so has no nouns to fuse regions into.
+    draws: (B,) in [0, 1), one per sample, which the caller makes from the sample's own seed: what
+    is dropped then doesn't depend on the batch it came in. A dropped identity is a zero embedding
+    with zero pixels and no regions; a dropped text is empty and so has no nouns to fuse regions
+    into.
     """
     draws = draws.to(batch.input_ids.device)
     no_text = draws < rates.text
     no_identity = (draws >= rates.text) & (draws < rates.text + rates.identity)
-    neither = (draws >= rates.text + rates.identity) & (draws < rates.text + rates.identity + rates.both)
+    neither = (draws >= rates.text + rates.identity) & (
+        draws < rates.text + rates.identity + rates.both
+    )
     if rates.legacy:
         return _drop_legacy(batch, draws < rates.both, tokenizer)
     batch = _without_text(batch, no_text | neither, tokenizer)
@@ -199,7 +223,9 @@ def _without_text(batch: ConditionBatch, drop: Tensor, tokenizer: Any) -> Condit
 
 
 def _without_identity(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
-    batch = replace(batch, identity=_zeroed(batch.identity, drop), clip_pixels=_zeroed(batch.clip_pixels, drop))
+    batch = replace(
+        batch, identity=_zeroed(batch.identity, drop), clip_pixels=_zeroed(batch.clip_pixels, drop)
+    )
     return _without_regions(batch, drop)
 
 
@@ -214,7 +240,9 @@ def _zeroed(values: Tensor, drop: Tensor) -> Tensor:
 
 def empty_ids(tokenizer: Any, *, pad_id: int | None = None) -> Tensor:
     """(77,) int64: the ids of an empty text."""
-    return torch.tensor(tokenize_marked("", tokenizer, keep_eos=True, pad_id=pad_id).ids, dtype=torch.int64)
+    return torch.tensor(
+        tokenize_marked("", tokenizer, keep_eos=True, pad_id=pad_id).ids, dtype=torch.int64
+    )
 
 
 def region_pictures(
@@ -222,8 +250,9 @@ def region_pictures(
 ) -> list[Image.Image]:
     """The photograph on black through each slot's mask, RGB.
 
-    legacy: the whole frame, so the image tower's centre crop may cut a region off. corrected: cut to one square round
-    all the record's regions (`masks`), so that a small or off-centre face fills it and parts keep their places.
+    legacy: the whole frame, so the image tower's centre crop may cut a region off. corrected: cut
+    to one square round all the record's regions (`masks`), so that a small or off-centre face fills
+    it and parts keep their places.
     """
     black = Image.new("RGB", photo.size)
     pictures = []
@@ -251,9 +280,14 @@ def _head_square(masks: dict[str, Mask], size: tuple[int, int]) -> tuple[int, in
 def _opened(record: Record) -> tuple[Image.Image, npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     if not record.image or not record.parsing or record.identity is None:
         lacking = [name for name in ("image", "parsing", "identity") if not _has(record, name)]
-        raise ValueError(f"record {record.key} ({record.source}) has no {', '.join(lacking)}; run those stages first")
+        raise ValueError(
+            f"record {record.key} ({record.source}) has no {', '.join(lacking)}; run those "
+            "stages first"
+        )
     if record.identity.shape != (IDENTITY_DIM,):
-        raise ValueError(f"record {record.key}: identity is {record.identity.shape}, expected ({IDENTITY_DIM},)")
+        raise ValueError(
+            f"record {record.key}: identity is {record.identity.shape}, expected ({IDENTITY_DIM},)"
+        )
     with Image.open(io.BytesIO(record.image)) as opened:
         photo = opened.convert("RGB")
     with Image.open(io.BytesIO(record.parsing)) as opened:
@@ -267,20 +301,33 @@ def _has(record: Record, name: str) -> bool:
 
 
 def _text_of(
-    record: Record, regions: Sequence[str], tokenizer: Any, spec: ModelSpec, mode: Mode, prompt: str | None
+    record: Record,
+    regions: Sequence[str],
+    tokenizer: Any,
+    spec: ModelSpec,
+    mode: Mode,
+    prompt: str | None,
 ) -> MarkedText:
     if prompt is None:
         return training_text(record.caption, record.face_caption, regions, tokenizer, spec, mode)
     return inference_text(prompt, record.face_caption, regions, tokenizer, spec, mode)
 
 
-def _second_ids(text: str, ids: Sequence[int], tokenizer: Any, tokenizer_2: Any, mode: Mode) -> Tensor:
-    """legacy: the second tokenizer doesn't know the facial mark and spells it out, so its tokens are shifted
-    (REFERENCE.md 7.3). corrected: the same tokens, so that both encoders' nouns stand at the same positions."""
+def _second_ids(
+    text: str, ids: Sequence[int], tokenizer: Any, tokenizer_2: Any, mode: Mode
+) -> Tensor:
+    """legacy: the second tokenizer doesn't know the facial mark and spells it out, so its tokens
+    are shifted (REFERENCE.md 7.3). corrected: the same tokens, so that both encoders' nouns stand
+    at the same positions.
+    """
     if mode == "legacy" and tokenizer_2 is not None:
         spelt = tokenizer_2.encode(text, verbose=False)[:TOKEN_LIMIT]
-        return torch.tensor([*spelt, *[_SECOND_PAD] * (TOKEN_LIMIT - len(spelt))], dtype=torch.int64)
-    first_eos = list(ids).index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else TOKEN_LIMIT
+        return torch.tensor(
+            [*spelt, *[_SECOND_PAD] * (TOKEN_LIMIT - len(spelt))], dtype=torch.int64
+        )
+    first_eos = (
+        list(ids).index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else TOKEN_LIMIT
+    )
     padding = [_SECOND_PAD] * (TOKEN_LIMIT - first_eos - 1)
     return torch.tensor([*ids[: first_eos + 1], *padding], dtype=torch.int64)
 
@@ -289,7 +336,9 @@ def _second_ids(text: str, ids: Sequence[int], tokenizer: Any, tokenizer_2: Any,
 def _clip_processor(size: int) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
 
 
 def _clip_normalised(picture: Image.Image, size: int) -> Tensor:
@@ -298,7 +347,9 @@ def _clip_normalised(picture: Image.Image, size: int) -> Tensor:
 
 
 def _padded(slots: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Slots stacked and filled up to MAX_REGIONS with zeros (after normalisation, as the reference does)."""
+    """Slots stacked and filled up to MAX_REGIONS with zeros (after normalisation, as the reference
+    does).
+    """
     return torch.stack([*slots, *[torch.zeros(shape)] * (MAX_REGIONS - len(slots))])
 
 

@@ -1,7 +1,7 @@
 """ConsistentID: the trained parts in one module, and the frozen base model that they adapt.
 
-`encode_frozen` runs what never trains (text encoder, image tower), `ConsistentID.prepare` what does; training and
-inference both go through the two, and only what they do with the UNet differs.
+`encode_frozen` runs what never trains (text encoder, image tower), `ConsistentID.prepare` what
+does; training and inference both go through the two, and only what they do with the UNet differs.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def load_base(
 ) -> BaseModels:
     """The base model from a folder in diffusers' layout or a hub id, frozen and in eval mode.
 
-    base: spec.base if None. image_encoder: a folder or hub id; if None, `image_encoder/` of a local base if it is
-    there, else spec.image_encoder. unet: a folder with another UNet, e.g. one that was trained too. Raises WeightsError
-    if something is missing or unreachable.
+    base: spec.base if None. image_encoder: a folder or hub id; if None, `image_encoder/` of a local
+    base if it is there, else spec.image_encoder. unet: a folder with another UNet, e.g. one that
+    was trained too. Raises WeightsError if something is missing or unreachable.
     """
     import diffusers
     import transformers
@@ -74,7 +74,8 @@ def load_base(
     root = str(base or spec.base)
     if not root:
         raise WeightsError(
-            f"model {spec.name!r} has no public base; make one with model.tiny.make_tiny_base and name it"
+            f"model {spec.name!r} has no public base; make one with model.tiny.make_tiny_base "
+            "and name it"
         )
     own_tower = Path(root, "image_encoder").is_dir() and image_encoder is None
     tower = root if own_tower else str(image_encoder or spec.image_encoder)
@@ -100,7 +101,9 @@ def load_base(
         )
         if spec.two_text_encoders:
             models.tokenizer_2 = part(transformers, "CLIPTokenizer", "tokenizer_2", {})
-            models.text_encoder_2 = part(transformers, "CLIPTextModelWithProjection", "text_encoder_2", theirs)
+            models.text_encoder_2 = part(
+                transformers, "CLIPTextModelWithProjection", "text_encoder_2", theirs
+            )
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"base model {root!r} (image encoder {tower!r}) could not be loaded: {error}; "
@@ -113,8 +116,10 @@ def load_base(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """What the frozen parts make of a batch. text_hidden: (B, 77, C); pooled: (B, P) or None (SDXL's);
-    clip_hidden: (B, N, V); region_hidden: (B, 5, N, V); identity: (B, 512); token_mask (B, 77), token_valid (B, 5)."""
+    """What the frozen parts make of a batch. text_hidden: (B, 77, C); pooled: (B, P) or None
+    (SDXL's); clip_hidden: (B, N, V); region_hidden: (B, 5, N, V); identity: (B, 512); token_mask
+    (B, 77), token_valid (B, 5).
+    """
 
     text_hidden: Tensor
     pooled: Tensor | None
@@ -127,9 +132,13 @@ class Features:
 
 @torch.no_grad()
 def encode_frozen(base: BaseModels, batch: ConditionBatch) -> Features:
-    """Text states and image states of a batch that is on the models' device; all pictures in one call."""
+    """Text states and image states of a batch that is on the models' device; all pictures in one
+    call.
+    """
     size, slots = batch.region_pixels.shape[:2]
-    hidden = encode_images(base.image_encoder, torch.cat((batch.clip_pixels, batch.region_pixels.flatten(0, 1))))
+    hidden = encode_images(
+        base.image_encoder, torch.cat((batch.clip_pixels, batch.region_pixels.flatten(0, 1)))
+    )
     text_hidden, pooled = encode_text(base, batch.input_ids, batch.input_ids_2)
     return Features(
         text_hidden=text_hidden,
@@ -145,13 +154,19 @@ def encode_frozen(base: BaseModels, batch: ConditionBatch) -> Features:
 @torch.no_grad()
 def encode_images(image_encoder: Any, pixels: Tensor) -> Tensor:
     """CLIP-normalised pictures (N, 3, S, S) → the last hidden states but one (N, tokens, V)."""
-    hidden: Tensor = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True).hidden_states[-2]
+    hidden: Tensor = image_encoder(
+        pixels.to(image_encoder.dtype), output_hidden_states=True
+    ).hidden_states[-2]
     return hidden
 
 
 @torch.no_grad()
-def encode_text(base: BaseModels, input_ids: Tensor, input_ids_2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, 77) → text states (B, 77, C) and, of a base with two text encoders, the pooled state (B, P)."""
+def encode_text(
+    base: BaseModels, input_ids: Tensor, input_ids_2: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, 77) → text states (B, 77, C) and, of a base with two text encoders, the pooled state
+    (B, P).
+    """
     if base.text_encoder_2 is None:
         return base.text_encoder(input_ids)[0], None
     if input_ids_2 is None:
@@ -162,9 +177,11 @@ def encode_text(base: BaseModels, input_ids: Tensor, input_ids_2: Tensor | None 
 
 
 class ConsistentID(nn.Module):
-    """The adapter: projector, facial encoder and the attention processors, which it puts into `unet`.
+    """The adapter: projector, facial encoder and the attention processors, which it puts into
+    `unet`.
 
-    The attributes' names are the published weights' prefixes. The processors belong to the UNet's modules as well.
+    The attributes' names are the published weights' prefixes. The processors belong to the UNet's
+    modules as well.
     """
 
     def __init__(self, spec: ModelSpec, unet: Any, mode: Mode) -> None:
@@ -192,7 +209,12 @@ class ConsistentID(nn.Module):
                 processor.scale = float(scale)
 
     def encode_identity(
-        self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool | None = None, scale: float = 1.0
+        self,
+        identity: Tensor,
+        clip_hidden: Tensor,
+        *,
+        shortcut: bool | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
         """Identity (B, 512) or (B, 1, 512) and photograph (B, N, V) → ID tokens (B, 4, C)."""
         return self.image_proj_model(  # type: ignore[no-any-return]
@@ -210,15 +232,25 @@ class ConsistentID(nn.Module):
         token_valid: Tensor,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """Text states (B, 77, C) with regions fused into the marked tokens; see `FacialEncoder.forward`."""
+        """Text states (B, 77, C) with regions fused into the marked tokens; see
+        `FacialEncoder.forward`.
+        """
         return self.FacialEncoder(  # type: ignore[no-any-return]
-            text_hidden.to(self.dtype), region_hidden.to(self.dtype), token_mask, token_valid, strength
+            text_hidden.to(self.dtype),
+            region_hidden.to(self.dtype),
+            token_mask,
+            token_valid,
+            strength,
         )
 
     def prepare(self, features: Features) -> Tensor:
         """`encoder_hidden_states` (B, 81, C): text with fused regions, then ID tokens."""
-        text = self.fuse(features.text_hidden, features.region_hidden, features.token_mask, features.token_valid)
-        return torch.cat((text, self.encode_identity(features.identity, features.clip_hidden)), dim=1)
+        text = self.fuse(
+            features.text_hidden, features.region_hidden, features.token_mask, features.token_valid
+        )
+        return torch.cat(
+            (text, self.encode_identity(features.identity, features.clip_hidden)), dim=1
+        )
 
 
 def predict_noise(
@@ -232,10 +264,11 @@ def predict_noise(
     time_ids: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The UNet's answer (B, 4, h, w), and per hooked layer the region tokens' attention (see `RegionScores`).
+    """The UNet's answer (B, 4, h, w), and per hooked layer the region tokens' attention (see
+    `RegionScores`).
 
-    latents and states may be of any floating type; the answer has the UNet's.
-    token_idx: (B, 5) to ask for that attention; without it the list is empty. pooled (B, P), time_ids (B, 6): SDXL's.
+    latents and states may be of any floating type; the answer has the UNet's. token_idx: (B, 5) to
+    ask for that attention; without it the list is empty. pooled (B, P), time_ids (B, 6): SDXL's.
     extra: further arguments of the UNet, e.g. a ControlNet's residuals.
     """
     probe = None if token_idx is None else RegionScores(token_idx)

@@ -1,7 +1,9 @@
-"""The facial encoder: each region's picture becomes one token, fused into the text token of its noun.
+"""The facial encoder: each region's picture becomes one token, fused into the text token of its
+noun.
 
-Attribute names are those of the published keys. Unlike the reference, which writes into the tensor it is given, the
-answer is a new one; and slots are gathered and scattered by index, so that no step waits for the device to count.
+Attribute names are those of the published keys. Unlike the reference, which writes into the tensor
+it is given, the answer is a new one; and slots are gathered and scattered by index, so that no step
+waits for the device to count.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from model.spec import ModelSpec
 
 
 class RegionProjection(Resampler):
-    """Hidden states of region pictures (B, N, V) → one token each (B, 1, C), read by one learned latent."""
+    """Hidden states of region pictures (B, N, V) → one token each (B, 1, C), read by one learned
+    latent.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(
@@ -78,14 +82,16 @@ class FacialEncoder(nn.Module):
     ) -> Tensor:
         """The text (B, 77, C) with fused tokens.
 
-        region_hidden: (B, R, N, V). token_mask: (B, 77) bool; token_valid: (B, R) bool, as many True per row as in
-        token_mask's row: the n-th valid region goes to the n-th masked token. strength: (B, R) in [0, 1], how far each
-        token goes from text to fused; None is 1 for all.
+        region_hidden: (B, R, N, V). token_mask: (B, 77) bool; token_valid: (B, R) bool, as many
+        True per row as in token_mask's row: the n-th valid region goes to the n-th masked token.
+        strength: (B, R) in [0, 1], how far each token goes from text to fused; None is 1 for all.
         """
         batch, slots = region_hidden.shape[:2]
-        regions = self.visual_projection.project(region_hidden.flatten(0, 1)).reshape(batch, slots, -1)
-        # Stable sorts put the True entries first and in order; what follows are distinct other positions, which are
-        # read and written back unchanged.
+        regions = self.visual_projection.project(region_hidden.flatten(0, 1)).reshape(
+            batch, slots, -1
+        )
+        # Stable sorts put the True entries first and in order; what follows are distinct other
+        # positions, which are read and written back unchanged.
         positions = torch.argsort(token_mask, dim=1, descending=True, stable=True)[:, :slots]
         order = torch.argsort(token_valid, dim=1, descending=True, stable=True)
         valid = token_valid.gather(1, order)[..., None]

@@ -1,7 +1,8 @@
-"""The ID projector: identity embedding and photograph become a few ID tokens; and the perceiver blocks it is made of.
+"""The ID projector: identity embedding and photograph become a few ID tokens; and the perceiver
+blocks it is made of.
 
-The attribute names are those of the published weights' keys (IP-Adapter FaceID-Plus), hence `proj_in`, `layers.0.0`,
-`to_kv`.
+The attribute names are those of the published weights' keys (IP-Adapter FaceID-Plus), hence
+`proj_in`, `layers.0.0`, `to_kv`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class PerceiverAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
         self.heads = heads
-        self.scale = dim_head**-0.25  # on queries and keys each: their product stays small in half precision
+        # on queries and keys each: their product stays small in half precision
+        self.scale = dim_head**-0.25
         inner = heads * dim_head
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -30,7 +32,9 @@ class PerceiverAttention(nn.Module):
     def forward(self, inputs: Tensor, latents: Tensor) -> Tensor:
         inputs, latents = self.norm1(inputs), self.norm2(latents)
         query = self._heads(self.to_q(latents))
-        key, value = map(self._heads, self.to_kv(torch.cat((inputs, latents), dim=1)).chunk(2, dim=-1))
+        key, value = map(
+            self._heads, self.to_kv(torch.cat((inputs, latents), dim=1)).chunk(2, dim=-1)
+        )
         scores = (query * self.scale) @ (key * self.scale).transpose(-1, -2)
         # float32: the published weights were trained so, and half precision loses the tail.
         answer = torch.softmax(scores.float(), dim=-1).type(scores.dtype) @ value
@@ -51,15 +55,20 @@ def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
 
 
 class Resampler(nn.Module):
-    """Perceiver blocks between linear layers: latents (B, L, dim) read inputs (B, N, in_dim), give (B, L, out_dim)."""
+    """Perceiver blocks between linear layers: latents (B, L, dim) read inputs (B, N, in_dim), give
+    (B, L, out_dim).
+    """
 
-    def __init__(self, *, in_dim: int, dim: int, out_dim: int, depth: int, heads: int, dim_head: int) -> None:
+    def __init__(
+        self, *, in_dim: int, dim: int, out_dim: int, depth: int, heads: int, dim_head: int
+    ) -> None:
         super().__init__()
         self.proj_in = nn.Linear(in_dim, dim)
         self.proj_out = nn.Linear(dim, out_dim)
         self.norm_out = nn.LayerNorm(out_dim)
         self.layers = nn.ModuleList(
-            nn.ModuleList((PerceiverAttention(dim, heads, dim_head), feed_forward(dim))) for _ in range(depth)
+            nn.ModuleList((PerceiverAttention(dim, heads, dim_head), feed_forward(dim)))
+            for _ in range(depth)
         )
 
     def forward(self, latents: Tensor, inputs: Tensor) -> Tensor:
@@ -73,7 +82,9 @@ class Resampler(nn.Module):
 
 
 class IdentityProjector(nn.Module):
-    """`image_proj_model`: identity (B, 512) and the photograph's hidden states (B, N, V) → ID tokens (B, T, C)."""
+    """`image_proj_model`: identity (B, 512) and the photograph's hidden states (B, N, V) → ID
+    tokens (B, T, C).
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -94,8 +105,12 @@ class IdentityProjector(nn.Module):
             dim_head=spec.dim_head,
         )
 
-    def forward(self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool, scale: float = 1.0) -> Tensor:
-        """shortcut: add `scale` times the resampler's answer to the projected tokens; without it, that answer alone."""
+    def forward(
+        self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool, scale: float = 1.0
+    ) -> Tensor:
+        """shortcut: add `scale` times the resampler's answer to the projected tokens; without it,
+        that answer alone.
+        """
         tokens = self.norm(self.proj(identity).reshape(len(identity), self.num_tokens, -1))
         answer: Tensor = self.perceiver_resampler(tokens, clip_hidden)
         return tokens + scale * answer if shortcut else answer

@@ -1,4 +1,6 @@
-"""ModelSpec: every size of the model is a row of one table, and the small one is the same type as the large ones."""
+"""ModelSpec: every size of the model is a row of one table, and the small one is the same type as
+the large ones.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,12 @@ TOKEN_LIMIT: Final = 77  # CLIP's text length, BOS and EOS included
 class ModelSpec:
     """One variant: which base model it adapts, and the sizes of the parts that are its own.
 
-    base, image_encoder: hub ids ("" = made locally, see model.tiny). cross_attention_dim: width C of a text token.
-    vision_dim, vision_size: the image tower's hidden width and its input's side in pixels. hooked: names of the UNet's
-    blocks whose attention the localisation loss looks at. shortcut: whether the projector adds the resampler's answer
-    to the projected identity instead of using it alone (REFERENCE.md 1.3: per published weights).
-    detail_prefix, template: the words between prompt and facial description, and the description at inference.
+    base, image_encoder: hub ids ("" = made locally, see model.tiny). cross_attention_dim: width C
+    of a text token. vision_dim, vision_size: the image tower's hidden width and its input's side in
+    pixels. hooked: names of the UNet's blocks whose attention the localisation loss looks at.
+    shortcut: whether the projector adds the resampler's answer to the projected identity instead of
+    using it alone (REFERENCE.md 1.3: per published weights). detail_prefix, template: the words
+    between prompt and facial description, and the description at inference.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""The tiny base: real transformers and diffusers classes at toy size with random weights, made locally from a seed.
+"""The tiny base: real transformers and diffusers classes at toy size with random weights, made
+locally from a seed.
 
-Its folder has diffusers' layout and loads like any other base. The text side has CLIP's real vocabulary, so prompts,
-marks and positions are those of the large models.
+Its folder has diffusers' layout and loads like any other base. The text side has CLIP's real
+vocabulary, so prompts, marks and positions are those of the large models.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _MARKER: Final = "tiny.json"
 
 
 def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
-    """Write the tiny base (about 40 MB) to `folder` in diffusers' layout, the image tower under image_encoder/.
+    """Write the tiny base (about 40 MB) to `folder` in diffusers' layout, the image tower under
+    image_encoder/.
 
-    The same seed gives the same bytes. A folder that holds it already is left as it is. Raises ConfigError if the
-    folder holds something else.
+    The same seed gives the same bytes. A folder that holds it already is left as it is. Raises
+    ConfigError if the folder holds something else.
     """
     marker = folder / _MARKER
     wanted = {"spec": "tiny", "seed": seed}
@@ -32,7 +34,8 @@ def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
         found = json.loads(marker.read_text())
         if found.get("seed") != seed:
             raise ConfigError(
-                f"{folder} holds a tiny base of seed {found.get('seed')}, not {seed}; name another folder"
+                f"{folder} holds a tiny base of seed {found.get('seed')}, not {seed}; name "
+                "another folder"
             )
         return folder
     if folder.exists() and any(folder.iterdir()):

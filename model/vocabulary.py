@@ -1,4 +1,6 @@
-"""CLIP's own vocabulary as a tokenizer, from the file that its authors published. No torch is imported."""
+"""CLIP's own vocabulary as a tokenizer, from the file that its authors published. No torch is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,23 @@ def clip_tokenizer(vocab_path: Path) -> Any:
         lines = file.read().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
     if len(merges) != _MERGES or any(len(merge) != 2 for merge in merges):
-        raise WeightsError(f"{vocab_path} holds no CLIP vocabulary: expected {_MERGES} merges after a head line")
+        raise WeightsError(
+            f"{vocab_path} holds no CLIP vocabulary: expected {_MERGES} merges after a head line"
+        )
     letters = _byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(merge) for merge in merges),
+    ]
     vocab = {word: index for index, word in enumerate((*words, "<|startoftext|>", "<|endoftext|>"))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte in CLIP's order: printable bytes stand for themselves, the rest from U+0100."""
+    """A printable letter for each byte in CLIP's order: printable bytes stand for themselves, the
+    rest from U+0100.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(0x100 + index) for index in range(len(others))]

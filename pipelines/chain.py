@@ -1,7 +1,8 @@
 """build_chain: the readable list of what makes a data set.
 
-Its models are those of stages.chain, which inference runs too. What stands round them here measures, judges and shows
-pictures that are meant for training, and is of no use to a single photograph.
+Its models are those of stages.chain, which inference runs too. What stands round them here
+measures, judges and shows pictures that are meant for training, and is of no use to a single
+photograph.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ from pipelines.review import ReviewStage
 from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
 from stages.chain import build_stages
-from stages.judge import JudgeStage
 from stages.measure import MeasureStage
+from stages.quality_filter import JudgeStage
 from stages.rights import RightsStage
 from stages.thumbnail import ThumbnailStage
 
 Chain = Callable[[DatasetConfig], list[Stage]]
-"""A module's function that builds a chain: executors hand it to their processes, which import it by its name."""
+"""A module's function that builds a chain: executors hand it to their processes, which import it by
+its name.
+"""
 
 
 def build_chain(config: DatasetConfig) -> list[Stage]:
-    """The chain, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting that can't be.
+    """The chain, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting
+    that can't be.
 
-    Captions come last, since they cost most: what a rule drops is never captioned, unless another rule takes it back.
+    Captions come last, since they cost most: what a rule drops is never captioned, unless another
+    rule takes it back.
     """
     resize, detect, parse, embed, caption = build_stages(config)
     chain: list[Stage] = [

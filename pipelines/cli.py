@@ -1,4 +1,6 @@
-"""`python -m pipelines.cli`: photographs → FGID shards + report. Imports lazily: --help answers at once."""
+"""`python -m pipelines.cli`: photographs → FGID shards + report. Imports lazily: --help answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from configs.errors import PipelineError
 
 if TYPE_CHECKING:
     from configs.schema import DatasetConfig
-    from pipelines.dataset import Job
-    from pipelines.store import Store
+    from pipelines.run import Job
+    from stages.storage.store import Store
 
 app = typer.Typer(
     help="Photographs → FGID shards with stats and a report. The same command again resumes.",
@@ -28,12 +30,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[str, typer.Option("--config", "-c", help="A preset, e.g. configs/dataset/demo.yaml.")]
+Config = Annotated[
+    str, typer.Option("--config", "-c", help="A preset, e.g. configs/dataset/demo.yaml.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. source.path=photos output=runs/mine detect.min_score=0.6"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="e.g. source.path=photos output=runs/mine detect.min_score=0.6",
+    ),
 ]
-Output = Annotated[str, typer.Argument(metavar="OUT", help="The output of `run`: a folder or fsspec URL.")]
+Output = Annotated[
+    str, typer.Argument(metavar="OUT", help="The output of `run`: a folder or fsspec URL.")
+]
 
 
 @contextlib.contextmanager
@@ -45,7 +54,11 @@ def _errors() -> Iterator[None]:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
-        typer.secho("\nstopped; finished shards are kept. The same command goes on from there.", fg="yellow", err=True)
+        typer.secho(
+            "\nstopped; finished shards are kept. The same command goes on from there.",
+            fg="yellow",
+            err=True,
+        )
         traceback.clear_frames(stopped.__traceback__)  # temporary files go with what held them
         sys.stdout.flush()
         sys.stderr.flush()
@@ -62,7 +75,18 @@ def _load(config: str, overrides: list[str] | None) -> DatasetConfig:
 
 def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    quiet = ("httpx", "httpx2", "openai", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs", "faiss")
+    quiet = (
+        "httpx",
+        "httpx2",
+        "openai",
+        "urllib3",
+        "fsspec",
+        "ray",
+        "botocore",
+        "aiobotocore",
+        "s3fs",
+        "faiss",
+    )
     for noisy in quiet:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -71,11 +95,14 @@ def _log() -> None:
 def run(
     config: Config = "",
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")
+    ] = False,
 ) -> None:
     """Make the data set: resize, detect, parse, embed, caption, shards, report.
 
-    Example: python -m pipelines.cli run --config configs/dataset/demo.yaml source.path=photos output=runs/mine
+    Example: python -m pipelines.cli run --config configs/dataset/demo.yaml source.path=photos
+    output=runs/mine
     """
     with _errors():
         settings = _load(config, overrides)
@@ -85,9 +112,13 @@ def run(
 @app.command()
 def retry(
     output: Output,
-    reason: Annotated[list[str], typer.Option(help="A reason as `status` names it; may be given several times.")],
+    reason: Annotated[
+        list[str], typer.Option(help="A reason as `status` names it; may be given several times.")
+    ],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")
+    ] = False,
 ) -> None:
     """Try again just those inputs that ended with --reason, with the configuration kept in OUT.
 
@@ -96,7 +127,7 @@ def retry(
     with _errors():
         from configs.load import load_text
         from configs.schema import DatasetConfig
-        from pipelines.dataset import read_ledger
+        from pipelines.run import read_ledger
 
         store = _store(output)
         ledger = read_ledger(store)
@@ -113,7 +144,7 @@ def retry(
 
 
 def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool) -> None:
-    from pipelines.dataset import plan_job
+    from pipelines.run import plan_job
 
     job = plan_job(settings, retry)
     typer.echo(
@@ -127,10 +158,10 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 
 def _run(job: Job) -> None:
-    from pipelines.dataset import execute, fetch_weights, read_ledger
     from pipelines.progress import Progress
     from pipelines.report import images_per_second
     from pipelines.review import check_trainable
+    from pipelines.run import execute, fetch_weights, read_ledger
 
     for weight in fetch_weights(job.config):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
@@ -145,14 +176,17 @@ def _run(job: Job) -> None:
     _write_report(job.store)
     if done:
         rate = images_per_second(done) or 0.0
-        typer.echo(f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once models were loaded")
+        typer.echo(
+            f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once "
+            "models were loaded"
+        )
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
     check_trainable(job.store, job.config.review.max_untrainable)
 
 
 def _write_report(store: Store) -> None:
-    from pipelines.card import write_card
     from pipelines.report import write_report
+    from pipelines.report.card.readme import write_card
 
     write_report(store)
     write_card(store)
@@ -162,8 +196,8 @@ def _write_report(store: Store) -> None:
 def status(output: Output) -> None:
     """How far a data set is: shards committed, and the ledger."""
     with _errors():
-        from pipelines.dataset import read_ledger
-        from pipelines.plan import planned_shards
+        from pipelines.planning.plan import planned_shards
+        from pipelines.run import read_ledger
 
         store = _store(output)
         ledger = read_ledger(store)
@@ -179,15 +213,19 @@ def info(output: Output) -> None:
         try:
             typer.echo(_store(output).read("dataset.json").decode(), nl=False)
         except FileNotFoundError:
-            raise PipelineError(f"{output} is no data set: it has no dataset.json. Make one with `run`.") from None
+            raise PipelineError(
+                f"{output} is no data set: it has no dataset.json. Make one with `run`."
+            ) from None
 
 
 @app.command()
 def lint(output: Output) -> None:
-    """Check every file against its digest and every sample against its row; exits 1 if anything is off."""
+    """Check every file against its digest and every sample against its row; exits 1 if anything is
+    off.
+    """
     with _errors():
-        from pipelines.dataset import lint as find
-        from pipelines.dataset import read_ledger
+        from pipelines.run import lint as find
+        from pipelines.run import read_ledger
 
         store = _store(output)
         found = 0
@@ -202,17 +240,31 @@ def lint(output: Output) -> None:
 @app.command()
 def takedown(
     output: Output,
-    source: Annotated[str, typer.Option(help="A picture's name in its source; * and ? stand for anything.")] = "",
-    hash_: Annotated[str, typer.Option("--hash", help="sha256 of a picture's file, or such a file.")] = "",
-    photo: Annotated[Path | None, typer.Option(help="A photograph of the person, who is found by the face.")] = None,
+    source: Annotated[
+        str, typer.Option(help="A picture's name in its source; * and ? stand for anything.")
+    ] = "",
+    hash_: Annotated[
+        str, typer.Option("--hash", help="sha256 of a picture's file, or such a file.")
+    ] = "",
+    photo: Annotated[
+        Path | None, typer.Option(help="A photograph of the person, who is found by the face.")
+    ] = None,
     similarity: Annotated[
-        float, typer.Option(help="With --photo: cosine from which a face is the person's; 0: identity_similarity.")
+        float,
+        typer.Option(
+            help="With --photo: cosine from which a face is the person's; 0: identity_similarity."
+        ),
     ] = 0.0,
-    note: Annotated[str, typer.Option(help="For the log, such as a ticket's number; nothing personal.")] = "",
+    note: Annotated[
+        str, typer.Option(help="For the log, such as a ticket's number; nothing personal.")
+    ] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go; change nothing.")
+    ] = False,
 ) -> None:
-    """Remove pictures, or all of a person, for good; only the shards that hold them are written again.
+    """Remove pictures, or all of a person, for good; only the shards that hold them are written
+    again.
 
     Example: python -m pipelines.cli takedown runs/mine --photo ada.jpg --dry-run
     """
@@ -225,15 +277,25 @@ def takedown(
         given = {"source": source, "hash": hash_, "photo": str(photo or "")}
         chosen = [name for name, value in given.items() if value]
         if len(chosen) != 1:
-            raise PipelineError(f"give one of --source, --hash and --photo; given: {', '.join(chosen) or 'none'}.")
+            raise PipelineError(
+                f"give one of --source, --hash and --photo; given: {', '.join(chosen) or 'none'}."
+            )
         store = _store(output)
         config = load_text(DatasetConfig, store.read("config.yaml").decode(), [f"output={output}"])
         if photo is not None:
-            found = removal.by_photo(store, config, photo, similarity or config.neighbours.identity_similarity)
+            found = removal.by_photo(
+                store, config, photo, similarity or config.neighbours.identity_similarity
+            )
         else:
-            found = removal.by_hash(store, removal.digest_of(hash_)) if hash_ else removal.by_source(store, source)
+            found = (
+                removal.by_hash(store, removal.digest_of(hash_))
+                if hash_
+                else removal.by_source(store, source)
+            )
         for match in sorted(found, key=lambda match: (match.shard, match.source)):
-            typer.echo(f"  fgid-{match.shard:06d}  {match.key}  {_printable(match.source)}  ({match.why})")
+            typer.echo(
+                f"  fgid-{match.shard:06d}  {match.key}  {_printable(match.source)}  ({match.why})"
+            )
         shards = len({match.shard for match in found})
         typer.echo(f"{len(found)} inputs in {shards} shards{' would go' if dry_run else ''}")
         if dry_run or not found:
@@ -242,8 +304,13 @@ def takedown(
             typer.confirm("remove them for good?", abort=True)
         names = removal.take_down(store, config, found, cast(removal.By, chosen[0]), note)
         _write_report(store)
-        typer.echo(f"removed; {len(names)} shards written again, logged in {store.url}/takedown.jsonl")
-        typer.echo("Delete the files from the source too, and copies of old shards; adapters trained on them remember.")
+        typer.echo(
+            f"removed; {len(names)} shards written again, logged in {store.url}/takedown.jsonl"
+        )
+        typer.echo(
+            "Delete the files from the source too, and copies of old shards; adapters trained on "
+            "them remember."
+        )
 
 
 def _printable(text: str) -> str:
@@ -252,7 +319,9 @@ def _printable(text: str) -> str:
 
 @app.command()
 def report(output: Output) -> None:
-    """Write OUT/report/index.html and stats.json, README.md and croissant.json again from the shards."""
+    """Write OUT/report/index.html and stats.json, README.md and croissant.json again from the
+    shards.
+    """
     with _errors():
         store = _store(output)
         _write_report(store)
@@ -262,19 +331,25 @@ def report(output: Output) -> None:
 @app.command()
 def inspect(
     output: Output,
-    key: Annotated[str, typer.Argument(help="A key, at least four digits of its beginning, or a picture's name.")],
-    png: Annotated[Path | None, typer.Option("--png", help="Write picture, labels and legend there.")] = None,
+    key: Annotated[
+        str,
+        typer.Argument(help="A key, at least four digits of its beginning, or a picture's name."),
+    ],
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Write picture, labels and legend there.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --png file.")] = False,
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Text only.")] = False,
 ) -> None:
-    """Show one input: its picture, labels and faces, why it ended as it did, and what the trainer makes of it.
+    """Show one input: its picture, labels and faces, why it ended as it did, and what the trainer
+    makes of it.
 
     Example: python -m pipelines.cli inspect runs/mine 0c0f
     """
     with _errors():
-        from pipelines.describe import console_of, show
-        from pipelines.inspect import inspect as look
-        from pipelines.panes import write_sheet
+        from pipelines.inspect.find import inspect as look
+        from pipelines.inspect.pictures import write_sheet
+        from pipelines.inspect.tables import console_of, show
 
         found = look(_store(output), key)
         if png is not None:
@@ -288,21 +363,28 @@ def inspect(
 def export_json(
     output: Output,
     folder: Annotated[Path, typer.Argument(help="Where the layout goes.")],
-    color: Annotated[bool, typer.Option("--color", help="Also each parsing in colours over its picture.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that isn't empty.")] = False,
+    color: Annotated[
+        bool, typer.Option("--color", help="Also each parsing in colours over its picture.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that isn't empty.")
+    ] = False,
 ) -> None:
-    """Write the layout that FGID is published in, JSON_all.json and its folders; source.kind=fgid reads it back.
+    """Write the layout that FGID is published in, JSON_all.json and its folders; source.kind=fgid
+    reads it back.
 
     Example: python -m pipelines.cli export-json runs/mine fgid
     """
     with _errors():
-        from pipelines.dataset import read_ledger
-        from pipelines.export import export_json as export
+        from pipelines.export_fgid import export_json as export
         from pipelines.progress import Progress
+        from pipelines.run import read_ledger
 
         store = _store(output)
         with Progress(read_ledger(store).written) as progress:
-            count = export(store, folder, color=color, overwrite=overwrite, advance=progress.advance)
+            count = export(
+                store, folder, color=color, overwrite=overwrite, advance=progress.advance
+            )
         typer.echo(f"{count:,} pictures in {folder}/JSON_all.json")
 
 
@@ -310,7 +392,7 @@ def export_json(
 def weights(config: Config = "", overrides: Overrides = None) -> None:
     """Fetch and check the weights of a configuration ahead of a run."""
     with _errors():
-        from pipelines.dataset import fetch_weights
+        from pipelines.run import fetch_weights
 
         for weight in fetch_weights(_load(config, overrides)):
             typer.echo(f"{weight['file']}  sha256 {weight['sha256']}  {weight['license']}")
@@ -320,7 +402,9 @@ def weights(config: Config = "", overrides: Overrides = None) -> None:
 def synthesize(
     folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
     count: Annotated[int, typer.Option(min=1, help="How many portraits.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Portrait i depends on the seed and i alone.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Portrait i depends on the seed and i alone.")
+    ] = 0,
     poison: Annotated[
         bool, typer.Option(help="Also every kind of bad file, under poisoned/, and a photograph.")
     ] = False,
@@ -329,7 +413,7 @@ def synthesize(
     with _errors():
         from rich.progress import track
 
-        from pipelines.synthesize import write_extras, write_portraits
+        from pipelines.demo.synthesize import write_extras, write_portraits
 
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         for _ in track(write_portraits(folder, count, seed), description="portraits", total=count):
@@ -340,11 +424,13 @@ def synthesize(
 
 
 def _store(output: str) -> Store:
-    from pipelines.store import Store
+    from stages.storage.store import Store
 
     store = Store(output)
     if not store.names("shards"):
-        raise PipelineError(f"{output} holds no shards. Make some with `run`, or give the right folder.")
+        raise PipelineError(
+            f"{output} holds no shards. Make some with `run`, or give the right folder."
+        )
     return store
 
 

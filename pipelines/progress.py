@@ -13,7 +13,9 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """A bar with images/s and ETA on a terminal, a line every few seconds elsewhere; failures by reason on both."""
+    """A bar with images/s and ETA on a terminal, a line every few seconds elsewhere; failures by
+    reason on both.
+    """
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)
@@ -42,14 +44,18 @@ class Progress:
 
     def advance(self, count: int) -> None:
         now = time.time()
-        self._started = self._started or now  # the clock starts with the first picture, once models are loaded
+        # the clock starts with the first picture, once models are loaded
+        self._started = self._started or now
         self._done += count
         rate = self._done / max(now - self._started, 1e-9) if now - self._started > 1 else 0.0
         self._bar.update(self._task, advance=count, rate=f"{rate:.1f}/s" if rate else "")
         if self._plain and now - self._said > 5:
             self._said = now
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
-            typer.echo(f"  {self._done:,}/{self._total:,} images, {rate:.1f}/s{left}{self._reasons()}", err=True)
+            typer.echo(
+                f"  {self._done:,}/{self._total:,} images, {rate:.1f}/s{left}{self._reasons()}",
+                err=True,
+            )
 
     def note(self, manifest: dict[str, Any]) -> None:
         """Count what a committed shard lost, by reason."""

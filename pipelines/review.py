@@ -1,7 +1,9 @@
-"""Review: what the trainer's own prompt code makes of a sample's texts, written down before anyone trains on them.
+"""Review: what the trainer's own prompt code makes of a sample's texts, written down before anyone
+trains on them.
 
-A caption that names no region, or so long that every clause about the face is cut, trains nothing of the face, and
-says nothing of it either. Here that is a figure and a verdict of each sample, and a share of the whole run.
+A caption that names no region, or so long that every clause about the face is cut, trains nothing
+of the face, and says nothing of it either. Here that is a figure and a verdict of each sample, and
+a share of the whole run.
 """
 
 from __future__ import annotations
@@ -13,16 +15,23 @@ from typing import Any
 
 from configs.errors import QualityError
 from configs.quality import ReviewConfig
-from model.prompt import add_marks, fused_regions, named_regions, region_words, training_text, without_marks
+from model.prompt import (
+    add_marks,
+    fused_regions,
+    named_regions,
+    region_words,
+    training_text,
+    without_marks,
+)
 from model.spec import spec_named
 from model.vocabulary import clip_tokenizer
-from pipelines.shards import read_manifests, read_sidecar
-from pipelines.store import Store
 from stages.backends.weights import Weights
 from stages.base import RecordStage
 from stages.codec import decode_labels
 from stages.record import Record, Review, Status
 from stages.regions import REGION_WORDS, Mode, region_masks, word_of
+from stages.storage.commit import read_manifests, read_sidecar
+from stages.storage.store import Store
 
 _VOCABULARY = "clip_bpe"
 _SCAFFOLD = ("Detail:", "Caption:")  # the trainer's own words, two tokens each
@@ -70,7 +79,11 @@ class ReviewStage(RecordStage):
             cut=round(max(0.0, 1 - (kept - own) / sum(lengths)) if sum(lengths) else 0.0, 6),
             fused=tuple(word_of(region) for region in fused),
             unfused=tuple((word_of(region), reason) for region, reason in unfused),
-            absent=tuple(word for word in REGION_WORDS if word in named - {word_of(region) for region in regions}),
+            absent=tuple(
+                word
+                for word in REGION_WORDS
+                if word in named - {word_of(region) for region in regions}
+            ),
             region_words=tuple(words.get(word, 0) for word in REGION_WORDS),
             trainable=bool(fused),
         )
@@ -82,19 +95,28 @@ class ReviewStage(RecordStage):
 
 
 def check_trainable(store: Store, most: float) -> None:
-    """Raise QualityError, with the reasons, where more than the share `most` of the samples trains nothing."""
+    """Raise QualityError, with the reasons, where more than the share `most` of the samples trains
+    nothing.
+    """
     samples, reasons = 0, list[Counter[str]]()
     for index in read_manifests(store):
         table = read_sidecar(store, index, ["status", "trainable", "unfused"])
         rows = [row for row in table.to_pylist() if row["status"] == Status.OK]
         samples += len(rows)
-        reasons += [Counter(found["reason"] for found in row["unfused"]) for row in rows if row["trainable"] is False]
+        reasons += [
+            Counter(found["reason"] for found in row["unfused"])
+            for row in rows
+            if row["trainable"] is False
+        ]
     if samples and len(reasons) > most * samples:
         counts = sum(reasons, Counter[str]())
         why = ", ".join(f"{reason} of {count} regions" for reason, count in counts.most_common())
         raise QualityError(
-            f"{len(reasons):,} of {samples:,} samples ({len(reasons) / samples:.0%}) would train nothing of the face: "
-            f"{why or 'no region is seen'}. At most {most:.0%} may (review.max_untrainable). The shards are kept; look "
-            "at their captions in the report, and change caption.face_prompt or caption.model: only captions are made "
+            f"{len(reasons):,} of {samples:,} samples ({len(reasons) / samples:.0%}) would train "
+            "nothing of the face: "
+            f"{why or 'no region is seen'}. At most {most:.0%} may (review.max_untrainable). The "
+            "shards are kept; look "
+            "at their captions in the report, and change caption.face_prompt or caption.model: "
+            "only captions are made "
             "again."
         )

@@ -1,1 +1,3 @@
-"""The record, the stage contract, and the five stages that turn a photograph into a training sample."""
+"""The record, the stage contract, and the five stages that turn a photograph into a training
+sample.
+"""

@@ -1,4 +1,6 @@
-"""Similarity transforms that carry five facial landmarks onto the templates that networks were trained on."""
+"""Similarity transforms that carry five facial landmarks onto the templates that networks were
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,19 @@ FFHQ_512 = np.array(
 )
 # ArcFace's template at 112 × 112 (insightface.utils.face_align.arcface_dst).
 ARCFACE_112 = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
 )
 
 
 def similarity(face: Face, template: npt.NDArray[np.float64]) -> Matrix:
-    """2 × 3 matrix of the least-squares similarity (rotation, scale, shift) from the face's landmarks to `template`.
+    """2 × 3 matrix of the least-squares similarity (rotation, scale, shift) from the face's
+    landmarks to `template`.
 
     The closed form in complex numbers: minimise |a·p + b - q|² over complex a, b (Umeyama 1991 in the plane).
     """

@@ -1,8 +1,9 @@
 """The stage contract: one record in, one record out, in order.
 
-A stage is one class with `setup` and `process`. It never removes, adds or reorders records: to drop one it answers it
-with `status=dropped` and a reason. What a batch shares, the base owns: which records are still ok, batching, errors,
-timing, and the check that the contract was kept. Stages are retry-safe: `process` has no effect but its answer.
+A stage is one class with `setup` and `process`. It never removes, adds or reorders records: to drop
+one it answers it with `status=dropped` and a reason. What a batch shares, the base owns: which
+records are still ok, batching, errors, timing, and the check that the contract was kept. Stages are
+retry-safe: `process` has no effect but its answer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
 from stages.record import Record, Status
 
-GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")  # fields that every source gives
+# fields that every source gives
+GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
 Todo = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
@@ -54,8 +56,9 @@ class Failed(Rejection):
 class Stage(ABC):
     """One link of the chain.
 
-    name, version: part of the signature; raise `version` when the same input would give another answer.
-    requires, provides: record fields read and written; checked over the whole chain before anything starts.
+    name, version: part of the signature; raise `version` when the same input would give another
+    answer. requires, provides: record fields read and written; checked over the whole chain before
+    anything starts.
     """
 
     name: ClassVar[str]
@@ -77,7 +80,9 @@ class Stage(ABC):
         return self.resources.batch_size
 
     def setup(self) -> None:  # noqa: B027 - a stage without weights has nothing to set up
-        """Load weights. Called once on the worker, before the first `process`; calling it again is harmless."""
+        """Load weights. Called once on the worker, before the first `process`; calling it again is
+        harmless.
+        """
 
     @abstractmethod
     def process(self, records: list[Record]) -> list[Record]:
@@ -92,16 +97,26 @@ class Stage(ABC):
         return {}
 
     def take_counts(self) -> dict[str, int]:
-        """What was counted since the last call, such as tokens; for the manifest of the shard that it was done for."""
+        """What was counted since the last call, such as tokens; for the manifest of the shard that
+        it was done for.
+        """
         return {}
 
     def signature(self) -> str:
-        """Equal signatures mean equal answers: name, version, resolved configuration, digests of the weights."""
+        """Equal signatures mean equal answers: name, version, resolved configuration, digests of
+        the weights.
+        """
         config: dict[str, Any] = {}
         if is_dataclass(self.config) and not isinstance(self.config, type):
-            answering = {field.name for field in fields(self.config) if field.metadata.get("answers", True)}
-            config = {name: value for name, value in asdict(self.config).items() if name in answering}
-        text = json.dumps([self.name, self.version, config, sorted(self.digests().items())], sort_keys=True)
+            answering = {
+                field.name for field in fields(self.config) if field.metadata.get("answers", True)
+            }
+            config = {
+                name: value for name, value in asdict(self.config).items() if name in answering
+            }
+        text = json.dumps(
+            [self.name, self.version, config, sorted(self.digests().items())], sort_keys=True
+        )
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -122,7 +137,9 @@ class RecordStage(Stage):
 
 
 class BackendStage(Stage):
-    """A stage around one backend of the registry, whose job is the stage's name; the model is loaded in `setup`."""
+    """A stage around one backend of the registry, whose job is the stage's name; the model is
+    loaded in `setup`.
+    """
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
@@ -136,7 +153,9 @@ class BackendStage(Stage):
 
     def setup(self) -> None:
         if self._backend is None:
-            self._backend = backend_class(self.name, self.config.backend)(self.config, self._weights)
+            self._backend = backend_class(self.name, self.config.backend)(
+                self.config, self._weights
+            )
 
     def take_counts(self) -> dict[str, int]:
         counts: Counter[str] = getattr(self._backend, "counts", None) or Counter()
@@ -170,7 +189,9 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
 
 def hold(record: Record, verdict: Rejection, stage: str) -> Record:
     """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
-    return replace(record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage)
+    return replace(
+        record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage
+    )
 
 
 def take_counts(stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
@@ -184,14 +205,19 @@ def run_stage(
     seconds: dict[str, float] | None = None,
     todo: Sequence[Todo] | None = None,
 ) -> list[Record]:
-    """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to `seconds[stage.name]`.
+    """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to
+    `seconds[stage.name]`.
 
-    The stage is set up if there is anything for it to do, outside its seconds. todo: for each record, the names of the
-    stages it needs; None: all of them. Raises AssertionError where the stage broke the contract (another number, order
-    or key of records).
+    The stage is set up if there is anything for it to do, outside its seconds. todo: for each
+    record, the names of the stages it needs; None: all of them. Raises AssertionError where the
+    stage broke the contract (another number, order or key of records).
     """
     answers = list(records)
-    active = [i for i, record in enumerate(records) if record.ok and (todo is None or stage.name in todo[i])]
+    active = [
+        i
+        for i, record in enumerate(records)
+        if record.ok and (todo is None or stage.name in todo[i])
+    ]
     if active:
         stage.setup()
     started = time.perf_counter()
@@ -199,7 +225,9 @@ def run_stage(
         batch = active[start : start + stage.batch_size]
         given = [records[index] for index in batch]
         taken = stage.process(given)
-        assert [r.key for r in taken] == [r.key for r in given], f"stage {stage.name} must answer each record, in order"
+        assert [r.key for r in taken] == [r.key for r in given], (
+            f"stage {stage.name} must answer each record, in order"
+        )
         for index, record in zip(batch, taken, strict=True):
             answers[index] = record
     if seconds is not None:
@@ -215,10 +243,11 @@ def run_chain(
     todo: Sequence[Todo] | None = None,
     entering: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still finds in memory.
+    """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still
+    finds in memory.
 
-    `advance` is told how many more are done, `entering` each stage's name before its next few records. Which records
-    share a batch depends on `records` and `todo` alone.
+    `advance` is told how many more are done, `entering` each stage's name before its next few
+    records. Which records share a batch depends on `records` and `todo` alone.
     """
     chunk = chunk_size(stages)
     done: list[Record] = []
@@ -247,8 +276,10 @@ def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = GIVEN) -> None
         missing = [field for field in stage.requires if field not in have]
         if missing:
             raise ConfigError(
-                f"stage {stage.name!r} requires {', '.join(missing)}, which no stage before it provides "
-                f"(before it: {', '.join(s.name for s in stages[: stages.index(stage)]) or 'nothing'}). "
+                f"stage {stage.name!r} requires {', '.join(missing)}, which no stage before it "
+                "provides "
+                "(before it: "
+                f"{', '.join(s.name for s in stages[: stages.index(stage)]) or 'nothing'}). "
                 "Put the stage that provides it earlier in `stages`."
             )
         have.update(stage.provides)

@@ -1,4 +1,6 @@
-"""The caption stage: a coarse and a fine description of each picture, by the backend of `config.backend`."""
+"""The caption stage: a coarse and a fine description of each picture, by the backend of
+`config.backend`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from stages.record import Record
 class CaptionStage(BackendStage):
     """Captions the records of a batch together; one that can't be captioned fails alone.
 
-    Reasons of failure: `bad_input` (image, label map and face don't belong together), `empty_caption`,
-    `caption_failed` (the model's server gave no answer for this picture).
+    Reasons of failure: `bad_input` (image, label map and face don't belong together),
+    `empty_caption`, `caption_failed` (the model's server gave no answer for this picture).
     """
 
     name = "caption"
@@ -59,12 +61,16 @@ class CaptionStage(BackendStage):
     def _captioned(self, record: Record, caption: str, face_caption: str) -> Record:
         for kind, text in (("coarse", caption), ("fine", face_caption)):
             if not text.strip():
-                return reject(record, Failed("empty_caption", f"the {kind} description is empty"), self.name)
+                return reject(
+                    record, Failed("empty_caption", f"the {kind} description is empty"), self.name
+                )
         return replace(record, caption=caption, face_caption=face_caption)
 
 
 def check(record: Record) -> None:
-    """Raise Failed unless the image decodes, the label map is of its size, and a face with landmarks is chosen."""
+    """Raise Failed unless the image decodes, the label map is of its size, and a face with
+    landmarks is chosen.
+    """
     if not record.image or not record.parsing:
         raise Failed("bad_input", f"no {'label map' if record.image else 'image'}")
     try:

@@ -1,4 +1,6 @@
-"""build_stages: the five stages with a model behind them. Data sets (pipelines/chain.py) and inference share them."""
+"""build_stages: the five stages with a model behind them. Data sets (pipelines/chain.py) and
+inference share them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from stages.resize import ResizeStage
 
 
 def build_stages(config: DatasetConfig) -> list[Stage]:
-    """The stages, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting that can't be."""
+    """The stages, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting
+    that can't be.
+    """
     weights = Weights(config.weights)
     chain: list[Stage] = [
         ResizeStage(config.resize),

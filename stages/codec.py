@@ -1,6 +1,7 @@
 """Pixels ⇄ bytes, and a Record ⇄ the members of its sample in a shard, side by side.
 
-Decoding the record's JPEG is remembered for a few pictures, since four stages in one process each ask for it.
+Decoding the record's JPEG is remembered for a few pictures, since four stages in one process each
+ask for it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,18 @@ from stages.record import (
 
 _REMEMBERED: Final = 2**21  # pixels; of larger pictures a few would fill the memory
 _PLAIN: Final = (
-    *("key", "source", "sha256", "license", "author", "consent", "width", "height", "source_width", "source_height"),
+    *(
+        "key",
+        "source",
+        "sha256",
+        "license",
+        "author",
+        "consent",
+        "width",
+        "height",
+        "source_width",
+        "source_height",
+    ),
     *("face", "identity_norm", "caption", "face_caption"),
 )
 MEMBERS = ("identity.npy", "jpg", "json", "parsing.png", "txt")
@@ -68,7 +80,9 @@ def encode_labels(labels: LabelMap) -> bytes:
 
 @lru_cache(maxsize=24)
 def decode_labels(data: bytes) -> LabelMap:
-    """PNG → label map (H, W) uint8, read-only. Raises ValueError unless it is a single-channel 8-bit picture."""
+    """PNG → label map (H, W) uint8, read-only. Raises ValueError unless it is a single-channel
+    8-bit picture.
+    """
     labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
         raise ValueError("a label map must be a single-channel 8-bit PNG")
@@ -77,9 +91,18 @@ def decode_labels(data: bytes) -> LabelMap:
 
 
 def to_members(record: Record) -> dict[str, bytes]:
-    """extension → bytes of a whole record, in the order they are written. Raises ValueError if it is incomplete."""
-    if not (record.ok or record.held) or record.identity is None or not record.image or not record.parsing:
-        raise ValueError(f"record {record.key} ({record.source}) is not a whole sample: status {record.status}")
+    """extension → bytes of a whole record, in the order they are written. Raises ValueError if it
+    is incomplete.
+    """
+    if (
+        not (record.ok or record.held)
+        or record.identity is None
+        or not record.image
+        or not record.parsing
+    ):
+        raise ValueError(
+            f"record {record.key} ({record.source}) is not a whole sample: status {record.status}"
+        )
     meta: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         **{name: getattr(record, name) for name in _PLAIN},
@@ -99,10 +122,15 @@ def to_members(record: Record) -> dict[str, bytes]:
 
 
 def from_members(members: Mapping[str, bytes]) -> Record:
-    """The record of a sample's members, ok. Raises KeyError on a missing member, ValueError on another schema."""
+    """The record of a sample's members, ok. Raises KeyError on a missing member, ValueError on
+    another schema.
+    """
     meta = json.loads(members["json"])
     if meta["schema"] != SCHEMA_VERSION:
-        raise ValueError(f"sample {meta.get('key')}: schema {meta['schema']}, this program reads {SCHEMA_VERSION}")
+        raise ValueError(
+            f"sample {meta.get('key')}: schema {meta['schema']}, this program reads "
+            f"{SCHEMA_VERSION}"
+        )
     identity = np.load(io.BytesIO(members["identity.npy"]), allow_pickle=False)
     return Record(
         image=members["jpg"],

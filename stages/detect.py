@@ -27,15 +27,28 @@ class DetectStage(BackendStage, RecordStage):
     def process_one(self, record: Record) -> Record:
         faces = find_faces(self.backend, decode_jpeg(record.image), self.config)
         if not faces:
-            raise Dropped("no_face", f"none over score {self.config.min_score} at sizes {list(self.config.scales)}")
-        chosen = 0 if self.config.select == "first" else max(range(len(faces)), key=lambda i: faces[i].area)
+            raise Dropped(
+                "no_face",
+                f"none over score {self.config.min_score} at sizes {list(self.config.scales)}",
+            )
+        chosen = (
+            0
+            if self.config.select == "first"
+            else max(range(len(faces)), key=lambda i: faces[i].area)
+        )
         return replace(record, faces=tuple(faces), face=chosen)
 
 
 def find_faces(detector: FaceDetector, image: Image, config: DetectConfig) -> list[Face]:
-    """Faces at the first of `config.scales` that has any, in coordinates of `image` (they may reach past its edge)."""
+    """Faces at the first of `config.scales` that has any, in coordinates of `image` (they may reach
+    past its edge).
+    """
     border = round(config.pad * max(image.shape[:2]))
-    padded = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT) if border else image
+    padded = (
+        cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT)
+        if border
+        else image
+    )
     for size in config.scales:
         if faces := detector.detect(padded, size):
             return [_shifted(face, -border) for face in faces]

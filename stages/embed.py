@@ -1,4 +1,6 @@
-"""Embed: the ArcFace identity of the chosen face. There is no silent substitute: no embedding, no sample."""
+"""Embed: the ArcFace identity of the chosen face. There is no silent substitute: no embedding, no
+sample.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ class EmbedStage(BackendStage):
     def process(self, records: list[Record]) -> list[Record]:
         images = [decode_jpeg(record.image) for record in records]
         features = self.backend.embed(images, [record.main_face for record in records])
-        return [self._answer(record, feature) for record, feature in zip(records, features, strict=True)]
+        return [
+            self._answer(record, feature) for record, feature in zip(records, features, strict=True)
+        ]
 
     def _answer(self, record: Record, feature: FloatArray) -> Record:
         norm = float(np.linalg.norm(feature))
         if feature.shape != (IDENTITY_DIM,) or not 1e-6 < norm < np.inf:
-            return reject(record, Failed("no_identity", f"shape {feature.shape}, norm {norm:.4f}"), self.name)
+            return reject(
+                record, Failed("no_identity", f"shape {feature.shape}, norm {norm:.4f}"), self.name
+            )
         identity = np.asarray(feature / np.float32(norm), np.float32)
         return replace(record, identity=identity, identity_norm=round(norm, 6))

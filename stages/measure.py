@@ -7,7 +7,7 @@ from dataclasses import replace
 from configs.quality import MeasureConfig
 from stages.base import RecordStage
 from stages.codec import decode_jpeg, decode_labels
-from stages.quality import measure
+from stages.measurements import measure
 from stages.record import Record
 
 

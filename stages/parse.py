@@ -1,8 +1,9 @@
 """Parse: a label map of the 19 CelebAMask-HQ classes, the size of the picture.
 
-BiSeNet was trained on FFHQ-like crops: on a half-body photograph parsed whole, brows and eyes vanish and clothes become
-hats. So the picture is parsed whole for hair, neck and clothes, and, where the face is small in it, once more on the
-FFHQ-aligned crop, warped back and laid over. Its left/right labels are unreliable and are reassigned by position.
+BiSeNet was trained on FFHQ-like crops: on a half-body photograph parsed whole, brows and eyes
+vanish and clothes become hats. So the picture is parsed whole for hair, neck and clothes, and,
+where the face is small in it, once more on the FFHQ-aligned crop, warped back and laid over. Its
+left/right labels are unreliable and are reassigned by position.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from stages.base import BackendStage, Dropped, reject
 from stages.codec import decode_jpeg, encode_labels
 from stages.record import Face, Record
 
-PAIRS = ((2, 3), (4, 5), (7, 8))  # (left, right) brow, eye, ear: "left" is the viewer's left, as in CelebAMask-HQ
-HEAD_PARTS = (*range(1, 14), 18)  # skin, brows, eyes, glasses, ears, earring, nose, mouth, lips; hat
+# (left, right) brow, eye, ear: "left" is the viewer's left, as in CelebAMask-HQ
+PAIRS = ((2, 3), (4, 5), (7, 8))
+# skin, brows, eyes, glasses, ears, earring, nose, mouth, lips; hat
+HEAD_PARTS = (*range(1, 14), 18)
 BACKGROUND, SKIN, CLOTH, HAIR, HAT = 0, 1, 16, 17, 18
 _OUTSIDE = 255  # no label: the crop doesn't reach here
 
@@ -51,22 +54,26 @@ class ParseStage(BackendStage):
 
     def _answer(self, record: Record, labels: LabelMap) -> Record:
         if not (labels == SKIN).any():
-            return reject(record, Dropped("no_face_parsed", "the parser sees no facial skin"), self.name)
+            return reject(
+                record, Dropped("no_face_parsed", "the parser sees no facial skin"), self.name
+            )
         return replace(record, parsing=encode_labels(mend_sides(labels, record.main_face)))
 
 
 def aligned(image: Image, warp: Matrix) -> Image:
     """The 512 × 512 FFHQ-style crop, grey where it reaches past the picture."""
-    crop = cv2.warpAffine(image, warp, (512, 512), flags=cv2.INTER_LINEAR, borderValue=(135, 133, 132))
+    crop = cv2.warpAffine(
+        image, warp, (512, 512), flags=cv2.INTER_LINEAR, borderValue=(135, 133, 132)
+    )
     return np.asarray(crop, np.uint8)
 
 
 def lay_over(whole: LabelMap, crop: LabelMap, warp: Matrix, face: Face) -> LabelMap:
     """The crop's labels where it reaches, those of the whole picture beyond.
 
-    Beyond the crop there is nothing of this person's face. What the whole picture's pass takes for a face there is
-    clothes if it lies below the chin, hair or hat if it goes on from these at the crop's edge, and else background or
-    somebody else, which count as the same here.
+    Beyond the crop there is nothing of this person's face. What the whole picture's pass takes for
+    a face there is clothes if it lies below the chin, hair or hat if it goes on from these at the
+    crop's edge, and else background or somebody else, which count as the same here.
     """
     height, width = whole.shape
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
@@ -79,9 +86,11 @@ def lay_over(whole: LabelMap, crop: LabelMap, warp: Matrix, face: Face) -> Label
 
 
 def mend_sides(labels: LabelMap, face: Face) -> LabelMap:
-    """Give each brow, eye and ear to the side of the face's midline that its component's centroid lies on.
+    """Give each brow, eye and ear to the side of the face's midline that its component's centroid
+    lies on.
 
-    The midline runs through the middle of the eyes and the middle of the mouth (or straight down where these coincide).
+    The midline runs through the middle of the eyes and the middle of the mouth (or straight down
+    where these coincide).
     """
     points = np.array(face.landmarks, np.float64)
     origin = points[:2].mean(0)
@@ -92,7 +101,9 @@ def mend_sides(labels: LabelMap, face: Face) -> LabelMap:
         either = np.isin(labels, (left, right))
         if not either.any():
             continue
-        count, components, _, centroids = cv2.connectedComponentsWithStats(either.astype(np.uint8), connectivity=8)
+        count, components, _, centroids = cv2.connectedComponentsWithStats(
+            either.astype(np.uint8), connectivity=8
+        )
         for index in range(1, count):
             offset = centroids[index] - origin
             on_left = offset[0] * down[1] - offset[1] * down[0] < 0

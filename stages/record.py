@@ -1,7 +1,7 @@
 """Record: what every stage takes and gives, and its flat Arrow form.
 
-Payloads stay encoded (JPEG, PNG) and rows flat, so the engine moves Arrow columns and never a pickle. `image` holds the
-source's own bytes until the resize stage has run, and a JPEG afterwards.
+Payloads stay encoded (JPEG, PNG) and rows flat, so the engine moves Arrow columns and never a
+pickle. `image` holds the source's own bytes until the resize stage has run, and a JPEG afterwards.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Status(StrEnum):
 class Face:
     """A detected face, in pixels of the record's `image`.
 
-    box: (x1, y1, x2, y2). landmarks: five (x, y): the viewer's left eye, right eye, nose tip, left and right mouth
-    corner (the order of SCRFD and ArcFace). score: in [0, 1].
+    box: (x1, y1, x2, y2). landmarks: five (x, y): the viewer's left eye, right eye, nose tip, left
+    and right mouth corner (the order of SCRFD and ArcFace). score: in [0, 1].
     """
 
     box: tuple[float, float, float, float]
@@ -58,8 +58,9 @@ class Face:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measures:
-    """What the quality rules judge by: all of the chosen face, but for `hash`, which is of the whole picture. See
-    stages/quality.py for how each is measured."""
+    """What the quality rules judge by: all of the chosen face, but for `hash`, which is of the
+    whole picture. See stages/measurements.py for how each is measured.
+    """
 
     sharpness: float  # 0..1: 0 is blurred
     brightness: float  # mean luma of the face's skin, 0..1
@@ -75,11 +76,12 @@ class Measures:
 class Review:
     """What the trainer's own prompt code makes of a sample's texts; see pipelines/review.py.
 
-    caption_tokens, face_caption_tokens: CLIP tokens of each text, uncut, without BOS and EOS. text_tokens: of the
-    training text. cut: share of the two texts' tokens that the training text leaves out, 0 to 1. fused: regions whose
-    pictures will be fused into their words. unfused: (region, why not). absent: regions that a text names and the label
-    map doesn't hold. region_words: for each of REGION_WORDS, words of the clause that names it. trainable: at least one
-    region is fused.
+    caption_tokens, face_caption_tokens: CLIP tokens of each text, uncut, without BOS and EOS.
+    text_tokens: of the training text. cut: share of the two texts' tokens that the training text
+    leaves out, 0 to 1. fused: regions whose pictures will be fused into their words. unfused:
+    (region, why not). absent: regions that a text names and the label map doesn't hold.
+    region_words: for each of REGION_WORDS, words of the clause that names it. trainable: at least
+    one region is fused.
     """
 
     caption_tokens: int
@@ -113,7 +115,8 @@ class Record:
     face: int = -1  # index into faces; -1: none chosen
     parsing: bytes = b""  # PNG label map, 19 CelebAMask-HQ classes, the image's size
     identity: FloatArray | None = None  # float32[512], unit norm
-    identity_norm: float | None = None  # of the embedding as it was given: low where a face is hard to recognise
+    # of the embedding as it was given: low where a face is hard to recognise
+    identity_norm: float | None = None
     measures: Measures | None = None
     caption: str = ""
     face_caption: str = ""
@@ -129,8 +132,14 @@ class Record:
 
     @property
     def held(self) -> bool:
-        """Dropped by a rule, and whole all the same: another rule may take it back without a model call."""
-        return self.status is Status.DROPPED and bool(self.image and self.parsing) and self.identity is not None
+        """Dropped by a rule, and whole all the same: another rule may take it back without a model
+        call.
+        """
+        return (
+            self.status is Status.DROPPED
+            and bool(self.image and self.parsing)
+            and self.identity is not None
+        )
 
     @property
     def main_face(self) -> Face:
@@ -143,11 +152,17 @@ class Record:
 def scaled(face: Face, by: float) -> Face:
     """The face in a picture `by` times as large."""
     x1, y1, x2, y2 = (value * by for value in face.box)
-    return Face(box=(x1, y1, x2, y2), landmarks=tuple((x * by, y * by) for x, y in face.landmarks), score=face.score)
+    return Face(
+        box=(x1, y1, x2, y2),
+        landmarks=tuple((x * by, y * by) for x, y in face.landmarks),
+        score=face.score,
+    )
 
 
 def key_of(source: str) -> str:
-    """The record's key: the first 20 hex digits of sha256 of the source's name relative to its root."""
+    """The record's key: the first 20 hex digits of sha256 of the source's name relative to its
+    root.
+    """
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:KEY_LENGTH]
 
 
@@ -160,7 +175,10 @@ _FACE_TYPE = pa.struct(
 )
 
 _MEASURES_TYPE = pa.struct(
-    [(field.name, pa.string() if field.name == "hash" else pa.float64()) for field in fields(Measures)]
+    [
+        (field.name, pa.string() if field.name == "hash" else pa.float64())
+        for field in fields(Measures)
+    ]
 )
 
 ARROW_SCHEMA = pa.schema(
@@ -207,7 +225,11 @@ def face_to_dict(face: Face) -> dict[str, Any]:
 def face_from_dict(row: dict[str, Any]) -> Face:
     flat = [float(value) for value in row["landmarks"]]
     x1, y1, x2, y2 = (float(value) for value in row["box"])
-    return Face(box=(x1, y1, x2, y2), landmarks=tuple(zip(flat[::2], flat[1::2], strict=True)), score=row["score"])
+    return Face(
+        box=(x1, y1, x2, y2),
+        landmarks=tuple(zip(flat[::2], flat[1::2], strict=True)),
+        score=row["score"],
+    )
 
 
 def review_to_dict(review: Review) -> dict[str, Any]:
@@ -239,7 +261,9 @@ def from_row(row: dict[str, Any]) -> Record:
     identity = row["identity"]
     values["identity"] = None if identity is None else np.asarray(identity, np.float32)
     values["measures"] = None if row["measures"] is None else Measures(**row["measures"])
-    values["review"] = None if row["review"] is None else review_from_dict(json.loads(row["review"]))
+    values["review"] = (
+        None if row["review"] is None else review_from_dict(json.loads(row["review"]))
+    )
     return Record(**values)
 
 

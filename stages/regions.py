@@ -1,8 +1,10 @@
-"""Labels, facial regions and region masks: the one place that says which labels make an eye, an ear or a mouth.
+"""Labels, facial regions and region masks: the one place that says which labels make an eye, an ear
+or a mouth.
 
-`legacy` masks repeat the reference (`functions.py`): outer contours filled, so that a mask has no holes (the face's
-covers eyes, nose and mouth), and of every pair only the first part. `corrected` masks are the labels themselves, with
-both eyes, both ears and the whole mouth as one region each. Needs numpy and OpenCV only.
+`legacy` masks repeat the reference (`functions.py`): outer contours filled, so that a mask has no
+holes (the face's covers eyes, nose and mouth), and of every pair only the first part. `corrected`
+masks are the labels themselves, with both eyes, both ears and the whole mouth as one region each.
+Needs numpy and OpenCV only.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ LABEL_IDS: Final = {name: label for label, name in enumerate(LABELS)}
 REGION_WORDS: Final = ("face", "ears", "eyes", "nose", "mouth")
 MAX_REGIONS: Final = len(REGION_WORDS)
 
-# The face is everything inside its outline, as a drawing of it would be; hair, ears and neck are not.
+# The face is everything inside its outline, as a drawing of it would be; hair, ears and neck are
+# not.
 REGION_LABELS: Final[dict[str, tuple[str, ...]]] = {
     "face": (
         "skin",
@@ -63,7 +66,8 @@ REGION_LABELS: Final[dict[str, tuple[str, ...]]] = {
     "mouth": ("mouth", "upper_lip", "lower_lip"),
 }
 
-# The reference's names in label order, which is also the order in which it hands regions to the model.
+# The reference's names in label order, which is also the order in which it hands regions to the
+# model.
 LEGACY_REGIONS: Final[dict[str, str]] = {
     "Face": "skin",
     "Left_Eye": "left_eye",
@@ -74,45 +78,65 @@ LEGACY_REGIONS: Final[dict[str, str]] = {
     "Upper_Lip": "upper_lip",
     "Lower_Lip": "lower_lip",
 }
-_LEGACY_WORDS: Final = {"Face": "face", "Ear": "ears", "Eye": "eyes", "Nose": "nose", "Lip": "mouth"}
+_LEGACY_WORDS: Final = {
+    "Face": "face",
+    "Ear": "ears",
+    "Eye": "eyes",
+    "Nose": "nose",
+    "Lip": "mouth",
+}
 
 
 def word_of(region: str) -> str:
-    """The word of REGION_WORDS that names a region of either mode: "Left_Eye" and "eyes" both give "eyes".
+    """The word of REGION_WORDS that names a region of either mode: "Left_Eye" and "eyes" both give
+    "eyes".
 
     Raises ValueError for a name of neither mode.
     """
     if region in REGION_WORDS:
         return region
     if region not in LEGACY_REGIONS:
-        raise ValueError(f"unknown region {region!r}; known: {', '.join((*REGION_WORDS, *LEGACY_REGIONS))}")
+        raise ValueError(
+            f"unknown region {region!r}; known: {', '.join((*REGION_WORDS, *LEGACY_REGIONS))}"
+        )
     return _LEGACY_WORDS[region.rsplit("_", 1)[-1]]
 
 
 def region_masks(label_map: LabelMap, mode: Mode) -> dict[str, Mask]:
     """The masks (H, W) of the regions that a label map (H, W, uint8) shows, at most five.
 
-    legacy: Face, one eye, one ear, Nose, one lip, in this order and under the reference's names. corrected: under the
-    words of REGION_WORDS and in their order. A region without a pixel is left out.
+    legacy: Face, one eye, one ear, Nose, one lip, in this order and under the reference's names.
+    corrected: under the words of REGION_WORDS and in their order. A region without a pixel is left
+    out.
     """
     _check(label_map)
     if mode == "legacy":
         return _first_of_each_pair(filled_masks(label_map))
-    masks = {word: np.isin(label_map, [LABEL_IDS[label] for label in labels]) for word, labels in REGION_LABELS.items()}
+    masks = {
+        word: np.isin(label_map, [LABEL_IDS[label] for label in labels])
+        for word, labels in REGION_LABELS.items()
+    }
     return {word: masks[word] for word in REGION_WORDS if masks[word].any()}
 
 
 def filled_masks(label_map: LabelMap) -> dict[str, Mask]:
-    """Every part that the reference knows, both of a pair too, with filled outlines; absent parts are left out."""
+    """Every part that the reference knows, both of a pair too, with filled outlines; absent parts
+    are left out.
+    """
     present = {label: label_map == LABEL_IDS[label] for label in LEGACY_REGIONS.values()}
-    return {name: _fill(present[label]) for name, label in LEGACY_REGIONS.items() if present[label].any()}
+    return {
+        name: _fill(present[label])
+        for name, label in LEGACY_REGIONS.items()
+        if present[label].any()
+    }
 
 
 def foreground_mask(label_map: LabelMap, mode: Mode) -> Mask:
     """True on the person (H, W).
 
-    legacy: the reference's `WithoutBackground`, the inverse of the *filled* background; where the background runs
-    round the whole person this is False everywhere. corrected: every label but the background.
+    legacy: the reference's `WithoutBackground`, the inverse of the *filled* background; where the
+    background runs round the whole person this is False everywhere. corrected: every label but the
+    background.
     """
     return ~background_mask(label_map, mode)
 
@@ -126,11 +150,15 @@ def background_mask(label_map: LabelMap, mode: Mode) -> Mask:
 
 def _check(label_map: LabelMap) -> None:
     if label_map.ndim != 2 or label_map.dtype != np.uint8:
-        raise ValueError(f"a label map is (H, W) of uint8, not {label_map.shape} of {label_map.dtype}")
+        raise ValueError(
+            f"a label map is (H, W) of uint8, not {label_map.shape} of {label_map.dtype}"
+        )
 
 
 def _fill(mask: Mask) -> Mask:
-    contours, _ = cv2.findContours(mask.astype(np.uint8) * 255, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    contours, _ = cv2.findContours(
+        mask.astype(np.uint8) * 255, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+    )
     canvas = np.zeros(mask.shape, np.uint8)
     cv2.drawContours(canvas, contours, -1, 255, thickness=cv2.FILLED)
     return canvas > 0

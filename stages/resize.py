@@ -1,8 +1,8 @@
 """Resize: any photograph → an upright RGB JPEG of the working size.
 
-The size a header declares is checked before a pixel is decoded, and so is the number of a JPEG's scans: a bomb costs
-nothing. EXIF orientation is applied, CMYK, 16-bit, palette and alpha pictures become plain RGB, an animation its first
-frame.
+The size a header declares is checked before a pixel is decoded, and so is the number of a JPEG's
+scans: a bomb costs nothing. EXIF orientation is applied, CMYK, 16-bit, palette and alpha pictures
+become plain RGB, an animation its first frame.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _BEGINNINGS: Final = {
     b"MM\0*": "TIFF",
 }
 _MOST_SCANS: Final = 500  # libjpeg-turbo's own limit, where it has one; honest files hold about ten
-_MARKER: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)  # of a JPEG: what begins or ends a scan
+# of a JPEG: what begins or ends a scan
+_MARKER: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 
 
@@ -65,7 +66,9 @@ class ResizeStage(RecordStage):
         if short < self.config.min_side:
             raise Dropped("too_small", f"{width}×{height}, short side under {self.config.min_side}")
         if long > self.config.max_aspect * short:
-            raise Dropped("extreme_aspect", f"{width}×{height}, longer than {self.config.max_aspect}:1")
+            raise Dropped(
+                "extreme_aspect", f"{width}×{height}, longer than {self.config.max_aspect}:1"
+            )
         size = self.config.size
         target = (size, size)
         if self.config.mode == "short_side":
@@ -78,11 +81,12 @@ class ResizeStage(RecordStage):
 
 
 def decode(data: bytes, config: ResizeConfig) -> Image:
-    """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG at least twice as large as needed, at
-    half, a quarter or an eighth of it: libjpeg's own reduction while it decodes, never to under the working size.
+    """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG at least twice as
+    large as needed, at half, a quarter or an eighth of it: libjpeg's own reduction while it
+    decodes, never to under the working size.
 
-    Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, too_many_scans, truncated,
-    undecodable.
+    Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, too_many_scans,
+    truncated, undecodable.
     """
     with _opened(data, config) as opened:
         return _pixels(opened, data, config)
@@ -91,12 +95,21 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
 def as_jpeg(data: bytes, config: ResizeConfig) -> tuple[bytes, int, int]:
     """(JPEG, width, height) of a picture at its own size, for one whose label map is there already.
 
-    Its own bytes where they are an upright RGB or grey JPEG, else encoded once. Raises Failed as `decode`.
+    Its own bytes where they are an upright RGB or grey JPEG, else encoded once. Raises Failed as
+    `decode`.
     """
     with _opened(data, config) as opened:
         try:
-            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and opened.getexif().get(0x0112, 1) == 1
-            pixels = decode_jpeg(data) if plain else np.asarray(_to_rgb(ImageOps.exif_transpose(opened)), np.uint8)
+            plain = (
+                opened.format == "JPEG"
+                and opened.mode in ("RGB", "L")
+                and opened.getexif().get(0x0112, 1) == 1
+            )
+            pixels = (
+                decode_jpeg(data)
+                if plain
+                else np.asarray(_to_rgb(ImageOps.exif_transpose(opened)), np.uint8)
+            )
         except Exception as error:  # noqa: BLE001 - as below
             raise _undecodable(error, data) from None
     height, width = pixels.shape[:2]
@@ -122,14 +135,20 @@ def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
             raise _undecodable(error, data) from None
     width, height = opened.size
     if width * height > config.max_pixels:
-        raise Failed("too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels")
+        raise Failed(
+            "too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels"
+        )
     if opened.format in ("JPEG", "MPO") and _too_many_scans(data):
-        raise Failed("too_many_scans", f"over {_MOST_SCANS}, each over all of {width}×{height} pixels")
+        raise Failed(
+            "too_many_scans", f"over {_MOST_SCANS}, each over all of {width}×{height} pixels"
+        )
     return opened
 
 
 def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
-    """(width, height) of a picture that has been decoded, once EXIF's orientation is applied: from 5 on it lies."""
+    """(width, height) of a picture that has been decoded, once EXIF's orientation is applied: from
+    5 on it lies.
+    """
     lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (opened.height, opened.width) if lies else opened.size
 
@@ -137,13 +156,15 @@ def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
 def _too_many_scans(data: bytes) -> bool:
     """True if a JPEG holds more than _MOST_SCANS scans.
 
-    Each costs a pass over the whole picture and may take next to no bytes: an hour of work fits into a few megabytes.
+    Each costs a pass over the whole picture and may take next to no bytes: an hour of work fits
+    into a few megabytes.
     """
     values = np.frombuffer(data, np.uint8)
     at_most = np.count_nonzero((values[:-1] == _SCAN[0]) & (values[1:] == _SCAN[1]))
     if at_most <= _MOST_SCANS:
         return False
-    count, place = 0, 2  # what looks like a scan may lie in a profile or a thumbnail, or behind the end
+    # what looks like a scan may lie in a profile or a thumbnail, or behind the end
+    count, place = 0, 2
     while count <= _MOST_SCANS and (found := _MARKER.search(data, place)) and found[0] != _END:
         count += found[0] == _SCAN
         place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
@@ -153,7 +174,9 @@ def _too_many_scans(data: bytes) -> bool:
 def _unidentified(data: bytes) -> Failed:
     kind = next((kind for beginning, kind in _BEGINNINGS.items() if data.startswith(beginning)), "")
     if kind:
-        return Failed("undecodable", f"{len(data):,} bytes of a {kind} whose header is cut, broken or unknown")
+        return Failed(
+            "undecodable", f"{len(data):,} bytes of a {kind} whose header is cut, broken or unknown"
+        )
     return Failed("not_an_image", f"begins with {data[:12]!r}")
 
 
@@ -179,9 +202,13 @@ def _undecodable(error: Exception, data: bytes) -> Failed:
 def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
     """libjpeg-turbo, straight to RGB, strict about missing data."""
     least = max(config.size, config.min_side)
-    factor = next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(opened.size) >= factor * least)
+    factor = next(
+        factor for factor in (8, 4, 2, 1) if factor == 1 or min(opened.size) >= factor * least
+    )
     width, height = (-(-side // factor) for side in opened.size)
-    decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, strict=True)
+    decoded: Image = simplejpeg.decode_jpeg(
+        data, colorspace="RGB", min_height=height, min_width=width, strict=True
+    )
     return decoded
 
 
@@ -189,8 +216,13 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit: keep the high byte
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        return PILImage.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # on white, as a browser shows it
+        return PILImage.fromarray(
+            (values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)
+        ).convert("RGB")
+    # on white, as a browser shows it
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert(
+            "RGB"
+        )
     return image.convert("RGB")

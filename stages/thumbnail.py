@@ -1,6 +1,8 @@
-"""Thumbnail: the picture at a glance, small enough to stand in the sidecar and, by thousands, in the report.
+"""Thumbnail: the picture at a glance, small enough to stand in the sidecar and, by thousands, in
+the report.
 
-It is made as soon as there is a picture, and stays with a record that is dropped later: the report shows what was lost.
+It is made as soon as there is a picture, and stays with a record that is dropped later: the report
+shows what was lost.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ class ThumbnailStage(RecordStage):
 
     def process_one(self, record: Record) -> Record:
         small = shrink(decode_jpeg(record.image), LONG_SIDE)
-        done, data = cv2.imencode(".webp", small[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, self.config.quality])
+        done, data = cv2.imencode(
+            ".webp", small[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, self.config.quality]
+        )
         assert done, "OpenCV encodes any uint8 picture"
         return replace(record, thumbnail=data.tobytes())
 
 
 def shrink(pixels: Image | LabelMap, long_side: int) -> Image | LabelMap:
-    """Pixels (H, W, 3) by area, or labels (H, W) by the nearest, at most `long_side` on the long side; never larger.
+    """Pixels (H, W, 3) by area, or labels (H, W) by the nearest, at most `long_side` on the long
+    side; never larger.
 
     A picture and its label map become equally large, so that one lies on the other.
     """
@@ -44,5 +49,6 @@ def shrink(pixels: Image | LabelMap, long_side: int) -> Image | LabelMap:
     if scale >= 1:
         return pixels
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    method = cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST_EXACT  # plain NEAREST is half a pixel off
+    # plain NEAREST is half a pixel off
+    method = cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST_EXACT
     return np.asarray(cv2.resize(pixels, size, interpolation=method), np.uint8)

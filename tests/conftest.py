@@ -1,4 +1,6 @@
-"""Shared by the tests: pinned threads, eight real synthetic portraits, and a folder of every kind of bad file."""
+"""Shared by the tests: pinned threads, eight real synthetic portraits, and a folder of every kind
+of bad file.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,21 @@ def _threads() -> None:
 def portraits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eight MobileStyleGAN portraits, 1024 × 1024, seed 7.
 
-    In a process of its own: on CPUs with AMX, OpenVINO sets an alternate signal stack, frees it with its models,
-    and the next signal (a loader worker's SIGCHLD, say) then kills the process.
+    In a process of its own: on CPUs with AMX, OpenVINO sets an alternate signal stack, frees it
+    with its models, and the next signal (a loader worker's SIGCHLD, say) then kills the process.
     """
     folder = tmp_path_factory.mktemp("portraits")
-    command = [sys.executable, "-m", "pipelines.cli", "synthesize", "--count", "8", "--seed", "7", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "synthesize",
+        "--count",
+        "8",
+        "--seed",
+        "7",
+        str(folder),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -49,7 +61,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def poisoned(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Iterator[Path]:
     """The demo's poisoned set, made from the portraits."""
-    from pipelines.poison import write_poisoned
+    from pipelines.demo.poison import write_poisoned
 
     folder = tmp_path_factory.mktemp("poisoned")
     write_poisoned(folder, sorted(portraits.glob("*.jpg")))

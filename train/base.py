@@ -1,8 +1,9 @@
 """The base model a run stands on: a public one by name, or the tiny one, made here.
 
-No size of Stable Diffusion is small enough for a laptop's CPU, so the `tiny` model has no public base. Its parts are
-real classes with random weights; the VAE alone is fitted to the pictures at hand for some seconds, since latents of a
-random VAE can't be turned back into pictures. Text encoder and image tower stay random.
+No size of Stable Diffusion is small enough for a laptop's CPU, so the `tiny` model has no public
+base. Its parts are real classes with random weights; the VAE alone is fitted to the pictures at
+hand for some seconds, since latents of a random VAE can't be turned back into pictures. Text
+encoder and image tower stay random.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ _FITTED: Final = "fitted.json"
 _FIT_STEPS: Final = 200
 _FIT_PICTURES: Final = 256
 _FIT_BATCH: Final = 8
-_FIT_CROP: Final = 32  # pixels; the VAE is convolutional, and pieces of pictures teach it at a quarter of the cost
+# pixels; the VAE is convolutional, and pieces of pictures teach it at a quarter of the cost
+_FIT_CROP: Final = 32
 _FIT_RATE: Final = 2e-3
 _KL_WEIGHT: Final = 1e-4  # keeps latents near unit size without blurring them
 
 
-def ensure_base(config: TrainConfig, spec: ModelSpec, shards: ShardSet, say: Callable[[str], None]) -> str:
-    """The base's folder or hub id; makes the tiny one under the output if none is named. Call on one process.
+def ensure_base(
+    config: TrainConfig, spec: ModelSpec, shards: ShardSet, say: Callable[[str], None]
+) -> str:
+    """The base's folder or hub id; makes the tiny one under the output if none is named. Call on
+    one process.
 
     Raises WeightsError if the tiny base's vocabulary can't be had.
     """
@@ -47,7 +52,8 @@ def ensure_base(config: TrainConfig, spec: ModelSpec, shards: ShardSet, say: Cal
     folder = Path(config.output) / "base"
     if not (folder / _FITTED).is_file():
         say(
-            f"model {spec.name!r}: making a small base with random weights in {folder} and fitting its VAE to these "
+            f"model {spec.name!r}: making a small base with random weights in {folder} and "
+            "fitting its VAE to these "
             "pictures. It shows that every part works together; it is no Stable Diffusion."
         )
         make_tiny_base(folder, Weights(config.weights).fetch("clip_bpe"), config.seed)
@@ -57,20 +63,28 @@ def ensure_base(config: TrainConfig, spec: ModelSpec, shards: ShardSet, say: Cal
     return str(folder)
 
 
-def fit_vae(base: Path, shards: ShardSet, *, resolution: int, seed: int, steps: int = _FIT_STEPS) -> float:
-    """Train the VAE in `base` on the data set's pictures, in place; the last steps' mean absolute error, in [0, 2].
+def fit_vae(
+    base: Path, shards: ShardSet, *, resolution: int, seed: int, steps: int = _FIT_STEPS
+) -> float:
+    """Train the VAE in `base` on the data set's pictures, in place; the last steps' mean absolute
+    error, in [0, 2].
 
-    Afterwards its scaling factor makes these pictures' latents of unit variance, as Stable Diffusion's does.
+    Afterwards its scaling factor makes these pictures' latents of unit variance, as Stable
+    Diffusion's does.
     """
     import diffusers
 
     count = min(len(shards), _FIT_PICTURES)
     chosen = draws.permutation(len(shards), seed, "vae_pictures", 0)[:count].tolist()
-    pictures = torch.stack([training_pixels(record, resolution) for record in shards.records(chosen)])
+    pictures = torch.stack(
+        [training_pixels(record, resolution) for record in shards.records(chosen)]
+    )
     vae: Any = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_FIT_RATE, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _FIT_RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _FIT_RATE, total_steps=steps, pct_start=0.1
+    )
     errors: list[torch.Tensor] = []
     for step in range(steps):
         batch = _pieces(pictures, draws.generator(seed, "vae_batch", step))
@@ -87,7 +101,9 @@ def fit_vae(base: Path, shards: ShardSet, *, resolution: int, seed: int, steps: 
         errors.append(error.detach())
     vae.eval()
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(pictures, 32)])
+        latents = torch.cat(
+            [vae.encode(part).latent_dist.mean for part in torch.split(pictures, 32)]
+        )
     vae.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))
     vae.save_pretrained(base / "vae")
     return float(torch.stack(errors[-20:]).mean())

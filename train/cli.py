@@ -1,4 +1,6 @@
-"""`python -m train.cli`: train an adapter on FGID shards. Heavy imports wait until there is something to do."""
+"""`python -m train.cli`: train an adapter on FGID shards. Heavy imports wait until there is
+something to do.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,12 @@ summary.json, logs/. Exit status: 0 done, 2 something to mend, 130 stopped by Ct
 
 @app.command(help=_HELP)
 def main(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML preset.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML preset.")
+    ] = None,
 ) -> None:
     from configs.errors import PipelineError
     from configs.load import load
@@ -91,12 +97,15 @@ def _train(config: TrainConfig) -> None:
     with Progress(*columns, disable=not first or not sys.stderr.isatty()) as progress:
         outcome = train(config, _Bar(progress, config.max_train_steps, quiet=not first))
     if outcome.signal:
-        typer.echo(f"stopped after step {outcome.step:,}; the same command goes on from there.", err=True)
+        typer.echo(
+            f"stopped after step {outcome.step:,}; the same command goes on from there.", err=True
+        )
         raise typer.Exit(128 + outcome.signal)
     if outcome.adapter is not None:
         noise, figures = outcome.summary["noise_loss"], outcome.summary
         typer.echo(
-            f"{figures['steps']:,} steps, {figures['samples_per_second']} samples/s; noise loss {noise['start']:.3f} → "
+            f"{figures['steps']:,} steps, {figures['samples_per_second']} samples/s; noise loss "
+            f"{noise['start']:.3f} → "
             f"{noise['end']:.3f} (means of the first and last tenth); adapter in {outcome.adapter}"
         )
 
@@ -129,7 +138,10 @@ class _Bar:
         if self._progress.disable and (now - self._told >= 10 or step == self._total):
             self._told = now
             left = (self._total - step) / rate if rate else 0
-            self.say(f"step {step:,}/{self._total:,}  loss {losses['loss']:.4f}  {rate:.1f} steps/s  {left:.0f} s left")
+            self.say(
+                f"step {step:,}/{self._total:,}  loss {losses['loss']:.4f}  {rate:.1f} steps/s  "
+                f"{left:.0f} s left"
+            )
 
 
 if __name__ == "__main__":

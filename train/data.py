@@ -1,10 +1,12 @@
-"""The loader: an endless stream of micro-batches whose order depends on the seed and the position alone.
+"""The loader: an endless stream of micro-batches whose order depends on the seed and the position
+alone.
 
-webdataset's pipeline carries it. What is split by node and by worker is not the list of shards but the plan of
-micro-batches: number m goes to process m mod W and there to workers in turn, which is the order in which torch's
-DataLoader asks them. So one shard is enough for any number of processes, nobody waits for a neighbour whose shards
-ran out, and 1, 2 or 8 processes see the same samples at the same step. The loader must not be passed to
-`accelerator.prepare`: it would split again what is split already (accelerate #3547).
+webdataset's pipeline carries it. What is split by node and by worker is not the list of shards but
+the plan of micro-batches: number m goes to process m mod W and there to workers in turn, which is
+the order in which torch's DataLoader asks them. So one shard is enough for any number of processes,
+nobody waits for a neighbour whose shards ran out, and 1, 2 or 8 processes see the same samples at
+the same step. The loader must not be passed to `accelerator.prepare`: it would split again what is
+split already (accelerate #3547).
 """
 
 from __future__ import annotations
@@ -59,10 +61,11 @@ class Order:
 class TrainBatch:
     """What one micro-batch of B samples sends to the device; nothing else is random in a step.
 
-    position: of its first sample. pixels: (B, 3, R, R) in [-1, 1]. pictures: (n, 3, S, S), the CLIP-normalised
-    pictures that are not zero, and picture_rows: (n,) int64, which of the 6·B rows they are: of every sample the
-    photograph, then its five regions. latent_noise, noise: (B, 4, h, w), for the VAE's sample and to be predicted.
-    timesteps: (B,) int64. The rest as in model.conditions.
+    position: of its first sample. pixels: (B, 3, R, R) in [-1, 1]. pictures: (n, 3, S, S), the
+    CLIP-normalised pictures that are not zero, and picture_rows: (n,) int64, which of the 6·B rows
+    they are: of every sample the photograph, then its five regions. latent_noise, noise: (B, 4, h,
+    w), for the VAE's sample and to be predicted. timesteps: (B,) int64. The rest as in
+    model.conditions.
     """
 
     position: int
@@ -90,15 +93,19 @@ class TrainBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        changed = {
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
-    """How records become micro-batches. latent_shape: (4, h, w). timesteps: how many the noise schedule has.
+    """How records become micro-batches. latent_shape: (4, h, w). timesteps: how many the noise
+    schedule has.
 
-    keep: prepared samples kept in memory, the first that come; for sets that are seen many times over.
+    keep: prepared samples kept in memory, the first that come; for sets that are seen many times
+    over.
     """
 
     tokenizer: Any
@@ -126,16 +133,23 @@ class BatchMaker:
         how = self._how
         conditions = drop_conditions(
             collate([sample for sample, _ in samples]),
-            torch.tensor([draws.uniform(how.seed, "drop", position) for position in positions], dtype=torch.float64),
+            torch.tensor(
+                [draws.uniform(how.seed, "drop", position) for position in positions],
+                dtype=torch.float64,
+            ),
             how.drop,
             how.tokenizer,
         )
         pictures, rows = _non_zero_pictures(conditions)
         normal = {
-            name: torch.stack([draws.normal(how.latent_shape, how.seed, name, position) for position in positions])
+            name: torch.stack(
+                [draws.normal(how.latent_shape, how.seed, name, position) for position in positions]
+            )
             for name in ("latent_noise", "noise")
         }
-        steps = [draws.whole(how.timesteps, how.seed, "timestep", position) for position in positions]
+        steps = [
+            draws.whole(how.timesteps, how.seed, "timestep", position) for position in positions
+        ]
         return TrainBatch(
             position=positions.start,
             keys=conditions.keys,
@@ -163,19 +177,31 @@ class BatchMaker:
 
     def _prepare(self, numbers: list[int]) -> dict[int, tuple[Conditions, Tensor]]:
         records = self._shards.records(numbers)
-        return {number: self._prepare_one(record) for number, record in zip(numbers, records, strict=True)}
+        return {
+            number: self._prepare_one(record)
+            for number, record in zip(numbers, records, strict=True)
+        }
 
     def _prepare_one(self, record: Record) -> tuple[Conditions, Tensor]:
         how = self._how
         conditions = build_conditions(
-            record, how.tokenizer, how.spec, how.mode, resolution=how.resolution, tokenizer_2=how.tokenizer_2
+            record,
+            how.tokenizer,
+            how.spec,
+            how.mode,
+            resolution=how.resolution,
+            tokenizer_2=how.tokenizer_2,
         )
         return conditions, training_pixels(record, how.resolution)
 
 
 def _non_zero_pictures(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
-    """The pictures the image tower must see, and their rows. Told here, where counting them costs no device a wait."""
-    every = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1).flatten(0, 1)
+    """The pictures the image tower must see, and their rows. Told here, where counting them costs
+    no device a wait.
+    """
+    every = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1).flatten(
+        0, 1
+    )
     rows = every.flatten(1).any(dim=1).nonzero().flatten()
     return every[rows], rows
 
@@ -190,7 +216,8 @@ def micro_batches(
     workers: int = 0,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Process `rank` of `world`'s micro-batches of `size` samples, from position `start` on, without end.
+    """Process `rank` of `world`'s micro-batches of `size` samples, from position `start` on,
+    without end.
 
     make: positions → micro-batch, in practice a BatchMaker; runs in the worker processes.
     """
@@ -218,5 +245,7 @@ def micro_batches(
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the trainer answers it, and ends its workers."""
+    """Ctrl-C reaches every process of the terminal; only the trainer answers it, and ends its
+    workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,8 @@
-"""Random numbers with names: each is a function of the run's seed, its own name and a position, and of nothing else.
+"""Random numbers with names: each is a function of the run's seed, its own name and a position, and
+of nothing else.
 
-So the noise of a sample is the same on any number of processes, in any worker, and after any resume.
+So the noise of a sample is the same on any number of processes, in any worker, and after any
+resume.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def normal(shape: tuple[int, ...], seed: int, name: str, position: int) -> Tenso
 
 def uniform(seed: int, name: str, position: int) -> float:
     """One number in [0, 1)."""
-    return (_number(seed, name, position) >> 10) / 2**53  # as many bits as a float holds, so never 1
+    # as many bits as a float holds, so never 1
+    return (_number(seed, name, position) >> 10) / 2**53
 
 
 def whole(limit: int, seed: int, name: str, position: int) -> int:

@@ -1,4 +1,6 @@
-"""What a run did, on disk: losses.jsonl has a line for every step, summary.json the figures to quote."""
+"""What a run did, on disk: losses.jsonl has a line for every step, summary.json the figures to
+quote.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,25 @@ from train.step import LOSSES
 
 
 class History:
-    """The loss of every step, in OUT/losses.jsonl. After a resume what the lost steps had written is taken out."""
+    """The loss of every step, in OUT/losses.jsonl. After a resume what the lost steps had written
+    is taken out.
+    """
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
         self.lines = [line for line in read_history(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def add(self, first_step: int, values: Sequence[Sequence[float]], rates: Sequence[float]) -> None:
+    def add(
+        self, first_step: int, values: Sequence[Sequence[float]], rates: Sequence[float]
+    ) -> None:
         """Steps from `first_step` on: their LOSSES and learning rates."""
         new = [
-            {"step": first_step + index, **{k: round(v, 6) for k, v in zip(LOSSES, row, strict=True)}, "lr": rate}
+            {
+                "step": first_step + index,
+                **{k: round(v, 6) for k, v in zip(LOSSES, row, strict=True)},
+                "lr": rate,
+            }
             for index, (row, rate) in enumerate(zip(values, rates, strict=True))
         ]
         self.lines.extend(new)
@@ -30,7 +40,9 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a losses.jsonl, without one that a kill cut short; none if there is no such file."""
+    """The lines of a losses.jsonl, without one that a kill cut short; none if there is no such
+    file.
+    """
     if not path.is_file():
         return []
     lines = []
@@ -43,7 +55,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def summarise(history: History, *, samples: int, seconds: float, finished: bool) -> dict[str, Any]:
-    """The run's figures; the start and end of a loss are its means over the first and the last tenth of the steps."""
+    """The run's figures; the start and end of a loss are its means over the first and the last
+    tenth of the steps.
+    """
     lines = history.lines
     part = max(1, len(lines) // 10)
 
@@ -57,5 +71,8 @@ def summarise(history: History, *, samples: int, seconds: float, finished: bool)
         "seconds": round(seconds, 1),
         "samples_per_second": round(samples / seconds, 2) if seconds else 0.0,
         "steps_per_second": round(len(lines) / seconds, 2) if seconds else 0.0,
-        **{name: {"start": mean(lines[:part], name), "end": mean(lines[-part:], name)} for name in LOSSES},
+        **{
+            name: {"start": mean(lines[:part], name), "end": mean(lines[-part:], name)}
+            for name in LOSSES
+        },
     }

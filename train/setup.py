@@ -1,4 +1,6 @@
-"""What a run is made of, before its first step: the configuration checked, models, optimizer and schedule."""
+"""What a run is made of, before its first step: the configuration checked, models, optimizer and
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,20 @@ def check_config(config: TrainConfig) -> None:
     if not config.data:
         raise ConfigError("no data given. Say data=OUT, the output of make dataset.")
     if not config.output:
-        raise ConfigError("no output given. Say output=FOLDER, where checkpoints and the adapter go.")
+        raise ConfigError(
+            "no output given. Say output=FOLDER, where checkpoints and the adapter go."
+        )
     if "://" in config.output:
-        raise ConfigError(f"output={config.output}: checkpoints go to a local folder; copy them on from there.")
+        raise ConfigError(
+            f"output={config.output}: checkpoints go to a local folder; copy them on from there."
+        )
     if config.model.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"model.device={config.model.device}: expected auto, cpu or cuda")
     if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device=cuda, but torch sees no GPU. Say model.device=auto, or mend the installation.")
+        raise ConfigError(
+            "model.device=cuda, but torch sees no GPU. Say model.device=auto, or mend the "
+            "installation."
+        )
     make_optimizer(config.optim, config.max_train_steps, [nn.Parameter(torch.zeros(1))])
 
 
@@ -67,7 +76,8 @@ def check_same_run(config: TrainConfig, begun: Path) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"{begun.parent} was begun with other settings: {'; '.join(changed)}. Give the same, or another output."
+            f"{begun.parent} was begun with other settings: {'; '.join(changed)}. Give the same, "
+            "or another output."
         )
 
 
@@ -78,14 +88,19 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | floa
         if isinstance(value, dict):
             items.update(flat(value, f"{prefix}{key}."))
         else:
-            items[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+            items[f"{prefix}{key}"] = (
+                value if isinstance(value, str | int | float | bool) else str(value)
+            )
     return items
 
 
-def make_models(config: TrainConfig, spec: ModelSpec, base: str, device: torch.device) -> tuple[Frozen, TrainedModel]:
+def make_models(
+    config: TrainConfig, spec: ModelSpec, base: str, device: torch.device
+) -> tuple[Frozen, TrainedModel]:
     """The base on its device in the precision wanted, and what trains, in float32.
 
-    Raises WeightsError if the base or `config.adapter` can't be loaded, ConfigError if the resolution doesn't fit it.
+    Raises WeightsError if the base or `config.adapter` can't be loaded, ConfigError if the
+    resolution doesn't fit it.
     """
     models = load_base(
         spec,
@@ -98,7 +113,9 @@ def make_models(config: TrainConfig, spec: ModelSpec, base: str, device: torch.d
         models.vae.float()  # fp16 overflows in SDXL's VAE
     multiple = models.vae_factor * 2 ** (len(models.unet.config.block_out_channels) - 1)
     if config.resolution % multiple:
-        raise ConfigError(f"resolution={config.resolution}: this base needs a multiple of {multiple}")
+        raise ConfigError(
+            f"resolution={config.resolution}: this base needs a multiple of {multiple}"
+        )
     if config.train_base:
         models.unet.float().requires_grad_(True)
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
@@ -112,12 +129,17 @@ def make_models(config: TrainConfig, spec: ModelSpec, base: str, device: torch.d
 def make_optimizer(
     config: OptimConfig, steps: int, parameters: list[nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and its schedule, which counts steps of the optimizer. Raises ConfigError for an unknown schedule."""
+    """AdamW and its schedule, which counts steps of the optimizer. Raises ConfigError for an
+    unknown schedule.
+    """
     from diffusers.optimization import SchedulerType, get_scheduler
 
-    known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules
+    # that one needs rules
+    known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
     if config.lr_scheduler not in known:
-        raise ConfigError(f"optim.lr_scheduler={config.lr_scheduler}: expected one of {', '.join(known)}")
+        raise ConfigError(
+            f"optim.lr_scheduler={config.lr_scheduler}: expected one of {', '.join(known)}"
+        )
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -126,7 +148,10 @@ def make_optimizer(
         eps=config.adam_epsilon,
     )
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=steps,
     )
     return optimizer, schedule
 

@@ -1,8 +1,8 @@
 """The shards of a data set, local or at an fsspec URL, and any one sample of them by its number.
 
-A shard exists if its manifest does, so gaps in the numbering and half-written tars are nothing special. The sidecars
-say where in its tar each sample lies; a sample is one ranged read, a batch's are fetched together, and no tar is ever
-unpacked or read from its start.
+A shard exists if its manifest does, so gaps in the numbering and half-written tars are nothing
+special. The sidecars say where in its tar each sample lies; a sample is one ranged read, a batch's
+are fetched together, and no tar is ever unpacked or read from its start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _READERS: Final = 16  # manifests and sidecars read at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A committed shard. tar: its path on the file system; sha256: of the tar; written: its samples."""
+    """A committed shard. tar: its path on the file system; sha256: of the tar; written: its
+    samples.
+    """
 
     name: str
     tar: str
@@ -49,15 +51,18 @@ class _Sidecar:
             return self
         places = [place for place, key in enumerate(self.keys) if key in chosen]
         return _Sidecar(
-            keys=[self.keys[place] for place in places], offsets=self.offsets[places], sizes=self.sizes[places]
+            keys=[self.keys[place] for place in places],
+            offsets=self.offsets[places],
+            sizes=self.sizes[places],
         )
 
 
 class ShardSet:
-    """Every sample on one side of a data set's split, numbered in the order of shards and, in a shard, of its tar.
+    """Every sample on one side of a data set's split, numbered in the order of shards and, in a
+    shard, of its tar.
 
-    split: train, val or all. Raises SourceError if there is no data set or nothing in it, ShardError if a shard
-    contradicts its manifest.
+    split: train, val or all. Raises SourceError if there is no data set or nothing in it,
+    ShardError if a shard contradicts its manifest.
     """
 
     def __init__(self, data: str, split: str = "all") -> None:
@@ -68,20 +73,26 @@ class ShardSet:
             read = list(pool.map(lambda path: _read_shard(fs, path), manifests))
         chosen = None if split == "all" else _side(fs, root, data, split)
         kept = ((shard, sidecar.of(chosen) if sidecar else None) for shard, sidecar in read)
-        found = [(shard, sidecar) for shard, sidecar in kept if sidecar is not None and sidecar.keys]
+        found = [
+            (shard, sidecar) for shard, sidecar in kept if sidecar is not None and sidecar.keys
+        ]
         if not found and chosen is not None and any(sidecar for _, sidecar in read):
             raise SourceError(
-                f"{data}: none of its samples is on the side split={split}. Train with split=all, or make the data set "
+                f"{data}: none of its samples is on the side split={split}. Train with "
+                "split=all, or make the data set "
                 "again with another neighbours.val_share."
             )
         if not found:
             raise SourceError(
-                f"{data}: its {len(read)} shards hold no sample; the report under {data}/report says why pictures were "
+                f"{data}: its {len(read)} shards hold no sample; the report under {data}/report "
+                "says why pictures were "
                 "dropped. Run make dataset on other pictures."
             )
         self.shards: tuple[Shard, ...] = tuple(shard for shard, _ in found)
         self.keys: list[str] = [key for _, sidecar in found for key in sidecar.keys]
-        self._shard_of = np.repeat(np.arange(len(found)), [len(sidecar.keys) for _, sidecar in found])
+        self._shard_of = np.repeat(
+            np.arange(len(found)), [len(sidecar.keys) for _, sidecar in found]
+        )
         self._offsets = np.concatenate([sidecar.offsets for _, sidecar in found])
         self._sizes = np.concatenate([sidecar.sizes for _, sidecar in found])
         text = "".join(f"{shard.name} {shard.sha256}\n" for shard in self.shards)
@@ -92,8 +103,11 @@ class ShardSet:
         return len(self.keys)
 
     def records(self, numbers: Sequence[int]) -> list[Record]:
-        """The records of those samples, in that order. Raises ShardError for one that can't be read."""
-        fs, _ = _file_system(self.data)  # anew: a worker process can't share its parent's connections
+        """The records of those samples, in that order. Raises ShardError for one that can't be
+        read.
+        """
+        # anew: a worker process can't share its parent's connections
+        fs, _ = _file_system(self.data)
         shards = [self.shards[self._shard_of[number]] for number in numbers]
         starts = [int(self._offsets[number]) for number in numbers]
         ends = [int(self._offsets[number] + self._sizes[number]) for number in numbers]
@@ -104,7 +118,8 @@ class ShardSet:
                 f"{self.data}: {error}. The shards must stay where they are while training runs."
             ) from error
         return [
-            _record(part, self.keys[number], shard) for part, number, shard in zip(parts, numbers, shards, strict=True)
+            _record(part, self.keys[number], shard)
+            for part, number, shard in zip(parts, numbers, shards, strict=True)
         ]
 
     def dataset_config(self) -> str:
@@ -120,7 +135,9 @@ def _file_system(data: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.core.url_to_fs(data)
     except (ValueError, ImportError) as error:
-        raise SourceError(f"data={data!r} can't be opened: {error}. Give the folder or URL of make dataset.") from error
+        raise SourceError(
+            f"data={data!r} can't be opened: {error}. Give the folder or URL of make dataset."
+        ) from error
     return fs, str(root).rstrip("/")
 
 
@@ -134,14 +151,17 @@ def _manifests(fs: Any, root: str, data: str) -> list[str]:
     manifests = sorted(str(name) for name in names if str(name).endswith(".json"))
     if not manifests:
         raise SourceError(
-            f"{data}: no shards there (looked for {data}/shards/*.json). Run make dataset first, then give its output "
+            f"{data}: no shards there (looked for {data}/shards/*.json). Run make dataset first, "
+            "then give its output "
             "here, as in data=runs/dataset."
         )
     return manifests
 
 
 def _side(fs: Any, root: str, data: str, split: str) -> frozenset[str]:
-    """Keys of the samples on one side of the split. Raises SourceError where the data set has none yet."""
+    """Keys of the samples on one side of the split. Raises SourceError where the data set has none
+    yet.
+    """
     path = f"{root}/identities.parquet"
     try:
         table = _table(fs, path, ["key", "split"])
@@ -165,17 +185,23 @@ def _read_shard(fs: Any, manifest: str) -> tuple[Shard, _Sidecar | None]:
         shard = Shard(name=name, tar=f"{folder}/{tar}", sha256=sha256, written=written)
         held = fs.size(shard.tar)
         if held != size:
-            raise ShardError(f"{shard.tar} holds {held:,} bytes, its manifest says {size:,}. {_REBUILD}")
+            raise ShardError(
+                f"{shard.tar} holds {held:,} bytes, its manifest says {size:,}. {_REBUILD}"
+            )
         sidecar = _sidecar(fs, f"{folder}/{files['parquet']['name']}")
     except (KeyError, TypeError, ValueError) as error:
         raise ShardError(
             f"{manifest} is not a shard's manifest ({type(error).__name__}: {error}). {_REBUILD}"
         ) from error
     except OSError as error:
-        raise ShardError(f"{manifest} names a file that can't be read: {error}. {_REBUILD}") from error
+        raise ShardError(
+            f"{manifest} names a file that can't be read: {error}. {_REBUILD}"
+        ) from error
     ends = sidecar.offsets + sidecar.sizes
     if len(sidecar.keys) != written or int(ends.max()) > size:
-        raise ShardError(f"{manifest} says {written} samples, its sidecar places {len(sidecar.keys)}. {_REBUILD}")
+        raise ShardError(
+            f"{manifest} says {written} samples, its sidecar places {len(sidecar.keys)}. {_REBUILD}"
+        )
     return shard, sidecar
 
 
@@ -183,7 +209,9 @@ _REBUILD: Final = "Delete that manifest and run make dataset again: it makes the
 
 
 def _table(fs: Any, path: str, columns: list[str]) -> Any:
-    """A parquet file's columns. Not by pq.read_table, whose threads may outlive Python with the stream in hand."""
+    """A parquet file's columns. Not by pq.read_table, whose threads may outlive Python with the
+    stream in hand.
+    """
     import pyarrow.parquet
 
     with fs.open(path, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
@@ -213,4 +241,6 @@ def _record(part: bytes, key: str, shard: Shard) -> Record:
                 members[extension] = file.read()
         return from_members(members)
     except (tarfile.TarError, KeyError, ValueError) as error:
-        raise ShardError(f"sample {key} of {shard.tar} can't be read: {error}. {_REBUILD}") from error
+        raise ShardError(
+            f"sample {key} of {shard.tar} can't be read: {error}. {_REBUILD}"
+        ) from error

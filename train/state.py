@@ -32,7 +32,9 @@ _NAME: Final = re.compile(r"checkpoint-(\d{6,})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artefact:
-    """What goes beside an adapter. described: JSON-ready, into adapter.json. dataset: YAML, "" for none."""
+    """What goes beside an adapter. described: JSON-ready, into adapter.json. dataset: YAML, "" for
+    none.
+    """
 
     described: dict[str, Any]
     dataset: str
@@ -45,14 +47,20 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints under `output`, oldest first."""
-    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in output.glob("checkpoint-*")
+        if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
 
 
 def find_checkpoint(output: Path, wanted: str) -> Path | None:
-    """The checkpoint to go on from, None to begin. wanted: latest, a name or a folder, or "" to refuse old output.
+    """The checkpoint to go on from, None to begin. wanted: latest, a name or a folder, or "" to
+    refuse old output.
 
-    Raises ConfigError if `wanted` isn't there, or if nothing is wanted and the output has checkpoints.
+    Raises ConfigError if `wanted` isn't there, or if nothing is wanted and the output has
+    checkpoints.
     """
     present = checkpoints(output)
     if wanted == "latest":
@@ -60,7 +68,8 @@ def find_checkpoint(output: Path, wanted: str) -> Path | None:
     if not wanted:
         if present:
             raise ConfigError(
-                f"{output} has checkpoints up to {present[-1].name} and resume_from_checkpoint is empty. Name another "
+                f"{output} has checkpoints up to {present[-1].name} and resume_from_checkpoint "
+                "is empty. Name another "
                 "output, or say resume_from_checkpoint=latest."
             )
         return None
@@ -100,9 +109,17 @@ def write_whole(target: Path, fill: Callable[[Path], object]) -> Path:
 
 
 def save_checkpoint(
-    output: Path, step: int, trained: TrainedModel, artefact: Artefact, state: dict[str, Any], *, limit: int
+    output: Path,
+    step: int,
+    trained: TrainedModel,
+    artefact: Artefact,
+    state: dict[str, Any],
+    *,
+    limit: int,
 ) -> Path:
-    """Write checkpoint `step`, then remove the oldest beyond `limit` (0: none). state: tensors and plain values."""
+    """Write checkpoint `step`, then remove the oldest beyond `limit` (0: none). state: tensors and
+    plain values.
+    """
 
     def fill(folder: Path) -> None:
         write_adapter(folder, trained, artefact)
@@ -122,12 +139,17 @@ def sweep(output: Path) -> None:
 
 
 def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> dict[str, Any]:
-    """Load a checkpoint's weights into the model; returns its state. Raises WeightsError if it doesn't fit."""
+    """Load a checkpoint's weights into the model; returns its state. Raises WeightsError if it
+    doesn't fit.
+    """
     try:
-        state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(
+            folder / STATE_FILE, map_location="cpu", weights_only=True
+        )
     except Exception as error:  # torch raises several kinds, among them a bare UnpicklingError
         raise WeightsError(
-            f"{folder / STATE_FILE} can't be read ({error}); go on from an older one with resume_from_checkpoint=NAME"
+            f"{folder / STATE_FILE} can't be read ({error}); go on from an older one with "
+            "resume_from_checkpoint=NAME"
         ) from error
     load_adapter(folder, trained.adapter)
     if with_unet:
@@ -141,16 +163,24 @@ def load_unet(folder: Path, unet: Any) -> None:
 
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
-        raise WeightsError(f"{folder}: no UNet there, though train_base=true; resume from a checkpoint that has one")
+        raise WeightsError(
+            f"{folder}: no UNet there, though train_base=true; resume from a checkpoint that has one"
+        )
     wrong = unet.load_state_dict(load_file(path), strict=False)
     missing = [key for key in wrong.missing_keys if ".processor." not in key]
     if missing or wrong.unexpected_keys:
-        raise WeightsError(f"{path} is of another UNet: {[*missing, *wrong.unexpected_keys][:4]}; check model.base")
+        raise WeightsError(
+            f"{path} is of another UNet: {[*missing, *wrong.unexpected_keys][:4]}; check model.base"
+        )
 
 
 def random_state() -> dict[str, Any]:
     """This process's random states, as tensors."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
+    cuda = (
+        torch.cuda.get_rng_state()
+        if torch.cuda.is_available()
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 

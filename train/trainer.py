@@ -1,8 +1,10 @@
-"""The trainer: from a configuration to OUT/final, through checkpoints from which the same command goes on.
+"""The trainer: from a configuration to OUT/final, through checkpoints from which the same command
+goes on.
 
     OUT/config.yaml  base/ (tiny only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl  summary.json
 
-A step reads no number back from the device: losses stay there and are fetched together every `log_every` steps.
+A step reads no number back from the device: losses stay there and are fetched together every
+`log_every` steps.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from train import draws
 from train.base import ensure_base
 from train.data import BatchMaker, Order, TrainBatch, micro_batches
 from train.history import History, summarise
-from train.setup import check_config, check_same_run, flat, make_models, make_optimizer, make_preparation
+from train.setup import (
+    check_config,
+    check_same_run,
+    flat,
+    make_models,
+    make_optimizer,
+    make_preparation,
+)
 from train.shards import ShardSet
 from train.state import (
     Artefact,
@@ -57,7 +66,9 @@ class Watcher(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is. position: samples consumed, over all processes. seconds: of training, over all runs."""
+    """Where a run is. position: samples consumed, over all processes. seconds: of training, over
+    all runs.
+    """
 
     step: int = 0
     position: int = 0
@@ -100,7 +111,9 @@ class Trainer:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(
-                project_dir=str(self.output), logging_dir=str(self.output / "logs"), automatic_checkpoint_naming=False
+                project_dir=str(self.output),
+                logging_dir=str(self.output / "logs"),
+                automatic_checkpoint_naming=False,
             ),
         )
         set_seed(config.seed)
@@ -109,14 +122,19 @@ class Trainer:
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.optimizer: Any
-        self.optimizer, self.schedule = make_optimizer(config.optim, config.max_train_steps, self.parameters)
+        self.optimizer, self.schedule = make_optimizer(
+            config.optim, config.max_train_steps, self.parameters
+        )
         self.progress = Progress()
         if resumed is not None:
             self._resume(resumed)
-        # The loader is not prepared: it would split again what the plan has split already (accelerate #3547). Nor is
-        # the schedule: accelerate would advance it once for every process.
+        # The loader is not prepared: it would split again what the plan has split already
+        # (accelerate #3547). Nor is the schedule: accelerate would advance it once for every
+        # process.
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
-        self.history = History(self.output / "losses.jsonl", step=self.progress.step) if self.is_main else None
+        self.history = (
+            History(self.output / "losses.jsonl", step=self.progress.step) if self.is_main else None
+        )
 
     @property
     def is_main(self) -> bool:
@@ -127,10 +145,12 @@ class Trainer:
         device: torch.device = self.accelerator.device
         return device
 
-    # -------------------------------------------------------------------------------------------------- set-up
+    # ----------------------------------------------------------------------------------------------
 
     def _prepared_output(self) -> str:
-        """The base to load, once the main process has made the output and, if need be, the tiny base."""
+        """The base to load, once the main process has made the output and, if need be, the tiny
+        base.
+        """
         base = ""
         if self.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -148,7 +168,10 @@ class Trainer:
         self.progress = Progress(state["step"], state["position"], state["seconds"])
         self.watcher.say(f"resuming from {checkpoint} at step {self.progress.step:,}")
         if state["data"] != self.shards.digest:
-            self.watcher.say(f"{self.config.data} has changed since that checkpoint; samples come in its new order")
+            self.watcher.say(
+                f"{self.config.data} has changed since that checkpoint; samples come in its new "
+                "order"
+            )
 
     def _batches(self) -> Iterator[TrainBatch]:
         preparation = make_preparation(self.config, self.spec, self.frozen)
@@ -162,14 +185,15 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    # -------------------------------------------------------------------------------------------------- training
+    # ----------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         """Train to the last step or to a signal, leaving a checkpoint either way."""
         config, progress = self.config, self.progress
         if progress.step >= config.max_train_steps:
             self.watcher.say(
-                f"{self.output} is finished: {progress.step:,} steps. Say max_train_steps={2 * progress.step} to go on."
+                f"{self.output} is finished: {progress.step:,} steps. Say "
+                f"max_train_steps={2 * progress.step} to go on."
             )
             return self._end(0)
         if config.report_to != "none":
@@ -188,10 +212,14 @@ class Trainer:
                     losses = self._fetch(window, rates)
                     stopping.agreed = self._anyone(stopping.signal)
                 elif self.accelerator.num_processes == 1:
-                    stopping.agreed = bool(stopping.signal)  # with several, all must stop at the same step
+                    # with several, all must stop at the same step
+                    stopping.agreed = bool(stopping.signal)
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
-                if progress.step % config.checkpointing_steps == 0 and progress.step < config.max_train_steps:
+                if (
+                    progress.step % config.checkpointing_steps == 0
+                    and progress.step < config.max_train_steps
+                ):
                     self._save()
                 self.watcher.step(progress.step, losses)
             if window:
@@ -202,7 +230,9 @@ class Trainer:
         return outcome
 
     def _step(self, batches: Iterator[TrainBatch]) -> Tensor:
-        """One step of the optimizer over all its micro-batches; their mean losses (3,), on the device."""
+        """One step of the optimizer over all its micro-batches; their mean losses (3,), on the
+        device.
+        """
         config = self.config
         # One draw for the whole step, so that it doesn't depend on the number of processes.
         mask = draws.uniform(config.seed, "mask", self.progress.step) < config.loss.mask_loss_prob
@@ -222,7 +252,9 @@ class Trainer:
         return torch.stack(values).mean(0)
 
     def _fetch(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
-        """Bring the losses of the last steps from the device and write them down; their means. Empties both lists."""
+        """Bring the losses of the last steps from the device and write them down; their means.
+        Empties both lists.
+        """
         values: list[list[float]] = self.accelerator.reduce(torch.stack(window), "mean").tolist()
         means = {name: sum(row[i] for row in values) / len(values) for i, name in enumerate(LOSSES)}
         if self.history is not None:
@@ -239,12 +271,13 @@ class Trainer:
         told = self.accelerator.reduce(torch.tensor([float(bool(flag))], device=self.device), "sum")
         return bool(told.item() > 0)
 
-    # -------------------------------------------------------------------------------------------------- output
+    # ----------------------------------------------------------------------------------------------
 
     def _artefact(self) -> Artefact:
         base = self.base
         if Path(base).is_relative_to(self.output):
-            base = os.path.relpath(base, self.output / "final")  # from the adapter's folder: a run may be moved
+            # from the adapter's folder: a run may be moved
+            base = os.path.relpath(base, self.output / "final")
         return Artefact(
             described={
                 "step": self.progress.step,
@@ -285,9 +318,15 @@ class Trainer:
         if self.history is not None:
             if not stopped:
                 adapter = write_whole(
-                    self.output / "final", lambda folder: write_adapter(folder, self.trained, self._artefact())
+                    self.output / "final",
+                    lambda folder: write_adapter(folder, self.trained, self._artefact()),
                 )
-            summary = summarise(self.history, samples=progress.position, seconds=progress.seconds, finished=not stopped)
+            summary = summarise(
+                self.history,
+                samples=progress.position,
+                seconds=progress.seconds,
+                finished=not stopped,
+            )
             write_json(self.output / "summary.json", summary)
         self.accelerator.wait_for_everyone()
         return Outcome(step=progress.step, signal=stopped, adapter=adapter, summary=summary)
@@ -303,7 +342,9 @@ class _Stopping:
 
 @contextmanager
 def _signals() -> Iterator[_Stopping]:
-    """Ctrl-C or SIGTERM ends training after the step it is in; a second one ends the process at once."""
+    """Ctrl-C or SIGTERM ends training after the step it is in; a second one ends the process at
+    once.
+    """
     stopping = _Stopping()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

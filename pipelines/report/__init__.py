@@ -1,4 +1,6 @@
-"""The report on a data set: `write_report` writes index.html, stats.json and stats.parquet under report/."""
+"""The report on a data set: `write_report` writes index.html, stats.json and stats.parquet under
+report/.
+"""
 
 from pipelines.report.page import INDEX, STATS, TABLE, write_report
 from pipelines.report.runs import images_per_second

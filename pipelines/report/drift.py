@@ -1,9 +1,10 @@
 """Drift: how far each shard lies from the others, in units that chance alone would rarely exceed.
 
-A shard's value is its median of a figure (its mean, of whole numbers; its share, of a rate), and its distance that from
-the middle shard's. A unit is the largest of three: how much the shards themselves spread (1.4826 × median absolute
-deviation), the least that matters (a twentieth of the samples' own spread; two hundredths of a rate), and what chance
-does to a shard of this size. A shard of at least 50 that lies more than 5 units away is flagged.
+A shard's value is its median of a figure (its mean, of whole numbers; its share, of a rate), and
+its distance that from the middle shard's. A unit is the largest of three: how much the shards
+themselves spread (1.4826 × median absolute deviation), the least that matters (a twentieth of the
+samples' own spread; two hundredths of a rate), and what chance does to a shard of this size. A
+shard of at least 50 that lies more than 5 units away is flagged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipelines.report.spread import Floats, median, rounded
+from pipelines.report.distribution import Floats, median, rounded
 
 LEAST: Final = 50
 LIMIT: Final = 5.0
@@ -22,8 +23,10 @@ LIMIT: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One figure over the shards. values: NaN where a shard has none. counts: samples behind each. scale: what the
-    samples themselves spread (interquartile range, standard deviation); None for a rate."""
+    """One figure over the shards. values: NaN where a shard has none. counts: samples behind each.
+    scale: what the samples themselves spread (interquartile range, standard deviation); None for a
+    rate.
+    """
 
     name: str
     values: Floats
@@ -32,7 +35,9 @@ class Track:
 
 
 def distances(track: Track) -> tuple[float | None, Floats]:
-    """(the middle shard's value, each shard's distance from it in units); NaN where there is nothing to compare."""
+    """(the middle shard's value, each shard's distance from it in units); NaN where there is
+    nothing to compare.
+    """
     present = np.sort(track.values[~np.isnan(track.values)])
     if not len(present):
         return None, np.full(len(track.values), np.nan)
@@ -43,7 +48,8 @@ def distances(track: Track) -> tuple[float | None, Floats]:
     deviation = math.sqrt(max(0.0, middle * (1 - middle))) if track.scale is None else track.scale
     unit = np.maximum(max(shards, least), deviation / np.sqrt(np.maximum(track.counts, 1)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        away = np.where(apart == 0, 0.0, apart / unit)  # no spread at all: whatever differs is infinitely far
+        # no spread at all: whatever differs is infinitely far
+        away = np.where(apart == 0, 0.0, apart / unit)
     return middle, away
 
 

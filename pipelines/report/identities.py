@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.report.spread import Sums, spread
-from pipelines.store import Store
-from pipelines.verdicts import IDENTITIES, read_takedowns
+from pipelines.report.distribution import Sums, spread
+from stages.storage.exclusions import IDENTITIES, read_takedowns
+from stages.storage.store import Store
 
 _NAMED: Final = 12  # largest identities named one by one
 
 
 def identity_figures(store: Store) -> dict[str, Any] | None:
-    """count, samples; sizes: size → number of identities of it; largest; splits; similarity: of each sample's nearest
-    other one. None where identities weren't grouped."""
+    """count, samples; sizes: size → number of identities of it; largest; splits; similarity: of
+    each sample's nearest other one. None where identities weren't grouped.
+    """
     if not store.exists(IDENTITIES):
         return None
     table = store.table(IDENTITIES, ["identity_id", "split", "similarity"])
@@ -35,13 +36,18 @@ def identity_figures(store: Store) -> dict[str, Any] | None:
         "samples": len(table),
         "sizes": {str(size): count for size, count in sorted(Counter(sizes).items())},
         "largest": [{"identity": names[at], "count": sizes[at]} for at in order],
-        "splits": {name: {"samples": splits[name], "identities": split_people[name]} for name in sorted(splits)},
+        "splits": {
+            name: {"samples": splits[name], "identities": split_people[name]}
+            for name in sorted(splits)
+        },
         "similarity": spread(np.sort(closest), sums.totals()[0]),
     }
 
 
 def takedowns(store: Store) -> list[dict[str, Any]]:
-    """Every line of the log, without what it removed: time, by, inputs, note, shards, keys (the last two: how many)."""
+    """Every line of the log, without what it removed: time, by, inputs, note, shards, keys (the
+    last two: how many).
+    """
     return [
         {name: entry[name] for name in ("time", "by", "inputs", "note")}
         | {"shards": len(entry["removed"]), "keys": sum(map(len, entry["removed"].values()))}

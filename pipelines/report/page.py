@@ -1,9 +1,10 @@
 """Page: the stats as one HTML file that needs nothing from anywhere.
 
-Captions, file names and details come from outside: Jinja escapes what it writes, the script sets text and nothing else,
-and a content security policy that knows the two scripts by their digests stands behind that. Whatever is large is
-packed (gzip, base64) and unpacked when it is wanted: the charting library, the records, and their pictures in chunks.
-Equal outputs give equal pages: no clock, no host, no path.
+Captions, file names and details come from outside: Jinja escapes what it writes, the script sets
+text and nothing else, and a content security policy that knows the two scripts by their digests
+stands behind that. Whatever is large is packed (gzip, base64) and unpacked when it is wanted: the
+charting library, the records, and their pictures in chunks. Equal outputs give equal pages: no
+clock, no host, no path.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipelines.report import text
-from pipelines.report.figures import FIGURES
+from pipelines.report.metrics import FIGURES
 from pipelines.report.palette import PALETTE
 from pipelines.report.samples import EXTRA, Samples, read_samples
 from pipelines.report.stats import Report, compute
-from pipelines.store import Store
 from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
+from stages.storage.store import Store
 
 INDEX: Final = "report/index.html"
 STATS: Final = "report/stats.json"
@@ -40,15 +41,25 @@ SAMPLES: Final = 10_000  # records on the page
 _CHUNK: Final = 200  # records whose pictures are unpacked together
 _DATASET: Final = "dataset.json"
 _HERE: Final = Path(__file__).parent
-_SCRIPTS: Final = ("base.js", "records.js", "paint.js", "browser.js", "detail.js", "charts.js", "shards.js", "main.js")
+_SCRIPTS: Final = (
+    "base.js",
+    "records.js",
+    "paint.js",
+    "browser.js",
+    "detail.js",
+    "charts.js",
+    "shards.js",
+    "main.js",
+)
 _REGION_COLORS: Final = ("#35b3a2", "#e0557d", "#1f5fd6", "#f4873a", "#e63946")
 
 
 def write_report(output: str | Store, samples: int = SAMPLES) -> dict[str, Any]:
-    """Write report/stats.json, stats.parquet and index.html into the data set at `output`; returns the stats.
+    """Write report/stats.json, stats.parquet and index.html into the data set at `output`; returns
+    the stats.
 
-    samples: how many records the page holds, besides examples of every reason. Raises ShardError if there is no shard,
-    or one that contradicts its manifest.
+    samples: how many records the page holds, besides examples of every reason. Raises ShardError if
+    there is no shard, or one that contradicts its manifest.
     """
     store = output if isinstance(output, Store) else Store(output)
     report = compute(store)
@@ -79,9 +90,15 @@ def _fill_examples(report: Report, records: Samples) -> None:
 def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
     """The page. dataset: what dataset.json says, {} if there is none."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    filters = {name: getattr(text, name) for name in ("number", "percent", "duration", "size", "clock")}
+    filters = {
+        name: getattr(text, name) for name in ("number", "percent", "duration", "size", "clock")
+    }
     environment.filters.update(filters, query=_query)
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     script = _script()
@@ -93,10 +110,18 @@ def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
         chains=report.stats["chains"],
         dataset=dataset,
         weights=_dicts(dataset.get("weights")),
-        totals={name: sum(shard[name] for shard in data["shards"]) for name in ("written", "dropped", "failed")},
-        groups={group: [f for f in FIGURES if f.group == group] for group in dict.fromkeys(f.group for f in FIGURES)},
+        totals={
+            name: sum(shard[name] for shard in data["shards"])
+            for name in ("written", "dropped", "failed")
+        },
+        groups={
+            group: [f for f in FIGURES if f.group == group]
+            for group in dict.fromkeys(f.group for f in FIGURES)
+        },
         figure={figure.name: figure for figure in FIGURES},
-        regions=[{"word": w, "color": c} for w, c in zip(REGION_WORDS, _REGION_COLORS, strict=True)],
+        regions=[
+            {"word": w, "color": c} for w, c in zip(REGION_WORDS, _REGION_COLORS, strict=True)
+        ],
         records=len(records),
         packed_records=Markup(_pack(_records(records))),  # noqa: S704 - base64, as are the next ones
         packed_values=Markup(_gzip(records.values.astype("<f8").tobytes())),  # noqa: S704
@@ -110,14 +135,16 @@ def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------ what the script reads
+# ------------------------------------------------------------------------------------------ what th
 
 
 def _facts(report: Report, records: Samples) -> str:
     """Small things, as JSON that can't end its element."""
     data = report.stats["data"]
     facts = {
-        "figures": [asdict(figure) | {"spread": data["figures"][figure.name]} for figure in FIGURES],
+        "figures": [
+            asdict(figure) | {"spread": data["figures"][figure.name]} for figure in FIGURES
+        ],
         "extra": EXTRA,
         "identities": data["identities"],
         "funnel": data["funnel"],
@@ -127,7 +154,11 @@ def _facts(report: Report, records: Samples) -> str:
         "labels": LABELS,
         "palette": PALETTE,
         "regions": [
-            {"word": word, "color": color, "labels": [LABELS.index(name) for name in REGION_LABELS[word]]}
+            {
+                "word": word,
+                "color": color,
+                "labels": [LABELS.index(name) for name in REGION_LABELS[word]],
+            }
             for word, color in zip(REGION_WORDS, _REGION_COLORS, strict=True)
         ],
         "chunk": _CHUNK,
@@ -179,7 +210,9 @@ def _chunks(records: Samples) -> Iterator[str]:
 
 
 def _pack(value: Any) -> str:
-    return _gzip(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode())
+    return _gzip(
+        json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    )
 
 
 def _gzip(data: bytes) -> str:
@@ -202,7 +235,7 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-# ------------------------------------------------------------------------------------------ for the template
+# ------------------------------------------------------------------------------------------ for the
 
 
 def _query(count: float | None, **filters: Any) -> str:
@@ -211,7 +244,9 @@ def _query(count: float | None, **filters: Any) -> str:
 
 
 def _dataset(store: Store) -> dict[str, Any]:
-    """What dataset.json says, {} where it is missing or isn't what it should be: the report doesn't hang on it."""
+    """What dataset.json says, {} where it is missing or isn't what it should be: the report doesn't
+    hang on it.
+    """
     try:
         found = json.loads(store.read(_DATASET))
     except (FileNotFoundError, ValueError):

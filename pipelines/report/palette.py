@@ -1,4 +1,6 @@
-"""Palette: one colour for each label of a label map; sides of a pair differ, to show that left is left."""
+"""Palette: one colour for each label of a label map; sides of a pair differ, to show that left is
+left.
+"""
 
 from __future__ import annotations
 

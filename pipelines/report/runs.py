@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.plan import PLAN
-from pipelines.store import Store
+from pipelines.planning.plan import PLAN
+from stages.storage.store import Store
 
 Row = Mapping[str, Any]
 
@@ -40,7 +40,10 @@ def run_figures(found: Sequence[Row]) -> dict[str, Any]:
         "images_per_second": images_per_second(found),
         "finished": max(shard["finished"] for shard in shards),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
-        "stage_share": {stage: round(seconds / total, 4) if total else 0.0 for stage, seconds in stage_seconds.items()},
+        "stage_share": {
+            stage: round(seconds / total, 4) if total else 0.0
+            for stage, seconds in stage_seconds.items()
+        },
         "shards": shards,
     }
 

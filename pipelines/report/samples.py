@@ -1,7 +1,8 @@
 """Samples: the records that the page's browser holds, with their thumbnails.
 
-Of a set that is larger than the browser, each shard gives its part, drawn by the shard's number from one row group, so
-that no shard's pictures are read whole; and of every reason the first few records are there in any case.
+Of a set that is larger than the browser, each shard gives its part, drawn by the shard's number
+from one row group, so that no shard's pictures are read whole; and of every reason the first few
+records are there in any case.
 """
 
 from __future__ import annotations
@@ -14,17 +15,37 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from pipelines.report import figures
+from pipelines.report import metrics
+from pipelines.report.distribution import Floats
 from pipelines.report.identities import neighbours
 from pipelines.report.scan import End, Row, open_sidecar
-from pipelines.report.spread import Floats
-from pipelines.store import Store
 from stages.regions import LABELS
+from stages.storage.store import Store
 
 _THREADS: Final = 4
 _WORDS: Final = [
-    *("key", "source", "status", "reason", "stage", "detail", "sha256", "license", "author", "consent"),
-    *("tar_offset", "tar_size", "held_offset", "held_size", "width", "height", "source_width", "source_height"),
+    *(
+        "key",
+        "source",
+        "status",
+        "reason",
+        "stage",
+        "detail",
+        "sha256",
+        "license",
+        "author",
+        "consent",
+    ),
+    *(
+        "tar_offset",
+        "tar_size",
+        "held_offset",
+        "held_size",
+        "width",
+        "height",
+        "source_width",
+        "source_height",
+    ),
     *("faces", "face", "caption", "face_caption", "trainable", "fused", "unfused", "absent"),
 ]
 _PICTURES: Final = ["thumbnail", "thumbnail_labels"]
@@ -33,8 +54,9 @@ EXTRA: Final = ("identity_size", "similarity")  # figures of a sample that its s
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """columns: name → a value for each record, ready for JSON. values: (figures and EXTRA, records), NaN for none.
-    pictures: (WebP, label PNG) of each, empty where there is none."""
+    """columns: name → a value for each record, ready for JSON. values: (figures and EXTRA,
+    records), NaN for none. pictures: (WebP, label PNG) of each, empty where there is none.
+    """
 
     columns: dict[str, list[Any]]
     values: Floats
@@ -45,15 +67,22 @@ class Samples:
 
 
 def read_samples(
-    store: Store, manifests: Sequence[Row], examples: Mapping[End, Sequence[tuple[int, int]]], count: int
+    store: Store,
+    manifests: Sequence[Row],
+    examples: Mapping[End, Sequence[tuple[int, int]]],
+    count: int,
 ) -> Samples:
-    """`count` records spread evenly over the shards, and the examples; in the shards' order. Raises ShardError."""
+    """`count` records spread evenly over the shards, and the examples; in the shards' order. Raises
+    ShardError.
+    """
     wanted: dict[int, set[int]] = {}
     for rows in examples.values():
         for shard, row in rows:
             wanted.setdefault(shard, set()).add(row)
     jobs = []
-    for manifest, part in zip(manifests, _parts([m["inputs"] for m in manifests], count), strict=True):
+    for manifest, part in zip(
+        manifests, _parts([m["inputs"] for m in manifests], count), strict=True
+    ):
         index = int(manifest["shard"].rpartition("-")[2])
         if part or index in wanted:
             jobs.append((store, manifest["shard"], index, sorted(wanted.get(index, ())), part))
@@ -77,9 +106,11 @@ def _read(store: Store, name: str, index: int, rows: Sequence[int], part: int) -
         starts = np.cumsum([0, *sizes])
         chosen = sorted({*rows, *_drawn(starts, index, part)})
         groups = sorted({int(group) for group in np.searchsorted(starts, chosen, "right") - 1})
-        columns = [*dict.fromkeys([*_WORDS, *figures.COLUMNS, *_PICTURES])]
+        columns = [*dict.fromkeys([*_WORDS, *metrics.COLUMNS, *_PICTURES])]
         table = file.read_row_groups(groups, columns, use_threads=False)
-    place = dict(zip(groups, np.cumsum([0, *(sizes[group] for group in groups)]).tolist(), strict=False))
+    place = dict(
+        zip(groups, np.cumsum([0, *(sizes[group] for group in groups)]).tolist(), strict=False)
+    )
     at = [place[int(np.searchsorted(starts, row, "right")) - 1] for row in chosen]
     inside = [row - int(starts[np.searchsorted(starts, row, "right") - 1]) for row in chosen]
     table = table.take(pa.array(np.add(at, inside), pa.int64()))
@@ -100,18 +131,28 @@ def _drawn(starts: np.ndarray[Any, np.dtype[np.int64]], index: int, part: int) -
 
 def _samples(store: Store, table: pa.Table) -> Samples:
     columns = {name: table[name].to_pylist() for name in [*_WORDS, "shard"]}
-    columns["faces"] = [_boxes(*row) for row in zip(*(columns[n] for n in ("faces", "width", "height")), strict=True)]
-    columns["unfused"] = [[f"{pair['region']}:{pair['reason']}" for pair in row] for row in columns["unfused"]]
-    columns["missing"] = _missing(figures.label_matrix(table))
+    columns["faces"] = [
+        _boxes(*row)
+        for row in zip(*(columns[n] for n in ("faces", "width", "height")), strict=True)
+    ]
+    columns["unfused"] = [
+        [f"{pair['region']}:{pair['reason']}" for pair in row] for row in columns["unfused"]
+    ]
+    columns["missing"] = _missing(metrics.label_matrix(table))
     rows = neighbours(store, columns["key"])
     found = [rows.get(key) for key in columns["key"]]
     for name in ("identity_id", "split"):
         columns[name] = [row[name] if row else "" for row in found]
     columns["nearest"] = [row["nearest"] if row else [] for row in found]
-    columns["similarity"] = [[round(v, 3) for v in row["similarity"]] if row else [] for row in found]
-    extra = [[row["identity_size"] if row else np.nan for row in found], [_first(row) for row in found]]
+    columns["similarity"] = [
+        [round(v, 3) for v in row["similarity"]] if row else [] for row in found
+    ]
+    extra = [
+        [row["identity_size"] if row else np.nan for row in found],
+        [_first(row) for row in found],
+    ]
     pictures = list(zip(*(table[name].to_pylist() for name in _PICTURES), strict=True))
-    return Samples(columns, np.concatenate([figures.matrix(table), extra]), pictures)
+    return Samples(columns, np.concatenate([metrics.matrix(table), extra]), pictures)
 
 
 def _boxes(faces: Sequence[Row], width: int, height: int) -> list[list[float]]:
@@ -119,7 +160,9 @@ def _boxes(faces: Sequence[Row], width: int, height: int) -> list[list[float]]:
     boxes = []
     for face in faces:
         x1, y1, x2, y2 = face["box"]
-        boxes.append([round(v, 4) for v in (x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height)])
+        boxes.append(
+            [round(v, 4) for v in (x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height)]
+        )
     return boxes
 
 

@@ -1,7 +1,8 @@
-"""Scan: one pass over the sidecars, several shards at a time, reading the columns that figures are made of.
+"""Scan: one pass over the sidecars, several shards at a time, reading the columns that figures are
+made of.
 
-Pictures, embeddings and words are not among them; those of the few samples that the page shows are read afterwards
-(`samples.py`). What a shard leaves behind is a matrix of numbers and a tally.
+Pictures, embeddings and words are not among them; those of the few samples that the page shows are
+read afterwards (`samples.py`). What a shard leaves behind is a matrix of numbers and a tally.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.errors import ShardError
-from pipelines.report import figures
-from pipelines.report.spread import Floats
-from pipelines.shards import FOLDER
-from pipelines.store import Store
+from pipelines.report import metrics
+from pipelines.report.distribution import Floats
 from stages.record import Status
 from stages.regions import REGION_WORDS
+from stages.storage.commit import FOLDER
+from stages.storage.store import Store
 
 EXAMPLES: Final = 8  # rows noted for each reason
 _THREADS: Final = 4
@@ -32,7 +33,7 @@ _ENDED: Final = (Status.DROPPED, Status.FAILED)
 _LEDGER: Final = ["status", "stage", "reason"]
 _TALLIED: Final = ["license", "consent", "trainable", "width", "height"]
 _LISTS: Final = ["fused", "absent", "unfused"]
-_COLUMNS: Final = [*_LEDGER, "tar_size", "held_size", *_TALLIED, *_LISTS, *figures.COLUMNS]
+_COLUMNS: Final = [*_LEDGER, "tar_size", "held_size", *_TALLIED, *_LISTS, *metrics.COLUMNS]
 
 Row = Mapping[str, Any]
 End = tuple[str, str, str]  # status, stage, reason
@@ -50,7 +51,8 @@ class Scan:
     held_bytes: int
     values: Floats  # (len(FIGURES), written)
     labels: Floats  # (19, written)
-    tally: Counter[tuple[str, ...]]  # ("license", name), ("fused", region), ("unfused", region, reason), …
+    # ("license", name), ("fused", region), ("unfused", region, reason), …
+    tally: Counter[tuple[str, ...]]
 
     @property
     def name(self) -> str:
@@ -65,7 +67,9 @@ class Scan:
 
 
 def scan(store: Store, manifests: Sequence[Row]) -> Iterator[Scan]:
-    """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or contradicts its manifest."""
+    """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or
+    contradicts its manifest.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(lambda manifest: _scan(store, manifest), manifests)
 
@@ -87,12 +91,14 @@ def _scan(store: Store, manifest: Row) -> Scan:
     with open_sidecar(store, name) as file:
         names = set(file.schema_arrow.names)
         if absent := [column for column in _COLUMNS if column not in names]:
-            raise ShardError(f"{name}: its sidecar has no column {', '.join(absent)}. Make it with this version.")
+            raise ShardError(
+                f"{name}: its sidecar has no column {', '.join(absent)}. Make it with this version."
+            )
         table = file.read(_COLUMNS, use_threads=False).combine_chunks()
     counts, first = _ends(table)
     _check(manifest, counts)
     written = table.filter(pc.equal(table["status"], Status.OK.value))
-    values, labels = figures.matrix(written), figures.label_matrix(written)
+    values, labels = metrics.matrix(written), metrics.label_matrix(written)
     return Scan(
         manifest=manifest,
         index=int(name.rpartition("-")[2]),
@@ -102,12 +108,14 @@ def _scan(store: Store, manifest: Row) -> Scan:
         held_bytes=pc.sum(table["held_size"]).as_py() or 0,
         values=values,
         labels=labels,
-        tally=_tally(written, figures.regions(labels)),
+        tally=_tally(written, metrics.regions(labels)),
     )
 
 
 def _ends(table: pa.Table) -> tuple[dict[End, int], dict[End, list[int]]]:
-    """How often each (status, stage, reason) occurs, and where first; in the order of their first rows."""
+    """How often each (status, stage, reason) occurs, and where first; in the order of their first
+    rows.
+    """
     code = np.zeros(len(table), np.int64)
     columns = [_encoded(table[name]) for name in _LEDGER]
     for column in columns:
@@ -115,7 +123,9 @@ def _ends(table: pa.Table) -> tuple[dict[End, int], dict[End, list[int]]]:
     counts: dict[End, int] = {}
     first: dict[End, list[int]] = {}
     found, starts = np.unique(code, return_index=True)
-    for value, start in sorted(zip(found.tolist(), starts.tolist(), strict=True), key=lambda pair: pair[1]):
+    for value, start in sorted(
+        zip(found.tolist(), starts.tolist(), strict=True), key=lambda pair: pair[1]
+    ):
         status, stage, reason = (column[start].as_py() for column in columns)
         rows = np.flatnonzero(code == value)
         counts[status, stage, reason] = len(rows)
@@ -126,7 +136,9 @@ def _ends(table: pa.Table) -> tuple[dict[End, int], dict[End, list[int]]]:
 def _check(manifest: Row, counts: Mapping[End, int]) -> None:
     """Raises ShardError unless rows and manifest agree and the ledger balances."""
     if unknown := {status for status, _, _ in counts} - set(Status):
-        raise ShardError(f"{manifest['shard']}: the sidecar has rows of status {', '.join(sorted(unknown))}")
+        raise ShardError(
+            f"{manifest['shard']}: the sidecar has rows of status {', '.join(sorted(unknown))}"
+        )
     by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _ENDED}
     written = 0
     for (status, _, reason), count in counts.items():
@@ -135,10 +147,15 @@ def _check(manifest: Row, counts: Mapping[End, int]) -> None:
         else:
             by_reason[status][reason] += count
     stated = {name: manifest[name] for name in ("inputs", "written", "dropped", "failed")}
-    measured = {"inputs": sum(counts.values()), "written": written, **{k: dict(v) for k, v in by_reason.items()}}
+    measured = {
+        "inputs": sum(counts.values()),
+        "written": written,
+        **{k: dict(v) for k, v in by_reason.items()},
+    }
     if stated != measured:
         raise ShardError(
-            f"the ledger of {manifest['shard']} doesn't balance: its manifest says {stated}, its sidecar {measured}. "
+            f"the ledger of {manifest['shard']} doesn't balance: its manifest says {stated}, its "
+            f"sidecar {measured}. "
             "Remove the manifest and run again."
         )
 
@@ -149,14 +166,25 @@ def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
         tally.update({(name, value): count for value, count in _value_counts(written[name])})
     for value, count in _value_counts(written["trainable"]):
         tally["trainable", {True: "yes", False: "no", None: "unknown"}[value]] += count
-    sizes = pc.add(pc.multiply(pc.cast(written["width"], pa.int64()), 1 << 32), pc.cast(written["height"], pa.int64()))
-    tally.update({("size", str(v >> 32), str(v & 0xFFFFFFFF)): count for v, count in _value_counts(sizes)})
+    sizes = pc.add(
+        pc.multiply(pc.cast(written["width"], pa.int64()), 1 << 32),
+        pc.cast(written["height"], pa.int64()),
+    )
+    tally.update(
+        {("size", str(v >> 32), str(v & 0xFFFFFFFF)): count for v, count in _value_counts(sizes)}
+    )
     for name in ("fused", "absent"):
-        tally.update({(name, value): count for value, count in _value_counts(pc.list_flatten(written[name]))})
+        tally.update(
+            {(name, value): count for value, count in _value_counts(pc.list_flatten(written[name]))}
+        )
     flat = pc.list_flatten(written["unfused"])
     if len(flat):
-        both = pc.binary_join_element_wise(pc.struct_field(flat, "region"), pc.struct_field(flat, "reason"), "\t")
-        tally.update({("unfused", *value.split("\t")): count for value, count in _value_counts(both)})
+        both = pc.binary_join_element_wise(
+            pc.struct_field(flat, "region"), pc.struct_field(flat, "reason"), "\t"
+        )
+        tally.update(
+            {("unfused", *value.split("\t")): count for value, count in _value_counts(both)}
+        )
     for word, area in zip(REGION_WORDS, areas, strict=True):
         tally["missing", word] = int((area == 0).sum())
     tally["parsed",] = int((~np.isnan(areas[0])).sum()) if len(areas) else 0

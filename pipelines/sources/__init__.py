@@ -43,4 +43,6 @@ def _kind(config: SourceConfig) -> str:
     files = "remote" if remote else "local"
     if config.kind != "auto":
         return files if config.kind == "files" else config.kind
-    return next((kind for ending, kind in _ENDINGS.items() if config.path.lower().endswith(ending)), files)
+    return next(
+        (kind for ending, kind in _ENDINGS.items() if config.path.lower().endswith(ending)), files
+    )

@@ -11,14 +11,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
 from configs.schema import DatasetConfig
 from stages.base import Dropped, Failed, Rejection, reject
 from stages.record import Record, key_of
 
 STAGE = "source"
-FACTS: Final = ("license", "author", "consent")  # what a source may state of a picture: record fields
+# what a source may state of a picture: record fields
+FACTS: Final = ("license", "author", "consent")
 _LONGEST_WAIT: Final = 30.0  # seconds between two tries, whatever a server asks for
 
 
@@ -26,10 +33,11 @@ _LONGEST_WAIT: Final = 30.0  # seconds between two tries, whatever a server asks
 class Input:
     """One planned input.
 
-    source: its name, unique in the data set, relative to the source's root. locator: how the source finds it again, as
-    bytes (file names need not be text). size: bytes, -1 where unknown. version: changes whenever the content may have
-    (a time of change, an ETag), "" where nothing is known. facts: what the source states of it (license, author, …) as
-    a JSON object, "" for nothing. duplicate_of: the source of an earlier input with the very same bytes.
+    source: its name, unique in the data set, relative to the source's root. locator: how the source
+    finds it again, as bytes (file names need not be text). size: bytes, -1 where unknown. version:
+    changes whenever the content may have (a time of change, an ETag), "" where nothing is known.
+    facts: what the source states of it (license, author, …) as a JSON object, "" for nothing.
+    duplicate_of: the source of an earlier input with the very same bytes.
     """
 
     source: str
@@ -45,7 +53,8 @@ class Input:
 
 
 class Transient(Failed):
-    """Can't be read now, but may be in a moment: a timeout, a 503. Tried again before it is believed.
+    """Can't be read now, but may be in a moment: a timeout, a 503. Tried again before it is
+    believed.
 
     after: seconds that the server asks to wait before the next try.
     """
@@ -56,7 +65,9 @@ class Transient(Failed):
 
 
 class Source(ABC):
-    """A kind of place that photographs come from. Lists on the driver, reads on the workers; holds no state."""
+    """A kind of place that photographs come from. Lists on the driver, reads on the workers; holds
+    no state.
+    """
 
     concurrency: int = 1  # reads at a time; over 1 where reading is waiting
 
@@ -67,14 +78,18 @@ class Source(ABC):
 
     @abstractmethod
     def list(self) -> Iterator[Input]:
-        """Every input, in no particular order, without holding them all. Raises SourceError if there can be none."""
+        """Every input, in no particular order, without holding them all. Raises SourceError if
+        there can be none.
+        """
 
     @abstractmethod
     def read(self, item: Input, count: int = -1) -> bytes:
         """The input's bytes, or the first `count` of them. Raises Failed, Dropped or Transient."""
 
     def gives(self, item: Input) -> frozenset[str]:
-        """Record fields that come with this input: a stage that provides nothing else isn't run for it."""
+        """Record fields that come with this input: a stage that provides nothing else isn't run for
+        it.
+        """
         return frozenset()
 
     def fetch(self, item: Input, count: int = -1) -> bytes:
@@ -90,10 +105,16 @@ class Source(ABC):
         """True if `new` is what `old` was made of: the same bytes, or the same reason to give none."""
         if new.ok:
             return all(getattr(old, name) == getattr(new, name) for name in ("sha256", *FACTS))
-        return (old.status, old.reason, old.detail, old.stage) == (new.status, new.reason, new.detail, new.stage)
+        return (old.status, old.reason, old.detail, old.stage) == (
+            new.status,
+            new.reason,
+            new.detail,
+            new.stage,
+        )
 
     def record(self, item: Input, read: Callable[[Input], bytes] | None = None) -> Record:
-        """The record of one input, its image the source's own bytes; ended already where it can't be read.
+        """The record of one input, its image the source's own bytes; ended already where it can't
+        be read.
 
         read: in place of `self.read`, for sources that read several inputs at once.
         """
@@ -133,7 +154,9 @@ class Source(ABC):
         )
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds until the next try: at random, growing, and no less than the server has asked for."""
+        """Seconds until the next try: at random, growing, and no less than the server has asked
+        for.
+        """
         error = state.outcome.exception() if state.outcome else None
         asked = error.after if isinstance(error, Transient) else 0.0
         growing = wait_random_exponential(multiplier=self.config.backoff, max=_LONGEST_WAIT)(state)

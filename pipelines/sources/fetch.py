@@ -1,7 +1,9 @@
-"""One picture from one URL: from public addresses only, within limits of time and size, as its server allows.
+"""One picture from one URL: from public addresses only, within limits of time and size, as its
+server allows.
 
-A host's address is looked up once, checked, and connected to as it is: no second look-up could answer otherwise. TLS
-still checks the name. Each redirect goes the same way. Proxies of the environment are not used.
+A host's address is looked up once, checked, and connected to as it is: no second look-up could
+answer otherwise. TLS still checks the name. Each redirect goes the same way. Proxies of the
+environment are not used.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from http.client import HTTPResponse
 from typing import Any, Final
 from urllib.parse import urljoin
 
-from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry, Timeout
+from urllib3 import (
+    BaseHTTPResponse,
+    HTTPConnectionPool,
+    HTTPSConnectionPool,
+    PoolManager,
+    Retry,
+    Timeout,
+)
 from urllib3 import exceptions as faults
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url
@@ -27,8 +36,14 @@ from urllib3.util.connection import create_connection
 from pipelines.sources.base import Transient
 from stages.base import Dropped, Failed
 
-USER_AGENT: Final = "consistentid-pipeline/0.1 (collects pictures for a data set; heeds X-Robots-Tag)"
-_HEADERS: Final = {"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+USER_AGENT: Final = (
+    "consistentid-pipeline/0.1 (collects pictures for a data set; heeds X-Robots-Tag)"
+)
+_HEADERS: Final = {
+    "User-Agent": USER_AGENT,
+    "Accept": "image/*,*/*;q=0.5",
+    "Accept-Encoding": "identity",
+}
 _REDIRECTS: Final = 5
 _PATIENCE: Final = 10  # the whole picture must be here within as many times `timeout`
 _CHUNK: Final = 1 << 18  # bytes
@@ -37,7 +52,8 @@ _NO: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
 Allowed = Callable[[str], bool]  # an address, as text
-_deadline: ContextVar[float] = ContextVar("deadline")  # time.monotonic() at which this thread's fetch is given up
+# time.monotonic() at which this thread's fetch is given up
+_deadline: ContextVar[float] = ContextVar("deadline")
 
 
 class Refused(faults.HTTPError):
@@ -47,11 +63,13 @@ class Refused(faults.HTTPError):
 class Fetcher:
     """Fetches pictures, from any number of threads.
 
-    allowed: which addresses may be connected to. timeout: seconds for connecting and without a byte. limit: bytes of a
-    picture, decoded. at_once: fetches at a time.
+    allowed: which addresses may be connected to. timeout: seconds for connecting and without a
+    byte. limit: bytes of a picture, decoded. at_once: fetches at a time.
     """
 
-    def __init__(self, allowed: Allowed, timeout: float, limit: int, ignore_robots: bool, at_once: int) -> None:
+    def __init__(
+        self, allowed: Allowed, timeout: float, limit: int, ignore_robots: bool, at_once: int
+    ) -> None:
         self._timeout, self._limit, self._ignore_robots = timeout, limit, ignore_robots
         self._pools = PoolManager(num_pools=2 * at_once, maxsize=at_once, headers=_HEADERS)
         self._pools.pool_classes_by_scheme = checked_pools(allowed)
@@ -59,8 +77,9 @@ class Fetcher:
     def fetch(self, url: str) -> bytes:
         """The body behind `url`.
 
-        Raises Failed: bad_url, refused_address, bad_certificate, too_many_redirects, too_many_bytes, bad_encoding,
-        http_<status>; Transient: connection, timeout, cut_off, http_<status>; Dropped: robots_opt_out.
+        Raises Failed: bad_url, refused_address, bad_certificate, too_many_redirects,
+        too_many_bytes, bad_encoding, http_<status>; Transient: connection, timeout, cut_off,
+        http_<status>; Dropped: robots_opt_out.
         """
         _deadline.set(time.monotonic() + _PATIENCE * self._timeout)
         for _ in range(_REDIRECTS + 1):
@@ -127,7 +146,9 @@ def check_url(url: str) -> None:
 
 
 def is_public(address: str) -> bool:
-    """True for addresses of the public internet; those that hold another one (IPv4 in IPv6) are judged by both."""
+    """True for addresses of the public internet; those that hold another one (IPv4 in IPv6) are
+    judged by both.
+    """
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
@@ -147,7 +168,9 @@ def opts_out(values: list[str]) -> bool:
 
 
 def checked_pools(allowed: Allowed) -> dict[str, type[HTTPConnectionPool]]:
-    """scheme → connection pool whose connections go to `allowed` addresses only, and end at the thread's deadline."""
+    """scheme → connection pool whose connections go to `allowed` addresses only, and end at the
+    thread's deadline.
+    """
 
     class Plain(HTTPConnection):
         response_class = _Response
@@ -177,13 +200,17 @@ def _connect(connection: HTTPConnection, allowed: Allowed) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise faults.NewConnectionError(connection, "unknown host") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    fault: Exception = Refused(f"{addresses[0]} is no public address" if addresses else "no address")
+    fault: Exception = Refused(
+        f"{addresses[0]} is no public address" if addresses else "no address"
+    )
     for address in filter(allowed, addresses):
         if time.monotonic() >= _deadline.get():
             raise faults.ConnectTimeoutError(connection, "the deadline has passed")
         try:
             port = connection.port
-            return create_connection((address, port), connection.timeout, socket_options=connection.socket_options)
+            return create_connection(
+                (address, port), connection.timeout, socket_options=connection.socket_options
+            )
         except TimeoutError:
             fault = faults.ConnectTimeoutError(connection, "no answer")
         except OSError as error:
@@ -192,7 +219,9 @@ def _connect(connection: HTTPConnection, allowed: Allowed) -> socket.socket:
 
 
 class _Response(HTTPResponse):
-    """Waits for each piece, of headers and body, no longer than the socket's timeout and the thread's deadline."""
+    """Waits for each piece, of headers and body, no longer than the socket's timeout and the
+    thread's deadline.
+    """
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -249,7 +278,9 @@ def _verdict(error: faults.HTTPError) -> Failed:
         case faults.DecodeError():
             return Failed("bad_encoding", "its Content-Encoding is not what it says")
         case faults.NewConnectionError():
-            return Transient("connection", type(error.__cause__ or error.__context__ or error).__name__)
+            return Transient(
+                "connection", type(error.__cause__ or error.__context__ or error).__name__
+            )
         case faults.TimeoutError():
             return Transient("timeout", "no answer in time")
         case _:

@@ -1,8 +1,10 @@
-"""The layout ConsistentID's authors publish FGID in: JSON_all.json beside pictures, label maps and identities.
+"""The layout ConsistentID's authors publish FGID in: JSON_all.json beside pictures, label maps and
+identities.
 
-The reference's spellings vary from script to script, and its paths are relative to folders that its trainer is told of,
-or absolute on the machine that wrote them: see `FgidLayout._find`. Where an entry brings a label map, an identity or
-captions, the stages that would make them aren't run for it. Nothing is unpickled but tensors.
+The reference's spellings vary from script to script, and its paths are relative to folders that its
+trainer is told of, or absolute on the machine that wrote them: see `FgidLayout._find`. Where an
+entry brings a label map, an identity or captions, the stages that would make them aren't run for
+it. Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from stages.resize import as_jpeg
 
 JSON_ALL: Final = "JSON_all.json"
 
-# What the reference calls it, in the order of preference → the folders its paths may be relative to.
+# What the reference calls it, in the order of preference → the folders its paths may be relative
+# to.
 _Names = Mapping[str, tuple[str, ...]]
 _IMAGE: Final[_Names] = {
     "resize_IMG": ("resize_IMG", "FGID_resize"),
@@ -50,7 +53,16 @@ _FOLDERS: Final[_Names] = {**_IMAGE, **_PARSING, **_IDENTITY}
 _CAPTION: Final = ("vqa_llva",)
 _FACE_CAPTION: Final = ("vqa_llva_more_face_detail", "vqa_llva_facial", "vqa_llva_face_caption")
 _OWN: Final = (  # what export-json adds
-    *("faces", "face", "sha256", "width", "height", "source_width", "source_height", "identity_norm"),
+    *(
+        "faces",
+        "face",
+        "sha256",
+        "width",
+        "height",
+        "source_width",
+        "source_height",
+        "identity_norm",
+    ),
 )
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,13 +70,15 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_PATH = 4096
 _MOST_IDENTITY_BYTES = 1 << 20
 
-Entry = dict[str, Any]  # image, parsing, identity: [the reference's name, path]; caption, face_caption; _OWN
+# image, parsing, identity: [the reference's name, path]; caption, face_caption; _OWN
+Entry = dict[str, Any]
 
 
 class FgidLayout(Source):
     """`source.path` is the JSON file, or the folder that holds JSON_all.json.
 
-    Pictures are named by `source` where export-json wrote it, else by their path as it stands in the JSON.
+    Pictures are named by `source` where export-json wrote it, else by their path as it stands in
+    the JSON.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
@@ -77,7 +91,8 @@ class FgidLayout(Source):
     def list(self) -> Iterator[Input]:
         if not self._file.is_file():
             raise SourceError(
-                f"source.path={self.config.path!r} is no FGID set. Give a {JSON_ALL}, or a folder that holds one, on "
+                f"source.path={self.config.path!r} is no FGID set. Give a {JSON_ALL}, or a "
+                "folder that holds one, on "
                 "this machine."
             )
         for number, raw in enumerate(read_objects(self._file), 1):
@@ -90,10 +105,14 @@ class FgidLayout(Source):
         entry: Entry = {kind: given for kind, (given, _) in chosen.items()}
         entry["caption"], entry["face_caption"] = _first(raw, _CAPTION), _first(raw, _FACE_CAPTION)
         entry |= {name: raw[name] for name in _OWN if name in raw}
-        locator = json.dumps({name: value for name, value in entry.items() if value not in (None, "", [])})
+        locator = json.dumps(
+            {name: value for name, value in entry.items() if value not in (None, "", [])}
+        )
         facts = {name: raw[name] for name in FACTS if _is_text(raw.get(name))}
         found = [stat for _, stat in chosen.values()]
-        name = _first(raw, ("source",)) or _first(raw, tuple(_IMAGE)).lstrip("/") or f"entry {number}"
+        name = (
+            _first(raw, ("source",)) or _first(raw, tuple(_IMAGE)).lstrip("/") or f"entry {number}"
+        )
         return Input(
             source=name,
             locator=locator.encode(),
@@ -102,9 +121,12 @@ class FgidLayout(Source):
             facts=json.dumps(facts) if facts else "",
         )
 
-    def _chosen(self, raw: dict[str, Any], names: _Names) -> tuple[tuple[str, str] | None, tuple[int, int]]:
-        """The first of `names` whose file is there, else the first that is given; its size and time of change, -1 for
-        no file."""
+    def _chosen(
+        self, raw: dict[str, Any], names: _Names
+    ) -> tuple[tuple[str, str] | None, tuple[int, int]]:
+        """The first of `names` whose file is there, else the first that is given; its size and time
+        of change, -1 for no file.
+        """
         given = [(name, raw[name]) for name in names if _is_text(raw.get(name))]
         for pair in given:
             try:
@@ -115,8 +137,10 @@ class FgidLayout(Source):
         return given[0] if given else None, (-1, -1)
 
     def _find(self, name: str, path: str) -> bytes:
-        """Where a file lies below the JSON's folder: at the longest ending of `path` that exists there, or in the
-        folders of the layout that such files lie in. Raises Failed: outside_source, not_a_file."""
+        """Where a file lies below the JSON's folder: at the longest ending of `path` that exists
+        there, or in the folders of the layout that such files lie in. Raises Failed:
+        outside_source, not_a_file.
+        """
         parts = [part for part in os.path.normpath(path).split("/") if part]
         if ".." in parts:
             raise Failed("outside_source", f"{name}: {path!r} leaves the JSON's folder")
@@ -124,10 +148,18 @@ class FgidLayout(Source):
             for root in ("", *_FOLDERS[name]):
                 candidate = os.path.join(self._folder, root, *parts[start:])
                 if os.path.isfile(candidate):
-                    if os.path.commonpath([self._folder, os.path.realpath(candidate)]) != self._folder:
-                        raise Failed("outside_source", f"{name}: {path!r} is a link that leaves the JSON's folder")
+                    if (
+                        os.path.commonpath([self._folder, os.path.realpath(candidate)])
+                        != self._folder
+                    ):
+                        raise Failed(
+                            "outside_source",
+                            f"{name}: {path!r} is a link that leaves the JSON's folder",
+                        )
                     return os.fsencode(candidate)
-        raise Failed("not_a_file", f"{name}: no ending of {path!r} is a file below the JSON's folder")
+        raise Failed(
+            "not_a_file", f"{name}: no ending of {path!r} is a file below the JSON's folder"
+        )
 
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: bad_entry, outside_source, not_a_file, unreadable, too_many_bytes."""
@@ -144,11 +176,14 @@ class FgidLayout(Source):
         return not new.ok and super().same(old, new)
 
     def complete(self, record: Record, item: Input) -> Record:
-        """Raises Failed: what reading a file and as_jpeg raise, bad_faces, bad_parsing, bad_embedding."""
+        """Raises Failed: what reading a file and as_jpeg raise, bad_faces, bad_parsing,
+        bad_embedding.
+        """
         entry: Entry = json.loads(item.locator)
         given = _gives(entry)
         if _SHA256.fullmatch(str(entry.get("sha256"))):
-            record = replace(record, sha256=entry["sha256"])  # of the photograph it was made of, long ago
+            # of the photograph it was made of, long ago
+            record = replace(record, sha256=entry["sha256"])
         if "image" in given:
             image, width, height = as_jpeg(record.image, self._resize)
             source_width, source_height = _source_size(entry, width, height)
@@ -170,8 +205,9 @@ class FgidLayout(Source):
 
 
 def _gives(entry: Entry) -> frozenset[str]:
-    """What an entry brings. Captions count as a pair. A picture with a label map or faces keeps its size: they are in
-    its pixels."""
+    """What an entry brings. Captions count as a pair. A picture with a label map or faces keeps its
+    size: they are in its pixels.
+    """
     given: set[str] = {name for name in ("parsing",) if name in entry}
     if "identity" in entry:
         given |= {"identity", "identity_norm"}
@@ -185,20 +221,37 @@ def _gives(entry: Entry) -> frozenset[str]:
 
 
 def _source_size(entry: Entry, width: int, height: int) -> tuple[int, int]:
-    """(width, height) that the entry states of the photograph behind its picture; else the picture's own."""
-    given = [side for side in (entry.get("source_width"), entry.get("source_height")) if type(side) is int]
-    return (given[0], given[1]) if len(given) == 2 and 0 < min(given) <= max(given) < 1 << 20 else (width, height)
+    """(width, height) that the entry states of the photograph behind its picture; else the
+    picture's own.
+    """
+    given = [
+        side
+        for side in (entry.get("source_width"), entry.get("source_height"))
+        if type(side) is int
+    ]
+    return (
+        (given[0], given[1])
+        if len(given) == 2 and 0 < min(given) <= max(given) < 1 << 20
+        else (width, height)
+    )
 
 
 def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:
     """Raises Failed bad_faces unless they are sound, and of a picture of this size."""
     size = (entry.get("width", record.width), entry.get("height", record.height))
     if size != (record.width, record.height):
-        raise Failed("bad_faces", f"they are of a picture of {size[0]}×{size[1]}, not {record.width}×{record.height}")
+        raise Failed(
+            "bad_faces",
+            f"they are of a picture of {size[0]}×{size[1]}, not {record.width}×{record.height}",
+        )
     try:
         faces = tuple(face_from_dict(face) for face in entry["faces"])
-        numbers = [value for face in faces for value in (*face.box, *sum(face.landmarks, ()), face.score)]
-        if not all(math.isfinite(value) for value in numbers) or {len(face.landmarks) for face in faces} != {5}:
+        numbers = [
+            value for face in faces for value in (*face.box, *sum(face.landmarks, ()), face.score)
+        ]
+        if not all(math.isfinite(value) for value in numbers) or {
+            len(face.landmarks) for face in faces
+        } != {5}:
             raise ValueError("expected finite numbers, and five landmarks each")
         if type(entry.get("face")) is not int or not 0 <= entry["face"] < len(faces):
             raise ValueError(f"face={entry.get('face')!r} is none of {len(faces)}")
@@ -224,7 +277,8 @@ def _checked_labels(data: bytes, record: Record) -> bytes:
 
 
 def read_identity(data: bytes) -> FloatArray:
-    """A (1, 512) or (512,) tensor as torch.save wrote it, or such an .npy → float32[512] of unit norm.
+    """A (1, 512) or (512,) tensor as torch.save wrote it, or such an .npy → float32[512] of unit
+    norm.
 
     One of unit norm is left to the bit. Code in it isn't run. Raises Failed bad_embedding.
     """
@@ -234,15 +288,26 @@ def read_identity(data: bytes) -> FloatArray:
         else:
             import torch
 
-            if zipfile.is_zipfile(io.BytesIO(data)):  # torch's own are stored; a deflated one could hold anything
+            # torch's own are stored; a deflated one could hold anything
+            if zipfile.is_zipfile(io.BytesIO(data)):
                 with zipfile.ZipFile(io.BytesIO(data)) as packed:
                     if sum(member.file_size for member in packed.infolist()) > _MOST_IDENTITY_BYTES:
                         raise ValueError(f"it unpacks to over {_MOST_IDENTITY_BYTES:,} bytes")
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            values = tensor.to(torch.float32).numpy() if tensor.shape in ((1, IDENTITY_DIM), (IDENTITY_DIM,)) else None
+            values = (
+                tensor.to(torch.float32).numpy()
+                if tensor.shape in ((1, IDENTITY_DIM), (IDENTITY_DIM,))
+                else None
+            )
     except Exception as error:  # noqa: BLE001 - torch's and numpy's readers raise whatever broken bytes provoke
-        raise Failed("bad_embedding", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from None
-    if values is None or values.shape not in ((1, IDENTITY_DIM), (IDENTITY_DIM,)) or values.dtype.kind != "f":
+        raise Failed(
+            "bad_embedding", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from None
+    if (
+        values is None
+        or values.shape not in ((1, IDENTITY_DIM), (IDENTITY_DIM,))
+        or values.dtype.kind != "f"
+    ):
         raise Failed("bad_embedding", f"expected a tensor of (1, {IDENTITY_DIM}) numbers")
     identity: FloatArray = values.reshape(-1).astype(np.float32)
     norm = float(np.linalg.norm(identity))

@@ -1,7 +1,8 @@
-"""Pictures as files: a folder, a glob, or an fsspec URL of either (s3://, gs://, hf://, https://, …).
+"""Pictures as files: a folder, a glob, or an fsspec URL of either (s3://, gs://, hf://, https://,
+…).
 
-A name that ends like a picture but is no regular file (a folder, a dangling link, a pipe) is listed with size -1 and
-never opened blindly.
+A name that ends like a picture but is no regular file (a folder, a dangling link, a pipe) is listed
+with size -1 and never opened blindly.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from urllib.parse import unquote
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.remote import file_system, is_transient
 from pipelines.sources.base import Input, Source, Transient
 from pipelines.sources.paths import version_of
 from stages.base import Failed
+from stages.storage.remote import file_system, is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +29,25 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 class LocalFiles(Source):
-    """Files under a folder of this machine (or of a file system that every node mounts), or those a glob names."""
+    """Files under a folder of this machine (or of a file system that every node mounts), or those a
+    glob names.
+    """
 
     def list(self) -> Iterator[Input]:
         config = self.config
         root, pattern = split_glob(config.path)
         if not os.path.isdir(root):
             raise SourceError(
-                f"source.path={config.path!r} is not a folder. Give a folder of {', '.join(config.extensions)}, "
+                f"source.path={config.path!r} is not a folder. Give a folder of "
+                f"{', '.join(config.extensions)}, "
                 "a glob, or an fsspec URL."
             )
         skip = os.fsencode(os.path.realpath(self.output)) if self.output else b""
         top = os.fsencode(root)
         for folder, folders, files in os.walk(top, onerror=_unlisted):
-            folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) != skip]
+            folders[:] = [
+                name for name in folders if os.path.realpath(os.path.join(folder, name)) != skip
+            ]
             for name in (*files, *folders):
                 if os.path.splitext(os.fsdecode(name))[1].lower() in config.extensions:
                     item = self._input(top, os.path.relpath(os.path.join(folder, name), top))
@@ -56,7 +62,9 @@ class LocalFiles(Source):
             return Input(source=source, locator=path)
         if not stat.S_ISREG(found.st_mode):
             return Input(source=source, locator=path)
-        return Input(source=source, locator=path, size=found.st_size, version=str(found.st_mtime_ns))
+        return Input(
+            source=source, locator=path, size=found.st_size, version=str(found.st_mtime_ns)
+        )
 
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: not_a_file, unreadable, too_many_bytes."""
@@ -82,7 +90,8 @@ class RemoteFiles(Source):
             for found in self._entries(folder):
                 path = found["name"].rstrip("/")
                 above, _, name = path.rpartition("/")
-                if above != folder or not name:  # the folder's own mark; on the web, a link to elsewhere
+                # the folder's own mark; on the web, a link to elsewhere
+                if above != folder or not name:
                     continue
                 if found["type"] == "directory":
                     folders.append(path)
@@ -93,19 +102,26 @@ class RemoteFiles(Source):
 
     def _entries(self, folder: str) -> Iterable[dict[str, Any]]:
         try:
-            found: list[dict[str, Any]] = self._retrying(self._ask, self._fs.ls, folder, detail=True)
+            found: list[dict[str, Any]] = self._retrying(
+                self._ask, self._fs.ls, folder, detail=True
+            )
         except FileNotFoundError:
             if folder != self._root:
                 return []  # it has gone since
-            raise SourceError(f"source.path={self.config.path!r} isn't there. Give another folder or glob.") from None
+            raise SourceError(
+                f"source.path={self.config.path!r} isn't there. Give another folder or glob."
+            ) from None
         except Exception as error:  # each file system raises its own
             raise SourceError(
-                f"source.path={self.config.path!r} can't be listed at {folder}: {error}. Check that it exists and that "
+                f"source.path={self.config.path!r} can't be listed at {folder}: {error}. Check "
+                "that it exists and that "
                 "its keys and endpoint are in the environment, then run again."
             ) from error
         for entry in found:
             if entry["type"] == "directory" and entry["name"] == f"{folder}/":
-                logger.warning("%s: names with // in them can't be listed, and are left out", folder)
+                logger.warning(
+                    "%s: names with // in them can't be listed, and are left out", folder
+                )
         return found
 
     def _input(self, path: str, found: dict[str, Any]) -> Input:
@@ -123,7 +139,8 @@ class RemoteFiles(Source):
         if item.size > self.limit:
             raise Failed("too_many_bytes", f"{item.size:,} bytes, limit {self.limit:,}")
         end = self.limit + 1 if count < 0 else count
-        part = {"start": 0, "end": end} if item.size else {}  # no part of an empty file can be asked for
+        # no part of an empty file can be asked for
+        part = {"start": 0, "end": end} if item.size else {}
         try:
             data: bytes = self._ask(self._fs.cat_file, item.locator.decode(), **part)[:end]
         except FileNotFoundError:
@@ -147,11 +164,15 @@ class RemoteFiles(Source):
 
 
 def _unlisted(error: OSError) -> None:
-    logger.warning("%s can't be listed (%s): its pictures are left out", error.filename, error.strerror)
+    logger.warning(
+        "%s can't be listed (%s): its pictures are left out", error.filename, error.strerror
+    )
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
-    """The folder above the first wildcard, and a pattern for names relative to it; no pattern for a plain folder."""
+    """The folder above the first wildcard, and a pattern for names relative to it; no pattern for a
+    plain folder.
+    """
     if not _MAGIC.search(path) or os.path.isdir(path):
         return path.rstrip("/") or path, None
     parts = path.split("/")
@@ -164,10 +185,13 @@ def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
 
 
 def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
-    """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable, too_many_bytes (`limit`)."""
+    """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable,
+    too_many_bytes (`limit`).
+    """
     try:
         _check_regular(os.stat(path))  # nothing else is opened: that alone sets some devices going
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe by now, which then can't block
+        # it may be a pipe by now, which then can't block
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         nowhere = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
         raise Failed("not_a_file" if nowhere else "unreadable", error.strerror or "") from None

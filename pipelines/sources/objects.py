@@ -1,4 +1,6 @@
-"""The objects of a JSON file of any size, one at a time: an array of them, or one after another (JSON Lines)."""
+"""The objects of a JSON file of any size, one at a time: an array of them, or one after another
+(JSON Lines).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import IO, Any, Final
 from configs.errors import SourceError
 
 _CHUNK: Final = 1 << 16  # characters
-_LONGEST: Final = 1 << 24  # characters of one object; a file broken in its middle isn't read to its end
+# characters of one object; a file broken in its middle isn't read to its end
+_LONGEST: Final = 1 << 24
 _BETWEEN: Final = " \t\r\n,"
 _DECODER: Final = json.JSONDecoder()
 
@@ -25,7 +28,8 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
                 yield found
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(
-            f"{file}: entry {number + 1:,} can't be read: {error}. Expected a JSON array of objects, or one a line."
+            f"{file}: entry {number + 1:,} can't be read: {error}. Expected a JSON array of "
+            "objects, or one a line."
         ) from None
 
 
@@ -45,7 +49,9 @@ def _objects(stream: IO[str]) -> Iterator[dict[str, Any]]:
 
 
 def _next(stream: IO[str], rest: str) -> str:
-    """`rest` and what follows, from the next character that means something on; "" at the file's end."""
+    """`rest` and what follows, from the next character that means something on; "" at the file's
+    end.
+    """
     while not (rest := rest.lstrip(_BETWEEN)):
         if not (rest := stream.read(_CHUNK)):
             return ""

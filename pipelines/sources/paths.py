@@ -1,4 +1,6 @@
-"""The files a `source.path` names, here or behind an fsspec URL: one, a folder of them, a glob, or a brace pattern."""
+"""The files a `source.path` names, here or behind an fsspec URL: one, a folder of them, a glob, or
+a brace pattern.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from braceexpand import braceexpand
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.remote import file_system, is_local, is_transient
 from pipelines.sources.base import FACTS, Source, Transient
 from stages.base import Failed
+from stages.storage.remote import file_system, is_local, is_transient
 
 _MAGIC: Final = re.compile(r"[*?\[{]")
 _BLOCK: Final = 1 << 18  # bytes fetched at a time from a remote file that is listed
@@ -24,7 +26,9 @@ _FACT: Final = 1000  # characters
 
 
 class InsideFiles(Source):
-    """A source whose pictures lie inside other files, here or behind an fsspec URL, and are read where they lie."""
+    """A source whose pictures lie inside other files, here or behind an fsspec URL, and are read
+    where they lie.
+    """
 
     def __init__(self, config: DatasetConfig) -> None:
         super().__init__(config)
@@ -35,7 +39,9 @@ class InsideFiles(Source):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file. name: relative to the folder above the first wildcard; path: as its file system takes it."""
+    """A file. name: relative to the folder above the first wildcard; path: as its file system takes
+    it.
+    """
 
     fs: Any
     name: str
@@ -44,7 +50,8 @@ class Found:
 
     @contextmanager
     def open(self, seeking: bool = True) -> Iterator[IO[bytes]]:
-        """Its bytes, from their start. Raises SourceError, also for what goes wrong in the block, if it can't be read.
+        """Its bytes, from their start. Raises SourceError, also for what goes wrong in the block,
+        if it can't be read.
 
         seeking: whether it will be read in parts.
         """
@@ -55,13 +62,15 @@ class Found:
                     stream.seek(0)
             except ValueError:
                 raise SourceError(
-                    f"{self.path} can't be read in parts: its server sends it whole only. Copy it here first."
+                    f"{self.path} can't be read in parts: its server sends it whole only. Copy "
+                    "it here first."
                 ) from None
             yield cast(IO[bytes], stream)
 
 
 def find_files(path: str, endings: tuple[str, ...], output: str) -> Iterator[Found]:
-    """The files that `path` names, sorted; of a folder those with one of `endings`, at any depth, but none of `output`.
+    """The files that `path` names, sorted; of a folder those with one of `endings`, at any depth,
+    but none of `output`.
 
     Raises SourceError if there is none, or if one that is named outright isn't there.
     """
@@ -71,12 +80,15 @@ def find_files(path: str, endings: tuple[str, ...], output: str) -> Iterator[Fou
         target, skip = file_system(output) if output else (None, "")
     count = 0
     for name, found in files.items():
-        if not (target is not None and target.protocol == fs.protocol and name.startswith(f"{skip}/")):
+        if not (
+            target is not None and target.protocol == fs.protocol and name.startswith(f"{skip}/")
+        ):
             count += 1
             yield Found(fs, text(name[len(root) :].lstrip("/")), name, version_of(found))
     if not count:
         raise SourceError(
-            f"source.path={path!r} names no file. Give a {endings[0]} file, a folder of them, or a pattern."
+            f"source.path={path!r} names no file. Give a {endings[0]} file, a folder of them, or "
+            "a pattern."
         )
 
 
@@ -86,11 +98,15 @@ def _files(fs: Any, plain: str, endings: tuple[str, ...]) -> tuple[str, dict[str
         return plain.rpartition("/")[0], {plain: fs.info(plain)}
     if fs.isdir(plain):
         found = fs.find(plain, detail=True)
-        return plain, {path: found[path] for path in sorted(found) if path.lower().endswith(endings)}
+        return plain, {
+            path: found[path] for path in sorted(found) if path.lower().endswith(endings)
+        }
     files: dict[str, dict[str, Any]] = {}
     for part in _parts(plain):
         matches = fs.glob(part, detail=True) if _MAGIC.search(part) else {part: fs.info(part)}
-        files.update((name, matches[name]) for name in sorted(matches) if matches[name].get("type") == "file")
+        files.update(
+            (name, matches[name]) for name in sorted(matches) if matches[name].get("type") == "file"
+        )
     first = _MAGIC.search(plain)
     return plain[: first.start() if first else None].rpartition("/")[0], files
 
@@ -100,7 +116,9 @@ def _parts(pattern: str) -> Iterator[str]:
     try:
         yield from braceexpand(pattern, escape=False)
     except ValueError:
-        raise SourceError(f"source.path={pattern!r}: its braces don't match. Write x-{{000..012}}.tar") from None
+        raise SourceError(
+            f"source.path={pattern!r}: its braces don't match. Write x-{{000..012}}.tar"
+        ) from None
 
 
 @contextmanager
@@ -109,7 +127,9 @@ def _listing(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise SourceError(f"{error.filename or error.args[0]} isn't there. Check source.path.") from None
+        raise SourceError(
+            f"{error.filename or error.args[0]} isn't there. Check source.path."
+        ) from None
     except Exception as error:
         if isinstance(error, OSError) or is_transient(error):
             raise SourceError(f"{path} can't be read: {type(error).__name__}: {error}") from error
@@ -117,7 +137,9 @@ def _listing(path: str) -> Iterator[None]:
 
 
 def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
-    """The file's bytes from `start` to `end`. Raises Failed: not_a_file, unreadable; Transient: unreachable."""
+    """The file's bytes from `start` to `end`. Raises Failed: not_a_file, unreadable; Transient:
+    unreachable.
+    """
     try:
         data: bytes = fs.cat_file(path, start=start, end=end)
     except FileNotFoundError:
@@ -130,13 +152,17 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """What changes whenever the file may have: its ETag or time of change; "" where neither is known."""
+    """What changes whenever the file may have: its ETag or time of change; "" where neither is
+    known.
+    """
     found = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime")
     return str(found or "").strip('"')
 
 
 def text(name: str) -> str:
-    """`name` as text that any table can hold: what isn't Unicode in it is written out, as in caf\\xe9."""
+    """`name` as text that any table can hold: what isn't Unicode in it is written out, as in
+    caf\\xe9.
+    """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

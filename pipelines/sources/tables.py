@@ -1,7 +1,8 @@
 """Pictures in parquet tables: as bytes in a column, or as files whose names stand in one.
 
-A row group is read page by page: memory is that of its largest page, and of the pictures that were asked for. Row
-numbers in names are padded, so that a shard's inputs, which are sorted by name, lie in few row groups.
+A row group is read page by page: memory is that of its largest page, and of the pictures that were
+asked for. Row numbers in names are padded, so that a shard's inputs, which are sorted by name, lie
+in few row groups.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import SourceError
-from pipelines.remote import is_local, is_transient
 from pipelines.sources.base import FACTS, Input, Transient
 from pipelines.sources.files import read_file
 from pipelines.sources.paths import Found, InsideFiles, facts_of, find_files, read_range, text
 from stages.base import Failed
 from stages.record import Record
+from stages.storage.remote import is_local, is_transient
 
 _ROWS: Final = 16  # pictures decoded at a time
 _LISTED: Final = 4096  # rows listed at a time
@@ -43,25 +44,31 @@ class ParquetTable(InsideFiles):
                     yield from self._rows(file, table, self.config.path_column)
 
     def _has_images(self, file: Found, schema: pa.Schema) -> bool:
-        """True for a column of pictures, False for one of paths. Raises SourceError where it is neither."""
+        """True for a column of pictures, False for one of paths. Raises SourceError where it is
+        neither.
+        """
         config = self.config
         if config.name_column and config.name_column not in schema.names:
             raise SourceError(
-                f"{file.path}: no column source.name_column={config.name_column!r}. It has {', '.join(schema.names)}."
+                f"{file.path}: no column source.name_column={config.name_column!r}. It has "
+                f"{', '.join(schema.names)}."
             )
         if config.image_column in schema.names:
             kind = schema.field(config.image_column).type
             if not _holds_bytes(kind):
                 raise SourceError(
-                    f"{file.path}: column {config.image_column!r} holds {kind}; expected bytes, or a struct with "
-                    "`bytes`. If it holds paths, give source.path_column and another source.image_column."
+                    f"{file.path}: column {config.image_column!r} holds {kind}; expected bytes, "
+                    "or a struct with "
+                    "`bytes`. If it holds paths, give source.path_column and another "
+                    "source.image_column."
                 )
             return True
         if config.path_column in schema.names:
             return False
         if config.url_column in schema.names:
             raise SourceError(
-                f"{file.path} holds no pictures but a column of URLs, {config.url_column!r}. Use source.kind=urls"
+                f"{file.path} holds no pictures but a column of URLs, {config.url_column!r}. Use "
+                "source.kind=urls"
             )
         raise SourceError(
             f"{file.path}: no column {config.image_column!r} or {config.path_column!r}. It has "
@@ -85,11 +92,15 @@ class ParquetTable(InsideFiles):
                 number += 1
 
     def read(self, item: Input, count: int = -1) -> bytes:
-        """Raises Failed: outside_source, no_image, not_a_file, unreadable, too_many_bytes; Transient: unreachable."""
+        """Raises Failed: outside_source, no_image, not_a_file, unreadable, too_many_bytes;
+        Transient: unreachable.
+        """
         place = json.loads(item.locator)
         if "path" in place:
             return self._read_path(place["table"], place["path"], count)
-        found = _taken(self._read_group((place["table"], place["group"]), [place["row"]]), place["row"])
+        found = _taken(
+            self._read_group((place["table"], place["group"]), [place["row"]]), place["row"]
+        )
         return found if count < 0 else found[:count]
 
     def _read_path(self, table: str, name: Any, count: int) -> bytes:
@@ -123,7 +134,9 @@ class ParquetTable(InsideFiles):
         yield from (done.pop(item.key) for item in items)
 
     def _read_rows(self, place: Place, rows: Sequence[int]) -> dict[int, bytes | Failed]:
-        """As `_read_group`, tried again while that may help; what fails for the group fails for each row."""
+        """As `_read_group`, tried again while that may help; what fails for the group fails for
+        each row.
+        """
         try:
             found: dict[int, bytes | Failed] = self._retrying(self._read_group, place, rows)
         except Failed as verdict:
@@ -131,7 +144,8 @@ class ParquetTable(InsideFiles):
         return found
 
     def _read_group(self, place: Place, rows: Sequence[int]) -> dict[int, bytes | Failed]:
-        """row → its picture, or why there is none; a few rows are decoded at a time, and none after the last wanted.
+        """row → its picture, or why there is none; a few rows are decoded at a time, and none after
+        the last wanted.
 
         Raises Failed: not_a_file, unreadable; Transient: unreachable.
         """
@@ -142,7 +156,9 @@ class ParquetTable(InsideFiles):
             with self._fs.open(path, "rb") as stream, open_parquet(path, stream) as table:
                 struct = pa.types.is_struct(table.schema_arrow.field(column).type)
                 columns = [f"{column}.bytes" if struct else column]
-                batches = table.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False)
+                batches = table.iter_batches(
+                    _ROWS, row_groups=[group], columns=columns, use_threads=False
+                )
                 start = 0
                 for batch in batches:
                     cells = batch.column(0).field("bytes") if struct else batch.column(0)
@@ -157,7 +173,10 @@ class ParquetTable(InsideFiles):
             if is_transient(error):
                 raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
             raise Failed("unreadable", f"{type(error).__name__}: {error}") from None
-        return {row: found.get(row, Failed("unreadable", "the table has fewer rows now")) for row in rows}
+        return {
+            row: found.get(row, Failed("unreadable", "the table has fewer rows now"))
+            for row in rows
+        }
 
     def _cell(self, cell: Any) -> bytes | Failed:
         if not cell.is_valid:
@@ -174,7 +193,9 @@ def open_parquet(path: str, stream: Any) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
     except pa.ArrowInvalid as error:
-        raise SourceError(f"{path} is no whole parquet file ({error}). Mend it, or take it out.") from None
+        raise SourceError(
+            f"{path} is no whole parquet file ({error}). Mend it, or take it out."
+        ) from None
 
 
 def _cells(table: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -182,7 +203,9 @@ def _cells(table: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterato
     if not columns:
         yield from ({} for _ in range(table.metadata.row_group(group).num_rows))
         return
-    for batch in table.iter_batches(_LISTED, row_groups=[group], columns=columns, use_threads=False):
+    for batch in table.iter_batches(
+        _LISTED, row_groups=[group], columns=columns, use_threads=False
+    ):
         yield from batch.to_pylist()
 
 
@@ -202,5 +225,9 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
         return place >= 0 and _holds_bytes(kind.field(place).type)
-    is_bytes: bool = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    is_bytes: bool = (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
     return is_bytes

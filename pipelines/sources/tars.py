@@ -1,6 +1,8 @@
-"""Pictures in WebDataset tars: one input for each sample that has one, read by a single ranged read.
+"""Pictures in WebDataset tars: one input for each sample that has one, read by a single ranged
+read.
 
-Planning walks the headers alone. Nothing of a tar is ever unpacked: a member's name only names its record.
+Planning walks the headers alone. Nothing of a tar is ever unpacked: a member's name only names its
+record.
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ from pipelines.sources.paths import Found, InsideFiles, facts_of, find_files, re
 from pipelines.sources.seen import Seen
 from stages.base import Failed
 
-_NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # sample, extension: as webdataset splits it
+# sample, extension: as webdataset splits it
+_NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _HEADER: Final = 1 << 20  # bytes; no honest header is larger
 _JSON: Final = 1 << 18  # bytes of a sample's .json that is read for its facts
-_BROKEN: Final = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)  # of tarfile's parsers
+# of tarfile's parsers
+_BROKEN: Final = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
 
 
 @dataclass(slots=True)
 class _Sample:
     name: str = ""
     facts: str = ""
-    exact: list[tarfile.TarInfo] = field(default_factory=list)  # NAME.jpg; more than one only of the very same name
-    others: list[tarfile.TarInfo] = field(default_factory=list)  # NAME.more.jpg, where there is no NAME.jpg
+    # NAME.jpg; more than one only of the very same name
+    exact: list[tarfile.TarInfo] = field(default_factory=list)
+    # NAME.more.jpg, where there is no NAME.jpg
+    others: list[tarfile.TarInfo] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[tarfile.TarInfo]:
@@ -65,7 +71,9 @@ class WebDataset(InsideFiles):
         if ended is not None:
             yield ended
 
-    def _add(self, sample: _Sample, member: tarfile.TarInfo, extension: str, stream: IO[bytes]) -> None:
+    def _add(
+        self, sample: _Sample, member: tarfile.TarInfo, extension: str, stream: IO[bytes]
+    ) -> None:
         if extension in self.config.extensions:
             if not sample.exact or sample.exact[0].name == member.name:
                 sample.exact.append(member)
@@ -79,8 +87,9 @@ class WebDataset(InsideFiles):
                 return  # no fault of the picture's
 
     def read(self, item: Input, count: int = -1) -> bytes:
-        """Raises Failed: truncated_tar, damaged_tar, duplicate_name, outside_source, not_a_file, unreadable,
-        too_many_bytes; Transient: unreachable."""
+        """Raises Failed: truncated_tar, damaged_tar, duplicate_name, outside_source, not_a_file,
+        unreadable, too_many_bytes; Transient: unreachable.
+        """
         place = json.loads(item.locator)
         if "reason" in place:
             raise Failed(place["reason"], place["detail"])
@@ -100,7 +109,9 @@ class WebDataset(InsideFiles):
 
 
 def _named_apart(file: Found, items: Iterable[Input]) -> Iterator[Input]:
-    """`items`, but where a name stands in the tar again, the later one is ended, under a name of its own."""
+    """`items`, but where a name stands in the tar again, the later one is ended, under a name of
+    its own.
+    """
     numbers = itertools.count(1)
     with Seen() as seen:
         for item in items:
@@ -110,7 +121,12 @@ def _named_apart(file: Found, items: Iterable[Input]) -> Iterator[Input]:
             if name == item.source:
                 yield item
             else:
-                yield _ended(file, name, "duplicate_name", f"another {item.source} stands before it in the tar")
+                yield _ended(
+                    file,
+                    name,
+                    "duplicate_name",
+                    f"another {item.source} stands before it in the tar",
+                )
 
 
 def _input(file: Found, sample: _Sample, member: tarfile.TarInfo) -> Input:
@@ -121,7 +137,11 @@ def _input(file: Found, sample: _Sample, member: tarfile.TarInfo) -> Input:
         return _ended(file, name, "not_a_file", "a link, folder, device or sparse file in the tar")
     place = {"tar": file.path, "offset": member.offset_data}
     return Input(
-        source=name, locator=json.dumps(place).encode(), size=member.size, version=file.version, facts=sample.facts
+        source=name,
+        locator=json.dumps(place).encode(),
+        size=member.size,
+        version=file.version,
+        facts=sample.facts,
     )
 
 
@@ -156,8 +176,8 @@ class _Headers(io.RawIOBase):
 def _members(stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """The members whose data is all there, in order.
 
-    Raises Failed after the last of them: truncated_tar where the file ends too early, damaged_tar where something
-    stands in it that is no tar.
+    Raises Failed after the last of them: truncated_tar where the file ends too early, damaged_tar
+    where something stands in it that is no tar.
     """
     end, last = stream.seek(0, io.SEEK_END), -1
     stream.seek(0)
@@ -168,7 +188,9 @@ def _members(stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                 if member.size < 0 or member.offset <= last:
                     raise tarfile.ReadError("a size below zero")
                 if member.offset_data + member.size > end:
-                    raise Failed("truncated_tar", f"the file ends in the middle of {text(member.name)}")
+                    raise Failed(
+                        "truncated_tar", f"the file ends in the middle of {text(member.name)}"
+                    )
                 last = member.offset
                 yield member
             stream.seek(tar.offset)

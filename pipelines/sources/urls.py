@@ -1,4 +1,6 @@
-"""Pictures behind a list of URLs: a column of parquet, CSV or TSV, or a text file with one on each line."""
+"""Pictures behind a list of URLs: a column of parquet, CSV or TSV, or a text file with one on each
+line.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,17 @@ class UrlList(Source):
                         else:
                             twice += 1
         if twice:
-            logger.warning("%s: %d URLs stand in it more than once and are taken once", self.config.path, twice)
+            logger.warning(
+                "%s: %d URLs stand in it more than once and are taken once", self.config.path, twice
+            )
 
     def _input(self, row: Mapping[str, Any], url: str) -> Input:
         given = row.get(self.config.name_column) if self.config.name_column else None
         name = _USER.sub("", url) if given in (None, "") else str(given)
         return Input(
-            source=_clean(name) or "(no URL)", locator=url.encode("utf-8", "surrogatepass"), facts=facts_of(row)
+            source=_clean(name) or "(no URL)",
+            locator=url.encode("utf-8", "surrogatepass"),
+            facts=facts_of(row),
         )
 
     def _rows(self, file: Found, stream: IO[bytes], ending: str) -> Iterator[Mapping[str, Any]]:
@@ -65,7 +71,9 @@ class UrlList(Source):
         lines = io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")
         try:
             if ending in (".csv", ".tsv"):
-                reader: csv.DictReader[str] = csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ",")
+                reader: csv.DictReader[str] = csv.DictReader(
+                    lines, delimiter="\t" if ending == ".tsv" else ","
+                )
                 self._columns(file, reader.fieldnames or ())
                 yield from reader
             else:
@@ -80,10 +88,14 @@ class UrlList(Source):
     def _columns(self, file: Found, names: Sequence[str]) -> Sequence[str]:
         """Those to be read. Raises SourceError where the URL's or the name's is missing."""
         config = self.config
-        for setting, column in (("url_column", config.url_column), ("name_column", config.name_column)):
+        for setting, column in (
+            ("url_column", config.url_column),
+            ("name_column", config.name_column),
+        ):
             if column and column not in names:
                 raise SourceError(
-                    f"{file.path}: no column source.{setting}={column!r}. It has {', '.join(names) or 'none'}."
+                    f"{file.path}: no column source.{setting}={column!r}. It has "
+                    f"{', '.join(names) or 'none'}."
                 )
         wanted = {config.url_column, config.name_column, *FACTS}
         return [name for name in names if name in wanted]

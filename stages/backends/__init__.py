@@ -1,1 +1,3 @@
-"""Real models behind four small protocols; see registry.py for the names and weights.py for their files."""
+"""Real models behind four small protocols; see registry.py for the names and weights.py for their
+files.
+"""

@@ -32,6 +32,8 @@ class ArcFace:
 
 
 def crop(image: Image, face: Face) -> Image:
-    """The BGR crop ArcFace was trained on. The reference fed RGB here at inference (REFERENCE.md §7.1); we never do."""
+    """The BGR crop ArcFace was trained on. The reference fed RGB here at inference (REFERENCE.md
+    §7.1); we never do.
+    """
     warped = cv2.warpAffine(image, similarity(face, ARCFACE_112), (CROP, CROP), borderValue=0.0)
     return np.ascontiguousarray(warped[:, :, ::-1], np.uint8)

@@ -1,10 +1,13 @@
-"""Captions without a language model: sentences composed from what was measured of the picture, and from nothing else.
+"""Captions without a language model: sentences composed from what was measured of the picture, and
+from nothing else.
 
-No sex, age or ethnicity is guessed, and what is too small, ambiguous or unmeasured isn't said (see measures.py). Which
-of several equal phrases is taken depends on the record's key alone, so that a caption is the same on every run.
+No sex, age or ethnicity is guessed, and what is too small, ambiguous or unmeasured isn't said (see
+measures.py). Which of several equal phrases is taken depends on the record's key alone, so that a
+caption is the same on every run.
 
-The fine description names every visible region once by its word (face, eyes, ears, nose, mouth), in lower case and each
-in a clause of its own, since the facial prompt hangs on those words; "ears" and "eyes" stay plural where one is seen.
+The fine description names every visible region once by its word (face, eyes, ears, nose, mouth), in
+lower case and each in a clause of its own, since the facial prompt hangs on those words; "ears" and
+"eyes" stay plural where one is seen.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ class Attributes:
 
 
 def measure_record(record: Record) -> Measured:
-    """Measured at about half of 512 pixels: every length is in units of the face, and nothing said needs more."""
+    """Measured at about half of 512 pixels: every length is in units of the face, and nothing said
+    needs more.
+    """
     image, labels, face = decode_jpeg(record.image), decode_labels(record.parsing), record.main_face
     step = max(1, min(labels.shape) // _SIDE)
     if step > 1:
@@ -76,7 +81,9 @@ class _Phrases:
 
 
 def describe(measured: Measured, key: str) -> str:
-    """The coarse description: a first sentence that stands by itself, and a second one where there is more to say."""
+    """The coarse description: a first sentence that stands by itself, and a second one where there
+    is more to say.
+    """
     phrases = _Phrases(key)
     kind = "close-up portrait" if measured.close_up else "portrait"
     opening = phrases.pick(f"A {kind} of a person", f"A {kind} showing a person")
@@ -95,7 +102,9 @@ def describe_face(measured: Measured, key: str) -> str:
     """The fine description: a sentence with one clause for each visible region, or "" if none is."""
     phrases = _Phrases(key[::-1])
     clause_of = {"face": _face, "eyes": _eyes, "ears": _ears, "nose": _nose, "mouth": _mouth}
-    clauses = [clause(measured, phrases) for word, clause in clause_of.items() if word in measured.regions]
+    clauses = [
+        clause(measured, phrases) for word, clause in clause_of.items() if word in measured.regions
+    ]
     if not clauses:
         return ""
     text = ", ".join(clauses[:-1]) + (", and " if len(clauses) > 1 else "") + clauses[-1]
@@ -113,7 +122,9 @@ def _worn(measured: Measured) -> list[str]:
         worn.append("dark glasses" if measured.dark_glasses else "glasses")
     if measured.hat:
         color = measured.hat_color
-        worn.append(f"{color} headwear".strip() if measured.headwear else _with_article(f"{color} hat"))
+        worn.append(
+            f"{color} headwear".strip() if measured.headwear else _with_article(f"{color} hat")
+        )
     if measured.earrings:
         worn.append("earrings" if measured.earrings > 1 else "an earring")
     if measured.necklace:
@@ -127,9 +138,14 @@ def _expression(measured: Measured) -> str:
     if not measured.mouth:
         return ""
     if measured.smile:
-        manner = {"closed": "with the mouth closed", "slightly open": "with the mouth slightly open"}
+        manner = {
+            "closed": "with the mouth closed",
+            "slightly open": "with the mouth slightly open",
+        }
         return "smiling " + (
-            "and showing teeth" if measured.teeth else manner.get(measured.mouth, "with an open mouth")
+            "and showing teeth"
+            if measured.teeth
+            else manner.get(measured.mouth, "with an open mouth")
         )
     return f"with the mouth {measured.mouth}"
 
@@ -137,8 +153,15 @@ def _expression(measured: Measured) -> str:
 def _pose(measured: Measured) -> str:
     """As it follows "the head is"; "" if there is nothing to say."""
     side = "left" if measured.turned < 0 else "right"
-    turned = ("", f"turned slightly to the {side}", f"turned to the {side}", f"turned fully to the {side}")
-    tilted = f"tilted to the {'left' if measured.tilted < 0 else 'right'}" if measured.tilted else ""
+    turned = (
+        "",
+        f"turned slightly to the {side}",
+        f"turned to the {side}",
+        f"turned fully to the {side}",
+    )
+    tilted = (
+        f"tilted to the {'left' if measured.tilted < 0 else 'right'}" if measured.tilted else ""
+    )
     pitched = {-1: "lowered", 0: "", 1: "raised"}[measured.pitched]
     return _listed([part for part in (turned[abs(measured.turned)], tilted, pitched) if part])
 
@@ -150,7 +173,9 @@ def _face(measured: Measured, phrases: _Phrases) -> str:
     elif abs(measured.turned) < 3:
         view = f"the face is turned {'slightly ' if abs(measured.turned) == 1 else ''}to the {side}"
     else:
-        view = phrases.pick(f"the face is in profile to the {side}", f"the face is seen from the side facing {side}")
+        view = phrases.pick(
+            f"the face is in profile to the {side}", f"the face is seen from the side facing {side}"
+        )
     if measured.glasses and "eyes" not in measured.regions:
         return f"{view} behind {'dark ' if measured.dark_glasses else ''}glasses"
     if measured.fringe:
@@ -159,12 +184,17 @@ def _face(measured: Measured, phrases: _Phrases) -> str:
 
 
 def _eyes(measured: Measured, phrases: _Phrases) -> str:
-    if measured.eyes == 1 and abs(measured.turned) >= 2:  # of a frontal face the parser missed the other one
+    # of a frontal face the parser missed the other one
+    if measured.eyes == 1 and abs(measured.turned) >= 2:
         return phrases.pick("one of the eyes is visible", "one of the eyes shows")
     state = "narrowed" if measured.narrowed else "visible"
-    brows = phrases.pick(" under dark brows", " below dark brows", "") if measured.dark_brows else ""
+    brows = (
+        phrases.pick(" under dark brows", " below dark brows", "") if measured.dark_brows else ""
+    )
     glasses = " behind glasses" if measured.glasses else ""
-    subject = phrases.pick("both eyes", "the eyes", "the two eyes") if measured.eyes == 2 else "the eyes"
+    subject = (
+        phrases.pick("both eyes", "the eyes", "the two eyes") if measured.eyes == 2 else "the eyes"
+    )
     return f"{subject} are {state}{glasses or brows}"
 
 
@@ -183,7 +213,9 @@ def _ears(measured: Measured, phrases: _Phrases) -> str:
 def _nose(measured: Measured, phrases: _Phrases) -> str:
     if measured.turned == 0:
         return phrases.pick(
-            "the nose points straight ahead", "the nose is seen head on", "the nose points to the camera"
+            "the nose points straight ahead",
+            "the nose is seen head on",
+            "the nose points to the camera",
         )
     side = "left" if measured.turned < 0 else "right"
     return phrases.pick(f"the nose points to the {side}", f"the nose faces {side}")
@@ -194,7 +226,9 @@ def _mouth(measured: Measured, phrases: _Phrases) -> str:
         return "the mouth is visible"
     if measured.smile:
         smile = phrases.pick("in a smile", "and smiling")
-        return f"the mouth is {measured.mouth} {smile}" + (" with teeth showing" if measured.teeth else "")
+        return f"the mouth is {measured.mouth} {smile}" + (
+            " with teeth showing" if measured.teeth else ""
+        )
     return f"the mouth is {measured.mouth}" + (" with teeth showing" if measured.teeth else "")
 
 

@@ -1,6 +1,7 @@
 """Colour names for a masked part of a picture, or none where the part has no one colour.
 
-A name is given only where most of the part's inner pixels lie near its median colour in CIE Lab (D65; L 0-100).
+A name is given only where most of the part's inner pixels lie near its median colour in CIE Lab
+(D65; L 0-100).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from stages.regions import Mask
 Lab = tuple[float, float, float]
 LabImage = npt.NDArray[np.float32]
 
-_NEAR: Final = (22.0, 12.0, 12.0)  # half-axes of "near the median" in L, a, b: light varies more than hue does
+# half-axes of "near the median" in L, a, b: light varies more than hue does
+_NEAR: Final = (22.0, 12.0, 12.0)
 _EDGE: Final = 0.008  # of the picture's short side: border pixels mix with the neighbour's colour
 _SAMPLE: Final = 5000  # pixels are enough for a median
 
@@ -43,7 +45,8 @@ def to_lab(image: Image) -> LabImage:
 def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> Lab | None:
     """The median colour of the mask's inside, or None.
 
-    agreement: share of the inner pixels that must lie near the median. at_least: inner pixels needed to judge at all.
+    agreement: share of the inner pixels that must lie near the median. at_least: inner pixels
+    needed to judge at all.
     """
     edge = max(1, round(_EDGE * min(mask.shape)))
     kernel = np.ones((2 * edge + 1, 2 * edge + 1), np.uint8)
@@ -55,7 +58,9 @@ def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> 
     pixels = pixels[:: 1 + len(pixels) // _SAMPLE]
     median = np.median(pixels, axis=0)
     near = (((pixels - median) / np.array(_NEAR)) ** 2).sum(axis=1) <= 1
-    return (float(median[0]), float(median[1]), float(median[2])) if near.mean() >= agreement else None
+    return (
+        (float(median[0]), float(median[1]), float(median[2])) if near.mean() >= agreement else None
+    )
 
 
 def hair_color(color: Lab) -> str:
@@ -85,7 +90,15 @@ def fabric_color(color: Lab) -> str:
     if light < 6 or (light < 20 and chroma < 10):
         return "black"
     if chroma < 11:
-        return "dark grey" if light < 40 else "grey" if light < 66 else "light grey" if light < 82 else "white"
+        return (
+            "dark grey"
+            if light < 40
+            else "grey"
+            if light < 66
+            else "light grey"
+            if light < 82
+            else "white"
+        )
     if 35 <= hue < 95 and chroma < 30 and light >= 62:
         return "beige"
     if 30 <= hue < 90 and chroma < (45 if hue >= 45 else 25) and light < 62:
@@ -93,7 +106,13 @@ def fabric_color(color: Lab) -> str:
     name = next(name for limit, name in _HUES if hue < limit)
     if name == "pink" and light < 50:
         name = "red" if hue < 20 else "purple"
-    shade = "dark " if light < 27 else "light " if light > 70 and name not in ("yellow", "pink", "orange") else ""
+    shade = (
+        "dark "
+        if light < 27
+        else "light "
+        if light > 70 and name not in ("yellow", "pink", "orange")
+        else ""
+    )
     return shade + name
 
 

@@ -1,9 +1,11 @@
-"""Captions by a vision-language model, through transformers' own classes: LLaVA-1.5, LLaVA-NeXT, and others by name.
+"""Captions by a vision-language model, through transformers' own classes: LLaVA-1.5, LLaVA-NeXT,
+and others by name.
 
-Both prompts of a picture begin alike (template, picture, first words), so that prefix is run through the model once and
-its key-value cache serves both. The pictures of a batch go together, and batches are made of pictures near in length,
-since every row is padded to the longest. The answers are those of two plain greedy `generate` calls. In half precision
-the last bits depend on the batch's shape, and with them, now and then, a word.
+Both prompts of a picture begin alike (template, picture, first words), so that prefix is run
+through the model once and its key-value cache serves both. The pictures of a batch go together, and
+batches are made of pictures near in length, since every row is padded to the longest. The answers
+are those of two plain greedy `generate` calls. In half precision the last bits depend on the
+batch's shape, and with them, now and then, a word.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 
 PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's, for processors that carry none
 _BATCHES = 4  # that a call takes, to sort their pictures by length
-_ANSWERING_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a checkpoint: what can change its answers
+# of a checkpoint: what can change its answers
+_ANSWERING_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 class Llava:
-    """Loads `config.model` (a folder, a hub id, or ID@REVISION) when built. Raises WeightsError if that fails."""
+    """Loads `config.model` (a folder, a hub id, or ID@REVISION) when built. Raises WeightsError if
+    that fails.
+    """
 
     def __init__(self, config: CaptionConfig, weights: Weights | None = None) -> None:
         import torch
@@ -52,8 +57,10 @@ class Llava:
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise WeightsError(
-                f"caption.model={config.model!r} could not be loaded as an image-text-to-text model: "
-                f"{type(error).__name__}: {error} Expected a checkpoint in transformers' layout with safetensors "
+                f"caption.model={config.model!r} could not be loaded as an image-text-to-text "
+                "model: "
+                f"{type(error).__name__}: {error} Expected a checkpoint in transformers' layout "
+                "with safetensors "
                 "weights, such as llava-hf/llava-1.5-7b-hf; caption.backend=attributes needs none."
             ) from error
         if not quantization:  # a quantized model is where it belongs already, and can't be moved
@@ -67,7 +74,9 @@ class Llava:
 
     @staticmethod
     def digests(config: CaptionConfig) -> Mapping[str, str]:
-        """What identifies the checkpoint, without loading it: its commit on the hub, or one sha256 over its files."""
+        """What identifies the checkpoint, without loading it: its commit on the hub, or one sha256
+        over its files.
+        """
         name, revision = locate(config.model)
         return {"checkpoint": revision or _folder_digest(Path(name))}
 
@@ -78,12 +87,16 @@ class Llava:
         return size * _BATCHES if size > 1 else 1
 
     def caption(self, records: Sequence[Record]) -> list[tuple[str, str]]:
-        """(coarse, fine) description of each record's image, `placement.batch_size` at a time, the longest first."""
+        """(coarse, fine) description of each record's image, `placement.batch_size` at a time, the
+        longest first.
+        """
         import torch
 
         images = [decode_jpeg(record.image) for record in records]
         lengths = self._image_tokens(images)
-        order = sorted(range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index))
+        order = sorted(
+            range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index)
+        )
         size = self.config.placement.batch_size
         texts: dict[int, tuple[str, str]] = {}
         with torch.inference_mode():
@@ -96,11 +109,13 @@ class Llava:
     def _image_tokens(self, images: Sequence[Any]) -> list[int]:
         """How many tokens each picture will take: all else of a prompt is of equal length.
 
-        The processor knows without looking at pixels, in a method that all of transformers' have and serving engines
-        rely on.
+        The processor knows without looking at pixels, in a method that all of transformers' have
+        and serving engines rely on.
         """
         sizes = [image.shape[:2] for image in images]
-        counts: list[int] = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+        counts: list[int] = self.processor._get_num_multimodal_tokens(
+            image_sizes=sizes
+        ).num_image_tokens
         return counts
 
     def _templated(self, prompt: str) -> str:
@@ -113,9 +128,11 @@ class Llava:
         return text
 
     def _prefix(self, images: Sequence[Any]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Model inputs of what both prompts share (B rows), and the token ids that follow it (2·B, prompts in turn).
+        """Model inputs of what both prompts share (B rows), and the token ids that follow it (2·B,
+        prompts in turn).
 
-        Raises WeightsError if the template puts the picture behind the prompt: then nothing of worth is shared.
+        Raises WeightsError if the template puts the picture behind the prompt: then nothing of
+        worth is shared.
         """
         from PIL import Image
 
@@ -131,7 +148,8 @@ class Llava:
         image_id = self.model.config.image_token_id
         image_token = self.tokenizer.convert_ids_to_tokens(image_id)
         ids: list[list[int]] = [
-            row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            row[mask.bool()].tolist()
+            for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         tails: list[list[int]] = []
         lengths: list[int] = []
@@ -141,28 +159,38 @@ class Llava:
             shared = _common_prefix(row, other)
             if image_id in row[shared:] or image_id in other[shared:] or not shared:
                 raise WeightsError(
-                    f"caption.model={self.config.model!r}: its chat template must put the picture before the prompt."
+                    f"caption.model={self.config.model!r}: its chat template must put the "
+                    "picture before the prompt."
                 )
             tails += [row[shared:], other[shared:]]
             lengths.append(shared)
         cut = max(len(row) - length for row, length in zip(ids, lengths, strict=True))
-        assert {len(row) - length for row, length in zip(ids, lengths, strict=True)} == {cut}, "one tail per prompt"
+        assert {len(row) - length for row, length in zip(ids, lengths, strict=True)} == {cut}, (
+            "one tail per prompt"
+        )
         for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
             if name in inputs:
                 inputs[name] = inputs[name][:, :-cut]
         dtype = self.model.dtype
-        moved = {n: v.to(self.device, dtype if v.is_floating_point() else None) for n, v in inputs.items()}
+        moved = {
+            n: v.to(self.device, dtype if v.is_floating_point() else None)
+            for n, v in inputs.items()
+        }
         return moved, tails
 
     def _answers(self, inputs: dict[str, Any], tails: list[list[int]]) -> list[str]:
-        """Prefill the prefixes once, then continue each with its two tails; the texts, prompts in turn."""
+        """Prefill the prefixes once, then continue each with its two tails; the texts, prompts in
+        turn.
+        """
         import torch
 
-        greedy = self._greedy(max_new_tokens=1)  # `generate` itself prefills, so every model's own positions are right
+        # `generate` itself prefills, so every model's own positions are right
+        greedy = self._greedy(max_new_tokens=1)
         cache = self.model.generate(**inputs, generation_config=greedy).past_key_values
         cache.batch_repeat_interleave(2)
         language_model = getattr(self.model, "model", self.model)
-        if getattr(language_model, "rope_deltas", None) is not None:  # Qwen-VL: picture positions, one row a sequence
+        # Qwen-VL: picture positions, one row a sequence
+        if getattr(language_model, "rope_deltas", None) is not None:
             language_model.rope_deltas = language_model.rope_deltas.repeat_interleave(2, dim=0)
         padded = self.tokenizer.pad({"input_ids": tails}, return_tensors="pt").to(self.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -174,11 +202,15 @@ class Llava:
             past_key_values=cache,
             generation_config=self._greedy(max_new_tokens=self.config.max_new_tokens),
         ).sequences
-        texts: list[str] = self.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(
+            tokens[:, ids.shape[1] :], skip_special_tokens=True
+        )
         return [text.strip() for text in texts]
 
     def _greedy(self, max_new_tokens: int) -> Any:
-        """Plain greedy decoding, whatever sampling habits the checkpoint's own generation_config carries."""
+        """Plain greedy decoding, whatever sampling habits the checkpoint's own generation_config
+        carries.
+        """
         from transformers import GenerationConfig
 
         own = self.model.generation_config
@@ -190,25 +222,34 @@ class Llava:
             use_cache=True,
             return_dict_in_generate=True,
             bos_token_id=own.bos_token_id,
-            eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
+            eos_token_id=own.eos_token_id
+            if own.eos_token_id is not None
+            else self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
 
 def _quantization(config: CaptionConfig, device: str) -> dict[str, Any]:
-    """Arguments of from_pretrained for `config.quantize`. Raises ConfigError where that can't be had."""
+    """Arguments of from_pretrained for `config.quantize`. Raises ConfigError where that can't be
+    had.
+    """
     import torch
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
     if config.quantize == "none":
         return {}
-    lacks = [] if device.startswith("cuda") and torch.cuda.is_available() else [f"a GPU (the device here is {device})"]
+    lacks = (
+        []
+        if device.startswith("cuda") and torch.cuda.is_available()
+        else [f"a GPU (the device here is {device})"]
+    )
     if not is_bitsandbytes_available():
         lacks.append("the package bitsandbytes (`pip install -U bitsandbytes`)")
     if lacks:
         raise ConfigError(
-            f"caption.quantize={config.quantize!r} needs {' and '.join(lacks)} on every node that captions. "
+            f"caption.quantize={config.quantize!r} needs {' and '.join(lacks)} on every node "
+            "that captions. "
             "caption.quantize=none needs neither."
         )
     settings = BitsAndBytesConfig(
@@ -223,8 +264,9 @@ def _quantization(config: CaptionConfig, device: str) -> dict[str, Any]:
 def _load_processor(name: str, source: Mapping[str, Any]) -> Any:
     """The checkpoint's processor; where its video half can't be loaded, the same class without it.
 
-    Processors of Qwen-VL and OneVision insist on a video processor, which needs torchvision (transformers 5.23 fails on
-    that with OSError, ImportError or AttributeError, as it happens). Pictures need neither.
+    Processors of Qwen-VL and OneVision insist on a video processor, which needs torchvision
+    (transformers 5.23 fails on that with OSError, ImportError or AttributeError, as it happens).
+    Pictures need neither.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -260,21 +302,28 @@ def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def locate(model: str) -> tuple[str, str]:
     """(folder, "") of a local checkpoint, or (hub id, commit) of one on the hub.
 
-    The commit is read from the local cache if a snapshot is there, else asked of the hub, so that what is loaded is
-    what the stage's signature names. Raises ConfigError if `model` is empty, WeightsError if there is no such thing.
+    The commit is read from the local cache if a snapshot is there, else asked of the hub, so that
+    what is loaded is what the stage's signature names. Raises ConfigError if `model` is empty,
+    WeightsError if there is no such thing.
     """
     if not model:
         raise ConfigError(
-            "caption.model is empty, and caption.backend=llava needs one: a folder or a hub id, such as "
+            "caption.model is empty, and caption.backend=llava needs one: a folder or a hub id, "
+            "such as "
             "llava-hf/llava-1.5-7b-hf. caption.backend=attributes needs none."
         )
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise WeightsError(f"caption.model={model!r}: the folder holds no config.json or no *.safetensors files.")
+            raise WeightsError(
+                f"caption.model={model!r}: the folder holds no config.json or no *.safetensors "
+                "files."
+            )
         return str(folder), ""
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise WeightsError(f"caption.model={model!r}: there is no such folder, and a hub id looks like OWNER/NAME.")
+        raise WeightsError(
+            f"caption.model={model!r}: there is no such folder, and a hub id looks like OWNER/NAME."
+        )
     return _hub_commit(*model.partition("@")[::2])
 
 
@@ -289,15 +338,19 @@ def _hub_commit(name: str, revision: str) -> tuple[str, str]:
         commit = HfApi().model_info(name, revision=revision or None, timeout=30).sha
     except Exception as error:
         raise WeightsError(
-            f"caption.model={name!r} is no local folder, is not in the hub's local cache, and the hub could not be "
-            f"asked for it: {type(error).__name__}: {error} Give a folder with the checkpoint, or download it first "
+            f"caption.model={name!r} is no local folder, is not in the hub's local cache, and "
+            "the hub could not be "
+            f"asked for it: {type(error).__name__}: {error} Give a folder with the checkpoint, "
+            "or download it first "
             f"with `hf download {name}` where there is a network."
         ) from error
     return name, str(commit)
 
 
 def _folder_digest(folder: Path) -> str:
-    """sha256 over the names and digests of the files that can change the answers; moving the folder changes nothing."""
+    """sha256 over the names and digests of the files that can change the answers; moving the folder
+    changes nothing.
+    """
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in _ANSWERING_FILES and path.is_file():

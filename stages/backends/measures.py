@@ -1,8 +1,9 @@
-"""What the `attributes` captions rest on: parts, colours, pose and expression, measured from one record.
+"""What the `attributes` captions rest on: parts, colours, pose and expression, measured from one
+record.
 
-Lengths are in units of the face (distances between landmarks), so that nothing depends on the picture's size. Every
-threshold stands here, once. "left" and "right" are the viewer's. A field left at its default says "not known", never
-"not there".
+Lengths are in units of the face (distances between landmarks), so that nothing depends on the
+picture's size. Every threshold stands here, once. "left" and "right" are the viewer's. A field left
+at its default says "not known", never "not there".
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS, Mask
 
 MIN_PIXELS: Final = 16  # a part smaller than this, or than MIN_SHARE of the picture, isn't named
 MIN_SHARE: Final = 0.0002
-MIN_WORN: Final = 0.001  # the same share for glasses, hats and clothes, which the parser sees where there are none
+# the same share for glasses, hats and clothes, which the parser sees where there are none
+MIN_WORN: Final = 0.001
 MIN_HAIR: Final = 0.005
 MIN_PLAIN: Final = 0.0006  # less of an ear than this isn't counted as plainly seen
 
-TURNED: Final = (0.14, 0.34, 0.8)  # nose off the eyes' middle, in eye distances: slightly, clearly, in profile
+# nose off the eyes' middle, in eye distances: slightly, clearly, in profile
+TURNED: Final = (0.14, 0.34, 0.8)
 TILTED: Final = 11.0  # degrees of the eyes' line
 PITCHED: Final = (0.38, 0.80)  # nose between eyes (0) and mouth (1): raised below, lowered above
 
-GLINT: Final = (75.0, 45.0, 30.0)  # L of jewellery: brightest pixel; spread in earrings, in necklaces. Skin is even
+# L of jewellery: brightest pixel; spread in earrings, in necklaces. Skin is even
+GLINT: Final = (75.0, 45.0, 30.0)
 MIN_EARRING: Final = 0.0003  # on one side
 MIN_NECKLACE: Final = 0.0012
-MOUTH_OPEN: Final = (0.04, 0.2, 0.5)  # interior's part of the mouth: slightly open, open, wide open from here
+# interior's part of the mouth: slightly open, open, wide open from here
+MOUTH_OPEN: Final = (0.04, 0.2, 0.5)
 LIKE_SKIN: Final = 15.0  # distance in Lab under which hair can't be told from the skin beneath
 TEETH: Final = 0.3  # part of the interior brighter than the lips
-SMILE: Final = 0.08  # corners' lift in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
+# corners' lift in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
+SMILE: Final = 0.08
 SMILE_WIDTH: Final = 0.8
 NARROWED: Final = 0.19  # area of an eye over the square of its width
 
@@ -57,7 +63,8 @@ class Measured:
     hair_color: str = ""
     hair_long: bool = False  # falls below the chin
     fringe: bool = False
-    hat: bool = False  # or other headwear, if it covers the face's sides (a scarf, a hood) or leaves the crown free
+    # or other headwear, if it covers the face's sides (a scarf, a hood) or leaves the crown free
+    hat: bool = False
     headwear: bool = False
     hat_color: str = ""
     glasses: bool = False
@@ -74,7 +81,9 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The face's own axes: origin between the eyes, `across` from the viewer's left to right eye, `down` the face."""
+    """The face's own axes: origin between the eyes, `across` from the viewer's left to right eye,
+    `down` the face.
+    """
 
     origin: npt.NDArray[np.float64]
     across: npt.NDArray[np.float64]  # unit vectors
@@ -117,7 +126,9 @@ def frame_of(face: Face) -> Frame:
 
 
 class _Parts:
-    """Masks of the label map, kept to the surroundings of one face; parts too small count as absent."""
+    """Masks of the label map, kept to the surroundings of one face; parts too small count as
+    absent.
+    """
 
     def __init__(self, labels: LabelMap, face: Face) -> None:
         self.labels = labels
@@ -126,8 +137,12 @@ class _Parts:
         self.width, self.height = max(x2 - x1, 1.0), max(y2 - y1, 1.0)
         self.box = (x1, y1, x2, y2)
 
-    def near(self, *names: str, sides: float, up: float, down: float, share: float = MIN_SHARE) -> Mask:
-        """Where the labels are, within the face's box grown by parts of its width and height; empty if too small."""
+    def near(
+        self, *names: str, sides: float, up: float, down: float, share: float = MIN_SHARE
+    ) -> Mask:
+        """Where the labels are, within the face's box grown by parts of its width and height; empty
+        if too small.
+        """
         x1, y1, x2, y2 = self.box
         rows = _span(y1 - up * self.height, y2 + down * self.height, self.labels.shape[0])
         columns = _span(x1 - sides * self.width, x2 + sides * self.width, self.labels.shape[1])
@@ -147,7 +162,9 @@ class _Parts:
 
 
 def measure(lab: LabImage, labels: LabelMap, face: Face) -> Measured:
-    """lab: (H, W, 3) as `to_lab` makes it; labels: (H, W), CelebAMask-HQ classes, sides as the viewer sees them."""
+    """lab: (H, W, 3) as `to_lab` makes it; labels: (H, W), CelebAMask-HQ classes, sides as the
+    viewer sees them.
+    """
     parts, frame = _Parts(labels, face), frame_of(face)
     mouth = _mouth(lab, parts, frame)
     ears = sum(bool(parts.on_face(name, share=MIN_PLAIN).any()) for name in REGION_LABELS["ears"])
@@ -167,7 +184,9 @@ def _pose(frame: Frame, mouth: dict[str, Any]) -> dict[str, Any]:
     sideways, depth = frame.nose
     strength = sum(abs(sideways) >= limit for limit in TURNED)
     # A smile or an open mouth moves the mouth's landmarks, and from the side the ratio says little.
-    level = strength >= 2 or mouth.get("smile") or mouth.get("mouth") not in ("closed", "slightly open")
+    level = (
+        strength >= 2 or mouth.get("smile") or mouth.get("mouth") not in ("closed", "slightly open")
+    )
     return {
         "turned": int(np.sign(sideways)) * strength,
         "tilted": int(np.sign(frame.roll)) if TILTED <= abs(frame.roll) < 60 else 0,
@@ -182,7 +201,10 @@ def _eyes(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     if brows.any() and skin.any():
         brow, face = float(np.median(lab[brows][:, 0])), float(np.median(lab[skin][:, 0]))
         dark = brow <= 46 and face - brow >= 20
-    openness = [mask.sum() / (frame.size * max(np.ptp(frame.coordinates(mask)[0]), 1e-6)) ** 2 for mask in eyes]
+    openness = [
+        mask.sum() / (frame.size * max(np.ptp(frame.coordinates(mask)[0]), 1e-6)) ** 2
+        for mask in eyes
+    ]
     return {
         "eyes": len(eyes),
         "narrowed": len(eyes) == 2 and max(openness) < NARROWED,
@@ -199,7 +221,8 @@ def _hair(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     if color and skin.any() and np.linalg.norm(np.median(lab[skin], axis=0) - color) < LIKE_SKIN:
         color = None  # cropped or thin hair: what is seen through it is the scalp
     across, down = frame.coordinates(hair)
-    # The chin is about 0.75 of a face size below the mouth. Hair below it, beside the neck, is long.
+    # The chin is about 0.75 of a face size below the mouth. Hair below it, beside the neck, is
+    # long.
     below = (down > 2.0) & (np.abs(across) < 2.2)
     # A fringe: hair over the middle of the forehead, down to the brows.
     forehead = (np.abs(across) < 0.45) & (down > -0.62) & (down < -0.22)
@@ -219,7 +242,9 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     if hat.any() and np.median(heights) > -0.3:  # a hat sits above the brows
         hat = np.zeros_like(hat)
     hair = frame.coordinates(parts.near("hair", sides=0.6, up=1.0, down=0.0))[1]
-    other = hat.any() and ((heights > 0.6).mean() > 0.1 or (hair < np.median(heights)).mean() > 0.15)
+    other = hat.any() and (
+        (heights > 0.6).mean() > 0.1 or (hair < np.median(heights)).mean() > 0.15
+    )
     earring = parts.near("earring", sides=0.3, up=0.0, down=0.3)
     sides = frame.coordinates(earring)[0] > 0
     left, right = (_subset(earring, sides == side) for side in (False, True))
@@ -232,14 +257,20 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     background = parts.labels == LABEL_IDS["background"]
     backdrop = common_color(lab, background, agreement=0.85, at_least=round(0.08 * parts.total))
     skin = parts.on_face("skin")
-    shaded = glasses.any() and skin.any() and np.median(lab[glasses][:, 0]) < 0.5 * np.median(lab[skin][:, 0])
+    shaded = (
+        glasses.any()
+        and skin.any()
+        and np.median(lab[glasses][:, 0]) < 0.5 * np.median(lab[skin][:, 0])
+    )
     return {
         "glasses": bool(glasses.any()),
         "dark_glasses": bool(shaded and not parts.region("eyes")),
         "hat": bool(hat.any()),
         "headwear": bool(other),
         "hat_color": fabric_color(colors["hat"]) if colors["hat"] else "",
-        "earrings": sum(_glints(lab, m, GLINT[1]) for m in (left, right) if m.sum() >= MIN_EARRING * m.size),
+        "earrings": sum(
+            _glints(lab, m, GLINT[1]) for m in (left, right) if m.sum() >= MIN_EARRING * m.size
+        ),
         "necklace": _glints(lab, necklace, GLINT[2]),
         "cloth": bool(cloth.any()),
         "cloth_color": fabric_color(colors["cloth"]) if colors["cloth"] else "",
@@ -248,11 +279,22 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
 
 
 def _cloth(parts: _Parts) -> Mask:
-    """Clothes, unless the parser is lost below the face: on half-body pictures it sees skin and hats there."""
+    """Clothes, unless the parser is lost below the face: on half-body pictures it sees skin and
+    hats there.
+    """
     cloth = parts.near("cloth", sides=1.5, up=0.0, down=3.0, share=10 * MIN_WORN)
     _, _, _, chin = parts.box
     misread = parts.near(
-        "skin", "nose", "mouth", "upper_lip", "lower_lip", "glasses", "hat", sides=1.5, up=0.0, down=3.0
+        "skin",
+        "nose",
+        "mouth",
+        "upper_lip",
+        "lower_lip",
+        "glasses",
+        "hat",
+        sides=1.5,
+        up=0.0,
+        down=3.0,
     )
     lost = misread[max(0, round(chin + 0.1 * parts.height)) :].sum() > 0.25 * cloth.sum()
     return np.zeros_like(cloth) if lost else cloth
@@ -283,9 +325,12 @@ def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     lift = float(down[off_middle < 0.15].mean() - down[off_middle > 0.38].mean()) / width
     smiling = lift > SMILE / 2 and lift + (width - SMILE_WIDTH) / 4 > SMILE
     return {
-        "mouth": ("closed", "slightly open", "open", "wide open")[sum(share >= limit for limit in MOUTH_OPEN)],
+        "mouth": ("closed", "slightly open", "open", "wide open")[
+            sum(share >= limit for limit in MOUTH_OPEN)
+        ],
         "teeth": teeth,
-        "smile": bool(smiling and (teeth or share < MOUTH_OPEN[1])),  # a wide dark mouth may be speaking or shouting
+        # a wide dark mouth may be speaking or shouting
+        "smile": bool(smiling and (teeth or share < MOUTH_OPEN[1])),
     }
 
 
@@ -297,7 +342,9 @@ def _subset(mask: Mask, chosen: npt.NDArray[np.bool_]) -> Mask:
 
 
 def _glints(lab: LabImage, mask: Mask, spread: float) -> bool:
-    """Is it metal or stones: the parser also takes ear lobes for earrings, folds and collars for necklaces."""
+    """Is it metal or stones: the parser also takes ear lobes for earrings, folds and collars for
+    necklaces.
+    """
     if mask.sum() < MIN_PIXELS:
         return False
     light = lab[mask][:, 0]

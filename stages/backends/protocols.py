@@ -32,15 +32,20 @@ class FaceParser(Protocol):
 
 class IdentityEmbedder(Protocol):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        """float32[512] per image, of the face given for it, as the network gives it: not yet of unit norm."""
+        """float32[512] per image, of the face given for it, as the network gives it: not yet of
+        unit norm.
+        """
         ...
 
 
 class Captioner(Protocol):
-    """May carry `counts: Counter[str]`, such as tokens: each shard's manifest says what was counted for it."""
+    """May carry `counts: Counter[str]`, such as tokens: each shard's manifest says what was counted
+    for it.
+    """
 
     def caption(self, records: Sequence[Record]) -> Sequence[tuple[str, str] | Failed]:
-        """(coarse, fine) description of each record, from its image and what was measured of it; or why there is none.
+        """(coarse, fine) description of each record, from its image and what was measured of it; or
+        why there is none.
 
         Raises PipelineError for what is no record's fault.
         """

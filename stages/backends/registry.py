@@ -1,6 +1,8 @@
-"""Name → class of each backend, loaded only when it is asked for. To add one: a file beside this, a line here.
+"""Name → class of each backend, loaded only when it is asked for. To add one: a file beside this, a
+line here.
 
-It is built with its stage's section of the configuration and a `Weights` (weights.py): `Backend(config, weights)`.
+It is built with its stage's section of the configuration and a `Weights` (weights.py):
+`Backend(config, weights)`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def backend_class(job: str, name: str) -> type[Any]:
     """The class of backend `name` for `job`. Raises ConfigError, naming the known ones."""
     known = BACKENDS[job]
     if name not in known:
-        raise ConfigError(f"{job}.backend={name!r}: no such backend. Known: {', '.join(sorted(known))}.")
+        raise ConfigError(
+            f"{job}.backend={name!r}: no such backend. Known: {', '.join(sorted(known))}."
+        )
     module, _, attribute = known[name].partition(":")
     found: type[Any] = getattr(importlib.import_module(module), attribute)
     return found

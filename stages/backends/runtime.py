@@ -24,7 +24,9 @@ def pin_threads(count: int) -> None:
 
 
 def onnx_session(path: Path) -> Any:
-    """An onnxruntime session on the GPU if the installed build has one, else on `pin_threads`' number of cores."""
+    """An onnxruntime session on the GPU if the installed build has one, else on `pin_threads`'
+    number of cores.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -32,7 +34,9 @@ def onnx_session(path: Path) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     known = onnxruntime.get_available_providers()
-    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
+    providers = [
+        name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known
+    ]
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 

@@ -14,7 +14,9 @@ from stages.record import Face
 
 
 class Scrfd:
-    """One session per detector size, made when it is first used. Coordinates are rounded to a hundredth of a pixel."""
+    """One session per detector size, made when it is first used. Coordinates are rounded to a
+    hundredth of a pixel.
+    """
 
     def __init__(self, config: DetectConfig, weights: Weights) -> None:
         from insightface.model_zoo.scrfd import SCRFD
@@ -24,8 +26,11 @@ class Scrfd:
         self._threshold = config.min_score
 
     def detect(self, image: Image, size: int) -> list[Face]:
-        bgr = np.ascontiguousarray(image[:, :, ::-1])  # insightface takes OpenCV's order and swaps it itself
-        boxes, landmarks = self._model.detect(bgr, input_size=(size, size), det_thresh=self._threshold)
+        # insightface takes OpenCV's order and swaps it itself
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
+        boxes, landmarks = self._model.detect(
+            bgr, input_size=(size, size), det_thresh=self._threshold
+        )
         return [_face(box, points) for box, points in zip(boxes, landmarks, strict=True)]
 
 

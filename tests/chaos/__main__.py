@@ -1,8 +1,10 @@
-"""`make chaos`: a data set is made again and again while workers, actors, nodes and the driver are killed.
+"""`make chaos`: a data set is made again and again while workers, actors, nodes and the driver are
+killed.
 
-Each round runs the pipeline on a Ray cluster of several nodes and sends SIGKILL to seeded victims at seeded moments.
-Where the driver is killed, the same command is given again. At the end every byte of every shard is compared with those
-of an undisturbed run, every key is counted, and lint reads all of it. Exits 1 if anything differs.
+Each round runs the pipeline on a Ray cluster of several nodes and sends SIGKILL to seeded victims
+at seeded moments. Where the driver is killed, the same command is given again. At the end every
+byte of every shard is compared with those of an undisturbed run, every key is counted, and lint
+reads all of it. Exits 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.dataset import lint, read_ledger
-from pipelines.shards import manifests, read_records, read_sidecar
-from pipelines.store import Store
+from pipelines.run import lint, read_ledger
+from stages.storage.commit import manifests, read_records, read_sidecar
+from stages.storage.store import Store
 from tests.chaos.cluster import ROOT, TOKEN, Cluster, kill, title_of
 from tests.pipelines.helpers import DEMO, digests
 
@@ -71,14 +73,17 @@ def main(
                 done.faults += compare(output, folder / "undisturbed", expected)
                 killed = ", ".join(f"{kind} {n}" for kind, n in sorted(done.kills.items()))
                 print(
-                    f"round {number + 1}/{rounds}: killed {killed}; {done.starts} starts, {done.seconds:.0f} s; "
+                    f"round {number + 1}/{rounds}: killed {killed}; {done.starts} starts, "
+                    f"{done.seconds:.0f} s; "
                     f"{'; '.join(done.faults) or 'every byte as undisturbed'}",
                     flush=True,
                 )
                 total += done.kills
                 bad += bool(done.faults)
                 shutil.rmtree(output, ignore_errors=True)
-        print(json.dumps({"rounds": rounds, "bad_rounds": bad, "kills": dict(sorted(total.items()))}))
+        print(
+            json.dumps({"rounds": rounds, "bad_rounds": bad, "kills": dict(sorted(total.items()))})
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if bad:
@@ -91,15 +96,24 @@ def command(photos: Path, output: Path, *more: str) -> list[str]:
 
 
 def run_cli(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} exited {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(arguments)} exited {done.returncode}:\n{done.stderr[-2000:]}"
+        )
 
 
 def play(cluster: Cluster, photos: Path, output: Path, dice: random.Random, kills: int) -> Round:
     """One round: the same command until it has ended well, and `kills` SIGKILLs on the way."""
     told, started = Round(), time.monotonic()
-    given = command(photos, output, "executor=ray", f"ray.address={cluster.address}", "ray.workers=2")
+    given = command(
+        photos, output, "executor=ray", f"ray.address={cluster.address}", "ray.workers=2"
+    )
     log = output.with_suffix(".log")
     driver = None
     due = time.monotonic() + dice.uniform(*_PAUSE) + 5
@@ -119,7 +133,9 @@ def play(cluster: Cluster, photos: Path, output: Path, dice: random.Random, kill
             break
         if code is not None:
             if code > 0:
-                told.faults.append(f"the driver exited {code}: {log.read_text(errors='replace')[-600:]}")
+                told.faults.append(
+                    f"the driver exited {code}: {log.read_text(errors='replace')[-600:]}"
+                )
                 break
             driver = None
             continue
@@ -138,7 +154,9 @@ def play(cluster: Cluster, photos: Path, output: Path, dice: random.Random, kill
     return told
 
 
-def strike(kind: str, cluster: Cluster, driver: subprocess.Popen[bytes], dice: random.Random) -> bool:
+def strike(
+    kind: str, cluster: Cluster, driver: subprocess.Popen[bytes], dice: random.Random
+) -> bool:
     """SIGKILL one victim of that kind; False if there is none at this moment."""
     if kind == "driver":
         driver.kill()
@@ -150,8 +168,14 @@ def strike(kind: str, cluster: Cluster, driver: subprocess.Popen[bytes], dice: r
         cluster.lose(dice.choice(cluster.nodes))
         return True
     running = [process for node in cluster.all() for process in node.workers()]
-    actors = [process for process in running if "Actor" in title_of(process) or "_MapWorker" in title_of(process)]
-    victims = actors if kind == "actor" else [process for process in running if process not in actors]
+    actors = [
+        process
+        for process in running
+        if "Actor" in title_of(process) or "_MapWorker" in title_of(process)
+    ]
+    victims = (
+        actors if kind == "actor" else [process for process in running if process not in actors]
+    )
     return bool(victims) and kill(dice.choice(sorted(victims, key=lambda process: process.pid)))
 
 
@@ -161,7 +185,11 @@ def compare(output: Path, undisturbed: Path, expected: dict[str, str]) -> list[s
         return ["nothing was written"]
     store, told = Store(str(output)), Store(str(undisturbed))
     found = digests(output)
-    faults = [f"{name} differs" for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    faults = [
+        f"{name} differs"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
     faults += list(lint(store))
     keys: Counter[str] = Counter()
     for manifest in manifests(store):

@@ -1,4 +1,6 @@
-"""A Ray cluster of several nodes on this machine, every process of it a child of ours, to be killed at will."""
+"""A Ray cluster of several nodes on this machine, every process of it a child of ours, to be killed
+at will.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,13 @@ import psutil
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 ROOT = Path(__file__).parents[2]
 _STORE = str(150 * 1024 * 1024)  # bytes of shared memory for each node
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "OMP_NUM_THREADS": "1"}
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex + uuid4().hex}  # for its drivers too
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "OMP_NUM_THREADS": "1",
+}
+# for its drivers too
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex + uuid4().hex}
 
 
 @dataclass
@@ -36,7 +43,9 @@ class Node:
         found = []
         for child in tree(self.process.pid):
             title = title_of(child)
-            if title.startswith("ray::") and not any(other in title for other in ("IDLE", "Agent", "SPILL", "RESTORE")):
+            if title.startswith("ray::") and not any(
+                other in title for other in ("IDLE", "Agent", "SPILL", "RESTORE")
+            ):
                 found.append(child)
         return found
 
@@ -55,7 +64,9 @@ class Cluster:
     cpus: int = 2
     nodes: list[Node] = field(default_factory=list)
     _given: int = 0  # loopback addresses: Ray would replace 127.0.0.1 by one that others can reach
-    _net: str = field(default_factory=lambda: f"127.{random.randrange(1, 255)}.{random.randrange(255)}")
+    _net: str = field(
+        default_factory=lambda: f"127.{random.randrange(1, 255)}.{random.randrange(255)}"
+    )
     """Of its own: nodes of two clusters at one address would take each other's ports."""
 
     def __enter__(self) -> Cluster:
@@ -95,7 +106,9 @@ class Cluster:
         self.nodes.append(self._start(["--address", self.address]))
 
     def lose(self, node: Node) -> None:
-        """SIGKILL for everything on the node; a new one takes its place, as a cluster's autoscaler would have it."""
+        """SIGKILL for everything on the node; a new one takes its place, as a cluster's autoscaler
+        would have it.
+        """
         node.kill()
         self.nodes.remove(node)
         self.add()

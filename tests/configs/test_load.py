@@ -25,7 +25,11 @@ def test_every_preset_loads_and_survives_being_written(path: Path, kind: type) -
 
 def test_the_production_presets_name_the_real_weights() -> None:
     fgid = load(DatasetConfig, "configs/dataset/fgid.yaml")
-    assert (fgid.detect.weights, fgid.embed.weights, fgid.parse.weights) == ("det_10g", "w600k_r50", "parsing_bisenet")
+    assert (fgid.detect.weights, fgid.embed.weights, fgid.parse.weights) == (
+        "det_10g",
+        "w600k_r50",
+        "parsing_bisenet",
+    )
     assert fgid.caption.model == "llava-hf/llava-1.5-7b-hf"
     assert fgid.caption.prompt == DatasetConfig().caption.prompt
     assert fgid.caption.face_prompt == DatasetConfig().caption.face_prompt
@@ -54,7 +58,9 @@ def test_what_cannot_be_says_what_was_expected(override: str, message: str) -> N
 
 def test_text_stays_text_and_numbers_become_numbers() -> None:
     config = load(
-        DatasetConfig, None, ["output=007", "source.path=[a] b: c", "detect.min_score=6e-1", "detect.scales=320"]
+        DatasetConfig,
+        None,
+        ["output=007", "source.path=[a] b: c", "detect.min_score=6e-1", "detect.scales=320"],
     )
     assert (config.output, config.source.path) == ("007", "[a] b: c")
     assert (config.detect.min_score, config.detect.scales) == (0.6, (320,))

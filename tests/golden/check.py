@@ -1,8 +1,8 @@
 """Compare the model with the reference's answers: `python -m tests.golden.check DIR`.
 
-DIR is any folder of the golden format (see README.md there); all that varies, seed, configurations, key lists, ranks
-and the generator of weights, is read from it. Prints one line per case with its largest error and exits 1 if any is
-over its tolerance.
+DIR is any folder of the golden format (see README.md there); all that varies, seed, configurations,
+key lists, ranks and the generator of weights, is read from it. Prints one line per case with its
+largest error and exits 1 if any is over its tolerance.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from torch import Tensor, nn
 from infer.sampling import TextStates, denoise, guidance_states
 from model.attention import install_processors
 from model.conditions import Conditions, build_conditions, collate
-from model.consistentid import BaseModels, ConsistentID, encode_frozen, encode_images, encode_text, predict_noise
+from model.consistentid import (
+    BaseModels,
+    ConsistentID,
+    encode_frozen,
+    encode_images,
+    encode_text,
+    predict_noise,
+)
 from model.facial_encoder import FacialEncoder
 from model.losses import localisation_loss
 from model.projector import IdentityProjector
@@ -47,7 +54,9 @@ EXACT = 0.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison; `error` is the largest absolute difference, or the number of entries that differ."""
+    """One comparison; `error` is the largest absolute difference, or the number of entries that
+    differ.
+    """
 
     name: str
     error: float
@@ -84,7 +93,9 @@ class Golden:
 
     @torch.no_grad()
     def fill(self, module: nn.Module, prefix: str, old_root: str = "") -> Any:
-        """The module with the reference's weights. old_root: what keys began with in the releases that made them."""
+        """The module with the reference's weights. old_root: what keys began with in the releases
+        that made them.
+        """
         if not old_root:
             return self.maker.fill(module, self.seed, prefix).eval()
         for key, value in module.state_dict().items():
@@ -101,14 +112,23 @@ class Golden:
         return Case(name, _largest(answer, self.answers[name]), tolerance)
 
 
-_INPUTS = (".labels", ".photo", "facial.token_mask", "facial.valid_mask", "loss.idx", "loss.idx_mask")
+_INPUTS = (
+    ".labels",
+    ".photo",
+    "facial.token_mask",
+    "facial.valid_mask",
+    "loss.idx",
+    "loss.idx_mask",
+)
 _KEPT = ("visual_projection.", "text_projection.")  # beside the renamed root, never below it
 
 
 def _module_at(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("golden_fill", path)
     if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is no Python file; a golden folder carries its own generator of weights")
+        raise SystemExit(
+            f"{path} is no Python file; a golden folder carries its own generator of weights"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -121,9 +141,13 @@ def _largest(answer: Tensor, expected: Tensor) -> float:
 
 
 def _same(name: str, answer: object, expected: object) -> Case:
-    """Exact; the error is the number of differing entries of two sequences or mappings, else 0 or 1."""
+    """Exact; the error is the number of differing entries of two sequences or mappings, else 0 or
+    1.
+    """
     if isinstance(answer, dict) and isinstance(expected, dict):
-        return Case(name, float(sum(answer.get(k) != expected.get(k) for k in {*answer, *expected})), EXACT)
+        return Case(
+            name, float(sum(answer.get(k) != expected.get(k) for k in {*answer, *expected})), EXACT
+        )
     if isinstance(answer, list) and isinstance(expected, list) and len(answer) == len(expected):
         return Case(name, float(sum(a != b for a, b in zip(answer, expected, strict=True))), EXACT)
     return Case(name, float(answer != expected), EXACT)
@@ -139,7 +163,9 @@ def check_projector(golden: Golden) -> Iterator[Case]:
     identity = golden.tensor("image_proj.id", 2, 512)
     clip = golden.tensor("image_proj.clip", 2, golden.image_tokens, golden.spec.vision_dim)
     yield golden.close("image_proj.out", projector(identity, clip, shortcut=False))
-    yield golden.close("image_proj.out_shortcut", projector(identity, clip, shortcut=True, scale=0.7))
+    yield golden.close(
+        "image_proj.out_shortcut", projector(identity, clip, shortcut=True, scale=0.7)
+    )
 
 
 def check_facial_encoder(golden: Golden) -> Iterator[Case]:
@@ -156,7 +182,9 @@ def check_facial_encoder(golden: Golden) -> Iterator[Case]:
 
 def check_unet(golden: Golden) -> Iterator[Case]:
     unet = golden.unet()
-    yield _same("attn_processor_order", list(unet.attn_processors), golden.config["attn_processor_order"])
+    yield _same(
+        "attn_processor_order", list(unet.attn_processors), golden.config["attn_processor_order"]
+    )
     adapter = golden.fill(install_processors(unet, golden.spec, "legacy"), "adapter_modules.")
     yield _same("keys.adapter_modules", _shapes(adapter), golden.config["adapter_keys"])
     side = golden.config["unet_config"]["sample_size"]
@@ -175,7 +203,8 @@ def check_losses(golden: Golden) -> Iterator[Case]:
     masks = (golden.tensor("loss.segmaps", 2, 5, 32, 32) > 0.5).float()
     layers = []
     for name, pixels in (("loss.scores", 64), ("loss.scores_b", 256)):
-        scores = golden.tensor(name, 8, pixels, 77).softmax(-1).unflatten(0, (2, 4))  # (B, heads, pixels, 77)
+        # (B, heads, pixels, 77)
+        scores = golden.tensor(name, 8, pixels, 77).softmax(-1).unflatten(0, (2, 4))
         layers.append(scores.gather(-1, idx[:, None, None].expand(-1, 4, pixels, -1)))
     yield golden.close("loss.one_layer", localisation_loss(layers[:1], masks, valid))
     yield golden.close("loss.two_layers", localisation_loss(layers, masks, valid))
@@ -188,12 +217,18 @@ def check_masks(golden: Golden) -> Iterator[Case]:
         if (labels == 0).any():
             made["WithoutBackground"] = foreground_mask(labels, "legacy")
         start = f"mask.{entry['map']}."
-        wanted = {key.removeprefix(start) for key in golden.answers if key.startswith(start)} - {"labels"}
+        wanted = {key.removeprefix(start) for key in golden.answers if key.startswith(start)} - {
+            "labels"
+        }
         yield _same(f"{start}names", sorted(made), sorted(wanted))
         for name in sorted(wanted & set(made)):
             answer = torch.from_numpy(made[name].astype(np.uint8) * 255)
             yield golden.close(start + name, answer, EXACT)
-        yield _same(f"regions.{entry['map']}", list(region_masks(labels, "legacy")), entry["regions_in_order"])
+        yield _same(
+            f"regions.{entry['map']}",
+            list(region_masks(labels, "legacy")),
+            entry["regions_in_order"],
+        )
 
 
 def check_texts(golden: Golden, tokenizer: Any) -> Iterator[Case]:
@@ -202,7 +237,9 @@ def check_texts(golden: Golden, tokenizer: Any) -> Iterator[Case]:
     for number, entry in enumerate(golden.texts):
         regions = entry["regions_before"]
         marked = mark_clauses(entry["fine"], regions)
-        text = training_text(entry["coarse"], entry["fine"], regions, tokenizer, golden.spec, "legacy")
+        text = training_text(
+            entry["coarse"], entry["fine"], regions, tokenizer, golden.spec, "legacy"
+        )
         tokens = tokenize_marked(text.text, tokenizer, keep_eos=False)
         missing = 5 - len(tokens.positions)
         answers: dict[str, object] = {
@@ -221,7 +258,9 @@ def check_texts(golden: Golden, tokenizer: Any) -> Iterator[Case]:
 def _tiny_parts(golden: Golden, tokenizer: Any) -> BaseModels:
     config = golden.config
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config["text_config"]))
-    vision = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config["vision_config"]))
+    vision = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**config["vision_config"])
+    )
     return BaseModels(
         tokenizer=tokenizer,
         text_encoder=golden.fill(text, "text_encoder.", "text_model."),
@@ -235,7 +274,10 @@ def _tiny_parts(golden: Golden, tokenizer: Any) -> BaseModels:
 def _conditions(golden: Golden, tokenizer: Any) -> Conditions:
     call = golden.config["e2e"]
     identity = golden.tensor("face_id", 512)
-    photo, labels = (golden.answers[f"e2e.{name}"].numpy().repeat(4, 0).repeat(4, 1) for name in ("photo", "labels"))
+    photo, labels = (
+        golden.answers[f"e2e.{name}"].numpy().repeat(4, 0).repeat(4, 1)
+        for name in ("photo", "labels")
+    )
     record = Record(
         key="0" * 20,
         source="golden",
@@ -246,7 +288,9 @@ def _conditions(golden: Golden, tokenizer: Any) -> Conditions:
         height=photo.shape[0],
     )
     spec = replace(golden.spec, template=call["caption"])
-    return build_conditions(record, tokenizer, spec, "legacy", prompt=call["prompt"], resolution=photo.shape[0])
+    return build_conditions(
+        record, tokenizer, spec, "legacy", prompt=call["prompt"], resolution=photo.shape[0]
+    )
 
 
 def _png(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
@@ -262,8 +306,12 @@ def check_end_to_end(golden: Golden, tokenizer: Any) -> Iterator[Case]:
         ("text_encoder", base.text_encoder, "text_model."),
     ):
         if f"{part}_keys" in golden.config:
-            names = {key if key.startswith((root, *_KEPT)) else root + key for key in module.state_dict()}
-            listed = {key for key in golden.config[f"{part}_keys"] if not key.endswith("position_ids")}
+            names = {
+                key if key.startswith((root, *_KEPT)) else root + key for key in module.state_dict()
+            }
+            listed = {
+                key for key in golden.config[f"{part}_keys"] if not key.endswith("position_ids")
+            }
             yield _same(f"keys.{part}", sorted(names), sorted(listed))
     model = ConsistentID(golden.spec, base.unet, "legacy").eval()
     golden.fill(model.image_proj_model, "image_proj.")
@@ -327,9 +375,15 @@ def all_cases(folder: Path, vocab: Path) -> Iterator[Case]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.golden.check", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="a folder of the golden format, e.g. tests/golden")
-    parser.add_argument("--vocab", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz; fetched if not given")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.golden.check", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "folder", type=Path, help="a folder of the golden format, e.g. tests/golden"
+    )
+    parser.add_argument(
+        "--vocab", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz; fetched if not given"
+    )
     options = parser.parse_args(arguments)
     vocab = options.vocab
     if vocab is None:
@@ -337,7 +391,10 @@ def main(arguments: list[str] | None = None) -> int:
     cases, bad = 0, 0
     for case in all_cases(options.folder, vocab):
         cases, bad = cases + 1, bad + (not case.ok)
-        print(f"{'ok  ' if case.ok else 'FAIL'} {case.name:<32} error {case.error:.2e}  tolerance {case.tolerance:.0e}")
+        print(
+            f"{'ok  ' if case.ok else 'FAIL'} {case.name:<32} error {case.error:.2e}  tolerance "
+            f"{case.tolerance:.0e}"
+        )
     print(f"{cases - bad} of {cases} cases within tolerance")
     return 1 if bad or not cases else 0
 

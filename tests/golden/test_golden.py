@@ -30,7 +30,14 @@ def test_every_answer_of_the_reference_is_met(capsys: pytest.CaptureFixture[str]
 def test_every_kind_of_answer_can_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(tmp_path)
     answers = load_file(folder / "golden.safetensors")
-    wrong = ("image_proj.out", "facial.out", "unet.out", "loss.two_layers", "e2e.id_uncond", "e2e.final_latents")
+    wrong = (
+        "image_proj.out",
+        "facial.out",
+        "unet.out",
+        "loss.two_layers",
+        "e2e.id_uncond",
+        "e2e.final_latents",
+    )
     for name in wrong:
         answers[name] = answers[name] * 1.01 + 1e-3
     answers["mask.0.Nose"][0, 0] = 255
@@ -45,5 +52,14 @@ def test_every_kind_of_answer_can_fail(tmp_path: Path, capsys: pytest.CaptureFix
     texts[0]["marked"] += " "
     (folder / "texts.json").write_text(json.dumps(texts))
     assert main([str(folder)]) == 1
-    failed = {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")}
-    assert failed == {*wrong, "mask.0.Nose", "e2e.token_mask", "regions.1", "keys.adapter_modules", "texts.0.marked"}
+    failed = {
+        line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")
+    }
+    assert failed == {
+        *wrong,
+        "mask.0.Nose",
+        "e2e.token_mask",
+        "regions.1",
+        "keys.adapter_modules",
+        "texts.0.marked",
+    }

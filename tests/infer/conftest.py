@@ -1,4 +1,6 @@
-"""An adapter that does something in every part, over the tiny base; a generator with it; two people."""
+"""An adapter that does something in every part, over the tiny base; a generator with it; two
+people.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,11 @@ def test_a_run_writes_everything_and_its_own_configuration_repeats_it(
         assert told["prompt"] == prompts[index // 2]
         assert (told["prompt_index"], told["image_index"]) == (str(index // 2), str(index % 2))
         expected = {"negative_prompt": "blurry", "seed": "5", "steps": "4", "start_merge_step": "2"}
-        expected |= {"guidance_scale": "2.0", "scheduler": "EulerDiscreteScheduler", "mode": "corrected"}
+        expected |= {
+            "guidance_scale": "2.0",
+            "scheduler": "EulerDiscreteScheduler",
+            "mode": "corrected",
+        }
         expected |= {"spec": "tiny", "photo": photo.name}
         assert expected.items() <= told.items()
         assert len(told["adapter_sha256"]) == len(told["photo_sha256"]) == 64
@@ -71,7 +75,9 @@ def test_a_run_writes_everything_and_its_own_configuration_repeats_it(
     assert "holds portraits of another configuration" in other.stderr
     assert read(tmp_path / "out") == first, "a refused run must leave everything alone"
 
-    fewer = run("--config", tmp_path / "out" / "infer.yaml", "num_images_per_prompt=1", "overwrite=true")
+    fewer = run(
+        "--config", tmp_path / "out" / "infer.yaml", "num_images_per_prompt=1", "overwrite=true"
+    )
     assert fewer.exit_code == 0, fewer.output
     left = read(tmp_path / "out")
     assert {name for name in left if name.startswith("portrait")} == {names[0], names[2]}
@@ -85,7 +91,9 @@ def test_a_run_writes_everything_and_its_own_configuration_repeats_it(
     assert (tmp_path / "reused" / names[0]).read_bytes() == first[names[0]]
 
 
-def test_what_is_wrong_is_said_and_nothing_is_written(preset: Path, photo: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    preset: Path, photo: Path, tmp_path: Path
+) -> None:
     Image.new("RGB", (200, 200), "teal").save(tmp_path / "wall.png")
     (tmp_path / "note.txt").write_text("hello")
     common = ["--config", preset, "--prompt", "a"]
@@ -115,7 +123,10 @@ def test_help_teaches_and_loads_no_model_library() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "--photo" in result.output and "num_images_per_prompt=4" in result.output
-    code = "import sys, infer.cli; print({'torch', 'diffusers', 'transformers', 'cv2'} & set(sys.modules))"
+    code = (
+        "import sys, infer.cli; print({'torch', 'diffusers', 'transformers', 'cv2'} & "
+        "set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -130,7 +141,9 @@ def test_presets_are_there() -> None:
     assert {path.stem for path in PRESETS} >= {"demo", "sd15"}
 
 
-def test_the_sheet_shows_photograph_and_portraits(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_the_sheet_shows_photograph_and_portraits(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     portraits = list(generator.generate(person, ["a", "a much longer prompt " * 12]))
     sheet = np.asarray(contact_sheet(person, portraits))
     with Image.open(io.BytesIO(person.record.image)) as opened:

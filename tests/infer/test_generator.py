@@ -27,22 +27,38 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def pictures(
-    generator: ConsistentIDGenerator, person: Identity, prompts: str | Sequence[str] = "a", **changes: object
+    generator: ConsistentIDGenerator,
+    person: Identity,
+    prompts: str | Sequence[str] = "a",
+    **changes: object,
 ) -> list[Pixels]:
     settings = replace(generator.config, **changes)  # type: ignore[arg-type]
     return [portrait.pixels for portrait in generator.generate(person, prompts, settings)]
 
 
 def same(one: Sequence[Pixels], other: Sequence[Pixels]) -> bool:
-    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        np.array_equal(a, b) for a, b in zip(one, other, strict=True)
+    )
 
 
-def test_cached_features_are_those_of_the_whole_way(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_cached_features_are_those_of_the_whole_way(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     conditions = generator.conditions(person, "a person in a garden")
     expected = encode_frozen(generator.base, collate([conditions]))
     features = generator._features(person, conditions)
-    for name in ("text_hidden", "clip_hidden", "region_hidden", "identity", "token_mask", "token_valid"):
-        torch.testing.assert_close(getattr(features, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    for name in (
+        "text_hidden",
+        "clip_hidden",
+        "region_hidden",
+        "identity",
+        "token_mask",
+        "token_valid",
+    ):
+        torch.testing.assert_close(
+            getattr(features, name), getattr(expected, name), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_person_costs_the_image_encoder_once_and_a_prompt_one_text(
@@ -56,14 +72,20 @@ def test_a_person_costs_the_image_encoder_once_and_a_prompt_one_text(
 
     watch("image", generator.base.image_encoder)
     watch("text", generator.base.text_encoder)
-    list(generator.generate(person, ["a", "b", "c"], replace(generator.config, num_images_per_prompt=2)))
+    list(
+        generator.generate(
+            person, ["a", "b", "c"], replace(generator.config, num_images_per_prompt=2)
+        )
+    )
     assert calls.count("image") == 0, "the identity holds all that the image encoder has to say"
     assert calls.count("text") == 4, "three prompts, and the negative prompt once"
     generator.encode(person.record)
     assert calls.count("image") == 1, "the photograph and its regions in one call"
 
 
-def test_a_picture_depends_on_its_own_place_alone(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_a_picture_depends_on_its_own_place_alone(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     many = pictures(generator, person, ["a man", "a woman"], num_images_per_prompt=3)
     few = pictures(generator, person, ["a man", "a woman"], num_images_per_prompt=1)
     assert same(few, [many[0], many[3]])
@@ -72,10 +94,14 @@ def test_a_picture_depends_on_its_own_place_alone(generator: ConsistentIDGenerat
     assert not same(few, pictures(generator, person, ["a man", "a woman"], seed=6))
 
 
-def test_pictures_made_together_differ_by_rounding_only(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_pictures_made_together_differ_by_rounding_only(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     for scheduler in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
         alone, together = (
-            pictures(generator, person, batch_size=size, num_images_per_prompt=3, scheduler=scheduler)
+            pictures(
+                generator, person, batch_size=size, num_images_per_prompt=3, scheduler=scheduler
+            )
             for size in (1, 2)
         )
         for one, other in zip(alone, together, strict=True):
@@ -83,20 +109,36 @@ def test_pictures_made_together_differ_by_rounding_only(generator: ConsistentIDG
 
 
 def test_seeds_of_different_places_differ() -> None:
-    seeds = [portrait_seed(s, j, i, p) for s in (0, 1) for j in (0, 1) for i in (0, 1) for p in ("latents", "steps")]
+    seeds = [
+        portrait_seed(s, j, i, p)
+        for s in (0, 1)
+        for j in (0, 1)
+        for i in (0, 1)
+        for p in ("latents", "steps")
+    ]
     assert len(set(seeds)) == 16
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_regions_speak_in_the_second_phase_only(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_regions_speak_in_the_second_phase_only(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     silent = RegionStrength(face=0, ears=0, eyes=0, nose=0, mouth=0)
     steps = generator.config.num_inference_steps
-    never = [pictures(generator, person, start_merge_step=steps, region_strength=r) for r in (silent, RegionStrength())]
+    never = [
+        pictures(generator, person, start_merge_step=steps, region_strength=r)
+        for r in (silent, RegionStrength())
+    ]
     assert same(*never)
-    always = [pictures(generator, person, start_merge_step=0, region_strength=r) for r in (silent, RegionStrength())]
+    always = [
+        pictures(generator, person, start_merge_step=0, region_strength=r)
+        for r in (silent, RegionStrength())
+    ]
     assert not same(*always)
     assert same(never[0], always[0]), "without regions both phases say the same"
-    noseless = pictures(generator, person, start_merge_step=0, region_strength=RegionStrength(nose=0))
+    noseless = pictures(
+        generator, person, start_merge_step=0, region_strength=RegionStrength(nose=0)
+    )
     assert not same(noseless, always[0]) and not same(noseless, always[1])
 
 
@@ -104,28 +146,45 @@ def test_legacy_mode_counts_one_more_step_for_the_text(legacy_adapter: Path, pho
     legacy = load_generator(small(legacy_adapter))
     person = legacy.identity(photo)
     silent = RegionStrength(face=0, ears=0, eyes=0, nose=0, mouth=0)
-    late = [pictures(legacy, person, start_merge_step=3, region_strength=r) for r in (silent, RegionStrength())]
+    late = [
+        pictures(legacy, person, start_merge_step=3, region_strength=r)
+        for r in (silent, RegionStrength())
+    ]
     assert same(*late), "steps 0 to 3 of 4 are the text's"
     assert not same(pictures(legacy, person, start_merge_step=2), late[1])
 
 
-def test_the_person_shows(generator: ConsistentIDGenerator, person: Identity, stranger: Identity) -> None:
+def test_the_person_shows(
+    generator: ConsistentIDGenerator, person: Identity, stranger: Identity
+) -> None:
     assert not same(pictures(generator, person), pictures(generator, stranger))
     assert not same(pictures(generator, person), pictures(generator, person, id_scale=0.0))
 
 
-def test_guidance_of_one_leaves_the_negative_out(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_guidance_of_one_leaves_the_negative_out(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     prompts = ("ugly", "beautiful")
-    assert same(*(pictures(generator, person, guidance_scale=1.0, negative_prompt=text) for text in prompts))
-    assert not same(*(pictures(generator, person, guidance_scale=5.0, negative_prompt=text) for text in prompts))
+    assert same(
+        *(pictures(generator, person, guidance_scale=1.0, negative_prompt=text) for text in prompts)
+    )
+    assert not same(
+        *(pictures(generator, person, guidance_scale=5.0, negative_prompt=text) for text in prompts)
+    )
 
 
-def test_the_template_wraps_prompts_with_braces_as_they_are(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_the_template_wraps_prompts_with_braces_as_they_are(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     settings = replace(generator.config, prompt_template="photo of {prompt}, film")
-    assert generator.conditions(person, "a {man}", settings).text.startswith("photo of a {man}, film")
+    assert generator.conditions(person, "a {man}", settings).text.startswith(
+        "photo of a {man}, film"
+    )
 
 
-def test_merged_lora_gives_the_same_pictures(adapter: Path, generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_merged_lora_gives_the_same_pictures(
+    adapter: Path, generator: ConsistentIDGenerator, person: Identity
+) -> None:
     merged = load_generator(small(adapter, merge_lora=True))
     [one], [other] = pictures(generator, person), pictures(merged, person)
     assert np.abs(one.astype(int) - other.astype(int)).max() <= 2
@@ -138,9 +197,16 @@ def test_sizes(generator: ConsistentIDGenerator, person: Identity, size: tuple[i
     assert picture.dtype == np.uint8
 
 
-def test_every_known_scheduler_makes_a_picture(generator: ConsistentIDGenerator, person: Identity) -> None:
+def test_every_known_scheduler_makes_a_picture(
+    generator: ConsistentIDGenerator, person: Identity
+) -> None:
     known = known_schedulers()
-    assert {"DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"} <= set(known)
+    assert {
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "LCMScheduler",
+    } <= set(known)
     for name in known:
         evaluations: list[int] = []
         settings = replace(generator.config, scheduler=name)
@@ -172,7 +238,10 @@ def test_merge_position_follows_schedulers_that_evaluate_twice() -> None:
 
 
 def test_a_configuration_for_another_model_is_refused(adapter: Path) -> None:
-    for changes, says in (({"spec": "sd15"}, "is of spec tiny"), ({"mode": "legacy"}, "is of mode corrected")):
+    for changes, says in (
+        ({"spec": "sd15"}, "is of spec tiny"),
+        ({"mode": "legacy"}, "is of mode corrected"),
+    ):
         config = small(adapter)
         config = replace(config, model=replace(config.model, **changes))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=says):

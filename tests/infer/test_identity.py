@@ -1,4 +1,6 @@
-"""The photograph's way in: equal to the data set's, and refused with a reason where there is no face."""
+"""The photograph's way in: equal to the data set's, and refused with a reason where there is no
+face.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,29 @@ from tests.infer.conftest import small
 
 def differing(one: Conditions, other: Conditions) -> list[str]:
     """Names of the fields that aren't equal, bit for bit."""
-    pairs = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in fields(Conditions)}
-    return [name for name, (a, b) in pairs.items() if not (torch.equal(a, b) if torch.is_tensor(a) else a == b)]
+    pairs = {
+        field.name: (getattr(one, field.name), getattr(other, field.name))
+        for field in fields(Conditions)
+    }
+    return [
+        name
+        for name, (a, b) in pairs.items()
+        if not (torch.equal(a, b) if torch.is_tensor(a) else a == b)
+    ]
 
 
 @pytest.fixture(scope="module")
 def from_shard(photo: Path) -> Record:
-    """The photograph's record as the pipeline makes it: Arrow rows between stages, at last a sample's members."""
+    """The photograph's record as the pipeline makes it: Arrow rows between stages, at last a
+    sample's members.
+    """
     data = photo.read_bytes()
-    record = Record(key=key_of(photo.name), source=photo.name, sha256=hashlib.sha256(data).hexdigest(), image=data)
+    record = Record(
+        key=key_of(photo.name),
+        source=photo.name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        image=data,
+    )
     for stage in build_stages(DatasetConfig()):
         stage.setup()
         [record] = from_table(to_table(run_stage(stage, [record])))
@@ -47,13 +63,20 @@ def test_conditions_of_a_shard_equal_those_of_inference(
 ) -> None:
     model, base = generator.model, generator.base
     expected = build_conditions(
-        from_shard, base.tokenizer, model.spec, model.mode, prompt=prompt, resolution=model.spec.resolution
+        from_shard,
+        base.tokenizer,
+        model.spec,
+        model.mode,
+        prompt=prompt,
+        resolution=model.spec.resolution,
     )
     assert expected.regions, "a portrait without any region would make this comparison empty"
     assert differing(generator.conditions(person, prompt), expected) == []
 
 
-def test_differing_sees_a_difference(generator: ConsistentIDGenerator, person: Identity, stranger: Identity) -> None:
+def test_differing_sees_a_difference(
+    generator: ConsistentIDGenerator, person: Identity, stranger: Identity
+) -> None:
     found = differing(generator.conditions(person, "a"), generator.conditions(stranger, "a b"))
     assert {"key", "text", "input_ids", "region_pixels", "clip_pixels", "identity"} <= set(found)
 
@@ -62,7 +85,10 @@ def test_training_conditions_of_the_identitys_record_are_the_shards(
     generator: ConsistentIDGenerator, person: Identity, from_shard: Record
 ) -> None:
     spec, mode, tokenizer = generator.model.spec, generator.model.mode, generator.base.tokenizer
-    one, other = (build_conditions(r, tokenizer, spec, mode, resolution=64) for r in (person.record, from_shard))
+    one, other = (
+        build_conditions(r, tokenizer, spec, mode, resolution=64)
+        for r in (person.record, from_shard)
+    )
     assert differing(one, other) == []
 
 
@@ -108,18 +134,26 @@ def test_paths_that_are_no_photograph_say_why(tmp_path: Path) -> None:
         read_photo(tmp_path)
 
 
-def test_a_picture_without_a_face_is_a_face_error(generator: ConsistentIDGenerator, tmp_path: Path) -> None:
+def test_a_picture_without_a_face_is_a_face_error(
+    generator: ConsistentIDGenerator, tmp_path: Path
+) -> None:
     slope = np.linspace(0, 255, 256, dtype=np.uint8)
     picture = np.repeat(np.repeat(slope[None, :, None], 256, 0), 3, 2)
     path = tmp_path / "sky.jpg"
     path.write_bytes(encode_jpeg(picture, 90))
-    with pytest.raises(FaceError, match=rf"no face found in {path} .*Give a photograph that shows one face"):
+    with pytest.raises(
+        FaceError, match=rf"no face found in {path} .*Give a photograph that shows one face"
+    ):
         generator.identity(path)
 
 
 @pytest.mark.parametrize(
     ("name", "cut", "says"),
-    [("page.jpg", None, "is not an image"), ("none.jpg", 0, "empty file"), ("half.jpg", 20_000, "truncated")],
+    [
+        ("page.jpg", None, "is not an image"),
+        ("none.jpg", 0, "empty file"),
+        ("half.jpg", 20_000, "truncated"),
+    ],
 )
 def test_broken_pictures_are_source_errors(
     generator: ConsistentIDGenerator, photo: Path, name: str, cut: int | None, says: str

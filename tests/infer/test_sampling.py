@@ -23,21 +23,34 @@ def base(tiny_base: Any) -> BaseModels:
 def guidance(rows: int) -> Guidance:
     """Rows that don't depend on how many there are."""
     made = [
-        torch.randn(3, 81, TINY.cross_attention_dim, generator=torch.Generator().manual_seed(n)) for n in range(rows)
+        torch.randn(3, 81, TINY.cross_attention_dim, generator=torch.Generator().manual_seed(n))
+        for n in range(rows)
     ]
     early, late, negative = torch.stack(made).unbind(1)
     return Guidance(early=early, late=late, negative=negative)
 
 
 def run(base: BaseModels, rows: Guidance, seeds: list[int], **changes: Any) -> Tensor:
-    call: dict[str, Any] = {"steps": 4, "merge_step": 2, "guidance_scale": 3.0, "mode": "corrected", **changes}
-    scheduler = call.pop("scheduler", None) or EulerDiscreteScheduler.from_config(base.scheduler.config)
+    call: dict[str, Any] = {
+        "steps": 4,
+        "merge_step": 2,
+        "guidance_scale": 3.0,
+        "mode": "corrected",
+        **changes,
+    }
+    scheduler = call.pop("scheduler", None) or EulerDiscreteScheduler.from_config(
+        base.scheduler.config
+    )
     return denoise(base.unet, scheduler, rows, initial_latents((4, 16, 16), seeds), **call)
 
 
 def test_a_picture_does_not_depend_on_its_batch(base: BaseModels) -> None:
     together = run(base, guidance(3), [5, 6, 7])
-    alone = run(base, Guidance(**{n: getattr(guidance(3), n)[1:2] for n in ("early", "late", "negative")}), [6])
+    alone = run(
+        base,
+        Guidance(**{n: getattr(guidance(3), n)[1:2] for n in ("early", "late", "negative")}),
+        [6],
+    )
     assert torch.allclose(together[1:2], alone, atol=1e-3 * float(alone.abs().mean()))
 
 
@@ -45,7 +58,13 @@ def test_a_picture_does_not_depend_on_its_batch(base: BaseModels) -> None:
 def test_any_scheduler_serves_and_a_seed_repeats(base: BaseModels, kind: Any) -> None:
     def once() -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        return run(base, guidance(1), [5], scheduler=kind.from_config(base.scheduler.config), generator=generator)
+        return run(
+            base,
+            guidance(1),
+            [5],
+            scheduler=kind.from_config(base.scheduler.config),
+            generator=generator,
+        )
 
     one = once()
     assert one.isfinite().all() and torch.equal(one, once())
@@ -62,7 +81,9 @@ def states_seen(base: BaseModels, mode: str, merge_step: int) -> list[str]:
     return seen
 
 
-def test_merge_step_counts_the_steps_of_the_text_alone_and_legacy_takes_one_more(base: BaseModels) -> None:
+def test_merge_step_counts_the_steps_of_the_text_alone_and_legacy_takes_one_more(
+    base: BaseModels,
+) -> None:
     assert states_seen(base, "corrected", 2) == ["early", "early", "late", "late"]
     assert states_seen(base, "legacy", 2) == ["early", "early", "early", "late"]
     assert states_seen(base, "corrected", 0) == ["late"] * 4
@@ -71,7 +92,9 @@ def test_merge_step_counts_the_steps_of_the_text_alone_and_legacy_takes_one_more
 def test_guidance_of_one_leaves_the_negative_out(base: BaseModels) -> None:
     rows = guidance(1)
     other = Guidance(early=rows.early, late=rows.late, negative=rows.negative + 5)
-    assert torch.equal(run(base, rows, [5], guidance_scale=1.0), run(base, other, [5], guidance_scale=1.0))
+    assert torch.equal(
+        run(base, rows, [5], guidance_scale=1.0), run(base, other, [5], guidance_scale=1.0)
+    )
     assert not torch.equal(run(base, rows, [5]), run(base, other, [5]))
 
 

@@ -1,4 +1,6 @@
-"""Drawn portraits for tests: a picture of ellipses and the label map that goes with it, different for every seed."""
+"""Drawn portraits for tests: a picture of ellipses and the label map that goes with it, different
+for every seed.
+"""
 
 import io
 
@@ -17,10 +19,21 @@ def drawn(seed: int, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArra
     picture = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
     labels = np.zeros((size, size), np.uint8)
 
-    def ellipse(label: str, centre: tuple[float, float], axes: tuple[float, float], colour: npt.ArrayLike) -> None:
+    def ellipse(
+        label: str, centre: tuple[float, float], axes: tuple[float, float], colour: npt.ArrayLike
+    ) -> None:
         middle = tuple(round(value * size) for value in centre)
         half = tuple(max(1, round(value * size)) for value in axes)
-        cv2.ellipse(picture, middle, half, 0, 0, 360, [int(value) for value in np.asarray(colour)], cv2.FILLED)
+        cv2.ellipse(
+            picture,
+            middle,
+            half,
+            0,
+            0,
+            360,
+            [int(value) for value in np.asarray(colour)],
+            cv2.FILLED,
+        )
         cv2.ellipse(labels, middle, half, 0, 0, 360, LABEL_IDS[label], cv2.FILLED)
 
     skin, width = rng.integers(90, 250, 3), rng.uniform(0.2, 0.27)
@@ -42,7 +55,8 @@ def record(
     seed: int,
     size: int = 128,
     caption: str = "A portrait photo of a person.",
-    face_caption: str = "The person has a round face, two ears, dark eyes, a long nose, and a small mouth.",
+    face_caption: str = "The person has a round face, two ears, dark eyes, a long nose, and a "
+    "small mouth.",
 ) -> Record:
     """A finished record of the drawn portrait, with an identity of its own."""
     picture, labels = drawn(seed, size)
@@ -54,7 +68,9 @@ def record(
         image=png(picture),
         width=size,
         height=size,
-        faces=(Face(box=(0.0, 0.0, float(size), float(size)), landmarks=((0.0, 0.0),) * 5, score=0.9),),
+        faces=(
+            Face(box=(0.0, 0.0, float(size), float(size)), landmarks=((0.0, 0.0),) * 5, score=0.9),
+        ),
         face=0,
         parsing=png(labels),
         identity=identity / np.linalg.norm(identity),

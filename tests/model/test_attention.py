@@ -45,7 +45,9 @@ def test_fresh_adapter_without_id_attention_leaves_the_base_as_it_was(
     model.set_scale(0.0)
     assert torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-5)
     model.set_scale(1.0)
-    assert not torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-3)
+    assert not torch.allclose(
+        predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-3
+    )
 
 
 def test_token_probabilities_are_columns_of_the_softmax() -> None:
@@ -76,7 +78,9 @@ def test_asking_for_scores_changes_no_answer_and_only_hooked_layers_reply(
 
 
 def test_legacy_looks_at_self_attention_as_the_reference_does(base: BaseModels) -> None:
-    hooked = [processor.hook for processor in trained(base, "legacy").adapter_modules if processor.hook]
+    hooked = [
+        processor.hook for processor in trained(base, "legacy").adapter_modules if processor.hook
+    ]
     assert hooked and all(name.endswith("attn1") for name in hooked)
 
 
@@ -91,20 +95,28 @@ def test_localisation_gradients_reach_the_hooked_cross_attention(
     for processor in model.adapter_modules:
         if processor.hook:
             for lora in (processor.to_q_lora, processor.to_k_lora):
-                assert lora.up.weight.grad is not None and lora.up.weight.grad.abs().sum() > 0, processor.hook
+                assert lora.up.weight.grad is not None and lora.up.weight.grad.abs().sum() > 0, (
+                    processor.hook
+                )
 
 
-def test_scores_are_the_same_under_gradient_checkpointing(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+def test_scores_are_the_same_under_gradient_checkpointing(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
     model = trained(base)
     masks = (torch.rand(2, 5, 16, 16, generator=torch.Generator().manual_seed(3)) > 0.5).float()
     valid = torch.ones(2, 5, dtype=torch.bool)
 
     def gradients() -> tuple[float, list[Tensor]]:
         model.zero_grad()
-        prediction, scores = predict_noise(base.unet.train(), latents, STEPS, states, token_idx=TOKEN_IDX)
+        prediction, scores = predict_noise(
+            base.unet.train(), latents, STEPS, states, token_idx=TOKEN_IDX
+        )
         loss = prediction.square().mean() + localisation_loss(scores, masks, valid)
         loss.backward()
-        return loss.item(), [p.grad.clone() for p in model.adapter_modules.parameters() if p.grad is not None]
+        return loss.item(), [
+            p.grad.clone() for p in model.adapter_modules.parameters() if p.grad is not None
+        ]
 
     plain_loss, plain = gradients()
     base.unet.enable_gradient_checkpointing()
@@ -114,7 +126,9 @@ def test_scores_are_the_same_under_gradient_checkpointing(base: BaseModels, stat
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, checkpointed, strict=True))
 
 
-def test_merged_lora_gives_the_same_answer(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+def test_merged_lora_gives_the_same_answer(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
     trained(base)
     before = predict_noise(base.unet, latents, STEPS, states)[0]
     merge_lora(base.unet)
@@ -123,7 +137,11 @@ def test_merged_lora_gives_the_same_answer(base: BaseModels, states: Tensor, lat
 
 
 def test_id_attention_starts_as_the_texts(base: BaseModels) -> None:
-    keys = {name: attn.to_k.weight.clone() for name, attn in base.unet.named_modules() if name.endswith("attn2")}
+    keys = {
+        name: attn.to_k.weight.clone()
+        for name, attn in base.unet.named_modules()
+        if name.endswith("attn2")
+    }
     ConsistentID(TINY, base.unet, "corrected")
     for name, processor in base.unet.attn_processors.items():
         if isinstance(processor, IdentityCrossAttention):
@@ -136,7 +154,9 @@ def test_an_attention_mask_is_refused(base: BaseModels, states: Tensor, latents:
         base.unet(latents, STEPS, states, encoder_attention_mask=torch.ones(2, 81))
 
 
-def test_a_hook_that_names_no_block_is_told(base: BaseModels, states: Tensor, latents: Tensor) -> None:
+def test_a_hook_that_names_no_block_is_told(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
     ConsistentID(replace(TINY, hooked=("down_blocks.7",)), base.unet, "corrected")
     _, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
     with pytest.raises(ValueError, match=r"spec\.hooked"):

@@ -10,14 +10,23 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from configs.errors import WeightsError
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter, save_unet
+from model.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    save_unet,
+)
 from model.consistentid import BaseModels, ConsistentID, load_base
 from model.spec import SPECS, ModelSpec
 
 TINY = SPECS["tiny"]
 
 
-def made(base: BaseModels, seed: int, mode: Any = "corrected", spec: ModelSpec = TINY) -> ConsistentID:
+def made(
+    base: BaseModels, seed: int, mode: Any = "corrected", spec: ModelSpec = TINY
+) -> ConsistentID:
     torch.manual_seed(seed)
     return ConsistentID(spec, base.unet, mode)
 
@@ -74,7 +83,9 @@ class Payload:
     target = ""
 
 
-@pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
+)
 def test_code_in_a_bin_is_not_run(tmp_path: Path, writer: Any) -> None:
     Payload.target = str(tmp_path / "ran")
     writer({"image_proj": Payload()}, tmp_path / "evil.bin")
@@ -93,7 +104,11 @@ def test_what_does_not_fit_is_named(base: BaseModels, tmp_path: Path) -> None:
     save_file(state, tmp_path / WEIGHTS_FILE)
     with pytest.raises(WeightsError) as caught:
         load_adapter(tmp_path, model)
-    for part in ("1 missing (image_proj_model.norm.bias)", "1 unexpected (FacialEncoder.extra)", "1 mis-shaped"):
+    for part in (
+        "1 missing (image_proj_model.norm.bias)",
+        "1 unexpected (FacialEncoder.extra)",
+        "1 mis-shaped",
+    ):
         assert part in str(caught.value)
 
 
@@ -120,12 +135,18 @@ def test_broken_and_foreign_files_are_told(base: BaseModels, tmp_path: Path) -> 
         read_adapter(tmp_path / "newer")
 
 
-def test_a_trained_unet_is_saved_without_the_adapter(base: BaseModels, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_trained_unet_is_saved_without_the_adapter(
+    base: BaseModels, tiny_base: Path, tmp_path: Path
+) -> None:
     made(base, 1)
     with torch.no_grad():
         base.unet.conv_in.bias += 1
     save_unet(base.unet, tmp_path / "unet")
-    assert not [key for key in load_file(next((tmp_path / "unet").glob("*.safetensors"))) if "processor" in key]
+    assert not [
+        key
+        for key in load_file(next((tmp_path / "unet").glob("*.safetensors")))
+        if "processor" in key
+    ]
     again = load_base(TINY, tiny_base, unet=tmp_path / "unet").unet
     assert isinstance(again, UNet2DConditionModel)
     assert torch.equal(again.conv_in.bias, base.unet.conv_in.bias)

@@ -39,13 +39,21 @@ def test_corrected_slot_holds_what_its_noun_says(tokenizer: Any) -> None:
 def test_legacy_swaps_eye_and_ear(tokenizer: Any) -> None:
     sample = build_conditions(record(1), tokenizer, TINY, "legacy", resolution=128)
     assert sample.regions == ("Face", "Left_Eye", "Left_Ear", "Nose", "Upper_Lip")
-    assert [noun(sample, slot, tokenizer) for slot in range(5)] == ["face", "ears", "eyes", "nose", "mouth"]
+    assert [noun(sample, slot, tokenizer) for slot in range(5)] == [
+        "face",
+        "ears",
+        "eyes",
+        "nose",
+        "mouth",
+    ]
 
 
 @pytest.mark.parametrize("mode", ["legacy", "corrected"])
 def test_a_prompt_changes_the_text_and_no_picture(tokenizer: Any, mode: Any) -> None:
     one = build_conditions(record(2), tokenizer, TINY, mode, resolution=64)
-    two = build_conditions(record(2), tokenizer, TINY, mode, resolution=64, prompt="A man in a forest")
+    two = build_conditions(
+        record(2), tokenizer, TINY, mode, resolution=64, prompt="A man in a forest"
+    )
     assert "forest" in two.text and "forest" not in one.text
     assert one.regions == two.regions
     for name in ("region_pixels", "clip_pixels", "identity", "region_masks", "foreground"):
@@ -53,7 +61,9 @@ def test_a_prompt_changes_the_text_and_no_picture(tokenizer: Any, mode: Any) -> 
 
 
 def test_the_same_record_gives_the_same_bytes(tokenizer: Any) -> None:
-    one, two = (build_conditions(record(3), tokenizer, TINY, "corrected", resolution=64) for _ in range(2))
+    one, two = (
+        build_conditions(record(3), tokenizer, TINY, "corrected", resolution=64) for _ in range(2)
+    )
     for name, value in vars_of(one).items():
         assert torch.equal(value, getattr(two, name)), name
 
@@ -64,7 +74,9 @@ def vars_of(sample: Conditions) -> dict[str, torch.Tensor]:
 
 
 def test_missing_regions_are_padded_with_zeros_after_normalisation(tokenizer: Any) -> None:
-    sample = build_conditions(record(1, face_caption="A nose."), tokenizer, TINY, "corrected", resolution=64)
+    sample = build_conditions(
+        record(1, face_caption="A nose."), tokenizer, TINY, "corrected", resolution=64
+    )
     assert sample.regions == ("nose",)
     assert sample.token_valid.tolist() == [True, False, False, False, False]
     assert sample.region_pixels[0].abs().sum() > 0
@@ -76,14 +88,23 @@ def off_centre(seed: int) -> Record:
     """A portrait at the left end of a picture three times as wide: a centre crop would lose it."""
     picture, labels = drawn(seed)
     wide = np.pad(picture, ((0, 0), (0, 256), (0, 0)))
-    return replace(record(seed), image=png(wide), parsing=png(np.pad(labels, ((0, 0), (0, 256)))), width=384)
+    return replace(
+        record(seed), image=png(wide), parsing=png(np.pad(labels, ((0, 0), (0, 256)))), width=384
+    )
 
 
 def test_corrected_region_pictures_survive_a_wide_photograph(tokenizer: Any) -> None:
-    black = -torch.tensor([0.48145466, 0.4578275, 0.40821073]) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    black = -torch.tensor([0.48145466, 0.4578275, 0.40821073]) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
     legacy = build_conditions(off_centre(1), tokenizer, TINY, "legacy", resolution=64).region_pixels
-    corrected = build_conditions(off_centre(1), tokenizer, TINY, "corrected", resolution=64).region_pixels
-    lit = [(pixels - black.view(1, 3, 1, 1)).abs().amax(1).gt(0.05).flatten(1).any(1) for pixels in (legacy, corrected)]
+    corrected = build_conditions(
+        off_centre(1), tokenizer, TINY, "corrected", resolution=64
+    ).region_pixels
+    lit = [
+        (pixels - black.view(1, 3, 1, 1)).abs().amax(1).gt(0.05).flatten(1).any(1)
+        for pixels in (legacy, corrected)
+    ]
     assert not lit[0].any()
     assert lit[1].all()
 
@@ -109,7 +130,12 @@ def test_an_unfinished_record_is_refused_by_name(tokenizer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def batch(tokenizer: Any) -> Any:
-    return collate([build_conditions(record(seed), tokenizer, TINY, "corrected", resolution=32) for seed in range(4)])
+    return collate(
+        [
+            build_conditions(record(seed), tokenizer, TINY, "corrected", resolution=32)
+            for seed in range(4)
+        ]
+    )
 
 
 def test_dropping_takes_text_identity_or_both_by_the_draw(batch: Any, tokenizer: Any) -> None:

@@ -19,7 +19,10 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(batch, 77, TINY.cross_attention_dim, generator=generator)
     regions = torch.randn(batch, 5, 50, TINY.vision_dim, generator=generator)
-    tokens, valid = torch.zeros(batch, 77, dtype=torch.bool), torch.zeros(batch, 5, dtype=torch.bool)
+    tokens, valid = (
+        torch.zeros(batch, 77, dtype=torch.bool),
+        torch.zeros(batch, 5, dtype=torch.bool),
+    )
     tokens[0, [4, 9, 30]] = True
     valid[0, [0, 2, 3]] = True
     return text, regions, tokens, valid

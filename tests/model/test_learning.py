@@ -28,9 +28,12 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portra
     records = read(sorted(portraits.glob("*.jpg")))
     assert [record.reason for record in records] == [""] * 8
     model = ConsistentID(TINY, base.unet, "corrected")
-    batch = collate([build_conditions(r, base.tokenizer, TINY, "corrected", resolution=64) for r in records])
+    batch = collate(
+        [build_conditions(r, base.tokenizer, TINY, "corrected", resolution=64) for r in records]
+    )
     features = encode_frozen(base, batch)
-    small = F.avg_pool2d(torch.stack([training_pixels(r, 64) for r in records]), 4)  # stands in for a fitted VAE
+    # stands in for a fitted VAE
+    small = F.avg_pool2d(torch.stack([training_pixels(r, 64) for r in records]), 4)
     latents = torch.cat((small, small.mean(1, keepdim=True)), 1) * 1.5
     schedule = DDPMScheduler.from_config(base.scheduler.config)
     base.unet.requires_grad_(True)
@@ -42,13 +45,19 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portra
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(0, 1000, (8,), generator=generator)
         noisy = schedule.add_noise(latents, noise, timesteps)
-        answer, scores = predict_noise(base.unet, noisy, timesteps, model.prepare(features), token_idx=batch.token_idx)
-        return noise_loss(answer, noise), localisation_loss(scores, batch.region_masks, batch.token_valid)
+        answer, scores = predict_noise(
+            base.unet, noisy, timesteps, model.prepare(features), token_idx=batch.token_idx
+        )
+        return noise_loss(answer, noise), localisation_loss(
+            scores, batch.region_masks, batch.token_valid
+        )
 
     @torch.no_grad()
     def mean_losses(features: Features) -> tuple[list[float], float]:
         """Noise loss of three seeds, each the mean of sixteen draws; localisation loss of them all."""
-        pairs = [[step(features, 10_000 + 100 * seed + draw) for draw in range(16)] for seed in range(3)]
+        pairs = [
+            [step(features, 10_000 + 100 * seed + draw) for draw in range(16)] for seed in range(3)
+        ]
         noise = [sum(float(pair[0]) for pair in draws) / 16 for draws in pairs]
         return noise, sum(float(pair[1]) for draws in pairs for pair in draws) / 48
 
@@ -78,4 +87,6 @@ def read(files: list[Path]) -> list[Record]:
     chain = build_stages(DatasetConfig())
     for stage in chain:
         stage.setup()
-    return run_chain(chain, [Record(key=key_of(p.name), source=p.name, image=p.read_bytes()) for p in files])
+    return run_chain(
+        chain, [Record(key=key_of(p.name), source=p.name, image=p.read_bytes()) for p in files]
+    )

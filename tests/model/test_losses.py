@@ -10,7 +10,9 @@ def test_noise_loss_counts_masked_out_elements_in_the_mean() -> None:
     mask = torch.zeros(2, 16, 16)
     mask[:, :, :8] = 1  # half of every picture, without a soft edge at this scale
     assert noise_loss(prediction, target, mask).item() == pytest.approx(2.0)
-    assert noise_loss(prediction, target, weights=torch.tensor([1.0, 0.0])).item() == pytest.approx(2.0)
+    assert noise_loss(prediction, target, weights=torch.tensor([1.0, 0.0])).item() == pytest.approx(
+        2.0
+    )
 
 
 def attention(*pixels: float) -> torch.Tensor:
@@ -40,8 +42,12 @@ def test_localisation_is_the_layers_mean_and_skips_invalid_slots() -> None:
     assert localisation_loss([good, bad], MASK, VALID).item() == pytest.approx(0.0, abs=1e-3)
     slots = torch.cat((good, bad), dim=-1)
     valid = torch.tensor([[True, False]])
-    assert localisation_loss([slots], MASK.expand(-1, 2, -1, -1), valid).item() == pytest.approx(-1.0, abs=1e-3)
-    assert localisation_loss([slots], MASK.expand(-1, 2, -1, -1), ~valid | valid).item() == pytest.approx(0, abs=1e-3)
+    assert localisation_loss([slots], MASK.expand(-1, 2, -1, -1), valid).item() == pytest.approx(
+        -1.0, abs=1e-3
+    )
+    assert localisation_loss(
+        [slots], MASK.expand(-1, 2, -1, -1), ~valid | valid
+    ).item() == pytest.approx(0, abs=1e-3)
     assert localisation_loss([good], MASK, ~VALID).item() == 0.0
 
 

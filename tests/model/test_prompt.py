@@ -26,7 +26,8 @@ M = FACIAL_MARK
         (
             SD15.template,
             ALL_LEGACY,
-            f"The person has one face {M}, two ears {M}, two eyes {M}, one nose {M}, and one mouth {M},",
+            f"The person has one face {M}, two ears {M}, two eyes {M}, one nose {M}, and one "
+            f"mouth {M},",
             ALL_LEGACY,
         ),
         (SD15.template, ("Face",), f"The person has one face {M},", ("Face",)),
@@ -81,13 +82,17 @@ def test_corrected_pairs_a_region_with_its_own_noun(tokenizer: Any) -> None:
     tokens = tokenize_marked(text.text, tokenizer, keep_eos=True)
     nouns = [tokenizer.decode([tokens.ids[position]]).strip() for position in tokens.positions]
     assert nouns == ["eyes", "nose", "face", "lips", "ear"]
-    assert without_marks(text.text).replace(" ", "") == f"A woman. She smiles. Detail: {fine}".replace(" ", "")
+    assert without_marks(text.text).replace(
+        " ", ""
+    ) == f"A woman. She smiles. Detail: {fine}".replace(" ", "")
 
 
 def test_corrected_names_the_regions_whose_word_is_missing(tokenizer: Any) -> None:
     text = training_text("A man.", "A round face.", REGION_WORDS, tokenizer, SD15, "corrected")
     assert text.regions == ("face",)
-    assert dict(text.dropped) == dict.fromkeys(("ears", "eyes", "nose", "mouth"), "word_not_in_caption")
+    assert dict(text.dropped) == dict.fromkeys(
+        ("ears", "eyes", "nose", "mouth"), "word_not_in_caption"
+    )
 
 
 def test_corrected_describes_by_the_template_where_no_caption_is(tokenizer: Any) -> None:
@@ -100,18 +105,25 @@ def test_corrected_describes_by_the_template_where_no_caption_is(tokenizer: Any)
 def test_marks_in_a_users_text_are_no_marks(tokenizer: Any, mode: Any) -> None:
     regions = ("Face",) if mode == "legacy" else ("face",)
     for text in (
-        inference_text(f"A man {M} {M} smiling", f"A face {M} {M}.", regions, tokenizer, SD15, mode),
+        inference_text(
+            f"A man {M} {M} smiling", f"A face {M} {M}.", regions, tokenizer, SD15, mode
+        ),
         training_text(f"A man {M} smiling.", f"A {M} face {M}.", regions, tokenizer, SD15, mode),
     ):
         assert text.text.count(M) == len(text.regions) == 1
 
 
-WORDS = st.lists(st.sampled_from([*REGION_WORDS, "freckles", "Eyes", "very", "long", ",", ".", ";", "çà"]), max_size=90)
+WORDS = st.lists(
+    st.sampled_from([*REGION_WORDS, "freckles", "Eyes", "very", "long", ",", ".", ";", "çà"]),
+    max_size=90,
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(main=WORDS, fine=WORDS)
-def test_corrected_never_loses_a_mark_unsaid(tokenizer: Any, main: list[str], fine: list[str]) -> None:
+def test_corrected_never_loses_a_mark_unsaid(
+    tokenizer: Any, main: list[str], fine: list[str]
+) -> None:
     text = training_text(" ".join(main), " ".join(fine), REGION_WORDS, tokenizer, SD15, "corrected")
     tokens = tokenize_marked(text.text, tokenizer, keep_eos=True)
     assert len(tokens.positions) == len(text.regions)
@@ -122,6 +134,8 @@ def test_corrected_never_loses_a_mark_unsaid(tokenizer: Any, main: list[str], fi
 def test_corrected_shortens_long_clauses_before_it_drops_a_region(tokenizer: Any) -> None:
     tail = " that is seen very clearly in this light and from this side of the room today"
     fine = ",".join(f" a {word}{tail}" for word in REGION_WORDS)
-    text = inference_text("A man in a forest, smiling", fine, REGION_WORDS, tokenizer, SD15, "corrected")
+    text = inference_text(
+        "A man in a forest, smiling", fine, REGION_WORDS, tokenizer, SD15, "corrected"
+    )
     assert set(text.regions) == set(REGION_WORDS)
     assert text.text.startswith("A man in a forest, smiling Detail:")

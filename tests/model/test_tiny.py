@@ -14,13 +14,18 @@ TINY = SPECS["tiny"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_clip_vocabulary(vocab: Path) -> None:
     tokenizer = clip_tokenizer(vocab)
     assert len(tokenizer) == 49_408
-    assert tokenizer.encode("a photo of a cat") == [49406, 320, 1125, 539, 320, 2368, 49407]  # OpenAI's own ids
+    # OpenAI's own ids
+    assert tokenizer.encode("a photo of a cat") == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 49_407
 
 
@@ -32,17 +37,24 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
         clip_tokenizer(tmp_path / "x.gz")
 
 
-def test_same_seed_same_bytes_other_seed_other_weights(tiny_base: Path, vocab: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_other_seed_other_weights(
+    tiny_base: Path, vocab: Path, tmp_path: Path
+) -> None:
     before = torch.get_rng_state()
     assert files(make_tiny_base(tmp_path / "same", vocab, 0)) == files(tiny_base)
     assert torch.equal(torch.get_rng_state(), before)
     other = files(make_tiny_base(tmp_path / "other", vocab, 1))
     assert other.keys() == files(tiny_base).keys()
     changed = {name for name, data in other.items() if data != files(tiny_base)[name]}
-    assert "unet/diffusion_pytorch_model.safetensors" in changed and "tokenizer/tokenizer.json" not in changed
+    assert (
+        "unet/diffusion_pytorch_model.safetensors" in changed
+        and "tokenizer/tokenizer.json" not in changed
+    )
 
 
-def test_a_made_base_is_left_alone_and_a_foreign_folder_too(vocab: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_made_base_is_left_alone_and_a_foreign_folder_too(
+    vocab: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     stamp = (tiny_base / "unet" / "config.json").stat().st_mtime_ns
     make_tiny_base(tiny_base, vocab, 0)
     assert (tiny_base / "unet" / "config.json").stat().st_mtime_ns == stamp
@@ -58,7 +70,9 @@ def test_loaded_base_is_frozen_and_fits_the_spec(tiny_base: Path) -> None:
     assert not any(p.requires_grad for module in base.modules.values() for p in module.parameters())
     ids = torch.tensor([tokenize_marked("a face", base.tokenizer, keep_eos=True).ids])
     assert encode_text(base, ids)[0].shape == (1, 77, TINY.cross_attention_dim)
-    hidden = encode_images(base.image_encoder, torch.zeros(2, 3, TINY.vision_size, TINY.vision_size))
+    hidden = encode_images(
+        base.image_encoder, torch.zeros(2, 3, TINY.vision_size, TINY.vision_size)
+    )
     assert hidden.shape == (2, 50, TINY.vision_dim)
     assert base.vae_factor == 4
     assert base.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)

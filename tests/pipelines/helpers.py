@@ -8,8 +8,8 @@ from pathlib import Path
 
 from configs.load import load
 from configs.schema import DatasetConfig
-from pipelines.verdicts import DUPLICATES, IDENTITIES
-from stages.judge import RULES
+from stages.quality_filter import RULES
+from stages.storage.exclusions import DUPLICATES, IDENTITIES
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
@@ -18,12 +18,20 @@ NO_COPIES = ("neighbours.max_hash_distance=-1", "neighbours.max_similarity=0")
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
     """The demo's configuration on one thread, four pictures a shard, inline unless said otherwise."""
-    given = [f"source.path={source}", f"output={output}", "shard_size=4", "threads=1", "executor=inline"]
+    given = [
+        f"source.path={source}",
+        f"output={output}",
+        "shard_size=4",
+        "threads=1",
+        "executor=inline",
+    ]
     return load(DatasetConfig, DEMO, [*given, *overrides])
 
 
 def digests(output: Path) -> dict[str, str]:
-    """name → sha256 of every tar and sidecar, of copies and identities: all that must not differ between two runs."""
+    """name → sha256 of every tar and sidecar, of copies and identities: all that must not differ
+    between two runs.
+    """
     files = [path for path in (output / "shards").iterdir() if path.suffix in (".tar", ".parquet")]
     files += [output / name for name in (DUPLICATES, IDENTITIES)]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
@@ -36,5 +44,7 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def hears_ctrl_c() -> None:
-    """For Popen's preexec_fn: shells start what runs in the background, this test perhaps, deaf to SIGINT."""
+    """For Popen's preexec_fn: shells start what runs in the background, this test perhaps, deaf to
+    SIGINT.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,6 @@
-"""Captions from a server, through both executors: bytes, counts, secrets, and a server that isn't there."""
+"""Captions from a server, through both executors: bytes, counts, secrets, and a server that isn't
+there.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import pytest
 from bench.chains import resizing
 from configs.errors import ServerError
 from configs.schema import DatasetConfig
-from pipelines.dataset import execute, plan_job, read_ledger
-from pipelines.store import Store
+from pipelines.run import execute, plan_job, read_ledger
 from stages.backends.weights import Weights
 from stages.base import Stage
 from stages.caption import CaptionStage
+from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config, digests
 from tests.stages.chat_server import Asked, ChatServer, Reply, completion, refusal
 
@@ -26,8 +28,14 @@ def captioned(config: DatasetConfig) -> list[Stage]:
 
 
 def settings(source: Path, output: Path, server: ChatServer, executor: str) -> DatasetConfig:
-    caption = [f"caption.base_url={server.base_url}", "caption.model=someone/model", "caption.tries=1"]
-    return config(source, output, "caption.backend=openai", *NO_COPIES, *caption, f"executor={executor}")
+    caption = [
+        f"caption.base_url={server.base_url}",
+        "caption.model=someone/model",
+        "caption.tries=1",
+    ]
+    return config(
+        source, output, "caption.backend=openai", *NO_COPIES, *caption, f"executor={executor}"
+    )
 
 
 @pytest.mark.slow
@@ -45,10 +53,15 @@ def test_executors_write_the_same_and_the_manifests_count_tokens(
     written: dict[str, dict[str, str]] = {}
     for executor in ("inline", "ray"):
         with ChatServer() as server:
-            job = plan_job(settings(portraits, tmp_path / executor, server, executor), chain=captioned)
+            job = plan_job(
+                settings(portraits, tmp_path / executor, server, executor), chain=captioned
+            )
             done = list(execute(job, lambda count: None))
         counts = [manifest["run"]["stage_counts"] for manifest in done]
-        assert counts == [{"caption": {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}}] * 2
+        assert (
+            counts
+            == [{"caption": {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}}] * 2
+        )
         assert {asked.key for asked in server.asked} == {KEY}
         written[executor] = digests(tmp_path / executor)
         kept = [path.read_bytes() for path in (tmp_path / executor).rglob("*") if path.is_file()]
@@ -65,7 +78,9 @@ def test_executors_write_the_same_and_the_manifests_count_tokens(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_a_server_that_refuses_ends_the_run_with_one_clear_line(executor: str, portraits: Path, tmp_path: Path) -> None:
+def test_a_server_that_refuses_ends_the_run_with_one_clear_line(
+    executor: str, portraits: Path, tmp_path: Path
+) -> None:
     reply = refusal(401, "no")
     with ChatServer(lambda asked: reply) as server:
         job = plan_job(settings(portraits, tmp_path, server, executor), chain=captioned)

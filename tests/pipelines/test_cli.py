@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
-from pipelines.lock import RunLock
-from pipelines.store import Store
+from stages.storage.lock import RunLock
+from stages.storage.store import Store
 from tests.pipelines.helpers import DEMO, digests
 
 GIVEN = ("shard_size=4", "threads=1", "executor=inline")
@@ -36,12 +36,18 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     said = call("--help").output
-    assert all(name in said for name in ("run", "retry", "status", "lint", "info", "report", "export-json"))
+    assert all(
+        name in said for name in ("run", "retry", "status", "lint", "info", "report", "export-json")
+    )
 
 
-def test_retry_takes_up_what_failed_and_nothing_else(photos: Path, portraits: Path, tmp_path: Path) -> None:
+def test_retry_takes_up_what_failed_and_nothing_else(
+    photos: Path, portraits: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    assert call("run", "-c", DEMO, f"source.path={photos}", f"output={output}", *GIVEN).exit_code == 0
+    assert (
+        call("run", "-c", DEMO, f"source.path={photos}", f"output={output}", *GIVEN).exit_code == 0
+    )
     (photos / "page.jpg").write_bytes(sorted(portraits.glob("*.jpg"))[2].read_bytes())
 
     unknown = call("retry", output, "--reason", "timeout")
@@ -56,7 +62,9 @@ def test_retry_takes_up_what_failed_and_nothing_else(photos: Path, portraits: Pa
     assert "1 of 1 planned shards are committed" in call("status", output).output
 
 
-def test_a_second_run_at_the_same_time_is_refused_and_writes_nothing(photos: Path, tmp_path: Path) -> None:
+def test_a_second_run_at_the_same_time_is_refused_and_writes_nothing(
+    photos: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     with RunLock(Store(str(output))):
         done = call("run", "-c", DEMO, f"source.path={photos}", f"output={output}", *GIVEN)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from configs.errors import QualityError
-from pipelines.dataset import lint, plan_job, run
 from pipelines.review import check_trainable
-from pipelines.shards import read_manifests, read_records, read_sidecar
-from pipelines.store import Store
+from pipelines.run import lint, plan_job, run
+from stages.storage.commit import read_manifests, read_records, read_sidecar
+from stages.storage.store import Store
 from tests.pipelines.helpers import config, digests
-from tests.pipelines.test_dataset import _count_models
+from tests.pipelines.test_run import _count_models
 
 LENIENT = "rules.min_sharpness=0"
 STRICT = "rules.min_sharpness=0.36"  # some of the eight are over it, and some are not
@@ -29,7 +29,9 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
     store = Store(str(output))
-    return [row for index in read_manifests(store) for row in read_sidecar(store, index).to_pylist()]
+    return [
+        row for index in read_manifests(store) for row in read_sidecar(store, index).to_pylist()
+    ]
 
 
 def test_another_rule_judges_without_a_model_and_back_again(
@@ -43,9 +45,14 @@ def test_another_rule_judges_without_a_model_and_back_again(
     assert 0 < lost < 8 and ledger.written == 8 - lost
     rows = rows_of(output)
     for row in rows:
-        assert (row["reason"] == "blurred") == (row["sharpness"] < 0.36), "each verdict follows from its figure"
+        assert (row["reason"] == "blurred") == (row["sharpness"] < 0.36), (
+            "each verdict follows from its figure"
+        )
     [first, *_] = [row for row in rows if row["reason"]]
-    assert f"sharpness {first['sharpness']:.2f}"[:13] in first["detail"] and "at least 0.36" in first["detail"]
+    assert (
+        f"sharpness {first['sharpness']:.2f}"[:13] in first["detail"]
+        and "at least 0.36" in first["detail"]
+    )
     assert first["tar_offset"] == -1 and first["held_offset"] >= 0 and first["thumbnail"]
     assert list(lint(Store(str(output)))) == []
     run(config(portraits, output, LENIENT))
@@ -56,25 +63,40 @@ def test_another_rule_judges_without_a_model_and_back_again(
 def test_a_rule_from_the_start_gives_the_same_bytes_but_for_captions_never_made(
     portraits: Path, made: Path, tmp_path: Path
 ) -> None:
-    """What a rule drops at once is never captioned; taken back, it is, and then nothing tells the two apart."""
+    """What a rule drops at once is never captioned; taken back, it is, and then nothing tells the
+    two apart.
+    """
     output = tmp_path / "out"
     run(config(portraits, output, STRICT))
-    held = [record for index in range(2) for record in read_records(Store(str(output)), index) if record.held]
+    held = [
+        record
+        for index in range(2)
+        for record in read_records(Store(str(output)), index)
+        if record.held
+    ]
     assert held and {record.caption for record in held} == {""}
     run(config(portraits, output, LENIENT))
     assert digests(output) == digests(made)
 
 
-def test_a_changed_stage_before_the_judge_judges_anew(portraits: Path, made: Path, tmp_path: Path) -> None:
+def test_a_changed_stage_before_the_judge_judges_anew(
+    portraits: Path, made: Path, tmp_path: Path
+) -> None:
     output = Path(shutil.copytree(made, tmp_path / "out"))
     run(config(portraits, output, STRICT))
     job = plan_job(config(portraits, output, STRICT, "parse.align_below=0.2"))
-    assert {task.again for task in job.tasks} == {frozenset({"parse", "measure", "judge", "caption", "review"})}
+    assert {task.again for task in job.tasks} == {
+        frozenset({"parse", "measure", "judge", "caption", "review"})
+    }
     job = plan_job(config(portraits, output, STRICT, "resize.jpeg_quality=90"))
-    assert {task.exists for task in job.tasks} == {False}, "a picture made anew comes from its source"
+    assert {task.exists for task in job.tasks} == {False}, (
+        "a picture made anew comes from its source"
+    )
 
 
-def test_a_held_tar_that_is_damaged_or_gone_is_found(portraits: Path, made: Path, tmp_path: Path) -> None:
+def test_a_held_tar_that_is_damaged_or_gone_is_found(
+    portraits: Path, made: Path, tmp_path: Path
+) -> None:
     output = Path(shutil.copytree(made, tmp_path / "out"))
     run(config(portraits, output, STRICT))
     held = next((output / "shards").glob("*.held.tar"))
@@ -84,7 +106,9 @@ def test_a_held_tar_that_is_damaged_or_gone_is_found(portraits: Path, made: Path
     assert [line for line in lint(Store(str(output))) if "is missing" in line]
 
 
-def test_rights_are_judged_first_and_nothing_is_kept(portraits: Path, made: Path, tmp_path: Path) -> None:
+def test_rights_are_judged_first_and_nothing_is_kept(
+    portraits: Path, made: Path, tmp_path: Path
+) -> None:
     output = Path(shutil.copytree(made, tmp_path / "out"))
     ledger = run(config(portraits, output, LENIENT, "rights.license_allow=[CC-BY-*, CC0*]"))
     assert ledger.dropped == {"license_not_allowed": 8}
@@ -92,10 +116,16 @@ def test_rights_are_judged_first_and_nothing_is_kept(portraits: Path, made: Path
         assert row["stage"] == "rights" and not row["thumbnail"] and row["identity"] is None
         assert (row["tar_offset"], row["held_offset"]) == (-1, -1)
     fresh = tmp_path / "fresh"
-    run(config(portraits, fresh, LENIENT, "rights.license_allow=[cc-by-*]", "source.license=CC-BY-4.0"))
+    run(
+        config(
+            portraits, fresh, LENIENT, "rights.license_allow=[cc-by-*]", "source.license=CC-BY-4.0"
+        )
+    )
     assert {row["status"] for row in rows_of(fresh)} == {"ok"}, "whatever the case"
     fresh = tmp_path / "consent"
-    ledger = run(config(portraits, fresh, LENIENT, "rights.consent_allow=[signed*]", "source.consent=none"))
+    ledger = run(
+        config(portraits, fresh, LENIENT, "rights.consent_allow=[signed*]", "source.consent=none")
+    )
     assert ledger.dropped == {"consent_missing": 8}
 
 
@@ -114,13 +144,22 @@ def _with_captions(store: Store, text: str) -> Store:
 
     from configs.schema import ReviewConfig
     from pipelines.review import ReviewStage
-    from pipelines.shards import PlannedShard, ShardRun, commit
     from stages.backends.weights import Weights
+    from stages.storage.commit import PlannedShard, ShardRun, commit
 
     other = Store(f"{store.root}-captioned")
     stage = ReviewStage(ReviewConfig(), Weights())
     for index, manifest in read_manifests(store).items():
-        records = [replace(record, caption=text, face_caption=text) for record in read_records(store, index)]
+        records = [
+            replace(record, caption=text, face_caption=text)
+            for record in read_records(store, index)
+        ]
         shard = PlannedShard(index=index, inputs=len(records), bytes=0, digest="")
-        commit(other, shard, stage.process(records), manifest["signatures"], ShardRun({}, "inline", 0.0))
+        commit(
+            other,
+            shard,
+            stage.process(records),
+            manifest["signatures"],
+            ShardRun({}, "inline", 0.0),
+        )
     return other

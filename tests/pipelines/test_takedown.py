@@ -1,4 +1,6 @@
-"""A person is taken down: just the shards that hold them are written again, and nothing of them is left."""
+"""A person is taken down: just the shards that hold them are written again, and nothing of them is
+left.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,15 @@ import numpy as np
 import pytest
 
 from configs.errors import FaceError, PipelineError
-from pipelines.dataset import lint, plan_job, read_ledger, run
-from pipelines.settle import read_identities
-from pipelines.shards import read_records
-from pipelines.store import Store
+from pipelines.dedup.global_pass import read_identities
+from pipelines.run import lint, plan_job, read_ledger, run
 from pipelines.takedown import by_hash, by_photo, by_source, digest_of, take_down
 from stages.backends.protocols import Image
+from stages.storage.commit import read_records
+from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, NO_RULES, config, stamps
-from tests.pipelines.test_dataset import _count_models
 from tests.pipelines.test_rules import rows_of
+from tests.pipelines.test_run import _count_models
 
 ALL = (*NO_COPIES, *NO_RULES, "shard_size=2")
 PERSON = "portrait-7-00003"
@@ -35,8 +37,12 @@ def edits(picture: Image) -> dict[str, Image]:
         "plain": picture,
         "mirrored": np.ascontiguousarray(picture[:, ::-1]),
         "darker": np.asarray(picture * 0.7, np.uint8),
-        "cropped": np.ascontiguousarray(picture[side // 20 : -side // 20, side // 20 : -side // 20]),
-        "smaller": np.asarray(cv2.resize(picture, (side // 2, side // 2), interpolation=cv2.INTER_AREA), np.uint8),
+        "cropped": np.ascontiguousarray(
+            picture[side // 20 : -side // 20, side // 20 : -side // 20]
+        ),
+        "smaller": np.asarray(
+            cv2.resize(picture, (side // 2, side // 2), interpolation=cv2.INTER_AREA), np.uint8
+        ),
     }
 
 
@@ -48,7 +54,9 @@ def photos(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = cv2.imread(str(path))
         assert picture is not None
         for name, edited in edits(np.asarray(picture, np.uint8)).items():
-            cv2.imwrite(str(folder / f"{name} {path.stem}.jpg"), edited, [cv2.IMWRITE_JPEG_QUALITY, 92])
+            cv2.imwrite(
+                str(folder / f"{name} {path.stem}.jpg"), edited, [cv2.IMWRITE_JPEG_QUALITY, 92]
+            )
     return folder
 
 
@@ -71,18 +79,28 @@ def test_a_person_is_gone_from_just_the_shards_that_held_them(
     before, ledger = stamps(output), read_ledger(store)
     assert len([name for name in before if name.endswith(".json")]) == 20
     found = by_photo(store, settings, portraits / f"{PERSON}.jpg", 0.5)
-    assert sorted(match.source for match in found) == sorted(f"{name} {PERSON}.jpg" for name in edits(_blank()))
+    assert sorted(match.source for match in found) == sorted(
+        f"{name} {PERSON}.jpg" for name in edits(_blank())
+    )
     shards = take_down(store, settings, found, "photo", "ticket 7")
     assert 1 < len(shards) < 20
-    changed = {name.split(".")[0] for name, stamp in stamps(output).items() if before.get(name) != stamp}
+    changed = {
+        name.split(".")[0] for name, stamp in stamps(output).items() if before.get(name) != stamp
+    }
     assert changed == {*shards}
     assert list(lint(store)) == []
     after = read_ledger(store)
     assert after.inputs == ledger.inputs == 40 and after.dropped["taken_down"] == 5
-    left = b"".join(path.read_bytes() for path in output.rglob("*") if path.suffix in (".tar", ".json", ".jsonl"))
+    left = b"".join(
+        path.read_bytes()
+        for path in output.rglob("*")
+        if path.suffix in (".tar", ".json", ".jsonl")
+    )
     assert PERSON.encode() not in left, "not even a file's name"
     rows = [row for row in rows_of(output) if row["reason"] == "taken_down"]
-    assert {(row["source"], row["sha256"], row["thumbnail"], row["caption"]) for row in rows} == {("", "", b"", "")}
+    assert {(row["source"], row["sha256"], row["thumbnail"], row["caption"]) for row in rows} == {
+        ("", "", b"", "")
+    }
     assert by_photo(store, settings, portraits / f"{PERSON}.jpg", 0.5) == []
     ran = _count_models(monkeypatch)
     assert plan_job(settings).tasks == [], "the pictures still lie in the source, and stay out"
@@ -90,7 +108,9 @@ def test_a_person_is_gone_from_just_the_shards_that_held_them(
     assert ran == [] and list(lint(store)) == []
 
 
-def test_the_same_picture_under_another_name_stays_out(photos: Path, output: Path, tmp_path: Path) -> None:
+def test_the_same_picture_under_another_name_stays_out(
+    photos: Path, output: Path, tmp_path: Path
+) -> None:
     source = Path(shutil.copytree(photos, tmp_path / "photos"))
     store, settings = Store(str(output)), config(source, output, *ALL)
     victim = source / f"plain {PERSON}.jpg"
@@ -118,13 +138,21 @@ def test_copies_that_planning_dropped_go_with_their_original(photos: Path, tmp_p
     take_down(store, settings, found, "source", "")
     first.unlink()
     run(settings)
-    assert read_ledger(store).dropped == {"taken_down": 2}, "what was a copy doesn't become a sample"
+    assert read_ledger(store).dropped == {"taken_down": 2}, (
+        "what was a copy doesn't become a sample"
+    )
 
 
 def test_what_is_left_of_a_take_down_is_found(made: Path, output: Path, photos: Path) -> None:
     store = Store(str(output))
     found = by_source(store, f"plain {PERSON}.jpg")
-    entry: dict[str, object] = {"time": "", "by": "source", "note": "", "inputs": 1, "sha256": [found[0].sha256]}
+    entry: dict[str, object] = {
+        "time": "",
+        "by": "source",
+        "note": "",
+        "inputs": 1,
+        "sha256": [found[0].sha256],
+    }
     entry["removed"] = {f"fgid-{found[0].shard:06d}": [found[0].key]}
     store.write("takedown.jsonl", json.dumps(entry) + "\n")
     lines = list(lint(store))
@@ -132,7 +160,9 @@ def test_what_is_left_of_a_take_down_is_found(made: Path, output: Path, photos: 
     assert any("is of a picture that was taken down" in line for line in lines)
     assert any("doesn't carry out yet" in line for line in lines)
     run(config(photos, output, *ALL))
-    assert list(lint(store)) == [], "killed after its log was written, the next run carries it through"
+    assert list(lint(store)) == [], (
+        "killed after its log was written, the next run carries it through"
+    )
     record = next(r for r in read_records(store, found[0].shard) if r.key == found[0].key)
     assert record.image == b"" and record.identity is None
     assert found[0].key not in read_identities(store).column("key").to_pylist()
@@ -142,20 +172,35 @@ def test_from_the_command_line(output: Path, portraits: Path, photos: Path) -> N
     command = [sys.executable, "-m", "pipelines.cli", "takedown", str(output)]
     person = ["--photo", str(portraits / f"{PERSON}.jpg"), "--similarity", "0.5"]
     before = stamps(output)
-    said = subprocess.run([*command, *person, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [*command, *person, "--dry-run"], capture_output=True, text=True, check=True
+    ).stdout
     assert "5 inputs in" in said and "would go" in said and stamps(output) == before
-    asked = subprocess.run([*command, *person], capture_output=True, text=True, input="n\n", check=False)
+    asked = subprocess.run(
+        [*command, *person], capture_output=True, text=True, input="n\n", check=False
+    )
     assert asked.returncode == 1 and stamps(output) == before
-    subprocess.run([*command, *person, "--yes", "--note", "ticket <7>"], capture_output=True, text=True, check=True)
+    subprocess.run(
+        [*command, *person, "--yes", "--note", "ticket <7>"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     [entry] = [json.loads(line) for line in (output / "takedown.jsonl").read_text().splitlines()]
     assert (entry["by"], entry["inputs"], entry["note"]) == ("photo", 5, "ticket <7>")
-    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.glob(f"*{PERSON}.jpg")}
+    digests = {
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.glob(f"*{PERSON}.jpg")
+    }
     assert {*entry["sha256"]} == digests
-    both = subprocess.run([*command, "--source", "x", "--hash", "y"], capture_output=True, text=True, check=False)
+    both = subprocess.run(
+        [*command, "--source", "x", "--hash", "y"], capture_output=True, text=True, check=False
+    )
     assert both.returncode == 2 and "give one of" in both.stderr
 
 
-def test_a_photograph_without_a_face_is_a_clear_error(made: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_photograph_without_a_face_is_a_clear_error(
+    made: Path, photos: Path, tmp_path: Path
+) -> None:
     cv2.imwrite(str(tmp_path / "grey.jpg"), _blank())
     with pytest.raises(FaceError, match="no face"):
         by_photo(Store(str(made)), config(photos, made), tmp_path / "grey.jpg", 0.5)

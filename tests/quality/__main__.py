@@ -1,7 +1,9 @@
-"""`python -m tests.quality --count 1000`: every planted fault is caught by the right rule, and little else is lost.
+"""`python -m tests.quality --count 1000`: every planted fault is caught by the right rule, and
+little else is lost.
 
-Portraits are synthesised, faults planted among them, and all is made into a data set by configs/dataset/demo.yaml.
-Exits 1 unless every planted picture has a right reason and under 1 % of the others are dropped.
+Portraits are synthesised, faults planted among them, and all is made into a data set by
+configs/dataset/demo.yaml. Exits 1 unless every planted picture has a right reason and under 1 % of
+the others are dropped.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from pathlib import Path
 
 from configs.load import load
 from configs.schema import DatasetConfig
-from pipelines.dataset import lint, run
 from pipelines.report import write_report
-from pipelines.shards import read_manifests, read_sidecar
-from pipelines.store import Store
+from pipelines.run import lint, run
+from stages.storage.commit import read_manifests, read_sidecar
+from stages.storage.store import Store
 from tests.quality.planted import FAULTS, plant
 
 
@@ -28,13 +30,17 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000, help="portraits")
     parser.add_argument("--each", type=int, default=20, help="planted pictures of each kind")
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for portraits, input and output")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/quality"), help="for portraits, input and output"
+    )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     portraits, photos, output = (given.folder / name for name in ("portraits", "photos", "dataset"))
     if len(list(portraits.glob("*.jpg"))) < given.count:
         command = [sys.executable, "-m", "pipelines.cli", "synthesize", str(portraits)]
-        subprocess.run([*command, "--count", str(given.count), "--seed", str(given.seed)], check=True)
+        subprocess.run(
+            [*command, "--count", str(given.count), "--seed", str(given.seed)], check=True
+        )
     shutil.rmtree(photos, ignore_errors=True)
     planted = plant(sorted(portraits.glob("*.jpg"))[: given.count], photos, given.each)
     settings = [f"source.path={photos}", f"output={output}", *given.settings]
@@ -49,7 +55,9 @@ def main() -> int:
     print(json.dumps({"planted": len(planted), "inputs": len(rows)}))
     wrong = 0
     for fault in FAULTS:
-        found = Counter(row["reason"] or "written" for row in rows if planted.get(row["source"]) is fault)
+        found = Counter(
+            row["reason"] or "written" for row in rows if planted.get(row["source"]) is fault
+        )
         missed = sum(count for reason, count in found.items() if reason not in fault.reasons)
         wrong += missed
         print(f"{fault.name:12} {dict(found)}{'   WRONG' if missed else ''}")

@@ -1,4 +1,6 @@
-"""Portraits with faults planted among them, each known by its name: what the rules must catch, and nothing else."""
+"""Portraits with faults planted among them, each known by its name: what the rules must catch, and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,14 @@ from stages.backends.protocols import Image
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """reasons: those that are right for it. copies: it is made of a portrait that stays, under a name behind it."""
+    """reasons: those that are right for it. copies: it is made of a portrait that stays, under a
+    name behind it.
+    """
 
     name: str
     reasons: tuple[str, ...]
-    make: Callable[[Image, Image], Image | None]  # of two portraits; None: the first one's own bytes
+    # of two portraits; None: the first one's own bytes
+    make: Callable[[Image, Image], Image | None]
     copies: bool = False
 
 
@@ -79,9 +84,11 @@ FAULTS: Final = (
 
 
 def plant(portraits: Sequence[Path], folder: Path, each: int) -> dict[str, Fault]:
-    """Write `folder`: the portraits, `each` of them spoiled by each fault, and copies; file name → its fault.
+    """Write `folder`: the portraits, `each` of them spoiled by each fault, and copies; file name →
+    its fault.
 
-    A portrait is spoiled in place of staying; a copy is of one that stays. Raises ValueError for too few portraits.
+    A portrait is spoiled in place of staying; a copy is of one that stays. Raises ValueError for
+    too few portraits.
     """
     spoils = [fault for fault in FAULTS if not fault.copies]
     needed = each * (len(spoils) + 1 + len(FAULTS) - len(spoils))

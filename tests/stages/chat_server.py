@@ -1,6 +1,8 @@
-"""A small HTTP server on loopback that speaks enough of OpenAI's chat completions to say what went over the wire.
+"""A small HTTP server on loopback that speaks enough of OpenAI's chat completions to say what went
+over the wire.
 
-By itself it answers a request with the picture's digest and the prompt. `decide` may have it answer anything else.
+By itself it answers a request with the picture's digest and the prompt. `decide` may have it answer
+anything else.
 """
 
 from __future__ import annotations
@@ -55,7 +57,13 @@ def words(jpeg: bytes, prompt: str) -> str:
 def completion(asked: Asked, seconds: float = 0.0) -> Reply:
     message = {"role": "assistant", "content": words(asked.jpeg, asked.prompt)}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    told = {"id": "1", "object": "chat.completion", "created": 0, "model": asked.body["model"], "usage": USAGE}
+    told = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": asked.body["model"],
+        "usage": USAGE,
+    }
     return Reply(200, json.dumps(told | {"choices": [choice]}).encode(), seconds=seconds)
 
 
@@ -64,7 +72,9 @@ def refusal(status: int, message: str, **headers: str) -> Reply:
 
 
 class ChatServer:
-    """Listens while it is entered. `asked`: every request; `most`: how many were open at the same time."""
+    """Listens while it is entered. `asked`: every request; `most`: how many were open at the same
+    time.
+    """
 
     def __init__(self, decide: Callable[[Asked], Reply] = completion) -> None:
         self.asked: list[Asked] = []

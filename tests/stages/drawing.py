@@ -1,4 +1,6 @@
-"""Drawn faces: an image and its label map, part by part, for captions whose every word can be foreseen."""
+"""Drawn faces: an image and its label map, part by part, for captions whose every word can be
+foreseen.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,18 @@ SKIN, LIPS, BROWN, BLACK, BLUE, WHITE = (
     (250,) * 3,
 )
 ALL_PARTS = frozenset(
-    {"hair", "skin", "neck", "cloth", "left_brow", "right_brow", "left_eye", "right_eye", "left_ear", "right_ear"}
+    {
+        "hair",
+        "skin",
+        "neck",
+        "cloth",
+        "left_brow",
+        "right_brow",
+        "left_eye",
+        "right_eye",
+        "left_ear",
+        "right_ear",
+    }
     | {"nose", "upper_lip", "lower_lip"}
 )
 
@@ -34,18 +47,28 @@ class Drawing:
 
     image: np.ndarray = field(default_factory=lambda: np.full((SIDE, SIDE, 3), 120, np.uint8))
     labels: np.ndarray = field(default_factory=lambda: np.zeros((SIDE, SIDE), np.uint8))
-    landmarks: tuple[tuple[float, float], ...] = ((206, 230), (306, 230), (256, 290), (212, 340), (300, 340))
+    landmarks: tuple[tuple[float, float], ...] = (
+        (206, 230),
+        (306, 230),
+        (256, 290),
+        (212, 340),
+        (300, 340),
+    )
 
     def put(self, name: str, mask: np.ndarray, color: tuple[int, int, int]) -> None:
         self.labels[mask] = LABEL_IDS[name]
         self.image[mask] = color
 
-    def ellipse(self, name: str, center: tuple[int, int], axes: tuple[int, int], color: tuple[int, int, int]) -> None:
+    def ellipse(
+        self, name: str, center: tuple[int, int], axes: tuple[int, int], color: tuple[int, int, int]
+    ) -> None:
         mask = np.zeros((SIDE, SIDE), np.uint8)
         cv2.ellipse(mask, center, axes, 0, 0, 360, 1, -1)
         self.put(name, mask > 0, color)
 
-    def box(self, name: str, x: tuple[int, int], y: tuple[int, int], color: tuple[int, int, int]) -> None:
+    def box(
+        self, name: str, x: tuple[int, int], y: tuple[int, int], color: tuple[int, int, int]
+    ) -> None:
         mask = np.zeros((SIDE, SIDE), bool)
         mask[y[0] : y[1], x[0] : x[1]] = True
         self.put(name, mask, color)
@@ -62,7 +85,9 @@ class Drawing:
 
 
 def draw(
-    parts: frozenset[str] = ALL_PARTS, hair: tuple[int, int, int] = BROWN, cloth: tuple[int, int, int] = BLUE
+    parts: frozenset[str] = ALL_PARTS,
+    hair: tuple[int, int, int] = BROWN,
+    cloth: tuple[int, int, int] = BLUE,
 ) -> Drawing:
     drawing = Drawing()
     ellipses = (

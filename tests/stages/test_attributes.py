@@ -1,4 +1,6 @@
-"""The `attributes` captions: every word must follow from what a drawn label map and its picture show."""
+"""The `attributes` captions: every word must follow from what a drawn label map and its picture
+show.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +31,42 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
-# ---------------------------------------------------------------------------- the words the facial prompt hangs on
+# ---------------------------------------------------------------------------- the words the facial
 
 
 @settings(max_examples=40, deadline=None)
-@given(parts=st.sets(st.sampled_from(sorted(ALL_PARTS)), min_size=1), key=st.integers(0, 16**20 - 1))
-def test_every_visible_region_is_named_once_in_a_clause_of_its_own_and_no_other(parts: set[str], key: int) -> None:
+@given(
+    parts=st.sets(st.sampled_from(sorted(ALL_PARTS)), min_size=1), key=st.integers(0, 16**20 - 1)
+)
+def test_every_visible_region_is_named_once_in_a_clause_of_its_own_and_no_other(
+    parts: set[str], key: int
+) -> None:
     drawing = draw(frozenset(parts))
     _, fine = drawing.captions(f"{key:020x}")
-    labels_of = {word: ("skin",) if word == "face" else REGION_LABELS[word] for word in REGION_WORDS}
+    labels_of = {
+        word: ("skin",) if word == "face" else REGION_LABELS[word] for word in REGION_WORDS
+    }
     visible = {
-        word for word, labels in labels_of.items() if any((drawing.labels == LABEL_IDS[n]).any() for n in labels)
+        word
+        for word, labels in labels_of.items()
+        if any((drawing.labels == LABEL_IDS[n]).any() for n in labels)
     }
     count = {word: words(fine).count(word) for word in REGION_WORDS}
     assert count == {word: int(word in visible) for word in REGION_WORDS}, fine
-    assert all(sum(word in words(clause) for word in REGION_WORDS) <= 1 for clause in clauses(fine)), fine
+    assert all(
+        sum(word in words(clause) for word in REGION_WORDS) <= 1 for clause in clauses(fine)
+    ), fine
     assert len(clauses(fine.rstrip("."))) == max(len(visible), 1), "one clause each, none to spare"
 
 
 @pytest.mark.parametrize("name", ["left_eye", "nose", "upper_lip", "right_ear", "skin"])
 def test_a_part_counts_from_the_threshold_on_and_not_below(name: str) -> None:
     least = int(np.ceil(MIN_SHARE * SIDE * SIDE))
-    word = "face" if name == "skin" else next(w for w in ("eyes", "ears", "nose", "mouth") if name in REGION_LABELS[w])
+    word = (
+        "face"
+        if name == "skin"
+        else next(w for w in ("eyes", "ears", "nose", "mouth") if name in REGION_LABELS[w])
+    )
     for pixels, expected in ((least - 1, False), (least, True)):
         drawing = draw(frozenset())
         drawing.labels[230, 200 : 200 + pixels] = LABEL_IDS[name]
@@ -78,7 +94,21 @@ def test_parts_of_another_person_are_not_taken_for_this_one() -> None:
 
 
 def test_descriptions_are_short_and_guess_no_sex_age_or_origin(full_records: list[Record]) -> None:
-    guesses = {"man", "woman", "boy", "girl", "he", "she", "his", "her", "young", "old", "male", "female", "child"}
+    guesses = {
+        "man",
+        "woman",
+        "boy",
+        "girl",
+        "he",
+        "she",
+        "his",
+        "her",
+        "young",
+        "old",
+        "male",
+        "female",
+        "child",
+    }
     for coarse, fine in Attributes(CaptionConfig()).caption(full_records):
         assert len(fine) <= 330
         assert len(re.findall(r"\w+|[^\w\s]", fine)) <= 50, "each of these words is one CLIP token"
@@ -117,12 +147,14 @@ def full_records() -> list[Record]:
 
 def test_captions_vary_with_the_key_and_with_nothing_else(full_records: list[Record]) -> None:
     backend = Attributes(CaptionConfig())
-    assert backend.caption(full_records) == [backend.caption([record])[0] for record in full_records]
+    assert backend.caption(full_records) == [
+        backend.caption([record])[0] for record in full_records
+    ]
     drawing = draw()
     assert len({drawing.captions(key_of(str(n)))[1] for n in range(12)}) > 4
 
 
-# ---------------------------------------------------------------------------- what is said is what is there
+# ---------------------------------------------------------------------------- what is said is what
 
 
 def test_the_size_of_the_picture_changes_no_word() -> None:
@@ -187,7 +219,10 @@ def test_clothes_are_called_by_their_colour(rgb: tuple[int, int, int], name: str
 
 def test_many_coloured_hair_and_clothes_are_given_no_colour() -> None:
     drawing = draw()
-    for label, colors in (("hair", (BLACK, (230, 200, 150))), ("cloth", ((200, 30, 30), (30, 60, 160)))):
+    for label, colors in (
+        ("hair", (BLACK, (230, 200, 150))),
+        ("cloth", ((200, 30, 30), (30, 60, 160))),
+    ):
         rows, columns = np.nonzero(drawing.labels == LABEL_IDS[label])
         drawing.image[rows, columns] = np.where((columns // 40 % 2 == 0)[:, None], *colors)
     measured = drawing.measured()
@@ -203,12 +238,16 @@ def test_hair_is_long_only_if_it_falls_below_the_chin() -> None:
     drawing = draw()
     assert not drawing.measured().hair_long
     collar = draw()
-    collar.box("hair", (100, 412), (430, 500), BROWN)  # touches nothing on the head: a collar of fur
+    # touches nothing on the head: a collar of fur
+    collar.box("hair", (100, 412), (430, 500), BROWN)
     assert not collar.measured().hair_long
     for x in (110, 350):
         drawing.box("hair", (x, x + 50), (190, 512), BROWN)
     assert drawing.measured().hair_long
-    assert "long brown hair" in drawing.captions()[0] and "framed by long hair" in drawing.captions()[1]
+    assert (
+        "long brown hair" in drawing.captions()[0]
+        and "framed by long hair" in drawing.captions()[1]
+    )
 
 
 def test_a_fringe_covers_the_forehead() -> None:
@@ -224,7 +263,9 @@ def test_glasses_and_dark_glasses() -> None:
     dark = draw(ALL_PARTS - {"left_eye", "right_eye"})
     dark.box("glasses", (165, 347), (210, 255), BLACK)
     assert "wearing glasses" in clear.captions()[0] and "behind glasses" in clear.captions()[1]
-    assert "wearing dark glasses" in dark.captions()[0] and "behind dark glasses" in dark.captions()[1]
+    assert (
+        "wearing dark glasses" in dark.captions()[0] and "behind dark glasses" in dark.captions()[1]
+    )
     assert "eyes" not in words(dark.captions()[1]), "no region without pixels"
     assert "glasses" not in draw().captions()[0]
 
@@ -268,7 +309,12 @@ def test_a_necklace_glints_and_a_fold_of_the_neck_does_not() -> None:
 
 @pytest.mark.parametrize(
     ("nose_x", "word"),
-    [(256, None), (280, "slightly to the right"), (300, "to the right"), (230, "slightly to the left")],
+    [
+        (256, None),
+        (280, "slightly to the right"),
+        (300, "to the right"),
+        (230, "slightly to the left"),
+    ],
 )
 def test_the_head_turns_where_the_nose_goes(nose_x: int, word: str | None) -> None:
     drawing = draw()
@@ -277,12 +323,15 @@ def test_the_head_turns_where_the_nose_goes(nose_x: int, word: str | None) -> No
     if word is None:
         assert "turned" not in coarse and re.search("from the front|to the camera", fine)
     else:
-        assert f"The head is turned {word}" in coarse and f"the face is turned {word}" in fine.lower()
+        assert (
+            f"The head is turned {word}" in coarse and f"the face is turned {word}" in fine.lower()
+        )
 
 
 def test_a_tilted_head_leans_to_the_side_it_is_rotated_to() -> None:
     drawing = draw()
-    turn = cv2.getRotationMatrix2D((256, 265), -20, 1.0)  # clockwise as seen: the crown goes to the right
+    # clockwise as seen: the crown goes to the right
+    turn = cv2.getRotationMatrix2D((256, 265), -20, 1.0)
     drawing.image = cv2.warpAffine(drawing.image, turn, (SIDE, SIDE), flags=cv2.INTER_NEAREST)
     drawing.labels = cv2.warpAffine(drawing.labels, turn, (SIDE, SIDE), flags=cv2.INTER_NEAREST)
     points = np.array(drawing.landmarks) @ turn[:, :2].T + turn[:, 2]
@@ -307,7 +356,9 @@ def test_a_mirrored_picture_swaps_left_and_right_and_nothing_else() -> None:
 
 
 def with_mouth(half: int, open_rows: int, lift: int, inside: tuple[int, int, int]) -> Measured:
-    """A mouth of twice `half` pixels, its corners `lift` above its middle, with `open_rows` rows of interior."""
+    """A mouth of twice `half` pixels, its corners `lift` above its middle, with `open_rows` rows of
+    interior.
+    """
     drawing = draw(ALL_PARTS - {"upper_lip", "lower_lip"})
     for x in range(256 - half, 257 + half):
         rise = round(lift * ((x - 256) / half) ** 2)
@@ -332,7 +383,11 @@ def with_mouth(half: int, open_rows: int, lift: int, inside: tuple[int, int, int
     ],
 )
 def test_the_mouth(
-    half: int, open_rows: int, lift: int, inside: tuple[int, int, int], expected: tuple[str, bool, bool]
+    half: int,
+    open_rows: int,
+    lift: int,
+    inside: tuple[int, int, int],
+    expected: tuple[str, bool, bool],
 ) -> None:
     measured = with_mouth(half, open_rows, lift, inside)
     assert (measured.mouth, measured.teeth, measured.smile) == expected
@@ -365,7 +420,8 @@ def test_on_real_portraits_the_words_name_just_the_parsed_regions(portraits: Pat
     from stages.chain import build_stages
 
     records = [
-        Record(key=key_of(path.name), source=path.name, image=path.read_bytes()) for path in sorted(portraits.iterdir())
+        Record(key=key_of(path.name), source=path.name, image=path.read_bytes())
+        for path in sorted(portraits.iterdir())
     ]
     for stage in build_stages(DatasetConfig()):
         if stage.name != "embed":  # captions do without it
@@ -377,5 +433,7 @@ def test_on_real_portraits_the_words_name_just_the_parsed_regions(portraits: Pat
         labels = decode_labels(record.parsing)
         named = {word for word in REGION_WORDS if word in words(record.face_caption)}
         assert {"face", "nose", "mouth"} <= named, "all of these portraits show them"
-        assert all(np.isin(labels, [LABEL_IDS[n] for n in REGION_LABELS[word]]).any() for word in named)
+        assert all(
+            np.isin(labels, [LABEL_IDS[n] for n in REGION_LABELS[word]]).any() for word in named
+        )
         assert decode_jpeg(record.image).shape[:2] == labels.shape

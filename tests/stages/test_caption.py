@@ -51,7 +51,9 @@ def test_a_bad_record_fails_alone_and_with_its_reason() -> None:
     answers = stage_of().process([good, *bad.values(), blank, last])
     assert [a.key for a in answers] == [r.key for r in (good, *bad.values(), blank, last)]
     assert [a.reason for a in answers] == ["", *["bad_input"] * len(bad), "empty_caption", ""]
-    assert {a.status for a in answers[1:-1]} == {Status.FAILED} and {a.stage for a in answers[1:-1]} == {"caption"}
+    assert {a.status for a in answers[1:-1]} == {Status.FAILED} and {
+        a.stage for a in answers[1:-1]
+    } == {"caption"}
     assert all(a.detail for a in answers[1:-1])
     assert answers[0].ok and answers[0].caption and "face" in answers[0].face_caption
     assert (answers[0].image, answers[0].parsing) == (good.image, good.parsing)
@@ -60,7 +62,9 @@ def test_a_bad_record_fails_alone_and_with_its_reason() -> None:
 
 
 def test_nothing_sound_in_the_batch_asks_nothing_of_the_backend() -> None:
-    assert [r.reason for r in stage_of().process([replace(record_of("a"), image=b"")])] == ["bad_input"]
+    assert [r.reason for r in stage_of().process([replace(record_of("a"), image=b"")])] == [
+        "bad_input"
+    ]
     assert stage_of().process([]) == []
 
 
@@ -68,7 +72,9 @@ def test_the_signature_follows_prompt_backend_and_checkpoint(tmp_path: Path) -> 
     plain = CaptionStage(CaptionConfig(), Weights())
     assert plain.signature() == CaptionStage(CaptionConfig(), Weights()).signature()
     assert plain.digests() == {}
-    assert plain.signature() != CaptionStage(CaptionConfig(prompt="Who is it?"), Weights()).signature()
+    assert (
+        plain.signature() != CaptionStage(CaptionConfig(prompt="Who is it?"), Weights()).signature()
+    )
     model = make_checkpoint(tmp_path / "model")
     config = CaptionConfig(backend="llava", model=str(model), device="cpu")
     before = CaptionStage(config, Weights()).signature()  # without loading anything
@@ -80,7 +86,11 @@ def test_the_signature_follows_prompt_backend_and_checkpoint(tmp_path: Path) -> 
 def test_both_backends_go_through_the_same_stage(tmp_path: Path) -> None:
     records = [record_of("one"), replace(record_of("two"), image=b"no picture"), record_of("three")]
     config = CaptionConfig(
-        backend="llava", model=str(make_checkpoint(tmp_path)), prompt="Who?", device="cpu", max_new_tokens=8
+        backend="llava",
+        model=str(make_checkpoint(tmp_path)),
+        prompt="Who?",
+        device="cpu",
+        max_new_tokens=8,
     )
     spoken = run_stage(stage_of(config), records)
     composed = run_stage(stage_of(), records)

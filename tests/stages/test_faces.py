@@ -48,7 +48,9 @@ def test_every_portrait_is_found_with_one_plausible_face(made: list[Record]) -> 
         assert x1 < left[0] < nose[0] + 40 and nose[0] - 40 < right[0] < x2
 
 
-def test_identity_survives_shrinking_and_tells_people_apart(made: list[Record], portraits: Path) -> None:
+def test_identity_survives_shrinking_and_tells_people_apart(
+    made: list[Record], portraits: Path
+) -> None:
     chain = build_stages(DatasetConfig())[:4]
     for stage in chain:
         stage.setup()
@@ -77,14 +79,22 @@ def test_parts_lie_where_the_landmarks_are(made: list[Record]) -> None:
         assert left_corner[0] - 10 < middle[1] < right_corner[0] + 10
 
 
-def test_the_half_body_photograph_gets_its_brows_and_eyes_from_the_aligned_pass(made: list[Record]) -> None:
+def test_the_half_body_photograph_gets_its_brows_and_eyes_from_the_aligned_pass(
+    made: list[Record],
+) -> None:
     astronaut = made[-1]
     aligned = set(np.unique(decode_labels(astronaut.parsing)).tolist())
     stage = ParseStage(ParseConfig(align="never"), Weights())
     stage.setup()
-    whole = set(np.unique(decode_labels(stage.process([replace(astronaut, parsing=b"")])[0].parsing)).tolist())
+    whole = set(
+        np.unique(
+            decode_labels(stage.process([replace(astronaut, parsing=b"")])[0].parsing)
+        ).tolist()
+    )
     assert {2, 3, 4, 5, 10, 12, 13} <= aligned
-    assert len(whole & {2, 3, 4, 5}) < 4, "parsed whole it would do as well, and the second pass could go"
+    assert len(whole & {2, 3, 4, 5}) < 4, (
+        "parsed whole it would do as well, and the second pass could go"
+    )
     assert 16 in aligned, "clothes come from the whole picture"
 
 
@@ -119,7 +129,9 @@ def test_close_ups_need_the_border_or_the_smaller_scale(portraits: Path) -> None
 
 
 def test_the_largest_face_is_chosen(poisoned: Path) -> None:
-    photo = ResizeStage(ResizeConfig()).process_one(record_of((poisoned / "three faces.jpg").read_bytes()))
+    photo = ResizeStage(ResizeConfig()).process_one(
+        record_of((poisoned / "three faces.jpg").read_bytes())
+    )
 
     def detect(**settings: object) -> Record:
         stage = DetectStage(DetectConfig(**settings), Weights())  # type: ignore[arg-type]
@@ -127,20 +139,27 @@ def test_the_largest_face_is_chosen(poisoned: Path) -> None:
         return stage.process([photo])[0]
 
     everyone = detect()
-    assert len(everyone.faces) == 3 and everyone.main_face.area == max(face.area for face in everyone.faces)
+    assert len(everyone.faces) == 3 and everyone.main_face.area == max(
+        face.area for face in everyone.faces
+    )
     assert detect(min_score=0.999).reason == "no_face"
 
 
 def test_an_embedding_of_another_size_is_a_failure_not_a_zero(made: list[Record]) -> None:
     stage = EmbedStage(EmbedConfig(), Weights())
-    stage._backend = type("Broken", (), {"embed": lambda self, images, faces: [np.zeros(512, np.float32)]})()
+    stage._backend = type(
+        "Broken", (), {"embed": lambda self, images, faces: [np.zeros(512, np.float32)]}
+    )()
     assert stage.process([made[0]])[0].reason == "no_identity"
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "size"), [(1024, 1024, (512, 512)), (300, 200, (768, 512)), (64, 200, (512, 1600))]
+    ("width", "height", "size"),
+    [(1024, 1024, (512, 512)), (300, 200, (768, 512)), (64, 200, (512, 1600))],
 )
-def test_the_short_side_becomes_the_working_size(width: int, height: int, size: tuple[int, int]) -> None:
+def test_the_short_side_becomes_the_working_size(
+    width: int, height: int, size: tuple[int, int]
+) -> None:
     data = encode_jpeg(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8), 90)
     record = ResizeStage(ResizeConfig()).process_one(record_of(data))
     assert (record.width, record.height) == size == decode_jpeg(record.image).shape[1::-1]
@@ -155,7 +174,11 @@ def test_squash_ignores_the_aspect_as_the_reference_does() -> None:
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     base = Image.fromarray(np.full((100, 120), 128, np.uint8))
-    image = Image.fromarray(np.full((100, 120), 128 * 257, np.uint16)) if mode == "I;16" else base.convert(mode)
+    image = (
+        Image.fromarray(np.full((100, 120), 128 * 257, np.uint16))
+        if mode == "I;16"
+        else base.convert(mode)
+    )
     with io.BytesIO() as out:
         image.save(out, "TIFF")
         pixels = decode(out.getvalue(), ResizeConfig())
@@ -181,18 +204,28 @@ def test_what_is_no_picture_fails_with_a_reason(data: bytes, reason: str) -> Non
 
 def test_limits_hold_before_decoding() -> None:
     data = encode_jpeg(np.zeros((200, 200, 3), np.uint8), 90)
-    for settings, reason in (({"max_bytes": 10}, "too_many_bytes"), ({"max_pixels": 100}, "too_many_pixels")):
+    for settings, reason in (
+        ({"max_bytes": 10}, "too_many_bytes"),
+        ({"max_pixels": 100}, "too_many_pixels"),
+    ):
         with pytest.raises(Failed) as caught:
             decode(data, ResizeConfig(**settings))  # type: ignore[arg-type]
         assert caught.value.reason == reason
     with pytest.raises(Dropped) as dropped:
-        ResizeStage(ResizeConfig()).process_one(record_of(encode_jpeg(np.zeros((100, 900, 3), np.uint8), 90)))
+        ResizeStage(ResizeConfig()).process_one(
+            record_of(encode_jpeg(np.zeros((100, 900, 3), np.uint8), 90))
+        )
     assert dropped.value.reason == "extreme_aspect"
 
 
 @pytest.mark.parametrize(
     ("size", "decoded"),
-    [((1024, 1024), (512, 512)), ((1023, 1400), (1023, 1400)), ((2100, 3000), (525, 750)), ((5000, 4096), (625, 512))],
+    [
+        ((1024, 1024), (512, 512)),
+        ((1023, 1400), (1023, 1400)),
+        ((2100, 3000), (525, 750)),
+        ((5000, 4096), (625, 512)),
+    ],
 )
 def test_a_large_jpeg_is_decoded_smaller_but_never_under_the_working_size(
     size: tuple[int, int], decoded: tuple[int, int]

@@ -1,4 +1,6 @@
-"""The `llava` backend on a tiny real checkpoint: what it answers must be what plain greedy `generate` answers."""
+"""The `llava` backend on a tiny real checkpoint: what it answers must be what plain greedy
+`generate` answers.
+"""
 
 from __future__ import annotations
 
@@ -41,26 +43,40 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def records() -> list[Record]:
     """Three pictures, one of them tall and one wide."""
     pictures = (astronaut(), cat()[:, :150], coffee()[:300])
-    return [Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95)) for n, p in enumerate(pictures)]
+    return [
+        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95))
+        for n, p in enumerate(pictures)
+    ]
 
 
 def config_of(model: Path | str, batch_size: int = 3, **changes: Any) -> CaptionConfig:
     placement = PlacementConfig(batch_size=batch_size)
-    given: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, "placement": placement, **changes}
+    given: dict[str, Any] = {
+        "device": "cpu",
+        "max_new_tokens": TOKENS,
+        "placement": placement,
+        **changes,
+    }
     return CaptionConfig(backend="llava", model=str(model), **given)
 
 
 def plainly(backend: Llava, record: Record, prompt: str) -> str:
-    """The reference answer: one picture, one prompt, no cache kept, the processor doing all of the text."""
+    """The reference answer: one picture, one prompt, no cache kept, the processor doing all of the
+    text.
+    """
     image = Image.fromarray(np.asarray(decode_jpeg(record.image)))
     inputs = backend.processor(images=[image], text=[prompt], return_tensors="pt")
     tokens = backend.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-    text: str = backend.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = backend.tokenizer.decode(
+        tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return text.strip()
 
 
 def all_plainly(backend: Llava, records: list[Record]) -> list[tuple[str, ...]]:
-    return [tuple(plainly(backend, record, prompt) for prompt in backend.prompts) for record in records]
+    return [
+        tuple(plainly(backend, record, prompt) for prompt in backend.prompts) for record in records
+    ]
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl"])
@@ -69,7 +85,9 @@ def test_batched_answers_with_a_shared_prefix_are_those_of_plain_generate(
 ) -> None:
     backend = Llava(config_of(make_checkpoint(tmp_path, kind)))
     expected = all_plainly(backend, records)
-    assert len({text for pair in expected for text in pair}) == 6, "pictures and prompts must matter, or this is void"
+    assert len({text for pair in expected for text in pair}) == 6, (
+        "pictures and prompts must matter, or this is void"
+    )
     assert backend.caption(records) == expected
     assert [pair for record in records for pair in backend.caption([record])] == expected
 
@@ -78,10 +96,13 @@ def test_a_row_that_ends_early_does_not_disturb_the_others(
     checkpoint: Path, tmp_path: Path, records: list[Record]
 ) -> None:
     long = Llava(config_of(checkpoint))
-    tokens = long.tokenizer(plainly(long, records[0], long.prompts[1]), add_special_tokens=False)["input_ids"]
+    tokens = long.tokenizer(plainly(long, records[0], long.prompts[1]), add_special_tokens=False)[
+        "input_ids"
+    ]
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     settings = json.loads((model / "generation_config.json").read_text())
-    settings["eos_token_id"] = [settings["eos_token_id"], tokens[4]]  # several, as newer checkpoints have
+    # several, as newer checkpoints have
+    settings["eos_token_id"] = [settings["eos_token_id"], tokens[4]]
     (model / "generation_config.json").write_text(json.dumps(settings))
     backend = Llava(config_of(model))
     expected = all_plainly(backend, records)
@@ -90,28 +111,43 @@ def test_a_row_that_ends_early_does_not_disturb_the_others(
     assert backend.caption(records) == expected
 
 
-def test_each_picture_is_encoded_once_for_both_prompts(checkpoint: Path, records: list[Record]) -> None:
+def test_each_picture_is_encoded_once_for_both_prompts(
+    checkpoint: Path, records: list[Record]
+) -> None:
     backend = Llava(config_of(checkpoint))
     encoded: list[int] = []
     fed: list[tuple[int, ...]] = []
     vision, language = backend.model.model.vision_tower, backend.model.model.language_model
     vision.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
-    language.register_forward_pre_hook(lambda _, __, kw: fed.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True)
+    language.register_forward_pre_hook(
+        lambda _, __, kw: fed.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
     backend.caption(records)
     assert encoded == [len(records)]
     (rows, prefix), (both, tail) = fed[0], fed[1]
     assert (rows, both) == (len(records), 2 * len(records))
-    whole = backend.processor(images=[np.zeros((28, 28, 3), np.uint8)], text=[backend.prompts[0]])["input_ids"][0]
+    whole = backend.processor(images=[np.zeros((28, 28, 3), np.uint8)], text=[backend.prompts[0]])[
+        "input_ids"
+    ][0]
     assert prefix > 16, "the prefix holds the picture's 16 tokens"
-    assert prefix + tail <= len(whole) + 20, "and the tail is only the prompt's own words (the longer prompt's)"
+    assert prefix + tail <= len(whole) + 20, (
+        "and the tail is only the prompt's own words (the longer prompt's)"
+    )
     assert all(shape == (2 * len(records), 1) for shape in fed[2:])
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_5_vl"])
-def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(kind: Any, tmp_path: Path) -> None:
+def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(
+    kind: Any, tmp_path: Path
+) -> None:
     shapes = ((56, 112), (84, 84), (56, 112), (84, 84))
-    crops = [astronaut()[n * 20 :][:high, n * 20 :][:, :wide] for n, (high, wide) in enumerate(shapes)]
-    records = [Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(crop, 95)) for n, crop in enumerate(crops)]
+    crops = [
+        astronaut()[n * 20 :][:high, n * 20 :][:, :wide] for n, (high, wide) in enumerate(shapes)
+    ]
+    records = [
+        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(crop, 95))
+        for n, crop in enumerate(crops)
+    ]
     backend = Llava(config_of(make_checkpoint(tmp_path, kind), batch_size=2, max_new_tokens=8))
     prefixes: list[torch.Tensor] = []
     prefix = backend._prefix
@@ -136,22 +172,39 @@ def test_a_call_takes_several_batches_so_that_there_is_something_to_sort(checkpo
 
 
 def test_four_bits_without_what_they_need_say_so(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"caption\.quantize='4bit' needs a GPU \(the device here is cpu\)") as caught:
+    with pytest.raises(
+        ConfigError, match=r"caption\.quantize='4bit' needs a GPU \(the device here is cpu\)"
+    ) as caught:
         Llava(config_of(checkpoint, quantize="4bit"))
-    assert ("bitsandbytes" in str(caught.value)) == (importlib.util.find_spec("bitsandbytes") is None)
+    assert ("bitsandbytes" in str(caught.value)) == (
+        importlib.util.find_spec("bitsandbytes") is None
+    )
 
 
-def test_sampling_habits_of_a_checkpoint_are_ignored(checkpoint: Path, tmp_path: Path, records: list[Record]) -> None:
+def test_sampling_habits_of_a_checkpoint_are_ignored(
+    checkpoint: Path, tmp_path: Path, records: list[Record]
+) -> None:
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     settings = json.loads((model / "generation_config.json").read_text())
     settings |= {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5}
     (model / "generation_config.json").write_text(json.dumps(settings))
-    assert Llava(config_of(model)).caption(records[:1]) == Llava(config_of(checkpoint)).caption(records[:1])
+    assert Llava(config_of(model)).caption(records[:1]) == Llava(config_of(checkpoint)).caption(
+        records[:1]
+    )
 
 
-def test_a_processor_without_chat_template_gets_the_one_of_llava_1_5(tmp_path: Path, records: list[Record]) -> None:
-    backend = Llava(config_of(make_checkpoint(tmp_path, chat_template=False), prompt="Who?", face_prompt="Which eyes?"))
-    assert backend.prompts == ("USER: <image>\nWho? ASSISTANT:", "USER: <image>\nWhich eyes? ASSISTANT:")
+def test_a_processor_without_chat_template_gets_the_one_of_llava_1_5(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    backend = Llava(
+        config_of(
+            make_checkpoint(tmp_path, chat_template=False), prompt="Who?", face_prompt="Which eyes?"
+        )
+    )
+    assert backend.prompts == (
+        "USER: <image>\nWho? ASSISTANT:",
+        "USER: <image>\nWhich eyes? ASSISTANT:",
+    )
     assert backend.caption(records) == all_plainly(backend, records)
 
 
@@ -178,7 +231,9 @@ def test_the_digest_follows_the_weights_not_the_place(checkpoint: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--someone--tiny"
     shutil.copytree(checkpoint, repository / "snapshots" / commit)
@@ -189,12 +244,17 @@ def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(checkpoin
         "config = CaptionConfig(backend='llava', model='someone/tiny', device='cpu')\n"
         "print(Llava.digests(config)['checkpoint'], type(Llava(config).model).__name__)"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # the cache's place is read at import
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    # the cache's place is read at import
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout.split() == [commit, "LlavaForConditionalGeneration"], done.stderr
 
 
-def test_a_missing_model_says_what_was_given_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_says_what_was_given_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"caption\.model is empty"):
         Llava(config_of(""))
     with pytest.raises(WeightsError, match="no such folder"):
@@ -202,7 +262,8 @@ def test_a_missing_model_says_what_was_given_and_what_to_do(tmp_path: Path, monk
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match="safetensors"):
         Llava(config_of(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match="hf download someone/absent"):
         Llava(config_of("someone/absent"))
 

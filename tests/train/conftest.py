@@ -1,4 +1,6 @@
-"""Eight real portraits as a data set of three shards, made by the pipeline itself, and small runs over it."""
+"""Eight real portraits as a data set of three shards, made by the pipeline itself, and small runs
+over it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import DatasetConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
+from configs.schema import (
+    DatasetConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from model.spec import SPECS
 from train.data import BatchMaker, Order
 from train.setup import make_models, make_preparation
@@ -20,12 +29,16 @@ from train.trainer import Outcome, train
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
     """OUT of make dataset: eight samples in shards of 3, 3 and 2."""
-    from pipelines.dataset import run
+    from pipelines.run import run
 
     folder = tmp_path_factory.mktemp("train") / "data"
     run(
         DatasetConfig(
-            source=SourceConfig(path=str(portraits)), output=str(folder), shard_size=3, executor="inline", threads=1
+            source=SourceConfig(path=str(portraits)),
+            output=str(folder),
+            shard_size=3,
+            executor="inline",
+            threads=1,
         )
     )
     return folder
@@ -85,7 +98,9 @@ class Parts:
         self.config = config
         self.frozen: Frozen
         self.trained: TrainedModel
-        self.frozen, self.trained = make_models(config, SPECS["tiny"], config.model.base, torch.device("cpu"))
+        self.frozen, self.trained = make_models(
+            config, SPECS["tiny"], config.model.base, torch.device("cpu")
+        )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
         self.make = BatchMaker(shards, Order(len(shards), config.seed), self.preparation)
 

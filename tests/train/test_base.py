@@ -30,7 +30,9 @@ def encoded(base: Path, shards: ShardSet) -> tuple[torch.Tensor, torch.Tensor, t
 def test_the_tiny_base_is_made_once_and_turns_latents_back_into_pictures(
     data: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
-    config = replace(small(data, Path(), tmp_path / "out"), resolution=64, model=ModelConfig(spec="tiny"))
+    config = replace(
+        small(data, Path(), tmp_path / "out"), resolution=64, model=ModelConfig(spec="tiny")
+    )
     said: list[str] = []
     base = Path(ensure_base(config, SPECS["tiny"], shards, said.append))
     assert base == tmp_path / "out/base" and "random weights" in said[0]
@@ -43,7 +45,9 @@ def test_the_tiny_base_is_made_once_and_turns_latents_back_into_pictures(
     assert (base / "vae/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
-def test_fitting_is_a_function_of_the_seed(tiny_base: Path, shards: ShardSet, tmp_path: Path) -> None:
+def test_fitting_is_a_function_of_the_seed(
+    tiny_base: Path, shards: ShardSet, tmp_path: Path
+) -> None:
     import shutil
 
     files = []

@@ -21,7 +21,9 @@ COMMAND = [sys.executable, "-m", "train.cli"]
 
 
 def call(*arguments: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def test_help_teaches_and_loads_nothing() -> None:
     done = call("--help")
     took = time.monotonic() - started
     assert done.returncode == 0 and "accelerate launch" in done.stdout and "data=" in done.stdout
-    loaded = call("-c", "import sys, train.cli; print('torch' in sys.modules)", command=[sys.executable])
+    loaded = call(
+        "-c", "import sys, train.cli; print('torch' in sys.modules)", command=[sys.executable]
+    )
     assert loaded.stdout.strip() == "False"
     assert took < 5  # about half a second on an idle machine
 
@@ -50,17 +54,32 @@ def test_help_teaches_and_loads_nothing() -> None:
         (["--config", "/no/such.yaml"], "no configuration at"),
     ],
 )
-def test_what_a_user_can_mend_is_said_in_a_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_what_a_user_can_mend_is_said_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (ROOT / "x").exists()
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(preset: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, "--config", str(preset), "max_train_steps=400", "num_workers=2", "log_every=1"]
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(
+    preset: Path, tmp_path: Path
+) -> None:
+    command = [
+        *COMMAND,
+        "--config",
+        str(preset),
+        "max_train_steps=400",
+        "num_workers=2",
+        "log_every=1",
+    ]
     output = tmp_path / "out"
-    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while running.poll() is None and len(read_history(output / "losses.jsonl")) < 3:
         time.sleep(0.1)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers too
@@ -68,15 +87,31 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(preset: 
     assert running.returncode == 130, said
     assert "the same command goes on" in said and "Traceback" not in said
     reached = len(read_history(output / "losses.jsonl"))
-    done = subprocess.run([*command[:-3], f"max_train_steps={reached + 2}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and f"at step {reached}" in done.stderr and "noise loss" in done.stdout
-    assert [line["step"] for line in read_history(output / "losses.jsonl")] == list(range(1, reached + 3))
+    done = subprocess.run(
+        [*command[:-3], f"max_train_steps={reached + 2}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 0 and f"at step {reached}" in done.stderr and "noise loss" in done.stdout
+    )
+    assert [line["step"] for line in read_history(output / "losses.jsonl")] == list(
+        range(1, reached + 3)
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path) -> None:
-    # accelerate launch starts several processes on GPUs; on a CPU torch's own launcher does, with the same variables.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.cli"]
+    # accelerate launch starts several processes on GPUs; on a CPU torch's own launcher does, with
+    # the same variables.
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "train.cli",
+    ]
     two = call(
         "--config", str(preset), f"output={tmp_path / 'two'}", "train_batch_size=1", "checkpointing_steps=5",
         command=launch,
@@ -86,17 +121,21 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
     assert one.returncode == 0, one.stderr
     histories = [read_history(tmp_path / name / "losses.jsonl") for name in ("one", "two")]
     assert len(histories[0]) == len(histories[1]) == 10
-    for line, other in zip(*histories, strict=True):  # the same samples, noise and masks at every step
+    # the same samples, noise and masks at every step
+    for line, other in zip(*histories, strict=True):
         assert line["noise_loss"] == pytest.approx(other["noise_loss"], rel=1e-4)
         assert line["lr"] == other["lr"]
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (10, 20)
-    third = call("--config", str(preset), f"output={tmp_path / 'two'}", "max_train_steps=12")  # alone now
+    # alone now
+    third = call("--config", str(preset), f"output={tmp_path / 'two'}", "max_train_steps=12")
     assert third.returncode == 0 and "at step 10" in third.stderr
 
 
 def test_bf16_trains(preset: Path, tmp_path: Path) -> None:
-    done = call("--config", str(preset), "mixed_precision=bf16", "max_train_steps=2", "train_base=true")
+    done = call(
+        "--config", str(preset), "mixed_precision=bf16", "max_train_steps=2", "train_base=true"
+    )
     assert done.returncode == 0, done.stderr
     lines = read_history(tmp_path / "out/losses.jsonl")
     assert len(lines) == 2 and all(0 < line["noise_loss"] < 3 for line in lines)

@@ -28,11 +28,14 @@ class Keys:
         return [self._keys[self._order.sample(position)] for position in positions]
 
 
-def keys(shards: ShardSet, count: int, *, world: int, workers: int, size: int, start: int = 0) -> list[str]:
+def keys(
+    shards: ShardSet, count: int, *, world: int, workers: int, size: int, start: int = 0
+) -> list[str]:
     """The first `count` keys that `world` processes together consume, in the order of their steps."""
     make = Keys(shards, 5)
     ranks: list[Iterator[list[str]]] = [
-        micro_batches(make, start=start, size=size, rank=rank, world=world, workers=workers) for rank in range(world)
+        micro_batches(make, start=start, size=size, rank=rank, world=world, workers=workers)
+        for rank in range(world)
     ]
     consumed: list[str] = []
     while len(consumed) < count:
@@ -41,12 +44,17 @@ def keys(shards: ShardSet, count: int, *, world: int, workers: int, size: int, s
     return consumed[:count]
 
 
-@pytest.mark.parametrize(("world", "workers", "size"), [(1, 2, 2), (1, 3, 4), (2, 0, 2), (2, 2, 1), (8, 0, 1)])
+@pytest.mark.parametrize(
+    ("world", "workers", "size"), [(1, 2, 2), (1, 3, 4), (2, 0, 2), (2, 2, 1), (8, 0, 1)]
+)
 def test_the_order_is_that_of_one_process_without_workers(
     shards: ShardSet, world: int, workers: int, size: int
 ) -> None:
-    # 3 shards for up to 8 readers: with shards dealt out to readers, most of them would have none and wait for ever.
-    assert keys(shards, 40, world=world, workers=workers, size=size) == keys(shards, 40, world=1, workers=0, size=2)
+    # 3 shards for up to 8 readers: with shards dealt out to readers, most of them would have none
+    # and wait for ever.
+    assert keys(shards, 40, world=world, workers=workers, size=size) == keys(
+        shards, 40, world=1, workers=0, size=2
+    )
 
 
 def test_it_goes_on_in_mid_epoch_on_another_number_of_processes(shards: ShardSet) -> None:
@@ -66,18 +74,36 @@ def test_another_seed_is_another_order(shards: ShardSet) -> None:
     assert [one.sample(i) for i in range(8)] != [other.sample(i) for i in range(8)]
 
 
-def test_a_batch_is_the_conditions_of_its_records(parts: Parts, shards: ShardSet, data: Path, tiny_base: Path) -> None:
+def test_a_batch_is_the_conditions_of_its_records(
+    parts: Parts, shards: ShardSet, data: Path, tiny_base: Path
+) -> None:
     whole = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), shards)
     batch = whole.make(range(3))
     for row, key in enumerate(batch.keys):
         record = shards.records([shards.keys.index(key)])[0]
         wanted = build_conditions(
-            record, whole.preparation.tokenizer, SPECS["tiny"], "corrected", resolution=whole.config.resolution
+            record,
+            whole.preparation.tokenizer,
+            SPECS["tiny"],
+            "corrected",
+            resolution=whole.config.resolution,
         )
-        for name in ("input_ids", "token_mask", "token_idx", "token_valid", "region_masks", "foreground", "identity"):
-            torch.testing.assert_close(getattr(batch, name)[row], getattr(wanted, name), rtol=0, atol=0)
+        for name in (
+            "input_ids",
+            "token_mask",
+            "token_idx",
+            "token_valid",
+            "region_masks",
+            "foreground",
+            "identity",
+        ):
+            torch.testing.assert_close(
+                getattr(batch, name)[row], getattr(wanted, name), rtol=0, atol=0
+            )
         torch.testing.assert_close(batch.pixels[row], training_pixels(record, 32), rtol=0, atol=0)
-        pictures = batch.pictures[(batch.picture_rows >= 6 * row) & (batch.picture_rows < 6 * row + 6)]
+        pictures = batch.pictures[
+            (batch.picture_rows >= 6 * row) & (batch.picture_rows < 6 * row + 6)
+        ]
         shown = torch.cat((wanted.clip_pixels[None], wanted.region_pixels[wanted.token_valid]))
         torch.testing.assert_close(pictures, shown, rtol=0, atol=0)
 
@@ -93,7 +119,9 @@ def test_what_is_drawn_differs_from_position_to_position(parts: Parts) -> None:
     assert not torch.equal(batch.noise, batch.latent_noise)
     assert len(set(batch.timesteps.tolist())) > 4
     again = parts.make(range(8, 16))  # the same eight portraits in the next epoch
-    assert not torch.equal(again.noise.sum((1, 2, 3)).sort().values, batch.noise.sum((1, 2, 3)).sort().values)
+    assert not torch.equal(
+        again.noise.sum((1, 2, 3)).sort().values, batch.noise.sum((1, 2, 3)).sort().values
+    )
 
 
 def test_drop_rates_are_kept_to(parts: Parts) -> None:
@@ -104,14 +132,21 @@ def test_drop_rates_are_kept_to(parts: Parts) -> None:
     assert 0.24 < empty.float().mean() < 0.36  # no regions where text or identity or both are gone
 
 
-def test_kept_samples_change_nothing(data: Path, tiny_base: Path, shards: ShardSet, tmp_path: Path) -> None:
-    kept, not_kept = (Parts(small(data, tiny_base, tmp_path, keep_samples=keep), shards) for keep in (3, 0))
+def test_kept_samples_change_nothing(
+    data: Path, tiny_base: Path, shards: ShardSet, tmp_path: Path
+) -> None:
+    kept, not_kept = (
+        Parts(small(data, tiny_base, tmp_path, keep_samples=keep), shards) for keep in (3, 0)
+    )
     for start in (0, 4, 8):
         _same_rows(kept.make(range(start, start + 4)), [not_kept.make(range(start, start + 4))])
 
 
 def test_workers_make_the_same_batches(parts: Parts) -> None:
-    here, there = (list(islice(micro_batches(parts.make, start=4, size=2, workers=workers), 3)) for workers in (0, 2))
+    here, there = (
+        list(islice(micro_batches(parts.make, start=4, size=2, workers=workers), 3))
+        for workers in (0, 2)
+    )
     for one, other in zip(here, there, strict=True):
         _same_rows(one, [other])
 
@@ -122,7 +157,9 @@ def _same_rows(whole: TrainBatch, parts: list[TrainBatch]) -> None:
         if field.name == "picture_rows":
             continue  # numbered within its own batch
         if isinstance(values[0], Tensor):
-            torch.testing.assert_close(getattr(whole, field.name), torch.cat(values), rtol=0, atol=0)
+            torch.testing.assert_close(
+                getattr(whole, field.name), torch.cat(values), rtol=0, atol=0
+            )
     assert whole.keys == tuple(key for part in parts for key in part.keys)
 
 

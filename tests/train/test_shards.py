@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import PipelineError, ShardError, SourceError
-from pipelines.shards import read_records
-from pipelines.store import Store
+from stages.storage.commit import read_records
+from stages.storage.store import Store
 from train.shards import ShardSet
 
 
@@ -27,17 +27,25 @@ def test_every_sample_is_the_record_that_was_written(data: Path, shards: ShardSe
     read = shards.records(range(len(shards)))
     assert shards.keys == [record.key for record in written]
     for one, other in zip(read, written, strict=True):
-        assert (one.key, one.image, one.parsing, one.caption) == (other.key, other.image, other.parsing, other.caption)
+        assert (one.key, one.image, one.parsing, one.caption) == (
+            other.key,
+            other.image,
+            other.parsing,
+            other.caption,
+        )
         assert one.identity is not None and other.identity is not None
         np.testing.assert_array_equal(one.identity, other.identity)
 
 
 def test_samples_come_in_the_order_asked_for(shards: ShardSet) -> None:
-    assert [record.key for record in shards.records([7, 0, 3])] == [shards.keys[number] for number in (7, 0, 3)]
+    assert [record.key for record in shards.records([7, 0, 3])] == [
+        shards.keys[number] for number in (7, 0, 3)
+    ]
 
 
 def test_a_shard_without_a_manifest_is_not_there(copy: Path, shards: ShardSet) -> None:
-    (copy / "shards/fgid-000001.json").unlink()  # a gap in the numbering, and a tar a killed writer left
+    # a gap in the numbering, and a tar a killed writer left
+    (copy / "shards/fgid-000001.json").unlink()
     assert ShardSet(str(copy)).keys == [*shards.keys[:3], *shards.keys[6:]]
 
 

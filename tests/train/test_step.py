@@ -22,7 +22,9 @@ from train.step import freeze, frozen_features, noised_latents, snr_weights, ste
 PLAIN = LossConfig(facial_weight=0)
 
 
-def losses(parts: Parts, batch: TrainBatch, config: LossConfig, *, mask: bool = False) -> dict[str, float]:
+def losses(
+    parts: Parts, batch: TrainBatch, config: LossConfig, *, mask: bool = False
+) -> dict[str, float]:
     values = step_losses(parts.trained, parts.frozen, batch, config, mask=mask).values
     return dict(zip(("loss", "noise", "facial"), values.tolist(), strict=True))
 
@@ -32,11 +34,22 @@ def test_features_are_those_of_inference_though_zero_pictures_are_not_encoded(pa
     ours = frozen_features(parts.frozen, parts.make(positions))
     numbers = [parts.make._order.sample(position) for position in positions]
     conditions = collate([sample for sample, _ in parts.make._samples(numbers)])
-    drawn = torch.tensor([draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64)
-    dropped = drop_conditions(conditions, drawn, parts.preparation.drop, parts.preparation.tokenizer)
+    drawn = torch.tensor(
+        [draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64
+    )
+    dropped = drop_conditions(
+        conditions, drawn, parts.preparation.drop, parts.preparation.tokenizer
+    )
     assert (dropped.identity.norm(dim=1) == 0).any() and (dropped.token_valid.sum(1) == 0).any()
     theirs = encode_frozen(parts.frozen.base, dropped)
-    for name in ("text_hidden", "clip_hidden", "region_hidden", "identity", "token_mask", "token_valid"):
+    for name in (
+        "text_hidden",
+        "clip_hidden",
+        "region_hidden",
+        "identity",
+        "token_mask",
+        "token_valid",
+    ):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
 
 
@@ -54,16 +67,21 @@ def test_a_batch_of_dropped_conditions_alone_trains(parts: Parts) -> None:
     outcome.total.backward()
     assert torch.isfinite(outcome.values).all()
     grads = [p.grad for p in parts.trained.adapter.parameters()]
-    assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)  # else other processes would wait
+    # else other processes would wait
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
 
 
 def test_gradients_of_the_localisation_loss_reach_the_adapter(parts: Parts) -> None:
     batch = parts.make(range(4))
-    outcome = step_losses(parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False)
+    outcome = step_losses(
+        parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False
+    )
     noise = step_losses(parts.trained, parts.frozen, batch, PLAIN, mask=False)
     (outcome.total - noise.total).backward()  # the facial loss alone
     reached = {
-        name for name, p in parts.trained.adapter.named_parameters() if p.grad is not None and p.grad.norm() > 1e-8
+        name
+        for name, p in parts.trained.adapter.named_parameters()
+        if p.grad is not None and p.grad.norm() > 1e-8
     }
     for part in (
         "FacialEncoder.fuse_module.mlp1.fc1.weight",
@@ -82,7 +100,9 @@ def test_the_localisation_loss_falls_when_it_is_trained(parts: Parts) -> None:
     before = losses(parts, batch, LossConfig())["facial"]
     for _ in range(12):
         optimizer.zero_grad()
-        outcome = step_losses(parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False)
+        outcome = step_losses(
+            parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False
+        )
         outcome.total.backward()
         optimizer.step()
     assert losses(parts, batch, LossConfig())["facial"] < before - 0.05
@@ -94,7 +114,9 @@ def test_masking_leaves_out_what_is_behind_the_person(parts: Parts) -> None:
     everything = replace(batch, foreground=torch.ones_like(batch.foreground))
     assert losses(parts, no_person, PLAIN, mask=True)["noise"] == 0
     assert losses(parts, everything, PLAIN, mask=True) == losses(parts, batch, PLAIN)
-    assert 0 < losses(parts, batch, PLAIN, mask=True)["noise"] < losses(parts, batch, PLAIN)["noise"]
+    assert (
+        0 < losses(parts, batch, PLAIN, mask=True)["noise"] < losses(parts, batch, PLAIN)["noise"]
+    )
 
 
 def test_latents_are_a_sample_of_the_vae_under_the_batch_s_own_noise(parts: Parts) -> None:
@@ -134,15 +156,25 @@ def test_gradient_checkpointing_changes_no_gradient(parts: Parts) -> None:
         if checkpointing:
             parts.frozen.base.unet.enable_gradient_checkpointing()
         parts.trained.zero_grad()
-        step_losses(parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False).total.backward()
-        gradients.append({n: p.grad.clone() for n, p in parts.trained.adapter.named_parameters() if p.grad is not None})
+        step_losses(
+            parts.trained, parts.frozen, batch, LossConfig(facial_weight=1.0), mask=False
+        ).total.backward()
+        gradients.append(
+            {
+                n: p.grad.clone()
+                for n, p in parts.trained.adapter.named_parameters()
+                if p.grad is not None
+            }
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 class _Reads(TorchDispatchMode):
-    """Names the operations that would make the host wait for the device: reading a number, or a shape from values."""
+    """Names the operations that would make the host wait for the device: reading a number, or a
+    shape from values.
+    """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
@@ -151,7 +183,11 @@ class _Reads(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = func.overloadpacket.__name__
         if name in self.WAITING:
@@ -162,7 +198,9 @@ class _Reads(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(parts: Parts) -> None:
     batch = parts.make(range(2))
     with _Reads() as reads:
-        step_losses(parts.trained, parts.frozen, batch, LossConfig(snr_gamma=5.0), mask=True).total.backward()
+        step_losses(
+            parts.trained, parts.frozen, batch, LossConfig(snr_gamma=5.0), mask=True
+        ).total.backward()
     assert reads.seen == []
     with _Reads() as reads:
         batch.identity.sum().item()

@@ -27,7 +27,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) for key, value in one.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def straight(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFacto
     return output
 
 
-def test_ten_steps_equal_five_resume_and_five(straight: Path, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_ten_steps_equal_five_resume_and_five(
+    straight: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     config = small(data, tiny_base, tmp_path / "halves", train_base=True, checkpointing_steps=5)
 
     def stop(step: int) -> None:
@@ -47,15 +51,20 @@ def test_ten_steps_equal_five_resume_and_five(straight: Path, data: Path, tiny_b
 
     stopped = run(config, Listener(stop))
     assert (stopped.step, stopped.signal, stopped.adapter) == (6, signal.SIGTERM, None)
-    shutil.rmtree(tmp_path / "halves/checkpoint-000006")  # as if killed after step 6, with step 5 the last one kept
+    # as if killed after step 6, with step 5 the last one kept
+    shutil.rmtree(tmp_path / "halves/checkpoint-000006")
     listener = Listener()
     resumed = run(replace(config, num_workers=1, keep_samples=0), listener)  # and other workers
     assert "at step 5" in " ".join(listener.said)
-    assert resumed.adapter is not None and same(weights(straight / "final"), weights(resumed.adapter))
+    assert resumed.adapter is not None and same(
+        weights(straight / "final"), weights(resumed.adapter)
+    )
     assert read_history(straight / "losses.jsonl") == read_history(tmp_path / "halves/losses.jsonl")
 
 
-def test_something_was_learnt_in_ten_steps(straight: Path, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_something_was_learnt_in_ten_steps(
+    straight: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     first = run(small(data, tiny_base, tmp_path / "one", train_base=True, max_train_steps=1))
     assert first.adapter is not None
     before, after = weights(first.adapter), weights(straight / "final")
@@ -63,12 +72,19 @@ def test_something_was_learnt_in_ten_steps(straight: Path, data: Path, tiny_base
     assert len(changed) > 0.95 * len(before)
 
 
-def test_accumulating_two_batches_is_one_batch_of_two(data: Path, tiny_base: Path, tmp_path: Path) -> None:
-    # AdamW makes much of the smallest difference, so what is compared is the loss after four steps of it.
+def test_accumulating_two_batches_is_one_batch_of_two(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    # AdamW makes much of the smallest difference, so what is compared is the loss after four steps
+    # of it.
     whole = run(small(data, tiny_base, tmp_path / "whole", max_train_steps=5, train_batch_size=4))
-    parts = run(small(data, tiny_base, tmp_path / "parts", max_train_steps=5, gradient_accumulation_steps=2))
+    parts = run(
+        small(data, tiny_base, tmp_path / "parts", max_train_steps=5, gradient_accumulation_steps=2)
+    )
     assert parts.summary["samples"] == whole.summary["samples"] == 20
-    for one, other in zip(*(read_history(tmp_path / n / "losses.jsonl") for n in ("whole", "parts")), strict=True):
+    for one, other in zip(
+        *(read_history(tmp_path / n / "losses.jsonl") for n in ("whole", "parts")), strict=True
+    ):
         assert one["noise_loss"] == pytest.approx(other["noise_loss"], rel=1e-3)
         assert one["lr"] == other["lr"]
 
@@ -76,15 +92,22 @@ def test_accumulating_two_batches_is_one_batch_of_two(data: Path, tiny_base: Pat
 def test_what_a_run_leaves(straight: Path, data: Path, tiny_base: Path) -> None:
     assert (straight / "final/dataset.yaml").read_text() == (data / "config.yaml").read_text()
     assert load(DatasetConfig, straight / "final/dataset.yaml").output == str(data)
-    assert load(TrainConfig, straight / "config.yaml") == small(data, tiny_base, straight, train_base=True)
+    assert load(TrainConfig, straight / "config.yaml") == small(
+        data, tiny_base, straight, train_base=True
+    )
     described = json.loads((straight / "final/adapter.json").read_text())
     assert (described["step"], described["position"], described["mode"]) == (10, 20, "corrected")
-    assert described["train"]["optim"]["learning_rate"] == 1e-3 and described["base"] == str(tiny_base)
+    assert described["train"]["optim"]["learning_rate"] == 1e-3 and described["base"] == str(
+        tiny_base
+    )
     lines = read_history(straight / "losses.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["finished"] and (summary["steps"], summary["samples"]) == (10, 20)
-    assert summary["noise_loss"] == {"start": lines[0]["noise_loss"], "end": lines[-1]["noise_loss"]}
+    assert summary["noise_loss"] == {
+        "start": lines[0]["noise_loss"],
+        "end": lines[-1]["noise_loss"],
+    }
     state = torch.load(straight / "checkpoint-000010/state.pt", weights_only=True)
     assert (state["step"], state["position"]) == (10, 20)
     assert not [path for path in straight.iterdir() if path.name.startswith(".")]
@@ -99,25 +122,44 @@ def test_a_trained_unet_loads_as_a_base(straight: Path, tiny_base: Path) -> None
     assert all(torch.equal(value, own[key]) for key, value in unet.state_dict().items())
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(data: Path, tiny_base: Path, tmp_path: Path) -> None:
-    config = small(data, tiny_base, tmp_path / "out", max_train_steps=2, optim=OptimConfig(lr_warmup_steps=1))
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(
+        data, tiny_base, tmp_path / "out", max_train_steps=2, optim=OptimConfig(lr_warmup_steps=1)
+    )
     first, listener = run(config), Listener()
     again = run(config, listener)
-    assert "finished: 2 steps" in " ".join(listener.said) and again.step == 2 and not listener.losses
+    assert (
+        "finished: 2 steps" in " ".join(listener.said) and again.step == 2 and not listener.losses
+    )
     assert first.adapter is not None and again.adapter is not None
     assert run(replace(config, max_train_steps=3)).summary["steps"] == 3
 
 
-def test_old_checkpoints_go_and_half_written_ones_are_swept(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_old_checkpoints_go_and_half_written_ones_are_swept(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     (output / ".checkpoint-000004.77.partial").mkdir(parents=True)
     (output / "checkpoint-000099").mkdir()  # a folder of that name without a state is no checkpoint
-    run(small(data, tiny_base, output, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2))
+    run(
+        small(
+            data,
+            tiny_base,
+            output,
+            max_train_steps=4,
+            checkpointing_steps=1,
+            checkpoints_total_limit=2,
+        )
+    )
     assert [path.name for path in checkpoints(output)] == ["checkpoint-000003", "checkpoint-000004"]
     assert not list(output.glob(".*"))
 
 
-def test_an_output_with_checkpoints_is_refused_if_so_asked(straight: Path, data: Path, tiny_base: Path) -> None:
+def test_an_output_with_checkpoints_is_refused_if_so_asked(
+    straight: Path, data: Path, tiny_base: Path
+) -> None:
     config = small(data, tiny_base, straight, train_base=True, resume_from_checkpoint="")
     with pytest.raises(ConfigError, match="resume_from_checkpoint=latest"):
         run(config)
@@ -125,13 +167,19 @@ def test_an_output_with_checkpoints_is_refused_if_so_asked(straight: Path, data:
         run(replace(config, resume_from_checkpoint="checkpoint-000007"))
 
 
-def test_other_settings_than_it_was_begun_with_are_refused(straight: Path, data: Path, tiny_base: Path) -> None:
-    config = small(data, tiny_base, straight, train_base=True, optim=OptimConfig(learning_rate=5e-5))
+def test_other_settings_than_it_was_begun_with_are_refused(
+    straight: Path, data: Path, tiny_base: Path
+) -> None:
+    config = small(
+        data, tiny_base, straight, train_base=True, optim=OptimConfig(learning_rate=5e-5)
+    )
     with pytest.raises(ConfigError, match=r"optim\.learning_rate=0\.001, now 5e-05"):
         run(config)
 
 
-def test_a_damaged_state_is_named(straight: Path, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_is_named(
+    straight: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     output = Path(shutil.copytree(straight, tmp_path / "out"))
     (output / "checkpoint-000010/state.pt").write_bytes(b"nonsense")
     with pytest.raises(WeightsError, match=r"state\.pt can't be read"):

@@ -1,0 +1,25 @@
+"""Which pictures are alike: copies of each other, of the same person, and on which side of the
+split. Arrays only.
+
+Rows are pictures in the plan's order; a lower row came earlier.
+"""
+
+from __future__ import annotations
+
+from pipelines.dedup.clusters import cluster, split_of
+from pipelines.dedup.duplicates import Twin, twins
+from pipelines.dedup.hashes import HashPairs, near_by_hash, within
+from pipelines.dedup.nearest import Neighbours, near_by_identity, similarities
+
+__all__ = [
+    "HashPairs",
+    "Neighbours",
+    "Twin",
+    "cluster",
+    "near_by_hash",
+    "near_by_identity",
+    "similarities",
+    "split_of",
+    "twins",
+    "within",
+]

@@ -1,0 +1,88 @@
+"""Portraits for the demo: photo-real faces of nobody, from a seed.
+
+Four fifths of FGID are synthetic StyleGAN faces (SFHQ); this makes the same kind with
+MobileStyleGAN (FFHQ, 1024²) on OpenVINO. Styles are drawn towards the mean, `w = mean + 0.6·(map(z)
+- mean)`, which trades variety for likeness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.backends.protocols import Image
+from stages.backends.weights import Weights
+from stages.codec import encode_jpeg
+
+STYLE_DIM = 512
+TRUNCATION = 0.6
+MEAN_OF = 512  # styles averaged for the mean
+
+
+class Synthesizer:
+    """The two networks, loaded once. Portrait i of a seed depends on (seed, i) alone."""
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        weights = weights or Weights()
+        self._mapping = _network(weights, "stylegan_mapping")
+        self._synthesis = _network(weights, "stylegan_synthesis")
+        self._mean = np.mean([_run(self._mapping, _noise(0, i)) for i in range(MEAN_OF)], axis=0)
+
+    def portrait(self, seed: int, index: int) -> Image:
+        """RGB (1024, 1024, 3) uint8."""
+        style = _run(self._mapping, _noise(seed + 1, index))
+        pixels = _run(self._synthesis, self._mean + TRUNCATION * (style - self._mean))[0]
+        rgb = np.clip(pixels * 127.5 + 127.5, 0, 255).transpose(1, 2, 0)
+        return np.ascontiguousarray(rgb.round().astype(np.uint8))
+
+
+def write_portraits(
+    folder: Path, count: int, seed: int, weights: Weights | None = None
+) -> Iterator[Path]:
+    """Write portrait-SEED-NNNNN.jpg into `folder`, keeping those already there; yields each path
+    when it is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    synthesizer: Synthesizer | None = None
+    for index in range(count):
+        path = folder / f"portrait-{seed}-{index:05d}.jpg"
+        if not path.exists():
+            synthesizer = synthesizer or Synthesizer(weights)
+            unfinished = path.with_suffix(".part")
+            unfinished.write_bytes(encode_jpeg(synthesizer.portrait(seed, index), 92))
+            unfinished.replace(path)
+        yield path
+
+
+def write_extras(folder: Path, seed: int) -> None:
+    """A real photograph (scikit-image's astronaut: NASA, public domain) and the poisoned set,
+    beside the portraits.
+    """
+    import skimage.data
+
+    from pipelines.demo.poison import write_poisoned
+
+    if not (folder / "poisoned").exists():
+        (folder / "astronaut.jpg").write_bytes(encode_jpeg(skimage.data.astronaut(), 95))
+        write_poisoned(folder / "poisoned", sorted(folder.glob(f"portrait-{seed}-*.jpg")))
+
+
+def _noise(seed: int, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.Generator(np.random.PCG64([seed, index])).standard_normal(
+        (1, STYLE_DIM), dtype=np.float32
+    )
+
+
+def _network(weights: Weights, name: str) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(weights.fetch(f"{name}_xml"), weights.fetch(f"{name}_bin"))
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _run(network: Any, value: Any) -> Any:
+    return network(value)[network.output(0)]

@@ -1,0 +1,316 @@
+"""Inspect: any input is found and shown whole, from its own bytes, and nothing it says reaches the
+terminal raw.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.cells import cell_len
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from configs.errors import PipelineError
+from configs.load import load_text
+from configs.schema import DatasetConfig
+from pipelines.cli import app
+from pipelines.inspect.find import Inspection, inspect
+from pipelines.inspect.pictures import COLORS, half_blocks, panes
+from pipelines.inspect.tables import show
+from pipelines.run import run
+from pipelines.takedown import by_source, take_down
+from stages.codec import decode_jpeg, decode_labels
+from stages.record import Record, Status, key_of
+from stages.regions import LABEL_IDS
+from stages.storage.commit import PlannedShard, ShardRun, commit, read_sidecar
+from stages.storage.store import Store
+from tests.pipelines.helpers import config
+
+EVIL = "evil\x1b[31m[red] ünï\u202e.jpg"
+LEAST = 265  # pixels of a face: one of the four portraits is under it
+
+
+@pytest.fixture(scope="module")
+def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Four portraits, two of one base name and one of an evil name; one is held. A picture of
+    nobody, and a page.
+    """
+    folder = tmp_path_factory.mktemp("in")
+    names = ("a/one.jpg", EVIL, "b/one.jpg", "small.jpg")
+    for name, path in zip(names, sorted(portraits.glob("*.jpg")), strict=False):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / name)
+    Image.new("RGB", (400, 300), "grey").save(folder / "nobody.jpg")
+    (folder / "page.jpg").write_bytes(b"<!doctype html>")
+    output = tmp_path_factory.mktemp("made") / "out"
+    run(
+        config(
+            folder,
+            output,
+            f"rules.min_face={LEAST}",
+            "neighbours.max_hash_distance=-1",
+            "source.author=[bold]Ada",
+        )
+    )
+    return Store(str(output))
+
+
+def call(store: Store, *arguments: object) -> Result:
+    return CliRunner().invoke(
+        app, ["inspect", store.root, *(str(argument) for argument in arguments)]
+    )
+
+
+def printed(found: Inspection, width: int = 100, terminal: bool = False) -> str:
+    out = io.StringIO()
+    colors: Literal["truecolor"] | None = "truecolor" if terminal else None
+    show(
+        found,
+        Console(file=out, width=width, force_terminal=terminal, color_system=colors, markup=False),
+    )
+    return out.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_key_its_beginning_and_a_name_find_the_same(made: Store) -> None:
+    key = key_of("small.jpg")
+    for text in (key, key.upper(), key[:6], "small.jpg"):
+        assert inspect(made, text).row["source"] == "small.jpg"
+    assert inspect(made, "a/one.jpg").row["key"] == key_of("a/one.jpg")
+
+
+def test_several_are_listed_and_none_gives_the_closest(made: Store) -> None:
+    several = call(made, "one.jpg")
+    assert several.exit_code == 2 and "may be 2 inputs" in several.stderr
+    assert all(key_of(f"{folder}/one.jpg") in several.stderr for folder in "ab")
+    none = call(made, "smal.jpg")
+    assert none.exit_code == 2 and "closest names are small.jpg" in none.stderr
+    short = call(made, key_of("small.jpg")[:3])
+    assert short.exit_code == 2 and "at least 4 digits" in short.stderr
+
+
+def test_at_most_ten_are_listed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    names = [f"{number}/same.jpg" for number in range(13)]
+    records = [
+        Record(key=key_of(n), source=n, status=Status.FAILED, reason="http_404", stage="source")
+        for n in names
+    ]
+    shard = PlannedShard(index=0, inputs=len(records), bytes=0, digest="")
+    commit(store, shard, records, [], ShardRun({}, "inline", started=0.0))
+    with pytest.raises(PipelineError, match="may be 13 inputs") as caught:
+        inspect(store, "same.jpg")
+    assert str(caught.value).count("http_404") == 10 and "and 3 more" in str(caught.value)
+
+
+def test_a_missing_sidecar_is_said(made: Store, tmp_path: Path) -> None:
+    shutil.copytree(made.root, tmp_path / "copy")
+    (tmp_path / "copy/shards/fgid-000000.parquet").unlink()
+    done = call(Store(str(tmp_path / "copy")), "page.jpg")
+    assert done.exit_code == 2 and "no sidecar" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_told_whole(made: Store) -> None:
+    found = inspect(made, "a/one.jpg")
+    row, person = found.row, found.person
+    assert person is not None and row["status"] == "ok"
+    text = " ".join(printed(found).split())
+    for told in (
+        row["key"],
+        row["sha256"],
+        "[bold]Ada",
+        "not stated",
+        person["identity_id"],
+        person["split"],
+    ):
+        assert told in text
+    assert f"{found.shard}.tar, {row['tar_size']:,} bytes from {row['tar_offset']:,} on" in text
+    assert f"source size {row['source_width']} × {row['source_height']}" in text
+    assert f"face's short side {row['face_side']:.3f} at least {LEAST}" in text
+    for name in ("sharpness", "brightness", "clipped", "occlusion"):
+        assert f"{name} {row[name]:.3f}" in text
+    for key, cosine in zip(person["nearest"], person["similarity"], strict=True):
+        assert f"{key} cosine {cosine:.3f}" in text
+    nose = row["label_areas"][LABEL_IDS["nose"]]
+    assert f"nose {nose:.2%}" in text and "□ glasses" in text
+    assert row["caption"] in text and row["face_caption"] in text
+    assert f"training text {row['text_tokens']} of 75; {row['cut']:.0%} cut" in text
+    assert f"fused {', '.join(row['fused'])}" in text
+
+
+def test_a_region_that_is_missing_is_told_with_what_the_trainer_makes_of_it(made: Store) -> None:
+    found = inspect(made, "a/one.jpg")
+    areas = list(found.row["label_areas"])
+    areas[LABEL_IDS["left_ear"]] = areas[LABEL_IDS["right_ear"]] = 0.0
+    unfused = [{"region": "nose", "reason": "caption_too_long"}]
+    found.row.update(label_areas=areas, absent=["ears"], unfused=unfused, fused=[], trainable=False)
+    text = " ".join(printed(found).split())
+    assert "ears missing □ left ear □ right ear" in text and "named, not there ears" in text
+    assert "not fused nose: caption too long" in text and "trains nothing of the face" in text
+
+
+def test_words_that_name_a_region_stand_out(made: Store) -> None:
+    lines = printed(inspect(made, "a/one.jpg"), terminal=True).splitlines()
+    [start] = [
+        at for at, line in enumerate(lines) if "face caption" in line and "tokens" not in line
+    ]
+    for word in ("face", "nose"):
+        assert any(
+            f"m{word}\x1b[0m" in line and "\x1b[1;4" in line for line in lines[start : start + 4]
+        ), word
+
+
+def test_what_is_held_failed_or_dropped_is_told(made: Store) -> None:
+    held = inspect(made, "small.jpg")
+    text = " ".join(printed(held).split())
+    assert held.record is not None and "dropped face_too_small (stage judge)" in text
+    assert f"{held.shard}.held.tar" in text and held.row["face_side"] < LEAST
+    failed = " ".join(printed(inspect(made, "page.jpg")).split())
+    assert "failed not_an_image (stage resize)" in failed and "in no tar" in failed
+    assert "dropped no_face (stage detect)" in " ".join(
+        printed(inspect(made, "nobody.jpg")).split()
+    )
+
+
+def test_another_configuration_than_the_shards_is_said(made: Store, tmp_path: Path) -> None:
+    assert "wasn't made by" not in printed(inspect(made, "a/one.jpg"))
+    shutil.copytree(made.root, tmp_path / "copy")
+    store = Store(str(tmp_path / "copy"))
+    store.write("dataset.json", store.read("dataset.json").decode().replace("judge-1-", "judge-0-"))
+    assert "of a configuration that the shard wasn't made by" in printed(
+        inspect(store, "a/one.jpg")
+    )
+
+
+def test_names_and_captions_reach_no_terminal_raw(made: Store) -> None:
+    done = call(made, EVIL)
+    assert done.exit_code == 0 and "evil\\x1b[31m[red] ünï\\u202e.jpg" in done.stdout
+    assert "\x1b" not in done.stdout and "\u202e" not in done.stdout and "▀" not in done.stdout
+    found = inspect(made, EVIL)
+    found.row.update(caption="a \x1b]0;owned\x07 nose\r\n[red]x", detail="\x9b31m", license="\x00")
+    text = printed(found, terminal=True)
+    assert "\\x1b]0;owned\\x07" in text and "\\r\\n[red]x" in text and "\\x9b31m" in text
+    assert not {"\x07", "\x9b", "\x00", "\r"} & set(text) and "\x1b]" not in text
+    missing = call(made, "evil\x1b[31m[red] ünï.jpg")
+    assert (
+        missing.exit_code == 2
+        and "\x1b[31m[" not in missing.stderr
+        and "\\x1b[31m" in missing.stderr
+    )
+
+
+def test_what_was_taken_down_says_so_and_nothing_else(made: Store, tmp_path: Path) -> None:
+    shutil.copytree(made.root, tmp_path / "copy")
+    store = Store(str(tmp_path / "copy"))
+    settings = load_text(
+        DatasetConfig, store.read("config.yaml").decode(), [f"output={store.root}"]
+    )
+    take_down(store, settings, by_source(store, "b/one.jpg"), "source", "")
+    key = key_of("b/one.jpg")
+    for text in (key, key[:8], "b/one.jpg"):
+        assert call(store, text).stdout == f"{key} was taken down.\n"
+    refused = call(store, key, "--png", tmp_path / "x.png")
+    assert refused.exit_code == 2 and not (tmp_path / "x.png").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_comes_from_its_own_bytes_of_the_tar(made: Store, tmp_path: Path) -> None:
+    shutil.copytree(made.root, tmp_path / "copy")
+    store = Store(str(tmp_path / "copy"))
+    for name in ("b/one.jpg", "small.jpg"):
+        found = inspect(store, name)
+        kind = "held" if name == "small.jpg" else "tar"
+        path = Path(store.path(f"shards/{found.shard}.{'held.tar' if kind == 'held' else 'tar'}"))
+        start, size = found.row[f"{kind}_offset"], found.row[f"{kind}_size"]
+        data = path.read_bytes()
+        path.write_bytes(b"\xff" * start + data[start : start + size])
+        again = inspect(store, name)
+        assert again.record is not None and found.record is not None
+        assert again.record.image == found.record.image
+
+
+def test_the_overlay_lies_on_its_pixels_and_the_chosen_face_is_marked(made: Store) -> None:
+    found = inspect(made, "a/one.jpg")
+    assert found.record is not None
+    photo, overlay = panes(found)
+    image, labels = decode_jpeg(found.record.image), decode_labels(found.record.parsing)
+    assert photo.shape == overlay.shape == image.shape
+    for name in ("nose", "skin", "hair"):
+        here = labels == LABEL_IDS[name]
+        expected = 0.45 * image[here].astype(float) + 0.55 * COLORS[LABEL_IDS[name]]
+        assert np.abs(overlay[here].astype(float) - expected).max() <= 1
+    x1, y1, x2, y2 = (round(value) for value in found.row["faces"][found.row["face"]]["box"])
+    for x, y in ((x1, (y1 + y2) // 2), (x2, (y1 + y2) // 2), ((x1 + x2) // 2, y1)):
+        assert tuple(photo[y, x]) == (0, 255, 90)
+    left_eye = [round(value) for value in found.row["faces"][found.row["face"]]["landmarks"][:2]]
+    assert tuple(photo[left_eye[1], left_eye[0]]) == (255, 40, 80)
+
+
+def test_a_thumbnail_stands_in_for_a_picture_that_is_gone(made: Store) -> None:
+    found = inspect(made, "nobody.jpg")
+    [photo] = panes(found)
+    assert found.record is None and max(photo.shape) == 96
+    assert panes(inspect(made, "page.jpg")) == []
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_half_blocks_fit_the_terminal(made: Store, width: int) -> None:
+    text = printed(inspect(made, "a/one.jpg"), width, terminal=True)
+    blocks = [line for line in text.splitlines() if "▀" in line]
+    assert blocks and "\x1b[38;2;" in blocks[0]
+    shown = half_blocks(panes(inspect(made, "a/one.jpg"), 20)).plain.splitlines()
+    assert len(shown) == 10 and {cell_len(line) for line in shown} == {41}
+    assert all(line.count("▀") <= width for line in blocks)
+    assert "▀" not in printed(inspect(made, "a/one.jpg"), width)
+
+
+def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    assert call(made, "a/one.jpg", "--png", path).exit_code == 0
+    image = np.asarray(Image.open(path))
+    found = inspect(made, "a/one.jpg")
+    photo, overlay = panes(found)
+    height, width = photo.shape[:2]
+    assert np.array_equal(image[:height, :width], photo)
+    assert np.array_equal(image[:height, width : 2 * width], overlay)
+    assert image.shape[1] > 2 * width and np.ptp(image[:, 2 * width :]) > 100, "the legend is drawn"
+    before = path.read_bytes()
+    refused = call(made, "small.jpg", "--png", path)
+    assert (
+        refused.exit_code == 2 and "--overwrite" in refused.stderr and path.read_bytes() == before
+    )
+    assert (
+        call(made, "small.jpg", "--png", path, "--overwrite").exit_code == 0
+        and path.read_bytes() != before
+    )
+    none = call(made, "page.jpg", "--png", tmp_path / "none.png")
+    assert none.exit_code == 2 and "there is no picture: not_an_image" in none.stderr
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_every_input_can_be_shown(made: Store) -> None:
+    rows = [
+        row for index in (0, 1) for row in read_sidecar(made, index, ["key", "reason"]).to_pylist()
+    ]
+    assert len(rows) == 6 and {row["reason"] for row in rows} == {
+        "",
+        "face_too_small",
+        "no_face",
+        "not_an_image",
+    }
+    for row in rows:
+        done = call(made, row["key"], "--no-picture")
+        assert done.exit_code == 0 and row["key"] in done.stdout

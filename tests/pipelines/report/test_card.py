@@ -1,0 +1,295 @@
+"""The data card and its Croissant description: every figure recomputes, and nothing from outside is
+more than text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlcroissant
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from configs.load import load_text
+from configs.schema import DatasetConfig
+from pipelines.dedup.global_pass import IDENTITIES_SCHEMA
+from pipelines.report.card import fields
+from pipelines.report.card.readme import write_card
+from pipelines.run import run
+from pipelines.takedown import by_source, take_down
+from stages.codec import MEMBERS
+from stages.storage.sidecar import SIDECAR_SCHEMA
+from stages.storage.store import Store
+from tests.pipelines.helpers import NO_COPIES, config
+
+EVIL = "CC|BY\n# hi <script>"
+LICENSES = ("CC0-1.0", EVIL, "CC0-1.0", "", "CC BY 4.0", "CC0-1.0")
+AUTHORS = ("*Ada*", "", "[x](javascript:1)", "| | |", "`rm`", "\u202eeve@example.com")
+
+
+@pytest.fixture(scope="module")
+def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Six portraits from a table, one without a face and one that is no picture; one is held for a
+    small face.
+    """
+    folder = tmp_path_factory.mktemp("table")
+    grey = io.BytesIO()
+    Image.new("RGB", (300, 300), "grey").save(grey, "JPEG")
+    images = [path.read_bytes() for path in sorted(portraits.glob("*.jpg"))[:6]]
+    rows = {
+        "image": [*images, grey.getvalue(), b"<!doctype html>"],
+        "license": [*LICENSES, "", ""],
+        "author": [*AUTHORS, "", ""],
+        "name": [*(f"person of note {number}.jpg" for number in range(6)), "grey.jpg", "page.jpg"],
+    }
+    pq.write_table(pa.table(rows), folder / "in.parquet")
+    output = tmp_path_factory.mktemp("made") / "out"
+    more = (
+        "rules.min_face=265",
+        "neighbours.val_share=0.4",
+        "neighbours.split_similarity=0.6",
+        *NO_COPIES,
+    )
+    run(config(folder / "in.parquet", output, "source.name_column=name", *more))
+    store = Store(str(output))
+    write_card(store)
+    return store
+
+
+@pytest.fixture
+def copy(made: Store, tmp_path: Path) -> Store:
+    shutil.copytree(made.root, tmp_path / "copy")
+    return Store(str(tmp_path / "copy"))
+
+
+def rows_of(store: Store) -> list[dict[str, Any]]:
+    files = sorted(Path(store.root).glob("shards/*.parquet"))
+    return [row for path in files for row in pq.read_table(path).to_pylist()]
+
+
+def card_of(store: Store) -> tuple[dict[str, Any], str]:
+    """(front matter, the rest)."""
+    _, head, body = store.read("README.md").decode().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def tables(body: str) -> Iterator[list[list[str]]]:
+    """Each table's rows of cells, as a Markdown parser reads them."""
+    rows: list[list[str]] = []
+    for token in MarkdownIt("commonmark").enable("table").parse(body):
+        if token.type == "table_open":
+            rows = []
+        elif token.type == "tr_open":
+            rows.append([])
+        elif token.type == "inline" and rows and token.level > 3:
+            kinds = {child.type for child in token.children or ()}
+            assert kinds <= {"text", "text_special"}, f"{token.content!r} is more than text"
+            rows[-1].append("".join(child.content for child in token.children or ()))
+        elif token.type == "table_close":
+            yield rows
+
+
+def table(body: str, first: str) -> dict[str, list[str]]:
+    """First cell → the others, of the table whose head begins with `first`."""
+    [rows] = [rows[1:] for rows in tables(body) if rows[0][0] == first]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
+    rows, (_, body) = rows_of(made), card_of(made)
+    samples = [row for row in rows if row["status"] == "ok"]
+    assert 0 < len(samples) < 6, "one must be held, for the card to leave it out"
+    assert f"{len(samples)} samples in 2 shards, made from 8 inputs" in body
+    [ledger] = [found[1:] for found in tables(body) if found[0] == ["status", "reason", "inputs"]]
+    expected = Counter((row["status"], row["reason"]) for row in rows if row["status"] != "ok")
+    assert {
+        (how, reason): int(count) for how, reason, count in ledger if how != "written"
+    } == expected
+    licenses = Counter(" ".join((row["license"] or "not stated").split()) for row in samples)
+    assert {name: int(count) for name, [count] in table(body, "licence").items()} == licenses
+    assert sum(int(count) for [count] in table(body, "author").values()) == len(samples)
+    people = pq.read_table(Path(made.root) / "identities.parquet").to_pylist()
+    sides = {
+        side: [
+            str(sum(row["split"] == side for row in people)),
+            str(len({row["identity_id"] for row in people if row["split"] == side})),
+        ]
+        for side in {row["split"] for row in people}
+    }
+    assert table(body, "split") == sides
+    assert table(body, "setting")["rules.min_face"][0] in ("265", "265.0")
+    dataset = json.loads(made.read("dataset.json"))
+    assert [row[0] for row in table(body, "stage").values()] == dataset["signatures"]
+    for weight in dataset["weights"]:
+        assert table(body, "weights")[weight["file"]][:2] == [weight["sha256"], weight["license"]]
+    assert table(body, "weights")["w600k_mbf.onnx"][2] == "no"
+
+
+def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
+    head, body = card_of(made)
+    kept = [row for row in rows_of(made) if row["status"] == "ok"]
+    assert EVIL in {row["license"] for row in kept}, "or this tests nothing"
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    assert not [token for token in tokens if token.type.startswith("html")]
+    headings = [
+        tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"
+    ]
+    assert not [title for title in headings if "hi" in title.split()]
+    assert "CC|BY # hi <script>" in table(body, "licence")
+    authors = table(body, "author")
+    for row in kept:
+        assert (" ".join(row["author"].replace("\u202e", " ").split()) or "not stated") in authors
+    assert "\u202e" not in body
+    assert (
+        "cc0-1.0" in head["license"] and "other" in head["license"] and head["license_name"] == EVIL
+    )
+
+
+def test_the_front_matter_leads_to_the_samples_and_not_to_what_is_held(made: Store) -> None:
+    [entry] = card_of(made)[0]["configs"][0]["data_files"]
+    found = {path.name for path in Path(made.root).glob(entry["path"])}
+    assert found == {"fgid-000000.tar", "fgid-000001.tar"}
+    assert list(Path(made.root).glob("shards/*.held.tar")), (
+        "nothing was held: the pattern proves nothing"
+    )
+
+
+def test_the_card_names_no_picture_no_path_and_no_host(made: Store) -> None:
+    sources = [row["source"] for row in rows_of(made)]
+    dataset = json.loads(made.read("dataset.json"))
+    for name in ("README.md", "croissant.json"):
+        text = made.read(name).decode()
+        for private in (*sources, "person of note", dataset["source"], made.root, str(Path.home())):
+            assert private not in text, f"{name} holds {private}"
+        assert not platform.node() or f'"{platform.node()}"' not in text
+
+
+def test_equal_outputs_give_equal_bytes(made: Store, copy: Store) -> None:
+    for path in Path(copy.root).glob("shards/*.json"):
+        manifest = json.loads(path.read_text())
+        manifest["run"] |= {"finished": 1.0, "host": "elsewhere", "seconds": 9.0}
+        path.write_text(json.dumps(manifest))
+    for name in ("README.md", "croissant.json"):
+        before = made.read(name)
+        copy.remove(name)
+        write_card(copy)
+        assert copy.read(name) == before
+
+
+def test_every_field_is_described() -> None:
+    assert list(fields.SIDECAR) == SIDECAR_SCHEMA.names
+    assert list(fields.IDENTITIES) == IDENTITIES_SCHEMA.names
+    assert sorted(fields.MEMBERS) == sorted(MEMBERS)
+
+
+def plain(value: Any) -> Any:
+    """Bytes as text, arrays as lists, structs by the last part of their fields' names: as pyarrow
+    gives a row.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {key.rsplit("/", 1)[-1]: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item) for item in value]
+    return value
+
+
+def test_croissant_is_valid_and_its_records_are_the_rows(made: Store) -> None:
+    dataset = mlcroissant.Dataset(jsonld=made.path("croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    assert {each.id for each in dataset.metadata.record_sets} == {
+        "samples",
+        "inputs",
+        "identities",
+        "splits",
+    }
+    for name, expected in (
+        ("inputs", rows_of(made)),
+        ("identities", pq.read_table(Path(made.root) / "identities.parquet").to_pylist()),
+    ):
+        found = [plain(record) for record in dataset.records(name)]
+        assert len(found) == len(expected) > 0
+        for record, row in zip(found, expected, strict=True):
+            assert record == plain(row)
+
+
+def test_croissant_knows_every_file_by_its_digest(made: Store) -> None:
+    told = json.loads(made.read("croissant.json"))
+    objects = {
+        node["contentUrl"]: node["sha256"] for node in told["distribution"] if "contentUrl" in node
+    }
+    root = Path(made.root)
+    files = [
+        *root.glob("shards/fgid-??????.tar"),
+        *root.glob("shards/*.parquet"),
+        root / "identities.parquet",
+    ]
+    assert objects == {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+def test_the_snippet_reads_one_side_of_the_split(
+    made: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = card_of(made)[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(made.root)
+    space: dict[str, Any] = {}
+    exec(code, space)
+    people = pq.read_table("identities.parquet").to_pylist()
+    assert {row["split"] for row in people} == {"train", "val"}, "or there is nothing to choose"
+    assert {sample["__key__"] for sample in space["samples"]} == {
+        r["key"] for r in people if r["split"] == "train"
+    }
+
+
+def test_a_take_down_is_counted_and_leaves_its_digests(copy: Store) -> None:
+    kept = next(row for row in rows_of(copy) if row["status"] == "ok")
+    settings = load_text(DatasetConfig, copy.read("config.yaml").decode(), [f"output={copy.root}"])
+    assert "Nothing was taken down" in card_of(copy)[1]
+    take_down(copy, settings, by_source(copy, kept["source"]), "source", "asked by person of note")
+    write_card(copy)
+    body = card_of(copy)[1]
+    assert table(body, "by") == {"source": ["1", "1"]}
+    assert "person of note" not in body and ["dropped", "taken_down", "1"] in [
+        r for t in tables(body) for r in t
+    ]
+    test_croissant_knows_every_file_by_its_digest(copy)
+
+
+def test_an_identity_on_both_sides_breaks_the_promise_loudly(copy: Store) -> None:
+    assert "No identity is on both sides" in card_of(copy)[1]
+    path = Path(copy.root) / "identities.parquet"
+    people = pq.read_table(path)
+    one = people.set_column(2, "identity_id", pa.array(["id-1"] * len(people)))
+    pq.write_table(one, path)
+    write_card(copy)
+    body = card_of(copy)[1]
+    assert "1 identities are on both sides" in body and "No identity is on both sides" not in body
+
+
+def test_an_output_without_a_sample_has_a_card_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/page.jpg").write_bytes(b"<!doctype html>")
+    run(config(tmp_path / "in", tmp_path / "out"))
+    store = Store(str(tmp_path / "out"))
+    write_card(store)
+    assert card_of(store)[0]["license"] == "unknown"
+    assert not mlcroissant.Dataset(jsonld=store.path("croissant.json")).metadata.ctx.issues.errors

@@ -1,0 +1,377 @@
+"""The layout FGID is published in: out of shards and back without a model call, and as others have
+written it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from configs.errors import SourceError
+from configs.schema import DatasetConfig
+from pipelines.cli import app
+from pipelines.export_fgid import read_samples
+from pipelines.run import execute, plan_job, run
+from pipelines.sources import build_source
+from pipelines.sources.fgid import read_identity
+from pipelines.sources.objects import read_objects
+from stages.base import Failed, Stage
+from stages.chain import build_stages
+from stages.record import Record
+from stages.storage.store import Store
+from tests.pipelines.helpers import config, digests
+
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of three portraits."""
+    source, output = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("made")
+    for path in sorted(portraits.glob("*.jpg"))[:COUNT]:
+        shutil.copy2(path, source)
+    run(config(source, output, "source.license=CC0-1.0", "source.author=nobody"))
+    return output
+
+
+@pytest.fixture(scope="module")
+def exported(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "fgid"
+    found = CliRunner().invoke(app, ["export-json", str(made), str(folder), "--color"])
+    assert found.exit_code == 0, found.output
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of a stage for every time that one processes something."""
+    seen: list[str] = []
+    for stage in build_stages(DatasetConfig()):
+        _count(type(stage), seen, monkeypatch)
+    return seen
+
+
+def _count(kind: type[Stage], seen: list[str], patch: pytest.MonkeyPatch) -> None:
+    real = kind.process
+
+    def counted(self: Stage, records: list[Record]) -> list[Record]:
+        seen.append(self.name)
+        return real(self, records)
+
+    patch.setattr(kind, "process", counted)
+
+
+def _fgid(path: Path, output: Path, *overrides: str) -> DatasetConfig:
+    return config(path, output, "source.kind=fgid", *overrides)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "JSON_all.json").read_text())
+    return found
+
+
+def _rewrite(folder: Path, entries: list[dict[str, Any]]) -> None:
+    (folder / "JSON_all.json").write_text(json.dumps(entries))
+
+
+def _samples(output: Path) -> dict[str, Record]:
+    return {record.source: record for record in read_samples(Store(str(output)))}
+
+
+def _reasons(folder: Path, output: Path) -> dict[str, str]:
+    """source → reason, of reading alone."""
+    source = build_source(_fgid(folder, output))
+    return {item.source: source.record(item).reason for item in source.list()}
+
+
+# ------------------------------------------------------------------------------------------------ o
+
+
+def test_out_and_back_gives_the_same_bytes_without_a_model_call(
+    made: Path, exported: Path, tmp_path: Path, calls: list[str]
+) -> None:
+    moved = shutil.copytree(exported, tmp_path / "elsewhere")
+    ledger = run(_fgid(moved, tmp_path / "out"))
+    assert ledger.written == COUNT and calls == []
+    assert digests(tmp_path / "out") == digests(made)
+
+
+def test_the_trainer_of_the_reference_finds_everything_where_it_looks(
+    made: Path, exported: Path
+) -> None:
+    """As its MyDataset reads: three roots, and plain torch.load."""
+    samples = _samples(made)
+    for entry in _entries(exported):
+        record = samples[entry["source"]]
+        identity = torch.load(exported / "all_faceID" / entry["id_embed_file_origin"])
+        assert identity.shape == (1, 512) and record.identity is not None
+        assert np.array_equal(identity[0].numpy(), record.identity)
+        assert (exported / "resize_IMG" / entry["resize_IMG"]).read_bytes() == record.image
+        mask = cv2.imread(
+            str(exported / "parsing_mask_IMG" / entry["parsing_mask_IMG"]), cv2.IMREAD_UNCHANGED
+        )
+        overlay = cv2.imread(str(exported / "parsing_color_IMG" / entry["parsing_color_IMG"]))
+        assert mask is not None and overlay is not None
+        assert mask.shape == (record.height, record.width) == overlay.shape[:2]
+        assert (entry["vqa_llva"], entry["vqa_llva_more_face_detail"]) == (
+            record.caption,
+            record.face_caption,
+        )
+        assert (entry["license"], entry["author"]) == ("CC0-1.0", "nobody")
+
+
+def test_a_folder_that_is_not_empty_is_left_alone_unless_told(made: Path, exported: Path) -> None:
+    before = (exported / "JSON_all.json").read_bytes()
+    refused = CliRunner().invoke(app, ["export-json", str(made), str(exported)])
+    assert refused.exit_code == 2 and "not empty" in refused.output
+    assert (
+        CliRunner().invoke(app, ["export-json", str(made), str(exported), "--overwrite"]).exit_code
+        == 0
+    )
+    after = _entries(exported)
+    assert [{**entry, "parsing_color_IMG": ""} for entry in json.loads(before)] == [
+        {**entry, "parsing_color_IMG": ""} for entry in after
+    ]
+
+
+def test_an_export_that_breaks_off_leaves_no_json(made: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(made, tmp_path / "copy")
+    (tar,) = (output / "shards").glob("*.tar")
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    assert (
+        CliRunner().invoke(app, ["export-json", str(output), str(tmp_path / "fgid")]).exit_code == 2
+    )
+    assert list((tmp_path / "fgid" / "resize_IMG").rglob("*.jpg"))
+    assert not list((tmp_path / "fgid").glob("*.json"))
+
+
+def test_what_comes_with_an_entry_is_not_made_again_when_its_stage_changes(
+    made: Path, exported: Path, tmp_path: Path, calls: list[str]
+) -> None:
+    run(_fgid(exported, tmp_path / "out"))
+    changed = _fgid(exported, tmp_path / "out", "parse.align=never", "caption.face_prompt=another")
+    job = plan_job(changed)
+    assert len(job.tasks) == 1
+    list(execute(job, lambda count: None))
+    assert calls == [] and plan_job(changed).tasks == []
+    assert digests(tmp_path / "out") == digests(made)
+
+
+def test_an_entry_that_changes_is_taken_anew(
+    exported: Path, tmp_path: Path, calls: list[str]
+) -> None:
+    folder, output = shutil.copytree(exported, tmp_path / "fgid"), tmp_path / "out"
+    run(_fgid(folder, output))
+    first, second, third = _entries(folder)
+    first["vqa_llva"] = "Another description."
+    del second["parsing_mask_IMG"]
+    _rewrite(folder, [first, second, third])
+    before = _samples(output)
+    run(_fgid(folder, output, "parse.align=always"))
+    after = _samples(output)
+    assert calls == ["parse"]
+    assert after[first["source"]].caption == "Another description."
+    assert after[second["source"]].parsing != before[second["source"]].parsing
+    assert after[third["source"]].parsing == before[third["source"]].parsing
+
+
+# ------------------------------------------------------------------------------------- as others ha
+
+
+@pytest.fixture
+def published(exported: Path, tmp_path: Path) -> Path:
+    """As the authors' machine would have written it: its own absolute paths, PNG pictures, other
+    spellings, an object a line, and nothing of what export-json adds.
+    """
+    folder = tmp_path / "published"
+    for kind in ("resize_IMG", "parsing_mask_IMG", "all_faceID"):
+        (folder / kind / "15").mkdir(parents=True)
+    lines = []
+    for number, entry in enumerate(_entries(exported)):
+        pixels = cv2.imread(str(exported / "resize_IMG" / entry["resize_IMG"]))
+        assert pixels is not None
+        cv2.imwrite(str(folder / f"resize_IMG/15/{number}_resize.png"), pixels)
+        shutil.copy(
+            exported / "parsing_mask_IMG" / entry["parsing_mask_IMG"],
+            folder / f"parsing_mask_IMG/15/{number}_mask.png",
+        )
+        shutil.copy(
+            exported / "all_faceID" / entry["id_embed_file_resize"],
+            folder / f"all_faceID/15/{number}_faceid.bin",
+        )
+        line = {
+            "resize_IMG": f"/mnt/data/somebody/FGID/resize_IMG/15/{number}_resize.png",
+            "parsing_mask_IMG": f"15/{number}_mask.png",
+            "parsing_color_IMG": f"15/{number}_color.png",
+            "id_embed_file_origin": f"/mnt/data/somebody/15/{number}_nowhere.bin",
+            "id_embed_file_resize": f"/mnt/data/somebody/FGID/all_faceID/15/{number}_faceid.bin",
+            "vqa_llva": f"Somebody, number {number}.",
+            ("vqa_llva_facial", "vqa_llva_face_caption", "vqa_llva_more_face_detail")[
+                number
+            ]: "A nose.",
+        }
+        lines.append(json.dumps(line))
+    (folder / "JSON_all.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def _published(folder: Path) -> list[dict[str, Any]]:
+    return list(read_objects(folder / "JSON_all.json"))
+
+
+def test_a_published_set_is_only_searched_for_faces(
+    published: Path, made: Path, tmp_path: Path, calls: list[str]
+) -> None:
+    assert run(_fgid(published / "JSON_all.json", tmp_path / "out")).written == COUNT
+    assert set(calls) == {"detect"}
+    taken = _samples(tmp_path / "out")
+    assert set(taken) == {
+        f"mnt/data/somebody/FGID/resize_IMG/15/{number}_resize.png" for number in range(COUNT)
+    }
+    for number, (old, new) in enumerate(zip(_samples(made).values(), taken.values(), strict=True)):
+        assert old.parsing == new.parsing and np.array_equal(old.identity, new.identity)  # type: ignore[arg-type]
+        assert (new.caption, new.face_caption) == (f"Somebody, number {number}.", "A nose.")
+        assert new.image.startswith(b"\xff\xd8") and (new.width, new.height) == (
+            old.width,
+            old.height,
+        )
+
+
+def test_what_an_entry_lacks_is_made(published: Path, tmp_path: Path, calls: list[str]) -> None:
+    first, second, third = _published(published)
+    del first["parsing_mask_IMG"]
+    del second["id_embed_file_origin"], second["id_embed_file_resize"]
+    del third["vqa_llva_more_face_detail"]
+    _rewrite(published, [first, second, third])
+    assert run(_fgid(published, tmp_path / "out")).written == COUNT
+    assert sorted(calls) == ["caption", "detect", "detect", "detect", "embed", "parse", "resize"]
+    records = list(_samples(tmp_path / "out").values())
+    assert all(
+        record.parsing and record.identity is not None and record.face_caption for record in records
+    )
+    assert records[0].face_caption == "A nose." != records[2].face_caption
+
+
+def test_code_in_an_embedding_is_refused_and_not_run(published: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (trace,)
+
+    torch.save(Payload(), published / "all_faceID/15/0_faceid.bin")
+    reasons = list(_reasons(published, tmp_path / "out").values())
+    assert reasons == ["bad_embedding", "", ""] and not trace.exists()
+    torch.load(published / "all_faceID/15/0_faceid.bin", weights_only=False)
+    assert trace.exists(), "the file would not have done anything anyway"
+
+
+def test_identities_come_to_unit_norm_and_anything_else_is_refused(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((1, 512)).astype(np.float32)
+    torch.save(torch.from_numpy(values), tmp_path / "a.bin")
+    np.save(tmp_path / "a.npy", values[0])
+    for name in ("a.bin", "a.npy"):
+        identity = read_identity((tmp_path / name).read_bytes())
+        assert identity.shape == (512,) and identity.dtype == np.float32
+        assert np.allclose(identity, values[0] / np.linalg.norm(values), atol=1e-6)
+    np.save(tmp_path / "code.npy", np.array([{}], object), allow_pickle=True)
+    torch.save(torch.zeros(1, 512), tmp_path / "zero.bin")
+    torch.save(torch.full((1, 512), float("nan")), tmp_path / "nan.bin")
+    torch.save(torch.ones(2, 512), tmp_path / "two.bin")
+    torch.save({"identity": torch.ones(1, 512)}, tmp_path / "dict.bin")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:700])
+    (tmp_path / "empty.bin").write_bytes(b"")
+    torch.save(torch.zeros(4_000_000), tmp_path / "large.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "large.bin") as stored,
+        zipfile.ZipFile(tmp_path / "bomb.bin", "w", 8) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(Failed, match="unpacks to over"):
+        read_identity((tmp_path / "bomb.bin").read_bytes())
+    for name in ("code.npy", "zero.bin", "nan.bin", "two.bin", "dict.bin", "cut.bin", "empty.bin"):
+        with pytest.raises(Failed) as caught:
+            read_identity((tmp_path / name).read_bytes())
+        assert caught.value.reason == "bad_embedding", name
+
+
+def test_a_label_map_must_belong_to_its_picture(published: Path, tmp_path: Path) -> None:
+    masks = [published / f"parsing_mask_IMG/15/{number}_mask.png" for number in range(COUNT)]
+    labels = cv2.imread(str(masks[0]), cv2.IMREAD_UNCHANGED)
+    assert labels is not None
+    cv2.imwrite(str(masks[0]), labels[:-1])
+    labels[0, 0] = 19
+    cv2.imwrite(str(masks[1]), labels)
+    masks[2].write_bytes(masks[2].read_bytes()[:-100])
+    assert list(_reasons(published, tmp_path / "out").values()) == ["bad_parsing"] * COUNT
+
+
+def test_nothing_outside_the_folder_is_read(published: Path, tmp_path: Path) -> None:
+    first, second, third = _published(published)
+    shutil.copy(published / "resize_IMG/15/0_resize.png", tmp_path / "secret.png")
+    first["resize_IMG"] = "../secret.png"
+    (published / "link.png").symlink_to(tmp_path / "secret.png")
+    second["resize_IMG"] = "link.png"
+    third["resize_IMG"] = str(tmp_path / "secret.png")
+    _rewrite(published, [first, second, third])
+    assert list(_reasons(published, tmp_path / "out").values()) == [
+        "outside_source",
+        "outside_source",
+        "not_a_file",
+    ]
+
+
+def test_entries_that_cannot_be_used_have_a_reason(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "fgid")
+    first, second, third = _entries(folder)
+    first["parsing_mask_IMG"] = "gone\0.png"
+    second["faces"][0]["landmarks"] = [1, 2, 3]
+    third["width"] += 1
+    _rewrite(folder, [first, second, third, {"vqa_llva": "\ud800 nobody"}])
+    assert list(_reasons(folder, tmp_path / "out").values()) == [
+        "not_a_file",
+        "bad_faces",
+        "bad_faces",
+        "bad_entry",
+    ]
+
+
+def test_objects_are_read_across_chunks_and_from_either_form(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    entries = [
+        {"n": number, "text": '}],{["\\ ünï' * size}
+        for number, size in enumerate((1, 40_000, 0, 7, 100_000))
+    ]
+    for text in (
+        json.dumps(entries),
+        json.dumps(entries, indent=1),
+        "\n".join(map(json.dumps, entries)),
+    ):
+        file.write_text("\ufeff" + text, encoding="utf-8")
+        assert list(read_objects(file)) == entries
+    for text in ("[]", "", "\n"):
+        file.write_text(text)
+        assert list(read_objects(file)) == []
+    for text in ('[{"a": 1}, {"b"', '[{"a": 1}', "[1]", "null", '[{"a": 1} x]'):
+        file.write_text(text)
+        with pytest.raises(SourceError, match="can't be read"):
+            list(read_objects(file))
+
+
+def test_a_set_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "JSON_all.json", Path("s3://bucket/JSON_all.json")):
+        with pytest.raises(SourceError, match="no FGID set"):
+            plan_job(
+                replace(_fgid(tmp_path, tmp_path / "out"), source=_fgid(path, tmp_path).source)
+            )

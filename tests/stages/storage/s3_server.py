@@ -1,0 +1,289 @@
+"""A real S3 server on loopback (moto's), in a process of its own, and a proxy before it that spoils
+some answers.
+
+The server: `python -m tests.stages.storage.s3_server` says its port and serves until it is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from stages.storage.exclusions import DUPLICATES, IDENTITIES
+
+KINDS = ("500", "503", "slow", "cut", "lost")
+ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
+CODES = {
+    "500": b"InternalError",
+    "503": b"ServiceUnavailable",
+    "403": b"AccessDenied",
+    "404": b"NoSuchUpload",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as it came: fault is "" where it was passed on and answered, status what the
+    server answered.
+    """
+
+    method: str
+    path: str
+    query: str
+    status: int
+    fault: str
+
+
+@dataclass
+class Faults:
+    """Which requests to spoil: a share of all, by `seed`, yet never three in a row of one kind at
+    one place; or all that `always` picks.
+
+    500, 503, 403, 404: an error, nothing is done. slow: answered late. cut: half an answer. lost:
+    done, never answered.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+    always: Callable[[str, str], str] = lambda method, target: ""
+    _row: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._random, self._lock = random.Random(self.seed), threading.Lock()
+
+    def draw(self, method: str, target: str) -> str:
+        """The kind of fault for a request to `target` (path and query), "" for none."""
+        with self._lock:
+            if kind := self.always(method, target):
+                return kind
+            place = method, target
+            if self._random.random() >= self.share or self._row[place] == 2:
+                self._row[place] = 0
+                return ""
+            self._row[place] += 1
+            return self._random.choice(KINDS)
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to the server at `upstream`, spoils what `faults` draws, and writes down
+    each one.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, upstream: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self.faults = upstream, Faults()
+        self.requests: list[Request] = []
+        # called after each request that changed something
+        self.changed: Callable[[], None] = lambda: None
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def reset(self, faults: Faults | None = None) -> None:
+        self.faults, self.changed = faults or Faults(), lambda: None
+        self.requests.clear()
+
+    def changes(self, folder: str) -> list[tuple[str, str]]:
+        """(method, path below `folder`) of every request that changed something there, in order."""
+        done = [
+            r
+            for r in self.requests
+            if r.method in ("PUT", "DELETE", "POST") and 200 <= r.status < 300
+        ]
+        return [(r.method, r.path.removeprefix(folder)) for r in done if r.path.startswith(folder)]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has hung up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _serve(self) -> None:
+        parts = urlsplit(self.path)
+        path = unquote(parts.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.faults.draw(self.command, f"{path}?{parts.query}")
+        if fault in CODES:
+            self._note(path, parts.query, int(fault), fault)
+            self._answer(int(fault), {"Content-Type": "application/xml"}, ERROR % CODES[fault], -1)
+            return
+        if fault == "slow":
+            time.sleep(0.3)
+        with self.server.lock if self.command in ("PUT", "DELETE", "POST") else threading.Lock():
+            status, headers, answer = self._forward(body)
+            self._note(path, parts.query, status, fault)
+            if self.command in ("PUT", "DELETE", "POST"):
+                self.server.changed()
+        cut = {"cut": len(answer) // 2, "lost": 0}.get(fault, -1)
+        self._answer(status, headers, answer, cut, silent=fault == "lost")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815 - http.server's names
+
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        try:
+            headers = {
+                name: value for name, value in self.headers.items() if name.lower() != "expect"
+            }
+            upstream.request(self.command, self.path, body or None, headers)
+            answer = upstream.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            upstream.close()
+
+    def _note(self, path: str, query: str, status: int, fault: str) -> None:
+        self.server.requests.append(Request(self.command, path, query, status, fault))
+
+    def _answer(
+        self, status: int, headers: dict[str, str], body: bytes, cut: int, silent: bool = False
+    ) -> None:
+        """cut: bytes of the body to send before hanging up; -1 for all of them."""
+        if cut >= 0:
+            self.close_connection = True
+        if silent:
+            return
+        self.send_response(status)
+        dropped = {"connection", "transfer-encoding", "server", "date"}
+        kept = {name: value for name, value in headers.items() if name.lower() not in dropped}
+        if self.command != "HEAD":
+            kept = {name: value for name, value in kept.items() if name.lower() != "content-length"}
+            kept["Content-Length"] = str(len(body))
+        for name, value in kept.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if cut < 0 else body[:cut])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+
+class Bucket:
+    """A new bucket, written through the proxy and looked into past it."""
+
+    def __init__(self, client: Any, through: Proxy) -> None:
+        self.name, self.proxy, self._client = f"b-{uuid.uuid4().hex[:12]}", through, client
+        self._client.create_bucket(Bucket=self.name)
+
+    @property
+    def out(self) -> str:
+        return f"s3://{self.name}/out"
+
+    def upload(self, folder: Path, to: str = "in") -> str:
+        for path in sorted(folder.iterdir()):
+            self.put(f"{to}/{path.name}", path.read_bytes())
+        return f"s3://{self.name}/{to}"
+
+    def put(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=self.name, Key=key, Body=data)
+
+    def copy_of(self, other: Bucket) -> None:
+        for key in other.stamps():
+            self.put(key, other.read(key))
+
+    def read(self, key: str) -> bytes:
+        data: bytes = self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
+        return data
+
+    def stamps(self) -> dict[str, tuple[str, Any]]:
+        """key → (ETag, time of change) of every object."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
+        found = [item for page in pages for item in page.get("Contents", ())]
+        return {item["Key"]: (item["ETag"], item["LastModified"]) for item in found}
+
+    def digests(self) -> dict[str, str]:
+        """As helpers.digests, of out/."""
+        tables = (f"out/{DUPLICATES}", f"out/{IDENTITIES}")
+        keys = [
+            key
+            for key in self.stamps()
+            if key.startswith("out/shards/") and key.endswith((".tar", ".parquet"))
+        ]
+        keys += [key for key in self.stamps() if key in tables]
+        return {key.rsplit("/", 1)[-1]: hashlib.sha256(self.read(key)).hexdigest() for key in keys}
+
+    def manifests(self) -> list[str]:
+        return [
+            key.rsplit("/", 1)[-1]
+            for key in self.stamps()
+            if key.startswith("out/shards/") and ".json" in key
+        ]
+
+    def changes(self) -> list[tuple[str, str]]:
+        return self.proxy.changes(f"/{self.name}/out/shards/")
+
+    def torn(self) -> list[str]:
+        """Manifests there are whose files aren't those they tell of."""
+        found = []
+        there = self.stamps()
+        for name in self.manifests():
+            for file in json.loads(self.read(f"out/shards/{name}"))["files"].values():
+                key = f"out/shards/{file['name']}"
+                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file["sha256"]:
+                    found.append(name)
+        return found
+
+
+@contextmanager
+def s3_server() -> Iterator[int]:
+    """The port of an empty S3 server, which lists three keys a page."""
+    command = [sys.executable, "-m", "tests.stages.storage.s3_server"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert server.stdout is not None
+        yield int(server.stdout.readline())
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def proxy(upstream: int) -> Iterator[Proxy]:
+    with Proxy(upstream) as server:
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _serve() -> None:
+    import os
+
+    os.environ["MOTO_S3_DEFAULT_MAX_KEYS"] = "3"  # so that a handful of keys takes several pages
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    print(server.get_host_and_port()[1], flush=True)
+    while True:
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    _serve()
