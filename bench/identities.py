@@ -22,11 +22,11 @@ from bench.planning import peak
 from pipelines.dedup import (
     Neighbours,
     cluster,
+    find_duplicates,
     near_by_hash,
     near_by_identity,
     similarities,
     split_of,
-    twins,
 )
 from pipelines.dedup.nearest import PROBES
 
@@ -220,7 +220,10 @@ def main(
     print("  one person, cosine 5, 50, 95 %:", np.quantile(cosines, [0.05, 0.5, 0.95]).round(3))
     pairs = timed("near_by_hash, 10 bits", lambda: near_by_hash(crowd.hashes, 10))
     print(f"  {len(pairs.left):,} pairs of {len(np.unique(pairs.first)):,} different hashes")
-    gone = timed("twins", lambda: twins([""] * count, crowd.hashes, crowd.vectors, 10, 0.95))
+    gone = timed(
+        "find_duplicates",
+        lambda: find_duplicates([""] * count, crowd.hashes, crowd.vectors, 10, 0.95),
+    )
     copied = crowd.original != np.arange(count)
     close = copied & (similarities(crowd.vectors, np.arange(count), crowd.original) >= 0.95)
     is_gone = np.isin(np.arange(count), list(gone))

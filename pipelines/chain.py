@@ -15,7 +15,7 @@ from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
 from stages.chain import build_stages
 from stages.measure import MeasureStage
-from stages.quality_filter import JudgeStage
+from stages.quality_filter import QualityFilterStage
 from stages.rights import RightsStage
 from stages.thumbnail import ThumbnailStage
 
@@ -41,7 +41,7 @@ def build_chain(config: DatasetConfig) -> list[Stage]:
         parse,
         embed,
         MeasureStage(config.measure),
-        JudgeStage(config.rules),
+        QualityFilterStage(config.rules),
         caption,
         ReviewStage(config.review, Weights(config.weights)),
     ]

@@ -166,7 +166,7 @@ def _run(job: Job) -> None:
     for weight in fetch_weights(job.config):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
     started, done = time.time(), []
-    with Progress(job.todo) as progress:
+    with Progress(job.pending_inputs) as progress:
         for manifest in execute(job, progress.advance):
             done.append(manifest)
             progress.note(manifest)
@@ -177,7 +177,7 @@ def _run(job: Job) -> None:
     if done:
         rate = images_per_second(done) or 0.0
         typer.echo(
-            f"{job.todo:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once "
+            f"{job.pending_inputs:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once "
             "models were loaded"
         )
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")

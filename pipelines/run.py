@@ -16,7 +16,12 @@ from configs.errors import ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
-from pipelines.dedup.global_pass import is_settled, lint_identities, settle, stale_shards
+from pipelines.dedup.global_pass import (
+    is_global_pass_current,
+    lint_identities,
+    run_global_pass,
+    stale_shards,
+)
 from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
 from pipelines.takedown import lint_takedowns
 from stages.backends.weights import WEIGHTS, Weights
@@ -25,7 +30,7 @@ from stages.executors import EXECUTORS, Advance
 from stages.record import SCHEMA_VERSION
 from stages.storage.commit import (
     FOLDER,
-    is_held,
+    is_quarantined,
     manifests,
     read_manifests,
     read_sample,
@@ -89,7 +94,7 @@ class Job:
     chain: Chain = build_chain
 
     @property
-    def todo(self) -> int:
+    def pending_inputs(self) -> int:
         return sum(task.shard.inputs for task in self.tasks)
 
     def why(self) -> list[str]:
@@ -154,16 +159,18 @@ def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
     """
     store, config = job.store, job.config
     planned = planned_shards(store) == len(job.plan.shards)
-    if not job.tasks and planned and is_settled(store, config.neighbours):
+    if not job.tasks and planned and is_global_pass_current(store, config.neighbours):
         return
     with RunLock(store):
         store.sweep(FOLDER)
         write_plan(job.plan, store)
-        store.keep("config.yaml", to_yaml(config))
-        store.keep("dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n")
+        store.write_if_changed("config.yaml", to_yaml(config))
+        store.write_if_changed(
+            "dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n"
+        )
         if job.tasks:
             yield from EXECUTORS[config.executor](config, job.tasks, advance, job.chain)
-        settle(store, config.neighbours)
+        run_global_pass(store, config.neighbours)
 
 
 def _card(job: Job) -> dict[str, Any]:
@@ -213,7 +220,7 @@ def _lint_samples(store: Store, index: int, manifest: dict[str, Any]) -> Iterato
         yield f"{manifest['shard']}: {len(rows)} rows for {manifest['inputs']} inputs"
     for kind, chosen in (
         ("tar", [r for r in rows if r["status"] == "ok"]),
-        ("held", [r for r in rows if is_held(r)]),
+        ("held", [r for r in rows if is_quarantined(r)]),
     ):
         if not chosen:
             continue

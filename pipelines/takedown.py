@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from configs.errors import FaceError, PipelineError, SourceError
 from configs.schema import DatasetConfig
-from pipelines.dedup.global_pass import carry_out, read_identities, settle
+from pipelines.dedup.global_pass import apply_exclusions, read_identities, run_global_pass
 from pipelines.planning.plan import PLAN
 from stages.base import run_chain
 from stages.chain import build_stages
@@ -118,8 +118,8 @@ def take_down(
         }
         log = store.read(TAKEDOWN).decode() if store.exists(TAKEDOWN) else ""
         store.write(TAKEDOWN, log + json.dumps(entry, ensure_ascii=False) + "\n")
-        carry_out(store)
-        settle(store, config.neighbours)
+        apply_exclusions(store)
+        run_global_pass(store, config.neighbours)
     return sorted(removed)
 
 
@@ -134,7 +134,7 @@ def lint_takedowns(store: Store) -> Iterator[str]:
     }
     if not taken:
         return
-    gone = exclusions.tombstone("").reason
+    gone = exclusions.removed_record("").reason
     for index in read_manifests(store):
         name = shard_name(index)
         columns = [

@@ -27,7 +27,7 @@ from stages.record import Record, Status
 # fields that every source gives
 GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
-Todo = frozenset[str]  # names of the stages that a record still needs
+StageNames = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
@@ -187,7 +187,7 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
     )
 
 
-def hold(record: Record, verdict: Rejection, stage: str) -> Record:
+def quarantine(record: Record, verdict: Rejection, stage: str) -> Record:
     """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
     return replace(
         record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage
@@ -203,12 +203,12 @@ def run_stage(
     stage: Stage,
     records: Sequence[Record],
     seconds: dict[str, float] | None = None,
-    todo: Sequence[Todo] | None = None,
+    remaining_stages: Sequence[StageNames] | None = None,
 ) -> list[Record]:
     """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to
     `seconds[stage.name]`.
 
-    The stage is set up if there is anything for it to do, outside its seconds. todo: for each
+    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages: for each
     record, the names of the stages it needs; None: all of them. Raises AssertionError where the
     stage broke the contract (another number, order or key of records).
     """
@@ -216,7 +216,7 @@ def run_stage(
     active = [
         i
         for i, record in enumerate(records)
-        if record.ok and (todo is None or stage.name in todo[i])
+        if record.ok and (remaining_stages is None or stage.name in remaining_stages[i])
     ]
     if active:
         stage.setup()
@@ -240,20 +240,20 @@ def run_chain(
     records: Sequence[Record],
     seconds: dict[str, float] | None = None,
     advance: Callable[[int], None] | None = None,
-    todo: Sequence[Todo] | None = None,
+    remaining_stages: Sequence[StageNames] | None = None,
     entering: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still
     finds in memory.
 
     `advance` is told how many more are done, `entering` each stage's name before its next few
-    records. Which records share a batch depends on `records` and `todo` alone.
+    records. Which records share a batch depends on `records` and `remaining_stages` alone.
     """
     chunk = chunk_size(stages)
     done: list[Record] = []
     for start in range(0, len(records), chunk):
         part = list(records[start : start + chunk])
-        needs = None if todo is None else todo[start : start + chunk]
+        needs = None if remaining_stages is None else remaining_stages[start : start + chunk]
         for stage in stages:
             if entering is not None:
                 entering(stage.name)

@@ -95,7 +95,7 @@ def to_members(record: Record) -> dict[str, bytes]:
     is incomplete.
     """
     if (
-        not (record.ok or record.held)
+        not (record.ok or record.quarantined)
         or record.identity is None
         or not record.image
         or not record.parsing

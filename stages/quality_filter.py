@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from configs.quality import RulesConfig
-from stages.base import Dropped, RecordStage, hold
+from stages.base import Dropped, RecordStage, quarantine
 from stages.record import Record
 
 _PASSER_BY: Final = 1 / 3
@@ -45,7 +45,7 @@ class Rule:
         return f"{self.what} {found:g}, expected at {'least' if at_least else 'most'} {limit:g}"
 
 
-class JudgeStage(RecordStage):
+class QualityFilterStage(RecordStage):
     name = "judge"
     version = 1
     requires = (
@@ -62,7 +62,7 @@ class JudgeStage(RecordStage):
 
     def process_one(self, record: Record) -> Record:
         found = verdict(record, self.config)
-        return hold(record, Dropped(*found), self.name) if found else record
+        return quarantine(record, Dropped(*found), self.name) if found else record
 
 
 def verdict(record: Record, rules: RulesConfig) -> tuple[str, str] | None:

@@ -131,7 +131,7 @@ class Record:
         return self.status is Status.OK
 
     @property
-    def held(self) -> bool:
+    def quarantined(self) -> bool:
         """Dropped by a rule, and whole all the same: another rule may take it back without a model
         call.
         """

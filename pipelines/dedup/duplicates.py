@@ -26,7 +26,7 @@ _ROUNDING = np.float32(1e-3)  # what a matrix product may be off; its candidates
 Bools = npt.NDArray[np.bool_]
 
 
-class Twin(NamedTuple):
+class Duplicate(NamedTuple):
     """reason: duplicate, near_duplicate or face_duplicate. of: the earlier row, kept; the closest,
     of equally close the earliest. figure: bits between the hashes (0 of a duplicate), or the
     cosine.
@@ -49,7 +49,7 @@ class _Block(NamedTuple):
     by_face: tuple[Ints, Floats]
 
 
-def twins(
+def find_duplicates(
     sha256: Sequence[str],
     hashes: Hashes,
     vectors: Vectors,
@@ -57,7 +57,7 @@ def twins(
     max_similarity: float,
     exact_rows: int = EXACT_ROWS,
     block_rows: int = _BLOCK,
-) -> dict[int, Twin]:
+) -> dict[int, Duplicate]:
     """Row → why it goes, for each row that is a copy of an earlier one that stays.
 
     sha256: of the sources, "" where unknown. hashes: (N, 32), all zeros where there is none (and of
@@ -65,7 +65,7 @@ def twins(
     max_distance: -1 compares no hashes. max_similarity: 0 compares no faces. Exact, but for faces
     once over `exact_rows` are kept (see IdentityIndex).
     """
-    found: dict[int, Twin] = {}
+    found: dict[int, Duplicate] = {}
     by_sha: dict[str, int] = {}
     index = _Kept(hashes, vectors, max_distance, max_similarity, exact_rows)
     for start in range(0, len(sha256), block_rows):
@@ -75,7 +75,7 @@ def twins(
         for place, row in enumerate(rows.tolist()):
             sha = sha256[row]
             if sha and sha in by_sha:
-                found[row] = Twin("duplicate", by_sha[sha], 0.0)
+                found[row] = Duplicate("duplicate", by_sha[sha], 0.0)
             elif (twin := index.judge(block, place, stays, start)) is not None:
                 found[row] = twin
             else:
@@ -120,7 +120,7 @@ class _Kept:
             self._nearest_face(rows),
         )
 
-    def judge(self, block: _Block, place: int, stays: Bools, start: int) -> Twin | None:
+    def judge(self, block: _Block, place: int, stays: Bools, start: int) -> Duplicate | None:
         """The verdict on a block's row: against those kept before the block, then against those
         kept in it.
         """
@@ -136,8 +136,8 @@ class _Kept:
                 if block.cosines[place, nearest] > cosine:
                     other, cosine = start + int(nearest), float(block.cosines[place, nearest])
         if bits <= self._distance:
-            return Twin("near_duplicate", row, float(bits))
-        return Twin("face_duplicate", other, cosine) if cosine >= self._similarity else None
+            return Duplicate("near_duplicate", row, float(bits))
+        return Duplicate("face_duplicate", other, cosine) if cosine >= self._similarity else None
 
     def _bits(self, rows: Ints) -> npt.NDArray[np.int64]:
         hashes = np.ascontiguousarray(self._hashes[rows])

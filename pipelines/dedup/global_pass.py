@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.quality import NeighboursConfig
-from pipelines.dedup import Twin, cluster, near_by_identity, split_of, twins
+from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
 from stages.record import IDENTITY_DIM, Status
 from stages.storage import exclusions
 from stages.storage.commit import Manifest, commit_again, read_manifests, read_sidecar
@@ -69,20 +69,20 @@ class Pool:
     vectors: Any
 
 
-def settle(store: Store, config: NeighboursConfig) -> None:
+def run_global_pass(store: Store, config: NeighboursConfig) -> None:
     """Find copies, have them held, and give identities and a split to the samples that stay.
 
     Killed at any point, the next call comes to the same end. Call it while holding the run lock.
     """
-    if is_settled(store, config):
+    if is_global_pass_current(store, config):
         return
-    count = carry_out(store)  # what was taken down must not be compared any more
+    count = apply_exclusions(store)  # what was taken down must not be compared any more
     pool = read_pool(store)
-    copies = twins(
+    copies = find_duplicates(
         pool.sha256, pool.hashes, pool.vectors, config.max_hash_distance, config.max_similarity
     )
     _keep(store, DUPLICATES, _duplicates(pool, copies))
-    count += carry_out(store)
+    count += apply_exclusions(store)
     reasons = ", ".join(
         f"{reason} {n}" for reason, n in sorted(Counter(t.reason for t in copies.values()).items())
     )
@@ -97,7 +97,7 @@ def settle(store: Store, config: NeighboursConfig) -> None:
     _keep(store, IDENTITIES, table.replace_schema_metadata(told))
 
 
-def is_settled(store: Store, config: NeighboursConfig) -> bool:
+def is_global_pass_current(store: Store, config: NeighboursConfig) -> bool:
     """True if every shard carries the verdicts on it, and the identities were made from them by
     this configuration.
     """
@@ -108,7 +108,7 @@ def is_settled(store: Store, config: NeighboursConfig) -> bool:
     return told.get(_MADE_FROM) == _made_from(store, config).encode()
 
 
-def carry_out(store: Store) -> int:
+def apply_exclusions(store: Store) -> int:
     """Write those shards again that don't carry the verdicts on them yet; how many there were."""
     stale = stale_shards(store)
     for manifest in stale:
@@ -219,8 +219,8 @@ def _part(index: int, table: pa.Table) -> dict[str, list[Any]]:
     return {**table.to_pydict(), "shard": [index] * len(table)}
 
 
-def _duplicates(pool: Pool, copies: Mapping[int, Twin]) -> pa.Table:
-    def detail(twin: Twin) -> str:
+def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
+    def detail(twin: Duplicate) -> str:
         other = pool.sources[twin.of]
         if twin.reason == "duplicate":
             return f"same bytes as {other}"

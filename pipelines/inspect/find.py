@@ -20,7 +20,7 @@ from configs.errors import PipelineError, ShardError
 from stages.record import KEY_LENGTH, Record, Status, key_of
 from stages.storage.commit import (
     FOLDER,
-    is_held,
+    is_quarantined,
     read_manifests,
     read_sample,
     read_sidecar,
@@ -133,10 +133,10 @@ def _none(store: Store, text: str, names: Sequence[str]) -> str:
 
 def _sample(store: Store, shard: str, row: Row) -> Record | None:
     """What its tar holds of it, by one ranged read."""
-    if row["status"] != Status.OK and not is_held(row):
+    if row["status"] != Status.OK and not is_quarantined(row):
         return None
-    kind = "held" if is_held(row) else "tar"
-    name = f"{FOLDER}/{shard}.{'held.tar' if is_held(row) else 'tar'}"
+    kind = "held" if is_quarantined(row) else "tar"
+    name = f"{FOLDER}/{shard}.{'held.tar' if is_quarantined(row) else 'tar'}"
     start = row[f"{kind}_offset"]
     try:
         data = store.read(name, start, start + row[f"{kind}_size"])

@@ -21,7 +21,7 @@ from pipelines.inspect.pictures import half_blocks, panes
 from pipelines.report.palette import PALETTE
 from stages.record import Status
 from stages.regions import LABELS, REGION_LABELS
-from stages.storage.commit import is_held
+from stages.storage.commit import is_quarantined
 from stages.storage.sidecar import Row
 
 Line = tuple[Text, ...]
@@ -128,7 +128,7 @@ def _provenance(found: Inspection) -> Iterable[Line]:
     yield Text("key"), Text(row["key"])
     for name in ("source", "sha256", "license", "author", "consent"):
         yield Text(name), _text(row[name]) if row[name] else Text("not stated", "dim")
-    kind = "held" if is_held(row) else "tar"
+    kind = "held" if is_quarantined(row) else "tar"
     where = f"{found.shard}, in no tar"
     if row[f"{kind}_offset"] >= 0:
         ending = "held.tar" if kind == "held" else "tar"

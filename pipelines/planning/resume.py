@@ -15,26 +15,26 @@ from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.planning.plan import ShardTask, read_inputs
 from pipelines.sources import build_source
-from stages.base import Stage, Todo
+from stages.base import Stage, StageNames
 from stages.record import Record, Status
 from stages.storage import exclusions
 from stages.storage.commit import read_records
 from stages.storage.store import Store
 
-NOTHING: Final[Todo] = frozenset()
+NOTHING: Final[StageNames] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PendingRecord:
     """A record and the names of the stages it still needs."""
 
     record: Record
-    todo: Todo
+    remaining_stages: StageNames
 
 
 def load_shard(
     config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]
-) -> Iterator[Work]:
+) -> Iterator[PendingRecord]:
     """The shard's inputs, in order, as the stages take them, each as soon as it is there: a source
     that reads several at a time goes on meanwhile. Raises ShardError if the plan kept is another
     one.
@@ -66,7 +66,7 @@ def load_shard(
     again = frozenset(item.key for item in fresh)
     for item in items:
         if item.key in taken:
-            yield Work(exclusions.tombstone(item.key), NOTHING)
+            yield PendingRecord(exclusions.removed_record(item.key), NOTHING)
             continue
         fields = source.gives(item)
         given = frozenset(
@@ -74,18 +74,18 @@ def load_shard(
         )
         old, new = kept.get(item.key), next(arrived) if item.key in again else None
         if old is not None and (new is None or source.same(made[item.key], new)):
-            yield Work(old.record, old.todo - given)
+            yield PendingRecord(old.record, old.remaining_stages - given)
         else:
             assert new is not None, "an input is kept, or it is read"
             gone = new.sha256 in banned
             yield (
-                Work(exclusions.tombstone(new.key), NOTHING)
+                PendingRecord(exclusions.removed_record(new.key), NOTHING)
                 if gone
-                else Work(new, frozenset(names) - given)
+                else PendingRecord(new, frozenset(names) - given)
             )
 
 
-def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> Work | None:
+def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> PendingRecord | None:
     """What an earlier run made of an input, to go on from; None where it must be made again from
     its source.
 
@@ -95,13 +95,17 @@ def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> Work | 
     """
     if record.reason in task.retry:
         return None
-    if record.ok or (record.held and record.stage not in names):
-        return Work(_released(record), task.again)
+    if record.ok or (record.quarantined and record.stage not in names):
+        return PendingRecord(restored_record(record), task.again)
     place = names.index(record.stage) if record.stage in names else -1
     if not task.again & {*names[: place + 1]}:
-        return Work(record, NOTHING)
-    return Work(_released(record), task.again | {*names[place:]}) if record.held else None
+        return PendingRecord(record, NOTHING)
+    return (
+        PendingRecord(restored_record(record), task.again | {*names[place:]})
+        if record.quarantined
+        else None
+    )
 
 
-def _released(record: Record) -> Record:
+def restored_record(record: Record) -> Record:
     return replace(record, status=Status.OK, reason="", detail="", stage="")

@@ -9,13 +9,13 @@ from typing import Any, Final
 import pyarrow as pa
 
 from configs.errors import ShardError
-from stages.base import Todo
+from stages.base import StageNames
 from stages.record import ARROW_SCHEMA, Record, from_table, to_table
 from stages.storage.commit import PlannedShard
 
 _EXTRA: Final = [
     ("shard", pa.int32()),
-    ("todo", pa.string()),
+    ("remaining_stages", pa.string()),
     ("row", pa.int32()),
     ("rows", pa.int32()),
     ("run", pa.string()),
@@ -28,7 +28,7 @@ class Block:
     """One whole shard on its way through the engine; run: what its manifest will say of this run."""
 
     records: list[Record]
-    todo: list[Todo]
+    remaining_stages: list[StageNames]
     shard: PlannedShard
     run: dict[str, Any]
 
@@ -37,9 +37,15 @@ class Block:
         the first row.
         """
         count, empty = len(self.records), [""] * (len(self.records) - 1)
-        todo = [",".join(sorted(names)) for names in self.todo]
+        remaining_stages = [",".join(sorted(names)) for names in self.remaining_stages]
         run = [json.dumps({"shard": asdict(self.shard), "run": self.run}), *empty]
-        extra = ([self.shard.index] * count, todo, list(range(count)), [count] * count, run)
+        extra = (
+            [self.shard.index] * count,
+            remaining_stages,
+            list(range(count)),
+            [count] * count,
+            run,
+        )
         table = to_table(self.records)
         for (name, kind), values in zip(_EXTRA, extra, strict=True):
             table = table.append_column(name, pa.array(values, kind))
@@ -55,6 +61,9 @@ class Block:
                 "expected one shard"
             )
         told = json.loads(block["run"][0].as_py())
-        todo = [frozenset(filter(None, names.split(","))) for names in block["todo"].to_pylist()]
+        remaining_stages = [
+            frozenset(filter(None, names.split(",")))
+            for names in block["remaining_stages"].to_pylist()
+        ]
         records = from_table(block.select(ARROW_SCHEMA.names))
-        return Block(records, todo, PlannedShard(**told["shard"]), told["run"])
+        return Block(records, remaining_stages, PlannedShard(**told["shard"]), told["run"])

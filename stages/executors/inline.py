@@ -11,7 +11,7 @@ from itertools import islice
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
 from pipelines.planning.plan import ShardTask
-from pipelines.planning.resume import Work, load_shard
+from pipelines.planning.resume import PendingRecord, load_shard
 from stages.backends.runtime import pin_threads
 from stages.base import chunk_size, run_chain, take_counts
 from stages.executors.counter import Advance
@@ -36,13 +36,15 @@ def run_inline(
                 [item.record for item in part],
                 seconds,
                 advance,
-                [item.todo for item in part],
+                [item.remaining_stages for item in part],
             )
         facts = ShardRun(seconds, "inline", started, counts=take_counts(stages))
         yield commit(store, task.shard, done, signatures, facts)
 
 
-def _parts(work: Iterator[Work], count: int, seconds: dict[str, float]) -> Iterator[list[Work]]:
+def _parts(
+    work: Iterator[PendingRecord], count: int, seconds: dict[str, float]
+) -> Iterator[list[PendingRecord]]:
     """`count` of `work` at a time; the time that passes until they are there is the source's."""
     while True:
         began = time.time()

@@ -23,7 +23,7 @@ import pyarrow as pa
 from configs.errors import PipelineError
 from configs.load import load_text, to_yaml
 from configs.schema import DatasetConfig
-from stages.base import Failed, Stage, Todo, reject, run_chain
+from stages.base import Failed, Stage, StageNames, reject, run_chain
 from stages.record import Record, from_table, to_table
 
 _LENGTH = struct.Struct("<Q")
@@ -68,13 +68,13 @@ class Child:
         """Of the running process; 0 before the first record."""
         return self._process.pid if self._process else 0
 
-    def run(self, record: Record, todo: Todo) -> Record:
+    def run(self, record: Record, remaining_stages: StageNames) -> Record:
         """The record through the stages it needs; failed where the child died of it or was too long
         over it.
 
         Raises PipelineError for what is no record's fault.
         """
-        names = [name for name in self._names if name in todo]
+        names = [name for name in self._names if name in remaining_stages]
         if not record.ok or not names:
             return record
         process = self._process or self._start()
@@ -128,7 +128,7 @@ def run_isolated(
     config: DatasetConfig,
     stages: Sequence[Stage],
     records: Sequence[Record],
-    todo: Sequence[Todo],
+    remaining_stages: Sequence[StageNames],
     threads: int,
     advance: Callable[[int], None] | None = None,
     chain: str = _CHAIN,
@@ -136,7 +136,7 @@ def run_isolated(
     """As stages.base.run_chain, but no picture can kill this process."""
     done = []
     with Child(config, [stage.name for stage in stages], threads, chain) as child:
-        for record, needs in zip(records, todo, strict=True):
+        for record, needs in zip(records, remaining_stages, strict=True):
             done.append(child.run(record, needs))
             if advance is not None:
                 advance(1)
@@ -214,14 +214,14 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     _send(answers, _READY)
     while True:
         try:
-            todo = frozenset(_receive(requests).decode().split(","))
+            remaining_stages = frozenset(_receive(requests).decode().split(","))
             record = _unpack(_receive(requests))
         except EOFError:
             return
         done = run_chain(
             stages,
             [record],
-            todo=[todo],
+            remaining_stages=[remaining_stages],
             entering=lambda stage: _send(answers, _AT + stage.encode()),
         )
         _send(answers, _pack(done[0]))

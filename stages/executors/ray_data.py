@@ -197,7 +197,10 @@ def _reader(config: DatasetConfig, task: ShardTask, chain: Chain) -> Callable[[]
         }
         return [
             Block(
-                [item.record for item in work], [item.todo for item in work], task.shard, run
+                [item.record for item in work],
+                [item.remaining_stages for item in work],
+                task.shard,
+                run,
             ).to_arrow()
         ]
 
@@ -221,7 +224,7 @@ class _GroupActor:
         shard, run = block.shard.index, block.run
         every = {stage.name for stage in self._stages}
         # else each stage loads its model when there is work for it
-        if any(every <= todo for todo in block.todo):
+        if any(every <= remaining_stages for remaining_stages in block.remaining_stages):
             for stage in self._stages:
                 stage.setup()
         if self._group.first == 0:
@@ -231,13 +234,13 @@ class _GroupActor:
         advance = self._counter.advance.remote if self._last else (lambda count: None)
         if attempt > self._config.ray.deaths:
             name = f"{self._chain.__module__}:{self._chain.__qualname__}"
-            given = (block.records, block.todo, self._threads, advance, name)
+            given = (block.records, block.remaining_stages, self._threads, advance, name)
             done = run_isolated(self._config, self._stages, *given)
         else:
             done = self._run(block, advance)
             run["counts"] |= take_counts(self._stages)
         self._counter.end.remote(shard, self._group.first)
-        return Block(done, block.todo, block.shard, run).to_arrow()
+        return Block(done, block.remaining_stages, block.shard, run).to_arrow()
 
     def _run(self, block: Block, advance: Advance) -> list[Record]:
         """The stages in this process. It ends itself where one hangs: faulthandler's clock needs no
@@ -251,7 +254,12 @@ class _GroupActor:
 
         try:
             return run_chain(
-                self._stages, block.records, block.run["seconds"], advance, block.todo, entering
+                self._stages,
+                block.records,
+                block.run["seconds"],
+                advance,
+                block.remaining_stages,
+                entering,
             )
         finally:
             faulthandler.cancel_dump_traceback_later()

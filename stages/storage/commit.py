@@ -94,7 +94,7 @@ def commit(
             f"{shard_name(shard.index)}: {len(twice)} keys occur twice, the first is {twice[0]}"
         )
     told = exclusions.of_shard(store, shard.index)
-    records = [exclusions.carry_out(told.get(record.key), record) for record in records]
+    records = [exclusions.apply(told.get(record.key), record) for record in records]
     name = shard_name(shard.index)
     store.remove(f"{FOLDER}/{name}.json")
     rows = {record.key: sidecar_row(record) for record in records}
@@ -105,7 +105,7 @@ def commit(
             lambda out: _write_tar(out, [r for r in records if r.ok], rows, "tar"),
         )
     }
-    if held := [record for record in records if record.held]:
+    if held := [record for record in records if record.quarantined]:
         files["held"] = _put(
             store, f"{name}.held.tar", lambda out: _write_tar(out, held, rows, "held")
         )
@@ -141,7 +141,7 @@ def commit_again(store: Store, manifest: Manifest) -> Manifest:
     shard = PlannedShard(
         index=index, inputs=manifest["inputs"], bytes=0, digest=manifest["inputs_digest"]
     )
-    records = [exclusions.released(record) for record in read_records(store, index)]
+    records = [exclusions.restored(record) for record in read_records(store, index)]
     return commit(store, shard, records, manifest["signatures"], manifest["run"])
 
 
@@ -221,18 +221,20 @@ def read_records(store: Store, index: int) -> list[Record]:
     with ExitStack() as stack:
         tar = stack.enter_context(store.open(f"{name}.tar"))
         held = (
-            stack.enter_context(store.open(f"{name}.held.tar")) if any(map(is_held, rows)) else tar
+            stack.enter_context(store.open(f"{name}.held.tar"))
+            if any(map(is_quarantined, rows))
+            else tar
         )
-        return [_record(held if is_held(row) else tar, row) for row in rows]
+        return [_record(held if is_quarantined(row) else tar, row) for row in rows]
 
 
-def is_held(row: Mapping[str, Any]) -> bool:
+def is_quarantined(row: Mapping[str, Any]) -> bool:
     """True of a sidecar row whose record a rule dropped, and whose sample lies in the held tar."""
     return bool(row["held_offset"] >= 0)
 
 
 def _record(tar: IO[bytes], row: Row) -> Record:
-    if row["status"] != Status.OK and not is_held(row):
+    if row["status"] != Status.OK and not is_quarantined(row):
         return ended_record(row)
     return replace(
         read_sample(tar, row),

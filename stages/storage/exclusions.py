@@ -1,9 +1,9 @@
-"""Verdicts: what is known of a record from outside its shard, that it is a copy of another or was
+"""Exclusions: what is known of a record from outside its shard, that it is a copy of another or was
 taken down.
 
 They stand in the output, by shard: copies in `duplicates.parquet` (pipelines/neighbours),
 take-downs in `takedown.jsonl`. A shard's bytes depend on its inputs, its signatures, and these; its
-manifest holds a digest of those that were carried out, so that a shard whose verdicts have changed
+manifest holds a digest of those that were carried out, so that a shard whose exclusions have changed
 is written again, without a stage at work.
 """
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.errors import ShardError
-from stages.base import Dropped, hold
+from stages.base import Dropped, quarantine
 from stages.record import Record, Status
 from stages.storage.store import Store
 
@@ -44,7 +44,7 @@ DUPLICATES_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Exclusion:
     stage: str
     reason: str
     detail: str
@@ -55,59 +55,59 @@ class Verdict:
         return self.stage == TAKEDOWN_STAGE
 
 
-Verdicts = Mapping[str, Verdict]  # key → verdict
-NONE: Final[Verdicts] = {}
+Exclusions = Mapping[str, Exclusion]  # key → exclusion
+NONE: Final[Exclusions] = {}
 
 
-def carry_out(verdict: Verdict | None, record: Record) -> Record:
-    """The record as its verdict has it: a copy is held, where it is ok; of one taken down just the
+def apply(exclusion: Exclusion | None, record: Record) -> Record:
+    """The record as its exclusion has it: a copy is held, where it is ok; of one taken down just the
     key is left.
     """
-    if verdict is None:
+    if exclusion is None:
         return record
-    if verdict.final:
-        return tombstone(record.key)
+    if exclusion.final:
+        return removed_record(record.key)
     return (
-        hold(record, Dropped(verdict.reason, verdict.detail), verdict.stage)
+        quarantine(record, Dropped(exclusion.reason, exclusion.detail), exclusion.stage)
         if record.ok
         else record
     )
 
 
-def released(record: Record) -> Record:
+def restored(record: Record) -> Record:
     """The record as it was before it was held as a copy; any other as it is."""
-    if record.held and record.stage == NEIGHBOURS_STAGE:
+    if record.quarantined and record.stage == NEIGHBOURS_STAGE:
         return replace(record, status=Status.OK, reason="", detail="", stage="")
     return record
 
 
-def tombstone(key: str) -> Record:
+def removed_record(key: str) -> Record:
     """What stands in the place of a record that was taken down: not its name, nor its digest."""
     return Record(
         key=key, source="", status=Status.DROPPED, reason=TAKEN_DOWN, stage=TAKEDOWN_STAGE
     )
 
 
-def digest(verdicts: Verdicts) -> str:
-    """Equal digests mean equal verdicts; "" for none."""
-    if not verdicts:
+def digest(exclusions: Exclusions) -> str:
+    """Equal digests mean equal exclusions; "" for none."""
+    if not exclusions:
         return ""
-    text = json.dumps([(key, astuple(verdict)) for key, verdict in sorted(verdicts.items())])
+    text = json.dumps([(key, astuple(exclusion)) for key, exclusion in sorted(exclusions.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def of_shard(store: Store, index: int) -> Verdicts:
-    """The verdicts on one shard's records."""
-    found: dict[str, Verdict] = {}
+def of_shard(store: Store, index: int) -> Exclusions:
+    """The exclusions on one shard's records."""
+    found: dict[str, Exclusion] = {}
     if store.exists(DUPLICATES):
         table = store.table(DUPLICATES)
         found = _copies(table.filter(pc.equal(table.column("shard"), index))).get(index, {})
     return found | _taken_down(store).get(index, {})
 
 
-def of_all(store: Store) -> dict[int, Verdicts]:
-    """shard → the verdicts on its records, for shards that have any."""
-    copies: dict[int, dict[str, Verdict]] = {}
+def of_all(store: Store) -> dict[int, Exclusions]:
+    """shard → the exclusions on its records, for shards that have any."""
+    copies: dict[int, dict[str, Exclusion]] = {}
     if store.exists(DUPLICATES):
         copies = _copies(store.table(DUPLICATES))
     taken = _taken_down(store)
@@ -144,19 +144,19 @@ def taken_digests(store: Store) -> frozenset[str]:
     return frozenset(digest for entry in read_takedowns(store) for digest in entry["sha256"])
 
 
-def _copies(table: pa.Table) -> dict[int, dict[str, Verdict]]:
-    found: dict[int, dict[str, Verdict]] = defaultdict(dict)
+def _copies(table: pa.Table) -> dict[int, dict[str, Exclusion]]:
+    found: dict[int, dict[str, Exclusion]] = defaultdict(dict)
     for row in table.to_pylist():
-        found[row["shard"]][row["key"]] = Verdict(
+        found[row["shard"]][row["key"]] = Exclusion(
             stage=NEIGHBOURS_STAGE, reason=row["reason"], detail=row["detail"]
         )
     return found
 
 
-def _taken_down(store: Store) -> dict[int, dict[str, Verdict]]:
-    found: dict[int, dict[str, Verdict]] = defaultdict(dict)
-    verdict = Verdict(stage=TAKEDOWN_STAGE, reason=TAKEN_DOWN, detail="")
+def _taken_down(store: Store) -> dict[int, dict[str, Exclusion]]:
+    found: dict[int, dict[str, Exclusion]] = defaultdict(dict)
+    exclusion = Exclusion(stage=TAKEDOWN_STAGE, reason=TAKEN_DOWN, detail="")
     for entry in read_takedowns(store):
         for shard, keys in entry["removed"].items():
-            found[int(shard.rpartition("-")[2])] |= dict.fromkeys(keys, verdict)
+            found[int(shard.rpartition("-")[2])] |= dict.fromkeys(keys, exclusion)
     return found

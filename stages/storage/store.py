@@ -114,7 +114,7 @@ class Store:
         except (StoreError, FileNotFoundError):
             self.write(name, data)
 
-    def keep(self, name: str, data: str) -> None:
+    def write_if_changed(self, name: str, data: str) -> None:
         """Write unless the very same is there already."""
         if self.read_all([name]).get(name) != data.encode():
             self.write(name, data)

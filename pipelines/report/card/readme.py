@@ -94,8 +94,8 @@ passed on are beyond its reach: pass the request on too."""
 def write_card(store: Store) -> None:
     """Write OUT/README.md and OUT/croissant.json from what the output says of itself."""
     facts = read_facts(store)
-    store.keep(CARD, card(facts))
-    store.keep(CROISSANT, describe(facts))
+    store.write_if_changed(CARD, card(facts))
+    store.write_if_changed(CROISSANT, describe(facts))
 
 
 def card(facts: Facts) -> str:

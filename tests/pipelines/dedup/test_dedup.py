@@ -16,13 +16,13 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from pipelines.dedup import (
-    Twin,
+    Duplicate,
     cluster,
+    find_duplicates,
     near_by_hash,
     near_by_identity,
     similarities,
     split_of,
-    twins,
     within,
 )
 from pipelines.dedup.hashes import Hashes
@@ -276,8 +276,8 @@ PINNED = [82, 120, 160, 178]
 
 def by_hand(
     shas: list[str], hashes: Hashes, vectors: Floats, most: int, least: float
-) -> dict[int, Twin]:
-    """Greedy, as the docstring of `twins` says it, one by one."""
+) -> dict[int, Duplicate]:
+    """Greedy, as the docstring of `find_duplicates` says it, one by one."""
     kept: list[int] = []
     found = {}
     for row, sha in enumerate(shas):
@@ -292,11 +292,11 @@ def by_hand(
             for other in kept
         ]
         if equal:
-            found[row] = Twin("duplicate", equal[0], 0.0)
+            found[row] = Duplicate("duplicate", equal[0], 0.0)
         elif hashes[row].any() and far and min(far)[0] <= most:
-            found[row] = Twin("near_duplicate", min(far)[1], float(min(far)[0]))
+            found[row] = Duplicate("near_duplicate", min(far)[1], float(min(far)[0]))
         elif least and cosines and max(cosines)[0] >= least:
-            found[row] = Twin("face_duplicate", -max(cosines)[1], max(cosines)[0])
+            found[row] = Duplicate("face_duplicate", -max(cosines)[1], max(cosines)[0])
         else:
             kept.append(row)
     return found
@@ -328,11 +328,11 @@ def test_twins_are_those_found_one_by_one(count: int, seed: int, most: int, leas
     shas, hashes, vectors = pictures(count, seed)
     wanted = by_hand(shas, hashes, vectors, most, least)
     for block in (7, 1024):
-        assert twins(shas, hashes, vectors, most, least, block_rows=block) == wanted
+        assert find_duplicates(shas, hashes, vectors, most, least, block_rows=block) == wanted
 
 
 def test_every_reason_occurs() -> None:
-    found = twins(*pictures(60, 1), 6, 0.9)
+    found = find_duplicates(*pictures(60, 1), 6, 0.9)
     assert {twin.reason for twin in found.values()} == {
         "duplicate",
         "near_duplicate",
@@ -348,10 +348,10 @@ def test_pictures_behind_change_no_verdict(exact_rows: int) -> None:
         rng.permutation(1400)
     ]
     shas, hashes = [""] * 1400, np.zeros((1400, 32), np.uint8)
-    whole = twins(shas, hashes, vectors, 10, 0.95, exact_rows, block_rows=64)
+    whole = find_duplicates(shas, hashes, vectors, 10, 0.95, exact_rows, block_rows=64)
     assert len(whole) > 650, "nearly all of the 700 that have an earlier twin"
     for count in (1, 63, 64, 500, 801, 1399):
-        part = twins(
+        part = find_duplicates(
             shas[:count], hashes[:count], vectors[:count], 10, 0.95, exact_rows, block_rows=64
         )
         assert part == {row: twin for row, twin in whole.items() if row < count}
@@ -361,8 +361,8 @@ def test_a_copy_of_a_dropped_picture_is_measured_against_those_kept() -> None:
     hashes = np.zeros((4, 32), np.uint8)
     # 2 bits from one to the next, then 1
     hashes[:, 0] = [0b10000000, 0b10000011, 0b10001111, 0b10001110]
-    found = twins([""] * 4, hashes, np.zeros((4, 8), np.float32), 2, 0.95)
-    assert found == {1: Twin("near_duplicate", 0, 2.0), 3: Twin("near_duplicate", 2, 1.0)}
+    found = find_duplicates([""] * 4, hashes, np.zeros((4, 8), np.float32), 2, 0.95)
+    assert found == {1: Duplicate("near_duplicate", 0, 2.0), 3: Duplicate("near_duplicate", 2, 1.0)}
 
 
 def test_thousands_of_near_equal_pictures_leave_one() -> None:
@@ -370,8 +370,8 @@ def test_thousands_of_near_equal_pictures_leave_one() -> None:
     hashes = np.full((6000, 32), 85, np.uint8)
     hashes[np.arange(1, 6000), rng.integers(0, 32, 5999)] ^= 1
     vectors = np.tile(np.eye(1, 64, dtype=np.float32), (6000, 1))
-    found = twins([""] * 6000, hashes, vectors, 10, 0.95)
+    found = find_duplicates([""] * 6000, hashes, vectors, 10, 0.95)
     assert sorted(found) == list(range(1, 6000)) and {twin.of for twin in found.values()} == {0}
-    assert {twin.reason for twin in twins([""] * 6000, hashes, vectors, -1, 0.95).values()} == {
-        "face_duplicate"
-    }
+    assert {
+        twin.reason for twin in find_duplicates([""] * 6000, hashes, vectors, -1, 0.95).values()
+    } == {"face_duplicate"}

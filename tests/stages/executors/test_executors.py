@@ -202,13 +202,13 @@ def test_an_error_that_is_no_pictures_fault_ends_an_isolated_run_too(
     job = plan_job(config(portraits, tmp_path), chain=resizing)
     record = build_source(job.config).record(job.plan.inputs_of(0)[0])
     lonely = replace(record, source="lonely.jpg")
-    todo = frozenset({"resize", "trap", "fill"})
+    remaining_stages = frozenset({"resize", "trap", "fill"})
     with Child(
         job.config, ["resize", "trap", "fill"], 1, "tests.stages.executors.traps:trapped"
     ) as child:
-        assert child.run(record, todo).ok
+        assert child.run(record, remaining_stages).ok
         with pytest.raises(PipelineError, match="nobody answers"):
-            child.run(lonely, todo)
+            child.run(lonely, remaining_stages)
 
 
 def test_actors_leave_room_for_tasks_and_impossible_gpus_are_said() -> None:
