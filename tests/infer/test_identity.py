@@ -23,7 +23,7 @@ from stages.base import run_stage
 from stages.chain import build_stages
 from stages.codec import encode_jpeg, from_members, to_members
 from stages.record import Record, from_table, key_of, to_table
-from tests.infer.conftest import small
+from tests.infer.helpers import small
 
 
 def differing(one: Conditions, other: Conditions) -> list[str]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from configs.errors import QualityError
 from pipelines.review import check_trainable
 from pipelines.run import lint, plan_job, run
-from stages.storage.commit import read_manifests, read_records, read_sidecar
+from stages.storage.commit import read_manifests, read_records
 from stages.storage.store import Store
-from tests.pipelines.helpers import config, digests
-from tests.pipelines.test_run import _count_models
+from tests.pipelines.helpers import config, count_models, digests, rows_of
 
 LENIENT = "rules.min_sharpness=0"
 STRICT = "rules.min_sharpness=0.36"  # some of the eight are over it, and some are not
@@ -27,19 +25,12 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    store = Store(str(output))
-    return [
-        row for index in read_manifests(store) for row in read_sidecar(store, index).to_pylist()
-    ]
-
-
 def test_another_rule_judges_without_a_model_and_back_again(
     portraits: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Path(shutil.copytree(made, tmp_path / "out"))
     before = digests(output)
-    ran = _count_models(monkeypatch)
+    ran = count_models(monkeypatch)
     ledger = run(config(portraits, output, STRICT))
     lost = ledger.dropped["blurred"]
     assert 0 < lost < 8 and ledger.written == 8 - lost

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import dump
-from tests.train.conftest import small
+from tests.train.helpers import small
 from train.history import read_history
 
 ROOT = Path(__file__).parents[2]
