@@ -1,12 +1,12 @@
 """Layout: every file name of a data set under OUT. No other module spells one out.
 
-    OUT/dataset.json  config.yaml  plan.parquet  duplicates.parquet  identities.parquet
-    OUT/takedown.jsonl  run.lock  README.md  croissant.json
-    OUT/shards/fgid-000000.tar             samples
-    OUT/shards/fgid-000000.quarantine.tar  complete samples that a rule or an exclusion dropped
-    OUT/shards/fgid-000000.parquet         the sidecar: a row for every input
-    OUT/shards/fgid-000000.json            the manifest, written last
-    OUT/report/index.html  stats.json  stats.parquet
+OUT/dataset.json  config.yaml  plan.parquet  duplicates.parquet  identities.parquet
+OUT/takedown.jsonl  run.lock  README.md  croissant.json
+OUT/shards/fgid-000000.tar             samples
+OUT/shards/fgid-000000.quarantine.tar  complete samples that a rule or an exclusion dropped
+OUT/shards/fgid-000000.parquet         the sidecar: a row for every input
+OUT/shards/fgid-000000.json            the manifest, written last
+OUT/report/index.html  stats.json  stats.parquet
 """
 
 from __future__ import annotations

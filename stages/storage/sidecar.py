@@ -126,7 +126,9 @@ _PLACES: Final = (
         description="where it begins in the quarantine tar, which holds complete samples that were "
         "dropped; -1: not there",
     ),
-    Column(name="quarantine_size", type=pa.int64(), description="bytes of it in the quarantine tar"),
+    Column(
+        name="quarantine_size", type=pa.int64(), description="bytes of it in the quarantine tar"
+    ),
     Column(
         name="members",
         type=pa.list_(_MEMBER),
@@ -264,7 +266,9 @@ def row_to_record(row: Mapping[str, Any], columns: Mapping[str, Column]) -> Reco
     """The record of a row without a sample: why it was dropped or failed, what was measured before,
     its thumbnail, and no other payload. columns: of the file that the row is from."""
     names = [column.name for column in columns_of(Record) if column.name in row]
-    values = {name: row[name] for name in names if name not in ("identity", "caption", "face_caption")}
+    values = {
+        name: row[name] for name in names if name not in ("identity", "caption", "face_caption")
+    }
     values["status"] = Status(row["status"])
     values["faces"] = tuple(face_from_dict(face) for face in row["faces"])
     return Record(**values, annotations=dict(_annotations(row, columns)))
