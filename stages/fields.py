@@ -94,7 +94,7 @@ class Column:
 
 def stored(
     description: str,
-    type: pa.DataType,  # noqa: A002 - as pa.field calls it
+    type: pa.DataType,
     *,
     default: Any = MISSING,
     member: str = "",

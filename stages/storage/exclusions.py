@@ -25,7 +25,7 @@ from stages.record import Record, Status
 from stages.storage import layout
 from stages.storage.store import Store
 
-GLOBAL_PASS: Final = "global_pass"
+GLOBAL_PASS: Final = "global_pass"  # noqa: S105 - no password
 """`stage` of a record that the global pass dropped."""
 TAKEDOWN: Final = "takedown"
 """`stage` of a removed record."""

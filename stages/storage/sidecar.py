@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from configs.errors import ConfigError
 from stages.annotations import Measures, Review
-
 from stages.codec import THUMBNAIL_SIDE, LabelMap, decode_labels, shrink
 from stages.fields import Annotation, Column, Metric, columns_of
 from stages.record import Record, Status, face_from_dict, face_to_dict

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stages.annotations import ABSENT, FUSED
 from stages.base import current_signature, current_stage
