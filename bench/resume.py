@@ -25,8 +25,7 @@ import typer
 
 from bench.planning import peak
 from pipelines.run import lint, read_ledger
-from stages.backends.protocols import Image
-from stages.codec import decode_jpeg, encode_jpeg
+from stages.codec import Image, decode_jpeg, encode_jpeg
 from stages.storage.commit import manifests
 from stages.storage.store import Store
 from tests.pipelines.helpers import stamps

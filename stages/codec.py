@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 
-from stages.backends.protocols import Image, LabelMap
 from stages.record import (
     SCHEMA_VERSION,
     Measures,
@@ -29,6 +29,10 @@ from stages.record import (
     review_to_dict,
 )
 
+Image = npt.NDArray[np.uint8]  # RGB (H, W, 3)
+LabelMap = npt.NDArray[np.uint8]  # (H, W)
+
+LONG_SIDE: Final = 96  # pixels, of thumbnails
 _REMEMBERED: Final = 2**21  # pixels; of larger pictures a few would fill the memory
 _PLAIN: Final = (
     *(
@@ -88,6 +92,22 @@ def decode_labels(data: bytes) -> LabelMap:
         raise ValueError("a label map must be a single-channel 8-bit PNG")
     labels.setflags(write=False)
     return np.asarray(labels, np.uint8)
+
+
+def shrink(pixels: Image | LabelMap, long_side: int) -> Image | LabelMap:
+    """Scales pixels (H, W, 3) by area, or labels (H, W) by the nearest label, to at most
+    `long_side` pixels on the long side. Never enlarges.
+
+    An image and a label map of equal size keep equal sizes, so that one can be laid over the other.
+    """
+    height, width = pixels.shape[:2]
+    scale = long_side / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # plain NEAREST is half a pixel off
+    method = cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST_EXACT
+    return np.asarray(cv2.resize(pixels, size, interpolation=method), np.uint8)
 
 
 def to_members(record: Record) -> dict[str, bytes]:

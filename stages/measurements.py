@@ -19,7 +19,7 @@ import numpy.typing as npt
 import PIL.Image
 from skimage.measure import blur_effect
 
-from stages.backends.protocols import Image, LabelMap
+from stages.codec import Image, LabelMap
 from stages.record import Face, Measures
 from stages.regions import LABEL_IDS, REGION_LABELS, Mask
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from configs.schema import CaptionConfig
+from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray, Record
 
 if TYPE_CHECKING:
     from stages.base import Failed
-
-Image = npt.NDArray[np.uint8]
-LabelMap = npt.NDArray[np.uint8]
 
 
 class FaceDetector(Protocol):

@@ -13,11 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.backends.protocols import LabelMap
-from stages.codec import decode_labels
+from stages.codec import LONG_SIDE, LabelMap, decode_labels, shrink
 from stages.record import SCHEMA_VERSION, Measures, Record, Status, face_from_dict, face_to_dict
 from stages.regions import LABELS
-from stages.thumbnail import LONG_SIDE, shrink
 
 Row = dict[str, Any]
 

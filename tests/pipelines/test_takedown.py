@@ -19,7 +19,7 @@ from configs.errors import FaceError, PipelineError
 from pipelines.dedup.global_pass import read_identities
 from pipelines.run import lint, plan_job, read_ledger, run
 from pipelines.takedown import by_hash, by_photo, by_source, digest_of, take_down
-from stages.backends.protocols import Image
+from stages.codec import Image
 from stages.storage.commit import read_records
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, NO_RULES, config, stamps
