@@ -16,6 +16,7 @@ from configs.errors import ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
+from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.dedup.global_pass import (
     is_global_pass_current,
     lint_identities,
@@ -169,8 +170,16 @@ def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
             "dataset.json", json.dumps(_card(job), indent=1, ensure_ascii=False) + "\n"
         )
         if job.tasks:
-            yield from EXECUTORS[config.executor](config, job.tasks, advance, job.chain)
+            yield from EXECUTORS[config.executor](_dataset_job(job), job.tasks, advance)
         run_global_pass(store, config.neighbours)
+
+
+def _dataset_job(job: Job) -> DatasetJob:
+    return DatasetJob(
+        config=job.config,
+        chain=chain_reference(job.config, job.chain),
+        signatures=tuple(stage.signature() for stage in job.stages),
+    )
 
 
 def _card(job: Job) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 from configs.common import PlacementConfig
@@ -29,6 +29,14 @@ GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
 StageNames = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRecord:
+    """A record and the names of the stages it still needs."""
+
+    record: Record
+    remaining_stages: StageNames
 
 
 class Rejection(Exception):  # noqa: N818 - the two below are verdicts on a record, not faults of the program

@@ -63,6 +63,18 @@ class ShardTask:
     moved: bool = False
     retry: frozenset[str] = frozenset()
 
+    @property
+    def index(self) -> int:
+        return self.shard.index
+
+    @property
+    def inputs(self) -> int:
+        return self.shard.inputs
+
+    @property
+    def bytes(self) -> int:
+        return self.shard.bytes
+
 
 @dataclass(kw_only=True)
 class Plan:

@@ -8,28 +8,20 @@ be made again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.planning.plan import ShardTask, read_inputs
 from pipelines.sources import build_source
-from stages.base import Stage, StageNames
+from stages.base import PendingRecord, Stage, StageNames
 from stages.record import Record, Status
 from stages.storage import exclusions
 from stages.storage.commit import read_records
 from stages.storage.store import Store
 
 NOTHING: Final[StageNames] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class PendingRecord:
-    """A record and the names of the stages it still needs."""
-
-    record: Record
-    remaining_stages: StageNames
 
 
 def load_shard(
