@@ -15,7 +15,7 @@ from stages.base import PendingRecord, Stage
 from stages.executors import ChainReference, ExecutorSettings
 from stages.record import Record
 from stages.storage.commit import ChainInfo, commit
-from stages.storage.manifest import Manifest, RunInfo
+from stages.storage.manifest import Manifest, ShardRun
 from stages.storage.store import Store
 
 
@@ -37,8 +37,8 @@ class DatasetJob:
     def load(self, task: ShardTask, stages: Sequence[Stage]) -> Iterator[PendingRecord]:
         return load_shard(self.config, Store(self.config.output), task, stages)
 
-    def commit(self, task: ShardTask, records: Sequence[Record], run: RunInfo) -> Manifest:
-        return commit(Store(self.config.output), task.shard, records, self.info, run)
+    def commit(self, task: ShardTask, records: Sequence[Record], run: ShardRun) -> Manifest:
+        return commit(Store(self.config.output), task.shard, records, self.info, run.finish())
 
 
 def chain_reference(config: DatasetConfig, chain: Chain) -> ChainReference:

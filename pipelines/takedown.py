@@ -137,10 +137,24 @@ def take_down(
 
 def lint_removals(store: Store) -> Iterator[str]:
     """Whatever is left of removed records, as a line for people."""
-    digests, keys = exclusions.removed_digests(store), exclusions.removed_keys(store)
+    keys = exclusions.removed_keys(store)
     if not keys:
         return
     reader = DatasetReader(store)
+    yield from _rows_left(reader, keys)
+    for name in store.names(layout.SHARDS):
+        if name.endswith(".tar"):
+            with store.open(layout.in_shards(name)) as tar:
+                members = [m for m in member_names(tar) if m.partition(".")[0] in keys]
+            for member in members:
+                yield f"{name}: {member} was taken down, and is still there"
+    for row in reader.identities(["key", "nearest"]).to_pylist():
+        if keys & {row["key"], *row["nearest"]}:
+            yield f"{layout.IDENTITIES}: {row['key']} was taken down, or is next to one that was"
+
+
+def _rows_left(reader: DatasetReader, keys: frozenset[str]) -> Iterator[str]:
+    digests = exclusions.removed_digests(reader.store)
     columns = ("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset")
     for index, manifest in reader.manifests().items():
         for row in reader.rows(index, columns).to_pylist():
@@ -150,15 +164,6 @@ def lint_removals(store: Store) -> Iterator[str]:
                 yield f"{manifest.shard}: {row['key']} is of a picture that was taken down"
             elif row["key"] in keys and (personal or row["reason"] != TAKEN_DOWN):
                 yield f"{manifest.shard}: {row['key']} was taken down, and something of it is left"
-    for name in store.names(layout.SHARDS):
-        if name.endswith(".tar"):
-            with store.open(layout.in_shards(name)) as tar:
-                for member in member_names(tar):
-                    if member.partition(".")[0] in keys:
-                        yield f"{name}: {member} was taken down, and is still there"
-    for row in reader.identities(["key", "nearest"]).to_pylist():
-        if keys & {row["key"], *row["nearest"]}:
-            yield (f"{layout.IDENTITIES}: {row['key']} was taken down, or is next to one that was")
 
 
 def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> list[Match]:

@@ -18,6 +18,7 @@ from model.checkpoint import load_adapter
 from model.conditions import DropRates
 from model.consistentid import ConsistentID, load_base
 from model.spec import ModelSpec
+from stages.storage.remote import refuse_credentials
 from train.data import Preparation
 from train.step import Frozen, TrainedModel, freeze
 
@@ -45,7 +46,9 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError for what can be told without looking at data or models."""
+    """Raises ConfigError for what can be checked without looking at data or models."""
+    for url in (config.data, config.output, config.adapter, config.model.base):
+        refuse_credentials(url)
     if not config.data:
         raise ConfigError("no data given. Say data=OUT, the output of make dataset.")
     if not config.output:

@@ -175,8 +175,10 @@ def _task(
     signatures: Sequence[str],
     retry: frozenset[str],
 ) -> ShardTask | None:
-    stale = manifest and stale_stages(stages, signatures, manifest.signatures)
-    if manifest is None or stale is None:
+    if manifest is None:
+        return ShardTask(shard=shard)
+    stale = stale_stages(stages, signatures, manifest.signatures)
+    if stale is None:
         return ShardTask(shard=shard)
     task = ShardTask(
         shard=shard,

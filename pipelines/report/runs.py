@@ -37,7 +37,7 @@ def run_summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
     return {
         "seconds": round(_busy_seconds(manifests), 3),
         "images_per_second": images_per_second(manifests),
-        "finished": max(shard["finished"] for shard in shards),
+        "finished": max(manifest.run.finished for manifest in manifests),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
         "stage_share": {
             stage: round(seconds / total, 4) if total else 0.0

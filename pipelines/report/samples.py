@@ -64,7 +64,7 @@ def read_samples(
     for rows in examples.values():
         for shard, row in rows:
             example_rows.setdefault(shard, set()).add(row)
-    wanted = [*_PLAIN, *_PICTURES, *metrics.columns_of(shown, columns)]
+    wanted: list[Column | str] = [*_PLAIN, *_PICTURES, *metrics.columns_of(shown, columns)]
     parts = _parts([manifest.inputs for manifest in manifests], count)
     jobs = [
         (manifest.index, sorted(example_rows.get(manifest.index, ())), part)

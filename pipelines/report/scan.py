@@ -76,7 +76,7 @@ def scan(
     """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or contradicts
     its manifest."""
     names = [*_LEDGER, "tar_size", "quarantine_size", *_TALLIED]
-    wanted = [*names, *metrics.columns_of(shown, columns)]
+    wanted: list[Column | str] = [*names, *metrics.columns_of(shown, columns)]
 
     def read(manifest: Manifest) -> Scan:
         with reader.sidecar(manifest.index) as file:

@@ -9,7 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from configs.errors import ShardError
@@ -42,23 +42,27 @@ class RunInfo:
     attempt: int = 1
     host: str = ""
 
-    @staticmethod
-    def ending_now(
-        started: float,
-        executor: str,
-        seconds: Mapping[str, float],
-        counts: Mapping[str, Mapping[str, int]],
-        attempt: int = 1,
-    ) -> RunInfo:
-        """The run of a shard that was begun at Unix time `started` and is committed now."""
+
+@dataclass(frozen=True, slots=True)
+class ShardRun:
+    """A shard in the making. seconds, counts: by stage, see RunInfo. started: Unix time."""
+
+    seconds: dict[str, float]
+    executor: str
+    started: float
+    attempt: int = 1
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def finish(self) -> RunInfo:
+        """The run as the manifest records it; it ends now."""
         now = time.time()
         return RunInfo(
             finished=round(now, 3),
-            seconds=round(now - started, 3),
-            stage_seconds={stage: round(value, 4) for stage, value in seconds.items()},
-            stage_counts=counts,
-            executor=executor,
-            attempt=attempt,
+            seconds=round(now - self.started, 3),
+            stage_seconds={stage: round(value, 4) for stage, value in self.seconds.items()},
+            stage_counts=self.counts,
+            executor=self.executor,
+            attempt=self.attempt,
             host=platform.node(),
         )
 
@@ -122,16 +126,23 @@ class Manifest:
 
 
 def _manifest(values: Mapping[str, Any]) -> Manifest:
-    run = dict(values["run"])
+    run = values["run"]
     return Manifest(
-        **{name: values[name] for name in ("version", "shard", "inputs_digest", "exclusions")},
-        **{name: int(values[name]) for name in ("inputs", "written")},
-        **{name: {k: int(v) for k, v in values[name].items()} for name in ("dropped", "failed")},
+        version=values["version"],
+        shard=str(values["shard"]),
+        inputs=int(values["inputs"]),
+        written=int(values["written"]),
+        dropped={reason: int(count) for reason, count in values["dropped"].items()},
+        failed={reason: int(count) for reason, count in values["failed"].items()},
+        inputs_digest=str(values["inputs_digest"]),
         signatures=tuple(values["signatures"]),
+        exclusions=str(values["exclusions"]),
         tar=_file(values["tar"]),
         quarantine=_file(values["quarantine"]) if values["quarantine"] else None,
         sidecar=_file(values["sidecar"]),
-        run=RunInfo(**{name: run[name] for name in RunInfo.__slots__ if name in run}),
+        run=RunInfo(
+            **{entry.name: run[entry.name] for entry in fields(RunInfo) if entry.name in run}
+        ),
     )
 
 

@@ -200,6 +200,10 @@ class Store:
             return False
         return True
 
+    def size(self, name: str) -> int:
+        """The file's size in bytes. Raises FileNotFoundError."""
+        return int(self._call(self._fs.info, self.path(name))["size"])
+
     def remove(self, name: str) -> None:
         if self.exists(name):
             with suppress(FileNotFoundError):  # an earlier try did it, and its answer was lost

@@ -50,7 +50,8 @@ def region_statuses(
     fused: Sequence[str], unfused: Sequence[Sequence[str]], absent: Sequence[str]
 ) -> list[str]:
     """Review.regions from the three lists; unfused: (region, reason)."""
-    statuses = {**dict.fromkeys(absent, ABSENT), **{region: reason for region, reason in unfused}}
+    statuses = dict.fromkeys(absent, ABSENT)
+    statuses.update({region: reason for region, reason in unfused})  # noqa: C416 - lists of two
     statuses |= dict.fromkeys(fused, FUSED)
     return [statuses.get(word, "") for word in REGION_WORDS]
 

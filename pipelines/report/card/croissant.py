@@ -200,7 +200,7 @@ def _record_set(name: str, description: str, fields: Sequence[Node], key: str) -
 
 
 def _splits() -> Node:
-    fields = [
+    fields: list[Node] = [
         {"@type": "cr:Field", "@id": "splits/name", "name": "name", "dataType": "sc:Text"},
         {
             "@type": "cr:Field",
