@@ -19,6 +19,7 @@ from model.spec import TOKEN_LIMIT
 from pipelines.inspect.find import Inspection, printable
 from pipelines.inspect.pictures import half_blocks, panes
 from pipelines.report.palette import PALETTE
+from stages.reasons import explain
 from stages.record import Status
 from stages.regions import LABELS, REGION_LABELS
 from stages.storage.commit import is_quarantined
@@ -121,6 +122,8 @@ def _input(row: Row) -> Iterable[Line]:
         status.append(f"  {printable(row['reason'])}  (stage {printable(row['stage'])})", "default")
     yield Text("status"), status
     yield from _said("detail", row["detail"])
+    if known := explain(row["reason"]):
+        yield Text("what to do"), Text(known.action)
 
 
 def _provenance(found: Inspection) -> Iterable[Line]:
