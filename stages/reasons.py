@@ -86,13 +86,13 @@ _SOURCE: Final = {
     "truncated_tar": _failed(
         "source",
         "The tar ends in the middle of a member or without its end mark. Its complete samples are "
-        "used; this row stands for the rest.",
+        "used; this row represents the rest.",
         "Copy the tar again and run the same command again.",
     ),
     "damaged_tar": _failed(
         "source",
         "The tar holds bytes that are no valid header. The samples before them are used; this row "
-        "stands for the rest.",
+        "represents the rest.",
         "Copy the tar again, or rebuild it, and run the same command again.",
     ),
     "duplicate_name": _failed(
