@@ -24,6 +24,7 @@ from pipelines.report.metrics import AREA, WORDS, columns_of, shown_metrics
 from pipelines.report.palette import PALETTE
 from stages.annotations import absent_words, fused_words, unfused_words
 from stages.quality_filter import RULES, Rule
+from stages.reasons import explain
 from stages.record import Status
 from stages.regions import LABELS, REGION_LABELS
 from stages.storage.sidecar import Row, is_quarantined
@@ -89,6 +90,8 @@ def _input(row: Row) -> Iterable[Line]:
         status.append(f"  {printable(row['reason'])}  (stage {printable(row['stage'])})", "default")
     yield Text("status"), status
     yield from _said("detail", row["detail"])
+    if known := explain(row["reason"]):
+        yield Text("what to do"), Text(known.action)
 
 
 def _provenance(found: Inspection) -> Iterable[Line]:
