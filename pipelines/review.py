@@ -115,8 +115,7 @@ def check_trainable(store: Store, most: float) -> None:
             f"{len(reasons):,} of {samples:,} samples ({len(reasons) / samples:.0%}) would train "
             "nothing of the face: "
             f"{why or 'no region is seen'}. At most {most:.0%} may (review.max_untrainable). The "
-            "shards are kept; look "
-            "at their captions in the report, and change caption.face_prompt or caption.model: "
-            "only captions are made "
-            "again."
+            "shards are kept; look at their captions in the report, and change the caption backend "
+            "(caption.backend), or its model or face_prompt (such as caption.llava.face_prompt): "
+            "only captions are made again."
         )

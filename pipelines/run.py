@@ -159,7 +159,7 @@ def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
     """
     store, config = job.store, job.config
     planned = planned_shards(store) == len(job.plan.shards)
-    if not job.tasks and planned and is_global_pass_current(store, config.neighbours):
+    if not job.tasks and planned and is_global_pass_current(store, config.global_pass):
         return
     with RunLock(store):
         store.sweep(FOLDER)
@@ -170,7 +170,7 @@ def execute(job: Job, advance: Advance) -> Iterator[dict[str, Any]]:
         )
         if job.tasks:
             yield from EXECUTORS[config.executor](config, job.tasks, advance, job.chain)
-        run_global_pass(store, config.neighbours)
+        run_global_pass(store, config.global_pass)
 
 
 def _card(job: Job) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def take_down(
         log = store.read(TAKEDOWN).decode() if store.exists(TAKEDOWN) else ""
         store.write(TAKEDOWN, log + json.dumps(entry, ensure_ascii=False) + "\n")
         apply_exclusions(store)
-        run_global_pass(store, config.neighbours)
+        run_global_pass(store, config.global_pass)
     return sorted(removed)
 
 

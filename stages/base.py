@@ -15,10 +15,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import is_dataclass, replace
+from typing import Any, ClassVar, Final
 
-from configs.common import PlacementConfig
+from configs.common import PlacementConfig, hashed_settings
 from configs.errors import ConfigError
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
@@ -26,6 +26,8 @@ from stages.record import Record, Status
 
 # fields that every source gives
 GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")
+# Old → current name of stages that were renamed; older data sets hold the old name.
+RENAMED_STAGES: Final[Mapping[str, str]] = {"judge": "quality_filter", "neighbours": "global_pass"}
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
 StageNames = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
@@ -57,11 +59,13 @@ class Stage(ABC):
     """One link of the chain.
 
     name, version: part of the signature; raise `version` when the same input would give another
-    answer. requires, provides: record fields read and written; checked over the whole chain before
+    answer. introduced_as: of a renamed stage, the name it was introduced with, which its signature
+    hashes. requires, provides: record fields read and written; checked over the whole chain before
     anything starts.
     """
 
     name: ClassVar[str]
+    introduced_as: ClassVar[str] = ""
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ()
@@ -102,26 +106,22 @@ class Stage(ABC):
         """
         return {}
 
+    def hashed_settings(self) -> dict[str, Any]:
+        """The settings that the answers depend on, as the signature hashes them."""
+        return hashed_settings(self.config) if is_dataclass(self.config) else {}
+
     def signature(self) -> str:
-        """Equal signatures mean equal answers: name, version, resolved configuration, digests of
-        the weights.
+        """NAME-VERSION-HASH, the hash over name, version, settings and digests of the weights.
+        Equal signatures mean equal answers.
         """
-        config: dict[str, Any] = {}
-        if is_dataclass(self.config) and not isinstance(self.config, type):
-            answering = {
-                field.name for field in fields(self.config) if field.metadata.get("answers", True)
-            }
-            config = {
-                name: value for name, value in asdict(self.config).items() if name in answering
-            }
-        text = json.dumps(
-            [self.name, self.version, config, sorted(self.digests().items())], sort_keys=True
-        )
+        name = self.introduced_as or self.name
+        content = [name, self.version, self.hashed_settings(), sorted(self.digests().items())]
+        text = json.dumps(content, sort_keys=True)
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 class RecordStage(Stage):
-    """A stage that treats records one by one: `process_one` answers, or raises Dropped or Failed."""
+    """A stage that treats records one by one: `process_one` answers or raises Dropped or Failed."""
 
     @abstractmethod
     def process_one(self, record: Record) -> Record: ...
@@ -137,8 +137,8 @@ class RecordStage(Stage):
 
 
 class BackendStage(Stage):
-    """A stage around one backend of the registry, whose job is the stage's name; the model is
-    loaded in `setup`.
+    """A stage around one backend of the registry, whose job is the stage's name. `setup` builds the
+    backend, which loads its model.
     """
 
     def __init__(self, config: Any, weights: Weights) -> None:
@@ -147,15 +147,19 @@ class BackendStage(Stage):
         self._backend: Any = None
 
     @property
+    def backend_config(self) -> Any:
+        """The section of the configuration that the backend is built from."""
+        return self.config
+
+    @property
     def backend(self) -> Any:
         assert self._backend is not None, f"{self.name}: setup() comes before process()"
         return self._backend
 
     def setup(self) -> None:
         if self._backend is None:
-            self._backend = backend_class(self.name, self.config.backend)(
-                self.config, self._weights
-            )
+            kind = backend_class(self.name, self.config.backend)
+            self._backend = kind(self.backend_config, self._weights)
 
     def take_counts(self) -> dict[str, int]:
         counts: Counter[str] = getattr(self._backend, "counts", None) or Counter()
@@ -172,7 +176,7 @@ class BackendStage(Stage):
 
 
 def reject(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, ended by `verdict` in `stage`. Payloads are let go: an ended record carries none."""
+    """The record, dropped or failed by `verdict` in `stage`, without its payloads."""
     return replace(
         record,
         status=verdict.status,
@@ -188,10 +192,20 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
 
 
 def quarantine(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
+    """The record, dropped or failed by `verdict` in `stage`, with its payloads: another rule may
+    restore it.
+    """
     return replace(
         record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage
     )
+
+
+def current_signature(signature: str) -> str:
+    """A signature of any version, with its stage's current name: judge-1-HASH gives
+    quality_filter-1-HASH.
+    """
+    name, version, digest = signature.rsplit("-", 2)
+    return f"{RENAMED_STAGES.get(name, name)}-{version}-{digest}"
 
 
 def take_counts(stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
@@ -208,9 +222,9 @@ def run_stage(
     """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to
     `seconds[stage.name]`.
 
-    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages: for each
-    record, the names of the stages it needs; None: all of them. Raises AssertionError where the
-    stage broke the contract (another number, order or key of records).
+    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages:
+    for each record, the names of the stages it needs; None: all of them. Raises AssertionError
+    where the stage broke the contract (another number, order or key of records).
     """
     answers = list(records)
     active = [

@@ -1,5 +1,5 @@
-"""Judge: the rules on recorded figures. Nothing is measured here, so other rules need no picture
-and no model.
+"""Quality filter: the rules on recorded metrics. Nothing is measured here, so a changed rule needs
+no image and no model.
 
 A rule is a row of RULES. The first that a record breaks names the reason. What is dropped is held
 whole, so that other rules take it back.
@@ -46,7 +46,8 @@ class Rule:
 
 
 class QualityFilterStage(RecordStage):
-    name = "judge"
+    name = "quality_filter"
+    introduced_as = "judge"
     version = 1
     requires = (
         "image",

@@ -80,7 +80,7 @@ class ShardSet:
             raise SourceError(
                 f"{data}: none of its samples is on the side split={split}. Train with "
                 "split=all, or make the data set "
-                "again with another neighbours.val_share."
+                "again with another global_pass.val_share."
             )
         if not found:
             raise SourceError(

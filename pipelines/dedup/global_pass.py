@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from configs.quality import NeighboursConfig
+from configs.quality import GlobalPassConfig
 from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
 from stages.record import IDENTITY_DIM, Status
 from stages.storage import exclusions
@@ -69,7 +69,7 @@ class Pool:
     vectors: Any
 
 
-def run_global_pass(store: Store, config: NeighboursConfig) -> None:
+def run_global_pass(store: Store, config: GlobalPassConfig) -> None:
     """Find copies, have them held, and give identities and a split to the samples that stay.
 
     Killed at any point, the next call comes to the same end. Call it while holding the run lock.
@@ -97,7 +97,7 @@ def run_global_pass(store: Store, config: NeighboursConfig) -> None:
     _keep(store, IDENTITIES, table.replace_schema_metadata(told))
 
 
-def is_global_pass_current(store: Store, config: NeighboursConfig) -> bool:
+def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
     """True if every shard carries the verdicts on it, and the identities were made from them by
     this configuration.
     """
@@ -242,7 +242,7 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
 
 
-def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
+def _identities(pool: Pool, stay: Any, config: GlobalPassConfig) -> pa.Table:
     """A row for each of the samples `stay`."""
     vectors = pool.vectors[stay] if len(stay) < len(pool.keys) else pool.vectors
     near = near_by_identity(vectors, min(_LEAST_ALIKE, config.split_similarity), config.nearest)
@@ -271,7 +271,7 @@ def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
     return pa.table(columns, schema=IDENTITIES_SCHEMA)
 
 
-def _made_from(store: Store, config: NeighboursConfig) -> str:
+def _made_from(store: Store, config: GlobalPassConfig) -> str:
     """A digest of the settings and of every sidecar."""
     sidecars = [
         (index, found["files"]["parquet"]["sha256"])

@@ -43,7 +43,7 @@ _CHAIN: Final = (  # as records go through it; a stage not named here comes afte
         "parse",
         "embed",
         "measure",
-        "judge",
+        "quality_filter",
         "caption",
         "review",
     ),

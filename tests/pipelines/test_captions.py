@@ -29,9 +29,9 @@ def captioned(config: DatasetConfig) -> list[Stage]:
 
 def settings(source: Path, output: Path, server: ChatServer, executor: str) -> DatasetConfig:
     caption = [
-        f"caption.base_url={server.base_url}",
-        "caption.model=someone/model",
-        "caption.tries=1",
+        f"caption.openai.base_url={server.base_url}",
+        "caption.openai.model=someone/model",
+        "caption.openai.tries=1",
     ]
     return config(
         source, output, "caption.backend=openai", *NO_COPIES, *caption, f"executor={executor}"

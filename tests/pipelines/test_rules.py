@@ -86,7 +86,7 @@ def test_a_changed_stage_before_the_judge_judges_anew(
     run(config(portraits, output, STRICT))
     job = plan_job(config(portraits, output, STRICT, "parse.align_below=0.2"))
     assert {task.again for task in job.tasks} == {
-        frozenset({"parse", "measure", "judge", "caption", "review"})
+        frozenset({"parse", "measure", "quality_filter", "caption", "review"})
     }
     job = plan_job(config(portraits, output, STRICT, "resize.jpeg_quality=90"))
     assert {task.exists for task in job.tasks} == {False}, (

@@ -157,8 +157,10 @@ def test_signatures_change_with_what_changes_answers_only() -> None:
 
         return build_stages(load(DatasetConfig, None, overrides))[stage].signature()
 
-    assert signature(4) != signature(4, "caption.prompt=another")
-    assert signature(1) == signature(1, "caption.prompt=another")
+    asked = ("caption.backend=openai", "caption.openai.model=a", "caption.openai.base_url=http://a")
+    assert signature(4) != signature(4, *asked)
+    assert signature(4, *asked) != signature(4, *asked, "caption.openai.prompt=another")
+    assert signature(1) == signature(1, *asked, "caption.openai.prompt=another")
     assert signature(1) != signature(1, "detect.weights=det_10g")
     assert signature(2) == signature(2, "parse.placement.batch_size=8", "parse.device=cuda:1")
 

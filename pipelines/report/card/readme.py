@@ -54,7 +54,7 @@ _RULES: Final = {
     "resize": "m(in|ax)_",
     "detect": "m(in|ax)_",
     "rules": "",
-    "neighbours": "",
+    "global_pass": "",
 }
 
 _READ: Final = """\
@@ -172,7 +172,8 @@ def _made(facts: Facts) -> str:
             [(s, sign, backends.get(s, "")) for s, sign in stages],
         )
     ]
-    model = str(facts.config.get("caption", {}).get("model", ""))
+    captions = facts.config.get("caption", {})
+    model = str(captions.get(backends.get("caption", ""), {}).get("model", ""))
     if model:
         text.append(f"Captions are by {_cell(_public(model))}, under its own licence.")
     older = sum(manifest["signatures"] != signatures for manifest in facts.manifests)

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from configs.aliases import rename_keys
+from configs.schema import DatasetConfig
 from pipelines.dedup.global_pass import read_identities
 from stages.record import Status
 from stages.storage.commit import Manifest, read_manifests, read_sidecar
@@ -134,12 +136,11 @@ def _digest(store: Store, name: str) -> str:
 
 
 def _config(store: Store) -> dict[str, Any]:
-    """The configuration as plain values: a card is written of older outputs too, whose settings had
-    other names.
+    """The configuration as plain values, unchecked, under the current names of its keys: a card is
+    written of older outputs too.
     """
-    return _mapping(
-        yaml.safe_load(store.read("config.yaml")) if store.exists("config.yaml") else {}
-    )
+    config = yaml.safe_load(store.read("config.yaml")) if store.exists("config.yaml") else {}
+    return rename_keys(DatasetConfig, _mapping(config))
 
 
 def _dataset(store: Store) -> dict[str, Any]:

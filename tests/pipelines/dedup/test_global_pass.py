@@ -19,10 +19,10 @@ from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
 from tests.pipelines.test_rules import rows_of
 
 SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike are two people
-    "neighbours.val_share=0.5",
-    "neighbours.max_similarity=0.995",
-    "neighbours.identity_similarity=0.8",
-    "neighbours.split_similarity=0.8",
+    "global_pass.val_share=0.5",
+    "global_pass.max_similarity=0.995",
+    "global_pass.identity_similarity=0.8",
+    "global_pass.split_similarity=0.8",
 )
 
 

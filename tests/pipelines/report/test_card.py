@@ -59,8 +59,8 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     output = tmp_path_factory.mktemp("made") / "out"
     more = (
         "rules.min_face=265",
-        "neighbours.val_share=0.4",
-        "neighbours.split_similarity=0.6",
+        "global_pass.val_share=0.4",
+        "global_pass.split_similarity=0.6",
         *NO_COPIES,
     )
     run(config(folder / "in.parquet", output, "source.name_column=name", *more))

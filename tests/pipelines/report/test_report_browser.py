@@ -147,7 +147,8 @@ def test_every_number_shows_exactly_as_many_records(open_page: Open) -> None:
             assert shown[href] == records(int(of[0])), href
             assert text == f"{int(of[0]):,}" or text.startswith("fgid-"), href
     assert any(
-        href.startswith("#pictures?status=dropped&stage=judge&reason=blurred") for href in links
+        href.startswith("#pictures?status=dropped&stage=quality_filter&reason=blurred")
+        for href in links
     )
 
 

@@ -118,7 +118,7 @@ def test_pictures_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
         "executor=ray",
         "stuck_after=4",
         "ray.deaths=1",
-        "neighbours.max_similarity=0",
+        "global_pass.max_similarity=0",
     ]
     job = plan_job(config(photos, tmp_path / "out", *given), chain=trapped)
     done = list(execute(job, lambda count: None))
