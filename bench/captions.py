@@ -22,8 +22,7 @@ from PIL import Image
 from skimage.data import astronaut, cat, chelsea, coffee
 
 from bench.against import Cost, cost_of
-from configs.common import PlacementConfig
-from configs.schema import CaptionConfig
+from configs.captions import LlavaConfig
 from stages.backends.llava import Llava
 from stages.backends.runtime import pin_threads
 from stages.codec import decode_jpeg, encode_jpeg
@@ -65,13 +64,7 @@ def main(
             flush=True,
         )
         for count in tokens or (16, 64):
-            config = CaptionConfig(
-                backend="llava",
-                model=folder,
-                device="cpu",
-                max_new_tokens=count,
-                placement=PlacementConfig(batch_size=batch_size),
-            )
+            config = LlavaConfig(model=folder, device="cpu", max_new_tokens=count)
             compare(Llava(config), records, rounds)
 
 
@@ -83,12 +76,13 @@ def compare(backend: Llava, records: Sequence[Record], rounds: int) -> None:
     other work too.
     """
     ways = {
-        "shared": backend.caption,
+        "shared": partial(backend.caption, batch_size=len(records)),
         "one call": partial(one_call, backend),
         "two calls": partial(two_calls, backend),
     }
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
-    backend.caption(records)  # once outside the clock: the first call of anything is slower
+    # once outside the clock: the first call of anything is slower
+    backend.caption(records, len(records))
     for _ in range(rounds):
         said: dict[str, Any] = {}
         for name, way in ways.items():
@@ -106,7 +100,8 @@ def compare(backend: Llava, records: Sequence[Record], rounds: int) -> None:
                 [getattr(cost, unit) for cost in taken] for taken in (turns, costs["two calls"])
             )
             ratios = [b / a for a, b in zip(own, other, strict=True)]
-            row += f" {median(own) / len(records):>13.2f}   {median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
+            spread = f"({min(ratios):.2f}, {max(ratios):.2f})"
+            row += f" {median(own) / len(records):>13.2f}   {median(ratios):.2f} {spread}"
         print(row, flush=True)
 
 

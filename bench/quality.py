@@ -25,12 +25,13 @@ from configs.load import load
 from configs.quality import RulesConfig
 from configs.schema import DatasetConfig
 from stages import measurements
+from stages.annotations import Measures
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
 from stages.quality_filter import RULES, verdict
-from stages.record import Face, Measures, Record, key_of
+from stages.record import Face, Record, key_of
 
 QUANTILES: Final = (0, 0.001, 0.01, 0.5, 0.99, 0.999, 1)
 STAGES: Final = ("resize", "detect", "parse")

@@ -19,9 +19,10 @@ from typing import Annotated
 
 import typer
 
-from pipelines.report import INDEX, write_report
+from pipelines.report import write_report
 from pipelines.report.page import SAMPLES
 from pipelines.report.stats import compute
+from stages.storage.layout import REPORT
 from stages.storage.store import Store
 from tests.pipelines.report.report_data import Recipe, write_set
 
@@ -51,7 +52,7 @@ def main(
         write_report(str(out))
         whole, whole_cpu = time.perf_counter() - began, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        size = (out / INDEX).stat().st_size / 1e6
+        size = (out / REPORT).stat().st_size / 1e6
         print(
             f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} "
             "written"
@@ -62,7 +63,7 @@ def main(
             f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and "
             "examples"
         )
-        for view, (ready, first) in opened(out / INDEX, opens).items():
+        for view, (ready, first) in opened(out / REPORT, opens).items():
             name = view or "figures"
             print(
                 f"{name:20} {ready:6.2f} s until it can be used, {first:.2f} s until its first "

@@ -24,7 +24,8 @@ import numpy as np
 import typer
 
 from bench.planning import peak
-from pipelines.run import lint, read_ledger
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
 from stages.codec import Image, decode_jpeg, encode_jpeg
 from stages.storage.commit import manifests
 from stages.storage.store import Store

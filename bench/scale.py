@@ -112,7 +112,7 @@ def run(folder: Path, address: str, workers: int, images: int, rounds: int) -> R
         "executor=ray",
     ]
     given += [f"ray.address={address}", f"ray.workers={workers}", "source.find_copies=false"]
-    given += ["neighbours.max_similarity=0"]  # the chain gives everyone the same identity
+    given += ["global_pass.max_similarity=0"]  # the chain gives everyone the same identity
     config = load(DatasetConfig, "configs/dataset/demo.yaml", given)
     began = time.monotonic()
     done = list(execute(plan_job(config, chain=sleeping), lambda count: None))

@@ -287,7 +287,7 @@ def takedown(
         config = load_text(DatasetConfig, store.read("config.yaml").decode(), [f"output={output}"])
         if photo is not None:
             found = removal.by_photo(
-                store, config, photo, similarity or config.neighbours.identity_similarity
+                store, config, photo, similarity or config.global_pass.identity_similarity
             )
         else:
             found = (

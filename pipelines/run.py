@@ -102,7 +102,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     Stopped at any point, the same call resumes."""
     store, config = job.store, job.config
     planned = planned_shards(store) == len(job.plan.shards)
-    if not job.tasks and planned and is_global_pass_current(store, config.neighbours):
+    if not job.tasks and planned and is_global_pass_current(store, config.global_pass):
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
@@ -115,7 +115,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
             reference = chain_reference(config, job.chain)
             dataset_job = DatasetJob(config=config, chain=reference, info=chain)
             yield from EXECUTORS[config.executor](dataset_job, job.tasks, advance)
-        run_global_pass(store, config.neighbours, chain)
+        run_global_pass(store, config.global_pass, chain)
 
 
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:

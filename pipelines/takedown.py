@@ -131,7 +131,7 @@ def take_down(
         log = store.read(layout.TAKEDOWNS).decode() if exists else ""
         store.write(layout.TAKEDOWNS, log + json.dumps(entry, ensure_ascii=False) + "\n")
         apply_exclusions(store, info)
-        run_global_pass(store, config.neighbours, info)
+        run_global_pass(store, config.global_pass, info)
     return sorted(removed)
 
 

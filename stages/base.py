@@ -15,10 +15,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, ClassVar, Final
 
-from configs.common import PlacementConfig
+from configs.common import PlacementConfig, hashed_settings
 from configs.errors import ConfigError
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
@@ -114,22 +114,15 @@ class Stage(ABC):
         """
         return {}
 
+    def hashed_settings(self) -> dict[str, Any]:
+        """The settings that the answers depend on, as the signature hashes them."""
+        return hashed_settings(self.config) if is_dataclass(self.config) else {}
+
     def signature(self) -> str:
-        """Equal signatures mean equal answers: name, version, resolved configuration, digests of
-        the weights.
-        """
-        config: dict[str, Any] = {}
-        if is_dataclass(self.config) and not isinstance(self.config, type):
-            answering = {
-                field.name for field in fields(self.config) if field.metadata.get("answers", True)
-            }
-            config = {
-                name: value for name, value in asdict(self.config).items() if name in answering
-            }
-        text = json.dumps(
-            [introduced_name(self.name), self.version, config, sorted(self.digests().items())],
-            sort_keys=True,
-        )
+        """NAME-VERSION-HASH, the hash over the name that the stage was introduced with, version,
+        settings and digests of the weights. Equal signatures mean equal answers."""
+        name, weights = introduced_name(self.name), sorted(self.digests().items())
+        text = json.dumps([name, self.version, self.hashed_settings(), weights], sort_keys=True)
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -150,14 +143,18 @@ class RecordStage(Stage):
 
 
 class BackendStage(Stage):
-    """A stage around one backend of the registry, whose job is the stage's name; the model is
-    loaded in `setup`.
-    """
+    """A stage around one backend of the registry, whose job is the stage's name. `setup` builds the
+    backend from `backend_config`, which loads the model."""
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
         self._weights = weights
         self._backend: Any = None
+
+    @property
+    def backend_config(self) -> Any:
+        """The section of the configuration that the backend is built from."""
+        return self.config
 
     @property
     def backend(self) -> Any:
@@ -166,9 +163,8 @@ class BackendStage(Stage):
 
     def setup(self) -> None:
         if self._backend is None:
-            self._backend = backend_class(self.name, self.config.backend)(
-                self.config, self._weights
-            )
+            kind = backend_class(self.name, self.config.backend)
+            self._backend = kind(self.backend_config, self._weights)
 
     def take_counts(self) -> dict[str, int]:
         counts: Counter[str] = getattr(self._backend, "counts", None) or Counter()

@@ -48,7 +48,7 @@ class ShardSet:
         if not any(chosen) and any(places):
             raise SourceError(
                 f"{data}: none of its samples is on the side split={split}. Train with split=all, or "
-                "make the data set again with another neighbours.val_share."
+                "make the data set again with another global_pass.val_share."
             )
         if not any(chosen):
             raise SourceError(

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from configs.quality import NeighboursConfig
+from configs.quality import GlobalPassConfig
 from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
 from stages.record import IDENTITY_DIM, Status
 from stages.storage import exclusions, layout
@@ -56,7 +56,7 @@ class Pool:
     vectors: Any
 
 
-def run_global_pass(store: Store, config: NeighboursConfig, chain: ChainInfo) -> None:
+def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) -> None:
     """Finds duplicates, has them quarantined, and gives the samples that stay identities and sides.
 
     Call it while holding the run lock. Stopped at any point, the next call gives the same result.
@@ -87,7 +87,7 @@ def run_global_pass(store: Store, config: NeighboursConfig, chain: ChainInfo) ->
     store.write_table_if_changed(layout.IDENTITIES, table.replace_schema_metadata(metadata))
 
 
-def is_global_pass_current(store: Store, config: NeighboursConfig) -> bool:
+def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
     """True if every shard has its exclusions applied, and the identities were made from these
     shards by this configuration."""
     if stale_shards(store) or not store.exists(layout.IDENTITIES):
@@ -212,7 +212,7 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
 
 
-def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
+def _identities(pool: Pool, stay: Any, config: GlobalPassConfig) -> pa.Table:
     """A row for each of the samples `stay`."""
     vectors = pool.vectors[stay] if len(stay) < len(pool.keys) else pool.vectors
     near = near_by_identity(vectors, min(_MIN_SIMILARITY, config.split_similarity), config.nearest)
@@ -241,7 +241,7 @@ def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
     return pa.table(columns, schema=IDENTITIES_SCHEMA)
 
 
-def _made_from(store: Store, config: NeighboursConfig) -> str:
+def _made_from(store: Store, config: GlobalPassConfig) -> str:
     """A digest of the settings and of every sidecar."""
     manifests = DatasetReader(store).manifests()
     sidecars = [(index, manifest.sidecar.sha256) for index, manifest in manifests.items()]

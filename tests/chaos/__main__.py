@@ -24,7 +24,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.run import lint, read_ledger
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
 from stages.storage.commit import manifests, read_records, read_sidecar
 from stages.storage.store import Store
 from tests.chaos.cluster import ROOT, TOKEN, Cluster, kill, title_of

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from configs.errors import QualityError
+from pipelines.lint import lint
 from pipelines.review import check_trainable
-from pipelines.run import lint, plan_job, run
+from pipelines.run import plan_job, run
 from stages.storage.commit import read_manifests, read_records, read_sidecar
 from stages.storage.store import Store
 from tests.pipelines.helpers import config, digests
@@ -86,7 +87,7 @@ def test_a_changed_stage_before_the_judge_judges_anew(
     run(config(portraits, output, STRICT))
     job = plan_job(config(portraits, output, STRICT, "parse.align_below=0.2"))
     assert {task.again for task in job.tasks} == {
-        frozenset({"parse", "measure", "judge", "caption", "review"})
+        frozenset({"parse", "measure", "quality_filter", "caption", "review"})
     }
     job = plan_job(config(portraits, output, STRICT, "resize.jpeg_quality=90"))
     assert {task.exists for task in job.tasks} == {False}, (
@@ -145,7 +146,8 @@ def _with_captions(store: Store, text: str) -> Store:
     from configs.schema import ReviewConfig
     from pipelines.review import ReviewStage
     from stages.backends.weights import Weights
-    from stages.storage.commit import PlannedShard, ShardRun, commit
+    from stages.storage.commit import PlannedShard, commit
+    from stages.storage.manifest import ShardRun
 
     other = Store(f"{store.root}-captioned")
     stage = ReviewStage(ReviewConfig(), Weights())

@@ -13,13 +13,15 @@ import torch
 
 from configs.errors import ShardError, SourceError
 from pipelines.demo.poison import EXPECTED
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
 from pipelines.planning.resume import NOTHING
-from pipelines.run import Job, execute, lint, plan_job, read_ledger, run
+from pipelines.run import Job, execute, plan_job, run
 from stages.base import Stage
 from stages.record import Record, key_of
 from stages.storage.commit import manifests, read_records, read_sidecar
 from stages.storage.store import Store
-from tests.pipelines.helpers import config, digests, stamps
+from tests.pipelines.helpers import config, digests, new_captions, stamps
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,8 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(made, output)
-    changed = config(poisoned, output, "caption.face_prompt=another")
-    job = plan_job(changed)
+    new_captions(monkeypatch)
+    job = plan_job(config(poisoned, output))
     assert {task.again for task in job.tasks} == {frozenset({"caption", "review"})}
     calls: list[str] = []
     for stage in job.stages:
@@ -97,7 +99,7 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     assert set(calls) == {"caption", "review"}
     assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
-    run(config(poisoned, fresh, "caption.face_prompt=another"))
+    run(config(poisoned, fresh))
     assert set(ran) == {"onnx", "torch"}, "what counts the models must see them"
     assert digests(output) == digests(fresh)
 
@@ -232,7 +234,7 @@ def test_one_changed_picture_is_made_again_and_its_neighbours_are_not(
 
 
 def test_what_has_vanished_from_the_source_stays_in_its_shard(
-    portraits: Path, tmp_path: Path
+    portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     shutil.copytree(portraits, source)
@@ -242,8 +244,8 @@ def test_what_has_vanished_from_the_source_stays_in_its_shard(
     job = plan_job(config(source, output))
     assert (job.plan.vanished, job.tasks) == (1, [])
     # from the shards: the picture isn't needed
-    later = config(source, output, "caption.face_prompt=another")
-    assert run(later).written == 8
+    new_captions(monkeypatch)
+    assert run(config(source, output)).written == 8
     assert set(digests(output)) == set(before)
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from configs.load import load
 from configs.schema import DatasetConfig
+from pipelines.lint import lint
 from pipelines.report import write_report
-from pipelines.run import lint, run
+from pipelines.run import run
 from stages.storage.commit import read_manifests, read_sidecar
 from stages.storage.store import Store
 from tests.quality.planted import FAULTS, plant

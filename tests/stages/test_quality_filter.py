@@ -8,8 +8,9 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.quality import RulesConfig
+from stages.annotations import Measures
 from stages.quality_filter import RULES, Rule, verdict
-from stages.record import Face, Measures
+from stages.record import Face
 
 FACE = Face(
     box=(100.0, 100.0, 200.0, 220.0),

@@ -11,18 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.dedup.global_pass import read_identities
-from pipelines.run import lint, run
+from pipelines.lint import lint
+from pipelines.run import run
 from stages.record import key_of
-from stages.storage.exclusions import DUPLICATES, IDENTITIES
+from stages.storage.layout import DUPLICATES, IDENTITIES
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
 from tests.pipelines.test_rules import rows_of
 
 SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike are two people
-    "neighbours.val_share=0.5",
-    "neighbours.max_similarity=0.995",
-    "neighbours.identity_similarity=0.8",
-    "neighbours.split_similarity=0.8",
+    "global_pass.val_share=0.5",
+    "global_pass.max_similarity=0.995",
+    "global_pass.identity_similarity=0.8",
+    "global_pass.split_similarity=0.8",
 )
 
 

@@ -28,7 +28,8 @@ from pipelines.takedown import by_source, take_down
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, Status, key_of
 from stages.regions import LABEL_IDS
-from stages.storage.commit import PlannedShard, ShardRun, commit, read_sidecar
+from stages.storage.commit import PlannedShard, commit, read_sidecar
+from stages.storage.manifest import ShardRun
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 
@@ -54,7 +55,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
             folder,
             output,
             f"rules.min_face={LEAST}",
-            "neighbours.max_hash_distance=-1",
+            "global_pass.max_hash_distance=-1",
             "source.author=[bold]Ada",
         )
     )
@@ -174,7 +175,7 @@ def test_words_that_name_a_region_stand_out(made: Store) -> None:
 def test_what_is_held_failed_or_dropped_is_told(made: Store) -> None:
     held = inspect(made, "small.jpg")
     text = " ".join(printed(held).split())
-    assert held.record is not None and "dropped face_too_small (stage judge)" in text
+    assert held.record is not None and "dropped face_too_small (stage quality_filter)" in text
     assert f"{held.shard}.held.tar" in text and held.row["face_side"] < LEAST
     failed = " ".join(printed(inspect(made, "page.jpg")).split())
     assert "failed not_an_image (stage resize)" in failed and "in no tar" in failed
@@ -187,7 +188,8 @@ def test_another_configuration_than_the_shards_is_said(made: Store, tmp_path: Pa
     assert "wasn't made by" not in printed(inspect(made, "a/one.jpg"))
     shutil.copytree(made.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
-    store.write("dataset.json", store.read("dataset.json").decode().replace("judge-1-", "judge-0-"))
+    changed = store.read("dataset.json").decode().replace("quality_filter-1-", "quality_filter-0-")
+    store.write("dataset.json", changed)
     assert "of a configuration that the shard wasn't made by" in printed(
         inspect(store, "a/one.jpg")
     )

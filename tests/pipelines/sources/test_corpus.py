@@ -17,7 +17,9 @@ import pytest
 
 from configs.errors import SourceError
 from pipelines.demo.poison import Expected
-from pipelines.run import lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import plan_job, run
 from stages.storage.commit import manifests, read_records, read_sidecar
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, NO_RULES, config

@@ -29,7 +29,7 @@ from stages.base import Failed, Stage
 from stages.chain import build_stages
 from stages.record import Record
 from stages.storage.store import Store
-from tests.pipelines.helpers import config, digests
+from tests.pipelines.helpers import config, digests, new_captions
 
 COUNT = 3
 
@@ -156,10 +156,15 @@ def test_an_export_that_breaks_off_leaves_no_json(made: Path, tmp_path: Path) ->
 
 
 def test_what_comes_with_an_entry_is_not_made_again_when_its_stage_changes(
-    made: Path, exported: Path, tmp_path: Path, calls: list[str]
+    made: Path,
+    exported: Path,
+    tmp_path: Path,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(_fgid(exported, tmp_path / "out"))
-    changed = _fgid(exported, tmp_path / "out", "parse.align=never", "caption.face_prompt=another")
+    new_captions(monkeypatch)
+    changed = _fgid(exported, tmp_path / "out", "parse.align=never")
     job = plan_job(changed)
     assert len(job.tasks) == 1
     list(execute(job, lambda count: None))

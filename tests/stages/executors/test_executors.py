@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.run import lint, run
+from pipelines.lint import lint
+from pipelines.run import run
 from stages.storage.store import Store
 from tests.pipelines.helpers import DEMO, config, digests, hears_ctrl_c
 

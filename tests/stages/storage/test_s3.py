@@ -23,12 +23,14 @@ import fsspec
 import pytest
 
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
-from pipelines.run import execute, lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
 from stages.storage.commit import read_records
 from stages.storage.lock import NAME, RunLock
 from stages.storage.store import TRIES, Store
-from tests.pipelines.helpers import DEMO, config, digests
+from tests.pipelines.helpers import DEMO, config, digests, new_captions
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
 from tests.stages.storage.test_lock import HOLDER
 from train.shards import ShardSet
@@ -128,7 +130,7 @@ def test_the_trainer_reads_it_in_place(made: Made) -> None:
 
 
 def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
-    made: Made, bucket: Bucket, faces: Path
+    made: Made, bucket: Bucket, faces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = [
         [("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)
@@ -138,7 +140,8 @@ def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
     bucket.copy_of(made.bucket)
     torn: list[str] = []
     bucket.proxy.changed = lambda: torn.extend(bucket.torn())
-    run(config(faces, bucket.out, "shard_size=1", "caption.face_prompt=another"))
+    new_captions(monkeypatch)
+    run(config(faces, bucket.out, "shard_size=1"))
     gone = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
     assert bucket.changes() == [*gone[0], *written[0], *gone[1], *written[1]]
     assert torn == []
