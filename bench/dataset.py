@@ -133,7 +133,7 @@ def main(
         _, done = run_pipeline(inline)
         inline_rates.append(throughput(done))
         for manifest in done:
-            for name, value in manifest["run"]["stage_seconds"].items():
+            for name, value in manifest.run.stage_seconds.items():
                 stage_seconds[name] = stage_seconds.get(name, 0.0) + value
 
     for _ in range(rounds):

@@ -27,7 +27,7 @@ from bench.planning import peak
 from pipelines.ledger import read_ledger
 from pipelines.lint import lint
 from stages.codec import Image, decode_jpeg, encode_jpeg
-from stages.storage.commit import manifests
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import stamps
 
@@ -73,7 +73,7 @@ def main(
         raise SystemExit(f"{output} holds a data set: remove it, or give another --folder")
     first = run(command, lambda: read_ledger(store).inputs >= at * count)
     time.sleep(10)  # its workers live on for a moment
-    whole = {manifest["shard"] for manifest in manifests(store)}
+    whole = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
     kept = {name: stamp for name, stamp in stamps(output).items() if Path(name).stem in whole}
     before = read_ledger(store).inputs
     print(
@@ -83,7 +83,7 @@ def main(
     second = run(command, lambda: False)
     ledger, now = read_ledger(store), stamps(output)
     again = [name for name, stamp in kept.items() if now.get(name) != stamp]
-    done = sum(m["inputs"] for m in manifests(store) if m["shard"] not in whole)
+    done = sum(m.inputs for m in DatasetReader(store).manifests().values() if m.shard not in whole)
     print(
         f"the second start ended {second.status} after {second.seconds:.0f} s: it worked on "
         f"{done:,}"

@@ -125,11 +125,9 @@ def steady_rate(done: Sequence[dict[str, Any]], workers: int) -> tuple[float, fl
     """Images/s of the stages while all `workers` were up, and for how many seconds that was."""
     spans = []
     for manifest in done:
-        started = manifest["run"]["finished"] - manifest["run"]["seconds"]
-        busy = sum(
-            value for name, value in manifest["run"]["stage_seconds"].items() if name != "source"
-        )
-        spans.append((started, started + busy, manifest["inputs"]))
+        started = manifest.run.finished - manifest.run.seconds
+        busy = sum(value for name, value in manifest.run.stage_seconds.items() if name != "source")
+        spans.append((started, started + busy, manifest.inputs))
     spans.sort()
     start, end = spans[workers - 1][0], spans[-1][0]
     made = sum(n * max(0.0, min(b, end) - max(a, start)) / (b - a) for a, b, n in spans)

@@ -58,7 +58,7 @@ def test_executors_write_the_same_and_the_manifests_count_tokens(
                 settings(portraits, tmp_path / executor, server, executor), chain=captioned
             )
             done = list(execute(job, lambda count: None))
-        counts = [manifest["run"]["stage_counts"] for manifest in done]
+        counts = [manifest.run.stage_counts for manifest in done]
         assert (
             counts
             == [{"caption": {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}}] * 2

@@ -19,13 +19,12 @@ def test_another_chain_is_run_and_signed_in_place_of_the_real_one(
 ) -> None:
     job = plan_job(config(portraits, tmp_path), chain=resizing)
     manifests = list(execute(job, lambda count: None))
-    assert [manifest["written"] for manifest in manifests] == [4, 4]
+    assert [manifest.written for manifest in manifests] == [4, 4]
     assert all(
-        set(manifest["run"]["stage_seconds"]) == {"source", "resize", "fill"}
-        for manifest in manifests
+        set(manifest.run.stage_seconds) == {"source", "resize", "fill"} for manifest in manifests
     )
     assert all(
-        manifest["signatures"] == [stage.signature() for stage in resizing(job.config)]
+        manifest.signatures == [stage.signature() for stage in resizing(job.config)]
         for manifest in manifests
     )
     assert plan_job(job.config, chain=resizing).tasks == []

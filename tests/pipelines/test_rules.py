@@ -12,7 +12,7 @@ from configs.errors import QualityError
 from pipelines.lint import lint
 from pipelines.review import check_trainable
 from pipelines.run import plan_job, run
-from stages.storage.commit import read_manifests, read_records, read_sidecar
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config, digests
 from tests.pipelines.test_run import _count_models
@@ -31,7 +31,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(output: Path) -> list[dict[str, Any]]:
     store = Store(str(output))
     return [
-        row for index in read_manifests(store) for row in read_sidecar(store, index).to_pylist()
+        row for index in DatasetReader(store).manifests() for row in DatasetReader(store).rows(index).to_pylist()
     ]
 
 
@@ -72,7 +72,7 @@ def test_a_rule_from_the_start_gives_the_same_bytes_but_for_captions_never_made(
     held = [
         record
         for index in range(2)
-        for record in read_records(Store(str(output)), index)
+        for record in DatasetReader(Store(str(output))).records(index)
         if record.quarantined
     ]
     assert held and {record.caption for record in held} == {""}
@@ -86,7 +86,7 @@ def test_a_changed_stage_before_the_judge_judges_anew(
     output = Path(shutil.copytree(made, tmp_path / "out"))
     run(config(portraits, output, STRICT))
     job = plan_job(config(portraits, output, STRICT, "parse.align_below=0.2"))
-    assert {task.again for task in job.tasks} == {
+    assert {task.stale_stages for task in job.tasks} == {
         frozenset({"parse", "measure", "quality_filter", "caption", "review"})
     }
     job = plan_job(config(portraits, output, STRICT, "resize.jpeg_quality=90"))
@@ -147,21 +147,22 @@ def _with_captions(store: Store, text: str) -> Store:
     from pipelines.review import ReviewStage
     from stages.backends.weights import Weights
     from stages.storage.commit import PlannedShard, commit
+from stages.storage.reader import DatasetReader
     from stages.storage.manifest import ShardRun
 
     other = Store(f"{store.root}-captioned")
     stage = ReviewStage(ReviewConfig(), Weights())
-    for index, manifest in read_manifests(store).items():
+    for index, manifest in DatasetReader(store).manifests().items():
         records = [
             replace(record, caption=text, face_caption=text)
-            for record in read_records(store, index)
+            for record in DatasetReader(store).records(index)
         ]
         shard = PlannedShard(index=index, inputs=len(records), bytes=0, digest="")
         commit(
             other,
             shard,
             stage.process(records),
-            manifest["signatures"],
+            manifest.signatures,
             ShardRun({}, "inline", 0.0),
         )
     return other

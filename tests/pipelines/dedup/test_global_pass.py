@@ -10,11 +10,11 @@ import cv2
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.dedup.global_pass import read_identities
 from pipelines.lint import lint
 from pipelines.run import run
 from stages.record import key_of
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
 from tests.pipelines.test_rules import rows_of
@@ -89,7 +89,7 @@ def test_a_copy_is_known_by_its_bytes_where_sizes_are_not(photos: Path, tmp_path
 
 
 def test_a_person_has_one_identity_and_one_side(made: Path) -> None:
-    rows = {row["key"]: row for row in read_identities(Store(str(made))).to_pylist()}
+    rows = {row["key"]: row for row in DatasetReader(Store(str(made))).identities().to_pylist()}
     second, mirrored = rows[key_of("portrait-7-00001.jpg")], rows[key_of("z mirrored.jpg")]
     assert second["identity_id"] == mirrored["identity_id"] and second["split"] == mirrored["split"]
     assert second["identity_size"] == 2 and second["nearest"][0] == mirrored["key"]
@@ -127,12 +127,12 @@ def test_more_pictures_change_no_verdict_and_move_nobody(
     cv2.imwrite(str(source / "a later copy.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 70])
     before = {
         row["key"]: (row["identity_id"], row["split"])
-        for row in read_identities(Store(str(output))).to_pylist()
+        for row in DatasetReader(Store(str(output))).identities().to_pylist()
     }
     run(config(source, output, *SPLIT))
     after = {
         row["key"]: (row["identity_id"], row["split"])
-        for row in read_identities(Store(str(output))).to_pylist()
+        for row in DatasetReader(Store(str(output))).identities().to_pylist()
     }
     assert {key: after[key] for key in before} == before
     reasons = {row["source"]: row["reason"] for row in rows_of(output)}

@@ -28,8 +28,9 @@ from pipelines.takedown import by_source, take_down
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, Status, key_of
 from stages.regions import LABEL_IDS
-from stages.storage.commit import PlannedShard, commit, read_sidecar
+from stages.storage.commit import PlannedShard, commit
 from stages.storage.manifest import ShardRun
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 
@@ -305,7 +306,9 @@ def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path:
 
 def test_every_input_can_be_shown(made: Store) -> None:
     rows = [
-        row for index in (0, 1) for row in read_sidecar(made, index, ["key", "reason"]).to_pylist()
+        row
+        for index in (0, 1)
+        for row in DatasetReader(made).rows(index, ["key", "reason"]).to_pylist()
     ]
     assert len(rows) == 6 and {row["reason"] for row in rows} == {
         "",

@@ -31,8 +31,8 @@ from pipelines.report.stats import compute
 from pipelines.report.text import number, percent
 from pipelines.run import run
 from stages.regions import LABELS, REGION_WORDS
-from stages.storage.commit import manifests
 from stages.storage.layout import REPORT, STATS, STATS_TABLE
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 from tests.pipelines.report.report_data import EVIL, EVIL_IMAGE, Recipe, write_set, write_shard
@@ -99,8 +99,8 @@ def test_the_table_of_shards_recomputes(made: Store) -> None:
             s: some / n for s, (some, n) in rates(rows).items()
         }
         manifest = json.loads(made.read(f"shards/{name}.json"))
-        assert row["seconds"] == manifest["run"]["seconds"]
-        assert row["seconds_parse"] == manifest["run"]["stage_seconds"]["parse"]
+        assert row["seconds"] == manifest.run.seconds
+        assert row["seconds_parse"] == manifest.run.stage_seconds["parse"]
 
 
 def test_the_odd_shard_is_flagged_and_no_other(made: Store) -> None:
@@ -164,7 +164,11 @@ def test_time_counts_only_while_a_shard_is_made(made: Store, tmp_path: Path) -> 
     assert runs["seconds"] == 12.0  # 6 to 12 and 105 to 111: the hour at lunch is no work
     assert runs["images_per_second"] == round(4 * 30 / 12, 3)
     # of a run that resumed
-    second = [manifest for manifest in manifests(store) if manifest["run"]["finished"] > 100]
+    second = [
+        manifest
+        for manifest in DatasetReader(store).manifests().values()
+        if manifest.run.finished > 100
+    ]
     assert images_per_second(second) == round(60 / 6, 3)
     assert runs["stage_seconds"] == {"source": 1.0, "parse": 3.0}
     assert runs["stage_share"] == {"source": 0.25, "parse": 0.75}

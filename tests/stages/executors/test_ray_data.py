@@ -10,7 +10,7 @@ import pytest
 from pipelines.run import execute, plan_job
 from stages.executors.inline import run_inline
 from stages.executors.ray_data import run_ray
-from stages.storage.commit import read_sidecar
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 from tests.stages.executors.toy import Result, ToyJob, ToyTask
@@ -52,7 +52,7 @@ def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
     rows = [
         row
         for index in range(2)
-        for row in read_sidecar(Store(job.config.output), index).to_pylist()
+        for row in DatasetReader(Store(job.config.output)).rows(index).to_pylist()
     ]
     failed = {
         row["source"]: (row["status"], row["reason"], row["stage"])
@@ -63,7 +63,7 @@ def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
         "killer.jpg": ("failed", "killed_worker", "trap"),
         "sleeper.jpg": ("failed", "timed_out", "trap"),
     }
-    assert sum(manifest["written"] for manifest in manifests) == len(others) == 6
-    assert max(manifest["run"]["attempt"] for manifest in manifests) == 2, (
+    assert sum(manifest.written for manifest in manifests) == len(others) == 6
+    assert max(manifest.run.attempt for manifest in manifests) == 2, (
         "the first in a worker, the second in a child process"
     )

@@ -27,8 +27,8 @@ from pipelines.ledger import read_ledger
 from pipelines.lint import lint
 from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
-from stages.storage.commit import read_records
 from stages.storage.lock import NAME, RunLock
+from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests, new_captions
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
@@ -123,7 +123,11 @@ def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_no
 
 def test_the_trainer_reads_it_in_place(made: Made) -> None:
     data = ShardSet(made.bucket.out)
-    records = [record for index in (0, 1) for record in read_records(Store(made.bucket.out), index)]
+    records = [
+        record
+        for index in (0, 1)
+        for record in DatasetReader(Store(made.bucket.out)).records(index)
+    ]
     assert data.keys == [record.key for record in records]
     assert [record.image for record in data.records([1, 0])] == [records[1].image, records[0].image]
     assert data.dataset_config() == made.bucket.read("out/config.yaml").decode()
