@@ -74,8 +74,8 @@ ResultT_co = TypeVar("ResultT_co", covariant=True)
 class ShardJob(Protocol[TaskT_contra, ResultT_co]):
     """Must be picklable: Ray sends it to every worker.
 
-    `load` and `commit` may run several times for one task, in different processes. Only the last
-    `commit` may count.
+    `load` and `commit` may run several times for one task, each in another process: a later commit
+    must replace an earlier one.
     """
 
     @property
