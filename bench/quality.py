@@ -8,47 +8,29 @@ that each figure costs on one core.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Final
 
 import cv2
 import numpy as np
-import PIL.Image
 import typer
 
 from configs.load import load
 from configs.quality import RulesConfig
 from configs.schema import DatasetConfig
 from stages import measurements
-from stages.annotations import Measures
 from stages.backends.runtime import pin_threads
 from stages.base import run_chain
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
-from stages.quality_filter import RULES, verdict
+from stages.quality_filter import RULES, broken_rule
 from stages.record import Face, Record, key_of
 
 QUANTILES: Final = (0, 0.001, 0.01, 0.5, 0.99, 0.999, 1)
 STAGES: Final = ("resize", "detect", "parse")
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the rules look at, of one picture (stages.quality_filter.Judged); the identity's norm is
-    left out.
-    """
-
-    source_width: int
-    source_height: int
-    faces: tuple[Face, ...]
-    main_face: Face
-    measures: Measures
-    identity_norm: float = 0.0
 
 
 def main(
@@ -75,12 +57,12 @@ def main(
     )
     files = files[:: max(1, len(files) // limit)][:limit] if limit else files
     spent: dict[str, list[float]] = {}
-    facts = list(measured(files, dataset, spent))
-    if not facts:
+    records = list(measured(files, dataset, spent))
+    if not records:
         raise typer.BadParameter(f"no face was measured in the {len(files)} pictures of {folder}")
-    print(f"{len(facts)} of {len(files)} pictures measured\n")
-    print("\n".join(distribution(facts)), "\n")
-    print("\n".join(judged(facts, rules)), "\n")
+    print(f"{len(records)} of {len(files)} pictures measured\n")
+    print("\n".join(distribution(records)), "\n")
+    print("\n".join(broken_rules(records, rules)), "\n")
     print(
         "milliseconds, median: "
         + " · ".join(f"{n} {median(s) * 1e3:.2f}" for n, s in spent.items())
@@ -89,8 +71,8 @@ def main(
 
 def measured(
     files: Sequence[Path], config: DatasetConfig, spent: dict[str, list[float]]
-) -> Iterator[Facts]:
-    """The facts of every picture in which a face was parsed; the seconds of each figure go to
+) -> Iterator[Record]:
+    """The record of every picture in which a face was parsed; the seconds of each metric go to
     `spent`.
     """
     chain = [stage for stage in build_stages(config) if stage.name in STAGES]
@@ -106,10 +88,7 @@ def measured(
                 record.main_face,
             )
             time_each(image, labels, face, spent)
-            width, height = PIL.Image.open(io.BytesIO(data)).size
-            yield Facts(
-                width, height, record.faces, face, measurements.measure(image, labels, face)
-            )
+            yield record.annotated(measurements.measure(image, labels, face))
 
 
 def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]) -> None:
@@ -129,27 +108,27 @@ def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]
         spent.setdefault(name, []).append(time.perf_counter() - began)
 
 
-def distribution(facts: Sequence[Facts]) -> Iterator[str]:
-    """A line for each rule's figure: its quantiles."""
-    yield f"{'figure':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
-    for what, figure in {rule.what: rule.figure for rule in RULES}.items():
-        values = [value for fact in facts if (value := figure(fact)) is not None]
+def distribution(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each rule's metric: its quantiles."""
+    yield f"{'metric':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
+    for label, value_of in {rule.label: rule.value for rule in RULES}.items():
+        values = [value for record in records if (value := value_of(record)) is not None]
         if values:
-            yield f"{what:24}" + "".join(
+            yield f"{label:24}" + "".join(
                 f"{value:9.3f}" for value in np.quantile(values, QUANTILES)
             )
 
 
-def judged(facts: Sequence[Facts], rules: RulesConfig) -> Iterator[str]:
+def broken_rules(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
     """A line for each rule: how many break it, whichever others they break; and one for all of
     them.
     """
     for rule in RULES:
         limit = getattr(rules, rule.setting)
-        broken = sum(bool(rule.broken(fact, rules)) for fact in facts)
+        broken = sum(bool(rule.detail(record, rules)) for record in records)
         yield f"{rule.setting + '=' + format(limit, 'g'):24}{broken:9}  {rule.reason}"
-    lost = sum(verdict(fact, rules) is not None for fact in facts)
-    yield f"{'any rule':24}{lost:9}  {lost / len(facts):.2%}"
+    lost = sum(broken_rule(record, rules) is not None for record in records)
+    yield f"{'any rule':24}{lost:9}  {lost / len(records):.2%}"
 
 
 if __name__ == "__main__":

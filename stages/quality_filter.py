@@ -39,7 +39,8 @@ class Rule:
 
     def broken_by(self, value: float, limit: float) -> bool:
         """True if the value is on the wrong side of a limit. A limit of 0 switches the rule off."""
-        return bool(limit) and (value < limit if self.is_minimum else value > limit)
+        within = value >= limit if self.is_minimum else value <= limit  # false for NaN
+        return bool(limit) and not within
 
     def detail(self, record: Record, rules: RulesConfig) -> str:
         """How the record breaks the rule; "" where it doesn't, or has no such metric."""
@@ -98,8 +99,20 @@ RULES: Final = (
     Rule("min_side", "low_resolution", "short side in pixels", "source_side", _source_side),
     Rule("max_faces", "too_many_faces", "faces", "face_count", _large_faces),
     Rule("min_faces", "too_few_faces", "faces", "face_count", lambda record: len(record.faces)),
-    Rule("min_face", "face_too_small", "face in pixels", "face_side", lambda r: r.main_face.side),
-    Rule("min_score", "low_score", "detection score", "score", lambda r: r.main_face.score),
+    Rule(
+        "min_face",
+        "face_too_small",
+        "face in pixels",
+        "face_side",
+        lambda r: r.main_face.side if r.faces else None,
+    ),
+    Rule(
+        "min_score",
+        "low_score",
+        "detection score",
+        "score",
+        lambda r: r.main_face.score if r.faces else None,
+    ),
     _measured("min_sharpness", "blurred", "sharpness", "sharpness"),
     _measured("min_brightness", "too_dark", "brightness", "brightness"),
     _measured("max_brightness", "too_bright", "brightness", "brightness"),

@@ -59,7 +59,7 @@ def test_copies_are_held_whatever_shard_they_lie_in(made: Path) -> None:
     [row] = [row for row in rows_of(made) if row["source"] == "z re-encoded.jpg"]
     assert (
         "portrait-7-00000.jpg" in row["detail"]
-        and row["held_offset"] >= 0
+        and row["quarantine_offset"] >= 0
         and row["stage"] == "neighbours"
     )
     assert list(lint(Store(str(made)))) == []

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
 from pipelines.cli import app
-from pipelines.export_fgid import read_samples
 from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
 from pipelines.sources.fgid import read_identity
@@ -28,7 +27,7 @@ from pipelines.sources.objects import read_objects
 from stages.base import Failed, Stage
 from stages.chain import build_stages
 from stages.record import Record
-from stages.storage.store import Store
+from stages.storage.reader import DatasetReader
 from tests.pipelines.helpers import config, digests, new_captions
 
 COUNT = 3
@@ -85,7 +84,9 @@ def _rewrite(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _samples(output: Path) -> dict[str, Record]:
-    return {record.source: record for record in read_samples(Store(str(output)))}
+    reader = DatasetReader(str(output))
+    records = (record for index in reader.manifests() for record in reader.samples(index))
+    return {record.source: record for record in records}
 
 
 def _reasons(folder: Path, output: Path) -> dict[str, str]:
