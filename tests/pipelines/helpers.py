@@ -6,7 +6,9 @@ import hashlib
 import signal
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import torch
 
 from configs.load import load
 from configs.schema import DatasetConfig
@@ -56,3 +58,20 @@ def hears_ctrl_c() -> None:
     SIGINT.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
+    parser on torch.
+    """
+    ran: list[str] = []
+    session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
+    patch.setattr(
+        onnxruntime.InferenceSession,
+        "run",
+        lambda *a, **k: (ran.append("onnx"), session(*a, **k))[1],
+    )
+    patch.setattr(
+        torch.nn.Module, "__call__", lambda *a, **k: (ran.append("torch"), module(*a, **k))[1]
+    )
+    return ran
