@@ -68,12 +68,12 @@ def load_shard(
         if item.key in taken:
             yield PendingRecord(exclusions.removed_record(item.key), NOTHING)
             continue
-        fields = source.gives(item)
+        fields = source.provided_fields(item)
         given = frozenset(
             stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides)
         )
         old, new = kept.get(item.key), next(arrived) if item.key in again else None
-        if old is not None and (new is None or source.same(made[item.key], new)):
+        if old is not None and (new is None or source.is_unchanged(made[item.key], new)):
             yield PendingRecord(old.record, old.remaining_stages - given)
         else:
             assert new is not None, "an input is kept, or it is read"
