@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
 from pipelines.cli import app
-from pipelines.export_fgid import read_samples
+from pipelines.export_fgid import written_records
 from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
 from pipelines.sources.fgid import read_identity
@@ -86,7 +86,7 @@ def _rewrite(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _samples(output: Path) -> dict[str, Record]:
-    return {record.source: record for record in read_samples(Store(str(output)))}
+    return {record.source: record for record in written_records(Store(str(output)))}
 
 
 def _reasons(folder: Path, output: Path) -> dict[str, str]:
