@@ -225,8 +225,8 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
         if twin.reason == "duplicate":
             return f"same bytes as {other}"
         if twin.reason == "near_duplicate":
-            return f"{twin.figure:.0f} of 256 bits of its hash differ from {other}"
-        return f"cosine {twin.figure:.4f} to {other}"
+            return f"{twin.metric:.0f} of 256 bits of its hash differ from {other}"
+        return f"cosine {twin.metric:.4f} to {other}"
 
     rows = [
         {
@@ -234,7 +234,7 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
             "key": pool.keys[row],
             "reason": twin.reason,
             "of": pool.keys[twin.of],
-            "figure": twin.figure,
+            "figure": twin.metric,
             "detail": detail(twin),
         }
         for row, twin in sorted(copies.items())

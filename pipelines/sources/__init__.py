@@ -7,9 +7,9 @@ from typing import Final
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig, SourceConfig
-from pipelines.sources.base import Input, Source, TransientFailure
+from pipelines.sources.base import STAGE, Input, Source, TransientFailure
 
-__all__ = ["Input", "Source", "TransientFailure", "build_source"]
+__all__ = ["STAGE", "Input", "Source", "TransientFailure", "build_source"]
 
 _CLASSES: Final = {
     "local": "pipelines.sources.files:LocalFiles",
