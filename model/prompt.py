@@ -79,9 +79,7 @@ def tokenize_marked(
     """
     mark_id = tokenizer.convert_tokens_to_ids(FACIAL_MARK)
     if mark_id is None or mark_id == tokenizer.unk_token_id:
-        raise ValueError(
-            f"the tokenizer has no token {FACIAL_MARK}; call add_marks on it first"
-        )
+        raise ValueError(f"the tokenizer has no token {FACIAL_MARK}; call add_marks on it first")
     clean: list[int] = []
     positions: list[int] = []
     for token in cast(list[int], tokenizer.encode(text, verbose=False)):
