@@ -27,7 +27,8 @@ from bench.reference_loop import ReferenceLoop
 from configs.load import load
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
-from pipelines.run import execute, plan_job, read_ledger
+from pipelines.ledger import read_ledger
+from pipelines.run import execute, plan_job
 from stages.backends.bisenet import BiSeNetParser
 from stages.backends.runtime import pin_threads
 from stages.backends.weights import Weights

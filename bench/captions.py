@@ -22,8 +22,7 @@ from PIL import Image
 from skimage.data import astronaut, cat, chelsea, coffee
 
 from bench.against import Cost, cost_of
-from configs.common import PlacementConfig
-from configs.schema import CaptionConfig
+from configs.captions import LlavaConfig
 from stages.backends.llava import Llava
 from stages.backends.runtime import pin_threads
 from stages.codec import decode_jpeg, encode_jpeg
@@ -64,13 +63,7 @@ def main(
             flush=True,
         )
         for count in tokens or (16, 64):
-            config = CaptionConfig(
-                backend="llava",
-                model=folder,
-                device="cpu",
-                max_new_tokens=count,
-                placement=PlacementConfig(batch_size=batch_size),
-            )
+            config = LlavaConfig(model=folder, device="cpu", max_new_tokens=count)
             compare(Llava(config), records, rounds)
 
 
@@ -81,12 +74,12 @@ def compare(backend: Llava, records: Sequence[Record], rounds: int) -> None:
     CPU-seconds vary less than seconds on a machine with other work.
     """
     ways: dict[str, Callable[..., Any]] = {
-        "shared": backend.caption,
+        "shared": partial(backend.caption, batch_size=len(records)),
         "one call": partial(one_call, backend),
         "two calls": partial(two_calls, backend),
     }
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
-    backend.caption(records)  # not timed, because the first call is slower
+    backend.caption(records, len(records))  # not timed, because the first call is slower
     for _ in range(rounds):
         texts: dict[str, Any] = {}
         for name, way in ways.items():

@@ -23,10 +23,9 @@ from PIL import Image as PILImage
 
 from configs.load import load
 from configs.schema import DatasetConfig
-from stages.backends.protocols import Image
 from stages.backends.weights import Weights
 from stages.base import Stage, run_chain
-from stages.codec import decode_jpeg, encode_jpeg
+from stages.codec import Image, decode_jpeg, encode_jpeg
 from stages.detect import DetectStage
 from stages.embed import EmbedStage
 from stages.record import FloatArray, Record, key_of

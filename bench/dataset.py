@@ -38,6 +38,7 @@ from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
 from stages.detect import find_faces
 from stages.record import Record, key_of
+from stages.storage.manifest import Manifest
 
 
 class Contender(StrEnum):
@@ -84,7 +85,7 @@ class Bare:
         return len(self._inputs)
 
 
-def run_pipeline(config: DatasetConfig) -> tuple[float, list[dict[str, Any]]]:
+def run_pipeline(config: DatasetConfig) -> tuple[float, list[Manifest]]:
     """Make a data set; returns the seconds of the run and the shards' manifests."""
     shutil.rmtree(config.output, ignore_errors=True)
     started = time.perf_counter()
@@ -135,7 +136,7 @@ def main(
         _, manifests = run_pipeline(inline)
         inline_rates.append(throughput(manifests))
         for manifest in manifests:
-            add_seconds(stage_seconds, manifest["run"]["stage_seconds"])
+            add_seconds(stage_seconds, manifest.run.stage_seconds)
 
     for _ in range(rounds):
         turn()

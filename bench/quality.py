@@ -8,17 +8,14 @@ each metric takes on one core.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Final
 
 import cv2
 import numpy as np
-import PIL.Image
 import typer
 
 from configs.load import load
@@ -29,23 +26,11 @@ from stages.backends.runtime import pin_threads
 from stages.base import run_chain
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
-from stages.quality_filter import RULES, verdict
-from stages.record import Face, Measures, Record, key_of
+from stages.quality_filter import RULES, broken_rule
+from stages.record import Face, Record, key_of
 
 QUANTILES: Final = (0, 0.001, 0.01, 0.5, 0.99, 0.999, 1)
 STAGES: Final = ("resize", "detect", "parse")
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What the rules read of an image (stages.quality_filter.Judged), without its identity norm."""
-
-    source_width: int
-    source_height: int
-    faces: tuple[Face, ...]
-    main_face: Face
-    measures: Measures
-    identity_norm: float = 0.0
 
 
 def main(
@@ -74,15 +59,15 @@ def main(
     )
     files = files[:: max(1, len(files) // limit)][:limit] if limit else files
     seconds: dict[str, list[float]] = {}
-    images = list(measure(files, dataset, seconds))
-    if not images:
+    records = list(measure(files, dataset, seconds))
+    if not records:
         raise typer.BadParameter(
             f"no face was measured in the {len(files)} images of {folder}; name a folder of "
             "photographs of people"
         )
-    print(f"{len(images)} of {len(files)} images measured\n")
-    print("\n".join(distributions(images)), "\n")
-    print("\n".join(dropped_by_rule(images, rules)), "\n")
+    print(f"{len(records)} of {len(files)} images measured\n")
+    print("\n".join(distributions(records)), "\n")
+    print("\n".join(dropped_by_rule(records, rules)), "\n")
     print(
         "milliseconds, median: "
         + " · ".join(f"{name} {median(times) * 1e3:.2f}" for name, times in seconds.items())
@@ -91,8 +76,8 @@ def main(
 
 def measure(
     files: Sequence[Path], config: DatasetConfig, seconds: dict[str, list[float]]
-) -> Iterator[Measured]:
-    """Yield the measurements of every image in which a face was parsed.
+) -> Iterator[Record]:
+    """Yield the record, with its measures, of every image in which a face was parsed.
 
     The time of each metric is appended to `seconds`.
     """
@@ -106,9 +91,7 @@ def measure(
             image, labels = decode_jpeg(record.image), decode_labels(record.parsing)
             face = record.main_face
             time_metrics(image, labels, face, seconds)
-            width, height = PIL.Image.open(io.BytesIO(data)).size
-            measures = measurements.measure(image, labels, face)
-            yield Measured(width, height, record.faces, face, measures)
+            yield record.annotated(measurements.measure(image, labels, face))
 
 
 def time_metrics(image: Any, labels: Any, face: Face, seconds: dict[str, list[float]]) -> None:
@@ -129,25 +112,25 @@ def time_metrics(image: Any, labels: Any, face: Face, seconds: dict[str, list[fl
         seconds.setdefault(name, []).append(time.perf_counter() - started)
 
 
-def distributions(images: Sequence[Measured]) -> Iterator[str]:
+def distributions(records: Sequence[Record]) -> Iterator[str]:
     """Yield a line for each metric of a rule, with its quantiles."""
     yield f"{'metric':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
-    for name, metric in {rule.what: rule.figure for rule in RULES}.items():
-        values = [value for image in images if (value := metric(image)) is not None]
+    for label, value_of in {rule.label: rule.value for rule in RULES}.items():
+        values = [value for record in records if (value := value_of(record)) is not None]
         if values:
-            yield f"{name:24}" + "".join(
+            yield f"{label:24}" + "".join(
                 f"{value:9.3f}" for value in np.quantile(values, QUANTILES)
             )
 
 
-def dropped_by_rule(images: Sequence[Measured], rules: RulesConfig) -> Iterator[str]:
+def dropped_by_rule(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
     """Yield a line for each rule with the number of images that break it, and one for any rule."""
     for rule in RULES:
         limit = getattr(rules, rule.setting)
-        broken = sum(bool(rule.broken(image, rules)) for image in images)
+        broken = sum(bool(rule.detail(record, rules)) for record in records)
         yield f"{rule.setting + '=' + format(limit, 'g'):24}{broken:9}  {rule.reason}"
-    dropped = sum(verdict(image, rules) is not None for image in images)
-    yield f"{'any rule':24}{dropped:9}  {dropped / len(images):.2%}"
+    dropped = sum(broken_rule(record, rules) is not None for record in records)
+    yield f"{'any rule':24}{dropped:9}  {dropped / len(records):.2%}"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from typing import Annotated
 
 import typer
 
-from pipelines.report import INDEX, write_report
+from pipelines.report import write_report
 from pipelines.report.page import SAMPLES
 from pipelines.report.stats import compute
-from stages.storage.store import Store
+from stages.storage.layout import REPORT
+from stages.storage.reader import DatasetReader
 from tests.pipelines.report.report_data import Recipe, write_set
 
 # Fragment of a view's address → selector of what it draws first.
@@ -44,13 +45,13 @@ def main(
                 out, Recipe(shards=shards, rows=rows, odd=(shards // 2,), dim=512, variants=2000)
             )
         started, cpu = time.perf_counter(), time.process_time()
-        stats = compute(Store(str(out))).stats["data"]
+        stats = compute(DatasetReader(str(out))).stats["data"]
         stats_seconds, stats_cpu = time.perf_counter() - started, time.process_time() - cpu
         started, cpu = time.perf_counter(), time.process_time()
         write_report(str(out))
         report_seconds, report_cpu = time.perf_counter() - started, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        size = (out / INDEX).stat().st_size / 1e6
+        size = (out / REPORT).stat().st_size / 1e6
         print(
             f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} "
             "written"
@@ -64,7 +65,7 @@ def main(
             f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and "
             "examples"
         )
-        for view, (ready, first) in time_page(out / INDEX, opens).items():
+        for view, (ready, first) in time_page(out / REPORT, opens).items():
             print(
                 f"{view or 'first view':20} {ready:6.2f} s until it can be used, {first:.2f} s "
                 "until its first image or chart"

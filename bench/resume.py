@@ -24,10 +24,10 @@ import numpy as np
 import typer
 
 from bench.planning import peak
-from pipelines.run import lint, read_ledger
-from stages.backends.protocols import Image
-from stages.codec import decode_jpeg, encode_jpeg
-from stages.storage.commit import manifests
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from stages.codec import Image, decode_jpeg, encode_jpeg
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import stamps
 
@@ -73,7 +73,8 @@ def main(
         raise SystemExit(f"{output} holds a data set; remove it, or name another --folder")
     first = run(command, lambda: read_ledger(store).inputs >= at * count)
     time.sleep(10)  # until its workers have ended
-    committed = {manifest["shard"] for manifest in manifests(store)}
+    reader = DatasetReader(store)
+    committed = {manifest.shard for manifest in reader.manifests().values()}
     stamps_before = {
         name: stamp for name, stamp in stamps(output).items() if Path(name).stem in committed
     }
@@ -85,7 +86,7 @@ def main(
     second = run(command, lambda: False)
     ledger, stamps_after = read_ledger(store), stamps(output)
     rewritten = [name for name, stamp in stamps_before.items() if stamps_after.get(name) != stamp]
-    processed = sum(m["inputs"] for m in manifests(store) if m["shard"] not in committed)
+    processed = sum(m.inputs for m in reader.manifests().values() if m.shard not in committed)
     print(
         f"the second run exited {second.status} after {second.seconds:.0f} s: it processed "
         f"{processed:,} inputs"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from bench.chains import SECONDS, sleeping
 from configs.load import load
 from configs.schema import DatasetConfig
 from pipelines.run import execute, plan_job
+from stages.storage.manifest import Manifest
 from tests.chaos.cluster import TOKEN, Cluster
 
 # Enough for 44 workers of 0.75 CPUs with their read and write tasks.
@@ -112,7 +113,7 @@ def run(folder: Path, address: str, workers: int, images: int, rounds: int) -> R
         f"ray.address={address}",
         f"ray.workers={workers}",
         "source.find_copies=false",
-        "neighbours.max_similarity=0",  # all samples of this chain have the same identity
+        "global_pass.max_similarity=0",  # all samples of this chain have the same identity
     ]
     config = load(DatasetConfig, "configs/dataset/demo.yaml", overrides)
     started = time.monotonic()
@@ -122,15 +123,13 @@ def run(folder: Path, address: str, workers: int, images: int, rounds: int) -> R
     return Rate(workers, steady, seconds, whole)
 
 
-def steady_rate(manifests: Sequence[dict[str, Any]], workers: int) -> tuple[float, float]:
+def steady_rate(manifests: Sequence[Manifest], workers: int) -> tuple[float, float]:
     """Return images/s while all workers were busy, and the number of seconds of that."""
     spans = []
     for manifest in manifests:
-        started = manifest["run"]["finished"] - manifest["run"]["seconds"]
-        busy = sum(
-            value for name, value in manifest["run"]["stage_seconds"].items() if name != "source"
-        )
-        spans.append((started, started + busy, manifest["inputs"]))
+        started = manifest.run.finished - manifest.run.seconds
+        busy = sum(value for name, value in manifest.run.stage_seconds.items() if name != "source")
+        spans.append((started, started + busy, manifest.inputs))
     spans.sort()
     start, end = spans[workers - 1][0], spans[-1][0]
     images = sum(n * max(0.0, min(b, end) - max(a, start)) / (b - a) for a, b, n in spans)

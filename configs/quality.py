@@ -1,5 +1,5 @@
-"""Settings of what a data set is judged by: rights, rules on recorded figures, copies and
-identities, texts.
+"""Settings of what is measured and decided about samples: rights, quality rules, the global pass,
+review of captions.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class RulesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeighboursConfig:
-    """What only the whole data set can tell: copies, who is who, and the split."""
+class GlobalPassConfig:
+    """The global pass: duplicates across shards, identities, and the train/val split."""
 
     # Measured (docs/benchmarks.md): what was encoded again or scaled is within 6 bits, no strangers
     # within 46; of half a million strangers about one pair in ten sets would be within 10. Cropped
@@ -123,20 +123,21 @@ class NeighboursConfig:
     def __post_init__(self) -> None:
         check(
             -1 <= self.max_hash_distance <= 128,
-            f"neighbours.max_hash_distance={self.max_hash_distance}: expected -1 (off) to 128 bits",
+            f"global_pass.max_hash_distance={self.max_hash_distance}: "
+            "expected -1 (off) to 128 bits",
         )
         for name in ("max_similarity", "val_share"):
             check(
                 0 <= getattr(self, name) <= 1,
-                f"neighbours.{name}={getattr(self, name)}: expected 0 to 1",
+                f"global_pass.{name}={getattr(self, name)}: expected 0 to 1",
             )
         check(
             0 < self.split_similarity <= self.identity_similarity < 1,
-            f"neighbours.split_similarity={self.split_similarity}, "
+            f"global_pass.split_similarity={self.split_similarity}, "
             f"identity_similarity={self.identity_similarity}: "
             "expected over 0, under 1, and the first not over the second",
         )
-        check(5 <= self.nearest <= 256, f"neighbours.nearest={self.nearest}: expected 5 to 256")
+        check(5 <= self.nearest <= 256, f"global_pass.nearest={self.nearest}: expected 5 to 256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,9 +25,9 @@ from configs.errors import FaceError, SourceError
 from configs.schema import DatasetConfig
 from stages.base import Dropped, Stage, reject, run_chain
 from stages.chain import build_stages
-from stages.codec import from_members, to_members
 from stages.record import Record, Status, key_of
 from stages.regions import Mode
+from stages.storage.samples import from_members, to_members
 
 _FORMAT: Final = "consistentid-identity-1"
 
@@ -77,7 +77,7 @@ class Identity:
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"member.{name}": _bytes_to_tensor(data)
-            for name, data in to_members(self.record).items()
+            for name, data in to_members(self.record, ()).items()
         }
         for name, tensor in _STATE_NAMES.items():
             tensors[tensor] = getattr(self, name).contiguous()

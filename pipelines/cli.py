@@ -20,6 +20,7 @@ from configs.errors import PipelineError
 
 if TYPE_CHECKING:
     from configs.schema import DatasetConfig
+    from pipelines.report.stats import Report
     from pipelines.run import Job
     from stages.storage.store import Store
 
@@ -127,7 +128,7 @@ def retry(
     with _errors():
         from configs.load import load_text
         from configs.schema import DatasetConfig
-        from pipelines.run import read_ledger
+        from pipelines.ledger import read_ledger
 
         store = _store(output)
         ledger = read_ledger(store)
@@ -158,46 +159,48 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 
 def _run(job: Job) -> None:
+    from pipelines.ledger import read_ledger
     from pipelines.progress import Progress
     from pipelines.report import images_per_second
     from pipelines.review import check_trainable
-    from pipelines.run import execute, fetch_weights, read_ledger
+    from pipelines.run import execute, fetch_weights
 
     for weight in fetch_weights(job.config):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
-    started, done = time.time(), []
+    started, manifests = time.time(), []
     with Progress(job.pending_inputs) as progress:
         for manifest in execute(job, progress.advance):
-            done.append(manifest)
+            manifests.append(manifest)
             progress.note(manifest)
     ledger = read_ledger(job.store)
     for line in ledger.lines():
         typer.echo(line)
-    _write_report(job.store)
-    if done:
-        rate = images_per_second(done) or 0.0
+    report = _write_report(job.store)
+    if manifests:
+        rate = images_per_second(manifests) or 0.0
         typer.echo(
             f"{job.pending_inputs:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s once "
             "models were loaded"
         )
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
-    check_trainable(job.store, job.config.review.max_untrainable)
+    check_trainable(report, job.config.review.max_untrainable)
 
 
-def _write_report(store: Store) -> None:
+def _write_report(store: Store) -> Report:
     from pipelines.report import write_report
     from pipelines.report.card.readme import write_card
 
-    write_report(store)
-    write_card(store)
+    report = write_report(store)
+    write_card(store, report)
+    return report
 
 
 @app.command()
 def status(output: Output) -> None:
     """How far a data set is: shards committed, and the ledger."""
     with _errors():
+        from pipelines.ledger import read_ledger
         from pipelines.planning.plan import planned_shards
-        from pipelines.run import read_ledger
 
         store = _store(output)
         ledger = read_ledger(store)
@@ -224,8 +227,8 @@ def lint(output: Output) -> None:
     off.
     """
     with _errors():
-        from pipelines.run import lint as find
-        from pipelines.run import read_ledger
+        from pipelines.ledger import read_ledger
+        from pipelines.lint import lint as find
 
         store = _store(output)
         found = 0
@@ -284,7 +287,7 @@ def takedown(
         config = load_text(DatasetConfig, store.read("config.yaml").decode(), [f"output={output}"])
         if photo is not None:
             found = removal.by_photo(
-                store, config, photo, similarity or config.neighbours.identity_similarity
+                store, config, photo, similarity or config.global_pass.identity_similarity
             )
         else:
             found = (
@@ -377,8 +380,8 @@ def export_json(
     """
     with _errors():
         from pipelines.export_fgid import export_json as export
+        from pipelines.ledger import read_ledger
         from pipelines.progress import Progress
-        from pipelines.run import read_ledger
 
         store = _store(output)
         with Progress(read_ledger(store).written) as progress:

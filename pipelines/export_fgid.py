@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,24 +24,13 @@ from configs.errors import ConfigError, ShardError
 from pipelines.report.palette import PALETTE
 from pipelines.sources.fgid import JSON_ALL
 from stages.codec import decode_jpeg, decode_labels
-from stages.record import KEY_LENGTH, FloatArray, Record, Status, face_to_dict
-from stages.storage.commit import FOLDER, read_manifests, read_sample, read_sidecar, shard_name
+from stages.record import KEY_LENGTH, FloatArray, Record, face_to_dict
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
 _FIELDS: Final = (
-    *(
-        "key",
-        "source",
-        "sha256",
-        "license",
-        "author",
-        "consent",
-        "width",
-        "height",
-        "source_width",
-        "source_height",
-    ),
-    "identity_norm",
+    *("key", "source", "sha256", "license", "author", "consent", "width", "height"),
+    *("source_width", "source_height", "identity_norm"),
 )
 _KEY: Final = re.compile(f"[0-9a-f]{{{KEY_LENGTH}}}")
 
@@ -67,23 +56,16 @@ def export_json(
     for old in (folder / JSON_ALL, *folder.glob(f".{JSON_ALL}.tmp-*")):
         old.unlink(missing_ok=True)
     count = 0
+    reader = DatasetReader(store)
+    samples = (record for index in reader.manifests() for record in reader.samples(index))
     with Store(str(folder)).writer(JSON_ALL) as stream:
-        for record in read_samples(store):
+        for record in samples:
             entry = json.dumps(_write(record, folder, color), ensure_ascii=False)
             stream.write(f"{',' if count else '['}\n{entry}".encode())
             count += 1
             advance(1)
         stream.write(b"\n]\n" if count else b"[]\n")
     return count
-
-
-def read_samples(store: Store) -> Iterator[Record]:
-    """Every written sample, one at a time, in the shards' order. Raises ShardError."""
-    for index in read_manifests(store):
-        with store.open(f"{FOLDER}/{shard_name(index)}.tar") as tar:
-            for row in read_sidecar(store, index).to_pylist():
-                if row["status"] == Status.OK:
-                    yield read_sample(tar, row)
 
 
 def _write(record: Record, folder: Path, color: bool) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from dataclasses import replace
 import cv2
 
 from configs.schema import DetectConfig
-from stages.backends.protocols import FaceDetector, Image
+from stages.backends.protocols import FaceDetector
 from stages.base import BackendStage, Dropped, RecordStage
-from stages.codec import decode_jpeg
+from stages.codec import Image, decode_jpeg
 from stages.record import Face, Record
 
 

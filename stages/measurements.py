@@ -19,8 +19,9 @@ import numpy.typing as npt
 import PIL.Image
 from skimage.measure import blur_effect
 
-from stages.backends.protocols import Image, LabelMap
-from stages.record import Face, Measures
+from stages.annotations import Measures
+from stages.codec import Image, LabelMap
+from stages.record import Face
 from stages.regions import LABEL_IDS, REGION_LABELS, Mask
 
 Points = npt.NDArray[np.float64]

@@ -15,9 +15,8 @@ import numpy as np
 
 from configs.schema import ParseConfig
 from stages.align import FFHQ_512, Matrix, similarity
-from stages.backends.protocols import Image, LabelMap
 from stages.base import BackendStage, Dropped, reject
-from stages.codec import decode_jpeg, encode_labels
+from stages.codec import Image, LabelMap, decode_jpeg, encode_labels
 from stages.record import Face, Record
 
 # (left, right) brow, eye, ear: "left" is the viewer's left, as in CelebAMask-HQ

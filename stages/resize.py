@@ -20,9 +20,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from configs.schema import ResizeConfig
-from stages.backends.protocols import Image
 from stages.base import Dropped, Failed, RecordStage
-from stages.codec import decode_jpeg, encode_jpeg
+from stages.codec import Image, decode_jpeg, encode_jpeg
 from stages.record import Record
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")

@@ -16,6 +16,7 @@ from model.checkpoint import load_adapter
 from model.conditions import DropRates
 from model.consistentid import ConsistentID, load_base
 from model.spec import ModelSpec
+from stages.storage.remote import refuse_credentials
 from train.data import Preparation
 from train.step import Frozen, TrainedModel, freeze
 
@@ -45,6 +46,8 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 def check_config(config: TrainConfig) -> None:
     """Raise ConfigError for settings that are wrong whatever the data and the models are."""
+    for url in (config.data, config.output, config.adapter, config.model.base):
+        refuse_credentials(url)
     if not config.data:
         raise ConfigError("data is empty. Set data=OUT, the output of make dataset.")
     if not config.output:

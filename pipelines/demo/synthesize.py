@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.backends.protocols import Image
 from stages.backends.weights import Weights
-from stages.codec import encode_jpeg
+from stages.codec import Image, encode_jpeg
 
 STYLE_DIM = 512
 TRUNCATION = 0.6

@@ -10,9 +10,9 @@ import numpy as np
 
 from configs.schema import EmbedConfig
 from stages.align import ARCFACE_112, similarity
-from stages.backends.protocols import Image
 from stages.backends.runtime import onnx_session
 from stages.backends.weights import Weights
+from stages.codec import Image
 from stages.record import Face, FloatArray
 
 CROP = 112

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import cv2
 import numpy as np
 
-from configs.schema import CaptionConfig
+from configs.captions import AttributesConfig
 from stages.backends.colors import to_lab
 from stages.backends.measures import Measured, measure
 from stages.codec import decode_jpeg, decode_labels
@@ -32,22 +32,22 @@ _SIDE: Final = 256  # short side, pixels, that pictures are brought near to befo
 
 
 class Attributes:
-    """The captioner for machines without a large GPU, and the one whose every word can be checked."""
+    """The captioner for machines without a large GPU; every word of its captions can be checked."""
 
-    def __init__(self, config: CaptionConfig, weights: Weights | None = None) -> None:
-        self.config = config
+    def __init__(self, config: AttributesConfig, weights: Weights | None = None) -> None:
+        """No settings, no weights."""
 
     @staticmethod
-    def digests(config: CaptionConfig) -> Mapping[str, str]:
+    def digests(config: AttributesConfig) -> Mapping[str, str]:
         """No weights."""
         return {}
 
     @staticmethod
-    def window(config: CaptionConfig) -> int:
-        return config.placement.batch_size
+    def window(config: AttributesConfig, batch_size: int) -> int:
+        return batch_size
 
-    def caption(self, records: Sequence[Record]) -> list[tuple[str, str]]:
-        """(coarse, fine) of each record; the fine one is "" where no region of the face is visible."""
+    def caption(self, records: Sequence[Record], batch_size: int = 1) -> list[tuple[str, str]]:
+        """(coarse, fine) of each record; fine is "" where no region of the face is visible."""
         texts = []
         for record in records:
             measured = measure_record(record)
@@ -99,7 +99,7 @@ def describe(measured: Measured, key: str) -> str:
 
 
 def describe_face(measured: Measured, key: str) -> str:
-    """The fine description: a sentence with one clause for each visible region, or "" if none is."""
+    """The fine description: a sentence with a clause for each visible region, "" if none is."""
     phrases = _Phrases(key[::-1])
     clause_of = {"face": _face, "eyes": _eyes, "ears": _ears, "nose": _nose, "mouth": _mouth}
     clauses = [

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from configs.schema import ParseConfig
-from stages.backends.protocols import Image, LabelMap
 from stages.backends.runtime import torch_device
 from stages.backends.weights import Weights
+from stages.codec import Image, LabelMap
 
 CLASSES = 19
 _MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)

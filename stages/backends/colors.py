@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.backends.protocols import Image
+from stages.codec import Image
 from stages.regions import Mask
 
 Lab = tuple[float, float, float]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.backends.colors import LabImage, common_color, fabric_color, hair_color
-from stages.backends.protocols import LabelMap
+from stages.codec import LabelMap
 from stages.record import Face
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS, Mask
 

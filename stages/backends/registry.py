@@ -1,8 +1,9 @@
 """Name → class of each backend, loaded only when it is asked for. To add one: a file beside this, a
 line here.
 
-It is built with its stage's section of the configuration and a `Weights` (weights.py):
-`Backend(config, weights)`.
+It is built with its section of the configuration and a `Weights` (weights.py):
+`Backend(config, weights)`. The section is its stage's; a caption backend has one of its own, of its
+name in CaptionConfig.
 """
 
 from __future__ import annotations

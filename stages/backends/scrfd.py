@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from configs.schema import DetectConfig
-from stages.backends.protocols import Image
 from stages.backends.runtime import onnx_session
 from stages.backends.weights import Weights
+from stages.codec import Image
 from stages.record import Face
 
 

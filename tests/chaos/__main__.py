@@ -24,8 +24,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.run import lint, read_ledger
-from stages.storage.commit import manifests, read_records, read_sidecar
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.chaos.cluster import ROOT, TOKEN, Cluster, kill, title_of
 from tests.pipelines.helpers import DEMO, digests
@@ -192,11 +193,11 @@ def compare(output: Path, undisturbed: Path, expected: dict[str, str]) -> list[s
     ]
     faults += list(lint(store))
     keys: Counter[str] = Counter()
-    for manifest in manifests(store):
-        index = int(manifest["shard"][5:])
-        rows = read_sidecar(store, index).to_pylist()
+    for manifest in DatasetReader(store).manifests().values():
+        index = int(manifest.shard[5:])
+        rows = DatasetReader(store).rows(index).to_pylist()
         keys.update(row["key"] for row in rows)
-        if [r.key for r in read_records(store, index)] != [row["key"] for row in rows]:
+        if [r.key for r in DatasetReader(store).records(index)] != [row["key"] for row in rows]:
             faults.append(f"{manifest['shard']}: samples and rows disagree")
     wanted = read_ledger(told).inputs
     twice = sum(1 for n in keys.values() if n > 1)

@@ -19,8 +19,9 @@ from infer.load import dataset_config, load_generator
 from model.conditions import Conditions, build_conditions
 from stages.base import run_stage
 from stages.chain import build_stages
-from stages.codec import encode_jpeg, from_members, to_members
+from stages.codec import encode_jpeg
 from stages.record import Record, from_table, key_of, to_table
+from stages.storage.samples import from_members, to_members
 from tests.infer.conftest import small
 
 

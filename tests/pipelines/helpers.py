@@ -6,14 +6,17 @@ import hashlib
 import signal
 from pathlib import Path
 
+import pytest
+
 from configs.load import load
 from configs.schema import DatasetConfig
+from stages.caption import CaptionStage
 from stages.quality_filter import RULES
-from stages.storage.exclusions import DUPLICATES, IDENTITIES
+from stages.storage.layout import DUPLICATES, IDENTITIES
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
-NO_COPIES = ("neighbours.max_hash_distance=-1", "neighbours.max_similarity=0")
+NO_COPIES = ("global_pass.max_hash_distance=-1", "global_pass.max_similarity=0")
 
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
@@ -26,6 +29,11 @@ def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetCo
         "executor=inline",
     ]
     return load(DatasetConfig, DEMO, [*given, *overrides])
+
+
+def new_captions(patch: pytest.MonkeyPatch) -> None:
+    """Gives the caption stage another version: its captions are stale, whatever the backend."""
+    patch.setattr(CaptionStage, "version", CaptionStage.version + 1)
 
 
 def digests(output: Path) -> dict[str, str]:

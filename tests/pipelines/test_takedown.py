@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from configs.errors import FaceError, PipelineError
-from pipelines.dedup.global_pass import read_identities
-from pipelines.run import lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import plan_job, run
 from pipelines.takedown import by_hash, by_photo, by_source, digest_of, take_down
-from stages.backends.protocols import Image
-from stages.storage.commit import read_records
+from stages.codec import Image
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import NO_COPIES, NO_RULES, config, stamps
+from tests.pipelines.helpers import NO_COPIES, NO_RULES, config, new_captions, stamps
 from tests.pipelines.test_rules import rows_of
 from tests.pipelines.test_run import _count_models
 
@@ -104,7 +105,8 @@ def test_a_person_is_gone_from_just_the_shards_that_held_them(
     assert by_photo(store, settings, portraits / f"{PERSON}.jpg", 0.5) == []
     ran = _count_models(monkeypatch)
     assert plan_job(settings).tasks == [], "the pictures still lie in the source, and stay out"
-    run(config(photos, output, *ALL, "caption.face_prompt=another"))
+    new_captions(monkeypatch)
+    run(settings)
     assert ran == [] and list(lint(store)) == []
 
 
@@ -163,9 +165,9 @@ def test_what_is_left_of_a_take_down_is_found(made: Path, output: Path, photos: 
     assert list(lint(store)) == [], (
         "killed after its log was written, the next run carries it through"
     )
-    record = next(r for r in read_records(store, found[0].shard) if r.key == found[0].key)
+    record = next(r for r in DatasetReader(store).records(found[0].shard) if r.key == found[0].key)
     assert record.image == b"" and record.identity is None
-    assert found[0].key not in read_identities(store).column("key").to_pylist()
+    assert found[0].key not in DatasetReader(store).identities().column("key").to_pylist()
 
 
 def test_from_the_command_line(output: Path, portraits: Path, photos: Path) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from configs.load import load
 from configs.schema import DatasetConfig
+from pipelines.lint import lint
 from pipelines.report import write_report
-from pipelines.run import lint, run
-from stages.storage.commit import read_manifests, read_sidecar
+from pipelines.run import run
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.quality.planted import FAULTS, plant
 
@@ -49,8 +50,10 @@ def main() -> int:
     write_report(store)
     rows = [
         row
-        for index in read_manifests(store)
-        for row in read_sidecar(store, index, ["source", "status", "reason", "detail"]).to_pylist()
+        for index in DatasetReader(store).manifests()
+        for row in DatasetReader(store)
+        .rows(index, ["source", "status", "reason", "detail"])
+        .to_pylist()
     ]
     print(json.dumps({"planted": len(planted), "inputs": len(rows)}))
     wrong = 0

@@ -13,7 +13,7 @@ from typing import Final
 import cv2
 import numpy as np
 
-from stages.backends.protocols import Image
+from stages.codec import Image
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import CaptionConfig
+from configs.captions import AttributesConfig
 from stages.backends.attributes import Attributes, describe, describe_face
 from stages.backends.colors import fabric_color, hair_color, to_lab
 from stages.backends.measures import MIN_SHARE, Measured, measure
@@ -109,7 +109,7 @@ def test_descriptions_are_short_and_guess_no_sex_age_or_origin(full_records: lis
         "female",
         "child",
     }
-    for coarse, fine in Attributes(CaptionConfig()).caption(full_records):
+    for coarse, fine in Attributes(AttributesConfig()).caption(full_records):
         assert len(fine) <= 330
         assert len(re.findall(r"\w+|[^\w\s]", fine)) <= 50, "each of these words is one CLIP token"
         assert len(re.findall(r"\w+|[^\w\s]", coarse)) <= 60
@@ -146,7 +146,7 @@ def full_records() -> list[Record]:
 
 
 def test_captions_vary_with_the_key_and_with_nothing_else(full_records: list[Record]) -> None:
-    backend = Attributes(CaptionConfig())
+    backend = Attributes(AttributesConfig())
     assert backend.caption(full_records) == [
         backend.caption([record])[0] for record in full_records
     ]

@@ -14,12 +14,12 @@ import skimage.data
 
 from configs.quality import RulesConfig
 from configs.schema import DatasetConfig, ParseConfig
-from stages.backends.protocols import Image, LabelMap
+from stages.annotations import Measures
 from stages.base import run_chain
 from stages.chain import build_stages
-from stages.codec import decode_jpeg, decode_labels, encode_jpeg
+from stages.codec import Image, LabelMap, decode_jpeg, decode_labels, encode_jpeg
 from stages.measurements import FACE_MM, Points, angles_of, measure, rotation_of
-from stages.record import Face, Measures, Record, key_of
+from stages.record import Face, Record, key_of
 
 RULES = RulesConfig()
 

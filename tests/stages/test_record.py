@@ -14,15 +14,9 @@ from configs.errors import ConfigError
 from configs.schema import DatasetConfig, ResizeConfig
 from stages.base import BackendStage, Dropped, RecordStage, Stage, check_chain, reject, run_stage
 from stages.chain import build_stages
-from stages.codec import (
-    decode_jpeg,
-    decode_labels,
-    encode_jpeg,
-    encode_labels,
-    from_members,
-    to_members,
-)
+from stages.codec import decode_jpeg, decode_labels, encode_jpeg, encode_labels
 from stages.record import Face, Record, Status, from_table, key_of, to_table
+from stages.storage.samples import from_members, to_members
 
 number = st.floats(-1e4, 1e4)
 faces = st.builds(
@@ -157,8 +151,10 @@ def test_signatures_change_with_what_changes_answers_only() -> None:
 
         return build_stages(load(DatasetConfig, None, overrides))[stage].signature()
 
-    assert signature(4) != signature(4, "caption.prompt=another")
-    assert signature(1) == signature(1, "caption.prompt=another")
+    asked = ("caption.backend=openai", "caption.openai.model=a", "caption.openai.base_url=http://a")
+    assert signature(4) != signature(4, *asked)
+    assert signature(4, *asked) != signature(4, *asked, "caption.openai.prompt=another")
+    assert signature(1) == signature(1, *asked, "caption.openai.prompt=another")
     assert signature(1) != signature(1, "detect.weights=det_10g")
     assert signature(2) == signature(2, "parse.placement.batch_size=8", "parse.device=cuda:1")
 

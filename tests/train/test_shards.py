@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import PipelineError, ShardError, SourceError
-from stages.storage.commit import read_records
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from train.shards import ShardSet
 
@@ -23,7 +23,9 @@ def copy(data: Path, tmp_path: Path) -> Path:
 
 
 def test_every_sample_is_the_record_that_was_written(data: Path, shards: ShardSet) -> None:
-    written = [record for index in range(3) for record in read_records(Store(str(data)), index)]
+    written = [
+        record for index in range(3) for record in DatasetReader(Store(str(data))).records(index)
+    ]
     read = shards.records(range(len(shards)))
     assert shards.keys == [record.key for record in written]
     for one, other in zip(read, written, strict=True):

@@ -10,19 +10,20 @@ import cv2
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.dedup.global_pass import read_identities
-from pipelines.run import lint, run
+from pipelines.lint import lint
+from pipelines.run import run
 from stages.record import key_of
-from stages.storage.exclusions import DUPLICATES, IDENTITIES
+from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
 from tests.pipelines.test_rules import rows_of
 
 SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike are two people
-    "neighbours.val_share=0.5",
-    "neighbours.max_similarity=0.995",
-    "neighbours.identity_similarity=0.8",
-    "neighbours.split_similarity=0.8",
+    "global_pass.val_share=0.5",
+    "global_pass.max_similarity=0.995",
+    "global_pass.identity_similarity=0.8",
+    "global_pass.split_similarity=0.8",
 )
 
 
@@ -58,7 +59,7 @@ def test_copies_are_held_whatever_shard_they_lie_in(made: Path) -> None:
     [row] = [row for row in rows_of(made) if row["source"] == "z re-encoded.jpg"]
     assert (
         "portrait-7-00000.jpg" in row["detail"]
-        and row["held_offset"] >= 0
+        and row["quarantine_offset"] >= 0
         and row["stage"] == "neighbours"
     )
     assert list(lint(Store(str(made)))) == []
@@ -88,7 +89,7 @@ def test_a_copy_is_known_by_its_bytes_where_sizes_are_not(photos: Path, tmp_path
 
 
 def test_a_person_has_one_identity_and_one_side(made: Path) -> None:
-    rows = {row["key"]: row for row in read_identities(Store(str(made))).to_pylist()}
+    rows = {row["key"]: row for row in DatasetReader(Store(str(made))).identities().to_pylist()}
     second, mirrored = rows[key_of("portrait-7-00001.jpg")], rows[key_of("z mirrored.jpg")]
     assert second["identity_id"] == mirrored["identity_id"] and second["split"] == mirrored["split"]
     assert second["identity_size"] == 2 and second["nearest"][0] == mirrored["key"]
@@ -126,12 +127,12 @@ def test_more_pictures_change_no_verdict_and_move_nobody(
     cv2.imwrite(str(source / "a later copy.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 70])
     before = {
         row["key"]: (row["identity_id"], row["split"])
-        for row in read_identities(Store(str(output))).to_pylist()
+        for row in DatasetReader(Store(str(output))).identities().to_pylist()
     }
     run(config(source, output, *SPLIT))
     after = {
         row["key"]: (row["identity_id"], row["split"])
-        for row in read_identities(Store(str(output))).to_pylist()
+        for row in DatasetReader(Store(str(output))).identities().to_pylist()
     }
     assert {key: after[key] for key in before} == before
     reasons = {row["source"]: row["reason"] for row in rows_of(output)}

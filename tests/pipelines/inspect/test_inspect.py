@@ -28,7 +28,9 @@ from pipelines.takedown import by_source, take_down
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, Status, key_of
 from stages.regions import LABEL_IDS
-from stages.storage.commit import PlannedShard, ShardRun, commit, read_sidecar
+from stages.storage.commit import PlannedShard, commit
+from stages.storage.manifest import ShardRun
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 
@@ -54,7 +56,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
             folder,
             output,
             f"rules.min_face={LEAST}",
-            "neighbours.max_hash_distance=-1",
+            "global_pass.max_hash_distance=-1",
             "source.author=[bold]Ada",
         )
     )
@@ -174,7 +176,7 @@ def test_words_that_name_a_region_stand_out(made: Store) -> None:
 def test_what_is_held_failed_or_dropped_is_told(made: Store) -> None:
     held = inspect(made, "small.jpg")
     text = " ".join(printed(held).split())
-    assert held.record is not None and "dropped face_too_small (stage judge)" in text
+    assert held.record is not None and "dropped face_too_small (stage quality_filter)" in text
     assert f"{held.shard}.held.tar" in text and held.row["face_side"] < LEAST
     failed = " ".join(printed(inspect(made, "page.jpg")).split())
     assert "failed not_an_image (stage resize)" in failed and "in no tar" in failed
@@ -187,7 +189,8 @@ def test_another_configuration_than_the_shards_is_said(made: Store, tmp_path: Pa
     assert "wasn't made by" not in printed(inspect(made, "a/one.jpg"))
     shutil.copytree(made.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
-    store.write("dataset.json", store.read("dataset.json").decode().replace("judge-1-", "judge-0-"))
+    changed = store.read("dataset.json").decode().replace("quality_filter-1-", "quality_filter-0-")
+    store.write("dataset.json", changed)
     assert "of a configuration that the shard wasn't made by" in printed(
         inspect(store, "a/one.jpg")
     )
@@ -303,7 +306,9 @@ def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path:
 
 def test_every_input_can_be_shown(made: Store) -> None:
     rows = [
-        row for index in (0, 1) for row in read_sidecar(made, index, ["key", "reason"]).to_pylist()
+        row
+        for index in (0, 1)
+        for row in DatasetReader(made).rows(index, ["key", "reason"]).to_pylist()
     ]
     assert len(rows) == 6 and {row["reason"] for row in rows} == {
         "",

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import skimage.data
 from PIL import Image, ImageDraw
 
-from pipelines.dedup.global_pass import IDENTITIES_SCHEMA
 from stages.record import SCHEMA_VERSION, key_of
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
+from stages.storage.reader import IDENTITIES_SCHEMA
 from stages.storage.sidecar import SIDECAR_SCHEMA, write_sidecar
 
 EVIL = "<script>window.evil = 1; alert(1)</script>"
@@ -37,9 +37,9 @@ _ENDS = (
     ("dropped", "source", "duplicate", 0.02, 0),
     ("dropped", "rights", "license_not_allowed", 0.01, 0),
     ("dropped", "detect", "no_face", 0.03, 1),
-    ("dropped", "judge", "blurred", 0.03, 2),
-    ("dropped", "judge", "turned_away", 0.02, 2),
-    ("dropped", "judge", "occluded", 0.01, 2),
+    ("dropped", "quality_filter", "blurred", 0.03, 2),
+    ("dropped", "quality_filter", "turned_away", 0.02, 2),
+    ("dropped", "quality_filter", "occluded", 0.01, 2),
     ("dropped", "neighbours", "near_duplicate", 0.03, 3),
     ("dropped", "neighbours", "face_duplicate", 0.01, 3),
     ("dropped", "takedown", "taken_down", 0.005, 0),

@@ -26,7 +26,7 @@ ORDER = [
         "parse",
         "embed",
         "measure",
-        "judge",
+        "quality_filter",
         "caption",
         "review",
     ),

@@ -25,12 +25,12 @@ from PIL import Image
 
 from configs.load import load_text
 from configs.schema import DatasetConfig
-from pipelines.dedup.global_pass import IDENTITIES_SCHEMA
 from pipelines.report.card import fields
 from pipelines.report.card.readme import write_card
 from pipelines.run import run
 from pipelines.takedown import by_source, take_down
-from stages.codec import MEMBERS
+from stages.storage.reader import IDENTITIES_SCHEMA
+from stages.storage.samples import MEMBERS
 from stages.storage.sidecar import SIDECAR_SCHEMA
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config
@@ -59,8 +59,8 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     output = tmp_path_factory.mktemp("made") / "out"
     more = (
         "rules.min_face=265",
-        "neighbours.val_share=0.4",
-        "neighbours.split_similarity=0.6",
+        "global_pass.val_share=0.4",
+        "global_pass.split_similarity=0.6",
         *NO_COPIES,
     )
     run(config(folder / "in.parquet", output, "source.name_column=name", *more))

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ShardError
-from pipelines.report import INDEX, STATS, TABLE, compute_stats, images_per_second, write_report
+from pipelines.report import compute_stats, images_per_second, write_report
 from pipelines.report.distribution import Sums, spread
 from pipelines.report.drift import Track, flags
 from pipelines.report.samples import read_samples
@@ -31,7 +31,8 @@ from pipelines.report.stats import compute
 from pipelines.report.text import number, percent
 from pipelines.run import run
 from stages.regions import LABELS, REGION_WORDS
-from stages.storage.commit import manifests
+from stages.storage.layout import REPORT, STATS, STATS_TABLE
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 from tests.pipelines.report.report_data import EVIL, EVIL_IMAGE, Recipe, write_set, write_shard
@@ -86,7 +87,7 @@ def test_every_figure_recomputes_from_real_shards(real: Store) -> None:
 
 
 def test_the_table_of_shards_recomputes(made: Store) -> None:
-    table = pq.read_table(Path(made.root) / TABLE).to_pylist()
+    table = pq.read_table(Path(made.root) / STATS_TABLE).to_pylist()
     for row, (name, rows) in zip(table, shard_rows(Path(made.root)).items(), strict=True):
         assert row["shard"] == name
         for figure in FIGURES:
@@ -98,8 +99,8 @@ def test_the_table_of_shards_recomputes(made: Store) -> None:
             s: some / n for s, (some, n) in rates(rows).items()
         }
         manifest = json.loads(made.read(f"shards/{name}.json"))
-        assert row["seconds"] == manifest["run"]["seconds"]
-        assert row["seconds_parse"] == manifest["run"]["stage_seconds"]["parse"]
+        assert row["seconds"] == manifest.run.seconds
+        assert row["seconds_parse"] == manifest.run.stage_seconds["parse"]
 
 
 def test_the_odd_shard_is_flagged_and_no_other(made: Store) -> None:
@@ -139,11 +140,11 @@ def test_where_nothing_varies_whatever_differs_is_flagged() -> None:
 
 
 def test_equal_outputs_give_equal_reports(made: Store, tmp_path: Path) -> None:
-    before = [made.read(name) for name in (STATS, TABLE, INDEX)]
+    before = [made.read(name) for name in (STATS, STATS_TABLE, REPORT)]
     shutil.copytree(made.root, tmp_path / "elsewhere")
     write_report(str(tmp_path / "elsewhere"))
     assert [
-        (tmp_path / "elsewhere" / name).read_bytes() for name in (STATS, TABLE, INDEX)
+        (tmp_path / "elsewhere" / name).read_bytes() for name in (STATS, STATS_TABLE, REPORT)
     ] == before
 
 
@@ -163,7 +164,11 @@ def test_time_counts_only_while_a_shard_is_made(made: Store, tmp_path: Path) -> 
     assert runs["seconds"] == 12.0  # 6 to 12 and 105 to 111: the hour at lunch is no work
     assert runs["images_per_second"] == round(4 * 30 / 12, 3)
     # of a run that resumed
-    second = [manifest for manifest in manifests(store) if manifest["run"]["finished"] > 100]
+    second = [
+        manifest
+        for manifest in DatasetReader(store).manifests().values()
+        if manifest.run.finished > 100
+    ]
     assert images_per_second(second) == round(60 / 6, 3)
     assert runs["stage_seconds"] == {"source": 1.0, "parse": 3.0}
     assert runs["stage_share"] == {"source": 0.25, "parse": 0.75}
@@ -178,7 +183,7 @@ def test_a_ledger_that_does_not_balance_is_an_error(tmp_path: Path, change: dict
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ShardError, match=r"fgid-000000 doesn't balance"):
         write_report(store)
-    assert not store.exists(INDEX)
+    assert not store.exists(REPORT)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -286,7 +291,7 @@ class Page(HTMLParser):
         self.lists: dict[str, dict[str, str]] = {}
         self._stack: list[tuple[str, dict[str, str | None]]] = []
         self._table, self._of, self._term = "", "", ""
-        self.feed(store.read(INDEX).decode())
+        self.feed(store.read(REPORT).decode())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
@@ -382,7 +387,7 @@ def test_numbers_as_text(value: float | None, shown: str) -> None:
 
 
 def test_words_from_outside_are_text_and_only_two_scripts_may_run(made: Store) -> None:
-    page, html = Page(made), made.read(INDEX).decode()
+    page, html = Page(made), made.read(REPORT).decode()
     assert EVIL in page.text and EVIL_IMAGE in page.text  # licence, detail, note; source
     assert EVIL not in html and not [tag for tag, _ in page.tags if tag == "img"]
     runnable = [data for kind, data in page.scripts if kind is None]
@@ -418,7 +423,7 @@ def test_the_page_needs_nothing_from_anywhere(made: Store) -> None:
         (link or "").startswith(("data:", "#")) or link in ("stats.json", "stats.parquet")
         for link in links
     )
-    style = re.search(r"<style>(.*?)</style>", made.read(INDEX).decode(), re.S)
+    style = re.search(r"<style>(.*?)</style>", made.read(REPORT).decode(), re.S)
     assert style and "url(" not in style[1] and "@import" not in style[1]
 
 

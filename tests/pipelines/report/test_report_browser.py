@@ -17,9 +17,10 @@ from urllib.parse import parse_qs
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.report import INDEX, STATS, write_report
+from pipelines.report import write_report
 from pipelines.report.palette import PALETTE
 from stages.regions import LABEL_IDS
+from stages.storage.layout import REPORT, STATS
 from tests.pipelines.report.report_data import EVIL, EVIL_IMAGE, EVIL_MORE, Recipe, write_set
 
 CHROMIUM = shutil.which("chromium")
@@ -73,7 +74,7 @@ def open_page(browser: Any, made: Path) -> Iterator[Open]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        url = (folder / INDEX).as_uri()
+        url = (folder / REPORT).as_uri()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
@@ -147,7 +148,8 @@ def test_every_number_shows_exactly_as_many_records(open_page: Open) -> None:
             assert shown[href] == records(int(of[0])), href
             assert text == f"{int(of[0]):,}" or text.startswith("fgid-"), href
     assert any(
-        href.startswith("#pictures?status=dropped&stage=judge&reason=blurred") for href in links
+        href.startswith("#pictures?status=dropped&stage=quality_filter&reason=blurred")
+        for href in links
     )
 
 
@@ -421,7 +423,7 @@ def test_ten_thousand_samples(
     began = time.perf_counter()
     write_report(str(folder))
     made, began = time.perf_counter() - began, time.perf_counter()
-    size = (folder / INDEX).stat().st_size
+    size = (folder / REPORT).stat().st_size
     page = open_page(folder=folder)
     opened, began = time.perf_counter() - began, time.perf_counter()
     page.wait_for_selector("[data-chart][data-drawn]")

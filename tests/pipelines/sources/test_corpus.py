@@ -17,8 +17,10 @@ import pytest
 
 from configs.errors import SourceError
 from pipelines.demo.poison import Expected
-from pipelines.run import lint, plan_job, read_ledger, run
-from stages.storage.commit import manifests, read_records, read_sidecar
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import plan_job, run
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, NO_RULES, config
 from tests.pipelines.sources import corpus, corpus_rows
@@ -68,8 +70,8 @@ def check(output: Path, expected: dict[str, Expected]) -> str:
     store = Store(str(output))
     rows = [
         row
-        for index, _ in enumerate(manifests(store))
-        for row in read_sidecar(store, index).to_pylist()
+        for index, _ in enumerate(DatasetReader(store).manifests().values())
+        for row in DatasetReader(store).rows(index).to_pylist()
     ]
     found = {row["source"]: Expected(row["status"], row["reason"]) for row in rows}
     wrong = {
@@ -115,7 +117,9 @@ def test_every_kind_of_file_has_its_reason_in_bounded_memory(
     )
     store = Store(str(tmp_path / "out mixed"))
     records = [
-        record for index, _ in enumerate(manifests(store)) for record in read_records(store, index)
+        record
+        for index, _ in enumerate(DatasetReader(store).manifests().values())
+        for record in DatasetReader(store).records(index)
     ]
     for record in records:
         # where its landmarks lie is the detector's affair

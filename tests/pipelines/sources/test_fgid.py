@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
 from pipelines.cli import app
-from pipelines.export_fgid import read_samples
 from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
 from pipelines.sources.fgid import read_identity
@@ -28,8 +27,8 @@ from pipelines.sources.objects import read_objects
 from stages.base import Failed, Stage
 from stages.chain import build_stages
 from stages.record import Record
-from stages.storage.store import Store
-from tests.pipelines.helpers import config, digests
+from stages.storage.reader import DatasetReader
+from tests.pipelines.helpers import config, digests, new_captions
 
 COUNT = 3
 
@@ -85,7 +84,9 @@ def _rewrite(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _samples(output: Path) -> dict[str, Record]:
-    return {record.source: record for record in read_samples(Store(str(output)))}
+    reader = DatasetReader(str(output))
+    records = (record for index in reader.manifests() for record in reader.samples(index))
+    return {record.source: record for record in records}
 
 
 def _reasons(folder: Path, output: Path) -> dict[str, str]:
@@ -156,10 +157,15 @@ def test_an_export_that_breaks_off_leaves_no_json(made: Path, tmp_path: Path) ->
 
 
 def test_what_comes_with_an_entry_is_not_made_again_when_its_stage_changes(
-    made: Path, exported: Path, tmp_path: Path, calls: list[str]
+    made: Path,
+    exported: Path,
+    tmp_path: Path,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(_fgid(exported, tmp_path / "out"))
-    changed = _fgid(exported, tmp_path / "out", "parse.align=never", "caption.face_prompt=another")
+    new_captions(monkeypatch)
+    changed = _fgid(exported, tmp_path / "out", "parse.align=never")
     job = plan_job(changed)
     assert len(job.tasks) == 1
     list(execute(job, lambda count: None))

@@ -23,12 +23,14 @@ import fsspec
 import pytest
 
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
-from pipelines.run import execute, lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
-from stages.storage.commit import read_records
 from stages.storage.lock import NAME, RunLock
+from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
-from tests.pipelines.helpers import DEMO, config, digests
+from tests.pipelines.helpers import DEMO, config, digests, new_captions
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
 from tests.stages.storage.test_lock import HOLDER
 from train.shards import ShardSet
@@ -121,14 +123,18 @@ def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_no
 
 def test_the_trainer_reads_it_in_place(made: Made) -> None:
     data = ShardSet(made.bucket.out)
-    records = [record for index in (0, 1) for record in read_records(Store(made.bucket.out), index)]
+    records = [
+        record
+        for index in (0, 1)
+        for record in DatasetReader(Store(made.bucket.out)).records(index)
+    ]
     assert data.keys == [record.key for record in records]
     assert [record.image for record in data.records([1, 0])] == [records[1].image, records[0].image]
     assert data.dataset_config() == made.bucket.read("out/config.yaml").decode()
 
 
 def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
-    made: Made, bucket: Bucket, faces: Path
+    made: Made, bucket: Bucket, faces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = [
         [("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)
@@ -138,7 +144,8 @@ def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
     bucket.copy_of(made.bucket)
     torn: list[str] = []
     bucket.proxy.changed = lambda: torn.extend(bucket.torn())
-    run(config(faces, bucket.out, "shard_size=1", "caption.face_prompt=another"))
+    new_captions(monkeypatch)
+    run(config(faces, bucket.out, "shard_size=1"))
     gone = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
     assert bucket.changes() == [*gone[0], *written[0], *gone[1], *written[1]]
     assert torn == []
