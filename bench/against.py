@@ -51,19 +51,19 @@ class Cost:
 
 
 def cost_of(function: Callable[[], object]) -> Cost:
-    """Call a function and return what it cost."""
+    """Calls a function and returns what it cost."""
     started, cpu_before = time.perf_counter(), _cpu()
     function()
     return Cost(time.perf_counter() - started, _cpu() - cpu_before)
 
 
 def cores() -> int:
-    """Return the number of CPUs that this process may run on."""
+    """Returns the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def make_dataset(config: DatasetConfig, chain: Chain = build_chain) -> int:
-    """Make a data set from the beginning and return the number of samples written."""
+    """Makes a data set from the beginning and returns the number of samples written."""
     shutil.rmtree(config.output, ignore_errors=True)
     list(execute(plan_job(config, chain=chain), lambda count: None))
     return read_ledger(Store(config.output)).written
@@ -72,7 +72,7 @@ def make_dataset(config: DatasetConfig, chain: Chain = build_chain) -> int:
 def against_reference(
     config: DatasetConfig, files: Sequence[Path], folder: Path, rounds: int
 ) -> None:
-    """Compare the inline pipeline with a loop like the reference's, in turns.
+    """Compares the inline pipeline with a loop like the reference's, in turns.
 
     The pipeline runs with parsing in float32 and in bfloat16. Prints their agreement, and a table
     of the costs.
@@ -111,7 +111,7 @@ def against_reference(
 
 
 def agreement(config: DatasetConfig, files: Sequence[Path]) -> list[float]:
-    """Return for each image the share of pixels with equal labels in float32 and bfloat16."""
+    """Returns for each image the share of pixels with equal labels in float32 and bfloat16."""
     pin_threads(config.threads)
     weights = Weights(config.weights)
     float32, bfloat16 = (
@@ -126,7 +126,7 @@ def agreement(config: DatasetConfig, files: Sequence[Path]) -> list[float]:
 
 
 def against_img2dataset(files: Sequence[Path], folder: Path, rounds: int, count: int) -> None:
-    """Compare the resize stage and the shards' commit with img2dataset, on one core each.
+    """Compares the resize stage and the shards' commit with img2dataset, on one core each.
 
     Both download from the same local server. The cost of an image is the difference between a run
     over `count` images and a short one, so that start-up and imports don't count.
@@ -150,7 +150,7 @@ def against_img2dataset(files: Sequence[Path], folder: Path, rounds: int, count:
 
 
 def install(folder: Path) -> Path:
-    """Install img2dataset in its own virtual environment and return the path of its program.
+    """Installs img2dataset in its own virtual environment and returns the path of its program.
 
     Raises SystemExit if the configured package index doesn't have it.
     """
@@ -177,7 +177,7 @@ def install(folder: Path) -> Path:
 
 
 def _resize(folder: Path, urls: Path, count: int) -> None:
-    """Run the pipeline with the resize stage alone."""
+    """Runs the pipeline with the resize stage alone."""
     overrides = [
         f"source.path={urls}",
         "source.kind=urls",
@@ -219,7 +219,7 @@ def _img2dataset(program: Path, folder: Path, urls: Path, count: int) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder over HTTP on loopback from another process; yields the URL."""
+    """Serves a folder over HTTP on loopback from another process; yields the URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -255,7 +255,7 @@ def _url_list(folder: Path, address: str, files: Sequence[Path], count: int) -> 
 
 
 def _print_table(costs: dict[str, list[Cost]], images: int, other: str) -> None:
-    """Print the medians over all turns, and ratios to `other`; above 1 is faster than it."""
+    """Prints the medians over all turns, and ratios to `other`; above 1 is faster than it."""
     base = [(c.seconds, c.cpu) for c in costs[other]]
     print(
         f"{images} images, {len(base)} turns          images/s   CPU-ms an image   images/s, "
@@ -272,6 +272,6 @@ def _print_table(costs: dict[str, list[Cost]], images: int, other: str) -> None:
 
 
 def _cpu() -> float:
-    """Return the CPU-seconds of this process and of its children that have ended."""
+    """Returns the CPU-seconds of this process and of its children that have ended."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)

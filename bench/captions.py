@@ -68,7 +68,7 @@ def main(
 
 
 def compare(backend: Llava, records: Sequence[Record], rounds: int) -> None:
-    """Run all ways in turns on the same model and print a row for each.
+    """Runs all ways in turns on the same model and prints a row for each.
 
     The texts of all ways must be equal. Ratios are medians over the turns (lowest, highest).
     CPU-seconds vary less than seconds on a machine with other work.
@@ -108,7 +108,7 @@ def store(
 
 
 def two_calls(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Caption a batch with a `generate` call for each prompt."""
+    """Captions a batch with a `generate` call for each prompt."""
     images = [Image.fromarray(decode_jpeg(record.image)) for record in records]
     return list(
         zip(
@@ -119,7 +119,7 @@ def two_calls(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]
 
 
 def one_call(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Caption a batch in one `generate` call with a row for each image and prompt, without sharing.
+    """Captions a batch in one `generate` call, with a row for each image and prompt, unshared.
 
     It tells the gain of the shared prefix from that of a larger batch.
     """
@@ -131,7 +131,7 @@ def one_call(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]
 
 
 def generate(backend: Llava, images: Sequence[Any], prompts: Sequence[str]) -> list[str]:
-    """Generate a text for each image with its prompt."""
+    """Generates a text for each image with its prompt."""
     inputs = backend.processor(
         images=list(images), text=list(prompts), padding=True, return_tensors="pt"
     )

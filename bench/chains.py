@@ -87,7 +87,7 @@ class Fill(Stage):
 
 
 def sleeping(config: DatasetConfig) -> list[Stage]:
-    """Build a chain that takes as long as the real one and has its placement, but only sleeps."""
+    """Builds a chain that takes as long as the real one and has its placement, but only sleeps."""
     kinds = (Resize, Detect, Parse, Embed, Caption)
     stages: list[Stage] = [
         kind(SleepConfig(SECONDS[kind.name], config.resize.placement)) for kind in kinds
@@ -96,7 +96,7 @@ def sleeping(config: DatasetConfig) -> list[Stage]:
 
 
 def resizing(config: DatasetConfig) -> list[Stage]:
-    """Build a chain of the resize stage alone, with constants for what other stages provide."""
+    """Builds a chain of the resize stage alone, with constants for what other stages provide."""
     return [ResizeStage(config.resize), Fill(SleepConfig(0.0, config.resize.placement))]
 
 

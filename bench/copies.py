@@ -45,7 +45,7 @@ def _scaled(factor: float, quality: int) -> Edit:
 
 
 def _cropped(left: float, top: float, right: float, bottom: float) -> Edit:
-    """Return an edit that removes these shares of the width and the height."""
+    """Returns an edit that removes these shares of the width and the height."""
 
     def edit(image: Image) -> bytes:
         height, width = image.shape[:2]
@@ -81,7 +81,7 @@ class Features:
 
 
 def features_of(images: list[bytes], stages: list[Stage], embed: bool) -> Features:
-    """Return the hashes of the resized images and, with `embed`, the identities of their faces."""
+    """Returns the hashes of the resized images and, with `embed`, the identities of their faces."""
     records = [
         Record(key=key_of(str(i)), source=str(i), image=data) for i, data in enumerate(images)
     ]
@@ -95,17 +95,17 @@ def features_of(images: list[bytes], stages: list[Stage], embed: bool) -> Featur
 
 
 def perceptual_hash(image: Image) -> npt.NDArray[np.uint8]:
-    """Return the 256 bits of an image's perceptual hash, (32,)."""
+    """Returns the 256 bits of an image's perceptual hash, (32,)."""
     return np.packbits(imagehash.phash(PILImage.fromarray(image), hash_size=16).hash.ravel())
 
 
 def distances(left: npt.NDArray[np.uint8], right: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Return the number of bits in which hashes (…, 32) differ."""
+    """Returns the number of bits in which hashes (…, 32) differ."""
     return np.asarray(np.bitwise_count(left ^ right).sum(-1, dtype=np.int64))
 
 
 def pairwise(features: Features) -> tuple[npt.NDArray[np.int64], FloatArray]:
-    """Return the hash distances and the cosines of all pairs of images."""
+    """Returns the hash distances and the cosines of all pairs of images."""
     hashes = features.hashes
     bits = [distances(hashes[i], hashes[i + 1 :]) for i in range(len(hashes))]
     identities = features.identities[np.any(features.identities, axis=1)]

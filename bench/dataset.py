@@ -19,7 +19,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -59,7 +59,7 @@ class Bare:
         self._inputs = [(r, decode_jpeg(r.image), r.main_face) for r in processed if r.ok]
 
     def seconds(self) -> dict[str, float]:
-        """Run each model on all inputs, and return the seconds spent in each."""
+        """Runs each model on all inputs, and returns the seconds spent in each."""
         backends = {
             name: stage.backend for name, stage in self._chain.items() if hasattr(stage, "backend")
         }
@@ -86,7 +86,7 @@ class Bare:
 
 
 def run_pipeline(config: DatasetConfig) -> tuple[float, list[Manifest]]:
-    """Make a data set; returns the seconds of the run and the shards' manifests."""
+    """Makes a data set; returns the seconds of the run and the shards' manifests."""
     shutil.rmtree(config.output, ignore_errors=True)
     started = time.perf_counter()
     manifests = list(execute(plan_job(config), lambda count: None))
@@ -155,8 +155,8 @@ def main(
         print(f"  {name:8} {model} / {seconds / turns / count * 1000:7.1f}")
 
 
-def add_seconds(totals: dict[str, float], seconds: dict[str, float]) -> None:
-    """Add `seconds` to `totals`, by name."""
+def add_seconds(totals: dict[str, float], seconds: Mapping[str, float]) -> None:
+    """Adds `seconds` to `totals`, by name."""
     for name, value in seconds.items():
         totals[name] = totals.get(name, 0.0) + value
 
@@ -164,7 +164,7 @@ def add_seconds(totals: dict[str, float], seconds: dict[str, float]) -> None:
 def report(
     count: int, cores: int, bare: list[float], inline: list[float], ray: float, ray_seconds: float
 ) -> None:
-    """Print the three rates with their spread, the two ratios, and a line of JSON."""
+    """Prints the three rates with their spread, the two ratios, and a line of JSON."""
     bare_rate, inline_rate = statistics.median(bare), statistics.median(inline)
     inline_ratio, ray_ratio = inline_rate / bare_rate, ray / bare_rate
     print(f"{count} portraits, {cores} cores, {_cpu()}, Python {platform.python_version()}")
@@ -185,7 +185,7 @@ def report(
 
 
 def _cpu() -> str:
-    """Return the name of the CPU."""
+    """Returns the name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]

@@ -56,7 +56,7 @@ class Crowd:
 
 
 def simulate(count: int, people: int, copies: float, alike: bool, seed: int) -> Crowd:
-    """Simulate `count` images of at most `people` people; the share `copies` are copies of others.
+    """Simulates `count` images of at most `people` people; the share `copies` are copies of others.
 
     alike: whether embeddings have a common component and differ mainly along few directions, as
     those of the portraits; otherwise different people are independent.
@@ -102,7 +102,7 @@ def unit(vectors: Floats) -> Floats:
 
 
 def _hashes(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
-    """Simulate hashes with distances as measured: mean 112 bits, standard deviation about 14."""
+    """Simulates hashes with distances as measured: mean 112 bits, standard deviation about 14."""
     base = rng.standard_normal(256, np.float32) * 0.45
     mix = rng.standard_normal((60, 256), np.float32) / np.sqrt(60)
     hashes = np.empty((count, 32), np.uint8)
@@ -115,7 +115,7 @@ def _hashes(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
 
 
 def timed(name: str, function: Callable[[], T]) -> T:
-    """Call a function, print its time and the process's peak memory, and return its result."""
+    """Calls a function, prints its time and the process's peak memory, and returns its result."""
     started = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - started
@@ -124,7 +124,7 @@ def timed(name: str, function: Callable[[], T]) -> T:
 
 
 def recall(crowd: Crowd, near: Neighbours, sample: int, seed: int) -> str:
-    """Return the share of the true k nearest neighbours in `near`, for `sample` random images.
+    """Returns the share of the true k nearest neighbours in `near`, for `sample` random images.
 
     Also separately for neighbours of the same person from cosine 0.5 and for all from 0.95.
     """
@@ -156,7 +156,7 @@ def recall(crowd: Crowd, near: Neighbours, sample: int, seed: int) -> str:
 
 
 def agreement(labels: Ints, person: Ints) -> str:
-    """Compare cluster labels with people, both (N,).
+    """Compares cluster labels with people, both (N,).
 
     Returns precision and recall over pairs, then B-cubed precision and recall (means over images),
     then the number of clusters.
@@ -178,7 +178,7 @@ def agreement(labels: Ints, person: Ints) -> str:
 
 
 def leak(labels: Ints, person: Ints, share: float) -> str:
-    """Return the share of val images, and the share of these whose person has train images."""
+    """Returns the share of val images, and the share of these whose person has train images."""
     sides = {
         label: split_of(f"id-{label}", share, 0) == "val" for label in np.unique(labels).tolist()
     }

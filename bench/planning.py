@@ -25,7 +25,7 @@ COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 
 
 def measure_in_process(count: int, again: bool) -> dict[str, Any]:
-    """Call `measure` in a new process."""
+    """Calls `measure` in a new process."""
     command = [
         sys.executable,
         "-m",
@@ -40,7 +40,7 @@ def measure_in_process(count: int, again: bool) -> dict[str, Any]:
 
 
 def measure(count: int, again: bool) -> dict[str, Any]:
-    """Plan `count` inputs; returns seconds and this process's peak resident MB.
+    """Plans `count` inputs; returns seconds and this process's peak resident MB.
 
     The peaks are those before planning, after it and, with `again`, after planning a second time.
     """
@@ -66,7 +66,7 @@ def measure(count: int, again: bool) -> dict[str, Any]:
 
 
 def peak(pid: int | str = "self") -> float:
-    """Return the peak resident MB of a process, 0.0 if it has ended.
+    """Returns the peak resident MB of a process, 0.0 if it has ended.
 
     It is read from /proc, because getrusage also counts what its parent used before the fork.
     """

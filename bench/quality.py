@@ -77,7 +77,7 @@ def main(
 def measure(
     files: Sequence[Path], config: DatasetConfig, seconds: dict[str, list[float]]
 ) -> Iterator[Record]:
-    """Yield the record, with its measures, of every image in which a face was parsed.
+    """Yields the record, with its measures, of every image in which a face was parsed.
 
     The time of each metric is appended to `seconds`.
     """
@@ -95,7 +95,7 @@ def measure(
 
 
 def time_metrics(image: Any, labels: Any, face: Face, seconds: dict[str, list[float]]) -> None:
-    """Measure each metric of an image once and append its time to `seconds`."""
+    """Measures each metric of an image once and appends its time to `seconds`."""
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     rotation = measurements.rotation_of(face)
     calls: dict[str, Callable[[], object]] = {
@@ -113,7 +113,7 @@ def time_metrics(image: Any, labels: Any, face: Face, seconds: dict[str, list[fl
 
 
 def distributions(records: Sequence[Record]) -> Iterator[str]:
-    """Yield a line for each metric of a rule, with its quantiles."""
+    """Yields a line for each metric of a rule, with its quantiles."""
     yield f"{'metric':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
     for label, value_of in {rule.label: rule.value for rule in RULES}.items():
         values = [value for record in records if (value := value_of(record)) is not None]
@@ -124,7 +124,7 @@ def distributions(records: Sequence[Record]) -> Iterator[str]:
 
 
 def dropped_by_rule(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
-    """Yield a line for each rule with the number of images that break it, and one for any rule."""
+    """Yields a line for each rule with the number of images that break it, and one for any rule."""
     for rule in RULES:
         limit = getattr(rules, rule.setting)
         broken = sum(bool(rule.detail(record, rules)) for record in records)

@@ -64,7 +64,7 @@ class ReferenceLoop:
         self._captioner: Any = captions.backend
 
     def run(self, files: Sequence[Path], output: Path) -> dict[str, int]:
-        """Write all files below `output`; returns the numbers of images and of identities."""
+        """Writes all files below `output`; returns the numbers of images and of identities."""
         output.mkdir(parents=True, exist_ok=True)
         for file in files:
             self._masks(file, output / file.stem)
@@ -96,7 +96,7 @@ class ReferenceLoop:
         Path(f"{stem}.json").write_text(json.dumps(names))
 
     def _caption(self, stem: Path) -> None:
-        """Caption by the pipeline's backend, which needs a JPEG, a label map and a face."""
+        """Captions by the pipeline's backend, which needs a JPEG, a label map and a face."""
         image = np.array(PILImage.open(f"{stem}_resize.png"))
         mask = Path(f"{stem}_mask.png").read_bytes()
         whole = Face(box=(64, 64, 448, 448), landmarks=_TEMPLATE, score=1.0)
@@ -108,7 +108,7 @@ class ReferenceLoop:
         self._add_entries(stem, vqa_llva=caption, vqa_llva_more_face_detail=face_caption)
 
     def _embed(self, file: Path, stem: Path) -> bool:
-        """Embed the squashed image and the original; returns whether the former has a face."""
+        """Embeds the squashed image and the original; returns whether the former has a face."""
         squashed = self._identity(Path(f"{stem}_resize.png"), stem, "resize")
         self._identity(file, stem, "origin")
         return squashed
@@ -126,7 +126,7 @@ class ReferenceLoop:
 
     @staticmethod
     def _add_entries(stem: Path, **entries: str) -> None:
-        """Add entries to an image's JSON."""
+        """Adds entries to an image's JSON."""
         path = Path(f"{stem}.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 

@@ -73,7 +73,7 @@ def main(
 
 
 def time_page(page: Path, times: int) -> dict[str, tuple[float, float]]:
-    """Open each view `times` times; returns median seconds by view.
+    """Opens each view `times` times; returns median seconds by view.
 
     They count from navigation until the page is ready, and until the first of `FIRST` is drawn.
     """

@@ -104,7 +104,7 @@ def main(
 
 
 def write_edits(folder: Path, portraits: Path, count: int, people: int) -> None:
-    """Write `count` edits of `people` synthetic portraits, except those that exist already."""
+    """Writes `count` edits of `people` synthetic portraits, except those that exist already."""
     command = [
         sys.executable,
         "-m",
@@ -128,7 +128,7 @@ def write_edits(folder: Path, portraits: Path, count: int, people: int) -> None:
 
 
 def edited(image: Image, rng: np.random.Generator) -> bytes:
-    """Return a 640² JPEG of a random crop, mirrored or not, brighter or darker."""
+    """Returns a 640² JPEG of a random crop, mirrored or not, brighter or darker."""
     side = int(image.shape[0] * rng.uniform(0.9, 1.0))
     top, left = (int(rng.integers(0, image.shape[0] - side + 1)) for _ in range(2))
     part = image[top : top + side, left : left + side]
@@ -138,7 +138,7 @@ def edited(image: Image, rng: np.random.Generator) -> bytes:
 
 
 def run(command: list[str], should_kill: Callable[[], bool]) -> Start:
-    """Run the command until it ends; send it SIGKILL when `should_kill` returns True."""
+    """Runs the command until it ends; sends it SIGKILL when `should_kill` returns True."""
     started, peak_mb = time.monotonic(), 0.0
     driver = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -75,7 +75,7 @@ def main(
 
 
 def simulate(workers: Sequence[int], images: int, rounds: int) -> list[Rate]:
-    """Make a data set with each number of workers, on the same cluster."""
+    """Makes a data set with each number of workers, on the same cluster."""
     os.environ.update(TOKEN)
     logging.getLogger("ray").setLevel(logging.ERROR)
     rates: list[Rate] = []
@@ -99,7 +99,7 @@ def simulate(workers: Sequence[int], images: int, rounds: int) -> list[Rate]:
 
 
 def run(folder: Path, address: str, workers: int, images: int, rounds: int) -> Rate:
-    """Make a data set with `workers` workers."""
+    """Makes a data set with `workers` workers."""
     photos = folder / f"photos-{workers}"
     photos.mkdir()
     total = workers * images * rounds
@@ -124,7 +124,7 @@ def run(folder: Path, address: str, workers: int, images: int, rounds: int) -> R
 
 
 def steady_rate(manifests: Sequence[Manifest], workers: int) -> tuple[float, float]:
-    """Return images/s while all workers were busy, and the number of seconds of that."""
+    """Returns images/s while all workers were busy, and the number of seconds of that."""
     spans = []
     for manifest in manifests:
         started = manifest.run.finished - manifest.run.seconds
@@ -137,7 +137,7 @@ def steady_rate(manifests: Sequence[Manifest], workers: int) -> tuple[float, flo
 
 
 def add_nodes(cluster: Cluster, count: int) -> None:
-    """Start nodes one after another; on a slow machine, nodes that start together time out.
+    """Starts nodes one after another; on a slow machine, nodes that start together time out.
 
     Raises TimeoutError if a node doesn't join within a minute.
     """

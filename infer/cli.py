@@ -104,7 +104,7 @@ def main(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Turn a PipelineError into a message and exit status 2, Ctrl-C into exit status 130."""
+    """Turns a PipelineError into a message and exit status 2, Ctrl-C into exit status 130."""
     try:
         yield
     except PipelineError as error:
@@ -118,7 +118,7 @@ def _errors() -> Iterator[None]:
 def _settings(
     config: str, photo: str, identity: str, prompts: list[str] | None, overrides: list[str] | None
 ) -> InferConfig:
-    """Resolve the configuration: the preset, overridden by KEY=VALUE, overridden by the options.
+    """Resolves the configuration: the preset, overridden by KEY=VALUE, overridden by the options.
 
     Raises ConfigError without a person, a prompt or an output.
     """
@@ -179,7 +179,7 @@ def _run(settings: InferConfig) -> None:
 
 
 def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
-    """Load the person and the generator.
+    """Loads the person and the generator.
 
     The face stages run first, so that a photograph without a face fails before gigabytes of other
     models are loaded.
@@ -200,7 +200,7 @@ def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
 
 
 def _allowed_threads() -> int:
-    """Return OMP_NUM_THREADS, or 0 for all cores if it isn't set."""
+    """Returns OMP_NUM_THREADS, or 0 for all cores if it isn't set."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdecimal() else 0
 
@@ -208,7 +208,7 @@ def _allowed_threads() -> int:
 def _write_portraits(
     folder: Path, person: Identity, generator: ConsistentIDGenerator, settings: InferConfig
 ) -> list[Path]:
-    """Write the portraits, then the contact sheet; returns the portraits' paths."""
+    """Writes the portraits, then the contact sheet; returns the portraits' paths."""
     from infer.sheet import contact_sheet
 
     portraits: list[Portrait] = []
@@ -224,7 +224,7 @@ def _write_portraits(
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal; yields a function that advances it.
+    """Shows a progress bar on a terminal; yields a function that advances it.
 
     total: number of the UNet's evaluations, over all portraits.
     """
@@ -250,14 +250,14 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _resolved(settings: InferConfig) -> str:
-    """Return the contents of infer.yaml."""
+    """Returns the contents of infer.yaml."""
     from configs.load import to_yaml
 
     return to_yaml(replace(settings, overwrite=False))
 
 
 def _check_output(folder: Path, settings: InferConfig) -> None:
-    """Raise ConfigError if `folder` is a file or holds portraits of another configuration."""
+    """Raises ConfigError if `folder` is a file or holds portraits of another configuration."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output={folder} is a file; expected a folder. Name another output.")
     earlier = folder / SETTINGS_FILE
@@ -273,7 +273,7 @@ def _check_output(folder: Path, settings: InferConfig) -> None:
 
 
 def _prepare_output(folder: Path, settings: InferConfig) -> None:
-    """Make the folder, remove the portraits that are to be overwritten, and write infer.yaml."""
+    """Makes the folder, removes the portraits that are to be overwritten, and writes infer.yaml."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
@@ -288,7 +288,7 @@ def _prepare_output(folder: Path, settings: InferConfig) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Silence the libraries' messages and progress bars while they load models."""
+    """Silences the libraries' messages and progress bars while they load models."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime"):
         logging.getLogger(name).setLevel(logging.ERROR)

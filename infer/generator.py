@@ -80,7 +80,7 @@ class ConsistentIDGenerator:
         return self._stages
 
     def identity(self, photo: str | Path | Record, name: str = "") -> Identity:
-        """Read the identity of the person in a photograph.
+        """Reads the identity of the person in a photograph.
 
         photo: a path, or a record with the photograph's bytes (`infer.identity.photo_record`).
         name: of the photograph in error messages. Raises FaceError if it shows no usable face,
@@ -91,7 +91,7 @@ class ConsistentIDGenerator:
         return self.encode(run_stages(record, self.stages, label))
 
     def encode(self, record: Record) -> Identity:
-        """Make the identity of a record that has been through the stages, e.g. one from a shard."""
+        """Makes the identity of a record that has been through the stages, e.g. of a shard."""
         conditions = self._conditions(record, "")  # an empty prompt leaves room for all regions
         count = len(conditions.regions)
         pixels = torch.cat((conditions.clip_pixels[None], conditions.region_pixels[:count]))
@@ -108,7 +108,7 @@ class ConsistentIDGenerator:
     def conditions(
         self, identity: Identity, prompt: str, settings: InferConfig | None = None
     ) -> Conditions:
-        """Return the model's inputs for an identity and a prompt, put into `prompt_template`."""
+        """Returns the model's inputs for an identity and a prompt, put into `prompt_template`."""
         return self._conditions(identity.record, apply_template(prompt, settings or self.config))
 
     def generate(
@@ -118,7 +118,7 @@ class ConsistentIDGenerator:
         settings: InferConfig | None = None,
         on_step: StepCallback | None = None,
     ) -> Iterator[Portrait]:
-        """Yield portraits in the order of the prompts, `num_images_per_prompt` for each.
+        """Yields portraits in the order of the prompts, `num_images_per_prompt` for each.
 
         They are made while the caller iterates. settings: override the generator's, e.g.
         `dataclasses.replace(generator.config, seed=1)`; the settings of the model, the adapter and
@@ -152,7 +152,7 @@ class ConsistentIDGenerator:
                     )
 
     def evaluations(self, settings: InferConfig | None = None) -> int:
-        """Return how often the UNet is evaluated for one portrait."""
+        """Returns how often the UNet is evaluated for one portrait."""
         settings = settings or self.config
         scheduler = make_scheduler(settings.scheduler, self.base.scheduler)
         scheduler.set_timesteps(settings.num_inference_steps)
@@ -171,7 +171,7 @@ class ConsistentIDGenerator:
         )
 
     def _check(self, identity: Identity) -> None:
-        """Raise ConfigError for an identity of another mode or image encoder."""
+        """Raises ConfigError for an identity of another mode or image encoder."""
         if identity.mode != self.model.mode:
             raise ConfigError(
                 f"the identity of {identity.record.source} was made in {identity.mode} mode, the "
@@ -187,7 +187,7 @@ class ConsistentIDGenerator:
             )
 
     def _features(self, identity: Identity, conditions: Conditions) -> Features:
-        """Return what `encode_frozen` gives for these conditions.
+        """Returns what `encode_frozen` gives for these conditions.
 
         The image encoder's states come from the identity.
         """
@@ -220,7 +220,7 @@ class ConsistentIDGenerator:
         )
 
     def _early(self, features: Features, conditions: Conditions, prompt: str) -> TextStates:
-        """Return the text states of the first phase, without fused regions.
+        """Returns the text states of the first phase, without fused regions.
 
         corrected: those of the second phase before fusion. legacy: those of the same text without
         marks, truncated with an EOS; with two text encoders, of the prompt alone (REFERENCE.md 7.2
@@ -260,7 +260,7 @@ class ConsistentIDGenerator:
         numbers: Sequence[int],
         on_step: StepCallback | None,
     ) -> npt.NDArray[np.uint8]:
-        """Make the images `numbers` of a prompt, (len(numbers), H, W, 3)."""
+        """Makes the images `numbers` of a prompt, (len(numbers), H, W, 3)."""
         factor = self.base.vae_factor
         if settings.height % factor or settings.width % factor:
             raise ConfigError(
@@ -295,7 +295,7 @@ class ConsistentIDGenerator:
     def _metadata(
         self, identity: Identity, conditions: Conditions, prompt: str, settings: InferConfig
     ) -> dict[str, str]:
-        """Return a portrait's settings for its PNG; `text` is what the text encoder read."""
+        """Returns a portrait's settings for its PNG; `text` is what the text encoder read."""
         return {
             "prompt": prompt,
             "negative_prompt": settings.negative_prompt,
@@ -319,12 +319,12 @@ class ConsistentIDGenerator:
 
 
 def apply_template(prompt: str, settings: InferConfig) -> str:
-    """Put the prompt into `prompt_template`. Braces in the prompt have no special meaning."""
+    """Puts the prompt into `prompt_template`. Braces in the prompt have no special meaning."""
     return settings.prompt_template.replace("{prompt}", prompt)
 
 
 def _strength(conditions: Conditions, settings: InferConfig, device: torch.device) -> Tensor | None:
-    """Return each slot's `region_strength`, (1, 5); None if all are 1."""
+    """Returns each slot's `region_strength`, (1, 5); None if all are 1."""
     values = [getattr(settings.region_strength, word_of(region)) for region in conditions.regions]
     if all(value == 1 for value in values):
         return None
@@ -332,7 +332,7 @@ def _strength(conditions: Conditions, settings: InferConfig, device: torch.devic
 
 
 def _step_generators(seed: int, prompt_index: int, numbers: Sequence[int]) -> list[torch.Generator]:
-    """Return a generator for each image, for schedulers that add noise at every step."""
+    """Returns a generator for each image, for schedulers that add noise at every step."""
     return [
         torch.Generator().manual_seed(portrait_seed(seed, prompt_index, number, "steps"))
         for number in numbers

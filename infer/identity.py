@@ -69,7 +69,7 @@ class Identity:
         return torch.from_numpy(self.record.identity.copy())
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file and return its path.
+        """Writes a safetensors file and returns its path.
 
         It holds the members of the record's sample as bytes, and the states as tensors.
         """
@@ -93,7 +93,7 @@ class Identity:
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Read a file that `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises SourceError for a file that doesn't exist or holds no identity.
         """
@@ -136,7 +136,7 @@ _STATE_NAMES: Final = {
 
 
 def read_photo(path: str | Path) -> Record:
-    """Read a photograph and return its record before the stages; its source is the file's name.
+    """Reads a photograph and returns its record before the stages; its source is the file's name.
 
     Raises SourceError for a path that doesn't exist, isn't a regular file, or can't be read.
     """
@@ -159,7 +159,7 @@ def read_photo(path: str | Path) -> Record:
 
 
 def photo_record(data: bytes, name: str) -> Record:
-    """Return the record of a photograph before the stages.
+    """Returns the record of a photograph before the stages.
 
     data: the file's bytes. name: the record's source, from which its key is made.
     """
@@ -169,7 +169,7 @@ def photo_record(data: bytes, name: str) -> Record:
 
 
 def set_up_stages(config: DatasetConfig) -> list[Stage]:
-    """Build the data set's stages, in order, and load their weights."""
+    """Builds the data set's stages, in order, and loads their weights."""
     stages = build_stages(config)
     for stage in stages:
         stage.setup()
@@ -177,7 +177,7 @@ def set_up_stages(config: DatasetConfig) -> list[Stage]:
 
 
 def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
-    """Run a record through stages that are set up, and return it.
+    """Runs a record through stages that are set up, and returns it.
 
     photo: name of the photograph in error messages. Raises FaceError if it shows no usable face,
     SourceError if it is no usable image.
@@ -192,7 +192,7 @@ def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None
 
 
 def _error_for(record: Record, photo: str) -> FaceError | SourceError:
-    """Return the error that explains why a record was dropped or failed."""
+    """Returns the error that explains why a record was dropped or failed."""
     detail = f" ({record.detail})" if record.detail else ""
     if record.reason in _FACE_REASONS:
         return FaceError(

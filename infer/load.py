@@ -18,7 +18,7 @@ DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adap
 
 
 def load_generator(config: InferConfig) -> ConsistentIDGenerator:
-    """Load the generator of a configuration, on its device.
+    """Loads the generator of a configuration, on its device.
 
     Raises ConfigError if the configuration doesn't fit the adapter, WeightsError for weights that
     can't be loaded.
@@ -55,7 +55,7 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
 
 
 def adapter_path(config: InferConfig) -> Path:
-    """Return the path of the adapter. Raises ConfigError if none is set or it doesn't exist."""
+    """Returns the path of the adapter. Raises ConfigError if none is set or it doesn't exist."""
     if not config.adapter:
         raise ConfigError(
             "no adapter given. Set adapter=FOLDER, the final/ of a training run, or adapter=FILE, "
@@ -71,7 +71,7 @@ def adapter_path(config: InferConfig) -> Path:
 
 
 def base_of(config: InferConfig, adapter: AdapterFile) -> str:
-    """Return the base model's folder or hub id.
+    """Returns the base model's folder or hub id.
 
     It is model.base, else the spec's, else `base/` beside the adapter's folder, where the trainer
     makes the tiny one. Raises ConfigError if there is none.
@@ -89,7 +89,7 @@ def base_of(config: InferConfig, adapter: AdapterFile) -> str:
 
 
 def dataset_config(config: InferConfig) -> DatasetConfig:
-    """Return the configuration of the stages that read the photograph.
+    """Returns the configuration of the stages that read the photograph.
 
     It is config.dataset, else the file beside the adapter, else the defaults. Published weights
     get the defaults with buffalo_l's detector and embedder, because they were trained with its
@@ -109,7 +109,7 @@ def dataset_config(config: InferConfig) -> DatasetConfig:
 
 
 def adapter_digest(source: Path) -> str:
-    """Return the sha256 of the adapter's weights file."""
+    """Returns the sha256 of the adapter's weights file."""
     weights = source / WEIGHTS_FILE if source.is_dir() else source
     with weights.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -36,7 +36,7 @@ class Portrait:
         return Image.fromarray(self.pixels)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `name` into `folder` and return its path. Equal portraits give equal bytes.
+        """Writes `name` into `folder` and returns its path. Equal portraits give equal bytes.
 
         The file is written under another name, then renamed.
         """
@@ -51,7 +51,7 @@ class Portrait:
 
 
 def portrait_seed(seed: int, prompt_index: int, image_index: int, purpose: str = "latents") -> int:
-    """Return the seed of the random generator for one purpose of one image, in [0, 2**63)."""
+    """Returns the seed of the random generator for one purpose of one image, in [0, 2**63)."""
     name = f"consistentid/{seed}/{prompt_index}/{image_index}/{purpose}"
     # 63 bits are the most that torch accepts
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -47,7 +47,7 @@ class Guidance:
     pooled_negative: Tensor | None = None
 
     def repeat(self, count: int) -> Guidance:
-        """Repeat every row `count` times in place, for several images of each prompt."""
+        """Repeats every row `count` times in place, for several images of each prompt."""
         rows: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         repeated: dict[str, Any] = {
             name: None if x is None else x.repeat_interleave(count, 0) for name, x in rows.items()
@@ -65,7 +65,7 @@ def guidance_states(
     zero_hidden: Tensor,
     strength: Tensor | None = None,
 ) -> Guidance:
-    """Compute the UNet's conditioning for both phases and for the unconditional branch.
+    """Computes the UNet's conditioning for both phases and for the unconditional branch.
 
     features: of the prompt with its facial description. early: states of the first phase's text;
     negative: of the negative prompt. zero_hidden: (1, N, V), the image encoder's states of zero
@@ -101,7 +101,7 @@ def guidance_states(
 
 
 def initial_latents(shape: tuple[int, int, int], seeds: list[int]) -> Tensor:
-    """Return standard normal noise, (len(seeds), *shape) float32 on the CPU; one seed a row."""
+    """Returns standard normal noise, (len(seeds), *shape) float32 on the CPU; one seed a row."""
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
@@ -123,7 +123,7 @@ def denoise(
     extra: Callable[[Tensor, Tensor, Tensor], dict[str, Any]] | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
-    """Denoise standard normal latents (B, 4, h, w).
+    """Denoises standard normal latents (B, 4, h, w).
 
     merge_step: number of steps in the first phase; legacy mode adds one, since the reference
     compares with `<=`. guidance_scale: with 1 or less the unconditional branch is not evaluated.
@@ -166,7 +166,7 @@ def denoise(
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> npt.NDArray[np.uint8]:
-    """Decode latents (B, 4, h, w) to RGB images (B, H, W, 3) uint8."""
+    """Decodes latents (B, 4, h, w) to RGB images (B, H, W, 3) uint8."""
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
     scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     images: npt.NDArray[np.uint8] = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -178,7 +178,7 @@ def _rows(pooled: Tensor | None, size: int) -> Tensor | None:
 
 
 def _states(guidance: Guidance, *, first: bool, guided: bool) -> tuple[Tensor, Tensor | None]:
-    """Return a step's states and pooled states; if `guided`, behind those of the negative text."""
+    """Returns a step's states and pooled states; if `guided`, behind those of the negative text."""
     positive = guidance.early if first else guidance.late
     pooled = guidance.pooled_early if first else guidance.pooled_late
     if not guided:
@@ -192,7 +192,7 @@ def _states(guidance: Guidance, *, first: bool, guided: bool) -> tuple[Tensor, T
 def _step_options(
     scheduler: Any, eta: float, generator: torch.Generator | list[torch.Generator] | None
 ) -> dict[str, Any]:
-    """Return those of the options that the scheduler's `step` accepts."""
+    """Returns those of the options that the scheduler's `step` accepts."""
     accepted = inspect.signature(scheduler.step).parameters
     return {
         name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted
@@ -200,6 +200,6 @@ def _step_options(
 
 
 def _time_ids(latents: Tensor) -> Tensor:
-    """Return SDXL's (1, 6): original size, the crop's corner, target size, in pixels."""
+    """Returns SDXL's (1, 6): original size, the crop's corner, target size, in pixels."""
     height, width = (8 * side for side in latents.shape[-2:])  # a latent encodes 8 × 8 pixels
     return torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)

@@ -17,14 +17,14 @@ _OTHER_MODELS: Final = ("CogVideoX", "EDM", "Helios", "SCM", "UnCLIP")
 
 
 def known_schedulers() -> tuple[str, ...]:
-    """Return the class names of diffusers' schedulers that can sample Stable Diffusion, sorted."""
+    """Returns the class names of diffusers' schedulers that can sample Stable Diffusion, sorted."""
     import diffusers
 
     return tuple(sorted(name for name in dir(diffusers) if name.endswith(_SUFFIX) and _suits(name)))
 
 
 def check_scheduler(name: str) -> None:
-    """Raise ConfigError for an unknown scheduler, or one that needs a package that isn't installed.
+    """Raises ConfigError for an unknown scheduler, or one that needs a missing package.
 
     The message names the closest known ones.
     """
@@ -52,7 +52,7 @@ def check_scheduler(name: str) -> None:
 
 
 def make_scheduler(name: str, base: Any) -> Any:
-    """Make the scheduler with that class name and the noise schedule of `base`.
+    """Makes the scheduler with that class name and the noise schedule of `base`.
 
     base: the base model's own scheduler. Raises ConfigError as `check_scheduler` does.
     """
@@ -63,7 +63,7 @@ def make_scheduler(name: str, base: Any) -> Any:
 
 
 def merge_position(start_merge_step: int, steps: int, evaluations: int) -> int:
-    """Convert `start_merge_step` of `steps` into a number of the UNet's evaluations.
+    """Converts `start_merge_step` of `steps` into a number of the UNet's evaluations.
 
     The two differ only for schedulers that evaluate the UNet more than once in a step (Heun, KDPM2,
     PNDM's first steps).
@@ -74,7 +74,7 @@ def merge_position(start_merge_step: int, steps: int, evaluations: int) -> int:
 
 
 def _installed(name: str) -> bool:
-    """Return False for the dummy class that diffusers has where a package is missing."""
+    """Returns False for the dummy class that diffusers has where a package is missing."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -83,7 +83,7 @@ def _installed(name: str) -> bool:
 
 
 def _suits(name: str) -> bool:
-    """Return whether a scheduler of diffusers can sample Stable Diffusion."""
+    """Returns whether a scheduler of diffusers can sample Stable Diffusion."""
     import diffusers
 
     if not _installed(name) or name.startswith(_OTHER_MODELS) or name.endswith(f"Inverse{_SUFFIX}"):

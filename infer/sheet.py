@@ -34,7 +34,7 @@ class _Row:
 
 
 def contact_sheet(identity: Identity, portraits: Sequence[Portrait]) -> Image.Image:
-    """Draw the contact sheet, RGB. Portraits with the same prompt must follow each other.
+    """Draws the contact sheet, RGB. Portraits with the same prompt must follow each other.
 
     Raises ValueError without a portrait.
     """
@@ -101,7 +101,7 @@ def _row_height(row: _Row, columns: int, line: int) -> int:
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """Scale the short side to _TILE pixels."""
+    """Scales the short side to _TILE pixels."""
     scale = _TILE / min(image.size)
     method = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
     return image.resize((round(image.width * scale), round(image.height * scale)), method)
@@ -133,7 +133,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _wrapped(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> list[str]:
-    """Break a text into lines of at most `width` pixels; a longer word has a line to itself."""
+    """Breaks a text into lines of at most `width` pixels; a longer word has a line to itself."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

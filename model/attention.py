@@ -37,7 +37,7 @@ class RegionScores:
         return list(self._by_layer.values())
 
     def add(self, layer: str, query: Tensor, key: Tensor) -> None:
-        """Store the probabilities of a layer. query: (B, heads, N, d), key: (B, heads, T, d).
+        """Stores the probabilities of a layer. query: (B, heads, N, d), key: (B, heads, T, d).
 
         With gradient checkpointing a layer runs twice and must do the same both times, so the
         probabilities are computed in both runs and only those of the first run are stored.
@@ -47,7 +47,7 @@ class RegionScores:
 
 
 def token_probabilities(query: Tensor, key: Tensor, token_idx: Tensor) -> Tensor:
-    """Return softmax(q·k/√d) over all T keys, at the keys token_idx only.
+    """Returns softmax(q·k/√d) over all T keys, at the keys token_idx only.
 
     query: (B, heads, N, d); key: (B, heads, T, d); token_idx: (B, R). Returns (B, heads, N, R)
     float32. The probability is zero for an index ≥ T: in legacy mode, as in the reference, text
@@ -76,7 +76,7 @@ class LoRALinear(nn.Module):
         return update.to(x.dtype)
 
     def delta(self) -> Tensor:
-        """Return the update as a weight matrix (out_dim, in_dim)."""
+        """Returns the update as a weight matrix (out_dim, in_dim)."""
         return self.up.weight @ self.down.weight
 
 
@@ -141,7 +141,7 @@ class LoRASelfAttention(nn.Module):
 
     @torch.no_grad()
     def merge(self, attn: Any) -> None:
-        """Add the LoRA to the attention's own weights, for fewer products per step.
+        """Adds the LoRA to the attention's own weights, for fewer products per step.
 
         This can't be undone; a second call does nothing.
         """
@@ -192,7 +192,7 @@ class IdentityCrossAttention(LoRASelfAttention):
 
 
 def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
-    """Put new processors into a UNet and return them.
+    """Puts new processors into a UNet and returns them.
 
     Their order is diffusers': blocks down, up, mid; even positions are attn1, odd ones attn2. The
     ID attention starts with the weights of the text's attention. In the blocks of `spec.hooked`
@@ -222,7 +222,7 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
 
 
 def merge_lora(unet: Any) -> None:
-    """Merge every processor's LoRA into the UNet's weights, for faster inference.
+    """Merges every processor's LoRA into the UNet's weights, for faster inference.
 
     This can't be undone.
     """

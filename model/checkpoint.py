@@ -51,7 +51,7 @@ class AdapterFile:
 def save_adapter(
     model: ConsistentID, folder: Path, config: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a checkpoint of the adapter to `folder` and return the folder.
+    """Writes a checkpoint of the adapter to `folder` and returns the folder.
 
     The JSON is written last, so a folder that has one is complete. config: entries for the JSON,
     e.g. the step and the data set's digest; format, mode, spec and versions are added.
@@ -78,7 +78,7 @@ def save_adapter(
 
 
 def read_adapter(source: Path) -> AdapterFile:
-    """Read a folder that `save_adapter` wrote, its .safetensors, or a published weights file.
+    """Reads a folder that `save_adapter` wrote, its .safetensors, or a published weights file.
 
     A file without adapter.json beside it is taken for a published one: its mode is legacy, its
     spec follows from the width of its weights. Raises WeightsError if there is no adapter, if it
@@ -109,7 +109,7 @@ def read_adapter(source: Path) -> AdapterFile:
 
 
 def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, Any]:
-    """Load a checkpoint into a model of the same spec and mode, and return its config.
+    """Loads a checkpoint into a model of the same spec and mode, and returns its config.
 
     Raises WeightsError if the modes differ, or if keys are missing, unexpected or of another
     shape; the message names them.
@@ -144,7 +144,7 @@ def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, A
 
 
 def save_unet(unet: Any, folder: Path) -> Path:
-    """Write a trained UNet to `folder` in diffusers' layout and return the folder.
+    """Writes a trained UNet to `folder` in diffusers' layout and returns the folder.
 
     The adapter's attention processors, which are modules of the UNet, are left out.
     """
@@ -163,14 +163,14 @@ def save_unet(unet: Any, folder: Path) -> Path:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `path`, then rename it to `path`."""
+    """Lets `write` write a file beside `path`, then renames it to `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     write(partial)
     partial.replace(path)
 
 
 def _flat_state(weights: Path) -> dict[str, Tensor]:
-    """Read a weights file, nested by prefix or flat, as dotted keys under the current prefixes."""
+    """Reads a weights file, nested by prefix or flat, as dotted keys under the current prefixes."""
     try:
         if weights.suffix == ".safetensors":
             nested: Mapping[str, Any] = load_file(weights)
@@ -232,7 +232,7 @@ def _published_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
 
 
 def _key_summary(kind: str, keys: Iterable[str]) -> str:
-    """Return the number of keys and the first four of them; "" for none."""
+    """Returns the number of keys and the first four of them; "" for none."""
     names = sorted(keys)
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"{len(names)} {kind} ({shown})" if names else ""

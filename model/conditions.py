@@ -84,7 +84,7 @@ class ConditionBatch:
         return int(self.input_ids.shape[0])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ConditionBatch:
-        """Return the batch with every tensor on `device` and the pixels in `dtype`.
+        """Returns the batch with every tensor on `device` and the pixels in `dtype`.
 
         The identity and the masks stay float32.
         """
@@ -134,7 +134,7 @@ def build_conditions(
     resolution: int,
     tokenizer_2: Any = None,
 ) -> Conditions:
-    """Build the conditions of a record that has an image, a label map and an identity.
+    """Builds the conditions of a record that has an image, a label map and an identity.
 
     prompt: the user's prompt; None builds the conditions of a training sample, whose text is the
     record's captions. tokenizer: a CLIP tokenizer with the marks added (`model.prompt.add_marks`).
@@ -172,7 +172,7 @@ def build_conditions(
 
 
 def training_pixels(record: Record, resolution: int) -> Tensor:
-    """Return the training image, (3, R, R) in [-1, 1].
+    """Returns the training image, (3, R, R) in [-1, 1].
 
     The short side is scaled to R and the centre is cropped, in the same way as for the masks.
     """
@@ -182,7 +182,7 @@ def training_pixels(record: Record, resolution: int) -> Tensor:
 
 
 def collate(samples: Sequence[Conditions]) -> ConditionBatch:
-    """Stack conditions of equal sizes, in order."""
+    """Stacks conditions of equal sizes, in order."""
     return ConditionBatch(
         keys=tuple(sample.key for sample in samples),
         texts=tuple(sample.text for sample in samples),
@@ -193,7 +193,7 @@ def collate(samples: Sequence[Conditions]) -> ConditionBatch:
 def drop_conditions(
     batch: ConditionBatch, draws: Tensor, rates: DropRates, tokenizer: Any
 ) -> ConditionBatch:
-    """Return the batch with the text or the identity of some samples dropped.
+    """Returns the batch with the text or the identity of some samples dropped.
 
     That trains the unconditional branch of classifier-free guidance. A dropped identity is a zero
     embedding with zero pixels and no regions. A dropped text is empty, and therefore has no nouns
@@ -247,7 +247,7 @@ def _zeroed(values: Tensor, drop: Tensor) -> Tensor:
 
 
 def empty_ids(tokenizer: Any, *, pad_id: int | None = None) -> Tensor:
-    """Return the ids of an empty text, (77,) int64. pad_id: None for the tokenizer's own."""
+    """Returns the ids of an empty text, (77,) int64. pad_id: None for the tokenizer's own."""
     return torch.tensor(
         tokenize_marked("", tokenizer, keep_eos=True, pad_id=pad_id).ids, dtype=torch.int64
     )
@@ -256,7 +256,7 @@ def empty_ids(tokenizer: Any, *, pad_id: int | None = None) -> Tensor:
 def region_images(
     photo: Image.Image, slots: dict[str, Mask], masks: dict[str, Mask], mode: Mode
 ) -> list[Image.Image]:
-    """Return for each slot the photograph with everything outside the slot's mask black, RGB.
+    """Returns for each slot the photograph with everything outside the slot's mask black, RGB.
 
     slots: masks of the fused regions; masks: those of all the record's regions. In legacy mode the
     images have the photograph's frame, so the image encoder's centre crop may cut a region off. In
@@ -275,7 +275,7 @@ def region_images(
 
 
 def _head_square(masks: dict[str, Mask], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the square around all masks as (left, top, right, bottom).
+    """Returns the square around all masks as (left, top, right, bottom).
 
     size: (width, height) of the photograph, in whose pixels the square is given. The square may
     extend beyond the photograph.
@@ -292,7 +292,7 @@ def _head_square(masks: dict[str, Mask], size: tuple[int, int]) -> tuple[int, in
 
 
 def _decode(record: Record) -> tuple[Image.Image, npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Return a record's RGB image, label map (H, W) and identity (512,)."""
+    """Returns a record's RGB image, label map (H, W) and identity (512,)."""
     if not record.image or not record.parsing or record.identity is None:
         missing = [name for name in ("image", "parsing", "identity") if not _has(record, name)]
         raise ValueError(
@@ -332,7 +332,7 @@ def _text_of(
 def _second_ids(
     text: str, ids: Sequence[int], tokenizer: Any, tokenizer_2: Any, mode: Mode
 ) -> Tensor:
-    """Return the ids for a second text encoder, (77,) int64.
+    """Returns the ids for a second text encoder, (77,) int64.
 
     legacy: the second tokenizer has no facial mark and tokenizes it as text, which shifts the
     tokens behind it (REFERENCE.md 7.3). corrected: the first tokenizer's ids with another padding,
@@ -365,7 +365,7 @@ def _clip_normalised(image: Image.Image, size: int) -> Tensor:
 
 
 def _padded(slots: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Stack the slots and pad them with zeros to MAX_REGIONS.
+    """Stacks the slots and pads them with zeros to MAX_REGIONS.
 
     As in the reference, the zeros are added after CLIP's normalisation, so they are not black.
     """
@@ -373,7 +373,7 @@ def _padded(slots: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def _centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """Scale the short side to `side` pixels, then crop the centre square."""
+    """Scales the short side to `side` pixels, then crops the centre square."""
     width, height = image.size
     scale = side / min(width, height)
     size = max(side, round(width * scale)), max(side, round(height * scale))

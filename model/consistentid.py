@@ -52,7 +52,7 @@ class BaseModels:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def to(self, device: torch.device | str) -> BaseModels:
-        """Move all parts to `device`, in place; returns self."""
+        """Moves all parts to `device`, in place; returns self."""
         for module in self.modules.values():
             module.to(device)
         return self
@@ -68,7 +68,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> BaseModels:
-    """Load the base model, frozen and in eval mode.
+    """Loads the base model, frozen and in eval mode.
 
     base: a folder in diffusers' layout or a hub id; None: spec.base. image_encoder: a folder or
     hub id; None: `image_encoder/` in the base's folder if there is one, else spec.image_encoder.
@@ -142,7 +142,7 @@ class Features:
 
 @torch.no_grad()
 def encode_frozen(base: BaseModels, batch: ConditionBatch) -> Features:
-    """Encode the texts and images of a batch that is on the models' device.
+    """Encodes the texts and images of a batch that is on the models' device.
 
     All images go through the image encoder in one call.
     """
@@ -216,7 +216,7 @@ class ConsistentID(nn.Module):
         return self.image_proj_model.norm.weight.dtype
 
     def set_scale(self, scale: float) -> None:
-        """Set the weight of the ID attention in every layer: 1 as in training, 0 for none."""
+        """Sets the weight of the ID attention in every layer: 1 as in training, 0 for none."""
         for processor in self.adapter_modules:
             if isinstance(processor, IdentityCrossAttention):
                 processor.scale = float(scale)
@@ -248,7 +248,7 @@ class ConsistentID(nn.Module):
         token_valid: Tensor,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """Fuse regions into the marked tokens of the text; see `FacialEncoder.forward`."""
+        """Fuses regions into the marked tokens of the text; see `FacialEncoder.forward`."""
         return self.FacialEncoder(  # type: ignore[no-any-return]
             text_hidden.to(self.dtype),
             region_hidden.to(self.dtype),
@@ -258,7 +258,7 @@ class ConsistentID(nn.Module):
         )
 
     def prepare(self, features: Features) -> Tensor:
-        """Return `encoder_hidden_states` (B, 81, C): the fused text, then the ID tokens."""
+        """Returns `encoder_hidden_states` (B, 81, C): the fused text, then the ID tokens."""
         text = self.fuse(
             features.text_hidden, features.region_hidden, features.token_mask, features.token_valid
         )
@@ -278,7 +278,7 @@ def predict_noise(
     time_ids: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the UNet; returns its prediction (B, 4, h, w) and the hooked layers' region scores.
+    """Runs the UNet; returns its prediction (B, 4, h, w) and the hooked layers' region scores.
 
     latents: (B, 4, h, w); states: (B, 81, C). Both may have any floating type; the prediction has
     the UNet's. token_idx: (B, 5), the region tokens whose scores are returned (see

@@ -80,7 +80,7 @@ class FacialEncoder(nn.Module):
         token_valid: Tensor,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """Return the text states (B, 77, C) with the marked tokens replaced by fused ones.
+        """Returns the text states (B, 77, C) with the marked tokens replaced by fused ones.
 
         text_hidden: (B, 77, C). region_hidden: (B, R, N, V). token_mask: (B, 77) bool, the marked
         tokens. token_valid: (B, R) bool, the used slots; each row has as many True entries as the

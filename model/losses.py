@@ -15,7 +15,7 @@ _EPSILON: Final = 1e-5
 def noise_loss(
     prediction: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the mean squared error of two tensors (B, C, h, w), computed in float32.
+    """Returns the mean squared error of two tensors (B, C, h, w), computed in float32.
 
     mask: (B, H, W) in [0, 1], resized to the latents and multiplied into both; as in the
     reference, masked-out elements count as zero error in the mean. weights: (B,), per sample
@@ -30,7 +30,7 @@ def noise_loss(
 
 
 def localisation_loss(scores: Sequence[Tensor], region_masks: Tensor, valid: Tensor) -> Tensor:
-    """Return the balanced L1 loss that pulls a region token's attention into the region's mask.
+    """Returns the balanced L1 loss that pulls a region token's attention into the region's mask.
 
     It is the reference's (REFERENCE.md 6.3): the mean normalised attention outside of the mask
     minus the mean inside it, averaged over valid regions, heads, samples and layers; in [-1, 1].

@@ -45,7 +45,7 @@ class PerceiverAttention(nn.Module):
 
 
 def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
-    """Build the feed-forward layers of a perceiver block: (…, dim) → (…, dim)."""
+    """Builds the feed-forward layers of a perceiver block: (…, dim) → (…, dim)."""
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, dim * mult, bias=False),
@@ -110,7 +110,7 @@ class IdentityProjector(nn.Module):
     def forward(
         self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool, scale: float = 1.0
     ) -> Tensor:
-        """Return the ID tokens.
+        """Returns the ID tokens.
 
         With `shortcut` they are the projected identity plus `scale` times the resampler's output;
         without it they are the resampler's output alone, and `scale` has no effect.

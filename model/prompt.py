@@ -60,7 +60,7 @@ class TokenIds:
 
 
 def add_marks(tokenizer: Any) -> Any:
-    """Add the two marks to a CLIP tokenizer, in the reference's order, and return the tokenizer.
+    """Adds the two marks to a CLIP tokenizer, in the reference's order, and returns the tokenizer.
 
     Adding them a second time changes nothing.
     """
@@ -71,7 +71,7 @@ def add_marks(tokenizer: Any) -> Any:
 def tokenize_marked(
     text: str, tokenizer: Any, *, keep_eos: bool, pad_id: int | None = None
 ) -> TokenIds:
-    """Tokenize a text with marks into TOKEN_LIMIT ids without marks, and the marked positions.
+    """Tokenizes a text with marks into TOKEN_LIMIT ids without marks, and the marked positions.
 
     A long text is truncated, a short one padded with pad_id (None: the tokenizer's own). Positions
     beyond the limit are left out. keep_eos=False truncates without restoring EOS, as the reference
@@ -102,7 +102,7 @@ def tokenize_marked(
 def fused_regions(
     text: MarkedText, tokenizer: Any, mode: Mode
 ) -> tuple[TokenIds, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Return a text's tokens, the regions fused into its marked nouns, and the dropped regions.
+    """Returns a text's tokens, the regions fused into its marked nouns, and the dropped regions.
 
     The regions are in the order of the positions; dropped regions are (region, reason). Raises
     ValueError if the text has more marks than regions.
@@ -119,7 +119,7 @@ def fused_regions(
 
 
 def named_regions(text: str) -> tuple[str, ...]:
-    """Return those of REGION_WORDS that a text contains, in any form and case."""
+    """Returns those of REGION_WORDS that a text contains, in any form and case."""
     return tuple(
         word
         for word in REGION_WORDS
@@ -128,7 +128,7 @@ def named_regions(text: str) -> tuple[str, ...]:
 
 
 def region_words(face_caption: str) -> dict[str, int]:
-    """Return for each region the number of words in the first clause that names it.
+    """Returns for each region the number of words in the first clause that names it.
 
     A clause that names several regions counts for each of them.
     """
@@ -141,7 +141,7 @@ def region_words(face_caption: str) -> dict[str, int]:
 
 
 def without_marks(text: str) -> str:
-    """Return the text without facial marks."""
+    """Returns the text without facial marks."""
     return text.replace(FACIAL_MARK, "")
 
 
@@ -153,7 +153,7 @@ def training_text(
     spec: ModelSpec,
     mode: Mode,
 ) -> MarkedText:
-    """Return the text of a training sample: its caption with its marked facial description.
+    """Returns the text of a training sample: its caption with its marked facial description.
 
     regions: names as in `stages.regions.region_masks`. Marks in the captions themselves are
     removed.
@@ -180,7 +180,7 @@ def inference_text(
     spec: ModelSpec,
     mode: Mode,
 ) -> MarkedText:
-    """Return the text of an image to generate: the user's prompt with a marked facial description.
+    """Returns the text of an image to generate: the user's prompt with a marked facial description.
 
     As in the reference, legacy mode ignores `face_caption` and describes every face by
     `spec.template`. Marks in the prompt itself are removed.
@@ -200,7 +200,7 @@ def inference_text(
 
 
 def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
-    """Mark the nouns of a description and re-order its clauses, as the reference does.
+    """Marks the nouns of a description and re-orders its clauses, as the reference does.
 
     This is `process_text_with_markers` (REFERENCE.md 4.2). Regions whose word doesn't occur in
     lower case are dropped. The n-th remaining region is paired with the n-th mark although their
@@ -241,7 +241,7 @@ def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
 
 
 def _without_repeats(text: str) -> str:
-    """Remove all but the first occurrence, in any case, of each region word; spaces remain."""
+    """Removes all but the first occurrence, in any case, of each region word; spaces remain."""
     for word in REGION_WORDS:
         matches = list(re.finditer(rf"\b{word}\b", text, re.IGNORECASE))
         for match in reversed(matches[1:]):
@@ -250,13 +250,13 @@ def _without_repeats(text: str) -> str:
 
 
 def _first_sentence(caption: str) -> tuple[str, str]:
-    """Split a caption behind its first full stop; without one, all of it is the first part."""
+    """Splits a caption behind its first full stop; without one, all of it is the first part."""
     end = caption.find(".") + 1
     return (caption[:end], caption[end:]) if end else (caption, "")
 
 
 def _length(text: str, tokenizer: Any) -> int:
-    """Return the number of tokens of a text, BOS and EOS included."""
+    """Returns the number of tokens of a text, BOS and EOS included."""
     return len(tokenizer.encode(text, verbose=False))
 
 
@@ -273,7 +273,7 @@ class _Clause:
 
 
 def _fit_text(main: str, face_caption: str, regions: Sequence[str], tokenizer: Any) -> MarkedText:
-    """Join `main` and the marked description within the token limit (corrected mode).
+    """Joins `main` and the marked description within the token limit (corrected mode).
 
     It starts with the short form of the marked clauses and leaves out the last ones while they are
     too long. Then, as far as there is room, it extends the marked clauses to their full text, adds
@@ -312,7 +312,7 @@ def _joined(main: str, detail: str) -> str:
 
 
 def _set_if_fits(texts: dict[int, str], index: int, text: str, fits: Callable[[], bool]) -> None:
-    """Set texts[index] to `text`, or restore what was there if the result doesn't fit."""
+    """Sets texts[index] to `text`, and restores what was there if the result doesn't fit."""
     before = texts.get(index)
     texts[index] = text
     if not fits():
@@ -322,7 +322,7 @@ def _set_if_fits(texts: dict[int, str], index: int, text: str, fits: Callable[[]
 
 
 def _leading_part(text: str, fits: Callable[[str], bool]) -> str:
-    """Return as many leading words as fit, if possible up to the end of a clause."""
+    """Returns as many leading words as fit, if possible up to the end of a clause."""
     if fits(text):
         return text
     words = text.split()
@@ -336,7 +336,7 @@ def _leading_part(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def _marked_clauses(face_caption: str, regions: Sequence[str]) -> tuple[list[_Clause], list[str]]:
-    """Return the description's clauses with marks, and the regions that it doesn't name."""
+    """Returns the description's clauses with marks, and the regions that it doesn't name."""
     region_at: dict[int, str] = {}  # offset of a noun's end → its region
     missing: list[str] = []
     for region in regions:
@@ -361,7 +361,7 @@ def _marked_clauses(face_caption: str, regions: Sequence[str]) -> tuple[list[_Cl
 def _clause(
     text: str, start: int, end: int, ends: Sequence[int], regions: Sequence[str]
 ) -> _Clause:
-    """Build the clause text[start:end]; `ends` are the offsets behind its nouns, ascending."""
+    """Builds the clause text[start:end]; `ends` are the offsets behind its nouns, ascending."""
     full, short, last = "", "", start
     for noun_end in ends:
         piece = text[last:noun_end]

@@ -102,7 +102,7 @@ SPECS: Final[dict[str, ModelSpec]] = {
 
 
 def spec_named(name: str) -> ModelSpec:
-    """Return the variant with that name. Raises ValueError if there is none."""
+    """Returns the variant with that name. Raises ValueError if there is none."""
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(SPECS)}")
     return SPECS[name]

@@ -22,7 +22,7 @@ _MARKER: Final = "tiny.json"
 
 
 def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
-    """Write the tiny base (about 40 MB) to `folder` in diffusers' layout, and return the folder.
+    """Writes the tiny base (about 40 MB) to `folder` in diffusers' layout, and returns the folder.
 
     The image encoder is under image_encoder/. vocab: CLIP's vocabulary file, see
     `model.vocabulary`. The same seed gives the same bytes. A folder that already holds the base of
@@ -49,7 +49,7 @@ def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
 
 
 def _parts(vocab: Path, seed: int) -> dict[str, Any]:
-    """Make the parts, by subfolder. Torch's global random state is restored afterwards."""
+    """Makes the parts, by subfolder. Torch's global random state is restored afterwards."""
     import diffusers
     import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

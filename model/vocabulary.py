@@ -15,7 +15,7 @@ _MERGES: Final = 48_894
 
 
 def clip_tokenizer(vocab_path: Path) -> Any:
-    """Make CLIP's tokenizer (49,408 entries, padding with EOS).
+    """Makes CLIP's tokenizer (49,408 entries, padding with EOS).
 
     vocab_path: its `bpe_simple_vocab_16e6.txt.gz`. Raises WeightsError if the file is not that
     vocabulary.
@@ -41,7 +41,7 @@ def clip_tokenizer(vocab_path: Path) -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """Return the character that represents each byte, in CLIP's order.
+    """Returns the character that represents each byte, in CLIP's order.
 
     Printable bytes are represented by themselves, the others by characters from U+0100 on.
     """

@@ -38,7 +38,7 @@ _KL_WEIGHT: Final = 1e-4  # gives latents about unit variance without blurring t
 def ensure_base(
     config: TrainConfig, spec: ModelSpec, shards: ShardSet, message: Callable[[str], None]
 ) -> str:
-    """Return the folder or hub id of the base model.
+    """Returns the folder or hub id of the base model.
 
     If neither the configuration nor the spec names one, the tiny base is made in OUT/base, unless
     it is there already; only one process may call this then. message: receives a line for the
@@ -111,7 +111,7 @@ def fit_vae(
 
 
 def _crops(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a batch of crops of random images (N, 3, R, R), all at the same random position."""
+    """Returns a batch of crops of random images (N, 3, R, R), all at the same random position."""
     rows = torch.randint(len(images), (_FIT_BATCH,), generator=generator)
     side = min(_FIT_CROP, images.shape[-1])
     top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=generator).tolist()

@@ -53,7 +53,7 @@ class SampleOrder:
         self._permutation: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def sample(self, position: int) -> int:
-        """Return the number of the sample at `position`, counted from the beginning of training."""
+        """Returns the number of the sample at `position`, counted from the start of training."""
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -90,11 +90,11 @@ class TrainBatch:
     timesteps: Tensor
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        """Return the batch with every tensor on `device`."""
+        """Returns the batch with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> TrainBatch:
-        """Return the batch in pinned memory. The DataLoader calls this."""
+        """Returns the batch in pinned memory. The DataLoader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
@@ -175,7 +175,7 @@ class BatchMaker:
         )
 
     def _samples(self, numbers: list[int]) -> list[tuple[Conditions, Tensor]]:
-        """Return the prepared samples, from the cache or from the shards."""
+        """Returns the prepared samples, from the cache or from the shards."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._cache]
         prepared = dict(self._cache) if not missing else {**self._cache, **self._prepare(missing)}
         for number in missing[: max(0, self._preparation.cache_size - len(self._cache))]:
@@ -203,7 +203,7 @@ class BatchMaker:
 
 
 def _non_zero_images(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
-    """Return the images that the image encoder must see, and their rows among all images.
+    """Returns the images that the image encoder must see, and their rows among all images.
 
     They are selected on the CPU: on a GPU, the host would have to wait for their number.
     """
@@ -223,7 +223,7 @@ def micro_batches(
     workers: int = 0,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of one process, without end.
+    """Yields the micro-batches of one process, without end.
 
     make: positions → micro-batch, in practice a BatchMaker; it runs in the worker processes.
     start: position of the first sample, counted over all processes. size: samples in a
@@ -254,7 +254,7 @@ def micro_batches(
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    """Ignore SIGINT in a worker.
+    """Ignores SIGINT in a worker.
 
     Ctrl-C sends it to every process of the terminal; the trainer handles it and ends its workers.
     """

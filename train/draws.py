@@ -15,33 +15,33 @@ from torch import Tensor
 
 
 def _hashed_seed(seed: int, name: str, position: int) -> int:
-    """Hash the arguments to an integer of 63 bits, the most that torch accepts."""
+    """Hashes the arguments to an integer of 63 bits, the most that torch accepts."""
     digest = hashlib.blake2b(f"{seed}/{name}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, name: str, position: int) -> torch.Generator:
-    """Return a CPU generator for the random numbers `name` at `position`."""
+    """Returns a CPU generator for the random numbers `name` at `position`."""
     return torch.Generator().manual_seed(_hashed_seed(seed, name, position))
 
 
 def normal(shape: tuple[int, ...], seed: int, name: str, position: int) -> Tensor:
-    """Draw standard normal numbers, float32."""
+    """Draws standard normal numbers, float32."""
     return torch.randn(shape, generator=generator(seed, name, position))
 
 
 def uniform(seed: int, name: str, position: int) -> float:
-    """Draw a number in [0, 1)."""
+    """Draws a number in [0, 1)."""
     # 53 bits, the precision of a float, so that rounding never gives 1
     return (_hashed_seed(seed, name, position) >> 10) / 2**53
 
 
 def integer(limit: int, seed: int, name: str, position: int) -> int:
-    """Draw an integer in [0, limit)."""
+    """Draws an integer in [0, limit)."""
     return int(torch.randint(limit, (), generator=generator(seed, name, position)))
 
 
 def permutation(size: int, seed: int, name: str, position: int) -> npt.NDArray[np.int64]:
-    """Return the numbers 0 to size - 1 in random order."""
+    """Returns the numbers 0 to size - 1 in random order."""
     bits = np.random.PCG64(_hashed_seed(seed, name, position))
     return np.random.Generator(bits).permutation(size)

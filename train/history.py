@@ -25,7 +25,7 @@ class History:
     def add(
         self, first_step: int, values: Sequence[Sequence[float]], rates: Sequence[float]
     ) -> None:
-        """Append steps from `first_step` on: for each its LOSSES and its learning rate."""
+        """Appends steps from `first_step` on: for each its LOSSES and its learning rate."""
         lines = [
             {
                 "step": first_step + index,
@@ -40,7 +40,7 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a losses.jsonl, up to one that is incomplete; none if there is no file."""
+    """Reads the lines of a losses.jsonl, up to one that is incomplete; none if there is no file."""
     if not path.is_file():
         return []
     lines = []
@@ -53,7 +53,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def summarise(history: History, *, samples: int, seconds: float, finished: bool) -> dict[str, Any]:
-    """Return the contents of summary.json.
+    """Returns the contents of summary.json.
 
     samples, seconds: consumed by the run, including the runs that it resumed. The start and the
     end of a loss are its means over the first and the last tenth of the steps.

@@ -45,7 +45,7 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that are wrong whatever the data and the models are."""
+    """Raises ConfigError for settings that are wrong whatever the data and the models are."""
     for url in (config.data, config.output, config.adapter, config.model.base):
         refuse_credentials(url)
     if not config.data:
@@ -69,7 +69,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_same_run(config: TrainConfig, path: Path) -> None:
-    """Raise ConfigError if `config` would make another model than the configuration at `path`.
+    """Raises ConfigError if `config` would make another model than the configuration at `path`.
 
     path: config.yaml in the output of the run to resume.
     """
@@ -87,7 +87,7 @@ def check_same_run(config: TrainConfig, path: Path) -> None:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Return nested settings with dotted keys, and lists as text."""
+    """Returns nested settings with dotted keys, and lists as text."""
     items: dict[str, str | int | float | bool] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -102,7 +102,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
 def make_models(
     config: TrainConfig, spec: ModelSpec, base: str, device: torch.device
 ) -> tuple[Frozen, TrainedModel]:
-    """Load the base model in the configured precision, and make the trained parts in float32.
+    """Loads the base model in the configured precision, and makes the trained parts in float32.
 
     base: a folder or a hub id. Raises WeightsError if the base or `config.adapter` can't be
     loaded, ConfigError if the base can't take images of the configured resolution.
@@ -134,7 +134,7 @@ def make_models(
 def make_optimizer(
     config: OptimConfig, steps: int, parameters: list[nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Make AdamW and its learning rate schedule over `steps` steps of the optimizer.
+    """Makes AdamW and its learning rate schedule over `steps` steps of the optimizer.
 
     Raises ConfigError for an unknown schedule.
     """
@@ -163,7 +163,7 @@ def make_optimizer(
 
 
 def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Preparation:
-    """Return the settings by which records become micro-batches for these models."""
+    """Returns the settings by which records become micro-batches for these models."""
     base = frozen.base
     side = config.resolution // base.vae_factor
     return Preparation(

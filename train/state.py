@@ -49,7 +49,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Return the complete checkpoints under `output`, oldest first."""
+    """Returns the complete checkpoints under `output`, oldest first."""
     by_step = [
         (int(match[1]), path)
         for path in output.glob("checkpoint-*")
@@ -59,7 +59,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def find_checkpoint(output: Path, requested: str) -> Path | None:
-    """Return the checkpoint to resume from, or None for a new run.
+    """Returns the checkpoint to resume from, or None for a new run.
 
     requested: "latest", a checkpoint's name or folder, or "" for a new run only. Raises ConfigError
     if the requested one doesn't exist, or if "" is requested and the output has checkpoints.
@@ -84,7 +84,7 @@ def find_checkpoint(output: Path, requested: str) -> Path | None:
 
 
 def write_adapter(folder: Path, trained: TrainedModel, extras: AdapterExtras) -> Path:
-    """Write the adapter, and what inference needs with it, into `folder`; returns the folder."""
+    """Writes the adapter, and what inference needs with it, into `folder`; returns the folder."""
     save_adapter(trained.adapter, folder, extras.metadata)
     if extras.with_unet:
         save_unet(trained.unet, folder / "unet")
@@ -94,7 +94,7 @@ def write_adapter(folder: Path, trained: TrainedModel, extras: AdapterExtras) ->
 
 
 def write_folder_atomically(target: Path, fill: Callable[[Path], object]) -> Path:
-    """Let `fill` fill a temporary folder, then rename it to `target`; returns `target`.
+    """Lets `fill` fill a temporary folder, then renames it to `target`; returns `target`.
 
     An existing `target` is replaced.
     """
@@ -121,7 +121,7 @@ def save_checkpoint(
     *,
     limit: int,
 ) -> Path:
-    """Write the checkpoint of `step`, remove the oldest ones, and return its folder.
+    """Writes the checkpoint of `step`, removes the oldest ones, and returns its folder.
 
     state: for state.pt, tensors and plain values. limit: number of checkpoints that remain; 0
     removes none.
@@ -139,13 +139,13 @@ def save_checkpoint(
 
 
 def remove_partial_folders(output: Path) -> None:
-    """Remove the temporary folders of `write_folder_atomically` that a killed run left behind."""
+    """Removes the temporary folders of `write_folder_atomically` that a killed run left behind."""
     for folder in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> dict[str, Any]:
-    """Load a checkpoint's weights into the model, and return the contents of its state.pt.
+    """Loads a checkpoint's weights into the model, and returns the contents of its state.pt.
 
     Raises WeightsError if a file can't be read or doesn't fit the model.
     """
@@ -165,7 +165,7 @@ def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> 
 
 
 def load_unet(folder: Path, unet: Any) -> None:
-    """Load weights that `model.checkpoint.save_unet` wrote.
+    """Loads weights that `model.checkpoint.save_unet` wrote.
 
     The adapter's processors in the UNet are left unchanged. Raises WeightsError if the file is
     missing or belongs to another UNet.
@@ -187,7 +187,7 @@ def load_unet(folder: Path, unet: Any) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Return this process's random states as tensors; without a GPU "cuda" is empty."""
+    """Returns this process's random states as tensors; without a GPU "cuda" is empty."""
     cuda = (
         torch.cuda.get_rng_state()
         if torch.cuda.is_available()
@@ -197,7 +197,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Restore the random states of process `rank`.
+    """Restores the random states of process `rank`.
 
     states: `random_state()` of every process of the earlier run. A process whose rank it didn't
     have is left unchanged.
@@ -210,7 +210,7 @@ def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under another name, then rename it to `path`."""
+    """Writes a JSON file under another name, then renames it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)

@@ -47,7 +47,7 @@ class TrainedModel(nn.Module):
         token_idx: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the UNet's prediction (B, 4, h, w) and the hooked layers' region scores.
+        """Returns the UNet's prediction (B, 4, h, w) and the hooked layers' region scores.
 
         noisy: latents (B, 4, h, w). timesteps: (B,). token_idx: (B, 5); without it there are no
         scores. time_ids: (B, 6), of SDXL.
@@ -75,7 +75,7 @@ class Frozen:
 
 
 def freeze(base: BaseModels, vision_size: int) -> Frozen:
-    """Make the frozen side of training from a base model that is on its device.
+    """Makes the frozen side of training from a base model that is on its device.
 
     vision_size: side of the image encoder's input, in pixels. Raises ConfigError for a base that
     predicts neither noise nor velocity.
@@ -99,7 +99,7 @@ def freeze(base: BaseModels, vision_size: int) -> Frozen:
 
 @torch.no_grad()
 def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
-    """Encode the texts and images of a batch, as `model.consistentid.encode_frozen` does.
+    """Encodes the texts and images of a batch, as `model.consistentid.encode_frozen` does.
 
     Only images that aren't zero go through the image encoder.
     """
@@ -124,7 +124,7 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
 
 @torch.no_grad()
 def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Return noisy latents at the batch's timesteps, and the target to predict.
+    """Returns noisy latents at the batch's timesteps, and the target to predict.
 
     Both are (B, 4, h, w) float32. The target is the noise or the velocity.
     """
@@ -140,7 +140,7 @@ def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
 
 
 def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """Return the min-SNR-γ weight of each sample's noise loss, (B,).
+    """Returns the min-SNR-γ weight of each sample's noise loss, (B,).
 
     Hang et al. 2023, arXiv 2303.09556, for noise or velocity prediction. timesteps: (B,).
     """
@@ -162,7 +162,7 @@ class StepLosses:
 def step_losses(
     trained: nn.Module, frozen: Frozen, batch: TrainBatch, config: LossConfig, *, mask: bool
 ) -> StepLosses:
-    """Compute the losses of a micro-batch that is on the device.
+    """Computes the losses of a micro-batch that is on the device.
 
     trained: a TrainedModel, or accelerate's wrapper of one. mask: leave the background out of the
     noise loss.

@@ -97,7 +97,7 @@ class Outcome:
 
 
 def train(config: TrainConfig, watcher: Watcher) -> Outcome:
-    """Start or resume a run. Raises PipelineError for wrong settings, data or weights."""
+    """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights."""
     check_config(config)
     return Trainer(config, watcher).run()
 
@@ -157,7 +157,7 @@ class Trainer:
         return device
 
     def _prepare_output(self) -> str:
-        """Make the output folder and, where it is needed, the tiny base; returns the base to load.
+        """Makes the output folder and, where it is needed, the tiny base; returns the base to load.
 
         The main process makes them; the others wait for it.
         """
@@ -238,7 +238,7 @@ class Trainer:
         return outcome
 
     def _step(self, batches: Iterator[TrainBatch]) -> Tensor:
-        """Take one optimizer step over its micro-batches.
+        """Takes one optimizer step over its micro-batches.
 
         Returns the mean losses (3,), on the device.
         """
@@ -261,7 +261,7 @@ class Trainer:
         return torch.stack(values).mean(0)
 
     def _fetch_losses(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
-        """Fetch the losses of the last steps from the device, record them, and return their means.
+        """Fetches the losses of the last steps, records them, and returns their means.
 
         window: (3,) for each step; rates: their learning rates. Both lists are emptied.
         """
@@ -276,7 +276,7 @@ class Trainer:
         return means
 
     def _any_process(self, flag: int) -> bool:
-        """Return whether `flag` is non-zero on any process."""
+        """Returns whether `flag` is non-zero on any process."""
         if self.accelerator.num_processes == 1:
             return bool(flag)
         own = torch.tensor([float(bool(flag))], device=self.device)
@@ -322,7 +322,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _finish(self, stop_signal: int) -> Outcome:
-        """Write the summary and, unless a signal stopped the run, OUT/final."""
+        """Writes the summary and, unless a signal stopped the run, OUT/final."""
         progress, adapter, summary = self.progress, None, {}
         if self.history is not None:
             if not stop_signal:
@@ -354,7 +354,7 @@ class _Stop:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Record SIGINT (Ctrl-C) or SIGTERM, so that training stops after the current step.
+    """Records SIGINT (Ctrl-C) or SIGTERM, so that training stops after the current step.
 
     The previous handlers are restored at the first signal, so a second one ends the process at
     once, and at exit.

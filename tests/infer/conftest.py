@@ -18,7 +18,7 @@ from stages.regions import Mode
 
 
 def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
-    """Write an adapter with random weights, also in the half of the LoRA that starts at zero.
+    """Writes an adapter with random weights, also in the half of the LoRA that starts at zero.
 
     So every part of it changes the result.
     """
@@ -43,7 +43,7 @@ def legacy_adapter(tiny_base: Path) -> Path:
 
 
 def small(adapter: Path, **changes: object) -> InferConfig:
-    """Return settings for four steps at 64 pixels."""
+    """Returns settings for four steps at 64 pixels."""
     values: dict[str, object] = {
         "adapter": str(adapter),
         "num_inference_steps": 4,

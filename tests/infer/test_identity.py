@@ -26,7 +26,7 @@ from tests.infer.conftest import small
 
 
 def differing(one: Conditions, other: Conditions) -> list[str]:
-    """Return the names of the fields that aren't bitwise equal."""
+    """Returns the names of the fields that aren't bitwise equal."""
     pairs = {
         field.name: (getattr(one, field.name), getattr(other, field.name))
         for field in fields(Conditions)

@@ -21,7 +21,7 @@ def base(tiny_base: Any) -> BaseModels:
 
 
 def guidance(rows: int) -> Guidance:
-    """Return random guidance whose row n is the same for any number of rows."""
+    """Returns random guidance whose row n is the same for any number of rows."""
     states = [
         torch.randn(3, 81, TINY.cross_attention_dim, generator=torch.Generator().manual_seed(n))
         for n in range(rows)

@@ -12,7 +12,7 @@ from stages.regions import LABEL_IDS
 
 
 def drawn(seed: int, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Draw an RGB image (size, size, 3) and its label map (size, size)."""
+    """Draws an RGB image (size, size, 3) and its label map (size, size)."""
     rng = np.random.default_rng(seed)
     image = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
     labels = np.zeros((size, size), np.uint8)
@@ -48,7 +48,7 @@ def record(
     face_caption: str = "The person has a round face, two ears, dark eyes, a long nose, and a "
     "small mouth.",
 ) -> Record:
-    """Return a complete record of the drawn portrait; every seed has another identity."""
+    """Returns a complete record of the drawn portrait; every seed has another identity."""
     image, labels = drawn(seed, size)
     identity = np.random.default_rng(1000 + seed).standard_normal(512).astype(np.float32)
     name = f"drawn/{seed}.png"

@@ -28,7 +28,7 @@ STEPS = torch.tensor([7, 501])
 
 
 def trained(base: BaseModels, mode: Any = "corrected") -> ConsistentID:
-    """Return a model whose LoRA isn't zero."""
+    """Returns a model whose LoRA isn't zero."""
     torch.manual_seed(0)
     model = ConsistentID(TINY, base.unet, mode)
     for name, parameter in model.adapter_modules.named_parameters():

@@ -32,7 +32,7 @@ def new_model(
 
 
 def nested(model: ConsistentID, projector: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Return a state dict in the form of the published .bin files."""
+    """Returns a state dict in the form of the published .bin files."""
     return {
         projector: model.image_proj_model.state_dict(),
         "adapter_modules": model.adapter_modules.state_dict(),

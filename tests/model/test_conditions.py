@@ -85,7 +85,7 @@ def test_missing_regions_are_padded_with_zeros_after_normalisation(tokenizer: An
 
 
 def off_centre(seed: int) -> Record:
-    """Return a portrait at the left end of a wide image, where a centre crop loses it."""
+    """Returns a portrait at the left end of a wide image, where a centre crop loses it."""
     image, labels = drawn(seed)
     wide = np.pad(image, ((0, 0), (0, 256), (0, 0)))
     return replace(

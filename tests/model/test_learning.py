@@ -53,7 +53,7 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portra
 
     @torch.no_grad()
     def mean_losses(features: Features) -> tuple[list[float], float]:
-        """Return three noise losses, each the mean of 16 draws, and the mean localisation loss."""
+        """Returns three noise losses, each the mean of 16 draws, and the mean localisation loss."""
         pairs = [
             [step(features, 10_000 + 100 * seed + draw) for draw in range(16)] for seed in range(3)
         ]
@@ -82,7 +82,7 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portra
 
 
 def run_stages(files: list[Path]) -> list[Record]:
-    """Return the photographs' records after the pipeline's stages."""
+    """Returns the photographs' records after the pipeline's stages."""
     chain = build_stages(DatasetConfig())
     for stage in chain:
         stage.setup()

@@ -16,7 +16,7 @@ def test_noise_loss_counts_masked_out_elements_in_the_mean() -> None:
 
 
 def attention(*pixels: float) -> torch.Tensor:
-    """Return one head's attention to one token in an image of 2 × 2 pixels, (1, 1, 4, 1)."""
+    """Returns one head's attention to one token in an image of 2 × 2 pixels, (1, 1, 4, 1)."""
     return torch.tensor(pixels).view(1, 1, 4, 1)
 
 

@@ -48,7 +48,7 @@ def shards(data: Path) -> ShardSet:
 
 
 def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfig:
-    """Return settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
+    """Returns settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
     values: dict[str, object] = {
         "data": str(data),
         "output": str(output),

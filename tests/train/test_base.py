@@ -18,7 +18,7 @@ from train.shards import ShardSet
 
 
 def encoded(base: Path, shards: ShardSet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return images, their scaled latents, and the images decoded from these."""
+    """Returns images, their scaled latents, and the images decoded from these."""
     images = torch.stack([training_pixels(record, 64) for record in shards.records(range(8))])
     vae = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     with torch.no_grad():

@@ -31,7 +31,7 @@ class Keys:
 def keys(
     shards: ShardSet, count: int, *, world: int, workers: int, size: int, start: int = 0
 ) -> list[str]:
-    """Return the first `count` keys that `world` processes consume, in the order of their steps."""
+    """Returns the first `count` keys that `world` processes consume, in order of their steps."""
     make = Keys(shards, 5)
     ranks: list[Iterator[list[str]]] = [
         micro_batches(make, start=start, size=size, rank=rank, world=world, workers=workers)
