@@ -1,6 +1,4 @@
-"""An adapter that does something in every part, over the tiny base; a generator with it; two
-people.
-"""
+"""Fixtures: adapters over the tiny base, a generator with one of them, and two people."""
 
 from __future__ import annotations
 
@@ -20,7 +18,10 @@ from stages.regions import Mode
 
 
 def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
-    """Random weights, the LoRA's zero halves too, so that leaving a part out shows."""
+    """Writes an adapter with random weights, also in the half of the LoRA that starts at zero.
+
+    So every part of it changes the result.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         model = ConsistentID(SPECS["tiny"], load_base(SPECS["tiny"], base).unet, mode)
@@ -32,7 +33,7 @@ def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter(tiny_base: Path) -> Path:
-    """OUT/final beside OUT/base, as a training run leaves them."""
+    """An adapter in OUT/final with its base in OUT/base, as a training run writes them."""
     return write_adapter(tiny_base, tiny_base.parent / "final", "corrected")
 
 
@@ -42,7 +43,7 @@ def legacy_adapter(tiny_base: Path) -> Path:
 
 
 def small(adapter: Path, **changes: object) -> InferConfig:
-    """Four steps at 64 pixels."""
+    """Returns settings for four steps at 64 pixels."""
     values: dict[str, object] = {
         "adapter": str(adapter),
         "num_inference_steps": 4,
