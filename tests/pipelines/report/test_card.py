@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import platform
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -187,6 +188,27 @@ def test_equal_outputs_give_equal_bytes(made: Store, copy: Store) -> None:
         copy.remove(name)
         write_card(copy)
         assert copy.read(name) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "caption: {model: someone/model}\nneighbours: {val_share: 0.125}",
+        "caption: {llava: {model: a/b}, openai: {model: someone/model}}\n"
+        "global_pass: {val_share: 0.125}",
+    ],
+)
+def test_the_caption_model_in_use_is_named_for_old_and_new_configurations(
+    config: str, copy: Store
+) -> None:
+    dataset = json.loads(copy.read("dataset.json"))
+    dataset["backends"]["caption"] = "openai"
+    copy.write("dataset.json", json.dumps(dataset))
+    copy.write("config.yaml", config)
+    write_card(copy)
+    text = card_of(copy)[1]
+    assert "Captions are by someone/model," in text and "a/b" not in text
+    assert re.search(r"global\\?_pass\.val\\?_share \| 0\.125", text), text
 
 
 def test_every_field_is_described() -> None:
