@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -15,6 +16,7 @@ from configs.schema import DatasetConfig
 from stages.caption import CaptionStage
 from stages.quality_filter import RULES
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.reader import DatasetReader
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
@@ -75,3 +77,9 @@ def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
         torch.nn.Module, "__call__", lambda *a, **k: (ran.append("torch"), module(*a, **k))[1]
     )
     return ran
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """Every row of the sidecars of a data set, in the order of its shards."""
+    reader = DatasetReader(str(output))
+    return [row for index in reader.manifests() for row in reader.rows(index).to_pylist()]

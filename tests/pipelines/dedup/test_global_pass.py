@@ -16,8 +16,7 @@ from stages.record import key_of
 from stages.storage.layout import DUPLICATES, IDENTITIES
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
-from tests.pipelines.test_rules import rows_of
+from tests.pipelines.helpers import NO_COPIES, config, digests, rows_of, stamps
 
 SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike are two people
     "global_pass.val_share=0.5",

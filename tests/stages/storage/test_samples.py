@@ -134,9 +134,9 @@ def test_a_sample_is_read_by_its_place_and_by_its_bytes(tmp_path: Path) -> None:
     assert len(data) == tar.count
     with (tmp_path / "a.tar").open("rb") as stream:
         assert read_sample(stream, {**second, "key": "1" * 20, "source": "a"}).caption == "b"
-        with pytest.raises(ShardError, match="the tar holds 1{20} there"):
+        with pytest.raises(ShardError, match=r"the tar holds 1{20} there"):
             read_sample(stream, {**second, "key": "0" * 20, "source": "a"})
     part = data[first["offset"] : first["offset"] + first["size"]]
     assert parse_sample(part, "0" * 20, "a.tar").key == "0" * 20
-    with pytest.raises(ShardError, match="sample 1{20} expected"):
+    with pytest.raises(ShardError, match=r"sample 1{20} expected"):
         parse_sample(part, "1" * 20, "a.tar")
