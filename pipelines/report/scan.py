@@ -80,6 +80,11 @@ def scan(
 
     def read(manifest: Manifest) -> Scan:
         with reader.sidecar(manifest.index) as file:
+            if missing := [name for name in _LEDGER if name not in file.columns]:
+                raise ShardError(
+                    f"{manifest.shard}: its sidecar has no column {', '.join(missing)}. Remove its "
+                    "manifest and run the pipeline again: it makes the shard again."
+                )
             table = file.read(wanted).combine_chunks()
         return _scan(manifest, table, shown)
 
@@ -159,7 +164,8 @@ def _check(manifest: Manifest, counts: Mapping[End, int]) -> None:
 def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
     tally: Counter[tuple[str, ...]] = Counter()
     for name in _NAMED:
-        tally.update({(name, value): count for value, count in _value_counts(written[name])})
+        names = pc.fill_null(written[name], "")
+        tally.update({(name, value): count for value, count in _value_counts(names)})
     for value, count in _value_counts(written["trainable"]):
         tally["trainable", {True: "yes", False: "no", None: "unknown"}[value]] += count
     width, height = (pc.cast(written[name], pa.int64()) for name in ("width", "height"))

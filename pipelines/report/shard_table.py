@@ -111,9 +111,9 @@ def _rates(shards: Shards) -> list[Track]:
             for word in REGION_WORDS
         ),
     ]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return [
-            Track(name, np.asarray(some, float) / whole, whole, None)
+            Track(name, np.where(whole > 0, np.asarray(some, float) / whole, np.nan), whole, None)
             for name, some, whole in shares
         ]
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import signal
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
+import torch
 
 from configs.load import load
 from configs.schema import DatasetConfig
 from stages.caption import CaptionStage
 from stages.quality_filter import RULES
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.reader import DatasetReader
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
@@ -56,3 +60,26 @@ def hears_ctrl_c() -> None:
     SIGINT.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
+    parser on torch.
+    """
+    ran: list[str] = []
+    session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
+    patch.setattr(
+        onnxruntime.InferenceSession,
+        "run",
+        lambda *a, **k: (ran.append("onnx"), session(*a, **k))[1],
+    )
+    patch.setattr(
+        torch.nn.Module, "__call__", lambda *a, **k: (ran.append("torch"), module(*a, **k))[1]
+    )
+    return ran
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """Every row of the sidecars of a data set, in the order of its shards."""
+    reader = DatasetReader(str(output))
+    return [row for index in reader.manifests() for row in reader.rows(index).to_pylist()]

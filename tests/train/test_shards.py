@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -11,9 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from configs.errors import PipelineError, ShardError, SourceError
+from configs.errors import ConfigError, PipelineError, ShardError, SourceError
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
+from tests.train.conftest import run, small
 from train.shards import ShardSet
 
 
@@ -95,3 +97,24 @@ def test_the_error_names_an_invalid_manifest(copy: Path, text: str) -> None:
     (copy / "shards/fgid-000000.json").write_text(text)
     with pytest.raises(PipelineError, match=r"fgid-000000\.json"):
         ShardSet(str(copy))
+
+
+def test_a_version_2_data_set_trains(tiny_base: Path, tmp_path: Path) -> None:
+    config = small(Path("tests/data/dataset_v2"), tiny_base, tmp_path / "out", max_train_steps=2)
+    outcome = run(config)
+    assert outcome.adapter is not None and outcome.step == 2
+
+
+@pytest.mark.parametrize("key", ["data", "output", "adapter"])
+def test_credentials_in_a_url_are_refused_and_kept_nowhere(
+    tiny_base: Path, data: Path, tmp_path: Path, key: str
+) -> None:
+    url = "s3://me:not-to-be-seen@bucket/fgid"
+    config = replace(small(data, tiny_base, tmp_path / "out"), **{key: url})
+    with pytest.raises(ConfigError, match="environment") as error:
+        run(config)
+    assert "not-to-be-seen" not in str(error.value)
+    with pytest.raises(ConfigError, match="environment"):
+        ShardSet(url)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"not-to-be-seen" in path.read_bytes()]

@@ -41,6 +41,7 @@ from tests.pipelines.report.report_recompute import (
     check_data,
     rates,
     shard_rows,
+    status_of,
     values,
     written,
 )
@@ -99,8 +100,8 @@ def test_the_table_of_shards_recomputes(made: Store) -> None:
             s: some / n for s, (some, n) in rates(rows).items()
         }
         manifest = json.loads(made.read(f"shards/{name}.json"))
-        assert row["seconds"] == manifest.run.seconds
-        assert row["seconds_parse"] == manifest.run.stage_seconds["parse"]
+        assert row["seconds"] == manifest["run"]["seconds"]
+        assert row["seconds_parse"] == manifest["run"]["stage_seconds"]["parse"]
 
 
 def test_the_odd_shard_is_flagged_and_no_other(made: Store) -> None:
@@ -191,12 +192,27 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         write_report(str(tmp_path / "empty"))
     store = small(tmp_path)
     sidecar = Path(store.path("shards/fgid-000000.parquet"))
-    pq.write_table(pq.read_table(sidecar).drop_columns(["sharpness"]), sidecar)
-    with pytest.raises(ShardError, match="fgid-000000: its sidecar has no column sharpness"):
+    pq.write_table(pq.read_table(sidecar).drop_columns(["status"]), sidecar)
+    with pytest.raises(ShardError, match="fgid-000000: its sidecar has no column status"):
         write_report(store)
     sidecar.unlink()
-    with pytest.raises(ShardError, match="fgid-000000 has a manifest and no sidecar"):
+    with pytest.raises(ShardError, match=r"fgid-000000\.parquet is missing"):
         write_report(store)
+
+
+def test_columns_that_a_sidecar_lacks_have_no_values(tmp_path: Path) -> None:
+    """As in a data set whose chain has fewer stages, or that an older program wrote."""
+    store = small(tmp_path, shards=2)
+    sidecar = Path(store.path("shards/fgid-000001.parquet"))
+    lacking = ["sharpness", "license", "trainable", "regions", "region_words", "label_areas"]
+    pq.write_table(pq.read_table(sidecar).drop_columns(lacking), sidecar)
+    data = write_report(store).stats["data"]
+    ok, others = (written(rows) for rows in shard_rows(Path(store.root)).values())
+    assert data["metrics"]["sharpness"]["count"] == len(ok)
+    assert data["metrics"]["brightness"]["count"] == len(ok) + len(others)
+    assert data["trainable"]["unknown"] == len(others)
+    stated = {entry["name"]: entry["count"] for entry in data["licenses"]["named"]}
+    assert stated == Counter(row["license"] for row in ok) + Counter({"": len(others)})
 
 
 @pytest.mark.parametrize(
@@ -255,8 +271,15 @@ def test_sums_are_exact_in_any_order_and_merge(rows: list[list[float | None]], p
 
 
 def test_records_are_spread_evenly_and_examples_are_among_them(made: Store) -> None:
-    report = compute(made)
-    records = read_samples(made, report.manifests, report.examples, 100)
+    report = compute(DatasetReader(made))
+    records = read_samples(
+        DatasetReader(made),
+        report.manifests,
+        report.examples,
+        100,
+        report.metrics,
+        report.columns,
+    )
     shards = Counter(records.columns["shard"])
     assert all(shards[index] >= 20 for index in range(5)), "each shard's fifth, and the examples"
     assert len(set(records.columns["key"])) == len(records) < 300
@@ -270,7 +293,14 @@ def test_records_are_spread_evenly_and_examples_are_among_them(made: Store) -> N
         assert records.columns["caption"][at] == row["caption"]
         lacking = sum((share == 0) << label for label, share in enumerate(row["label_areas"]))
         assert records.columns["missing"][at] == (lacking if row["label_areas"] else -1)
-    whole = read_samples(made, report.manifests, report.examples, 10_000)
+    whole = read_samples(
+        DatasetReader(made),
+        report.manifests,
+        report.examples,
+        10_000,
+        report.metrics,
+        report.columns,
+    )
     assert whole.columns["key"] == list(rows), "of a small set all, in its order"
 
 
@@ -361,12 +391,9 @@ def test_the_numbers_shown_are_those_of_the_shards(made: Store) -> None:
         assert area == percent(statistics.median(present))
     for row in page.tables["region-table"][1:]:
         word = row[0]
-        pairs = Counter(
-            pair["reason"] for entry in ok for pair in entry["unfused"] if pair["region"] == word
-        )
-        reasons = [str(pairs[reason]) for reason in ("word_not_in_caption", "caption_too_long")]
-        fused, absent = (sum(word in entry[name] for entry in ok) for name in ("fused", "absent"))
-        assert row[5:] == [str(fused), *reasons, str(absent)]
+        statuses = Counter(status_of(entry, word) for entry in ok)
+        shown = ("fused", "word_not_in_caption", "caption_too_long", "absent")
+        assert row[5:] == [str(statuses[status]) for status in shown]
     assert f"{len(ok)} samples of {len(rows)} photographs" in page.text
     assert page.tables["funnel"][-2][3] == str(len(ok))
 
@@ -446,7 +473,7 @@ def test_an_unfinished_output_says_so(tmp_path: Path) -> None:
     Path(store.path("shards/fgid-000002.json")).unlink()
     path = Path(store.path("shards/fgid-000001.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"signatures": ["other-1-00"]}))
-    assert write_report(store)["plan"] == {"shards": 3, "inputs": 90}
+    assert write_report(store).stats["plan"] == {"shards": 3, "inputs": 90}
     text = Page(store).text
     assert "2 of 3 planned shards are committed (60 of 90 inputs)" in text
     assert "made with 2 different configurations" in text

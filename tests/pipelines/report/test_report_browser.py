@@ -176,7 +176,7 @@ def test_a_bar_is_clicked_and_its_pictures_are_there(open_page: Open, made: Path
     chart = page.locator("[data-figure=yaw][data-chart]")
     chart.scroll_into_view_if_needed()
     page.wait_for_selector("[data-figure=yaw][data-drawn]")
-    found = json.loads((made / STATS).read_text())["data"]["figures"]["yaw"]
+    found = json.loads((made / STATS).read_text())["data"]["metrics"]["yaw"]
     fullest = max(range(len(found["counts"])), key=lambda at: found["counts"][at])
     assert chart.locator(".bars .point").count() == len(found["counts"])
     chart.locator(".bars .point").nth(fullest).hover(force=True)
@@ -333,7 +333,7 @@ def test_a_record_shows_all_that_is_known_of_it(open_page: Open, made: Path) -> 
     wanted = [
         k for k, row in near.items() if row["identity_size"] > 1 and rows[k]["caption"] != EVIL
     ]
-    key = next(k for k in wanted if rows[k]["unfused"] and rows[k]["fused"])
+    key = next(k for k in wanted if {"fused", "caption_too_long"} <= {*rows[k]["regions"]})
     row = rows[key]
     page = open_page(f"#pictures?at={key}")
     page.wait_for_selector("#detail[open]")
@@ -352,7 +352,7 @@ def test_a_record_shows_all_that_is_known_of_it(open_page: Open, made: Path) -> 
         r"\b(?:face|ears?|eyes?|nose|mouth)\b", f"{row['caption']} {row['face_caption']}"
     )
     assert marks == words and marks
-    assert text.count("fused") == len(row["fused"]) + len(row["unfused"])
+    assert text.count("fused") == sum(status not in ("absent", "") for status in row["regions"])
     shown = page.eval_on_selector_all(
         "#detail .strip >> nth=0 >> .other", "all => all.map(b => b.dataset.key)"
     )

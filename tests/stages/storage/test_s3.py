@@ -328,7 +328,7 @@ def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
     bucket.put("in/empty.jpg", b"")
     source = build_source(config(f"s3://{bucket.name}/in/", bucket.out))
     bucket.proxy.reset(Faults(share=0.3, seed=3))
-    found = {item.source: source.fetch(item) for item in source.list()}
+    found = {item.source: source.read_with_retries(item) for item in source.list()}
     assert found == {name: name.encode() for name in names} | {"empty.jpg": b""}
     bucket.put("in/new.jpg", b"")
     assert "new.jpg" in {item.source for item in source.list()}  # no listing is remembered
@@ -384,10 +384,10 @@ def test_a_folder_on_a_web_server_is_a_source(tmp_path: Path) -> None:
         source = build_source(
             config(f"http://127.0.0.1:{server.server_port}/in/", tmp_path / "out")
         )
-        found = {item.source: source.fetch(item) for item in source.list()}
+        found = {item.source: source.read_with_retries(item) for item in source.list()}
         assert found == {name: name.encode() for name in ("a b.jpg", "deep/er/ü.jpg")}
         # though the server knows no parts
-        assert source.fetch(next(iter(source.list())), 2) in (b"a ", b"de")
+        assert source.read_with_retries(next(iter(source.list())), 2) in (b"a ", b"de")
     finally:
         server.shutdown()
         thread.join()
