@@ -164,8 +164,8 @@ def install(folder: Path) -> Path:
         )
         if installation.returncode:
             raise SystemExit(
-                "img2dataset can't be installed from the configured package index. Configure one "
-                "that has it."
+                "img2dataset can't be installed from the configured package index. "
+                "Configure one that has it."
             )
     listed = subprocess.run(
         [uv, "pip", "list", "--python", python, "--format", "json"], check=True, capture_output=True

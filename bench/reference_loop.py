@@ -99,11 +99,11 @@ class ReferenceLoop:
         """Captions by the pipeline's backend, which needs a JPEG, a label map and a face."""
         image = np.array(PILImage.open(f"{stem}_resize.png"))
         mask = Path(f"{stem}_mask.png").read_bytes()
-        whole = Face(box=(64, 64, 448, 448), landmarks=_TEMPLATE, score=1.0)
+        face = Face(box=(64, 64, 448, 448), landmarks=_TEMPLATE, score=1.0)
         record = Record(
             key=key_of(stem.name), source=stem.name, image=encode_jpeg(image, 95), parsing=mask
         )
-        record = replace(record, width=SIDE, height=SIDE, faces=(whole,), face=0)
+        record = replace(record, width=SIDE, height=SIDE, faces=(face,), face=0)
         ((caption, face_caption),) = self._captioner.caption([record])
         self._add_entries(stem, vqa_llva=caption, vqa_llva_more_face_detail=face_caption)
 

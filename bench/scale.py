@@ -37,12 +37,12 @@ NODES, NODE_CPUS = 4, 9
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Images/s of a run. steady: while all workers were busy, for `seconds`. whole: in all."""
+    """Images/s of a run. steady: while all workers were busy, for `seconds`. overall: in all."""
 
     workers: int
     steady: float
     seconds: float
-    whole: float
+    overall: float
 
 
 def main(
@@ -92,7 +92,7 @@ def simulate(workers: Sequence[int], images: int, rounds: int) -> list[Rate]:
             share = rate.steady / rate.workers / (rates[0].steady / rates[0].workers)
             print(
                 f"{count:7} {rate.steady:10.2f} {share:11.3f} {rate.seconds:13.1f} s "
-                f"{rate.whole:18.2f}",
+                f"{rate.overall:18.2f}",
                 flush=True,
             )
     return rates
@@ -118,9 +118,9 @@ def run(folder: Path, address: str, workers: int, images: int, rounds: int) -> R
     config = load(DatasetConfig, "configs/dataset/demo.yaml", overrides)
     started = time.monotonic()
     manifests = list(execute(plan_job(config, chain=sleeping), lambda count: None))
-    whole = total / (time.monotonic() - started)
+    overall = total / (time.monotonic() - started)
     steady, seconds = steady_rate(manifests, workers)
-    return Rate(workers, steady, seconds, whole)
+    return Rate(workers, steady, seconds, overall)
 
 
 def steady_rate(manifests: Sequence[Manifest], workers: int) -> tuple[float, float]:

@@ -72,8 +72,9 @@ class ConsistentIDGenerator:
 
     @property
     def stages(self) -> list[Stage]:
-        """The data set's stages. Their weights are loaded at the first use, since a saved identity
-        doesn't need them.
+        """The data set's stages.
+
+        Their weights are loaded at the first use, because a saved identity doesn't need them.
         """
         if self._stages is None:
             self._stages = set_up_stages(self.dataset)

@@ -82,8 +82,8 @@ def base_of(config: InferConfig, adapter: AdapterFile) -> str:
     if not local.is_dir():
         raise ConfigError(
             f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base model is made "
-            f"locally, but {local} doesn't exist. Set model.base=FOLDER, the base model that it "
-            "was trained with."
+            f"locally, but {local} doesn't exist. "
+            "Set model.base=FOLDER, the base model that it was trained with."
         )
     return str(local)
 

@@ -87,8 +87,8 @@ def read_adapter(source: Path) -> AdapterFile:
     weights = source / WEIGHTS_FILE if source.is_dir() else source
     if not weights.is_file():
         raise WeightsError(
-            f"{source}: no adapter there; expected a folder with {WEIGHTS_FILE}, or a weights file."
-            " Check the path."
+            f"{source}: no adapter there; check the path. "
+            f"Expected a folder with {WEIGHTS_FILE}, or a weights file."
         )
     state = _flat_state(weights)
     config_path = weights.with_name(CONFIG_FILE)

@@ -119,8 +119,8 @@ class DropRates:
         rates = (self.text, self.identity, self.both)
         if min(rates) < 0 or sum(rates) > 1:
             raise ValueError(
-                f"drop rates (text, identity, both) are {rates}; expected numbers in [0, 1] that "
-                "sum to at most 1"
+                f"drop rates (text, identity, both) are {rates}; "
+                "expected numbers in [0, 1] that sum to at most 1"
             )
 
 

@@ -179,8 +179,8 @@ class Trainer:
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
         if state["data"] != self.shards.digest:
             self.watcher.message(
-                f"{self.config.data} has changed since that checkpoint, so the order of samples is "
-                "another one"
+                f"{self.config.data} has changed since that checkpoint; "
+                "samples come in another order from here"
             )
 
     def _batches(self) -> Iterator[TrainBatch]:
