@@ -1,4 +1,4 @@
-"""Measure: the figures that the quality rules judge by, kept with every sample. No network runs."""
+"""Measure: computes the metrics that the quality rules use; no model is needed."""
 
 from __future__ import annotations
 
