@@ -208,8 +208,7 @@ def _undecodable(error: Exception, data: bytes) -> Failed:
 
 
 def _decode_rgb_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
-    """Decodes with libjpeg-turbo directly to RGB, reduced as in `decode`; fails if data is missing.
-    """
+    """Decodes with libjpeg-turbo to RGB, reduced as in `decode`; fails if data is missing."""
     min_side = max(config.size, config.min_side)
     factor = next(
         factor for factor in (8, 4, 2, 1) if factor == 1 or min(opened.size) >= factor * min_side

@@ -297,8 +297,7 @@ def _cloth(parts: _Parts) -> Mask:
 
 
 def _on_head(hair: Mask, frame: Frame) -> Mask:
-    """Returns `hair` without components that are entirely below the nose, such as collars and fur.
-    """
+    """Returns `hair` without components entirely below the nose, such as collars and fur."""
     count, components = cv2.connectedComponents(hair.astype(np.uint8))
     on_head = np.zeros_like(hair)
     for index in range(1, count):
@@ -312,11 +311,11 @@ def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     interior, upper, lower = (parts.on_face(name) for name in ("mouth", "upper_lip", "lower_lip"))
     if not (upper.any() and lower.any()):
         return {}
-    lips, whole = upper | lower, upper | lower | interior
-    share = interior.sum() / whole.sum()
+    lips, mouth = upper | lower, upper | lower | interior
+    share = interior.sum() / mouth.sum()
     bright = lab[interior][:, 0] > np.median(lab[lips][:, 0]) + 6
     teeth = bool(share >= 0.1 and bright.mean() > TEETH)
-    across, down = frame.coordinates(whole)
+    across, down = frame.coordinates(mouth)
     width = float(max(np.ptp(across), 1e-6))
     off_middle = np.abs(across - (across.min() + across.max()) / 2) / width
     lift = float(down[off_middle < 0.15].mean() - down[off_middle > 0.38].mean()) / width
@@ -332,8 +331,7 @@ def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
 
 
 def _subset(mask: Mask, chosen: npt.NDArray[np.bool_]) -> Mask:
-    """Returns the mask with only those of its N pixels that are `chosen` (N,), in row-major order.
-    """
+    """Returns the mask with only the `chosen` (N,) of its N pixels, in row-major order."""
     part = np.zeros_like(mask)
     part[mask] = chosen
     return part

@@ -67,8 +67,7 @@ def _appearance_of(record: Record) -> Appearance:
 
 
 class _Phrases:
-    """Chooses between phrases of equal meaning, by successive digits of the key, which is a hash.
-    """
+    """Chooses between phrases of equal meaning, by successive digits of the key (a hash)."""
 
     def __init__(self, key: str) -> None:
         self._digits = int(key, 16)

@@ -1,5 +1,4 @@
-"""The metrics of the quality rules: on real portraits, with planted defects, on degenerate input.
-"""
+"""The metrics of the quality rules: on real portraits, planted defects and degenerate input."""
 
 from __future__ import annotations
 
@@ -99,8 +98,7 @@ def mirrored(parsed: ParsedImage) -> ParsedImage:
 
 
 def rotation_matrix(yaw: float, pitch: float, roll: float) -> Points:
-    """The rotation matrix of (yaw, pitch, roll) in degrees, computed independently of the module.
-    """
+    """The rotation matrix of angles in degrees, computed independently of the module."""
     y, p, r = np.radians([-yaw, -pitch, roll])
     around_x = np.array([[1, 0, 0], [0, math.cos(p), -math.sin(p)], [0, math.sin(p), math.cos(p)]])
     around_y = np.array([[math.cos(y), 0, math.sin(y)], [0, 1, 0], [-math.sin(y), 0, math.cos(y)]])
