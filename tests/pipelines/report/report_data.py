@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from stages.annotations import ABSENT, FUSED, Measures, Review
 from stages.record import key_of
-from stages.regions import LABEL_IDS, REGION_WORDS
+from stages.regions import LABEL_IDS
 from stages.storage.manifest import FileEntry, Manifest, RunInfo
 from stages.storage.reader import IDENTITIES_SCHEMA
 from stages.storage.sidecar import sidecar_columns, write_sidecar
