@@ -16,8 +16,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A record of mlcroissant in the form of pyarrow's rows: bytes as text, arrays as lists, fields of
-    structs under the last part of their names."""
+    """A record of mlcroissant in the form of pyarrow's rows: bytes as text, arrays as lists, and
+    structs with the last part of their fields' names."""
     if isinstance(value, bytes):
         try:
             return value.decode()
