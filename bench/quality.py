@@ -1,24 +1,21 @@
-"""How the figures behind the quality rules lie on your pictures, to choose limits by: `python -m
-bench.quality FOLDER`.
+"""Distributions of the quality metrics on your images: `python -m bench.quality FOLDER`.
 
-Pictures go through resize, detect and parse. Printed are each figure's distribution, what each rule
-would take with the limits given (`rules.max_yaw=45`, …, else the defaults), and the milliseconds
-that each figure costs on one core.
+They help to choose the limits of the quality rules. The images go through resize, detect and parse.
+The output is the distribution of each metric, the number of images that each rule would drop with
+the limits on the command line (`rules.max_yaw=45`, …) or the defaults, and the milliseconds that
+each metric takes on one core.
 """
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Final
 
 import cv2
 import numpy as np
-import PIL.Image
 import typer
 
 from configs.load import load
@@ -29,68 +26,60 @@ from stages.backends.runtime import pin_threads
 from stages.base import run_chain
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
-from stages.quality_filter import RULES, verdict
-from stages.record import Face, Measures, Record, key_of
+from stages.quality_filter import RULES, broken_rule
+from stages.record import Face, Record, key_of
 
 QUANTILES: Final = (0, 0.001, 0.01, 0.5, 0.99, 0.999, 1)
 STAGES: Final = ("resize", "detect", "parse")
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the rules look at, of one picture (stages.quality_filter.Judged); the identity's norm is
-    left out.
-    """
-
-    source_width: int
-    source_height: int
-    faces: tuple[Face, ...]
-    main_face: Face
-    measures: Measures
-    identity_norm: float = 0.0
-
-
 def main(
-    folder: Annotated[Path, typer.Argument(help="searched at any depth for JPEG, PNG and WebP")],
+    folder: Annotated[
+        Path, typer.Argument(help="Searched at any depth for JPEG, PNG and WebP files.")
+    ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="rules.NAME=LIMIT, parse.dtype=bfloat16, …")
     ] = None,
-    config: Annotated[Path, typer.Option(help="of the data set")] = Path(
+    config: Annotated[Path, typer.Option(help="Preset of the data set.")] = Path(
         "configs/dataset/demo.yaml"
     ),
-    limit: Annotated[int, typer.Option(help="pictures, evenly over the folder; 0: all")] = 0,
+    limit: Annotated[int, typer.Option(help="Images to use, spread over the folder; 0: all.")] = 0,
 ) -> None:
+    """Print the distributions of the quality metrics, and what the rules would drop."""
     pin_threads(1)
     cv2.setNumThreads(1)
-    given = settings or []
-    rules = load(
-        RulesConfig, None, [s.removeprefix("rules.") for s in given if s.startswith("rules.")]
-    )
-    dataset = load(DatasetConfig, config, [s for s in given if not s.startswith("rules.")])
+    overrides = settings or []
+    limits = [s.removeprefix("rules.") for s in overrides if s.startswith("rules.")]
+    rules = load(RulesConfig, None, limits)
+    dataset = load(DatasetConfig, config, [s for s in overrides if not s.startswith("rules.")])
     files = sorted(
         p
         for p in folder.rglob("*")
         if p.suffix.lower() in dataset.source.extensions and p.is_file()
     )
     files = files[:: max(1, len(files) // limit)][:limit] if limit else files
-    spent: dict[str, list[float]] = {}
-    facts = list(measured(files, dataset, spent))
-    if not facts:
-        raise typer.BadParameter(f"no face was measured in the {len(files)} pictures of {folder}")
-    print(f"{len(facts)} of {len(files)} pictures measured\n")
-    print("\n".join(distribution(facts)), "\n")
-    print("\n".join(judged(facts, rules)), "\n")
+    seconds: dict[str, list[float]] = {}
+    records = list(measure(files, dataset, seconds))
+    if not records:
+        raise typer.BadParameter(
+            f"no face was measured in the {len(files)} images of {folder}; name a folder of "
+            "photographs of people"
+        )
+    print(f"{len(records)} of {len(files)} images measured\n")
+    print("\n".join(distributions(records)), "\n")
+    print("\n".join(dropped_by_rule(records, rules)), "\n")
     print(
         "milliseconds, median: "
-        + " · ".join(f"{n} {median(s) * 1e3:.2f}" for n, s in spent.items())
+        + " · ".join(f"{name} {median(times) * 1e3:.2f}" for name, times in seconds.items())
     )
 
 
-def measured(
-    files: Sequence[Path], config: DatasetConfig, spent: dict[str, list[float]]
-) -> Iterator[Facts]:
-    """The facts of every picture in which a face was parsed; the seconds of each figure go to
-    `spent`.
+def measure(
+    files: Sequence[Path], config: DatasetConfig, seconds: dict[str, list[float]]
+) -> Iterator[Record]:
+    """Yields the record, with its measures, of every image in which a face was parsed.
+
+    The time of each metric is appended to `seconds`.
     """
     chain = [stage for stage in build_stages(config) if stage.name in STAGES]
     for stage in chain:
@@ -99,19 +88,14 @@ def measured(
         data = path.read_bytes()
         record = run_chain(chain, [Record(key=key_of(path.name), source=path.name, image=data)])[0]
         if record.ok:
-            image, labels, face = (
-                decode_jpeg(record.image),
-                decode_labels(record.parsing),
-                record.main_face,
-            )
-            time_each(image, labels, face, spent)
-            width, height = PIL.Image.open(io.BytesIO(data)).size
-            yield Facts(
-                width, height, record.faces, face, measurements.measure(image, labels, face)
-            )
+            image, labels = decode_jpeg(record.image), decode_labels(record.parsing)
+            face = record.main_face
+            time_metrics(image, labels, face, seconds)
+            yield record.annotated(measurements.measure(image, labels, face))
 
 
-def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]) -> None:
+def time_metrics(image: Any, labels: Any, face: Face, seconds: dict[str, list[float]]) -> None:
+    """Measures each metric of an image once and appends its time to `seconds`."""
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     rotation = measurements.rotation_of(face)
     calls: dict[str, Callable[[], object]] = {
@@ -123,32 +107,30 @@ def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]
         "hash": lambda: measurements.hash_of(grey),
     }
     for name, call in calls.items():
-        began = time.perf_counter()
+        started = time.perf_counter()
         call()
-        spent.setdefault(name, []).append(time.perf_counter() - began)
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
 
 
-def distribution(facts: Sequence[Facts]) -> Iterator[str]:
-    """A line for each rule's figure: its quantiles."""
-    yield f"{'figure':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
-    for what, figure in {rule.what: rule.figure for rule in RULES}.items():
-        values = [value for fact in facts if (value := figure(fact)) is not None]
+def distributions(records: Sequence[Record]) -> Iterator[str]:
+    """Yields a line for each metric of a rule, with its quantiles."""
+    yield f"{'metric':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
+    for label, value_of in {rule.label: rule.value for rule in RULES}.items():
+        values = [value for record in records if (value := value_of(record)) is not None]
         if values:
-            yield f"{what:24}" + "".join(
+            yield f"{label:24}" + "".join(
                 f"{value:9.3f}" for value in np.quantile(values, QUANTILES)
             )
 
 
-def judged(facts: Sequence[Facts], rules: RulesConfig) -> Iterator[str]:
-    """A line for each rule: how many break it, whichever others they break; and one for all of
-    them.
-    """
+def dropped_by_rule(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
+    """Yields a line for each rule with the number of images that break it, and one for any rule."""
     for rule in RULES:
         limit = getattr(rules, rule.setting)
-        broken = sum(bool(rule.broken(fact, rules)) for fact in facts)
+        broken = sum(bool(rule.detail(record, rules)) for record in records)
         yield f"{rule.setting + '=' + format(limit, 'g'):24}{broken:9}  {rule.reason}"
-    lost = sum(verdict(fact, rules) is not None for fact in facts)
-    yield f"{'any rule':24}{lost:9}  {lost / len(facts):.2%}"
+    dropped = sum(broken_rule(record, rules) is not None for record in records)
+    yield f"{'any rule':24}{dropped:9}  {dropped / len(records):.2%}"
 
 
 if __name__ == "__main__":

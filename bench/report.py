@@ -1,10 +1,9 @@
-"""What the report takes: `python -m bench.report` makes a set of SHARDS × ROWS, reports on it, and
-opens its page.
+"""Time and memory of the report for a data set of SHARDS × ROWS: `python -m bench.report`.
 
-The sidecars are synthetic (tests/pipelines/report/report_data.py), with everything that the
-pipeline's have: embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. They are
-written just before, so reading them costs no disk. The page is opened in Chromium without a
-network, as often as asked for.
+It writes synthetic sidecars (tests/pipelines/report/report_data.py) with all columns of the
+pipeline's: embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. Then it makes
+the report and opens its page in Chromium without a network. The sidecars were just written, so they
+are read from the page cache, not from disk.
 """
 
 from __future__ import annotations
@@ -19,64 +18,68 @@ from typing import Annotated
 
 import typer
 
-from pipelines.report import INDEX, write_report
+from pipelines.report import write_report
 from pipelines.report.page import SAMPLES
 from pipelines.report.stats import compute
-from stages.storage.store import Store
+from stages.storage.layout import REPORT
+from stages.storage.reader import DatasetReader
 from tests.pipelines.report.report_data import Recipe, write_set
 
-# view → its first drawing
+# Fragment of a view's address → selector of what it draws first.
 FIRST = {"": "[data-chart][data-drawn]", "#pictures": ".sample canvas[data-labels]"}
 
 
 def main(
-    shards: Annotated[int, typer.Option(help="How many shards.")] = 1000,
-    rows: Annotated[int, typer.Option(help="Inputs in each.")] = 1000,
-    opens: Annotated[int, typer.Option(help="How often each view is opened.")] = 5,
+    shards: Annotated[int, typer.Option(help="Number of shards.")] = 1000,
+    rows: Annotated[int, typer.Option(help="Inputs in each shard.")] = 1000,
+    opens: Annotated[int, typer.Option(help="Number of times that each view is opened.")] = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="Keep the set here, and use it if it is there.")
+        Path | None, typer.Option(help="Write the data set here, or reuse it if it exists.")
     ] = None,
 ) -> None:
-    """Print what making and opening the report takes."""
+    """Print the time and the memory of making and opening the report."""
     with tempfile.TemporaryDirectory(prefix="report-") as scratch:
         out = folder or Path(scratch) / "out"
         if not (out / "dataset.json").exists():
             write_set(
                 out, Recipe(shards=shards, rows=rows, odd=(shards // 2,), dim=512, variants=2000)
             )
-        began, cpu = time.perf_counter(), time.process_time()
-        stats = compute(Store(str(out))).stats["data"]
-        figures, figures_cpu = time.perf_counter() - began, time.process_time() - cpu
-        began, cpu = time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), time.process_time()
+        stats = compute(DatasetReader(str(out))).stats["data"]
+        stats_seconds, stats_cpu = time.perf_counter() - started, time.process_time() - cpu
+        started, cpu = time.perf_counter(), time.process_time()
         write_report(str(out))
-        whole, whole_cpu = time.perf_counter() - began, time.process_time() - cpu
+        report_seconds, report_cpu = time.perf_counter() - started, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        size = (out / INDEX).stat().st_size / 1e6
+        size = (out / REPORT).stat().st_size / 1e6
         print(
             f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} "
             "written"
         )
-        print(f"figures alone        {figures:6.1f} s, {figures_cpu:.1f} s of CPU")
-        print(f"the whole report     {whole:6.1f} s, {whole_cpu:.1f} s of CPU, peak {peak:,.0f} MB")
+        print(f"statistics alone     {stats_seconds:6.1f} s, {stats_cpu:.1f} s of CPU")
+        print(
+            f"the whole report     {report_seconds:6.1f} s, {report_cpu:.1f} s of CPU, "
+            f"peak {peak:,.0f} MB"
+        )
         print(
             f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and "
             "examples"
         )
-        for view, (ready, first) in opened(out / INDEX, opens).items():
-            name = view or "figures"
+        for view, (ready, first) in time_page(out / REPORT, opens).items():
             print(
-                f"{name:20} {ready:6.2f} s until it can be used, {first:.2f} s until its first "
-                "picture or chart"
+                f"{view or 'first view':20} {ready:6.2f} s until it can be used, {first:.2f} s "
+                "until its first image or chart"
             )
 
 
-def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
-    """view → median seconds since navigation until the page is ready, and until the first of
-    `FIRST` is drawn.
+def time_page(page: Path, times: int) -> dict[str, tuple[float, float]]:
+    """Opens each view `times` times; returns median seconds by view.
+
+    They count from navigation until the page is ready, and until the first of `FIRST` is drawn.
     """
     from playwright.sync_api import sync_playwright
 
-    found = {}
+    seconds = {}
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
@@ -92,17 +95,23 @@ def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
                 marks.append(tab.evaluate("window.marks"))
                 context.close()
             ready, drawn = (statistics.median(column) / 1000 for column in zip(*marks, strict=True))
-            found[view] = (ready, drawn)
+            seconds[view] = (ready, drawn)
         browser.close()
-    return found
+    return seconds
 
 
+# Stores in window.marks the time at which each of two selectors first matches.
 WATCH = """
 window.marks = [0, 0];
-const wanted = ["%s", "%s"];
+const selectors = ["%s", "%s"];
 new MutationObserver(() => {
-  for (const at of [0, 1]) if (!marks[at] && document.querySelector(wanted[at])) marks[at] = performance.now();
-}).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-ready", "data-drawn", "data-labels"] });
+  for (const i of [0, 1])
+    if (!marks[i] && document.querySelector(selectors[i])) marks[i] = performance.now();
+}).observe(document, {
+  subtree: true,
+  attributes: true,
+  attributeFilter: ["data-ready", "data-drawn", "data-labels"],
+});
 """
 
 

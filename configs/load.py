@@ -1,8 +1,8 @@
 """YAML preset + key=value overrides → a frozen dataclass, strictly.
 
-An unknown key names the closest known one; a value of the wrong type says what was expected. `dump`
-writes the resolved configuration back, so that it can stand beside every output and be loaded
-again.
+An unknown key names the closest known one; a value of the wrong type says what was expected; a
+renamed key is read under its old name too (configs/aliases.py). `dump` writes the resolved
+configuration back, so that it can stand beside every output and be loaded again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from configs.aliases import rename_keys
+from configs.common import subsection
 from configs.errors import ConfigError
 
 T = TypeVar("T")
 
 
 class _Text(str):
-    """An override's text, not yet read: a path named 007 or [a] stays text where text is expected."""
+    """An override's text, not yet parsed: a path named 007 or [a] stays text where text is
+    expected.
+    """
 
     def read(self, hint: Any) -> Any:
         if hint is str:
@@ -38,7 +42,8 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
     """`kind` from the YAML file at `path` (or from defaults alone) with `a.b=value` overrides,
     checked throughout.
 
-    Raises ConfigError for a missing file, a key `kind` doesn't have, or a value that doesn't fit.
+    Overrides replace what the file says, whichever of a setting's names either uses. Raises
+    ConfigError for a missing file, a key `kind` doesn't have, or a value that doesn't fit.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -54,17 +59,12 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{file} holds a {type(loaded).__name__}; expected keys and values.")
         values = loaded or {}
-    for override in overrides:
-        _override(values, override)
-    return cast(T, _build(kind, values, ""))
+    return _resolve(kind, values, overrides)
 
 
 def load_text(kind: type[T], text: str, overrides: Iterable[str] = ()) -> T:
     """`kind` from the YAML that `to_yaml` made of one, with `a.b=value` overrides."""
-    values = yaml.safe_load(text) or {}
-    for override in overrides:
-        _override(values, override)
-    return cast(T, _build(kind, values, ""))
+    return _resolve(kind, yaml.safe_load(text) or {}, overrides)
 
 
 def dump(config: Any, path: str | Path) -> None:
@@ -76,21 +76,32 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"override {override!r}: expected key=value, as in shard_size=100 or "
-            "detect.min_score=0.6"
-        )
-    *parents, last = key.split(".")
-    node = values
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    node[last] = _Text(text)
+def _resolve(kind: type[T], values: dict[str, Any], overrides: Iterable[str]) -> T:
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"override {override!r}: expected key=value, as in shard_size=100 or "
+                "detect.min_score=0.6"
+            )
+        *parents, last = key.split(".")
+        node = given
+        for parent in parents:
+            node = subsection(node, parent, f"override {key}")
+        node[last] = _Text(text)
+    rename_keys(kind, values)
+    _merge(values, rename_keys(kind, given), "")
+    return cast(T, _build(kind, values, ""))
+
+
+def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> None:
+    for name, value in given.items():
+        if isinstance(value, dict):
+            key = f"{prefix}{name}"
+            _merge(subsection(values, name, f"override {key}.…"), value, f"{key}.")
+        else:
+            values[name] = value
 
 
 def _build(kind: type[Any], values: Mapping[str, Any], prefix: str) -> Any:

@@ -2,20 +2,21 @@
 
 Values are checked in `__post_init__`: an impossible one raises ConfigError when it is given, not
 hours later. Presets under configs/{dataset,train,infer} are YAML over these classes; see
-configs/load.py. What samples are judged by stands in configs/quality.py.
+configs/load.py. Rules and the global pass are in configs/quality.py, captions in
+configs/captions.py.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.captions import CaptionConfig
 from configs.common import NO_ANSWER, PlacementConfig
 from configs.common import check as _check
 from configs.quality import (
+    GlobalPassConfig,
     MeasureConfig,
-    NeighboursConfig,
     ReviewConfig,
     RightsConfig,
     RulesConfig,
@@ -131,66 +132,6 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaptionConfig:
-    backend: str = "attributes"
-    # llava: hub id or folder; openai: the server's name for it; `attributes` needs none
-    model: str = ""
-    prompt: str = (
-        "Please describe the people in the image, including their gender, age, clothing, facial "
-        "expressions, and any "
-        "other distinguishing features."
-    )
-    face_prompt: str = (
-        "Describe this person's facial features for me, including face, ears, "
-        "eyes, nose, and mouth."
-    )
-    max_new_tokens: int = 512
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # llava
-    # llava: 4bit keeps weights as NF4, and needs a GPU and bitsandbytes
-    quantize: Literal["none", "4bit"] = "none"
-    device: str = field(default="auto", metadata=NO_ANSWER)
-    # openai: as in http://HOST:8000/v1; never with credentials
-    base_url: str = field(default="", metadata=NO_ANSWER)
-    # the variable that holds the key, no key
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata=NO_ANSWER)
-    # openai: requests at a time, of each copy of the stage
-    concurrency: int = field(default=8, metadata=NO_ANSWER)
-    # openai: of a request, where its failure may pass
-    tries: int = field(default=4, metadata=NO_ANSWER)
-    # openai: seconds; all tries within stuck_after
-    timeout: float = field(default=60.0, metadata=NO_ANSWER)
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
-
-    def __post_init__(self) -> None:
-        _check(
-            self.max_new_tokens > 0,
-            f"caption.max_new_tokens={self.max_new_tokens}: expected at least 1",
-        )
-        _check(
-            1 <= self.concurrency <= 1024,
-            f"caption.concurrency={self.concurrency}: expected 1 to 1024",
-        )
-        _check(self.tries >= 1, f"caption.tries={self.tries}: expected at least 1")
-        _check(self.timeout > 0, f"caption.timeout={self.timeout}: expected more than 0 seconds")
-        _check(  # what was given is not repeated: it may be the key itself
-            re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env) is not None,
-            "caption.api_key_env is not the name of an environment variable, as in "
-            "OPENAI_API_KEY. The key itself "
-            "belongs into that variable: configurations are kept beside every output.",
-        )
-        _check(
-            not re.search("[@?#]", self.base_url),
-            "caption.base_url holds more than a scheme, a host and a path. Credentials belong "
-            "into the environment "
-            "variable that caption.api_key_env names: configurations are kept beside every output.",
-        )
-        _check(
-            re.fullmatch(r"(https?://[^/\s]+(/\S*)?)?", self.base_url) is not None,
-            f"caption.base_url={self.base_url!r}: expected a URL as in http://127.0.0.1:8000/v1",
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
     paths: tuple[str, ...] = ()  # NAME=FILE: use this file for that name in the weights table
     cache: str = ""  # "": $CONSISTENTID_CACHE, else ~/.cache/consistentid
@@ -231,7 +172,7 @@ class DatasetConfig:
     rules: RulesConfig = field(default_factory=RulesConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     review: ReviewConfig = field(default_factory=ReviewConfig)
-    neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
+    global_pass: GlobalPassConfig = field(default_factory=GlobalPassConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

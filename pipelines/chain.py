@@ -20,9 +20,7 @@ from stages.rights import RightsStage
 from stages.thumbnail import ThumbnailStage
 
 Chain = Callable[[DatasetConfig], list[Stage]]
-"""A module's function that builds a chain: executors hand it to their processes, which import it by
-its name.
-"""
+"""A function at the top of a module that builds a chain. Worker processes import it by its name."""
 
 
 def build_chain(config: DatasetConfig) -> list[Stage]:

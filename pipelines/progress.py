@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from stages.storage.manifest import Manifest
 
 
 class Progress:
@@ -57,10 +58,10 @@ class Progress:
                 err=True,
             )
 
-    def note(self, manifest: dict[str, Any]) -> None:
+    def note(self, manifest: Manifest) -> None:
         """Count what a committed shard lost, by reason."""
-        self._ended.update(manifest["dropped"])
-        self._ended.update(manifest["failed"])
+        self._ended.update(manifest.dropped)
+        self._ended.update(manifest.failed)
         self._bar.update(self._task, ended=self._reasons())
 
     def _reasons(self) -> str:

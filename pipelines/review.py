@@ -1,17 +1,15 @@
-"""Review: what the trainer's own prompt code makes of a sample's texts, written down before anyone
-trains on them.
+"""Review: records what the trainer's prompt code makes of a sample's captions, before training.
 
-A caption that names no region, or so long that every clause about the face is cut, trains nothing
-of the face, and says nothing of it either. Here that is a figure and a verdict of each sample, and
-a share of the whole run.
+A caption that names no region, or is so long that every clause about the face is cut, trains
+nothing of the face, and training gives no error. Here each sample gets metrics of that, and a run
+fails where too many samples are of no use.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import QualityError
 from configs.quality import ReviewConfig
@@ -25,13 +23,15 @@ from model.prompt import (
 )
 from model.spec import spec_named
 from model.vocabulary import clip_tokenizer
+from stages.annotations import ABSENT, FUSED, Review
 from stages.backends.weights import Weights
 from stages.base import RecordStage
 from stages.codec import decode_labels
-from stages.record import Record, Review, Status
+from stages.record import Record
 from stages.regions import REGION_WORDS, Mode, region_masks, word_of
-from stages.storage.commit import read_manifests, read_sidecar
-from stages.storage.store import Store
+
+if TYPE_CHECKING:
+    from pipelines.report.stats import Report
 
 _VOCABULARY = "clip_bpe"
 _SCAFFOLD = ("Detail:", "Caption:")  # the trainer's own words, two tokens each
@@ -41,7 +41,8 @@ class ReviewStage(RecordStage):
     name = "review"
     version = 1
     requires = ("parsing", "caption", "face_caption")
-    provides = ("review",)
+    provides = (Review.name,)
+    annotation = Review
     config: ReviewConfig
 
     def __init__(self, config: ReviewConfig, weights: Weights) -> None:
@@ -64,59 +65,51 @@ class ReviewStage(RecordStage):
     def process_one(self, record: Record) -> Record:
         mode: Mode = self.config.mode
         regions = tuple(region_masks(decode_labels(record.parsing), mode))
-        texts = (record.caption, record.face_caption)
-        made = training_text(*texts, regions, self._tokenizer, spec_named(self.config.spec), mode)
-        tokens, fused, unfused = fused_regions(made, self._tokenizer, mode)
-        named = {word for text in texts for word in named_regions(text)}
-        lengths = [self._length(text) for text in texts]
-        kept = min(self._length(without_marks(made.text)), len(tokens.ids) - 2)
-        own = sum(2 for word in _SCAFFOLD if word in made.text and word not in record.caption)
+        captions = (record.caption, record.face_caption)
+        spec = spec_named(self.config.spec)
+        text = training_text(*captions, regions, self._tokenizer, spec, mode)
+        tokens, fused, unfused = fused_regions(text, self._tokenizer, mode)
+        lengths = [self._length(caption) for caption in captions]
+        used = min(self._length(without_marks(text.text)), len(tokens.ids) - 2)
+        added = sum(2 for w in _SCAFFOLD if w in text.text and w not in record.caption)
+        share = 1 - (used - added) / sum(lengths) if sum(lengths) else 0.0
+        shown = {word_of(region) for region in regions}
+        named = {word for caption in captions for word in named_regions(caption)}
+        statuses = dict.fromkeys(named - shown, ABSENT)
+        statuses |= {word_of(region): reason for region, reason in unfused}
+        statuses |= {word_of(region): FUSED for region in fused}
         words = region_words(record.face_caption)
-        review = Review(
-            caption_tokens=lengths[0],
-            face_caption_tokens=lengths[1],
-            text_tokens=kept,
-            cut=round(max(0.0, 1 - (kept - own) / sum(lengths)) if sum(lengths) else 0.0, 6),
-            fused=tuple(word_of(region) for region in fused),
-            unfused=tuple((word_of(region), reason) for region, reason in unfused),
-            absent=tuple(
-                word
-                for word in REGION_WORDS
-                if word in named - {word_of(region) for region in regions}
-            ),
-            region_words=tuple(words.get(word, 0) for word in REGION_WORDS),
-            trainable=bool(fused),
+        return record.annotated(
+            Review(
+                caption_tokens=lengths[0],
+                face_caption_tokens=lengths[1],
+                text_tokens=used,
+                cut=round(max(0.0, share), 6),
+                trainable=bool(fused),
+                regions=tuple(statuses.get(word, "") for word in REGION_WORDS),
+                region_words=tuple(words.get(word, 0) for word in REGION_WORDS),
+            )
         )
-        return replace(record, review=review)
 
     def _length(self, text: str) -> int:
         """CLIP tokens, without BOS and EOS."""
         return len(self._tokenizer.encode(text, verbose=False)) - 2
 
 
-def check_trainable(store: Store, most: float) -> None:
-    """Raise QualityError, with the reasons, where more than the share `most` of the samples trains
-    nothing.
-    """
-    samples, reasons = 0, list[Counter[str]]()
-    for index in read_manifests(store):
-        table = read_sidecar(store, index, ["status", "trainable", "unfused"])
-        rows = [row for row in table.to_pylist() if row["status"] == Status.OK]
-        samples += len(rows)
-        reasons += [
-            Counter(found["reason"] for found in row["unfused"])
-            for row in rows
-            if row["trainable"] is False
-        ]
-    if samples and len(reasons) > most * samples:
-        counts = sum(reasons, Counter[str]())
-        why = ", ".join(f"{reason} of {count} regions" for reason, count in counts.most_common())
-        raise QualityError(
-            f"{len(reasons):,} of {samples:,} samples ({len(reasons) / samples:.0%}) would train "
-            "nothing of the face: "
-            f"{why or 'no region is seen'}. At most {most:.0%} may (review.max_untrainable). The "
-            "shards are kept; look "
-            "at their captions in the report, and change caption.face_prompt or caption.model: "
-            "only captions are made "
-            "again."
-        )
+def check_trainable(report: Report, limit: float) -> None:
+    """Raises QualityError, with the reasons, where more than the share `limit` of the reviewed and
+    other samples trains nothing of the face."""
+    untrainable = report.tally["trainable", "no"]
+    samples = untrainable + report.tally["trainable", "yes"] + report.tally["trainable", "unknown"]
+    if not samples or untrainable <= limit * samples:
+        return
+    reasons = Counter(
+        {key[1]: n for key, n in report.tally.items() if key[0] == "untrainable_because"}
+    )
+    named = ", ".join(f"{reason} of {count} regions" for reason, count in reasons.most_common())
+    raise QualityError(
+        f"{untrainable:,} of {samples:,} samples ({untrainable / samples:.0%}) would train nothing "
+        f"of the face: {named or 'no region is seen'}. At most {limit:.0%} may "
+        "(review.max_untrainable). The shards are kept; look at their captions in the report, and "
+        "change caption.face_prompt or caption.model: only captions are made again."
+    )

@@ -1,18 +1,17 @@
-"""Take-down: pictures, or a person, are removed for good, and the log says so.
+"""Take-down: removes pictures, or all pictures of a person, for good, and keeps a log of it.
 
-The log (`takedown.jsonl`) is written first, and is what counts: it names keys and digests, never a
-file or a person. Then just those shards are written again that hold any of it; a row stays in each
-sidecar, so that the ledger balances, but nothing in it says whose it was. The same pictures are
-refused under any name for as long as the log stands. Plans keep the names of files, since the
-source still lists them: take them away there.
+The log (takedown.jsonl) is written first and decides what stays out. It names keys and digests,
+never a file or a person. Then the shards that hold any of the removed records are written again. A
+row with the key stays in each sidecar, so that the ledger balances. The same files are refused
+under any name for as long as the log exists. plan.parquet keeps their names, because the source
+still lists them: delete them there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -23,27 +22,28 @@ import pyarrow.compute as pc
 
 from configs.errors import FaceError, PipelineError, SourceError
 from configs.schema import DatasetConfig
-from pipelines.dedup.global_pass import apply_exclusions, read_identities, run_global_pass
-from pipelines.planning.plan import PLAN
+from pipelines.chain import Chain, build_chain
+from pipelines.dedup.global_pass import apply_exclusions, run_global_pass
 from stages.base import run_chain
 from stages.chain import build_stages
 from stages.record import IDENTITY_DIM, FloatArray, Record, Status, key_of
-from stages.storage import exclusions
-from stages.storage.commit import FOLDER, read_manifests, read_sidecar, shard_name
-from stages.storage.exclusions import TAKEDOWN, TAKEN_DOWN
+from stages.storage import exclusions, layout
+from stages.storage.commit import ChainInfo
+from stages.storage.exclusions import TAKEN_DOWN
 from stages.storage.lock import RunLock
+from stages.storage.reader import DatasetReader
+from stages.storage.samples import member_names
 from stages.storage.store import Store
 
 By = Literal["source", "hash", "photo"]
 
 _PHOTO_STAGES: Final = ("resize", "detect", "embed")
+_PERSONAL: Final = ("source", "sha256", "thumbnail", "identity", "caption")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """A record to be taken down. why: what it was found by, for the person who confirms it; not
-    kept.
-    """
+    """A record to remove. why: how it was matched, for whoever confirms; it is not stored."""
 
     shard: int
     key: str
@@ -54,59 +54,70 @@ class Match:
 
 def by_source(store: Store, pattern: str) -> list[Match]:
     """Records whose source is `pattern`, or matches it where it holds * or ?."""
-    return _with_copies(
-        store,
-        lambda row: (
-            pattern if row["source"] == pattern or fnmatchcase(row["source"], pattern) else ""
-        ),
-    )
+
+    def why(row: Mapping[str, Any]) -> str:
+        matches = row["source"] == pattern or fnmatchcase(row["source"], pattern)
+        return pattern if matches else ""
+
+    return _with_duplicates(store, why)
 
 
 def by_hash(store: Store, sha256: str) -> list[Match]:
     """Records of the picture with this digest."""
-    return _with_copies(store, lambda row: "digest" if row["sha256"] == sha256 else "")
+    return _with_duplicates(store, lambda row: "digest" if row["sha256"] == sha256 else "")
 
 
-def by_photo(store: Store, config: DatasetConfig, photo: Path, least: float) -> list[Match]:
-    """Records whose face is at least `least` alike (cosine) to the largest face in a photograph,
-    and all others of the identities that these belong to. Raises SourceError or FaceError for a
-    photograph that can't be used.
+def by_photo(
+    store: Store, config: DatasetConfig, photo: Path, min_similarity: float
+) -> list[Match]:
+    """Records whose face has a cosine of at least `min_similarity` to the largest face in a
+    photograph, and all other records of the identities that these belong to.
+
+    Raises SourceError or FaceError for a photograph that can't be used.
     """
-    identity = _identity_of(config, photo)
-    people = {row["key"]: row["identity_id"] for row in read_identities(store).to_pylist()}
-    alike = dict[str, float]()
-    for index in read_manifests(store):
-        table = read_sidecar(store, index, ["key", "identity"])
+    reader = DatasetReader(store)
+    query = _identity_of(config, photo)
+    rows = reader.identities(["key", "identity_id"]).to_pylist()
+    identity_ids = {row["key"]: row["identity_id"] for row in rows}
+    cosines = dict[str, float]()
+    for index in reader.manifests():
+        table = reader.rows(index, ("key", "identity"))
         table = table.filter(pc.is_valid(table.column("identity")))
-        vectors = table.column("identity").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        cosines = vectors.reshape(-1, IDENTITY_DIM) @ identity
-        alike |= zip(table.column("key").to_pylist(), cosines.tolist(), strict=True)
-    found = {people[key] for key, cosine in alike.items() if cosine >= least and key in people}
+        vectors = table.column("identity").combine_chunks().flatten()
+        matrix = vectors.to_numpy(zero_copy_only=False).reshape(-1, IDENTITY_DIM)
+        keys = table.column("key").to_pylist()
+        cosines |= zip(keys, (matrix @ query).tolist(), strict=True)
+    similar = {key for key, cosine in cosines.items() if cosine >= min_similarity}
+    matched_ids = {identity_ids[key] for key in similar if key in identity_ids}
 
-    def why(row: dict[str, Any]) -> str:
-        cosine = alike.get(row["key"], -1.0)
-        if cosine >= least:
+    def why(row: Mapping[str, Any]) -> str:
+        key = row["key"]
+        cosine = cosines.get(key, -1.0)
+        if key in similar:
             return f"cosine {cosine:.3f}"
-        return (
-            f"identity {people[row['key']]}, cosine {cosine:.3f}"
-            if people.get(row["key"]) in found
-            else ""
-        )
+        if identity_ids.get(key) in matched_ids:
+            return f"identity {identity_ids[key]}, cosine {cosine:.3f}"
+        return ""
 
-    return _with_copies(store, why)
+    return _with_duplicates(store, why)
 
 
 def take_down(
-    store: Store, config: DatasetConfig, matches: Sequence[Match], by: By, note: str
+    store: Store,
+    config: DatasetConfig,
+    matches: Sequence[Match],
+    by: By,
+    note: str,
+    chain: Chain = build_chain,
 ) -> list[str]:
-    """Remove `matches`; the names of the shards that were written again. Killed at any point, the
-    same call, or the next run, carries it through.
-    """
+    """Removes `matches`; returns the names of the shards that held them. Stopped at any point, the
+    same call, or the next run, completes it."""
+    info = ChainInfo.of(chain(config))
     with RunLock(store):
-        store.sweep(FOLDER)
+        store.sweep(layout.SHARDS)
         removed: dict[str, list[str]] = {}
         for match in matches:
-            removed.setdefault(shard_name(match.shard), []).append(match.key)
+            removed.setdefault(layout.shard_name(match.shard), []).append(match.key)
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "by": by,
@@ -116,101 +127,79 @@ def take_down(
             "sha256": sorted({match.sha256 for match in matches} - {""}),
             "note": note,
         }
-        log = store.read(TAKEDOWN).decode() if store.exists(TAKEDOWN) else ""
-        store.write(TAKEDOWN, log + json.dumps(entry, ensure_ascii=False) + "\n")
-        apply_exclusions(store)
-        run_global_pass(store, config.neighbours)
+        exists = store.exists(layout.TAKEDOWNS)
+        log = store.read(layout.TAKEDOWNS).decode() if exists else ""
+        store.write(layout.TAKEDOWNS, log + json.dumps(entry, ensure_ascii=False) + "\n")
+        apply_exclusions(store, info)
+        run_global_pass(store, config.global_pass, info)
     return sorted(removed)
 
 
-def lint_takedowns(store: Store) -> Iterator[str]:
-    """Whatever is left of what was taken down, as a line for people."""
-    digests = exclusions.taken_digests(store)
-    taken = {
-        key
-        for entry in exclusions.read_takedowns(store)
-        for keys in entry["removed"].values()
-        for key in keys
-    }
-    if not taken:
+def lint_removals(store: Store) -> Iterator[str]:
+    """Whatever is left of removed records, as a line for people."""
+    keys = exclusions.removed_keys(store)
+    if not keys:
         return
-    gone = exclusions.removed_record("").reason
-    for index in read_manifests(store):
-        name = shard_name(index)
-        columns = [
-            "key",
-            "source",
-            "reason",
-            "sha256",
-            "thumbnail",
-            "identity",
-            "caption",
-            "tar_offset",
-            "held_offset",
-        ]
-        for row in read_sidecar(store, index, columns).to_pylist():
+    reader = DatasetReader(store)
+    yield from _rows_left(reader, keys)
+    for name in store.names(layout.SHARDS):
+        if name.endswith(".tar"):
+            with store.open(layout.in_shards(name)) as tar:
+                members = [m for m in member_names(tar) if m.partition(".")[0] in keys]
+            for member in members:
+                yield f"{name}: {member} was taken down, and is still there"
+    for row in reader.identities(["key", "nearest"]).to_pylist():
+        if keys & {row["key"], *row["nearest"]}:
+            yield f"{layout.IDENTITIES}: {row['key']} was taken down, or is next to one that was"
+
+
+def _rows_left(reader: DatasetReader, keys: frozenset[str]) -> Iterator[str]:
+    digests = exclusions.removed_digests(reader.store)
+    columns = ("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset")
+    for index, manifest in reader.manifests().items():
+        for row in reader.rows(index, columns).to_pylist():
+            in_tar = max(row["tar_offset"], row["quarantine_offset"]) >= 0
+            personal = in_tar or any(row[name] for name in _PERSONAL)
             if row["sha256"] in digests:
-                yield f"{name}: {row['key']} is of a picture that was taken down"
-            elif row["key"] in taken and (
-                row["reason"] != gone
-                or any(
-                    row[column]
-                    for column in ("source", "sha256", "thumbnail", "identity", "caption")
-                )
-                or max(row["tar_offset"], row["held_offset"]) >= 0
-            ):
-                yield f"{name}: {row['key']} was taken down, and something of it is left"
-        for kind in ("tar", "held.tar"):
-            if store.exists(f"{FOLDER}/{name}.{kind}"):
-                with store.open(f"{FOLDER}/{name}.{kind}") as stream:
-                    yield from _members_left(stream, f"{name}.{kind}", taken)
-    for row in read_identities(store).to_pylist():
-        if row["key"] in taken or taken & {*row["nearest"]}:
-            yield f"identities.parquet: {row['key']} was taken down, or is next to one that was"
+                yield f"{manifest.shard}: {row['key']} is of a picture that was taken down"
+            elif row["key"] in keys and (personal or row["reason"] != TAKEN_DOWN):
+                yield f"{manifest.shard}: {row['key']} was taken down, and something of it is left"
 
 
-def _members_left(stream: Any, name: str, taken: set[str]) -> Iterator[str]:
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
-            if member.name.partition(".")[0] in taken:
-                yield f"{name}: {member.name} was taken down, and is still there"
-
-
-def _with_copies(store: Store, why: Any) -> list[Match]:
-    """The records that `why` gives a reason for, and those that planning or comparing found to be
-    copies of them.
-    """
-    columns = ["key", "source", "sha256", "reason"]
+def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> list[Match]:
+    """The records for which `why` gives a reason, and the duplicates of these."""
+    reader = DatasetReader(store)
     rows = [
         {"shard": index, **row}
-        for index in read_manifests(store)
-        for row in read_sidecar(store, index, columns).to_pylist()
+        for index in reader.manifests()
+        for row in reader.rows(index, ("key", "source", "sha256", "reason")).to_pylist()
         if row["reason"] != TAKEN_DOWN
     ]
-    found = {row["key"]: reason for row in rows if (reason := why(row))}
-    of = _copied(store)
-    more = {row["key"]: "a copy of one of these" for row in rows if of.get(row["key"]) in found}
-    found = more | found
+    reasons = {row["key"]: reason for row in rows if (reason := why(row))}
+    originals = _originals(store)
+    duplicates = [row["key"] for row in rows if originals.get(row["key"]) in reasons]
+    reasons = dict.fromkeys(duplicates, "a copy of one of these") | reasons
     return [
         Match(
             **{name: row[name] for name in ("shard", "key", "source", "sha256")},
-            why=found[row["key"]],
+            why=reasons[row["key"]],
         )
         for row in rows
-        if row["key"] in found
+        if row["key"] in reasons
     ]
 
 
-def _copied(store: Store) -> dict[str, str]:
-    """key → key of what it is a copy of."""
-    of: dict[str, str] = {}
-    if store.exists(PLAN):
-        plan = store.table(PLAN, ["key", "duplicate_of"])
+def _originals(store: Store) -> dict[str, str]:
+    """key of each exact copy and duplicate → key of its original."""
+    originals: dict[str, str] = {}
+    if store.exists(layout.PLAN):
+        plan = store.table(layout.PLAN, ["key", "duplicate_of"])
         copies = plan.filter(pc.not_equal(plan.column("duplicate_of"), ""))
-        of = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
-    if store.exists(exclusions.DUPLICATES):
-        of |= {row["key"]: row["of"] for row in store.table(exclusions.DUPLICATES).to_pylist()}
-    return of
+        originals = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
+    if store.exists(layout.DUPLICATES):
+        rows = store.table(layout.DUPLICATES, ["key", "of"]).to_pylist()
+        originals |= {row["key"]: row["of"] for row in rows}
+    return originals
 
 
 def _identity_of(config: DatasetConfig, photo: Path) -> FloatArray:

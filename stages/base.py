@@ -15,20 +15,31 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, ClassVar, Final
 
-from configs.common import PlacementConfig
+from configs.common import PlacementConfig, hashed_settings
 from configs.errors import ConfigError
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
+from stages.fields import Annotation
 from stages.record import Record, Status
 
 # fields that every source gives
 GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")
+# Old name → current name, of stages that were renamed; data sets still hold the old ones.
+RENAMED_STAGES: Final[Mapping[str, str]] = {"judge": "quality_filter", "neighbours": "global_pass"}
 _CHUNK = 8  # records; codec remembers more decoded pictures than this
 StageNames = frozenset[str]  # names of the stages that a record still needs
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRecord:
+    """A record and the names of the stages it still needs."""
+
+    record: Record
+    remaining_stages: StageNames
 
 
 class Rejection(Exception):  # noqa: N818 - the two below are verdicts on a record, not faults of the program
@@ -57,14 +68,15 @@ class Stage(ABC):
     """One link of the chain.
 
     name, version: part of the signature; raise `version` when the same input would give another
-    answer. requires, provides: record fields read and written; checked over the whole chain before
-    anything starts.
+    answer. requires, provides: fields and annotations (by name) read and written; checked over the
+    whole chain before anything starts. annotation: the class of the annotation it records.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ()
+    annotation: ClassVar[type[Annotation] | None] = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -102,26 +114,20 @@ class Stage(ABC):
         """
         return {}
 
+    def hashed_settings(self) -> dict[str, Any]:
+        """The settings that the answers depend on, as the signature hashes them."""
+        return hashed_settings(self.config) if is_dataclass(self.config) else {}
+
     def signature(self) -> str:
-        """Equal signatures mean equal answers: name, version, resolved configuration, digests of
-        the weights.
-        """
-        config: dict[str, Any] = {}
-        if is_dataclass(self.config) and not isinstance(self.config, type):
-            answering = {
-                field.name for field in fields(self.config) if field.metadata.get("answers", True)
-            }
-            config = {
-                name: value for name, value in asdict(self.config).items() if name in answering
-            }
-        text = json.dumps(
-            [self.name, self.version, config, sorted(self.digests().items())], sort_keys=True
-        )
+        """NAME-VERSION-HASH, the hash over the name that the stage was introduced with, version,
+        settings and digests of the weights. Equal signatures mean equal answers."""
+        name, weights = introduced_name(self.name), sorted(self.digests().items())
+        text = json.dumps([name, self.version, self.hashed_settings(), weights], sort_keys=True)
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 class RecordStage(Stage):
-    """A stage that treats records one by one: `process_one` answers, or raises Dropped or Failed."""
+    """A stage for one record at a time: `process_one` returns it, or raises Dropped or Failed."""
 
     @abstractmethod
     def process_one(self, record: Record) -> Record: ...
@@ -137,14 +143,18 @@ class RecordStage(Stage):
 
 
 class BackendStage(Stage):
-    """A stage around one backend of the registry, whose job is the stage's name; the model is
-    loaded in `setup`.
-    """
+    """A stage around one backend of the registry, whose job is the stage's name. `setup` builds the
+    backend from `backend_config`, which loads the model."""
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
         self._weights = weights
         self._backend: Any = None
+
+    @property
+    def backend_config(self) -> Any:
+        """The section of the configuration that the backend is built from."""
+        return self.config
 
     @property
     def backend(self) -> Any:
@@ -153,9 +163,8 @@ class BackendStage(Stage):
 
     def setup(self) -> None:
         if self._backend is None:
-            self._backend = backend_class(self.name, self.config.backend)(
-                self.config, self._weights
-            )
+            kind = backend_class(self.name, self.config.backend)
+            self._backend = kind(self.backend_config, self._weights)
 
     def take_counts(self) -> dict[str, int]:
         counts: Counter[str] = getattr(self._backend, "counts", None) or Counter()
@@ -172,7 +181,7 @@ class BackendStage(Stage):
 
 
 def reject(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, ended by `verdict` in `stage`. Payloads are let go: an ended record carries none."""
+    """The record, dropped or failed in `stage`, without image, label map, identity and captions."""
     return replace(
         record,
         status=verdict.status,
@@ -188,10 +197,28 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
 
 
 def quarantine(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
+    """The record, dropped in `stage`, still complete: another rule may restore it."""
     return replace(
         record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage
     )
+
+
+def current_stage(name: str) -> str:
+    """The present name of a stage that a data set of any version names."""
+    return RENAMED_STAGES.get(name, name)
+
+
+def introduced_name(stage: str) -> str:
+    """The name that a stage was introduced with; digests and signatures hash it."""
+    return next((old for old, new in RENAMED_STAGES.items() if new == stage), stage)
+
+
+def current_signature(signature: str) -> str:
+    """A signature of any version, with its stage's current name: judge-1-HASH gives
+    quality_filter-1-HASH.
+    """
+    name, version, digest = signature.rsplit("-", 2)
+    return f"{current_stage(name)}-{version}-{digest}"
 
 
 def take_counts(stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
@@ -208,9 +235,9 @@ def run_stage(
     """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to
     `seconds[stage.name]`.
 
-    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages: for each
-    record, the names of the stages it needs; None: all of them. Raises AssertionError where the
-    stage broke the contract (another number, order or key of records).
+    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages:
+    for each record, the names of the stages it needs; None: all of them. Raises AssertionError
+    where the stage broke the contract (another number, order or key of records).
     """
     answers = list(records)
     active = [
@@ -283,3 +310,6 @@ def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = GIVEN) -> None
                 "Put the stage that provides it earlier in `stages`."
             )
         have.update(stage.provides)
+    for stage in stages:
+        if stage.annotation is not None:
+            assert stage.annotation.name in stage.provides, f"{stage.name} provides its annotation"

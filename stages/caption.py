@@ -6,13 +6,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
-from configs.schema import CaptionConfig
+from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
+from configs.common import hashed_settings
 from stages.backends.registry import backend_class
 from stages.base import BackendStage, Failed, reject
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record
+
+# Version 0.1 hashed one flat set of settings for all backends. A setting that the chosen backend
+# doesn't have is hashed with the default of 0.1: where one of the constants changes, the value that
+# it had goes in here.
+_HASHED_IN_0_1: Final = {
+    "model": "",
+    "prompt": PROMPT,
+    "face_prompt": FACE_PROMPT,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "dtype": "float32",
+    "quantize": "none",
+}
 
 
 class CaptionStage(BackendStage):
@@ -28,14 +41,24 @@ class CaptionStage(BackendStage):
     provides = ("caption", "face_caption")
     config: CaptionConfig
 
+    def hashed_settings(self) -> dict[str, Any]:
+        read = hashed_settings(self.backend_config)
+        return {**_HASHED_IN_0_1, "backend": self.config.backend, **read}
+
     def digests(self) -> Mapping[str, str]:
-        digests: Mapping[str, str] = self._captioner.digests(self.config)
+        digests: Mapping[str, str] = self._captioner.digests(self.backend_config)
         return digests
 
     @property
     def batch_size(self) -> int:
-        window: int = self._captioner.window(self.config)
+        window: int = self._captioner.window(self.backend_config, self.resources.batch_size)
         return window
+
+    @property
+    def backend_config(self) -> Any:
+        """The section of the chosen backend. Raises ConfigError for an unknown one."""
+        backend_class(self.name, self.config.backend)
+        return getattr(self.config, self.config.backend)
 
     @property
     def _captioner(self) -> Any:
@@ -50,7 +73,9 @@ class CaptionStage(BackendStage):
                 sound.append(record)
             except Failed as verdict:
                 answers[record.key] = reject(record, verdict, self.name)
-        texts: Sequence[tuple[str, str] | Failed] = self.backend.caption(sound) if sound else []
+        texts: Sequence[tuple[str, str] | Failed] = (
+            self.backend.caption(sound, self.resources.batch_size) if sound else []
+        )
         for record, given in zip(sound, texts, strict=True):
             if isinstance(given, Failed):
                 answers[record.key] = reject(record, given, self.name)

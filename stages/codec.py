@@ -1,51 +1,23 @@
-"""Pixels ⇄ bytes, and a Record ⇄ the members of its sample in a shard, side by side.
+"""Codec: JPEG and PNG bytes ⇄ pixels and label maps.
 
-Decoding the record's JPEG is remembered for a few pictures, since four stages in one process each
-ask for it.
+The last few decoded pictures are cached, since several stages in one process decode the same one.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Mapping
-from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 
-from stages.backends.protocols import Image, LabelMap
-from stages.record import (
-    SCHEMA_VERSION,
-    Measures,
-    Record,
-    Status,
-    face_from_dict,
-    face_to_dict,
-    review_from_dict,
-    review_to_dict,
-)
+Image = npt.NDArray[np.uint8]  # RGB (H, W, 3)
+LabelMap = npt.NDArray[np.uint8]  # (H, W)
 
+THUMBNAIL_SIDE: Final = 96  # pixels
 _REMEMBERED: Final = 2**21  # pixels; of larger pictures a few would fill the memory
-_PLAIN: Final = (
-    *(
-        "key",
-        "source",
-        "sha256",
-        "license",
-        "author",
-        "consent",
-        "width",
-        "height",
-        "source_width",
-        "source_height",
-    ),
-    *("face", "identity_norm", "caption", "face_caption"),
-)
-MEMBERS = ("identity.npy", "jpg", "json", "parsing.png", "txt")
 
 
 def encode_jpeg(image: Image, quality: int) -> bytes:
@@ -90,55 +62,17 @@ def decode_labels(data: bytes) -> LabelMap:
     return np.asarray(labels, np.uint8)
 
 
-def to_members(record: Record) -> dict[str, bytes]:
-    """extension → bytes of a whole record, in the order they are written. Raises ValueError if it
-    is incomplete.
-    """
-    if (
-        not (record.ok or record.quarantined)
-        or record.identity is None
-        or not record.image
-        or not record.parsing
-    ):
-        raise ValueError(
-            f"record {record.key} ({record.source}) is not a whole sample: status {record.status}"
-        )
-    meta: dict[str, Any] = {
-        "schema": SCHEMA_VERSION,
-        **{name: getattr(record, name) for name in _PLAIN},
-        "faces": [face_to_dict(face) for face in record.faces],
-        "measures": None if record.measures is None else asdict(record.measures),
-        "review": None if record.review is None else review_to_dict(record.review),
-    }
-    identity = io.BytesIO()
-    np.save(identity, np.asarray(record.identity, np.float32), allow_pickle=False)
-    return {
-        "identity.npy": identity.getvalue(),
-        "jpg": record.image,
-        "json": json.dumps(meta, ensure_ascii=False, sort_keys=True).encode(),
-        "parsing.png": record.parsing,
-        "txt": record.caption.encode(),
-    }
+def shrink(pixels: Image | LabelMap, long_side: int) -> Image | LabelMap:
+    """Scales pixels (H, W, 3) by area, or labels (H, W) by the nearest label, to at most
+    `long_side` pixels on the long side. Never enlarges.
 
-
-def from_members(members: Mapping[str, bytes]) -> Record:
-    """The record of a sample's members, ok. Raises KeyError on a missing member, ValueError on
-    another schema.
+    An image and a label map of equal size keep equal sizes, so that one can be laid over the other.
     """
-    meta = json.loads(members["json"])
-    if meta["schema"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"sample {meta.get('key')}: schema {meta['schema']}, this program reads "
-            f"{SCHEMA_VERSION}"
-        )
-    identity = np.load(io.BytesIO(members["identity.npy"]), allow_pickle=False)
-    return Record(
-        image=members["jpg"],
-        faces=tuple(face_from_dict(face) for face in meta["faces"]),
-        parsing=members["parsing.png"],
-        identity=np.asarray(identity, np.float32),
-        measures=None if meta["measures"] is None else Measures(**meta["measures"]),
-        review=None if meta["review"] is None else review_from_dict(meta["review"]),
-        status=Status.OK,
-        **{name: meta[name] for name in _PLAIN},
-    )
+    height, width = pixels.shape[:2]
+    scale = long_side / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # plain NEAREST is half a pixel off
+    method = cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST_EXACT
+    return np.asarray(cv2.resize(pixels, size, interpolation=method), np.uint8)

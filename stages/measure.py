@@ -1,10 +1,9 @@
-"""Measure: the figures that the quality rules judge by, kept with every sample. No network runs."""
+"""Measure: records the metrics that the quality filter looks at. No network runs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from configs.quality import MeasureConfig
+from stages.annotations import Measures
 from stages.base import RecordStage
 from stages.codec import decode_jpeg, decode_labels
 from stages.measurements import measure
@@ -15,9 +14,10 @@ class MeasureStage(RecordStage):
     name = "measure"
     version = 1
     requires = ("image", "parsing", "faces", "face")
-    provides = ("measures",)
+    provides = (Measures.name,)
+    annotation = Measures
     config: MeasureConfig
 
     def process_one(self, record: Record) -> Record:
         image, labels = decode_jpeg(record.image), decode_labels(record.parsing)
-        return replace(record, measures=measure(image, labels, record.main_face))
+        return record.annotated(measure(image, labels, record.main_face))

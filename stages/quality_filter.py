@@ -1,8 +1,8 @@
-"""Judge: the rules on recorded figures. Nothing is measured here, so other rules need no picture
-and no model.
+"""Quality filter: drops samples by rules on recorded metrics. It reads no picture and runs no
+model.
 
-A rule is a row of RULES. The first that a record breaks names the reason. What is dropped is held
-whole, so that other rules take it back.
+A rule is a row of RULES; the first one that a record breaks gives the reason. A dropped record
+stays complete (quarantined), so that changed rules can restore it.
 """
 
 from __future__ import annotations
@@ -12,100 +12,121 @@ from dataclasses import dataclass
 from typing import Final
 
 from configs.quality import RulesConfig
+from stages.annotations import Measures
 from stages.base import Dropped, RecordStage, quarantine
 from stages.record import Record
 
-_PASSER_BY: Final = 1 / 3
+_BACKGROUND_FACE: Final = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`setting` names the limit in RulesConfig; its prefix, min or max, says on which side of it a
-    figure is broken.
+    """A limit on a metric.
+
+    setting: the limit's name in RulesConfig; its prefix, min or max, says which side is allowed.
+    label: the metric's name in the detail. metric: its name in the report and `inspect`. value: the
+    metric of a record, None where it was not measured.
     """
 
     setting: str
     reason: str
-    what: str  # the figure's name in the detail
-    figure: Callable[[Record], float | None]  # None: not measured
+    label: str
+    metric: str
+    value: Callable[[Record], float | None]
 
-    def broken(self, record: Record, rules: RulesConfig) -> str:
-        """What was found and what was expected; "" where the rule is kept, switched off or has
-        nothing to look at.
-        """
-        limit, figure = getattr(rules, self.setting), self.figure(record)
-        if not limit or figure is None:
-            return ""
-        at_least = self.setting.startswith("min_")
-        if figure >= limit if at_least else figure <= limit:
+    @property
+    def is_minimum(self) -> bool:
+        return self.setting.startswith("min_")
+
+    def broken_by(self, value: float, limit: float) -> bool:
+        """True if the value is on the wrong side of a limit. A limit of 0 switches the rule off."""
+        within = value >= limit if self.is_minimum else value <= limit  # false for NaN
+        return bool(limit) and not within
+
+    def detail(self, record: Record, rules: RulesConfig) -> str:
+        """How the record breaks the rule; "" where it doesn't, or has no such metric."""
+        limit, value = getattr(rules, self.setting), self.value(record)
+        if value is None or not self.broken_by(value, limit):
             return ""
         # never "0.22, expected at least 0.22"
-        digits = 3 if round(figure, 2) == round(limit, 2) else 2
-        found = figure if isinstance(figure, int) else round(figure, digits)
-        return f"{self.what} {found:g}, expected at {'least' if at_least else 'most'} {limit:g}"
+        digits = 3 if round(value, 2) == round(limit, 2) else 2
+        shown = value if isinstance(value, int) else round(value, digits)
+        side = "least" if self.is_minimum else "most"
+        return f"{self.label} {shown:g}, expected at {side} {limit:g}"
 
 
 class QualityFilterStage(RecordStage):
-    name = "judge"
+    name = "quality_filter"
     version = 1
     requires = (
-        "image",
-        "parsing",
-        "faces",
-        "face",
-        "identity",
-        "identity_norm",
-        "measures",
-        "source_width",
+        *("image", "parsing", "faces", "face", "identity", "identity_norm", "source_width"),
+        Measures.name,
     )
     config: RulesConfig
 
     def process_one(self, record: Record) -> Record:
-        found = verdict(record, self.config)
-        return quarantine(record, Dropped(*found), self.name) if found else record
+        broken = broken_rule(record, self.config)
+        return quarantine(record, Dropped(*broken), self.name) if broken else record
 
 
-def verdict(record: Record, rules: RulesConfig) -> tuple[str, str] | None:
-    """(reason, detail) of the first rule that the record breaks; None where it keeps them all."""
+def broken_rule(record: Record, rules: RulesConfig) -> tuple[str, str] | None:
+    """(reason, detail) of the first rule that the record breaks; None if it breaks none."""
     for rule in RULES:
-        if detail := rule.broken(record, rules):
+        if detail := rule.detail(record, rules):
             return rule.reason, detail
     return None
 
 
-def _side(record: Record) -> float | None:
+def _source_side(record: Record) -> float | None:
     return min(record.source_width, record.source_height) or None
 
 
 def _large_faces(record: Record) -> int:
-    """Faces that a picture may be about: a passer-by far behind has a side under a third of the
-    chosen face's.
-    """
-    return sum(face.side >= record.main_face.side * _PASSER_BY for face in record.faces)
+    """Faces with a side of at least a third of the chosen face's: people far behind don't count."""
+    return sum(face.side >= record.main_face.side * _BACKGROUND_FACE for face in record.faces)
 
 
-def _of(name: str) -> Callable[[Record], float | None]:
-    """A figure of the measures, without its sign: turned left is as bad as turned right."""
-    return lambda record: (
-        None if record.measures is None else abs(float(getattr(record.measures, name)))
-    )
+def _measured(setting: str, reason: str, label: str, metric: str) -> Rule:
+    """A rule on a field of Measures, without its sign: turned left counts as turned right."""
+
+    def value(record: Record) -> float | None:
+        measures = record.annotation(Measures)
+        return None if measures is None else abs(float(getattr(measures, metric)))
+
+    return Rule(setting, reason, label, metric, value)
 
 
 RULES: Final = (
-    Rule("min_side", "low_resolution", "short side in pixels", _side),
-    Rule("max_faces", "too_many_faces", "faces", _large_faces),
-    Rule("min_faces", "too_few_faces", "faces", lambda record: len(record.faces)),
-    Rule("min_face", "face_too_small", "face in pixels", lambda record: record.main_face.side),
-    Rule("min_score", "low_score", "detection score", lambda record: record.main_face.score),
-    Rule("min_sharpness", "blurred", "sharpness", _of("sharpness")),
-    Rule("min_brightness", "too_dark", "brightness", _of("brightness")),
-    Rule("max_brightness", "too_bright", "brightness", _of("brightness")),
-    Rule("max_clipped", "clipped", "clipped share", _of("clipped")),
-    Rule("max_yaw", "turned_away", "yaw in degrees", _of("yaw")),
-    Rule("max_pitch", "nodding", "pitch in degrees", _of("pitch")),
-    Rule("max_roll", "tilted", "roll in degrees", _of("roll")),
-    Rule("max_occlusion", "occluded", "occlusion", _of("occlusion")),
+    Rule("min_side", "low_resolution", "short side in pixels", "source_side", _source_side),
+    Rule("max_faces", "too_many_faces", "faces", "face_count", _large_faces),
+    Rule("min_faces", "too_few_faces", "faces", "face_count", lambda record: len(record.faces)),
     Rule(
-        "min_identity_norm", "weak_identity", "identity norm", lambda record: record.identity_norm
+        "min_face",
+        "face_too_small",
+        "face in pixels",
+        "face_side",
+        lambda r: r.main_face.side if r.faces else None,
+    ),
+    Rule(
+        "min_score",
+        "low_score",
+        "detection score",
+        "score",
+        lambda r: r.main_face.score if r.faces else None,
+    ),
+    _measured("min_sharpness", "blurred", "sharpness", "sharpness"),
+    _measured("min_brightness", "too_dark", "brightness", "brightness"),
+    _measured("max_brightness", "too_bright", "brightness", "brightness"),
+    _measured("max_clipped", "clipped", "clipped share", "clipped"),
+    _measured("max_yaw", "turned_away", "yaw in degrees", "yaw"),
+    _measured("max_pitch", "nodding", "pitch in degrees", "pitch"),
+    _measured("max_roll", "tilted", "roll in degrees", "roll"),
+    _measured("max_occlusion", "occluded", "occlusion", "occlusion"),
+    Rule(
+        "min_identity_norm",
+        "weak_identity",
+        "identity norm",
+        "identity_norm",
+        lambda record: record.identity_norm,
     ),
 )

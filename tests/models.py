@@ -17,10 +17,10 @@ import pytest
 from configs.schema import DetectConfig, EmbedConfig, ParseConfig, WeightsConfig
 from stages.backends.arcface import ArcFace
 from stages.backends.bisenet import BiSeNetParser
-from stages.backends.protocols import Image, LabelMap
 from stages.backends.registry import BACKENDS
 from stages.backends.scrfd import Scrfd
 from stages.backends.weights import Weights
+from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray
 
 _NAMES: Final = (("detect", "scrfd"), ("parse", "bisenet"), ("embed", "arcface"))

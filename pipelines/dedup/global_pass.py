@@ -1,64 +1,51 @@
-"""Settle: what only the whole data set can tell: copies across shards, identities, and the split.
+"""Global pass: cross-shard deduplication, identity clustering, train/val split.
 
-It reads the sidecars, compares every sample with every other (pipelines/neighbours), writes
-`duplicates.parquet`, and has the shards that this concerns carry it out. What is left is given
-identities and sides of the split, in `identities.parquet`, which is written last: it holds a digest
-of all it was made from, so a second run does nothing.
+Reads every sidecar once, compares every sample with every other (pipelines/dedup), writes
+duplicates.parquet, and has the shards that hold duplicates written again. The samples that stay get
+identities and sides of the split in identities.parquet, which is written last and holds a digest of
+all it was made from: a second pass over the same data does nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from configs.quality import NeighboursConfig
+from configs.quality import GlobalPassConfig
 from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
 from stages.record import IDENTITY_DIM, Status
-from stages.storage import exclusions
-from stages.storage.commit import Manifest, commit_again, read_manifests, read_sidecar
-from stages.storage.exclusions import DUPLICATES, DUPLICATES_SCHEMA, IDENTITIES, NEIGHBOURS_STAGE
+from stages.storage import exclusions, layout
+from stages.storage.commit import ChainInfo, commit_exclusions
+from stages.storage.exclusions import DUPLICATES_SCHEMA, GLOBAL_PASS
+from stages.storage.manifest import Manifest
+from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
 from stages.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-_VERSION: Final = 1  # raise it where the same samples would be settled otherwise
+_VERSION: Final = 1  # raise it where the same samples would give another result
 _MADE_FROM: Final = b"made_from"
 _SPLIT: Final = b"split"
-_NEAREST: Final = 5  # kept of each sample, for the report
-_LEAST_ALIKE: Final = 0.2  # cosine from which a neighbour is worth keeping
+_NEAREST: Final = 5  # neighbours of each sample that are kept for the report
+_MIN_SIMILARITY: Final = 0.2  # cosine from which a neighbour is worth keeping
 _HASH_BYTES: Final = 32
-
-IDENTITIES_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.int32()),
-        ("identity_id", pa.string()),  # "id-" and the beginning of the key of its earliest member
-        ("identity_size", pa.int32()),
-        # what is on one side together: identities that may be one person
-        ("split_group", pa.string()),
-        ("split", pa.string()),  # train or val
-        ("nearest", pa.list_(pa.string())),  # keys of other samples, the closest first
-        ("similarity", pa.list_(pa.float32())),  # their cosines
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Samples in the plan's order, N of them. vectors: (N, 512) unit norm, a memory map. hashes:
-    (N, 32) uint8.
+    """The samples to compare, N of them, in the plan's order.
+
+    vectors: (N, 512) float32, unit norm, a memory map. hashes: (N, 32) uint8.
     """
 
     keys: list[str]
@@ -69,183 +56,166 @@ class Pool:
     vectors: Any
 
 
-def run_global_pass(store: Store, config: NeighboursConfig) -> None:
-    """Find copies, have them held, and give identities and a split to the samples that stay.
+def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) -> None:
+    """Finds duplicates, has them quarantined, and gives the samples that stay identities and sides.
 
-    Killed at any point, the next call comes to the same end. Call it while holding the run lock.
+    Call it while holding the run lock. Stopped at any point, the next call gives the same result.
     """
     if is_global_pass_current(store, config):
         return
-    count = apply_exclusions(store)  # what was taken down must not be compared any more
+    rewritten = apply_exclusions(store, chain)  # removed samples must not be compared any more
     pool = read_pool(store)
-    copies = find_duplicates(
+    duplicates = find_duplicates(
         pool.sha256, pool.hashes, pool.vectors, config.max_hash_distance, config.max_similarity
     )
-    _keep(store, DUPLICATES, _duplicates(pool, copies))
-    count += apply_exclusions(store)
-    reasons = ", ".join(
-        f"{reason} {n}" for reason, n in sorted(Counter(t.reason for t in copies.values()).items())
+    store.write_table_if_changed(layout.DUPLICATES, _duplicates(pool, duplicates))
+    rewritten += apply_exclusions(store, chain)
+    by_reason = Counter(duplicate.reason for duplicate in duplicates.values())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(by_reason.items()))
+    logger.info(
+        "%s samples compared: %s%s",
+        f"{len(pool.keys):,}",
+        reasons or "no duplicates",
+        f"; {rewritten} shards written again" if rewritten else "",
     )
-    again = f"; {count} shards written again" if count else ""
-    logger.info("%s samples compared: %s%s", f"{len(pool.keys):,}", reasons or "no copies", again)
-    stay = np.setdiff1d(np.arange(len(pool.keys)), np.fromiter(copies, np.int64, len(copies)))
-    table = _identities(pool, stay, config)
+    dropped = np.fromiter(duplicates, np.int64, len(duplicates))
+    table = _identities(pool, np.setdiff1d(np.arange(len(pool.keys)), dropped), config)
     people = len(table.column("identity_id").unique())
-    logger.info("%s identities among %s samples", f"{people:,}", f"{len(stay):,}")
+    logger.info("%s identities among %s samples", f"{people:,}", f"{len(table):,}")
     split = json.dumps({"val_share": config.val_share, "seed": config.seed})
-    told = {_MADE_FROM: _made_from(store, config).encode(), _SPLIT: split.encode()}
-    _keep(store, IDENTITIES, table.replace_schema_metadata(told))
+    metadata = {_MADE_FROM: _made_from(store, config).encode(), _SPLIT: split.encode()}
+    store.write_table_if_changed(layout.IDENTITIES, table.replace_schema_metadata(metadata))
 
 
-def is_global_pass_current(store: Store, config: NeighboursConfig) -> bool:
-    """True if every shard carries the verdicts on it, and the identities were made from them by
-    this configuration.
-    """
-    if stale_shards(store) or not store.exists(IDENTITIES):
+def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
+    """True if every shard has its exclusions applied, and the identities were made from these
+    shards by this configuration."""
+    if stale_shards(store) or not store.exists(layout.IDENTITIES):
         return False
-    with store.parquet(IDENTITIES) as file:
-        told = file.schema_arrow.metadata or {}
-    return told.get(_MADE_FROM) == _made_from(store, config).encode()
+    with store.parquet(layout.IDENTITIES) as file:
+        metadata = file.schema_arrow.metadata or {}
+    return metadata.get(_MADE_FROM) == _made_from(store, config).encode()
 
 
-def apply_exclusions(store: Store) -> int:
-    """Write those shards again that don't carry the verdicts on them yet; how many there were."""
+def apply_exclusions(store: Store, chain: ChainInfo) -> int:
+    """Writes those shards again whose exclusions have changed; returns how many there were."""
     stale = stale_shards(store)
     for manifest in stale:
-        commit_again(store, manifest)
+        commit_exclusions(store, manifest, chain)
     return len(stale)
 
 
 def stale_shards(store: Store) -> list[Manifest]:
-    """Manifests of the shards that don't carry the verdicts on them yet: copies and take-downs."""
-    told = exclusions.of_all(store)
+    """Manifests of the shards that don't have their present exclusions applied."""
+    excluded = exclusions.of_all(store)
     return [
         manifest
-        for index, manifest in read_manifests(store).items()
-        if manifest["verdicts"] != exclusions.digest(told.get(index, exclusions.NONE))
+        for index, manifest in DatasetReader(store).manifests().items()
+        if manifest.exclusions != exclusions.digest(excluded.get(index, {}))
     ]
 
 
 def read_pool(store: Store) -> Pool:
-    """Every sample, and those that are held as copies: all that rules let pass."""
-    parts = [_part(index, table) for index, table in _sidecars(store)]
-    count = sum(len(part["key"]) for part in parts)
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map
-    vectors = np.memmap(file, np.float32, "w+", shape=(max(count, 1), IDENTITY_DIM))[:count]
-    start = 0
-    for (_, table), part in zip(_sidecars(store, ["identity"]), parts, strict=True):
-        values = table.column("identity").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors[start : start + len(part["key"])] = values.reshape(-1, IDENTITY_DIM)
-        start += len(part["key"])
-    hashes = [
-        bytes.fromhex(value) if value else bytes(_HASH_BYTES)
-        for part in parts
-        for value in part["hash"]
-    ]
+    """Every written sample, and those that are quarantined as duplicates."""
+    reader = DatasetReader(store)
+    columns = {name: list[Any]() for name in ("key", "source", "sha256", "hash", "shard")}
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the memory map
+    for index in reader.manifests():
+        table = _compared(reader, index)
+        for name in ("key", "source", "sha256", "hash"):
+            columns[name] += table.column(name).to_pylist()
+        columns["shard"] += [index] * len(table)
+        vectors = table.column("identity").combine_chunks().flatten()
+        file.write(vectors.to_numpy(zero_copy_only=False).astype(np.float32).tobytes())
+    file.flush()
+    count = len(columns["key"])
+    vectors = np.zeros((0, IDENTITY_DIM), np.float32)
+    if count:
+        vectors = np.memmap(file, np.float32, "r", shape=(count, IDENTITY_DIM))
+    hashes = [bytes.fromhex(v) if v else bytes(_HASH_BYTES) for v in columns["hash"]]
     return Pool(
-        **{
-            f"{name}s": [value for part in parts for value in part[name]]
-            for name in ("key", "source", "shard")
-        },
-        sha256=[value for part in parts for value in part["sha256"]],
+        keys=columns["key"],
+        sources=columns["source"],
+        shards=columns["shard"],
+        sha256=columns["sha256"],
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, _HASH_BYTES),
         vectors=vectors,
     )
 
 
-def read_identities(store: Store) -> pa.Table:
-    """The table, empty where there is none yet."""
-    if not store.exists(IDENTITIES):
-        return IDENTITIES_SCHEMA.empty_table()
-    return store.table(IDENTITIES)
+def _compared(reader: DatasetReader, index: int) -> pa.Table:
+    """The rows of a shard that take part: samples, and quarantined duplicates."""
+    names = ("key", "source", "sha256", "hash", "identity", "status", "stage", "quarantine_offset")
+    table = reader.rows(index, names)
+    quarantined = pc.greater_equal(table.column("quarantine_offset"), 0)
+    duplicate = pc.and_(pc.equal(table.column("stage"), GLOBAL_PASS), quarantined)
+    return table.filter(pc.or_(pc.equal(table.column("status"), Status.OK.value), duplicate))
 
 
 def lint_identities(store: Store) -> Iterator[str]:
-    """Every contradiction between the identities, the split and the samples, as a line for people."""
-    table = read_identities(store)
+    """Every contradiction between identities, split and samples, as a line for people."""
+    reader = DatasetReader(store)
+    table = reader.identities()
     if not len(table):
         return
     rows = table.select(["key", "identity_id", "split_group", "split"]).to_pylist()
-    keys = Counter(row["key"] for row in rows)
-    samples = set().union(*(_keys(store, index) for index in read_manifests(store)))
-    for what, odd in (
-        ("has a row twice", {key for key, count in keys.items() if count > 1}),
-        ("is no sample", {*keys} - samples),
-        ("is a sample and has no row", samples - {*keys}),
+    counts = Counter(row["key"] for row in rows)
+    keys = {*counts}
+    samples = {key for index in reader.manifests() for key in _sample_keys(reader, index)}
+    for problem, affected in (
+        ("has a row twice", {key for key, count in counts.items() if count > 1}),
+        ("is no sample", keys - samples),
+        ("is a sample and has no row", samples - keys),
     ):
-        if odd:
-            yield f"{IDENTITIES}: {min(odd)} {what}" + (
-                f", as {len(odd) - 1} more" if len(odd) > 1 else ""
-            )
-    how = json.loads(table.schema.metadata[_SPLIT])
+        if affected:
+            more = f", as {len(affected) - 1} more" if len(affected) > 1 else ""
+            yield f"{layout.IDENTITIES}: {min(affected)} {problem}{more}"
+    split = json.loads(table.schema.metadata[_SPLIT])
     for column in ("identity_id", "split_group"):
         sides: dict[str, set[str]] = {}
         for row in rows:
             sides.setdefault(row[column], set()).add(row["split"])
-        for name, found in sides.items():
-            if len(found) > 1:
-                yield f"{IDENTITIES}: {name} is on both sides of the split"
-            elif column == "split_group" and found != {
-                split_of(name, how["val_share"], how["seed"])
-            }:
-                yield f"{IDENTITIES}: {name} is on the wrong side of the split"
+        for name, names in sides.items():
+            if len(names) > 1:
+                yield f"{layout.IDENTITIES}: {name} is on both sides of the split"
+            elif column == "split_group":
+                side = split_of(name, split["val_share"], split["seed"])
+                if names != {side}:
+                    yield f"{layout.IDENTITIES}: {name} is on the wrong side of the split"
 
 
-def _keys(store: Store, index: int) -> set[str]:
-    table = read_sidecar(store, index, ["key", "status"])
-    return {
-        *table.filter(pc.equal(table.column("status"), Status.OK.value)).column("key").to_pylist()
-    }
-
-
-def _sidecars(store: Store, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
-    """Each shard's rows of samples and of copies that are held."""
-    wanted = columns or ["key", "source", "sha256", "hash"]
-    for index in read_manifests(store):
-        table = read_sidecar(store, index, [*wanted, "status", "stage", "held_offset"])
-        held = pc.and_(
-            pc.equal(table.column("stage"), NEIGHBOURS_STAGE),
-            pc.greater_equal(table.column("held_offset"), 0),
-        )
-        yield (
-            index,
-            table.filter(pc.or_(pc.equal(table.column("status"), Status.OK.value), held)).select(
-                wanted
-            ),
-        )
-
-
-def _part(index: int, table: pa.Table) -> dict[str, list[Any]]:
-    return {**table.to_pydict(), "shard": [index] * len(table)}
+def _sample_keys(reader: DatasetReader, index: int) -> Sequence[str]:
+    keys: list[str] = reader.rows(index, ("key",), Status.OK).column("key").to_pylist()
+    return keys
 
 
 def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
-    def detail(twin: Duplicate) -> str:
-        other = pool.sources[twin.of]
-        if twin.reason == "duplicate":
+    def detail(duplicate: Duplicate) -> str:
+        other = pool.sources[duplicate.of]
+        if duplicate.reason == "duplicate":
             return f"same bytes as {other}"
-        if twin.reason == "near_duplicate":
-            return f"{twin.figure:.0f} of 256 bits of its hash differ from {other}"
-        return f"cosine {twin.figure:.4f} to {other}"
+        if duplicate.reason == "near_duplicate":
+            return f"{duplicate.metric:.0f} of 256 bits of its hash differ from {other}"
+        return f"cosine {duplicate.metric:.4f} to {other}"
 
     rows = [
         {
             "shard": pool.shards[row],
             "key": pool.keys[row],
-            "reason": twin.reason,
-            "of": pool.keys[twin.of],
-            "figure": twin.figure,
-            "detail": detail(twin),
+            "reason": duplicate.reason,
+            "of": pool.keys[duplicate.of],
+            "value": duplicate.metric,
+            "detail": detail(duplicate),
         }
-        for row, twin in sorted(copies.items())
+        for row, duplicate in sorted(copies.items())
     ]
     return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
 
 
-def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
+def _identities(pool: Pool, stay: Any, config: GlobalPassConfig) -> pa.Table:
     """A row for each of the samples `stay`."""
     vectors = pool.vectors[stay] if len(stay) < len(pool.keys) else pool.vectors
-    near = near_by_identity(vectors, min(_LEAST_ALIKE, config.split_similarity), config.nearest)
+    near = near_by_identity(vectors, min(_MIN_SIMILARITY, config.split_similarity), config.nearest)
     labels = cluster(vectors, near, config.identity_similarity)
     # The rows of an identity take its earliest member's group: no identity can be in two.
     together = cluster(vectors, near, config.split_similarity)[labels]
@@ -271,20 +241,9 @@ def _identities(pool: Pool, stay: Any, config: NeighboursConfig) -> pa.Table:
     return pa.table(columns, schema=IDENTITIES_SCHEMA)
 
 
-def _made_from(store: Store, config: NeighboursConfig) -> str:
+def _made_from(store: Store, config: GlobalPassConfig) -> str:
     """A digest of the settings and of every sidecar."""
-    sidecars = [
-        (index, found["files"]["parquet"]["sha256"])
-        for index, found in read_manifests(store).items()
-    ]
+    manifests = DatasetReader(store).manifests()
+    sidecars = [(index, manifest.sidecar.sha256) for index, manifest in manifests.items()]
     text = json.dumps([_VERSION, asdict(config), sidecars], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _keep(store: Store, name: str, table: pa.Table) -> None:
-    """Write a table unless the very same is there already."""
-    out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    if store.read_all([name]).get(name) != out.getvalue():
-        with store.writer(name) as stream:
-            stream.write(out.getvalue())

@@ -1,53 +1,49 @@
-"""Inspect: one input of a data set, found by its key or name, with all that is known of it.
+"""Find: one input of a data set, by its key or name, with all that is known of it.
 
-Only its own bytes are read of a tar. What was taken down is found by its key or the name it had,
-and says that alone.
+Of a tar only the input's own bytes are read. A removed record is found by its key, or by the name
+it had, and shows that alone.
 """
 
 from __future__ import annotations
 
 import difflib
-import io
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow.compute as pc
-import yaml
 
-from configs.errors import PipelineError, ShardError
-from stages.record import KEY_LENGTH, Record, Status, key_of
-from stages.storage.commit import (
-    FOLDER,
-    is_quarantined,
-    read_manifests,
-    read_sample,
-    read_sidecar,
-    shard_name,
-)
-from stages.storage.exclusions import IDENTITIES, TAKEN_DOWN
-from stages.storage.sidecar import Row
+from configs.errors import PipelineError
+from stages.base import current_signature
+from stages.fields import Column
+from stages.record import KEY_LENGTH, Record, key_of
+from stages.storage.exclusions import TAKEN_DOWN
+from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
+from stages.storage.sidecar import KNOWN, Row, is_quarantined
 from stages.storage.store import Store
 
-_LEAST: Final = 4  # digits of a key that may stand for it
+_MIN_DIGITS: Final = 4  # of a key's beginning that may stand for it
 _LISTED: Final = 10
 _COMPARED: Final = 20_000  # names that a misspelt one is compared with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """row: of the sidecar. record: what its tar holds, None where it is in none. person: its row of
-    identities.parquet. config: plain values of OUT/config.yaml. current: False where the shard was
-    made by another configuration than that.
+    """row: of the sidecar. tar: file name of the tar that holds it, "" for none. record: its
+    sample, None for none. person: its row of identities.parquet. config: plain values of
+    OUT/config.yaml. current: False where the shard was made by another configuration than that.
+    columns: of the sidecar.
     """
 
     shard: str
     row: Row
+    tar: str
     record: Record | None
     person: Row | None
     config: dict[str, Any]
     current: bool
+    columns: Mapping[str, Column]
 
     @property
     def taken_down(self) -> bool:
@@ -56,66 +52,70 @@ class Inspection:
 
 def inspect(store: Store, text: str) -> Inspection:
     """The input that `text` names: a key, the beginning of one, or a name. Raises PipelineError
-    unless there is one.
-    """
-    manifests = read_manifests(store)
-    try:
-        index, key = find(store, sorted(manifests), text)
-        table = read_sidecar(store, index)
-    except FileNotFoundError as error:
-        raise ShardError(
-            f"{store.url}: a shard has a manifest and no sidecar. Run the pipeline again."
-        ) from error
+    unless there is exactly one."""
+    reader = DatasetReader(store)
+    manifests = reader.manifests()
+    index, key = find(reader, sorted(manifests), text)
+    with reader.sidecar(index) as file:
+        columns, table = file.columns, file.read()
     [row] = table.filter(pc.equal(table.column("key"), key)).to_pylist()
-    config = yaml.safe_load(store.read("config.yaml")) if store.exists("config.yaml") else {}
-    dataset = json.loads(store.read("dataset.json")) if store.exists("dataset.json") else {}
     return Inspection(
-        shard=shard_name(index),
+        shard=manifests[index].shard,
         row=row,
-        record=_sample(store, shard_name(index), row),
-        person=_person(store, key),
-        config=config or {},
-        current=dataset.get("signatures", []) == manifests[index]["signatures"],
+        tar=_tar(manifests[index], row),
+        record=reader.sample(index, row),
+        person=_person(reader, key),
+        config=reader.config_values(),
+        current=_is_current(reader, manifests[index].signatures),
+        columns={**KNOWN, **columns},
     )
 
 
-def find(store: Store, shards: Sequence[int], text: str) -> tuple[int, str]:
+def _tar(manifest: Manifest, row: Row) -> str:
+    if is_quarantined(row):
+        return manifest.quarantine.name if manifest.quarantine else ""
+    return manifest.tar.name if row["tar_offset"] >= 0 else ""
+
+
+def _is_current(reader: DatasetReader, signatures: Sequence[str]) -> bool:
+    """True if the signatures are those of the run that wrote dataset.json last."""
+    last_run = reader.dataset_info().get("signatures", [])
+    return [current_signature(signature) for signature in last_run] == list(signatures)
+
+
+def find(reader: DatasetReader, shards: Sequence[int], text: str) -> tuple[int, str]:
     """(shard, key) of the one input that `text` names. Raises PipelineError."""
-    wanted, found, names = text.lower(), list[tuple[int, Row]](), list[str]()
-    exact = key_of(text)
-    for key in (wanted, exact):
-        if (person := _person(store, key)) and person["shard"] in shards:
-            return person["shard"], key  # no need to look through them all
-    begins = len(wanted) >= _LEAST and not wanted.strip("0123456789abcdef")
+    prefix, by_name = text.lower(), key_of(text)
+    for key in (prefix, by_name):
+        if (person := _person(reader, key)) and person["shard"] in shards:
+            return person["shard"], key  # no need to look through all shards
+    matches, names = list[tuple[int, Row]](), list[str]()
+    is_prefix = len(prefix) >= _MIN_DIGITS and not prefix.strip("0123456789abcdef")
     for index in shards:
-        table = read_sidecar(store, index, ["key", "source", "status", "reason"])
+        table = reader.rows(index, ("key", "source", "status", "reason"))
         keys, sources = table.column("key"), table.column("source")
-        for key in (wanted, exact):
+        for key in (prefix, by_name):
             if pc.any(pc.equal(keys, key)).as_py():
                 return index, key
         hits = pc.ends_with(sources, f"/{text}")
-        if begins:
-            hits = pc.or_(hits, pc.starts_with(keys, wanted))
-        found += [(index, row) for row in table.filter(hits).to_pylist()]
+        if is_prefix:
+            hits = pc.or_(hits, pc.starts_with(keys, prefix))
+        matches += [(index, row) for row in table.filter(hits).to_pylist()]
         if len(names) < _COMPARED:
             names += sources.to_pylist()
-    if len(found) == 1:
-        return found[0][0], found[0][1]["key"]
-    raise PipelineError(_several(text, found) if found else _none(store, text, names))
+    if len(matches) == 1:
+        return matches[0][0], matches[0][1]["key"]
+    raise PipelineError(_several(text, matches) if matches else _none(reader.store, text, names))
 
 
-def _several(text: str, found: Sequence[tuple[int, Row]]) -> str:
+def _several(text: str, matches: Sequence[tuple[int, Row]]) -> str:
     lines = [
         f"  {row['key']}  {row['reason'] or row['status']}  {printable(row['source'])}"
-        for _, row in found[:_LISTED]
+        for _, row in matches[:_LISTED]
     ]
-    more = f"\n  … and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return (
-        f"{text!r} may be {len(found)} inputs:\n"
-        + "\n".join(lines)
-        + more
-        + "\nGive more of one's key."
-    )
+    more = f"\n  … and {len(matches) - _LISTED} more" if len(matches) > _LISTED else ""
+    listed = "\n".join(lines)
+    return f"{text!r} may be {len(matches)} inputs:\n{listed}{more}\nGive more of one's key."
 
 
 def _none(store: Store, text: str, names: Sequence[str]) -> str:
@@ -126,32 +126,13 @@ def _none(store: Store, text: str, names: Sequence[str]) -> str:
     hint = f" The closest names are {', '.join(close)}." if close else ""
     return (
         f"no committed input of {store.url} is {text!r}.{hint} Give a key ({KEY_LENGTH} hex "
-        f"digits), at least {_LEAST} "
-        "digits of its beginning, or a picture's name relative to its source."
+        f"digits), at least {_MIN_DIGITS} digits of its beginning, or a picture's name relative to "
+        "its source."
     )
 
 
-def _sample(store: Store, shard: str, row: Row) -> Record | None:
-    """What its tar holds of it, by one ranged read."""
-    if row["status"] != Status.OK and not is_quarantined(row):
-        return None
-    kind = "held" if is_quarantined(row) else "tar"
-    name = f"{FOLDER}/{shard}.{'held.tar' if is_quarantined(row) else 'tar'}"
-    start = row[f"{kind}_offset"]
-    try:
-        data = store.read(name, start, start + row[f"{kind}_size"])
-    except FileNotFoundError as error:
-        raise ShardError(
-            f"{store.url}: {name} is missing. Run `lint`, and the pipeline again."
-        ) from error
-    members = [member | {"offset": member["offset"] - start} for member in row["members"]]
-    return read_sample(io.BytesIO(data), {**row, "members": members})
-
-
-def _person(store: Store, key: str) -> Row | None:
-    if not store.exists(IDENTITIES):
-        return None
-    table = store.table(IDENTITIES)
+def _person(reader: DatasetReader, key: str) -> Row | None:
+    table = reader.identities()
     rows: list[Row] = table.filter(pc.equal(table.column("key"), key)).to_pylist()
     return rows[0] if rows else None
 

@@ -20,8 +20,7 @@ from rich.text import Text
 from configs.errors import PipelineError
 from pipelines.inspect.find import Inspection
 from pipelines.report.palette import PALETTE
-from stages.backends.protocols import Image, LabelMap
-from stages.codec import decode_jpeg, decode_labels
+from stages.codec import Image, LabelMap, decode_jpeg, decode_labels
 from stages.regions import LABELS
 from stages.storage.sidecar import Row
 

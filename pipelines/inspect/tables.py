@@ -1,4 +1,4 @@
-"""Describe: everything known of one input as tables for people.
+"""Tables: everything known of one input, for a terminal.
 
 Names, captions and details come from outside: none is read as markup, and no control character
 reaches the terminal.
@@ -6,10 +6,12 @@ reaches the terminal.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,11 +20,14 @@ from model.prompt import named_regions
 from model.spec import TOKEN_LIMIT
 from pipelines.inspect.find import Inspection, printable
 from pipelines.inspect.pictures import half_blocks, panes
+from pipelines.report.metrics import AREA, WORDS, columns_of, shown_metrics
 from pipelines.report.palette import PALETTE
+from stages.annotations import absent_words, fused_words, unfused_words
+from stages.quality_filter import RULES, Rule
+from stages.reasons import explain
 from stages.record import Status
 from stages.regions import LABELS, REGION_LABELS
-from stages.storage.commit import is_quarantined
-from stages.storage.sidecar import Row
+from stages.storage.sidecar import Row, is_quarantined
 
 Line = tuple[Text, ...]
 
@@ -30,47 +35,11 @@ _WIDEST: Final = 60  # columns of each picture
 _TALLEST: Final = 64  # pixels of height, two to a line
 _PLAIN_WIDTH: Final = 110  # columns, where there is no terminal to ask
 _STATUS: Final = {Status.OK: "bold green", Status.DROPPED: "bold yellow", Status.FAILED: "bold red"}
-# and 0, of all
-_OFF: Final = {
-    "max_clipped": 1,
-    "max_occlusion": 1,
-    "max_yaw": 180,
-    "max_pitch": 180,
-    "max_roll": 180,
+# Limits that no value can break: such a rule is off, as with a limit of 0.
+_NO_LIMIT: Final = {
+    **dict.fromkeys(("max_clipped", "max_occlusion"), 1),
+    **dict.fromkeys(("max_yaw", "max_pitch", "max_roll"), 180),
 }
-
-Figure = Callable[[Row], float | None]
-
-
-def _column(name: str) -> Figure:
-    return lambda row: row[name]
-
-
-def _turned(name: str) -> Figure:
-    """Turned left is as bad as turned right."""
-    return lambda row: None if row[name] is None else abs(row[name])
-
-
-# name, what is judged, column, rules
-_FIGURES: Final[tuple[tuple[str, Figure, str, tuple[str, ...]], ...]] = (
-    (
-        "source's short side",
-        lambda row: min(row["source_width"], row["source_height"]) or None,
-        "",
-        ("min_side",),
-    ),
-    ("faces", lambda row: row["face_count"] or None, "", ("min_faces", "max_faces")),
-    ("face's short side", _column("face_side"), "", ("min_face",)),
-    ("detection score", _column("score"), "", ("min_score",)),
-    ("sharpness", _column("sharpness"), "", ("min_sharpness",)),
-    ("brightness", _column("brightness"), "", ("min_brightness", "max_brightness")),
-    ("clipped", _column("clipped"), "", ("max_clipped",)),
-    ("yaw, degrees", _turned("yaw"), "yaw", ("max_yaw",)),
-    ("pitch, degrees", _turned("pitch"), "pitch", ("max_pitch",)),
-    ("roll, degrees", _turned("roll"), "roll", ("max_roll",)),
-    ("occlusion", _column("occlusion"), "", ("max_occlusion",)),
-    ("identity norm", _column("identity_norm"), "", ("min_identity_norm",)),
-)
 
 
 def show(found: Inspection, console: Console, picture: bool = True) -> None:
@@ -108,7 +77,7 @@ def _sections(found: Inspection) -> Iterable[tuple[str, Iterable[Line]]]:
     yield "Provenance", _provenance(found)
     yield "Faces", _faces(row)
     stale = "" if found.current else ", of a configuration that the shard wasn't made by"
-    yield f"Figures, and the rules{stale}", _figures(row, found.config.get("rules", {}))
+    yield f"Metrics, and the rules{stale}", _metrics(found, found.config.get("rules", {}))
     yield "Regions", _regions(row)
     yield "Identity", _identity(found)
     yield "Texts", _texts(row)
@@ -121,6 +90,8 @@ def _input(row: Row) -> Iterable[Line]:
         status.append(f"  {printable(row['reason'])}  (stage {printable(row['stage'])})", "default")
     yield Text("status"), status
     yield from _said("detail", row["detail"])
+    if known := explain(row["reason"]):
+        yield Text("what to do"), Text(known.action)
 
 
 def _provenance(found: Inspection) -> Iterable[Line]:
@@ -128,14 +99,11 @@ def _provenance(found: Inspection) -> Iterable[Line]:
     yield Text("key"), Text(row["key"])
     for name in ("source", "sha256", "license", "author", "consent"):
         yield Text(name), _text(row[name]) if row[name] else Text("not stated", "dim")
-    kind = "held" if is_quarantined(row) else "tar"
     where = f"{found.shard}, in no tar"
-    if row[f"{kind}_offset"] >= 0:
-        ending = "held.tar" if kind == "held" else "tar"
-        where = (
-            f"{found.shard}.{ending}, {row[f'{kind}_size']:,} bytes from "
-            f"{row[f'{kind}_offset']:,} on"
-        )
+    if found.tar:
+        kind = "quarantine" if is_quarantined(row) else "tar"
+        size, offset = row[f"{kind}_size"], row[f"{kind}_offset"]
+        where = f"{found.tar}, {size:,} bytes from {offset:,} on"
     yield Text("shard"), Text(where)
     for name, width, height in (
         ("source", "source_width", "source_height"),
@@ -143,7 +111,7 @@ def _provenance(found: Inspection) -> Iterable[Line]:
     ):
         if row[width]:
             yield Text(f"{name} size"), Text(f"{row[width]} × {row[height]}")
-    yield from _said("perceptual hash", row["hash"])
+    yield from _said("perceptual hash", row["hash"] or "")
 
 
 def _faces(row: Row) -> Iterable[Line]:
@@ -154,27 +122,36 @@ def _faces(row: Row) -> Iterable[Line]:
         yield Text("chosen" if chosen else "another"), Text(where, "green" if chosen else "")
 
 
-def _figures(row: Row, rules: dict[str, Any]) -> Iterable[Line]:
-    for name, judged, column, settings in _FIGURES:
-        figure = judged(row)
-        if figure is None:
+def _metrics(found: Inspection, limits: Mapping[str, Any]) -> Iterable[Line]:
+    """Each metric that the row has, beside the rules on it."""
+    metrics = shown_metrics(found.columns.values())
+    columns = columns_of(metrics, found.columns)
+    schema = pa.schema([(column.name, column.type) for column in columns])
+    row = {column.name: found.row.get(column.name) for column in columns}
+    table = pa.Table.from_pylist([row], schema=schema)
+    for shown in metrics:
+        value = float(shown.values(table)[0])
+        if shown.metric.group in (AREA, WORDS) or math.isnan(value):
             continue
-        shown = row[column] if column else figure
-        limits = [(setting, rules[setting]) for setting in settings if setting in rules]
-        on = [(setting, limit) for setting, limit in limits if limit not in (0, _OFF.get(setting))]
-        broken = any(
-            figure < limit if setting.startswith("min_") else figure > limit
-            for setting, limit in on
-        )
-        words = [
-            f"at {'least' if setting.startswith('min_') else 'most'} {limit:g}"
-            for setting, limit in on
+        rules = [
+            (rule, limits[rule.setting])
+            for rule in RULES
+            if rule.metric == shown.name and limits.get(rule.setting) and _is_on(rule, limits)
         ]
-        text = Text(
-            f"{shown:g}" if isinstance(shown, int) else f"{shown:.3f}", "bold red" if broken else ""
-        )
-        text.justify = "right"
-        yield Text(name), text, Text(", ".join(words) or "no rule", "red" if broken else "dim")
+        # Rules on angles look at their size: turned left counts as turned right.
+        broken = any(rule.broken_by(abs(value), limit) for rule, limit in rules)
+        words = [f"at {'least' if rule.is_minimum else 'most'} {limit:g}" for rule, limit in rules]
+        number = Text(f"{value:g}" if shown.metric.whole else f"{value:.3f}")
+        number.stylize("bold red" if broken else "")
+        number.justify = "right"
+        label = f"{shown.metric.title}, {shown.metric.unit}".removesuffix(", ").lower()
+        if shown.metric.scale != 1:
+            label = shown.metric.title.lower()
+        yield Text(label), number, Text(", ".join(words) or "no rule", "red" if broken else "dim")
+
+
+def _is_on(rule: Rule, limits: Mapping[str, Any]) -> bool:
+    return bool(limits[rule.setting] != _NO_LIMIT.get(rule.setting))
 
 
 def _regions(row: Row) -> Iterable[Line]:
@@ -243,6 +220,7 @@ def _color(word: str) -> str:
 def _training(row: Row) -> Iterable[Line]:
     if row["text_tokens"] is None:
         return
+    regions = row["regions"] or []
     yield (
         Text("CLIP tokens"),
         Text(
@@ -254,14 +232,14 @@ def _training(row: Row) -> Iterable[Line]:
     yield (
         Text("fused"),
         Text(
-            ", ".join(row["fused"]) or "nothing: trains nothing of the face",
+            ", ".join(fused_words(regions)) or "nothing: trains nothing of the face",
             _good(row["trainable"]),
         ),
     )
-    for entry in row["unfused"]:
-        yield Text("not fused"), _text(f"{entry['region']}: {entry['reason'].replace('_', ' ')}")
-    if row["absent"]:
-        yield Text("named, not there"), Text(", ".join(row["absent"]), "yellow")
+    for word, reason in unfused_words(regions):
+        yield Text("not fused"), _text(f"{word}: {reason.replace('_', ' ')}")
+    if absent := absent_words(regions):
+        yield Text("named, not shown"), Text(", ".join(absent), "yellow")
 
 
 def _good(fine: bool) -> str:

@@ -23,14 +23,16 @@ import pyarrow.parquet as pq
 
 from configs.errors import ShardError, SourceError, StoreError
 from configs.schema import DatasetConfig
-from pipelines.planning.exact_copies import mark_copies
-from pipelines.planning.input_index import COLUMNS, InputIndex
+from pipelines.planning.exact_copies import mark_exact_copies
+from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
 from pipelines.sources import Input, build_source
 from stages.base import Stage
-from stages.storage.commit import PlannedShard, read_manifests
+from stages.storage.commit import PlannedShard
+from stages.storage.layout import PLAN
+from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-PLAN = "plan.parquet"
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM_SQLITE: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
@@ -52,16 +54,28 @@ _SCHEMA = pa.schema(
 class ShardTask:
     """A shard to be made.
 
-    exists: it has been committed before, and what its samples hold needn't be made again. again:
-    stages whose answers would be others now. moved: its inputs aren't all those it was made from.
-    retry: reasons whose records are made again from the source.
+    exists: it is committed, and what its samples hold can be reused. stale_stages: stages whose
+    answers would be different now. inputs_changed: its inputs aren't all those it was made from.
+    retry: reasons; records that were dropped or failed with one are made again from the source.
     """
 
     shard: PlannedShard
     exists: bool = False
-    again: frozenset[str] = frozenset()
-    moved: bool = False
+    stale_stages: frozenset[str] = frozenset()
+    inputs_changed: bool = False
     retry: frozenset[str] = frozenset()
+
+    @property
+    def index(self) -> int:
+        return self.shard.index
+
+    @property
+    def inputs(self) -> int:
+        return self.shard.inputs
+
+    @property
+    def bytes(self) -> int:
+        return self.shard.bytes
 
 
 @dataclass(kw_only=True)
@@ -108,19 +122,19 @@ def make_plan(config: DatasetConfig, store: Store) -> Plan:
 
 def _make_plan(config: DatasetConfig, store: Store) -> Plan:
     with InputIndex() as index:
-        index.load_known(_read_rows(store))
+        index.load_previous_plan(_read_rows(store))
         source = build_source(config)
         for item in source.list():
-            index.see(item)
+            index.add_listed(item)
         if not len(index):
             raise SourceError(
                 f"source.path={config.source.path!r} holds no "
                 f"{', '.join(config.source.extensions)} files, at any "
                 "depth. Give another folder, or other source.extensions."
             )
-        new, changed, vanished = index.place(config.shard_size)
+        new, changed, vanished = index.assign_shards(config.shard_size)
         if config.source.find_copies:
-            mark_copies(index, source)
+            mark_exact_copies(index, source)
         file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file))
         file.flush()
@@ -145,36 +159,46 @@ def pending(
     plan: Plan, store: Store, stages: Sequence[Stage], retry: frozenset[str] = frozenset()
 ) -> list[ShardTask]:
     """The shards that aren't committed with these inputs and signatures, or that hold records to be
-    tried again.
-    """
-    signatures = [stage.signature() for stage in stages]
-    known = read_manifests(store)
-    tasks = []
-    for shard in plan.shards:
-        manifest = known.get(shard.index)
-        again = stale_stages(stages, signatures, manifest["signatures"]) if manifest else None
-        if manifest is None or again is None:
-            tasks.append(ShardTask(shard=shard))
-            continue
-        task = ShardTask(
-            shard=shard,
-            exists=True,
-            again=again,
-            moved=manifest["inputs_digest"] != shard.digest,
-            retry=retry & {*manifest["failed"], *manifest["dropped"]},
-        )
-        if again or task.moved or task.retry or manifest["signatures"] != signatures:
-            tasks.append(task)
-    return tasks
+    tried again."""
+    signatures = tuple(stage.signature() for stage in stages)
+    manifests = DatasetReader(store).manifests()
+    tasks = (
+        _task(shard, manifests.get(shard.index), stages, signatures, retry) for shard in plan.shards
+    )
+    return [task for task in tasks if task is not None]
+
+
+def _task(
+    shard: PlannedShard,
+    manifest: Manifest | None,
+    stages: Sequence[Stage],
+    signatures: Sequence[str],
+    retry: frozenset[str],
+) -> ShardTask | None:
+    if manifest is None:
+        return ShardTask(shard=shard)
+    stale = stale_stages(stages, signatures, manifest.signatures)
+    if stale is None:
+        return ShardTask(shard=shard)
+    task = ShardTask(
+        shard=shard,
+        exists=True,
+        stale_stages=stale,
+        inputs_changed=manifest.inputs_digest != shard.digest,
+        retry=retry & {*manifest.failed, *manifest.dropped},
+    )
+    unchanged = manifest.signatures == signatures
+    return None if unchanged and not (task.inputs_changed or task.retry) else task
 
 
 def stale_stages(
     stages: Sequence[Stage], signatures: Sequence[str], made_with: Sequence[str]
 ) -> frozenset[str] | None:
-    """The stages whose answers, in a shard made with the signatures `made_with`, would be others
-    now: those that are new or changed, and those that read what these provide. None where the shard
-    must be made from its sources: a stage that replaces what it reads, as resize does, has changed,
-    or one is gone.
+    """The stages whose answers would be different now, in a shard made with the signatures
+    `made_with`: stages that are new or changed, and those that read what these provide.
+
+    None where the shard must be made from its sources: a stage that replaces what it reads, as
+    resize does, has changed, or one is gone.
     """
     names = {stage.name for stage in stages}
     if not {signature.rsplit("-", 2)[0] for signature in made_with} <= names:
@@ -240,5 +264,5 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:
-    names = ["source", "locator", "size", "version", "facts", "duplicate_of"]
-    return [Input(**row) for row in file.read_row_group(group, columns=names).to_pylist()]
+    rows = file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
+    return [input_from_row(row) for row in rows]

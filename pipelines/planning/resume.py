@@ -1,111 +1,116 @@
-"""What goes into a shard's stages: records from the source, or from the shard's own samples, and
-what each still needs.
+"""Resume: the records that go into a shard's stages, and which stages each of them still needs.
 
-One rule decides, for each input: what an earlier run has made of it is kept wherever the same would
-be made again.
+Records come from the source, or from the shard's own samples. What an earlier run has made of an
+input is kept wherever the same would be made again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.planning.plan import ShardTask, read_inputs
 from pipelines.sources import build_source
-from stages.base import Stage, StageNames
+from stages.base import PendingRecord, Stage, StageNames
 from stages.record import Record, Status
 from stages.storage import exclusions
-from stages.storage.commit import read_records
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-NOTHING: Final[StageNames] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class PendingRecord:
-    """A record and the names of the stages it still needs."""
-
-    record: Record
-    remaining_stages: StageNames
+NO_STAGES: Final[StageNames] = frozenset()
 
 
 def load_shard(
     config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]
 ) -> Iterator[PendingRecord]:
-    """The shard's inputs, in order, as the stages take them, each as soon as it is there: a source
-    that reads several at a time goes on meanwhile. Raises ShardError if the plan kept is another
-    one.
+    """The records of a shard's inputs, in order, each as soon as it has been read: a source that
+    reads several inputs at a time goes on meanwhile.
+
+    Raises ShardError if the plan in the output is another one than the task's.
     """
     items = read_inputs(store, task.shard.index)
     if len(items) != task.shard.inputs:
         raise ShardError(
-            f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run "
-            "it again."
+            f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run it "
+            "again."
         )
     source = build_source(config)
-    banned = exclusions.taken_digests(store)
-    taken = {
-        key
-        for key, verdict in exclusions.of_shard(store, task.shard.index).items()
-        if verdict.final
+    removed_digests = exclusions.removed_digests(store)
+    excluded = exclusions.of_shard(store, task.shard.index)
+    removed = {key for key, exclusion in excluded.items() if exclusion.is_removal}
+    reader = DatasetReader(store)
+    earlier = {r.key: r for r in reader.records(task.shard.index)} if task.exists else {}
+    reusable = {
+        key: pending
+        for key, record in earlier.items()
+        if (pending := continued_record(record, task, stages))
     }
-    made = (
-        {record.key: record for record in read_records(store, task.shard.index)}
-        if task.exists
-        else {}
-    )
-    names = [stage.name for stage in stages]
-    kept = {key: work for key, record in made.items() if (work := _continued(record, task, names))}
-    fresh = [
-        item for item in items if item.key not in taken and (item.key not in kept or task.moved)
+    to_read = [
+        item
+        for item in items
+        if item.key not in removed and (item.key not in reusable or task.inputs_changed)
     ]
-    arrived = iter(source.records(fresh))
-    again = frozenset(item.key for item in fresh)
+    arriving = iter(source.records(to_read))
+    read_keys = frozenset(item.key for item in to_read)
     for item in items:
-        if item.key in taken:
-            yield PendingRecord(exclusions.removed_record(item.key), NOTHING)
+        if item.key in removed:
+            yield PendingRecord(exclusions.removed_record(item.key), NO_STAGES)
             continue
-        fields = source.gives(item)
-        given = frozenset(
+        fields = source.provided_fields(item)
+        provided = frozenset(
             stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides)
         )
-        old, new = kept.get(item.key), next(arrived) if item.key in again else None
-        if old is not None and (new is None or source.same(made[item.key], new)):
-            yield PendingRecord(old.record, old.remaining_stages - given)
+        old = reusable.get(item.key)
+        new = next(arriving) if item.key in read_keys else None
+        if old is not None and (new is None or source.is_unchanged(earlier[item.key], new)):
+            yield PendingRecord(old.record, old.remaining_stages - provided)
+        elif new is None:
+            raise AssertionError("an input is reused or read")
+        elif new.sha256 in removed_digests:
+            yield PendingRecord(exclusions.removed_record(new.key), NO_STAGES)
         else:
-            assert new is not None, "an input is kept, or it is read"
-            gone = new.sha256 in banned
-            yield (
-                PendingRecord(exclusions.removed_record(new.key), NOTHING)
-                if gone
-                else PendingRecord(new, frozenset(names) - given)
-            )
+            names = frozenset(stage.name for stage in stages)
+            yield PendingRecord(new, names - provided)
 
 
-def _continued(record: Record, task: ShardTask, names: Sequence[str]) -> PendingRecord | None:
-    """What an earlier run made of an input, to go on from; None where it must be made again from
-    its source.
+def continued_record(
+    record: Record, task: ShardTask, stages: Sequence[Stage]
+) -> PendingRecord | None:
+    """What an earlier run made of an input, with the stages that must run again; None where the
+    input must be read from its source again.
 
-    A verdict stands unless a stage up to the one that gave it answers anew. A record that was held
-    comes back then, and needs the stages from there on; one held as a copy is as whole as a sample,
-    and if it still is a copy, the commit holds it again.
+    A dropped or failed record stays as it is, unless a stage up to the one that dropped it is
+    stale. Then a quarantined record is restored and needs the stages from there on. A quarantined
+    duplicate is as complete as a sample; if it still is a duplicate, the commit quarantines it
+    again.
     """
     if record.reason in task.retry:
         return None
+    names = [stage.name for stage in stages]
     if record.ok or (record.quarantined and record.stage not in names):
-        return PendingRecord(restored_record(record), task.again)
+        return _pending(record, task.stale_stages, stages)
     place = names.index(record.stage) if record.stage in names else -1
-    if not task.again & {*names[: place + 1]}:
-        return PendingRecord(record, NOTHING)
-    return (
-        PendingRecord(restored_record(record), task.again | {*names[place:]})
-        if record.quarantined
-        else None
+    if not task.stale_stages & {*names[: place + 1]}:
+        return PendingRecord(record, NO_STAGES)
+    if not record.quarantined:
+        return None
+    return _pending(record, task.stale_stages | {*names[place:]}, stages)
+
+
+def _pending(
+    record: Record, remaining_stages: StageNames, stages: Sequence[Stage]
+) -> PendingRecord:
+    """The record as ok, without the annotations that the remaining stages will record."""
+    outdated = {
+        stage.annotation.name
+        for stage in stages
+        if stage.annotation is not None and stage.name in remaining_stages
+    }
+    annotations = {n: values for n, values in record.annotations.items() if n not in outdated}
+    restored = replace(
+        record, status=Status.OK, reason="", detail="", stage="", annotations=annotations
     )
-
-
-def restored_record(record: Record) -> Record:
-    return replace(record, status=Status.OK, reason="", detail="", stage="")
+    return PendingRecord(restored, remaining_stages)

@@ -2,8 +2,8 @@
 report/.
 """
 
-from pipelines.report.page import INDEX, STATS, TABLE, write_report
+from pipelines.report.page import write_report
 from pipelines.report.runs import images_per_second
 from pipelines.report.stats import compute_stats
 
-__all__ = ["INDEX", "STATS", "TABLE", "compute_stats", "images_per_second", "write_report"]
+__all__ = ["compute_stats", "images_per_second", "write_report"]

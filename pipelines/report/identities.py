@@ -10,19 +10,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.report.distribution import Sums, spread
-from stages.storage.exclusions import IDENTITIES, read_takedowns
+from stages.storage.exclusions import read_takedowns
+from stages.storage.layout import IDENTITIES
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
 _NAMED: Final = 12  # largest identities named one by one
 
 
-def identity_figures(store: Store) -> dict[str, Any] | None:
+def identity_summary(reader: DatasetReader) -> dict[str, Any] | None:
     """count, samples; sizes: size → number of identities of it; largest; splits; similarity: of
     each sample's nearest other one. None where identities weren't grouped.
     """
-    if not store.exists(IDENTITIES):
+    if not reader.store.exists(IDENTITIES):
         return None
-    table = store.table(IDENTITIES, ["identity_id", "split", "similarity"])
+    table = reader.identities(["identity_id", "split", "similarity"])
     names, sizes = _counted(table["identity_id"])
     order = sorted(range(len(names)), key=lambda at: (-sizes[at], names[at]))[:_NAMED]
     splits = Counter(dict(zip(*_counted(table["split"]), strict=True)))
@@ -55,19 +57,19 @@ def takedowns(store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def neighbours(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
+def neighbours(reader: DatasetReader, keys: list[str]) -> dict[str, dict[str, Any]]:
     """key → its row of identities.parquet, of those that are in it; a row group at a time."""
-    found: dict[str, dict[str, Any]] = {}
-    if not store.exists(IDENTITIES):
-        return found
+    by_key: dict[str, dict[str, Any]] = {}
+    if not reader.store.exists(IDENTITIES):
+        return by_key
     wanted = pa.array(keys, pa.string())
-    with store.parquet(IDENTITIES) as file:
+    with reader.store.parquet(IDENTITIES) as file:
         for group in range(file.num_row_groups):
             here = pc.is_in(file.read_row_group(group, ["key"])["key"], wanted)
             if pc.any(here).as_py():
                 rows = file.read_row_group(group).filter(here).to_pylist()
-                found |= {row["key"]: row for row in rows}
-    return found
+                by_key |= {row["key"]: row for row in rows}
+    return by_key
 
 
 def _closest(lists: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -77,5 +79,5 @@ def _closest(lists: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def _counted(column: pa.ChunkedArray) -> tuple[list[str], list[int]]:
-    found = pc.value_counts(column.combine_chunks())
-    return found.field("values").to_pylist(), found.field("counts").to_pylist()
+    pairs = pc.value_counts(column.combine_chunks())
+    return pairs.field("values").to_pylist(), pairs.field("counts").to_pylist()

@@ -1,11 +1,12 @@
-"""Figures: what is measured of every written sample, one number each, and how the page calls it.
+"""Metrics: numbers of every written sample that the report, and `inspect`, show.
 
-To add one, add a row to FIGURES; if its number is not a sidecar column of the same name, `matrix`
-says where it is from.
+Most are sidecar columns that state how they are shown; whatever stage recorded such a column, it
+appears here. A few are computed from other columns (DERIVED).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,107 +16,53 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.report.distribution import Floats
+from stages.fields import Column, Metric
 from stages.regions import LABEL_IDS, LABELS, REGION_LABELS, REGION_WORDS
+from stages.storage.sidecar import KNOWN
+
+AREA: Final = "area"
+WORDS: Final = "words"
+GROUPS: Final = ("picture", "pose", "identity", "text", AREA, WORDS)
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """scale: the page shows values times this, as in shares of a picture in percent. whole: whole
-    numbers.
+class ShownMetric:
+    """A metric and where its values come from. columns: of the sidecar, that `values` reads.
+
+    values: table with these columns → (rows,) float64, NaN where a row has no such number.
     """
 
     name: str
-    title: str
-    unit: str = ""
-    note: str = ""
-    scale: float = 1
-    whole: bool = False
-    group: str = "picture"
+    metric: Metric
+    columns: tuple[str, ...]
+    values: Callable[[pa.Table], Floats]
 
 
-FIGURES: Final = (
-    Figure("score", "Detection score", note="of the chosen face"),
-    Figure("face_count", "Faces per image", note="all faces found", whole=True),
-    Figure("face_side", "Face size", "px", "short side of the box"),
-    Figure("source_side", "Source size", "px", "short side, before resizing", whole=True),
-    Figure("sharpness", "Sharpness", note="of the chosen face"),
-    Figure("brightness", "Brightness", note="of the face's skin, 0 to 1"),
-    Figure("clipped", "Clipped", "%", "of the face, black or white", 100),
-    Figure("occlusion", "Occlusion", "%", "of the face, hidden by something", 100),
-    Figure("yaw", "Yaw", "°", "over 0: to the viewer's right", group="pose"),
-    Figure("pitch", "Pitch", "°", "nodding", group="pose"),
-    Figure("roll", "Roll", "°", "tilted", group="pose"),
-    Figure(
-        "identity_norm", "Embedding norm", note="before it is made unit length", group="identity"
-    ),
-    Figure("caption_tokens", "Caption", "tokens", "coarse description", whole=True, group="text"),
-    Figure(
-        "face_caption_tokens",
-        "Face caption",
-        "tokens",
-        "fine description",
-        whole=True,
-        group="text",
-    ),
-    Figure(
-        "text_tokens",
-        "Training text",
-        "tokens",
-        "as the trainer makes it",
-        whole=True,
-        group="text",
-    ),
-    Figure("cut", "Share cut", "%", "of the captions, in training", 100, group="text"),
-    *(
-        Figure(f"area_{w}", w, "%", "of the picture, where visible", 100, group="area")
-        for w in REGION_WORDS
-    ),
-    *(
-        Figure(f"words_{w}", w, "words", "of its clause", whole=True, group="words")
-        for w in REGION_WORDS
-    ),
-)
-COLUMNS: Final = [  # of the sidecar, for these
-    *(
-        "score",
-        "face_count",
-        "face_side",
-        "source_width",
-        "source_height",
-        "sharpness",
-        "brightness",
-        "clipped",
-    ),
-    *(
-        "occlusion",
-        "yaw",
-        "pitch",
-        "roll",
-        "identity_norm",
-        "caption_tokens",
-        "face_caption_tokens",
-        "text_tokens",
-    ),
-    *("cut", "label_areas", "region_words"),
-]
+def shown_metrics(columns: Iterable[Column]) -> tuple[ShownMetric, ...]:
+    """The metrics of sidecars with these columns, group by group."""
+    stored = [
+        ShownMetric(column.name, column.metric, (column.name,), _reader(column.name))
+        for column in columns
+        if column.metric is not None
+    ]
+    groups = {group: place for place, group in enumerate(GROUPS)}
+    return tuple(
+        sorted(
+            [*stored, *DERIVED],
+            key=lambda shown: groups.get(shown.metric.group, len(groups)),
+        )
+    )
 
 
-def matrix(table: pa.Table) -> Floats:
-    """(len(FIGURES), rows) of a table with COLUMNS; NaN where a row has no such number, or a region
-    no pixel.
-    """
-    areas = regions(label_matrix(table))
-    areas[areas == 0] = np.nan
-    words = _lists(table["region_words"], len(REGION_WORDS))
-    special = {
-        "source_side": np.minimum(
-            _numbers(table["source_width"]), _numbers(table["source_height"])
-        ),
-        **{f"area_{word}": area for word, area in zip(REGION_WORDS, areas, strict=True)},
-        **{f"words_{word}": count for word, count in zip(REGION_WORDS, words, strict=True)},
-    }
-    rows = [special[f.name] if f.name in special else _numbers(table[f.name]) for f in FIGURES]
-    return np.stack(rows)
+def columns_of(metrics: Sequence[ShownMetric], columns: Mapping[str, Column]) -> list[Column]:
+    """The sidecar columns that these metrics, label areas included, are read from."""
+    names = [*(name for shown in metrics for name in shown.columns), "label_areas"]
+    return [columns.get(name) or KNOWN[name] for name in dict.fromkeys(names)]
+
+
+def matrix(table: pa.Table, metrics: Sequence[ShownMetric]) -> Floats:
+    """(metrics, rows); NaN where a row has no such number, or a region no pixel."""
+    return np.stack([shown.values(table) for shown in metrics])
 
 
 def label_matrix(table: pa.Table) -> Floats:
@@ -123,24 +70,24 @@ def label_matrix(table: pa.Table) -> Floats:
     return _lists(table["label_areas"], len(LABELS))
 
 
-def regions(labels: Floats) -> Floats:
-    """Share of each region (5, rows), from that of the labels (19, rows). The labels are added in
-    their order.
-    """
-    return np.stack(
-        [sum_of(labels, [LABEL_IDS[name] for name in REGION_LABELS[word]]) for word in REGION_WORDS]
-    )
+def region_areas(labels: Floats) -> Floats:
+    """Share of each region (5, rows), from that of the labels (19, rows), added in their order."""
+    return np.stack([_region_area(labels, word) for word in REGION_WORDS])
 
 
-def sum_of(labels: Floats, ids: list[int]) -> Floats:
+def _region_area(labels: Floats, word: str) -> Floats:
     total = np.zeros(labels.shape[1])
-    for label in ids:
-        total = total + labels[label]
+    for name in REGION_LABELS[word]:
+        total = total + labels[LABEL_IDS[name]]
     return total
 
 
+def _reader(name: str) -> Callable[[pa.Table], Floats]:
+    return lambda table: _numbers(table[name])
+
+
 def _numbers(column: pa.ChunkedArray) -> Floats:
-    values: Floats = pc.cast(column, pa.float64()).to_numpy()  # of a null: NaN
+    values: Floats = pc.cast(column, pa.float64()).to_numpy()  # a null becomes NaN
     return values
 
 
@@ -155,3 +102,40 @@ def _lists(column: pa.ChunkedArray, size: int) -> Floats:
     flat = pc.cast(pc.list_flatten(column), pa.float64()).to_numpy()
     out[:, lengths == size] = flat.reshape(-1, size).T
     return out
+
+
+def _source_side(table: pa.Table) -> Floats:
+    return np.minimum(_numbers(table["source_width"]), _numbers(table["source_height"]))
+
+
+def _area(word: str) -> ShownMetric:
+    def values(table: pa.Table) -> Floats:
+        area = _region_area(label_matrix(table), word)
+        area[area == 0] = np.nan
+        return area
+
+    metric = Metric(
+        title=word, unit="%", note="of the picture, where visible", scale=100, group=AREA
+    )
+    return ShownMetric(f"area_{word}", metric, ("label_areas",), values)
+
+
+def _words(place: int, word: str) -> ShownMetric:
+    def values(table: pa.Table) -> Floats:
+        row: Floats = _lists(table["region_words"], len(REGION_WORDS))[place]
+        return row
+
+    metric = Metric(title=word, unit="words", note="of its clause", whole=True, group=WORDS)
+    return ShownMetric(f"words_{word}", metric, ("region_words",), values)
+
+
+DERIVED: Final = (
+    ShownMetric(
+        "source_side",
+        Metric(title="Source size", unit="px", note="short side, before resizing", whole=True),
+        ("source_width", "source_height"),
+        _source_side,
+    ),
+    *(_area(word) for word in REGION_WORDS),
+    *(_words(place, word) for place, word in enumerate(REGION_WORDS)),
+)

@@ -14,7 +14,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -26,20 +26,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from configs.errors import ShardError
 from pipelines.report import text
-from pipelines.report.metrics import FIGURES
+from pipelines.report.metrics import GROUPS, ShownMetric
 from pipelines.report.palette import PALETTE
 from pipelines.report.samples import EXTRA, Samples, read_samples
 from pipelines.report.stats import Report, compute
 from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
+from stages.storage import layout
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-INDEX: Final = "report/index.html"
-STATS: Final = "report/stats.json"
-TABLE: Final = "report/stats.parquet"
 SAMPLES: Final = 10_000  # records on the page
 _CHUNK: Final = 200  # records whose pictures are unpacked together
-_DATASET: Final = "dataset.json"
 _HERE: Final = Path(__file__).parent
 _SCRIPTS: Final = (
     "base.js",
@@ -54,35 +53,37 @@ _SCRIPTS: Final = (
 _REGION_COLORS: Final = ("#35b3a2", "#e0557d", "#1f5fd6", "#f4873a", "#e63946")
 
 
-def write_report(output: str | Store, samples: int = SAMPLES) -> dict[str, Any]:
-    """Write report/stats.json, stats.parquet and index.html into the data set at `output`; returns
-    the stats.
+def write_report(output: str | Store, samples: int = SAMPLES) -> Report:
+    """Writes report/stats.json, stats.parquet and index.html into the data set at `output`.
 
     samples: how many records the page holds, besides examples of every reason. Raises ShardError if
     there is no shard, or one that contradicts its manifest.
     """
-    store = output if isinstance(output, Store) else Store(output)
-    report = compute(store)
-    records = read_samples(store, report.manifests, report.examples, samples)
+    reader = DatasetReader(output)
+    report = compute(reader)
+    records = read_samples(
+        reader, report.manifests, report.examples, samples, report.metrics, report.columns
+    )
     _fill_examples(report, records)
-    page = render(report, records, _dataset(store))
-    store.write(STATS, json.dumps(report.stats, indent=1, ensure_ascii=False) + "\n")
+    page = render(report, records, _dataset_info(reader))
+    stats = json.dumps(report.stats, indent=1, ensure_ascii=False)
+    reader.store.write(layout.STATS, stats + "\n")
     with io.BytesIO() as table:
         pq.write_table(report.shards, table, compression="zstd")
-        store.write(TABLE, table.getvalue())
-    store.write(INDEX, page)
-    return report.stats
+        reader.store.write(layout.STATS_TABLE, table.getvalue())
+    reader.store.write(layout.REPORT, page)
+    return report
 
 
 def _fill_examples(report: Report, records: Samples) -> None:
-    """Into the stats: of each reason the first few records, with what was said of them."""
+    """Adds the first few records of each reason to the stats."""
     columns = records.columns
     first: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     ends = zip(columns["status"], columns["stage"], columns["reason"], strict=True)
     for at, end in enumerate(ends):
-        found = first.setdefault(end, [])
-        if len(found) < len(report.examples.get(end, ())):
-            found.append({name: columns[name][at] for name in ("key", "source", "detail")})
+        examples = first.setdefault(end, [])
+        if len(examples) < len(report.examples.get(end, ())):
+            examples.append({name: columns[name][at] for name in ("key", "source", "detail")})
     for entry in report.stats["data"]["reasons"]:
         entry["examples"] = first[entry["status"], entry["stage"], entry["reason"]]
 
@@ -114,11 +115,8 @@ def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
             name: sum(shard[name] for shard in data["shards"])
             for name in ("written", "dropped", "failed")
         },
-        groups={
-            group: [f for f in FIGURES if f.group == group]
-            for group in dict.fromkeys(f.group for f in FIGURES)
-        },
-        figure={figure.name: figure for figure in FIGURES},
+        groups=_groups(report.metrics),
+        metric={shown.name: _entry(shown) for shown in report.metrics},
         regions=[
             {"word": w, "color": c} for w, c in zip(REGION_WORDS, _REGION_COLORS, strict=True)
         ],
@@ -128,22 +126,34 @@ def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
         chunks=[Markup(chunk) for chunk in _chunks(records)],  # noqa: S704
         packed_shards=Markup(_pack(_shards(report))),  # noqa: S704
         plotly=Markup(_plotly()[0]),  # noqa: S704
-        facts=Markup(_facts(report, records)),  # noqa: S704 - `<` is escaped
+        page_data=Markup(_page_data(report, records)),  # noqa: S704 - `<` is escaped
         script=Markup(script),  # noqa: S704 - this package's own files
         style=Markup(style),  # noqa: S704
         digests=[_digest(script), _plotly()[1]],
     )
 
 
-# ------------------------------------------------------------------------------------------ what th
+def _entry(shown: ShownMetric) -> dict[str, Any]:
+    """A metric as template and script read it."""
+    return {"name": shown.name, **asdict(shown.metric)}
 
 
-def _facts(report: Report, records: Samples) -> str:
-    """Small things, as JSON that can't end its element."""
+def _groups(metrics: Sequence[ShownMetric]) -> dict[str, list[dict[str, Any]]]:
+    """The metrics by group; those of a group without a section are with `picture`."""
+    groups: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
+    for shown in metrics:
+        groups[shown.metric.group if shown.metric.group in groups else GROUPS[0]].append(
+            _entry(shown)
+        )
+    return groups
+
+
+def _page_data(report: Report, records: Samples) -> str:
+    """What the script reads at once, as JSON that can't end its element."""
     data = report.stats["data"]
-    facts = {
-        "figures": [
-            asdict(figure) | {"spread": data["figures"][figure.name]} for figure in FIGURES
+    page_data = {
+        "metrics": [
+            _entry(shown) | {"spread": data["metrics"][shown.name]} for shown in report.metrics
         ],
         "extra": EXTRA,
         "identities": data["identities"],
@@ -164,7 +174,7 @@ def _facts(report: Report, records: Samples) -> str:
         "chunk": _CHUNK,
         "records": len(records),
     }
-    return json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
+    return json.dumps(page_data, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _records(records: Samples) -> dict[str, Any]:
@@ -173,7 +183,7 @@ def _records(records: Samples) -> dict[str, Any]:
 
 
 def _shards(report: Report) -> dict[str, Any]:
-    """The table by shard, and each shard's distance in each figure."""
+    """The table by shard, and each shard's distance in each metric."""
     runs = report.stats["runs"]
     drift = report.stats["data"]["drift"]
     columns = report.shards
@@ -186,15 +196,18 @@ def _shards(report: Report) -> dict[str, Any]:
                 "middle": entry["middle"],
                 "flagged": [flag["shard"] for flag in entry["flagged"]],
                 "away": [_short(v, 2) for v in columns[f"{name}_away"].to_pylist()],
-                "values": [_short(v, 6) for v in columns[_value_column(name)].to_pylist()],
+                "values": [
+                    _short(v, 6) for v in columns[_value_column(name, report.metrics)].to_pylist()
+                ],
             }
             for name, entry in drift.items()
         ],
     }
 
 
-def _value_column(name: str) -> str:
-    whole = {figure.name: figure.whole for figure in FIGURES}
+def _value_column(name: str, metrics: Sequence[ShownMetric]) -> str:
+    """The column of the shard table that drift looks at."""
+    whole = {shown.name: shown.metric.whole for shown in metrics}
     return name if name not in whole else f"{name}_{'mean' if whole[name] else 'median'}"
 
 
@@ -235,23 +248,17 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-# ------------------------------------------------------------------------------------------ for the
-
-
 def _query(count: float | None, **filters: Any) -> str:
     """The link to the pictures behind a number."""
     return "#pictures?" + urlencode({**filters, "of": "" if count is None else int(count)})
 
 
-def _dataset(store: Store) -> dict[str, Any]:
-    """What dataset.json says, {} where it is missing or isn't what it should be: the report doesn't
-    hang on it.
-    """
+def _dataset_info(reader: DatasetReader) -> dict[str, Any]:
+    """What dataset.json says, {} where it is damaged: the report can do without it."""
     try:
-        found = json.loads(store.read(_DATASET))
-    except (FileNotFoundError, ValueError):
+        return reader.dataset_info()
+    except ShardError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pipelines.planning.plan import PLAN
+from stages.storage.layout import PLAN
+from stages.storage.manifest import Manifest
 from stages.storage.store import Store
 
-Row = Mapping[str, Any]
 
-
-def run_figures(found: Sequence[Row]) -> dict[str, Any]:
+def run_summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
     """seconds: in which at least one shard was being made; pauses between runs don't count.
 
     images_per_second: over those seconds. A shard's time begins once its models are loaded.
     """
     shards = []
     stage_seconds: dict[str, float] = {}
-    for manifest in found:
-        run = manifest["run"]
+    for manifest in manifests:
+        run = manifest.run
         shards.append(
             {
-                "shard": manifest["shard"],
-                "seconds": run["seconds"],
-                "images_per_second": _rate(manifest["inputs"], run["seconds"]),
-                "finished": run["finished"],
-                "executor": run["executor"],
-                "attempt": run["attempt"],
-                "stage_seconds": run["stage_seconds"],
+                "shard": manifest.shard,
+                "seconds": run.seconds,
+                "images_per_second": _rate(manifest.inputs, run.seconds),
+                "finished": run.finished,
+                "executor": run.executor,
+                "attempt": run.attempt,
+                "stage_seconds": dict(run.stage_seconds),
             }
         )
-        for stage, seconds in run["stage_seconds"].items():
+        for stage, seconds in run.stage_seconds.items():
             stage_seconds[stage] = stage_seconds.get(stage, 0.0) + seconds
     total = sum(stage_seconds.values())
     return {
-        "seconds": round(_busy_seconds(found), 3),
-        "images_per_second": images_per_second(found),
-        "finished": max(shard["finished"] for shard in shards),
+        "seconds": round(_busy_seconds(manifests), 3),
+        "images_per_second": images_per_second(manifests),
+        "finished": max(manifest.run.finished for manifest in manifests),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
         "stage_share": {
             stage: round(seconds / total, 4) if total else 0.0
@@ -48,22 +47,22 @@ def run_figures(found: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def images_per_second(found: Sequence[Row]) -> float | None:
-    """Of these shards' manifests, over the time in which at least one of them was being made."""
-    return _rate(sum(manifest["inputs"] for manifest in found), _busy_seconds(found))
+def images_per_second(manifests: Sequence[Manifest]) -> float | None:
+    """Inputs of these shards over the seconds in which at least one of them was being made."""
+    return _rate(sum(manifest.inputs for manifest in manifests), _busy_seconds(manifests))
 
 
-def plan_figures(store: Store) -> dict[str, int] | None:
-    """Shards and inputs that the kept plan holds, None without one."""
+def plan_summary(store: Store) -> dict[str, int] | None:
+    """Number of shards and inputs in the plan; None without a plan."""
     if not store.exists(PLAN):
         return None
     column = store.table(PLAN, ["shard"]).column("shard")
     return {"shards": len(column.unique()), "inputs": len(column)}
 
 
-def chain_figures(found: Sequence[Row]) -> list[dict[str, Any]]:
+def chain_summary(manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
     """The stage signatures that shards were made with, and by how many."""
-    chains = Counter(tuple(manifest["signatures"]) for manifest in found)
+    chains = Counter(manifest.signatures for manifest in manifests)
     return [{"signatures": list(chain), "shards": count} for chain, count in sorted(chains.items())]
 
 
@@ -71,11 +70,11 @@ def _rate(images: int, seconds: float) -> float | None:
     return round(images / seconds, 3) if seconds > 0 else None
 
 
-def _busy_seconds(found: Sequence[Row]) -> float:
-    """In which at least one of these shards was being made."""
-    runs = [manifest["run"] for manifest in found]
+def _busy_seconds(manifests: Sequence[Manifest]) -> float:
+    """Seconds in which at least one of these shards was being made."""
+    runs = [manifest.run for manifest in manifests]
     total, reached = 0.0, float("-inf")
-    for start, end in sorted((run["finished"] - run["seconds"], run["finished"]) for run in runs):
+    for start, end in sorted((run.finished - run.seconds, run.finished) for run in runs):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total

@@ -1,8 +1,7 @@
-"""Scan: one pass over the sidecars, several shards at a time, reading the columns that figures are
-made of.
+"""Scan: one pass over the sidecars, several shards at a time, reading the columns of the report.
 
-Pictures, embeddings and words are not among them; those of the few samples that the page shows are
-read afterwards (`samples.py`). What a shard leaves behind is a matrix of numbers and a tally.
+Pictures, embeddings and captions are not among them; those of the few samples that the page shows
+are read afterwards (`samples.py`). A shard gives a matrix of numbers and a tally.
 """
 
 from __future__ import annotations
@@ -10,53 +9,55 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from configs.errors import ShardError
 from pipelines.report import metrics
 from pipelines.report.distribution import Floats
+from pipelines.report.metrics import ShownMetric
+from stages.annotations import ABSENT, FUSED
+from stages.fields import Column
 from stages.record import Status
 from stages.regions import REGION_WORDS
-from stages.storage.commit import FOLDER
-from stages.storage.store import Store
+from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
 
 EXAMPLES: Final = 8  # rows noted for each reason
 _THREADS: Final = 4
 _ENDED: Final = (Status.DROPPED, Status.FAILED)
-_LEDGER: Final = ["status", "stage", "reason"]
-_TALLIED: Final = ["license", "consent", "trainable", "width", "height"]
-_LISTS: Final = ["fused", "absent", "unfused"]
-_COLUMNS: Final = [*_LEDGER, "tar_size", "held_size", *_TALLIED, *_LISTS, *metrics.COLUMNS]
+_LEDGER: Final = ("status", "stage", "reason")
+_NAMED: Final = ("license", "author", "consent")
+_TALLIED: Final = (*_NAMED, "trainable", "width", "height", "regions")
 
-Row = Mapping[str, Any]
 End = tuple[str, str, str]  # status, stage, reason
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one sidecar says. values, labels: of the written samples, in their order."""
+    """What one sidecar says.
 
-    manifest: Row
-    index: int
-    counts: dict[End, int]  # how many rows ended so; written ones under ("ok", "", "")
-    first: dict[End, list[int]]  # numbers of the first rows that did
+    counts: how many rows have this status, stage and reason; written ones are ("ok", "", "").
+    first: numbers of the first such rows. values: (metrics, written). labels: (19, written). tally:
+    counts of ("license", name), ("fused", region), ("unfused", region, reason) and so on.
+    """
+
+    manifest: Manifest
+    counts: dict[End, int]
+    first: dict[End, list[int]]
     tar_bytes: int
-    held_bytes: int
-    values: Floats  # (len(FIGURES), written)
-    labels: Floats  # (19, written)
-    # ("license", name), ("fused", region), ("unfused", region, reason), …
+    quarantine_bytes: int
+    values: Floats
+    labels: Floats
     tally: Counter[tuple[str, ...]]
 
     @property
     def name(self) -> str:
-        return str(self.manifest["shard"])
+        return self.manifest.shard
 
     def of(self, status: str) -> int:
         return sum(count for end, count in self.counts.items() if end[0] == status)
@@ -66,49 +67,46 @@ class Scan:
         return sum(self.counts.values())
 
 
-def scan(store: Store, manifests: Sequence[Row]) -> Iterator[Scan]:
+def scan(
+    reader: DatasetReader,
+    manifests: Sequence[Manifest],
+    shown: Sequence[ShownMetric],
+    columns: Mapping[str, Column],
+) -> Iterator[Scan]:
     """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or
     contradicts its manifest.
     """
+    names = [*_LEDGER, "tar_size", "quarantine_size", *_TALLIED]
+    wanted: list[Column | str] = [*names, *metrics.columns_of(shown, columns)]
+
+    def read(manifest: Manifest) -> Scan:
+        with reader.sidecar(manifest.index) as file:
+            if missing := [name for name in _LEDGER if name not in file.columns]:
+                raise ShardError(
+                    f"{manifest.shard}: its sidecar has no column {', '.join(missing)}. Remove its "
+                    "manifest and run the pipeline again: it makes the shard again."
+                )
+            table = file.read(wanted).combine_chunks()
+        return _scan(manifest, table, shown)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda manifest: _scan(store, manifest), manifests)
+        yield from pool.map(read, manifests)
 
 
-@contextmanager
-def open_sidecar(store: Store, name: str) -> Iterator[pq.ParquetFile]:
-    """Raises ShardError if it is missing."""
-    try:
-        with store.parquet(f"{FOLDER}/{name}.parquet") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise ShardError(
-            f"{store.url}: {name} has a manifest and no sidecar. Remove the manifest and run again."
-        ) from error
-
-
-def _scan(store: Store, manifest: Row) -> Scan:
-    name = manifest["shard"]
-    with open_sidecar(store, name) as file:
-        names = set(file.schema_arrow.names)
-        if absent := [column for column in _COLUMNS if column not in names]:
-            raise ShardError(
-                f"{name}: its sidecar has no column {', '.join(absent)}. Make it with this version."
-            )
-        table = file.read(_COLUMNS, use_threads=False).combine_chunks()
+def _scan(manifest: Manifest, table: pa.Table, shown: Sequence[ShownMetric]) -> Scan:
     counts, first = _ends(table)
     _check(manifest, counts)
     written = table.filter(pc.equal(table["status"], Status.OK.value))
-    values, labels = metrics.matrix(written), metrics.label_matrix(written)
+    labels = metrics.label_matrix(written)
     return Scan(
         manifest=manifest,
-        index=int(name.rpartition("-")[2]),
         counts=counts,
         first=first,
         tar_bytes=pc.sum(table["tar_size"]).as_py() or 0,
-        held_bytes=pc.sum(table["held_size"]).as_py() or 0,
-        values=values,
+        quarantine_bytes=pc.sum(table["quarantine_size"]).as_py() or 0,
+        values=metrics.matrix(written, shown),
         labels=labels,
-        tally=_tally(written, metrics.regions(labels)),
+        tally=_tally(written, metrics.region_areas(labels)),
     )
 
 
@@ -133,11 +131,11 @@ def _ends(table: pa.Table) -> tuple[dict[End, int], dict[End, list[int]]]:
     return counts, first
 
 
-def _check(manifest: Row, counts: Mapping[End, int]) -> None:
+def _check(manifest: Manifest, counts: Mapping[End, int]) -> None:
     """Raises ShardError unless rows and manifest agree and the ledger balances."""
     if unknown := {status for status, _, _ in counts} - set(Status):
         raise ShardError(
-            f"{manifest['shard']}: the sidecar has rows of status {', '.join(sorted(unknown))}"
+            f"{manifest.shard}: the sidecar has rows of status {', '.join(sorted(unknown))}"
         )
     by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _ENDED}
     written = 0
@@ -146,49 +144,55 @@ def _check(manifest: Row, counts: Mapping[End, int]) -> None:
             written += count
         else:
             by_reason[status][reason] += count
-    stated = {name: manifest[name] for name in ("inputs", "written", "dropped", "failed")}
-    measured = {
+    stated = {
+        "inputs": manifest.inputs,
+        "written": manifest.written,
+        "dropped": dict(manifest.dropped),
+        "failed": dict(manifest.failed),
+    }
+    counted = {
         "inputs": sum(counts.values()),
         "written": written,
-        **{k: dict(v) for k, v in by_reason.items()},
+        **{status: dict(reasons) for status, reasons in by_reason.items()},
     }
-    if stated != measured:
+    if stated != counted:
         raise ShardError(
-            f"the ledger of {manifest['shard']} doesn't balance: its manifest says {stated}, its "
-            f"sidecar {measured}. "
-            "Remove the manifest and run again."
+            f"the ledger of {manifest.shard} doesn't balance: its manifest says {stated}, its "
+            f"sidecar {counted}. Remove the manifest and run again."
         )
 
 
 def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
     tally: Counter[tuple[str, ...]] = Counter()
-    for name in ("license", "consent"):
-        tally.update({(name, value): count for value, count in _value_counts(written[name])})
+    for name in _NAMED:
+        names = pc.fill_null(written[name], "")
+        tally.update({(name, value): count for value, count in _value_counts(names)})
     for value, count in _value_counts(written["trainable"]):
         tally["trainable", {True: "yes", False: "no", None: "unknown"}[value]] += count
-    sizes = pc.add(
-        pc.multiply(pc.cast(written["width"], pa.int64()), 1 << 32),
-        pc.cast(written["height"], pa.int64()),
-    )
-    tally.update(
-        {("size", str(v >> 32), str(v & 0xFFFFFFFF)): count for v, count in _value_counts(sizes)}
-    )
-    for name in ("fused", "absent"):
-        tally.update(
-            {(name, value): count for value, count in _value_counts(pc.list_flatten(written[name]))}
-        )
-    flat = pc.list_flatten(written["unfused"])
-    if len(flat):
-        both = pc.binary_join_element_wise(
-            pc.struct_field(flat, "region"), pc.struct_field(flat, "reason"), "\t"
-        )
-        tally.update(
-            {("unfused", *value.split("\t")): count for value, count in _value_counts(both)}
-        )
+    width, height = (pc.cast(written[name], pa.int64()) for name in ("width", "height"))
+    sizes = pc.add(pc.multiply(width, 1 << 32), height)
+    for value, count in _value_counts(sizes):
+        tally["size", str(value >> 32), str(value & 0xFFFFFFFF)] += count
+    untrainable = written.filter(pc.fill_null(pc.equal(written["trainable"], False), False))
+    for word, status, count in _region_statuses(written["regions"]):
+        kind = {FUSED: (FUSED, word), ABSENT: (ABSENT, word)}.get(status, ("unfused", word, status))
+        tally[kind] += count
+    for _, status, count in _region_statuses(untrainable["regions"]):
+        if status not in (FUSED, ABSENT):
+            tally["untrainable_because", status] += count
     for word, area in zip(REGION_WORDS, areas, strict=True):
         tally["missing", word] = int((area == 0).sum())
     tally["parsed",] = int((~np.isnan(areas[0])).sum()) if len(areas) else 0
     return tally
+
+
+def _region_statuses(column: pa.ChunkedArray) -> Iterator[tuple[str, str, int]]:
+    """(region, status, count) of the statuses that are not empty."""
+    reviewed = column.filter(pc.equal(pc.list_value_length(column), len(REGION_WORDS)))
+    for place, word in enumerate(REGION_WORDS):
+        for status, count in _value_counts(pc.list_element(reviewed, place)):
+            if status:
+                yield word, status, count
 
 
 def _value_counts(column: pa.ChunkedArray | pa.Array) -> Iterator[tuple[Any, int]]:

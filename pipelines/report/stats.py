@@ -1,4 +1,4 @@
-"""Stats: every figure of the report.
+"""Stats: every number of the report.
 
 `data` follows from the sidecars, identities.parquet and takedown.jsonl alone, so anyone can
 recompute it and equal shards give equal figures. What varies from run to run (seconds, images per
@@ -19,146 +19,124 @@ import pyarrow as pa
 
 from configs.errors import ShardError
 from pipelines.report.distribution import Floats, Sums, median, rounded, spread
-from pipelines.report.drift import Track, flags
-from pipelines.report.identities import identity_figures, takedowns
-from pipelines.report.metrics import FIGURES
-from pipelines.report.runs import chain_figures, plan_figures, run_figures
-from pipelines.report.scan import EXAMPLES, End, Row, Scan, scan
+from pipelines.report.identities import identity_summary, takedowns
+from pipelines.report.metrics import ShownMetric, shown_metrics
+from pipelines.report.runs import chain_summary, plan_summary, run_summary
+from pipelines.report.scan import EXAMPLES, End, Scan, scan
+from pipelines.report.shard_table import Shards, shard_entry, shard_table
+from stages.fields import Column
 from stages.record import Status
 from stages.regions import LABELS, REGION_WORDS
-from stages.storage.commit import manifests
+from stages.storage.exclusions import GLOBAL_PASS, TAKEDOWN
+from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
+from stages.storage.sidecar import KNOWN
 from stages.storage.store import Store
 
 _ENDED: Final = (Status.DROPPED, Status.FAILED)
-_CUT: Final = next(at for at, figure in enumerate(FIGURES) if figure.name == "cut")
 _THREADS: Final = 4
 _NAMED: Final = 20  # licences named one by one
-_CHAIN: Final = (  # as records go through it; a stage not named here comes after those that are
-    *(
-        "source",
-        "rights",
-        "resize",
-        "thumbnail",
-        "detect",
-        "parse",
-        "embed",
-        "measure",
-        "judge",
-        "caption",
-        "review",
-    ),
-    *("neighbours", "takedown"),
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """stats: ready for JSON. shards: a row for each. examples: reason → (shard's index, row) of its
-    first records.
+    """stats: JSON-ready. shards: a row for each. examples: (status, stage, reason) → (shard's
+    index, row) of its first records. tally: counts over all written samples, see scan.Scan.
+    metrics: those that `stats` and the page show. columns: of the sidecars, by name.
     """
 
     stats: dict[str, Any]
     shards: pa.Table
     examples: dict[End, list[tuple[int, int]]]
-    manifests: Sequence[Row]
+    tally: Counter[tuple[str, ...]]
+    manifests: Sequence[Manifest]
+    metrics: tuple[ShownMetric, ...]
+    columns: Mapping[str, Column]
 
 
 def compute_stats(store: Store) -> dict[str, Any]:
-    """The report's figures, ready for JSON: see `compute`."""
-    return compute(store).stats
+    """The report's numbers, JSON-ready: see `compute`."""
+    return compute(DatasetReader(store)).stats
 
 
-def compute(store: Store) -> Report:
-    """data: from the shards alone. runs: times of each shard's last run. plan: shards and inputs
-    that the kept plan holds, None without one. chains: the stage signatures that shards were made
-    with, more than one while a changed configuration is not run to its end. Raises ShardError if
-    there is no shard, or one contradicts itself.
+def compute(reader: DatasetReader) -> Report:
+    """Reads every sidecar once and computes the report's numbers.
+
+    data: from the shards alone. runs: times of each shard's last run. plan: shards and inputs of
+    the plan, None without one. chains: the stage signatures that shards were made with, more than
+    one while a changed configuration is not run to its end. Raises ShardError if there is no shard,
+    or one contradicts itself.
     """
-    found = list(manifests(store))
-    if not found:
+    manifests = list(reader.manifests().values())
+    if not manifests:
         raise ShardError(
-            f"{store.url} holds no committed shard: there is nothing to report. Run the data set "
+            f"{reader} holds no committed shard: there is nothing to report. Run the data set "
             "first."
         )
-    sums, label_sums = Sums(len(FIGURES)), Sums(len(LABELS))
+    columns = {**KNOWN, **reader.columns()}
+    metrics = shown_metrics(columns.values())
+    sums, label_sums = Sums(len(metrics)), Sums(len(LABELS))
     scans, means, medians, counts = [], [], [], []
-    for part in scan(store, found):
+    for part in scan(reader, manifests, metrics, columns):
         ordered = np.sort(part.values, axis=1)  # NaN comes last
         count = (~np.isnan(part.values)).sum(1)
-        means.append(
-            [
-                total / n if n else np.nan
-                for total, n in zip(sums.add(part.values), count, strict=True)
-            ]
-        )
-        medians.append(
-            [
-                median(row[:n]) if n else np.nan
-                for row, n in zip(ordered, count.tolist(), strict=True)
-            ]
-        )
+        totals = zip(sums.add(part.values), count, strict=True)
+        means.append([total / n if n else np.nan for total, n in totals])
+        rows = zip(ordered, count.tolist(), strict=True)
+        medians.append([median(row[:n]) if n else np.nan for row, n in rows])
         counts.append(count)
         label_sums.add(_present(part.labels))
         scans.append(part)
-    spreads = _spreads(scans, sums)
+    shards = Shards(scans, metrics, np.array(means), np.array(medians), np.array(counts))
+    spreads = _spreads(shards, sums)
     tally = sum((part.tally for part in scans), Counter[tuple[str, ...]]())
     examples: dict[End, list[tuple[int, int]]] = {}
     for part in scans:
-        for end, rows in part.first.items():
+        for end, rows_of_end in part.first.items():
             first = examples.setdefault(end, [])
-            first += [(part.index, row) for row in rows[: EXAMPLES - len(first)]]
-    runs = run_figures(found)
-    table, drift = _shard_table(
-        scans, spreads, runs, np.array(means), np.array(medians), np.array(counts)
-    )
+            more = EXAMPLES - len(first)
+            first += [(part.manifest.index, row) for row in rows_of_end[:more]]
+    runs = run_summary(manifests)
+    table, drift = shard_table(shards, spreads, runs)
     data = {
-        **_ledger(scans),
-        "shards": [_shard(part) for part in scans],
-        "figures": spreads,
+        **_ledger(scans, _stage_order(manifests)),
+        "shards": [shard_entry(part) for part in scans],
+        "metrics": spreads,
         "regions": {word: _region(word, tally) for word in REGION_WORDS},
         "labels": _labels(scans, label_sums),
         "image_sizes": _sizes(tally),
-        "cut": sum(int((part.values[_CUT] > 0).sum()) for part in scans),
+        "cut": int(sum(shards.cut)),
         "trainable": {name: tally["trainable", name] for name in ("yes", "no", "unknown")},
         "licenses": _named("license", tally),
         "consents": _named("consent", tally),
-        "identities": identity_figures(store),
-        "takedowns": takedowns(store),
+        "identities": identity_summary(reader),
+        "takedowns": takedowns(reader.store),
         "drift": drift,
     }
     stats = {
         "data": data,
         "runs": runs,
-        "plan": plan_figures(store),
-        "chains": chain_figures(found),
+        "plan": plan_summary(reader.store),
+        "chains": chain_summary(manifests),
     }
-    return Report(stats, table, examples, found)
+    return Report(stats, table, examples, tally, manifests, metrics, columns)
 
 
-def _shard(part: Scan) -> dict[str, Any]:
-    return {
-        "shard": part.name,
-        "inputs": part.inputs,
-        **{
-            name: part.of(status)
-            for name, status in (("written", "ok"), ("dropped", "dropped"), ("failed", "failed"))
-        },
-        "tar_bytes": part.tar_bytes,
-        "held_bytes": part.held_bytes,
-    }
+def _stage_order(manifests: Sequence[Manifest]) -> list[str]:
+    """Stages as records go through them, by the signatures of the last shard."""
+    names = [signature.rsplit("-", 2)[0] for signature in manifests[-1].signatures]
+    return ["source", *names, GLOBAL_PASS, TAKEDOWN]
 
 
-def _ledger(scans: Sequence[Scan]) -> dict[str, Any]:
+def _ledger(scans: Sequence[Scan], stages: Sequence[str]) -> dict[str, Any]:
     """inputs = written + dropped by reason + failed by reason; the scan has checked it shard by
     shard.
     """
     total: Counter[End] = Counter()
     for part in scans:
         total.update(part.counts)
-    inputs, written = (
-        total.total(),
-        sum(count for end, count in total.items() if end[0] == Status.OK),
-    )
+    inputs = total.total()
+    written = sum(count for end, count in total.items() if end[0] == Status.OK)
     by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _ENDED}
     by_stage: dict[str, Counter[str]] = {}
     for (status, stage, reason), count in total.items():
@@ -170,7 +148,7 @@ def _ledger(scans: Sequence[Scan]) -> dict[str, Any]:
         "inputs": inputs,
         "written": written,
         **{status: dict(sorted(counts.items())) for status, counts in by_reason.items()},
-        "funnel": _funnel(inputs, by_stage),
+        "funnel": _funnel(inputs, by_stage, stages),
         "reasons": [
             {"status": status, "stage": stage, "reason": reason, "count": count}
             for (status, stage, reason), count in reasons
@@ -179,13 +157,14 @@ def _ledger(scans: Sequence[Scan]) -> dict[str, Any]:
     }
 
 
-def _funnel(inputs: int, by_stage: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
-    """Stages that lost something, in the chain's order: how many came, how many were lost there,
-    how many went on.
-    """
+def _funnel(
+    inputs: int, by_stage: Mapping[str, Mapping[str, int]], stages: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Of each stage that lost inputs, in the order `stages`: how many entered, were lost, and went
+    on. Stages that are not in `stages` come last."""
     steps = []
-    known = {stage: place for place, stage in enumerate(_CHAIN)}
-    for stage in sorted(by_stage, key=lambda stage: (known.get(stage, len(known)), stage)):
+    places = {stage: place for place, stage in enumerate(stages)}
+    for stage in sorted(by_stage, key=lambda stage: (places.get(stage, len(places)), stage)):
         lost = {status.value: by_stage[stage].get(status, 0) for status in _ENDED}
         left = inputs - sum(lost.values())
         steps.append({"stage": stage, "entered": inputs, **lost, "left": left})
@@ -193,24 +172,17 @@ def _funnel(inputs: int, by_stage: Mapping[str, Mapping[str, int]]) -> list[dict
     return steps
 
 
-# ------------------------------------------------------------------------------------------ what wa
-
-
-def _spreads(scans: Sequence[Scan], sums: Sums) -> dict[str, Any]:
-    """Of each figure over all written samples."""
+def _spreads(shards: Shards, sums: Sums) -> dict[str, Any]:
+    """The distribution of each metric over all written samples."""
     totals = sums.totals()
 
     def one(at: int) -> dict[str, Any]:
-        return spread(
-            _sorted([part.values[at] for part in scans]), totals[at], whole=FIGURES[at].whole
-        )
+        values = _sorted([part.values[at] for part in shards.scans])
+        return spread(values, totals[at], whole=shards.metrics[at].metric.whole)
 
-    with ThreadPoolExecutor(_THREADS) as pool:  # sorting leaves Python alone
-        return dict(
-            zip(
-                (figure.name for figure in FIGURES), pool.map(one, range(len(FIGURES))), strict=True
-            )
-        )
+    names = [shown.name for shown in shards.metrics]
+    with ThreadPoolExecutor(_THREADS) as pool:  # sorting releases Python's lock
+        return dict(zip(names, pool.map(one, range(len(names))), strict=True))
 
 
 def _labels(scans: Sequence[Scan], sums: Sums) -> dict[str, Any]:
@@ -267,87 +239,11 @@ def _sizes(tally: Mapping[tuple[str, ...], int]) -> list[dict[str, int]]:
 
 def _named(kind: str, tally: Mapping[tuple[str, ...], int]) -> dict[str, Any]:
     """The most common ones by name, the rest together."""
-    found = sorted(
-        ((key[1], count) for key, count in tally.items() if key[0] == kind),
-        key=lambda p: (-p[1], p[0]),
-    )
-    named = [{"name": name, "count": count} for name, count in found[:_NAMED]]
+    pairs = [(key[1], count) for key, count in tally.items() if key[0] == kind]
+    pairs.sort(key=lambda pair: (-pair[1], pair[0]))
+    rest = pairs[_NAMED:]
     return {
-        "named": named,
-        "others": len(found[_NAMED:]),
-        "others_count": sum(count for _, count in found[_NAMED:]),
+        "named": [{"name": name, "count": count} for name, count in pairs[:_NAMED]],
+        "others": len(rest),
+        "others_count": sum(count for _, count in rest),
     }
-
-
-# ------------------------------------------------------------------------------------------ shard b
-
-
-def _shard_table(
-    scans: Sequence[Scan], spreads: Row, runs: Row, means: Floats, medians: Floats, counts: Floats
-) -> tuple[pa.Table, dict[str, Any]]:
-    """(report/stats.parquet: a row for each shard; the stats' entry on drift)."""
-    names = [part.name for part in scans]
-    columns: dict[str, Any] = {
-        name: [_shard(part)[name] for part in scans] for name in _shard(scans[0])
-    }
-    columns["seconds"] = [run["seconds"] for run in runs["shards"]]
-    columns["images_per_second"] = [run["images_per_second"] for run in runs["shards"]]
-    for stage in runs["stage_seconds"]:
-        columns[f"seconds_{stage}"] = [run["stage_seconds"].get(stage) for run in runs["shards"]]
-    tracks = _rates(scans)
-    columns |= {track.name: _nulls(track.values) for track in tracks}
-    for at, figure in enumerate(FIGURES):
-        columns[f"{figure.name}_count"] = counts[:, at]
-        columns[f"{figure.name}_mean"] = _nulls(means[:, at])
-        columns[f"{figure.name}_median"] = _nulls(medians[:, at])
-        found = spreads[figure.name]
-        if found["count"]:
-            scale = (
-                _deviation(found, scans, at) if figure.whole else found["upper"] - found["lower"]
-            )
-            values = means[:, at] if figure.whole else medians[:, at]
-            tracks.append(Track(figure.name, values, counts[:, at], scale))
-    drift = {}
-    for track in tracks:
-        entry, away = flags(track, names)
-        drift[track.name] = entry
-        columns[f"{track.name}_away"] = _nulls(away)
-    return pa.table(columns), drift
-
-
-def _deviation(found: Row, scans: Sequence[Scan], at: int) -> float:
-    """Standard deviation of whole numbers, from exact sums."""
-    squares = sum(int(np.nansum(np.square(part.values[at]))) for part in scans)
-    total = sum(int(np.nansum(part.values[at])) for part in scans)
-    return float(np.sqrt((found["count"] * squares - total**2) / found["count"] ** 2))
-
-
-def _rates(scans: Sequence[Scan]) -> list[Track]:
-    """Shares of a shard: of its inputs that were written, of its samples that can be trained on,
-    lose text, lack a region.
-    """
-    inputs = np.array([part.inputs for part in scans], float)
-    written = np.array([part.of(Status.OK) for part in scans], float)
-    reviewed = np.array(
-        [part.tally["trainable", "yes"] + part.tally["trainable", "no"] for part in scans], float
-    )
-    parsed = np.array([part.tally["parsed",] for part in scans], float)
-    shares = [
-        ("written_share", written, inputs),
-        ("trainable_share", [part.tally["trainable", "yes"] for part in scans], reviewed),
-        ("cut_share", [int((part.values[_CUT] > 0).sum()) for part in scans], reviewed),
-        *(
-            (f"missing_{w}_share", [part.tally["missing", w] for part in scans], parsed)
-            for w in REGION_WORDS
-        ),
-    ]
-    with np.errstate(invalid="ignore"):
-        return [
-            Track(name, np.asarray(some, float) / whole, whole, None)
-            for name, some, whole in shares
-        ]
-
-
-def _nulls(values: Floats) -> pa.Array:
-    """NaN and infinity become null: a table has no such numbers."""
-    return pa.array(values, pa.float64(), mask=~np.isfinite(values))

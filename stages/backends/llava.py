@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.captions import LlavaConfig
 from configs.errors import ConfigError, WeightsError
-from configs.schema import CaptionConfig
 from stages.backends.runtime import torch_device
 from stages.codec import decode_jpeg
 from stages.record import Record
@@ -36,7 +36,7 @@ class Llava:
     that fails.
     """
 
-    def __init__(self, config: CaptionConfig, weights: Weights | None = None) -> None:
+    def __init__(self, config: LlavaConfig, weights: Weights | None = None) -> None:
         import torch
         from transformers import AutoModelForImageTextToText
 
@@ -57,11 +57,10 @@ class Llava:
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise WeightsError(
-                f"caption.model={config.model!r} could not be loaded as an image-text-to-text "
-                "model: "
-                f"{type(error).__name__}: {error} Expected a checkpoint in transformers' layout "
-                "with safetensors "
-                "weights, such as llava-hf/llava-1.5-7b-hf; caption.backend=attributes needs none."
+                f"caption.llava.model={config.model!r} could not be loaded as an "
+                f"image-text-to-text model: {type(error).__name__}: {error} Expected a checkpoint "
+                "in transformers' layout with safetensors weights, such as "
+                "llava-hf/llava-1.5-7b-hf; caption.backend=attributes needs none."
             ) from error
         if not quantization:  # a quantized model is where it belongs already, and can't be moved
             self.model.to(self.device)
@@ -73,7 +72,7 @@ class Llava:
         self.prompts = (self._templated(config.prompt), self._templated(config.face_prompt))
 
     @staticmethod
-    def digests(config: CaptionConfig) -> Mapping[str, str]:
+    def digests(config: LlavaConfig) -> Mapping[str, str]:
         """What identifies the checkpoint, without loading it: its commit on the hub, or one sha256
         over its files.
         """
@@ -81,13 +80,12 @@ class Llava:
         return {"checkpoint": revision or _folder_digest(Path(name))}
 
     @staticmethod
-    def window(config: CaptionConfig) -> int:
+    def window(config: LlavaConfig, batch_size: int) -> int:
         """Some batches together, so that there are lengths to choose from."""
-        size = config.placement.batch_size
-        return size * _BATCHES if size > 1 else 1
+        return batch_size * _BATCHES if batch_size > 1 else 1
 
-    def caption(self, records: Sequence[Record]) -> list[tuple[str, str]]:
-        """(coarse, fine) description of each record's image, `placement.batch_size` at a time, the
+    def caption(self, records: Sequence[Record], batch_size: int = 1) -> list[tuple[str, str]]:
+        """(coarse, fine) description of each record's image, `batch_size` images at a time, the
         longest first.
         """
         import torch
@@ -97,11 +95,10 @@ class Llava:
         order = sorted(
             range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index)
         )
-        size = self.config.placement.batch_size
         texts: dict[int, tuple[str, str]] = {}
         with torch.inference_mode():
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
                 answers = self._answers(*self._prefix([images[index] for index in batch]))
                 texts |= zip(batch, zip(answers[::2], answers[1::2], strict=True), strict=True)
         return [texts[index] for index in range(len(images))]
@@ -159,7 +156,7 @@ class Llava:
             shared = _common_prefix(row, other)
             if image_id in row[shared:] or image_id in other[shared:] or not shared:
                 raise WeightsError(
-                    f"caption.model={self.config.model!r}: its chat template must put the "
+                    f"caption.llava.model={self.config.model!r}: its chat template must put the "
                     "picture before the prompt."
                 )
             tails += [row[shared:], other[shared:]]
@@ -229,7 +226,7 @@ class Llava:
         )
 
 
-def _quantization(config: CaptionConfig, device: str) -> dict[str, Any]:
+def _quantization(config: LlavaConfig, device: str) -> dict[str, Any]:
     """Arguments of from_pretrained for `config.quantize`. Raises ConfigError where that can't be
     had.
     """
@@ -248,9 +245,8 @@ def _quantization(config: CaptionConfig, device: str) -> dict[str, Any]:
         lacks.append("the package bitsandbytes (`pip install -U bitsandbytes`)")
     if lacks:
         raise ConfigError(
-            f"caption.quantize={config.quantize!r} needs {' and '.join(lacks)} on every node "
-            "that captions. "
-            "caption.quantize=none needs neither."
+            f"caption.llava.quantize={config.quantize!r} needs {' and '.join(lacks)} on every node "
+            "that captions. caption.llava.quantize=none needs neither."
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -308,21 +304,21 @@ def locate(model: str) -> tuple[str, str]:
     """
     if not model:
         raise ConfigError(
-            "caption.model is empty, and caption.backend=llava needs one: a folder or a hub id, "
-            "such as "
-            "llava-hf/llava-1.5-7b-hf. caption.backend=attributes needs none."
+            "caption.llava.model is empty, and caption.backend=llava needs one: a folder or a hub "
+            "id, such as llava-hf/llava-1.5-7b-hf. caption.backend=attributes needs none."
         )
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise WeightsError(
-                f"caption.model={model!r}: the folder holds no config.json or no *.safetensors "
-                "files."
+                f"caption.llava.model={model!r}: the folder holds no config.json or no "
+                "*.safetensors files."
             )
         return str(folder), ""
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise WeightsError(
-            f"caption.model={model!r}: there is no such folder, and a hub id looks like OWNER/NAME."
+            f"caption.llava.model={model!r}: there is no such folder, and a hub id looks like "
+            "OWNER/NAME."
         )
     return _hub_commit(*model.partition("@")[::2])
 
@@ -338,11 +334,10 @@ def _hub_commit(name: str, revision: str) -> tuple[str, str]:
         commit = HfApi().model_info(name, revision=revision or None, timeout=30).sha
     except Exception as error:
         raise WeightsError(
-            f"caption.model={name!r} is no local folder, is not in the hub's local cache, and "
-            "the hub could not be "
-            f"asked for it: {type(error).__name__}: {error} Give a folder with the checkpoint, "
-            "or download it first "
-            f"with `hf download {name}` where there is a network."
+            f"caption.llava.model={name!r} is no local folder, is not in the hub's local cache, "
+            f"and the hub could not be asked for it: {type(error).__name__}: {error} Give a "
+            "folder with the checkpoint, or download it first with "
+            f"`hf download {name}` where there is a network."
         ) from error
     return name, str(commit)
 

@@ -1,10 +1,10 @@
 """Captions by a server that speaks OpenAI's chat completions: vLLM, SGLang, `transformers serve`.
 
-Two requests a picture, greedy, `caption.concurrency` of them at a time. The openai package tries
-again what may pass (no connection, no answer in time, 408, 409, 429, 5xx), after growing pauses or
-those that Retry-After asks for. Once a request has failed for good, a picture of our own is asked
-about: where that is answered, the fault was the record's, and it alone fails; where it isn't, it is
-the server's or the configuration's, and the run ends with ServerError.
+Two requests a picture, greedy, `caption.openai.concurrency` of them at a time. The openai package
+tries again what may pass (no connection, no answer in time, 408, 409, 429, 5xx), after growing
+pauses or those that Retry-After asks for. Once a request has failed for good, a picture of our own
+is asked about: where that is answered, the fault was the record's, and it alone fails; where it
+isn't, it is the server's or the configuration's, and the run ends with ServerError.
 
 The signature names the model as the server does. It can't see another checkpoint that goes by the
 same name.
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
+from configs.captions import OpenAIConfig
 from configs.errors import ConfigError, ServerError
-from configs.schema import CaptionConfig
 from stages.base import Failed
 from stages.codec import encode_jpeg
 from stages.record import Record
@@ -51,7 +51,7 @@ class OpenAICaptioner:
     holds.
     """
 
-    def __init__(self, config: CaptionConfig, weights: Weights | None = None) -> None:
+    def __init__(self, config: OpenAIConfig, weights: Weights | None = None) -> None:
         from openai import AsyncOpenAI, Timeout
 
         _check(config)
@@ -72,17 +72,19 @@ class OpenAICaptioner:
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     @staticmethod
-    def digests(config: CaptionConfig) -> Mapping[str, str]:
+    def digests(config: OpenAIConfig) -> Mapping[str, str]:
         """None: what the server has loaded can't be seen from here."""
         _check(config)
         return {}
 
     @staticmethod
-    def window(config: CaptionConfig) -> int:
+    def window(config: OpenAIConfig, batch_size: int) -> int:
         """Two requests a picture: enough to keep `concurrency` of them open most of the time."""
-        return max(config.placement.batch_size, config.concurrency)
+        return max(batch_size, config.concurrency)
 
-    def caption(self, records: Sequence[Record]) -> list[tuple[str, str] | Failed]:
+    def caption(
+        self, records: Sequence[Record], batch_size: int = 1
+    ) -> list[tuple[str, str] | Failed]:
         """(coarse, fine) description of each record's image, or Failed(`caption_failed`). Raises
         ServerError.
         """
@@ -156,7 +158,7 @@ class OpenAICaptioner:
 
     def _complaint(self, fault: Fault) -> str:
         config = self.config
-        given = f"caption.base_url={config.base_url}, caption.model={config.model}"
+        given = f"caption.openai.base_url={config.base_url}, caption.openai.model={config.model}"
         then = "What was committed stays; the same command goes on from there."
         # in no words of the server's: they may hold parts of the key
         if fault.status in (401, 403):
@@ -173,8 +175,8 @@ class OpenAICaptioner:
             )
         elif fault.status == 429:
             advice = (
-                f"Lower caption.concurrency={config.concurrency}, or raise "
-                f"caption.tries={config.tries}."
+                f"Lower caption.openai.concurrency={config.concurrency}, or raise "
+                f"caption.openai.tries={config.tries}."
             )
         elif fault.status == 200:
             advice = (
@@ -206,12 +208,13 @@ def _own_picture() -> bytes:
     return encode_jpeg(np.full((256, 256, 3), 127, np.uint8), 95)
 
 
-def _check(config: CaptionConfig) -> None:
+def _check(config: OpenAIConfig) -> None:
     for name, example in (
         ("base_url", "http://127.0.0.1:8000/v1"),
         ("model", "llava-hf/llava-1.5-7b-hf"),
     ):
         if not getattr(config, name):
             raise ConfigError(
-                f"caption.{name} is empty, and caption.backend=openai needs one, such as {example}."
+                f"caption.openai.{name} is empty, and caption.backend=openai needs one, such as "
+                f"{example}."
             )

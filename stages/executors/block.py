@@ -2,68 +2,69 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import pickle
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 
 from configs.errors import ShardError
 from stages.base import StageNames
+from stages.executors.job import Task
 from stages.record import ARROW_SCHEMA, Record, from_table, to_table
-from stages.storage.commit import PlannedShard
+from stages.storage.manifest import ShardRun
 
 _EXTRA: Final = [
     ("shard", pa.int32()),
-    ("remaining_stages", pa.string()),
+    ("remaining_stages", pa.string()),  # comma-separated
     ("row", pa.int32()),
     ("rows", pa.int32()),
-    ("run", pa.string()),
+    ("header", pa.binary()),  # task and run, pickled, in the first row; empty in the others
 ]
 BLOCK_SCHEMA = pa.schema([*ARROW_SCHEMA, *(pa.field(name, kind) for name, kind in _EXTRA)])
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One whole shard on its way through the engine; run: what its manifest will say of this run."""
+    """remaining_stages: for each record. run: of the shard, so far."""
 
     records: list[Record]
     remaining_stages: list[StageNames]
-    shard: PlannedShard
-    run: dict[str, Any]
+    task: Any  # a stages.executors.job.Task
+    run: ShardRun
 
     def to_arrow(self) -> pa.Table:
-        """`row` of `rows` lets the write task see that nothing is missing; shard and run stand in
-        the first row.
-        """
-        count, empty = len(self.records), [""] * (len(self.records) - 1)
-        remaining_stages = [",".join(sorted(names)) for names in self.remaining_stages]
-        run = [json.dumps({"shard": asdict(self.shard), "run": self.run}), *empty]
-        extra = (
-            [self.shard.index] * count,
-            remaining_stages,
+        """Returns one row for each record, columns BLOCK_SCHEMA."""
+        count = len(self.records)
+        task: Task = self.task
+        header = pickle.dumps((task, self.run))
+        columns = (
+            [task.index] * count,
+            [",".join(sorted(names)) for names in self.remaining_stages],
             list(range(count)),
             [count] * count,
-            run,
+            [header, *[b""] * (count - 1)],
         )
         table = to_table(self.records)
-        for (name, kind), values in zip(_EXTRA, extra, strict=True):
+        for (name, kind), values in zip(_EXTRA, columns, strict=True):
             table = table.append_column(name, pa.array(values, kind))
         return table
 
     @staticmethod
-    def of_arrow(block: pa.Table) -> Block:
-        """Raises ShardError unless it is exactly one whole shard, in order."""
-        shards, rows = set(block["shard"].to_pylist()), block["row"].to_pylist()
-        if len(shards) != 1 or rows != list(range(block["rows"][0].as_py())):
+    def from_arrow(table: pa.Table) -> Block:
+        """Raises ShardError unless the table is exactly one whole shard, in order."""
+        shards, rows = set(table["shard"].to_pylist()), table["row"].to_pylist()
+        if len(shards) != 1 or rows != list(range(table["rows"][0].as_py())):
             raise ShardError(
-                f"the engine gave {len(rows)} rows of shards {sorted(shards)} as one block; "
-                "expected one shard"
+                f"Ray Data passed on {len(rows)} rows of shards {sorted(shards)} as one block; "
+                "expected all rows of one shard, in order. Run again; if it happens again, report "
+                "it with the version of Ray."
             )
-        told = json.loads(block["run"][0].as_py())
+        # this program's own bytes, written by `to_arrow` in another worker of the run
+        task, run = pickle.loads(table["header"][0].as_py())  # noqa: S301
         remaining_stages = [
             frozenset(filter(None, names.split(",")))
-            for names in block["remaining_stages"].to_pylist()
+            for names in table["remaining_stages"].to_pylist()
         ]
-        records = from_table(block.select(ARROW_SCHEMA.names))
-        return Block(records, remaining_stages, PlannedShard(**told["shard"]), told["run"])
+        records = from_table(table.select(ARROW_SCHEMA.names))
+        return Block(records, remaining_stages, task, run)

@@ -1,23 +1,65 @@
-"""What is known outside the workers: how often each shard was begun, where each one is, and how
-much is done.
+"""What must survive the workers: how often each shard was begun, which stage it is in, and how many
+records are finished.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, NamedTuple
 
+from stages.executors.job import Advance
 from stages.executors.watchdog import Stuck, Watchdog
 
 logger = logging.getLogger(__name__)
 
-Advance = Callable[[int], None]  # told how many more records are done
+_POLL_SECONDS: Final = 0.5
+
+
+class Progress(NamedTuple):
+    """finished: records, since the run began. stuck: see Watchdog.stuck."""
+
+    finished: int
+    stuck: list[Stuck]
+
+
+class Counter:
+    """On Ray, an actor on the driver's node (`start_counter`)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._attempts: dict[tuple[int, int], int] = {}
+        self._finished = 0
+        self._watchdog = Watchdog(clock)
+
+    def begin(self, shard: int, group: int) -> int:
+        """Returns the number of this attempt: 1, or more if workers died before `end`.
+
+        group: index of the first stage of the group that begins the shard.
+        """
+        self._attempts[shard, group] = self._attempts.get((shard, group), 0) + 1
+        self._watchdog.leave(shard)
+        return self._attempts[shard, group]
+
+    def enter(self, shard: int, stage: str, where: str) -> None:
+        self._watchdog.enter(shard, stage, where)
+
+    def end(self, shard: int, group: int) -> None:
+        self._attempts[shard, group] = 0
+        self._watchdog.leave(shard)
+
+    def advance(self, count: int) -> None:
+        self._finished += count
+
+    def progress(self, stuck_after: float) -> Progress:
+        return Progress(self._finished, self._watchdog.stuck(stuck_after))
 
 
 def start_counter() -> Any:
-    """The counter, on the driver's own node: no other node's death takes it along."""
+    """Starts a Counter as a Ray actor. It runs on the driver's node, so that the death of another
+    node can't end it.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,45 +69,29 @@ def start_counter() -> Any:
     ).remote()
 
 
-class Counter:
-    """Survives the workers; an actor beside the driver."""
+def poll_counter(counter: Any, stuck_after: float) -> Progress | None:
+    """Returns the progress from a Counter on Ray; None if it doesn't answer. What is wrong then is
+    for the run itself to report.
+    """
+    import ray
 
-    def __init__(self) -> None:
-        self._begun: dict[tuple[int, int], int] = {}
-        self._done = 0
-        self._watchdog = Watchdog()
-
-    def begin(self, shard: int, group: int) -> int:
-        """1 the first time, 2 after one worker has died of the shard, and so on."""
-        self._begun[shard, group] = self._begun.get((shard, group), 0) + 1
-        self._watchdog.done(shard)
-        return self._begun[shard, group]
-
-    def at(self, shard: int, stage: str, where: str) -> None:
-        self._watchdog.at(shard, stage, where)
-
-    def end(self, shard: int, group: int) -> None:
-        self._begun[shard, group] = 0
-        self._watchdog.done(shard)
-
-    def advance(self, count: int) -> None:
-        self._done += count
-
-    def look(self, stuck_after: float) -> tuple[int, list[Stuck]]:
-        """How many records are done, and which shards are stuck."""
-        return self._done, self._watchdog.stuck(stuck_after)
+    try:
+        progress: Progress = ray.get(counter.progress.remote(stuck_after), timeout=5)
+    except ray.exceptions.RayError:
+        return None
+    return progress
 
 
-class Relay:
-    """Carries progress to `advance` twice a second, while the driver waits for shards, and names
-    those that hang.
+class ProgressRelay:
+    """Context manager. A thread polls a Counter, calls `advance` with the records finished since
+    the last poll, and logs each stuck shard once.
     """
 
-    def __init__(self, counter: Any, advance: Advance, stuck_after: float) -> None:
-        self._counter, self._advance, self._stuck_after = counter, advance, stuck_after
+    def __init__(self, poll: Callable[[], Progress | None], advance: Advance) -> None:
+        self._poll, self._advance = poll, advance
         self._stop = threading.Event()
-        self._seen = 0
-        self._said: set[tuple[int, str, str]] = set()
+        self._reported = 0
+        self._logged: set[tuple[int, str, str]] = set()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
     def __enter__(self) -> None:
@@ -76,21 +102,19 @@ class Relay:
         self._thread.join(timeout=5)
 
     def _loop(self) -> None:
-        while not self._stop.wait(0.5):
-            self._poll()
-        self._poll()
+        while not self._stop.wait(_POLL_SECONDS):
+            self.relay()
+        self.relay()
 
-    def _poll(self) -> None:
-        import ray
-
-        try:
-            done, stuck = ray.get(self._counter.look.remote(self._stuck_after), timeout=5)
-        except ray.exceptions.RayError:
-            return  # progress is a courtesy: the run itself will say what is wrong
-        for shard in stuck:
-            if (key := (shard.shard, shard.stage, shard.where)) not in self._said:
-                self._said.add(key)
-                logger.warning("%s; its worker is ended and the shard tried again", shard)
-        if done > self._seen:
-            self._advance(done - self._seen)
-            self._seen = done
+    def relay(self) -> None:
+        """Polls once."""
+        progress = self._poll()
+        if progress is None:
+            return
+        for shard in progress.stuck:
+            if (key := (shard.shard, shard.stage, shard.where)) not in self._logged:
+                self._logged.add(key)
+                logger.warning("%s; its worker is ended and the shard is tried again", shard)
+        if progress.finished > self._reported:
+            self._advance(progress.finished - self._reported)
+            self._reported = progress.finished

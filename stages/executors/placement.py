@@ -1,4 +1,4 @@
-"""Groups: which stages share an actor, and how many of each fit into a cluster."""
+"""Placement: which stages share a worker, and how many workers fit into a cluster."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from itertools import groupby
 from typing import Final, NamedTuple
 
 from configs.errors import ConfigError
-from configs.schema import DatasetConfig
 from stages.base import Stage
 
 TASK_CPUS: Final = 0.25  # of a read or write task
-_SPARE_CPUS: Final = (
-    2 * TASK_CPUS
-)  # kept free of actors: with none left, reads could never start and the run would hang
-_SLACK: Final = 1e-9
+# Kept free of workers. If they took everything, read tasks could never start: the run would hang.
+_SPARE_CPUS: Final = 2 * TASK_CPUS
+_TOLERANCE: Final = 1e-9  # of sums of fractions
+
+
+class Resources(NamedTuple):
+    """Of a node, a worker or a whole cluster; fractions are allowed."""
+
+    cpus: float
+    gpus: float
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Neighbouring stages that share an actor: chain[first:last], with what one copy holds, and how
-    many copies.
+    """Consecutive stages, chain[first:last], that run in one process.
+
+    cpus, gpus: of each worker. workers: number of such processes.
     """
 
     first: int
@@ -30,66 +36,68 @@ class Group:
     names: tuple[str, ...]
     cpus: float
     gpus: float
-    copies: int
-
-
-class Node(NamedTuple):
-    """What a node of the cluster has to give."""
-
-    cpus: float
-    gpus: float
+    workers: int
 
 
 def plan_groups(
-    config: DatasetConfig, stages: Sequence[Stage], nodes: Sequence[Node], shards: int = sys.maxsize
+    stages: Sequence[Stage],
+    nodes: Sequence[Resources],
+    workers: int = 0,
+    shards: int = sys.maxsize,
 ) -> list[Group]:
-    """Fit the actors into the nodes, leaving room on each for read and write tasks.
+    """Groups consecutive stages with equal resources, and fits the groups' workers into the nodes
+    beside the read and write tasks.
 
-    As many copies of the whole chain as the nodes hold, each on one node, but no more than there
-    are shards. Where no node holds one, the groups get one copy each, with their fractions of a CPU
-    shrunk to fit the cluster. Raises ConfigError where that won't do either.
+    Every group gets the same number of workers: the number of whole chains that fit, each on one
+    node; at most `shards`, and at most `workers` unless that is 0. If no node can hold a whole
+    chain, each group gets one worker, with fewer CPUs so that all fit into the cluster. Raises
+    ConfigError if that is impossible too.
     """
-    runs = [list(run) for _, run in groupby(enumerate(stages), lambda pair: _holds(pair[1]))]
-    needs = [_holds(run[0][1]) for run in runs]
-    cpus, gpus = sum(need[0] for need in needs), sum(need[1] for need in needs)
-    given = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
-    if gpus > given.gpus + _SLACK:
-        wanted = ", ".join(
-            f"{run[0][1].name}: {need[1]:g}"
+    indexed = enumerate(stages)
+    runs = [list(run) for _, run in groupby(indexed, lambda pair: _resources(pair[1]))]
+    needs = [_resources(run[0][1]) for run in runs]
+    chain, cluster = _total(needs), _total(nodes)
+    if chain.gpus > cluster.gpus + _TOLERANCE:
+        by_stage = ", ".join(
+            f"{run[0][1].name}: {need.gpus:g}"
             for run, need in zip(runs, needs, strict=True)
-            if need[1]
+            if need.gpus
         )
         raise ConfigError(
-            f"the stages ask for {gpus:g} GPUs ({wanted}), the cluster has {given.gpus:g}. "
-            "Lower their placement.gpus, or start nodes that have them."
+            f"the stages ask for {chain.gpus:g} GPUs ({by_stage}), the cluster has "
+            f"{cluster.gpus:g}. Lower their placement.gpus, or start nodes that have them."
         )
-    room = given.cpus - _SPARE_CPUS
+    room = cluster.cpus - _SPARE_CPUS
     if room <= 0:
         raise ConfigError(
-            f"the cluster has {given.cpus:g} CPUs, expected over {_SPARE_CPUS:g}. Start a larger "
-            "node."
+            f"the cluster has {cluster.cpus:g} CPUs, expected more than {_SPARE_CPUS:g}. Start a "
+            "larger node."
         )
-    fit = sum(_fit(node.cpus - _SPARE_CPUS, cpus, node.gpus, gpus) for node in nodes)
-    copies = max(1, min(config.ray.workers or fit, fit, shards))
-    shrink = 1.0 if fit else min(1.0, room / cpus)
+    fit = sum(_fit(chain, node) for node in nodes)
+    count = max(1, min(workers or fit, fit, shards))
+    scale = 1.0 if fit else min(1.0, room / chain.cpus)
     return [
         Group(
-            run[0][0],
-            run[-1][0] + 1,
-            tuple(s.name for _, s in run),
-            round(need[0] * shrink, 4),
-            need[1],
-            copies,
+            first=run[0][0],
+            last=run[-1][0] + 1,
+            names=tuple(stage.name for _, stage in run),
+            cpus=round(need.cpus * scale, 4),
+            gpus=need.gpus,
+            workers=count,
         )
         for run, need in zip(runs, needs, strict=True)
     ]
 
 
-def _fit(room: float, cpus: float, gpus_room: float, gpus: float) -> int:
-    """How many copies of `cpus` and `gpus` a node with that room holds."""
-    fit = max(0, int(room / cpus + _SLACK))
-    return min(fit, int(gpus_room / gpus + _SLACK)) if gpus else fit
+def _fit(chain: Resources, node: Resources) -> int:
+    """Returns how many whole chains the node can hold beside read and write tasks."""
+    fit = max(0, int((node.cpus - _SPARE_CPUS) / chain.cpus + _TOLERANCE))
+    return min(fit, int(node.gpus / chain.gpus + _TOLERANCE)) if chain.gpus else fit
 
 
-def _holds(stage: Stage) -> tuple[float, float]:
-    return stage.resources.cpus, stage.resources.gpus
+def _total(parts: Sequence[Resources]) -> Resources:
+    return Resources(sum(part.cpus for part in parts), sum(part.gpus for part in parts))
+
+
+def _resources(stage: Stage) -> Resources:
+    return Resources(stage.resources.cpus, stage.resources.gpus)

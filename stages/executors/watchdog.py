@@ -1,7 +1,7 @@
-"""Watchdog: what every shard in hand is doing, and since when nothing has come of it.
+"""Watchdog: which stage each running shard is in, and for how long.
 
-It lives where shards are counted (on Ray, beside the driver), so it speaks even when a worker hangs
-in a C library that never lets Python's threads run.
+It runs outside the workers (on Ray, beside the driver), so it can report a worker that hangs in a C
+library and blocks its own Python threads.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A shard in whose stage nothing has moved for `seconds`; where: the host and process that
-    holds it.
+    """A shard that has not left `stage`, or begun its next chunk there, for `seconds`.
+
+    where: host and process that run it.
     """
 
     shard: int
@@ -30,25 +31,23 @@ class Stuck:
 
 
 class Watchdog:
-    """Told `at` when a shard enters a stage with its next few pictures, and `done` when it leaves
-    the worker.
-    """
-
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._at: dict[int, tuple[str, str, float]] = {}
+        self._entered: dict[int, tuple[str, str, float]] = {}
 
-    def at(self, shard: int, stage: str, where: str) -> None:
-        self._at[shard] = (stage, where, self._clock())
+    def enter(self, shard: int, stage: str, where: str) -> None:
+        """A shard enters a stage with its next chunk of records."""
+        self._entered[shard] = (stage, where, self._clock())
 
-    def done(self, shard: int) -> None:
-        self._at.pop(shard, None)
+    def leave(self, shard: int) -> None:
+        """A shard is in no stage, for now. Harmless if it was in none."""
+        self._entered.pop(shard, None)
 
     def stuck(self, longer_than: float) -> list[Stuck]:
-        """Shards in which nothing has moved for that many seconds, the longest first."""
+        """The shards whose last `enter` is more than that many seconds ago, longest first."""
         now = self._clock()
-        found = [
+        running = [
             Stuck(shard, stage, where, now - since)
-            for shard, (stage, where, since) in self._at.items()
+            for shard, (stage, where, since) in self._entered.items()
         ]
-        return sorted((s for s in found if s.seconds > longer_than), key=lambda s: -s.seconds)
+        return sorted((s for s in running if s.seconds > longer_than), key=lambda s: -s.seconds)

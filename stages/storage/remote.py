@@ -21,41 +21,48 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 _STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _ERRNO: Final = frozenset({errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN})
 _CODES: Final = frozenset(
-    {
-        "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch",  # it arrived damaged
+    (
+        *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),  # it arrived damaged
         "NoSuchUpload",  # the answer to a finished upload was lost, and the request sent again
-    }
-)  # fmt: skip
+    )
+)
 _NAMES: Final = frozenset(
-    {
-        "ClientConnectionError", "ClientPayloadError", "ConnectTimeoutError", "ConnectionClosedError",
-        "EndpointConnectionError", "HTTPClientError", "IncompleteRead", "ReadTimeoutError", "ResponseParserError",
-        "ResponseStreamingError", "ServerDisconnectedError", "ServerTimeoutError", "TransportError",
-    }
-)  # fmt: skip
+    (
+        *("ClientConnectionError", "ClientPayloadError", "ConnectTimeoutError"),
+        *("ConnectionClosedError", "EndpointConnectionError", "HTTPClientError", "IncompleteRead"),
+        *("ReadTimeoutError", "ResponseParserError", "ResponseStreamingError"),
+        *("ServerDisconnectedError", "ServerTimeoutError", "TransportError"),
+    )
+)
+
+
+def refuse_credentials(url: str) -> None:
+    """Raises ConfigError for a URL with a password in it. Every URL of a configuration goes through
+    this check before it is printed or written anywhere."""
+    if _PASSWORD.search(url):
+        raise ConfigError(
+            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept "
+            "beside "
+            "the data. Take it out, and give it in the environment: AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
+        )
 
 
 def file_system(url: str) -> tuple[Any, str]:
     """The file system behind a folder or fsspec URL, its listings never cached, and the path on it.
 
-    Keys and endpoints come from the environment of each process, never from the URL: that one is
-    printed and kept. Raises ConfigError.
+    Keys and endpoints come from the environment of each process, never from the URL. Raises
+    ConfigError.
     """
-    if _PASSWORD.search(url):
-        raise ConfigError(
-            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept "
-            "beside the data. Take "
-            "it out, and give it in the environment: AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
-        )
+    refuse_credentials(url)
     try:
         protocol = url.partition("://")[0]
         options = _OPTIONS.get(protocol, {}) | fsspec.config.conf.get(protocol, {})
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(
-            f"{url!r} can't be opened: {error}. Give a folder or an fsspec URL; s3:// needs `pip "
-            "install -e '.[s3]'`."
+            f"{url!r} can't be opened: {error}. Give a folder or an fsspec URL; s3:// needs "
+            "`pip install -e '.[s3]'`."
         ) from error
     if "://" in url and not str(path).strip("/"):
         raise ConfigError(

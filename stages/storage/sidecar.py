@@ -1,98 +1,189 @@
-"""Sidecar: a shard's parquet, with a row for every input; the columns that reports and tools read.
+"""Sidecar: a shard's parquet file, with a row for every input.
 
-Figures stand in flat columns, so that those of a million samples are read without touching a nested
-one. Faces, label areas and texts are the record's; thumbnails are small enough to carry.
+Metrics are flat columns, so that those of a million samples are read without touching a nested one.
+Each column's description, and how it is shown, is in the file's own schema: whoever displays a data
+set needs no list of columns, and shows columns that a later program wrote.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Final, cast
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.backends.protocols import LabelMap
-from stages.codec import decode_labels
-from stages.record import SCHEMA_VERSION, Measures, Record, Status, face_from_dict, face_to_dict
+from configs.errors import ConfigError
+from stages.annotations import Measures, Review
+from stages.codec import THUMBNAIL_SIDE, LabelMap, decode_labels, shrink
+from stages.fields import Annotation, Column, Metric, columns_of
+from stages.record import Record, Status, face_from_dict, face_to_dict
 from stages.regions import LABELS
-from stages.thumbnail import LONG_SIDE, shrink
+from stages.storage import version2
+from stages.storage.layout import FORMAT_VERSION
 
 Row = dict[str, Any]
 
-# rows: a few thumbnails are read without all of a shard's, and figures not much slower
-ROW_GROUP: Final = 250
-# no dictionary for these
-_NO_TWO_ALIKE: Final = ("key", "sha256", "hash", "thumbnail", "thumbnail_labels", "identity")
+ROW_GROUP: Final = 250  # rows: a few thumbnails are read without reading all of a shard's
+_UNIQUE: Final = ("key", "sha256", "hash", "thumbnail", "thumbnail_labels", "identity")
+_VERSION: Final = b"format_version"
 
-_MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-_FACE = pa.struct(
-    [
-        ("box", pa.list_(pa.float64())),
-        ("landmarks", pa.list_(pa.float64())),
-        ("score", pa.float64()),
+
+@dataclass(frozen=True, slots=True)
+class _Derived:
+    """A column that is computed from a record and its label map (H, W) or None."""
+
+    column: Column
+    value: Callable[[Record, LabelMap | None], Any]
+
+
+def _label_areas(labels: LabelMap | None) -> list[float]:
+    """Counted by runs of equal labels: there are few runs, of many pixels."""
+    if labels is None:
+        return []
+    flat = labels.ravel()
+    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+    pixels = np.bincount(flat[starts], np.diff(starts, append=flat.size), len(LABELS))
+    return list(pixels / flat.size)
+
+
+def _small_labels(record: Record, labels: LabelMap | None) -> bytes:
+    if labels is None or not record.thumbnail:
+        return b""
+    small = shrink(labels, THUMBNAIL_SIDE)
+    success, data = cv2.imencode(".png", small, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    assert success, "OpenCV encodes any uint8 array"
+    return data.tobytes()
+
+
+def _has_face(record: Record) -> bool:
+    return 0 <= record.face < len(record.faces)
+
+
+_DERIVED: Final = (
+    _Derived(
+        Column(
+            name="face_count",
+            type=pa.int32(),
+            description="how many faces were found",
+            metric=Metric(title="Faces per image", note="all faces found", whole=True),
+        ),
+        lambda record, _: len(record.faces),
+    ),
+    _Derived(
+        Column(
+            name="score",
+            type=pa.float64(),
+            description="detection score of the chosen face, 0 to 1; null where there is none",
+            metric=Metric(title="Detection score", note="of the chosen face"),
+        ),
+        lambda record, _: record.main_face.score if _has_face(record) else None,
+    ),
+    _Derived(
+        Column(
+            name="face_side",
+            type=pa.float64(),
+            description="short side of the chosen face's box, pixels",
+            metric=Metric(title="Face size", unit="px", note="short side of the box"),
+        ),
+        lambda record, _: record.main_face.side if _has_face(record) else None,
+    ),
+    _Derived(
+        Column(
+            name="label_areas",
+            type=pa.list_(pa.float32()),
+            description="share of the picture for each of the 19 labels",
+        ),
+        lambda _, labels: _label_areas(labels),
+    ),
+    _Derived(
+        Column(
+            name="thumbnail_labels",
+            type=pa.binary(),
+            description="label map of the thumbnail: 8-bit grey PNG",
+        ),
+        _small_labels,
+    ),
+)
+
+_MEMBER: Final = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+_PLACES: Final = (
+    Column(
+        name="tar_offset",
+        type=pa.int64(),
+        description="where the sample begins in the shard's tar, bytes; -1: not there",
+    ),
+    Column(
+        name="tar_size", type=pa.int64(), description="bytes of the sample in the tar, with headers"
+    ),
+    Column(
+        name="quarantine_offset",
+        type=pa.int64(),
+        description="where it begins in the quarantine tar, which holds complete samples that were "
+        "dropped; -1: not there",
+    ),
+    Column(
+        name="quarantine_size", type=pa.int64(), description="bytes of it in the quarantine tar"
+    ),
+    Column(
+        name="members",
+        type=pa.list_(_MEMBER),
+        description="name, data offset and size of each of the sample's files, in the tar that "
+        "holds it",
+    ),
+)
+_NOWHERE: Final[Row] = {
+    "tar_offset": -1,
+    "tar_size": 0,
+    "quarantine_offset": -1,
+    "quarantine_size": 0,
+    "members": [],
+}
+
+
+# ---------------------------------------------------------------------------------------- columns
+
+
+def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
+    """The columns of a sidecar whose chain records these annotations.
+
+    Raises ConfigError where two of them have the same name.
+    """
+    columns = [
+        *columns_of(Record),
+        *_PLACES,
+        *(derived.column for derived in _DERIVED),
+        *(column for kind in annotations for column in columns_of(kind, kind.name)),
     ]
-)
-_UNFUSED = pa.struct([("region", pa.string()), ("reason", pa.string())])
-_FIGURES: Final = ("sharpness", "brightness", "clipped", "yaw", "pitch", "roll", "occlusion")
-_REVIEWED: Final = ("caption_tokens", "face_caption_tokens", "text_tokens", "cut", "trainable")
-
-SIDECAR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("stage", pa.string()),
-        ("sha256", pa.string()),
-        ("tar_offset", pa.int64()),  # of the sample's first header; -1 where none was written
-        ("tar_size", pa.int64()),  # bytes of the sample in the tar, headers and padding included
-        ("held_offset", pa.int64()),  # the same in the tar of what a rule dropped
-        ("held_size", pa.int64()),
-        # data offsets, from the beginning of the tar that holds them
-        ("members", pa.list_(_MEMBER)),
-        ("license", pa.string()),
-        ("author", pa.string()),
-        ("consent", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("source_width", pa.int32()),
-        ("source_height", pa.int32()),
-        ("faces", pa.list_(_FACE)),
-        ("face", pa.int32()),
-        ("face_count", pa.int32()),
-        ("score", pa.float64()),  # detection score of the chosen face; null where there is none
-        ("face_side", pa.float64()),  # short side of its box, pixels
-        # share of the picture, one for each of the 19 labels
-        ("label_areas", pa.list_(pa.float32())),
-        *((name, pa.float64()) for name in _FIGURES),  # stages.record.Measures
-        ("hash", pa.string()),
-        ("identity", pa.list_(pa.float32())),
-        ("identity_norm", pa.float64()),
-        ("caption", pa.string()),
-        ("face_caption", pa.string()),
-        ("caption_tokens", pa.int32()),  # from here on stages.record.Review
-        ("face_caption_tokens", pa.int32()),
-        ("text_tokens", pa.int32()),
-        ("cut", pa.float64()),
-        ("trainable", pa.bool_()),
-        ("fused", pa.list_(pa.string())),
-        ("unfused", pa.list_(_UNFUSED)),
-        ("absent", pa.list_(pa.string())),
-        ("region_words", pa.list_(pa.int32())),
-        ("thumbnail", pa.binary()),  # WebP
-        ("thumbnail_labels", pa.binary()),  # 8-bit grey PNG of label ids, the thumbnail's size
-    ],
-    metadata={"record_schema": str(SCHEMA_VERSION)},
-)
+    names = [column.name for column in columns]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"two stages record a column called {', '.join(twice)}. Rename the field of one of "
+            "them."
+        )
+    return columns
 
 
-def write_sidecar(table: pa.Table, stream: Any) -> None:
-    repeating = [name for name in table.schema.names if name not in _NO_TWO_ALIKE]
+KNOWN: Final = {column.name: column for column in sidecar_columns((Measures, Review))}
+"""The columns that this program's own stages write; version 2 sidecars don't describe theirs."""
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write_sidecar(
+    rows: Sequence[Row], annotations: Sequence[type[Annotation]], stream: IO[bytes]
+) -> None:
+    columns = sidecar_columns(annotations)
+    schema = pa.schema(
+        [column.to_arrow() for column in columns], metadata={_VERSION: str(FORMAT_VERSION)}
+    )
+    repeating = [column.name for column in columns if column.name not in _UNIQUE]
     pq.write_table(
-        table,
+        pa.Table.from_pylist(list(rows), schema=schema),
         cast(Any, stream),
         compression="zstd",
         row_group_size=ROW_GROUP,
@@ -100,100 +191,97 @@ def write_sidecar(table: pa.Table, stream: Any) -> None:
     )
 
 
-def sidecar_row(record: Record) -> Row:
-    """A record's row; where its sample lies, the tar's writer fills in."""
+def sidecar_row(record: Record, annotations: Sequence[type[Annotation]]) -> Row:
+    """A record's row. The commit fills in where its sample is."""
     labels = decode_labels(record.parsing) if record.parsing else None
-    face = record.main_face if 0 <= record.face < len(record.faces) else None
-    measures, review = record.measures, record.review
-    plain = (
-        *(
-            "key",
-            "source",
-            "reason",
-            "detail",
-            "stage",
-            "sha256",
-            "license",
-            "author",
-            "consent",
-            "width",
-            "height",
-        ),
-        *(
-            "source_width",
-            "source_height",
-            "face",
-            "identity_norm",
-            "caption",
-            "face_caption",
-            "thumbnail",
-        ),
-    )
-    return {
-        **{name: getattr(record, name) for name in plain},
-        "status": record.status.value,
-        **{"tar_offset": -1, "tar_size": 0, "held_offset": -1, "held_size": 0, "members": []},
-        "faces": [face_to_dict(each) for each in record.faces],
-        "face_count": len(record.faces),
-        "score": face.score if face else None,
-        "face_side": face.side if face else None,
-        "label_areas": [] if labels is None else _label_areas(labels),
-        **{name: getattr(measures, name) if measures else None for name in _FIGURES},
-        "hash": measures.hash if measures else "",
-        "identity": record.identity,
-        **{name: getattr(review, name) if review else None for name in _REVIEWED},
-        "fused": list(review.fused) if review else [],
-        "unfused": [{"region": region, "reason": reason} for region, reason in review.unfused]
-        if review
-        else [],
-        "absent": list(review.absent) if review else [],
-        "region_words": list(review.region_words) if review else [],
-        "thumbnail_labels": b""
-        if labels is None or not record.thumbnail
-        else _small_labels(labels),
+    row: Row = {column.name: getattr(record, column.name) for column in columns_of(Record)}
+    row["status"] = record.status.value
+    row["faces"] = [face_to_dict(face) for face in record.faces]
+    row |= _NOWHERE
+    row |= {derived.column.name: derived.value(record, labels) for derived in _DERIVED}
+    for kind in annotations:
+        values = record.annotations.get(kind.name, {})
+        row |= {column.name: values.get(column.name) for column in columns_of(kind)}
+    return row
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class SidecarFile:
+    """An open sidecar of any readable version, seen as one of this version."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+        self._old = _VERSION not in (file.schema_arrow.metadata or {})
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """name → column, in the file's order."""
+        schema = self._file.schema_arrow
+        if self._old:
+            names = version2.table(schema.empty_table()).column_names
+            return {name: KNOWN[name] for name in names if name in KNOWN}
+        return {field.name: Column.from_arrow(field) for field in schema}
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows of each row group."""
+        metadata = self._file.metadata
+        return [metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+
+    def read(
+        self, columns: Sequence[Column | str] | None = None, groups: Sequence[int] | None = None
+    ) -> pa.Table:
+        """Rows in input order, of all row groups or some. A column that the file lacks is null.
+
+        columns: all that the file has if None. Raises KeyError for a name that is neither in the
+        file nor one of this program's.
+        """
+        own = self.columns
+        wanted = [c if isinstance(c, Column) else own.get(c) or KNOWN[c] for c in columns or own]
+        present = [column.name for column in wanted if column.name in own]
+        names = version2.physical_columns(present) if self._old else present
+        every = range(self._file.num_row_groups)
+        table = self._file.read_row_groups(
+            list(every if groups is None else groups), names, use_threads=False
+        )
+        if self._old:
+            table = version2.table(table)
+        arrays = [
+            table.column(column.name)
+            if column.name in own
+            else pa.nulls(table.num_rows, column.type)
+            for column in wanted
+        ]
+        return pa.table(arrays, names=[column.name for column in wanted])
+
+
+def is_quarantined(row: Mapping[str, Any]) -> bool:
+    """True of a row whose sample is in the quarantine tar."""
+    return bool(row["quarantine_offset"] >= 0)
+
+
+def row_to_record(row: Mapping[str, Any], columns: Mapping[str, Column]) -> Record:
+    """The record of a row without a sample: why it was dropped or failed, what was measured before,
+    its thumbnail, and no other payload. columns: of the file that the row is from."""
+    names = [column.name for column in columns_of(Record) if column.name in row]
+    values = {
+        name: row[name] for name in names if name not in ("identity", "caption", "face_caption")
     }
+    values["status"] = Status(row["status"])
+    values["faces"] = tuple(face_from_dict(face) for face in row["faces"])
+    return Record(**values, annotations=dict(_annotations(row, columns)))
 
 
-def ended_record(row: Row) -> Record:
-    """The record of a row without a sample: how it ended, and what was measured before; no payload,
-    but a thumbnail.
-    """
-    plain = (
-        *(
-            "key",
-            "source",
-            "sha256",
-            "license",
-            "author",
-            "consent",
-            "width",
-            "height",
-            "source_width",
-        ),
-        *("source_height", "face", "identity_norm", "reason", "detail", "stage", "thumbnail"),
-    )
-    measured = row["sharpness"] is not None
-    return Record(
-        status=Status(row["status"]),
-        faces=tuple(face_from_dict(face) for face in row["faces"]),
-        measures=Measures(hash=row["hash"], **{name: row[name] for name in _FIGURES})
-        if measured
-        else None,
-        **{name: row[name] for name in plain},
-    )
-
-
-def _label_areas(labels: LabelMap) -> list[float]:
-    """Each label's share of the picture. Counted by runs of equal labels: there are few, of many
-    pixels.
-    """
-    flat = labels.ravel()
-    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
-    pixels = np.bincount(flat[starts], np.diff(starts, append=flat.size), len(LABELS))
-    return list(pixels / flat.size)
-
-
-def _small_labels(labels: LabelMap) -> bytes:
-    done, data = cv2.imencode(".png", shrink(labels, LONG_SIDE), [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    assert done, "OpenCV encodes any uint8 array"
-    return data.tobytes()
+def _annotations(
+    row: Mapping[str, Any], columns: Mapping[str, Column]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those whose first column is not null: the others were never recorded for this row."""
+    by_annotation: dict[str, list[str]] = {}
+    for column in columns.values():
+        if column.annotation:
+            by_annotation.setdefault(column.annotation, []).append(column.name)
+    for annotation, names in by_annotation.items():
+        if row[names[0]] is not None:
+            yield annotation, {name: row[name] for name in names}

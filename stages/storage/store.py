@@ -114,9 +114,10 @@ class Store:
         except (StoreError, FileNotFoundError):
             self.write(name, data)
 
-    def write_if_changed(self, name: str, data: str) -> None:
-        """Write unless the very same is there already."""
-        if self.read_all([name]).get(name) != data.encode():
+    def write_if_changed(self, name: str, data: bytes | str) -> None:
+        """Writes a file, unless it is there with the very same bytes."""
+        data = data.encode() if isinstance(data, str) else data
+        if self.read_all([name]).get(name) != data:
             self.write(name, data)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -141,6 +142,19 @@ class Store:
                     with suppress(FileNotFoundError):
                         found[name] = self.read(name)
         return found
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """The bytes of each (name, start, end), many at a time where the store is remote. Raises
+        FileNotFoundError."""
+        if self.local:
+            return [self.read(*each) for each in ranges]
+        paths = [self.path(name) for name, _, _ in ranges]
+        starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
+        answers = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+        return [
+            answer if isinstance(answer, bytes) else self.read(*each)
+            for answer, each in zip(answers, ranges, strict=True)
+        ]
 
     def open(self, name: str) -> IO[bytes]:
         """Seekable, for reading. Raises FileNotFoundError."""
@@ -172,6 +186,12 @@ class Store:
         with self.parquet(name) as file:
             return file.read(columns)
 
+    def write_table_if_changed(self, name: str, table: pa.Table) -> None:
+        """Writes a parquet file, unless it is there with the very same bytes."""
+        with io.BytesIO() as out:
+            pq.write_table(table, out, compression="zstd")
+            self.write_if_changed(name, out.getvalue())
+
     def exists(self, name: str) -> bool:
         try:
             # fsspec's own `exists` is False for some on any error
@@ -179,6 +199,10 @@ class Store:
         except FileNotFoundError:
             return False
         return True
+
+    def size(self, name: str) -> int:
+        """The file's size in bytes. Raises FileNotFoundError."""
+        return int(self._call(self._fs.info, self.path(name))["size"])
 
     def remove(self, name: str) -> None:
         if self.exists(name):

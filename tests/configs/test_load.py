@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.captions import FACE_PROMPT, PROMPT
 from configs.errors import ConfigError
 from configs.load import load, load_text, to_yaml
 from configs.schema import DatasetConfig, InferConfig, TrainConfig
@@ -30,9 +31,10 @@ def test_the_production_presets_name_the_real_weights() -> None:
         "w600k_r50",
         "parsing_bisenet",
     )
-    assert fgid.caption.model == "llava-hf/llava-1.5-7b-hf"
-    assert fgid.caption.prompt == DatasetConfig().caption.prompt
-    assert fgid.caption.face_prompt == DatasetConfig().caption.face_prompt
+    assert fgid.caption.backend == "llava"
+    for section in (fgid.caption.llava, fgid.caption.openai):
+        assert section.model == "llava-hf/llava-1.5-7b-hf"
+        assert (section.prompt, section.face_prompt) == (PROMPT, FACE_PROMPT)
 
 
 @pytest.mark.parametrize(

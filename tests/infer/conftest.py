@@ -1,6 +1,4 @@
-"""An adapter that does something in every part, over the tiny base; a generator with it; two
-people.
-"""
+"""Fixtures: adapters over the tiny base, a generator with one of them, and two people."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from tests.infer.helpers import small, write_adapter
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """OUT of a training run, with its base."""
+    """OUT of a training run, with the base that it made."""
     output = tmp_path_factory.mktemp("trained")
     (output / "base").symlink_to(tiny_base)
     return output

@@ -14,7 +14,10 @@ from stages.regions import Mode
 
 
 def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
-    """Random weights, the LoRA's zero halves too, so that leaving a part out shows."""
+    """Writes an adapter with random weights, also in the half of the LoRA that starts at zero.
+
+    So every part of it changes the result.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         model = ConsistentID(SPECS["tiny"], load_base(SPECS["tiny"], base).unet, mode)
@@ -25,7 +28,7 @@ def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
 
 
 def small(adapter: Path, **changes: object) -> InferConfig:
-    """Four steps at 64 pixels."""
+    """Returns settings for four steps at 64 pixels."""
     values: dict[str, object] = {
         "adapter": str(adapter),
         "num_inference_steps": 4,

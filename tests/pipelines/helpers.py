@@ -13,19 +13,19 @@ import torch
 
 from configs.load import load
 from configs.schema import DatasetConfig
+from stages.caption import CaptionStage
 from stages.quality_filter import RULES
-from stages.storage.commit import read_manifests, read_sidecar
-from stages.storage.exclusions import DUPLICATES, IDENTITIES
-from stages.storage.store import Store
+from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.reader import DatasetReader
 from tests import models
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
-NO_COPIES = ("neighbours.max_hash_distance=-1", "neighbours.max_similarity=0")
+NO_COPIES = ("global_pass.max_hash_distance=-1", "global_pass.max_similarity=0")
 
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
-    """The demo's configuration on one thread, four pictures a shard, inline unless said otherwise."""
+    """The demo's configuration on one thread, four inputs a shard, inline by default."""
     given = [
         f"source.path={source}",
         f"output={output}",
@@ -34,6 +34,11 @@ def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetCo
         "executor=inline",
     ]
     return load(DatasetConfig, DEMO, [*given, *overrides])
+
+
+def new_captions(patch: pytest.MonkeyPatch) -> None:
+    """Gives the caption stage another version: its captions are stale, whatever the backend."""
+    patch.setattr(CaptionStage, "version", CaptionStage.version + 1)
 
 
 def digests(output: Path) -> dict[str, str]:
@@ -51,15 +56,14 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    """Every sidecar's rows, in order."""
-    store = Store(str(output))
-    return [
-        row for index in read_manifests(store) for row in read_sidecar(store, index).to_pylist()
-    ]
+def hears_ctrl_c() -> None:
+    """For Popen's preexec_fn: shells start what runs in the background, this test perhaps, deaf to
+    SIGINT.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def count_models(patch: pytest.MonkeyPatch) -> list[str]:
+def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
     """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
     parser on torch. Stages that are set up from now on remember no answers.
     """
@@ -77,8 +81,7 @@ def count_models(patch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def hears_ctrl_c() -> None:
-    """For Popen's preexec_fn: shells start what runs in the background, this test perhaps, deaf to
-    SIGINT.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """Every row of the sidecars of a data set, in the order of its shards."""
+    reader = DatasetReader(str(output))
+    return [row for index in reader.manifests() for row in reader.rows(index).to_pylist()]

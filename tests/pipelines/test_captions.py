@@ -11,7 +11,8 @@ import pytest
 from bench.chains import resizing
 from configs.errors import ServerError
 from configs.schema import DatasetConfig
-from pipelines.run import execute, plan_job, read_ledger
+from pipelines.ledger import read_ledger
+from pipelines.run import execute, plan_job
 from stages.backends.weights import Weights
 from stages.base import Stage
 from stages.caption import CaptionStage
@@ -29,9 +30,9 @@ def captioned(config: DatasetConfig) -> list[Stage]:
 
 def settings(source: Path, output: Path, server: ChatServer, executor: str) -> DatasetConfig:
     caption = [
-        f"caption.base_url={server.base_url}",
-        "caption.model=someone/model",
-        "caption.tries=1",
+        f"caption.openai.base_url={server.base_url}",
+        "caption.openai.model=someone/model",
+        "caption.openai.tries=1",
     ]
     return config(
         source, output, "caption.backend=openai", *NO_COPIES, *caption, f"executor={executor}"
@@ -57,7 +58,7 @@ def test_executors_write_the_same_and_the_manifests_count_tokens(
                 settings(portraits, tmp_path / executor, server, executor), chain=captioned
             )
             done = list(execute(job, lambda count: None))
-        counts = [manifest["run"]["stage_counts"] for manifest in done]
+        counts = [manifest.run.stage_counts for manifest in done]
         assert (
             counts
             == [{"caption": {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}}] * 2

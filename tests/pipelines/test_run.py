@@ -11,13 +11,15 @@ import pytest
 
 from configs.errors import ShardError, SourceError
 from pipelines.demo.poison import EXPECTED
-from pipelines.planning.resume import NOTHING
-from pipelines.run import Job, execute, lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.planning.resume import NO_STAGES
+from pipelines.run import Job, execute, plan_job, run
 from stages.base import Stage
 from stages.record import Record, key_of
-from stages.storage.commit import manifests, read_records, read_sidecar
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import config, count_models, digests, stamps
+from tests.pipelines.helpers import config, count_model_calls, digests, new_captions, stamps
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,9 @@ def made(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_poisoned_file_has_its_reason_and_the_ledger_balances(made: Path) -> None:
     store = Store(str(made))
     found = {}
-    for index, manifest in enumerate(manifests(store)):
-        rows = read_sidecar(store, index).to_pylist()
-        assert len(rows) == manifest["inputs"]
+    for index, manifest in enumerate(DatasetReader(store).manifests().values()):
+        rows = DatasetReader(store).rows(index).to_pylist()
+        assert len(rows) == manifest.inputs
         found.update({row["source"]: (row["status"], row["reason"]) for row in rows})
     assert found == {
         name: (expected.status, expected.reason) for name, expected in EXPECTED.items()
@@ -47,7 +49,9 @@ def test_every_poisoned_file_has_its_reason_and_the_ledger_balances(made: Path) 
 
 
 def test_pictures_turned_by_exif_or_in_other_colour_spaces_come_out_upright_rgb(made: Path) -> None:
-    records = {r.source: r for index in range(4) for r in read_records(Store(str(made)), index)}
+    records = {
+        r.source: r for index in range(4) for r in DatasetReader(Store(str(made))).records(index)
+    }
     for name in ("exif.rotated.jpg", "cmyk.jpg", "sixteen bit.png", "ünïcode/alpha.png"):
         left_eye, right_eye = records[name].main_face.landmarks[:2]
         mouth = records[name].main_face.landmarks[3]
@@ -84,18 +88,18 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(made, output)
-    changed = config(poisoned, output, "caption.face_prompt=another")
-    job = plan_job(changed)
-    assert {task.again for task in job.tasks} == {frozenset({"caption", "review"})}
+    new_captions(monkeypatch)
+    job = plan_job(config(poisoned, output))
+    assert {task.stale_stages for task in job.tasks} == {frozenset({"caption", "review"})}
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
-    ran = count_models(monkeypatch)
+    ran = count_model_calls(monkeypatch)
     list(execute(job, lambda count: None))
     assert set(calls) == {"caption", "review"}
     assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
-    run(config(poisoned, fresh, "caption.face_prompt=another"))
+    run(config(poisoned, fresh))
     assert set(ran) == {"onnx", "torch"}, "what counts the models must see them"
     assert digests(output) == digests(fresh)
 
@@ -127,7 +131,7 @@ def test_a_changed_input_is_noticed(portraits: Path, tmp_path: Path) -> None:
     run(config(source, output))
     (source / "a.jpg").write_bytes(two.read_bytes())
     job = plan_job(config(source, output))
-    assert job.plan.changed == 1 and [task.moved for task in job.tasks] == [True]
+    assert job.plan.changed == 1 and [task.inputs_changed for task in job.tasks] == [True]
 
 
 def test_a_shard_without_a_manifest_does_not_exist_and_traces_of_a_kill_go(
@@ -189,7 +193,7 @@ def test_retry_makes_just_those_inputs_again(
     os.utime(files[1], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     job = plan_job(config(source, output), frozenset({"truncated"}))
     [task] = job.tasks
-    assert (task.shard.index, task.again, task.retry) == (0, NOTHING, {"truncated"})
+    assert (task.shard.index, task.stale_stages, task.retry) == (0, NO_STAGES, {"truncated"})
     assert _remade(job, monkeypatch) == {key_of(files[1].name)}
     assert digests(output) == _from_scratch(source, tmp_path)
     assert read_ledger(Store(str(output))).failed == {"not_an_image": 1}
@@ -213,7 +217,7 @@ def test_one_changed_picture_is_made_again_and_its_neighbours_are_not(
 
 
 def test_what_has_vanished_from_the_source_stays_in_its_shard(
-    portraits: Path, tmp_path: Path
+    portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     shutil.copytree(portraits, source)
@@ -223,8 +227,8 @@ def test_what_has_vanished_from_the_source_stays_in_its_shard(
     job = plan_job(config(source, output))
     assert (job.plan.vanished, job.tasks) == (1, [])
     # from the shards: the picture isn't needed
-    later = config(source, output, "caption.face_prompt=another")
-    assert run(later).written == 8
+    new_captions(monkeypatch)
+    assert run(config(source, output)).written == 8
     assert set(digests(output)) == set(before)
 
 

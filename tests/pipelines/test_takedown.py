@@ -16,13 +16,22 @@ import numpy as np
 import pytest
 
 from configs.errors import FaceError, PipelineError
-from pipelines.dedup.global_pass import read_identities
-from pipelines.run import lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import plan_job, run
 from pipelines.takedown import by_hash, by_photo, by_source, digest_of, take_down
-from stages.backends.protocols import Image
-from stages.storage.commit import read_records
+from stages.codec import Image
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import NO_COPIES, NO_RULES, config, count_models, rows_of, stamps
+from tests.pipelines.helpers import (
+    NO_COPIES,
+    NO_RULES,
+    config,
+    count_model_calls,
+    new_captions,
+    rows_of,
+    stamps,
+)
 
 ALL = (*NO_COPIES, *NO_RULES, "shard_size=2")
 PERSON = "portrait-7-00003"
@@ -100,9 +109,10 @@ def test_a_person_is_gone_from_just_the_shards_that_held_them(
         ("", "", b"", "")
     }
     assert by_photo(store, settings, portraits / f"{PERSON}.jpg", 0.5) == []
-    ran = count_models(monkeypatch)
+    ran = count_model_calls(monkeypatch)
     assert plan_job(settings).tasks == [], "the pictures still lie in the source, and stay out"
-    run(config(photos, output, *ALL, "caption.face_prompt=another"))
+    new_captions(monkeypatch)
+    run(settings)
     assert ran == [] and list(lint(store)) == []
 
 
@@ -156,14 +166,12 @@ def test_what_is_left_of_a_take_down_is_found(made: Path, output: Path, photos: 
     lines = list(lint(store))
     assert any("was taken down" in line and ".tar: " in line for line in lines)
     assert any("is of a picture that was taken down" in line for line in lines)
-    assert any("doesn't carry out yet" in line for line in lines)
+    assert any("are not applied yet" in line for line in lines)
     run(config(photos, output, *ALL))
-    assert list(lint(store)) == [], (
-        "killed after its log was written, the next run carries it through"
-    )
-    record = next(r for r in read_records(store, found[0].shard) if r.key == found[0].key)
+    assert list(lint(store)) == [], "killed after its log was written, the next run completes it"
+    record = next(r for r in DatasetReader(store).records(found[0].shard) if r.key == found[0].key)
     assert record.image == b"" and record.identity is None
-    assert found[0].key not in read_identities(store).column("key").to_pylist()
+    assert found[0].key not in DatasetReader(store).identities().column("key").to_pylist()
 
 
 def test_from_the_command_line(output: Path, portraits: Path, photos: Path) -> None:

@@ -7,29 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from configs.captions import CaptionConfig, LlavaConfig
 from configs.errors import ConfigError
-from configs.schema import CaptionConfig
 from stages.backends.weights import Weights
 from stages.base import run_stage
 from stages.caption import CaptionStage
-from stages.codec import encode_jpeg, encode_labels
-from stages.record import Record, Status, key_of
-from tests.stages.drawing import draw
+from stages.codec import encode_labels
+from stages.record import Status
+from tests.stages.drawing import draw, record_of
 from tests.stages.tiny_llava import make_checkpoint
-
-
-def record_of(name: str, parts: frozenset[str] | None = None) -> Record:
-    drawing = draw() if parts is None else draw(parts)
-    return Record(
-        key=key_of(name),
-        source=name,
-        image=encode_jpeg(drawing.image, 95),
-        width=512,
-        height=512,
-        faces=(drawing.face,),
-        face=0,
-        parsing=encode_labels(drawing.labels),
-    )
 
 
 def stage_of(config: CaptionConfig | None = None) -> CaptionStage:
@@ -72,27 +58,24 @@ def test_the_signature_follows_prompt_backend_and_checkpoint(tmp_path: Path) -> 
     plain = CaptionStage(CaptionConfig(), Weights())
     assert plain.signature() == CaptionStage(CaptionConfig(), Weights()).signature()
     assert plain.digests() == {}
-    assert (
-        plain.signature() != CaptionStage(CaptionConfig(prompt="Who is it?"), Weights()).signature()
-    )
     model = make_checkpoint(tmp_path / "model")
-    config = CaptionConfig(backend="llava", model=str(model), device="cpu")
+    own = LlavaConfig(model=str(model), device="cpu")
+    config = CaptionConfig(backend="llava", llava=own)
     before = CaptionStage(config, Weights()).signature()  # without loading anything
     assert before == CaptionStage(config, Weights()).signature()
+    assert before != plain.signature()
+    asked = replace(config, llava=replace(own, prompt="Who is it?"))
+    assert before != CaptionStage(asked, Weights()).signature()
     make_checkpoint(model, seed=1)
     assert before != CaptionStage(config, Weights()).signature()
 
 
 def test_both_backends_go_through_the_same_stage(tmp_path: Path) -> None:
     records = [record_of("one"), replace(record_of("two"), image=b"no picture"), record_of("three")]
-    config = CaptionConfig(
-        backend="llava",
-        model=str(make_checkpoint(tmp_path)),
-        prompt="Who?",
-        device="cpu",
-        max_new_tokens=8,
+    llava = LlavaConfig(
+        model=str(make_checkpoint(tmp_path)), prompt="Who?", device="cpu", max_new_tokens=8
     )
-    spoken = run_stage(stage_of(config), records)
+    spoken = run_stage(stage_of(CaptionConfig(backend="llava", llava=llava)), records)
     composed = run_stage(stage_of(), records)
     assert [r.ok for r in spoken] == [r.ok for r in composed] == [True, False, True]
     assert spoken[0].caption != composed[0].caption and spoken[0].caption and spoken[0].face_caption

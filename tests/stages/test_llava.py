@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from skimage.data import astronaut, cat, coffee
 
+from configs.captions import CaptionConfig, LlavaConfig
 from configs.common import PlacementConfig
 from configs.errors import ConfigError, WeightsError
-from configs.schema import CaptionConfig
 from stages.backends.llava import Llava
 from stages.backends.weights import Weights
 from stages.caption import CaptionStage
@@ -31,6 +31,7 @@ from stages.record import Record
 from tests.stages.tiny_llava import make_checkpoint
 
 TOKENS = 24
+BATCH = 3  # images that go through the model together
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +50,9 @@ def records() -> list[Record]:
     ]
 
 
-def config_of(model: Path | str, batch_size: int = 3, **changes: Any) -> CaptionConfig:
-    placement = PlacementConfig(batch_size=batch_size)
-    given: dict[str, Any] = {
-        "device": "cpu",
-        "max_new_tokens": TOKENS,
-        "placement": placement,
-        **changes,
-    }
-    return CaptionConfig(backend="llava", model=str(model), **given)
+def config_of(model: Path | str, **changes: Any) -> LlavaConfig:
+    given: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, **changes}
+    return LlavaConfig(model=str(model), **given)
 
 
 def plainly(backend: Llava, record: Record, prompt: str) -> str:
@@ -88,7 +83,7 @@ def test_batched_answers_with_a_shared_prefix_are_those_of_plain_generate(
     assert len({text for pair in expected for text in pair}) == 6, (
         "pictures and prompts must matter, or this is void"
     )
-    assert backend.caption(records) == expected
+    assert backend.caption(records, BATCH) == expected
     assert [pair for record in records for pair in backend.caption([record])] == expected
 
 
@@ -108,7 +103,7 @@ def test_a_row_that_ends_early_does_not_disturb_the_others(
     expected = all_plainly(backend, records)
     assert len({len(text) for pair in expected for text in pair}) > 1
     assert expected != all_plainly(long, records)
-    assert backend.caption(records) == expected
+    assert backend.caption(records, BATCH) == expected
 
 
 def test_each_picture_is_encoded_once_for_both_prompts(
@@ -122,7 +117,7 @@ def test_each_picture_is_encoded_once_for_both_prompts(
     language.register_forward_pre_hook(
         lambda _, __, kw: fed.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    backend.caption(records)
+    backend.caption(records, BATCH)
     assert encoded == [len(records)]
     (rows, prefix), (both, tail) = fed[0], fed[1]
     assert (rows, both) == (len(records), 2 * len(records))
@@ -148,7 +143,7 @@ def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(
         Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(crop, 95))
         for n, crop in enumerate(crops)
     ]
-    backend = Llava(config_of(make_checkpoint(tmp_path, kind), batch_size=2, max_new_tokens=8))
+    backend = Llava(config_of(make_checkpoint(tmp_path, kind), max_new_tokens=8))
     prefixes: list[torch.Tensor] = []
     prefix = backend._prefix
 
@@ -158,7 +153,7 @@ def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(
         return inputs, tails
 
     backend._prefix = watched  # type: ignore[method-assign]
-    answers = backend.caption(records)
+    answers = backend.caption(records, 2)
     (rows, longest), (others, length) = (mask.shape for mask in prefixes)
     assert rows == others == 2 and longest > length, "lengths must differ, or this is void"
     assert all(bool(mask.all()) for mask in prefixes), "no row is padded"
@@ -167,13 +162,18 @@ def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(
 
 
 def test_a_call_takes_several_batches_so_that_there_is_something_to_sort(checkpoint: Path) -> None:
-    assert CaptionStage(config_of(checkpoint, batch_size=8), Weights()).batch_size == 32
-    assert CaptionStage(config_of(checkpoint, batch_size=1), Weights()).batch_size == 1
+    for size, window in ((8, 32), (1, 1)):
+        config = CaptionConfig(
+            backend="llava",
+            llava=config_of(checkpoint),
+            placement=PlacementConfig(batch_size=size),
+        )
+        assert CaptionStage(config, Weights()).batch_size == window
 
 
 def test_four_bits_without_what_they_need_say_so(checkpoint: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"caption\.quantize='4bit' needs a GPU \(the device here is cpu\)"
+        ConfigError, match=r"caption\.llava\.quantize='4bit' needs a GPU \(the device here is cpu\)"
     ) as caught:
         Llava(config_of(checkpoint, quantize="4bit"))
     assert ("bitsandbytes" in str(caught.value)) == (
@@ -205,7 +205,7 @@ def test_a_processor_without_chat_template_gets_the_one_of_llava_1_5(
         "USER: <image>\nWho? ASSISTANT:",
         "USER: <image>\nWhich eyes? ASSISTANT:",
     )
-    assert backend.caption(records) == all_plainly(backend, records)
+    assert backend.caption(records, BATCH) == all_plainly(backend, records)
 
 
 def test_equal_prompts_get_equal_answers(checkpoint: Path, records: list[Record]) -> None:
@@ -240,8 +240,8 @@ def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = (
-        "from configs.schema import CaptionConfig; from stages.backends.llava import Llava\n"
-        "config = CaptionConfig(backend='llava', model='someone/tiny', device='cpu')\n"
+        "from configs.captions import LlavaConfig; from stages.backends.llava import Llava\n"
+        "config = LlavaConfig(model='someone/tiny', device='cpu')\n"
         "print(Llava.digests(config)['checkpoint'], type(Llava(config).model).__name__)"
     )
     # the cache's place is read at import
@@ -255,7 +255,7 @@ def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(
 def test_a_missing_model_says_what_was_given_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"caption\.model is empty"):
+    with pytest.raises(ConfigError, match=r"caption\.llava\.model is empty"):
         Llava(config_of(""))
     with pytest.raises(WeightsError, match="no such folder"):
         Llava(config_of(tmp_path / "nowhere"))

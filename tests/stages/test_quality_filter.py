@@ -1,15 +1,16 @@
-"""Rules on recorded figures: each with its reason, both sides of its limit, and off at 0."""
+"""The quality filter: each rule with its reason, both sides of its limit, and off at 0."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 
 from configs.errors import ConfigError
 from configs.quality import RulesConfig
-from stages.quality_filter import RULES, Rule, verdict
-from stages.record import Face, Measures
+from stages.annotations import Measures
+from stages.quality_filter import RULES, Rule, broken_rule
+from stages.record import Face, Record
 
 FACE = Face(
     box=(100.0, 100.0, 200.0, 220.0),
@@ -28,35 +29,41 @@ FINE = Measures(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    source_width: int = 800
-    source_height: int = 600
-    faces: tuple[Face, ...] = (FACE,)
-    main_face: Face = FACE
-    identity_norm: float | None = 20.0
-    measures: Measures | None = FINE
+WITHOUT_MEASURES = Record(
+    key="0" * 20,
+    source="a.jpg",
+    source_width=800,
+    source_height=600,
+    faces=(FACE,),
+    face=0,
+    identity_norm=20.0,
+)
+RECORD = WITHOUT_MEASURES.annotated(FINE)
 
 
-def measured(**figures: float) -> Facts:
-    return Facts(measures=replace(FINE, **figures))  # type: ignore[arg-type]
+def measured(**values: float) -> Record:
+    return RECORD.annotated(replace(FINE, **values))  # type: ignore[arg-type]
 
 
 BROKEN = {
     "min_side": (
-        Facts(source_width=90),
+        replace(RECORD, source_width=90),
         "low_resolution",
         "short side in pixels 90, expected at least 256",
     ),
-    "max_faces": (Facts(faces=(FACE, FACE)), "too_many_faces", "faces 2, expected at most 1"),
-    "min_faces": (Facts(faces=()), "too_few_faces", "faces 0, expected at least 1"),
+    "max_faces": (
+        replace(RECORD, faces=(FACE, FACE)),
+        "too_many_faces",
+        "faces 2, expected at most 1",
+    ),
+    "min_faces": (replace(RECORD, faces=()), "too_few_faces", "faces 0, expected at least 1"),
     "min_face": (
-        Facts(main_face=replace(FACE, box=(100.0, 100.0, 150.5, 220.0))),
+        replace(RECORD, faces=(replace(FACE, box=(100.0, 100.0, 150.5, 220.0)),)),
         "face_too_small",
         "face in pixels 50.5, expected at least 64",
     ),
     "min_score": (
-        Facts(main_face=replace(FACE, score=0.4)),
+        replace(RECORD, faces=(replace(FACE, score=0.4),)),
         "low_score",
         "detection score 0.4, expected at least 0.5",
     ),
@@ -85,7 +92,7 @@ BROKEN = {
         "occlusion 0.204, expected at most 0.2",
     ),
     "min_identity_norm": (
-        Facts(identity_norm=3.0),
+        replace(RECORD, identity_norm=3.0),
         "weak_identity",
         "identity norm 3, expected at least 12",
     ),
@@ -93,13 +100,9 @@ BROKEN = {
 
 
 def test_a_good_record_breaks_no_rule_and_an_unmeasured_one_none_on_measures() -> None:
-    assert verdict(Facts(), RulesConfig()) is None
-    assert (
-        verdict(
-            Facts(measures=None, identity_norm=None, source_width=0, source_height=0), RulesConfig()
-        )
-        is None
-    )
+    assert broken_rule(RECORD, RulesConfig()) is None
+    unmeasured = replace(WITHOUT_MEASURES, identity_norm=None, source_width=0, source_height=0)
+    assert broken_rule(unmeasured, RulesConfig()) is None
 
 
 def test_every_limit_of_the_configuration_is_a_rule() -> None:
@@ -110,15 +113,15 @@ def test_every_limit_of_the_configuration_is_a_rule() -> None:
 
 
 @pytest.mark.parametrize("setting", BROKEN)
-def test_each_rule_names_its_reason_and_what_it_found(setting: str) -> None:
-    facts, reason, detail = BROKEN[setting]
-    assert verdict(facts, RulesConfig()) == (reason, detail)
+def test_each_rule_gives_its_reason_and_both_numbers(setting: str) -> None:
+    record, reason, detail = BROKEN[setting]
+    assert broken_rule(record, RulesConfig()) == (reason, detail)
 
 
-def test_a_passer_by_is_no_second_person() -> None:
+def test_a_small_face_in_the_background_doesn_t_count() -> None:
     far, near = (replace(FACE, box=(0.0, 0.0, side, side)) for side in (30.0, 40.0))
-    assert verdict(Facts(faces=(FACE, far)), RulesConfig()) is None
-    assert verdict(Facts(faces=(FACE, near)), RulesConfig()) == (
+    assert broken_rule(replace(RECORD, faces=(FACE, far)), RulesConfig()) is None
+    assert broken_rule(replace(RECORD, faces=(FACE, near)), RulesConfig()) == (
         "too_many_faces",
         "faces 2, expected at most 1",
     )
@@ -126,31 +129,31 @@ def test_a_passer_by_is_no_second_person() -> None:
 
 @pytest.mark.parametrize("setting", BROKEN)
 def test_each_rule_is_off_at_0(setting: str) -> None:
-    facts, _, _ = BROKEN[setting]
-    assert verdict(facts, replace(RulesConfig(), **{setting: 0})) is None
+    record, _, _ = BROKEN[setting]
+    assert broken_rule(record, replace(RulesConfig(), **{setting: 0})) is None
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.setting)
-def test_a_figure_at_its_limit_is_kept(rule: Rule) -> None:
-    facts = measured(clipped=0.1, occlusion=0.1)
-    figure = rule.figure(facts)
-    assert figure, "a limit of 0 would switch the rule off"
-    settings = {"min_brightness": 0.0, "max_brightness": 0.0, rule.setting: figure}
-    assert verdict(facts, replace(RulesConfig(), **settings)) is None  # type: ignore[arg-type]
+def test_a_metric_at_its_limit_passes(rule: Rule) -> None:
+    record = measured(clipped=0.1, occlusion=0.1)
+    value = rule.value(record)
+    assert value, "a limit of 0 would switch the rule off"
+    settings = {"min_brightness": 0.0, "max_brightness": 0.0, rule.setting: value}
+    assert broken_rule(record, replace(RulesConfig(), **settings)) is None  # type: ignore[arg-type]
 
 
 def test_the_first_rule_in_the_table_names_the_reason() -> None:
-    facts = replace(measured(sharpness=0.0, brightness=0.0, yaw=90.0), source_width=10)
-    assert verdict(facts, RulesConfig()) == (
+    record = replace(measured(sharpness=0.0, brightness=0.0, yaw=90.0), source_width=10)
+    assert broken_rule(record, RulesConfig()) == (
         "low_resolution",
         "short side in pixels 10, expected at least 256",
     )
-    assert (verdict(facts, RulesConfig(min_side=0)) or ("",))[0] == "blurred"
-    assert (verdict(facts, RulesConfig(min_side=0, min_sharpness=0)) or ("",))[0] == "too_dark"
+    assert (broken_rule(record, RulesConfig(min_side=0)) or ("",))[0] == "blurred"
+    assert (broken_rule(record, RulesConfig(min_side=0, min_sharpness=0)) or ("",))[0] == "too_dark"
 
 
-def test_a_figure_that_is_no_number_is_no_pass() -> None:
-    assert (verdict(measured(sharpness=float("nan")), RulesConfig()) or ("",))[0] == "blurred"
+def test_a_metric_that_is_not_a_number_breaks_its_rule() -> None:
+    assert (broken_rule(measured(sharpness=float("nan")), RulesConfig()) or ("",))[0] == "blurred"
 
 
 @pytest.mark.parametrize(

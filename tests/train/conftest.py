@@ -1,4 +1,4 @@
-"""Eight real portraits as a data set of three shards, made by the pipeline itself."""
+"""Fixtures: a data set of eight portraits in three shards, made by the pipeline; models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.shards import ShardSet
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
-    """OUT of make dataset: eight samples in shards of 3, 3 and 2."""
+    """The output of a data set run: eight samples in shards of 3, 3 and 2."""
     from pipelines.run import run
 
     def make(folder: Path) -> None:

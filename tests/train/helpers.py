@@ -9,7 +9,7 @@ import torch
 
 from configs.schema import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
-from train.data import BatchMaker, Order
+from train.data import BatchMaker, SampleOrder
 from train.setup import make_models, make_preparation
 from train.shards import ShardSet
 from train.step import Frozen, TrainedModel
@@ -17,7 +17,7 @@ from train.trainer import Outcome, train
 
 
 def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfig:
-    """Ten steps of two samples at 32 pixels, on the CPU, without a worker."""
+    """Returns settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
     values: dict[str, object] = {
         "data": str(data),
         "output": str(output),
@@ -37,15 +37,15 @@ def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfi
 
 
 class Listener:
-    """Keeps what a run says."""
+    """A train.trainer.Watcher that records messages and losses, and calls `on_step`."""
 
     def __init__(self, on_step: Callable[[int], None] = lambda step: None) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.losses: list[tuple[int, dict[str, float]]] = []
         self._on_step = on_step
 
-    def say(self, message: str) -> None:
-        self.said.append(message)
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def step(self, step: int, losses: dict[str, float] | None) -> None:
         self._on_step(step)
@@ -58,7 +58,7 @@ def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
 
 
 class Parts:
-    """Models and a batch maker, without a run around them."""
+    """The models and the batch maker of a run, without a Trainer."""
 
     def __init__(self, config: TrainConfig, shards: ShardSet) -> None:
         torch.manual_seed(config.seed)
@@ -69,4 +69,4 @@ class Parts:
             config, SPECS["tiny"], config.model.base, torch.device("cpu")
         )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
-        self.make = BatchMaker(shards, Order(len(shards), config.seed), self.preparation)
+        self.make = BatchMaker(shards, SampleOrder(len(shards), config.seed), self.preparation)

@@ -1,81 +1,37 @@
 """Croissant: the data set described for machines, as JSON-LD (mlcommons.org/croissant/1.1, with its
 RAI terms).
 
-Files are named with their sha256, so whoever reads through it reads what was committed. `inputs`
-and `identities` can be read with mlcroissant as they are. `samples` is a description only:
-mlcroissant joins no more than two sources, and follows no JSON path inside a tar; WebDataset reads
-those.
+Files are listed with their sha256. mlcroissant reads every record set. It joins only two sources at
+a time, so samples are joined in steps: `sample_files` is the images joined with `label_maps`, and
+`samples` is `sample_files` joined with `inputs`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.dedup.global_pass import IDENTITIES_SCHEMA
-from pipelines.report.card import fields
-from pipelines.report.card.summary import Facts
-from stages.record import IDENTITY_DIM, SCHEMA_VERSION
-from stages.storage.commit import FOLDER
-from stages.storage.exclusions import IDENTITIES
-from stages.storage.sidecar import SIDECAR_SCHEMA
+from pipelines.report.card.summary import Summary
+from pipelines.report.card.texts import (
+    BIASES,
+    DESCRIPTION,
+    KEYWORDS,
+    LIMITS,
+    NAME,
+    PERSONAL,
+    USES,
+)
+from stages.fields import Column
+from stages.record import IDENTITY_DIM
+from stages.storage.layout import FORMAT_VERSION, IDENTITIES, SHARDS, SIDECARS
+from stages.storage.manifest import FileEntry
+from stages.storage.reader import IDENTITIES_SCHEMA
+from stages.storage.samples import MEMBERS
 
 Node = dict[str, Any]
-
-CROISSANT: Final = "croissant.json"
-TARS: Final = "fgid-??????.tar"  # and no held ones: six digits, whatever they are
-SIDECARS: Final = "fgid-??????.parquet"
-NAME: Final = "fgid"
-DESCRIPTION: Final = (
-    "Photographs of people, made ready to train identity-preserving image generation "
-    "(ConsistentID): for each sample "
-    "a picture, a label map of the face's parts, an identity embedding and two captions, all "
-    "made by models."
-)
-KEYWORDS: Final = (
-    "faces",
-    "identity-preserving generation",
-    "face parsing",
-    "ConsistentID",
-    "FGID",
-    "webdataset",
-)
-PERSONAL: Final = (
-    "Pictures of people's faces, and identity embeddings made from them: biometric data in the "
-    "sense of many laws. The "
-    "sidecars and held tars keep names, small pictures and embeddings of what was dropped, too. "
-    "Licences, authors and "
-    "consent are as the source states them, and nothing checks what it states. A picture, or a "
-    "person, can be taken "
-    "down: takedown.jsonl says when that was done and names neither."
-)
-BIASES: Final = (
-    "Nobody balanced the pictures: age, sex, skin, pose and light are as the source has them, "
-    "and nothing here tells "
-    "age, sex or origin. Detector, parser and embedder find some faces more easily than others, "
-    "so what was dropped is "
-    "no random sample of what was given."
-)
-LIMITS: Final = (
-    "No person checked the annotations: boxes, label maps, embeddings and captions are models' "
-    "answers, and wrong in "
-    "places.",
-    "An identity is a cluster of embeddings. Two people who look alike may share one, and one "
-    "person may have several, "
-    "so a person may stand on both sides of the split where an identity doesn't.",
-    "Pictures are re-encoded and resized; small ones are enlarged, which adds no detail.",
-    "Poses and other figures are estimates from landmarks and label maps, made to sort pictures "
-    "and not to measure "
-    "people.",
-)
-USES: Final = (
-    "Training and validating generators that keep a person's face, by people who may use these "
-    "pictures for that.",
-    "Not for recognising, tracking or judging people.",
-)
 
 _CONTEXT: Final[Node] = {
     "@language": "en",
@@ -109,180 +65,175 @@ _CONTEXT: Final[Node] = {
     },
 }
 
-_MEMBER_SETS: Final = {  # id → (extension, media type)
-    "images": ("jpg", "image/jpeg"),
+# File set → (extension, media type). `images` must be the last one: mlcroissant joins the result of
+# the last operation on the tars.
+_FILE_SETS: Final = {
     "label-maps": ("parsing.png", "image/png"),
-    "embeddings": ("identity.npy", "application/octet-stream"),
-    "metadata": ("json", "application/json"),
+    "images": ("jpg", "image/jpeg"),
 }
-_JSON_FIELDS: Final = (  # of a sample's .json, in the sidecar's names
-    *(
-        "source",
-        "sha256",
-        "license",
-        "author",
-        "consent",
-        "width",
-        "height",
-        "source_width",
-        "source_height",
-    ),
-    *("caption", "face_caption", "identity_norm"),
-)
+_SHAPES: Final = {"identity": str(IDENTITY_DIM), "box": "4", "landmarks": "10"}
+_TEXT: Final[Node] = {"dataType": "sc:Text"}
+_IMAGE: Final[Node] = {"dataType": "sc:ImageObject"}
 
 
-def croissant(facts: Facts) -> str:
-    """croissant.json's text."""
-    told: Node = {
+def croissant_json(summary: Summary) -> str:
+    """The content of croissant.json."""
+    licenses = [name or "not stated" for name in sorted(summary.provenance["license"])]
+    description: Node = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
         "name": NAME,
         "description": DESCRIPTION,
-        "version": f"{SCHEMA_VERSION}.0.0",
+        "version": f"{FORMAT_VERSION}.0.0",
         "keywords": list(KEYWORDS),
-        "license": [name or "not stated" for name in sorted(facts.stated["license"])]
-        or ["not stated"],
-        **_responsible(facts),
-        "distribution": _distribution(facts),
-        "recordSet": _record_sets(facts),
+        "license": licenses or ["not stated"],
+        **_responsible(summary),
+        "distribution": _distribution(summary),
+        "recordSet": _record_sets(summary),
     }
-    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(description, indent=1, ensure_ascii=False) + "\n"
 
 
-def _responsible(facts: Facts) -> Node:
-    backends: dict[str, str] = facts.dataset.get("backends", {})
-    stages = zip(facts.dataset.get("stages", []), facts.dataset.get("signatures", []), strict=False)
+def _responsible(summary: Summary) -> Node:
+    """The properties of the RAI vocabulary."""
+    dataset = summary.dataset
+    backends: dict[str, str] = dataset.get("backends", {})
+    stages = zip(dataset.get("stages", []), dataset.get("signatures", []), strict=False)
+    weights = dataset.get("weights", [])
+    tools = [
+        *(f"{stage}: {backend}" for stage, backend in backends.items()),
+        *(f"{weight['file']} sha256 {weight['sha256']}" for weight in weights),
+    ]
+    protocol = [f"{stage}: {signature}" for stage, signature in stages]
     return {
         "rai:personalSensitiveInformation": [PERSONAL],
         "rai:dataBiases": [BIASES],
         "rai:dataLimitations": list(LIMITS),
         "rai:dataUseCases": list(USES),
-        "rai:dataCollection": "Taken from a source of photographs as it lists them; see `inputs` "
-        "for each of them.",
-        "rai:dataPreprocessingProtocol": [f"{stage}: {signature}" for stage, signature in stages]
-        or ["not recorded"],
-        "rai:dataAnnotationProtocol": ["Annotated by models alone; no person took part."],
-        "rai:machineAnnotationTools": [
-            *(f"{stage}: {backend}" for stage, backend in backends.items()),
-            *(
-                f"{weight['file']} sha256 {weight['sha256']}"
-                for weight in facts.dataset.get("weights", [])
-            ),
-        ]
-        or ["not recorded"],
+        "rai:dataCollection": "All images that the source lists. `inputs` has a row for each of "
+        "them, including those that were dropped.",
+        "rai:dataPreprocessingProtocol": protocol or ["not recorded"],
+        "rai:dataAnnotationProtocol": ["Annotated by models only, without human annotators."],
+        "rai:machineAnnotationTools": tools or ["not recorded"],
         "rai:annotationsPerItem": "one of each kind",
-        "rai:dataReleaseMaintenancePlan": "Pictures and people are taken down on request "
-        "(pipelines.cli takedown); the "
-        "shards that held them are written again, and this file with them.",
+        "rai:dataReleaseMaintenancePlan": "Images and people are removed on request (`python -m "
+        "pipelines.cli takedown`). The shards that held them and this file are then written again.",
     }
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- files
 
 
-def _distribution(facts: Facts) -> list[Node]:
-    files = [manifest["files"] for manifest in facts.manifests]
-    tars = [_file(found["tar"], "application/x-tar") for found in files]
+def _distribution(summary: Summary) -> list[Node]:
+    tars = [_file(manifest.tar, "application/x-tar") for manifest in summary.manifests]
+    sidecars = [_file(manifest.sidecar, "application/x-parquet") for manifest in summary.manifests]
+    rows = "the sidecars of all shards, with a row for every input"
+    contained = {"containedIn": [{"@id": tar["@id"]} for tar in tars]}
     nodes = [
         *tars,
-        *(_file(found["parquet"], "application/x-parquet") for found in files),
-        _file_set(
-            "sidecars",
-            "application/x-parquet",
-            f"{FOLDER}/{SIDECARS}",
-            "every shard's rows, one for each input",
+        *sidecars,
+        _file_set("sidecars", "application/x-parquet", f"{SHARDS}/{SIDECARS}", rows),
+        *(
+            _file_set(name, media_type, f"*.{extension}", MEMBERS[extension]) | contained
+            for name, (extension, media_type) in _FILE_SETS.items()
         ),
     ]
-    if tars:
-        inside = {"containedIn": [{"@id": tar["@id"]} for tar in tars]}
-        nodes += [
-            _file_set(name, kind, f"*.{extension}", fields.MEMBERS[extension]) | inside
-            for name, (extension, kind) in _MEMBER_SETS.items()
-        ]
-    if facts.identities:
+    if summary.identities:
         nodes.append(
             {
-                **{
-                    "@type": "cr:FileObject",
-                    "@id": IDENTITIES,
-                    "name": IDENTITIES,
-                    "contentUrl": IDENTITIES,
-                },
-                **{"encodingFormat": "application/x-parquet", "sha256": facts.identities},
+                "@type": "cr:FileObject",
+                "@id": IDENTITIES,
+                "name": IDENTITIES,
+                "contentUrl": IDENTITIES,
+                "encodingFormat": "application/x-parquet",
+                "sha256": summary.identities,
             }
         )
     return nodes
 
 
-def _file(told: Node, kind: str) -> Node:
+def _file(file: FileEntry, media_type: str) -> Node:
     return {
         "@type": "cr:FileObject",
-        "@id": told["name"],
-        "name": told["name"],
-        "contentUrl": f"{FOLDER}/{told['name']}",
-        "contentSize": f"{told['bytes']} B",
-        "encodingFormat": kind,
-        "sha256": told["sha256"],
+        "@id": file.name,
+        "name": file.name,
+        "contentUrl": f"{SHARDS}/{file.name}",
+        "contentSize": f"{file.bytes} B",
+        "encodingFormat": media_type,
+        "sha256": file.sha256,
     }
 
 
-def _file_set(name: str, kind: str, includes: str, description: str) -> Node:
+def _file_set(name: str, media_type: str, includes: str, description: str) -> Node:
     return {
-        **{"@type": "cr:FileSet", "@id": name, "name": name, "description": description},
-        **{"encodingFormat": kind, "includes": includes},
+        "@type": "cr:FileSet",
+        "@id": name,
+        "name": name,
+        "description": description,
+        "encodingFormat": media_type,
+        "includes": includes,
     }
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- record sets
 
 
-def _record_sets(facts: Facts) -> list[Node]:
-    found = [
-        _record_set(
-            "inputs",
-            "A row for every input.",
-            _columns("inputs", "fileSet", "sidecars"),
-            "inputs/key",
-        )
+def _record_sets(summary: Summary) -> list[Node]:
+    columns = summary.columns.values()
+    inputs = _table_fields("inputs", {"fileSet": {"@id": "sidecars"}}, columns)
+    sets = [
+        _record_set("samples", "The training samples.", _sample_fields(inputs)),
+        _record_set("inputs", "A row for every input, also dropped and failed ones.", inputs),
+        *_file_record_sets(),
     ]
-    if facts.manifests:
-        found.insert(
-            0, _record_set("samples", "What is trained on.", _sample_fields(), "samples/key")
-        )
-    if facts.identities:
-        columns = _columns("identities", "fileObject", IDENTITIES)
-        split = next(field for field in columns if field["@id"] == "identities/split")
-        split["references"] = {"field": {"@id": "splits/name"}}
-        found += [
-            _record_set(
-                "identities", "Who is who, a row for each sample.", columns, "identities/key"
-            ),
-            _splits(),
-        ]
-    return found
+    if summary.identities:
+        identity_columns = [Column.from_arrow(field) for field in IDENTITIES_SCHEMA]
+        file = {"fileObject": {"@id": IDENTITIES}}
+        fields = _table_fields("identities", file, identity_columns)
+        split = next(field for field in fields if field["@id"] == "identities/split")
+        split["references"] = _from_field("splits/name")
+        description = "The identity of each sample, and its side of the train/val split."
+        sets += [_record_set("identities", description, fields), _splits()]
+    return sets
 
 
-def _record_set(name: str, description: str, columns: list[Node], key: str) -> Node:
+def _record_set(name: str, description: str, fields: Sequence[Node]) -> Node:
+    """A record set whose first field is its key."""
     return {
-        **{"@type": "cr:RecordSet", "@id": name, "name": name, "description": description},
-        **{"key": {"@id": key}, "field": columns},
+        "@type": "cr:RecordSet",
+        "@id": name,
+        "name": name,
+        "description": description,
+        "key": {"@id": fields[0]["@id"]},
+        "field": list(fields),
     }
+
+
+def _field(path: str, description: str, **properties: Any) -> Node:
+    """path: RECORD_SET/NAME."""
+    return {
+        "@type": "cr:Field",
+        "@id": path,
+        "name": path.partition("/")[2],
+        "description": description,
+        **properties,
+    }
+
+
+def _from_field(path: str) -> Node:
+    """A source, or a reference: a field of another record set."""
+    return {"field": {"@id": path}}
 
 
 def _splits() -> Node:
+    fields = [
+        _field("splits/name", "name of the side", **_TEXT),
+        _field("splits/url", "what the side is for", dataType=["sc:URL", "cr:Split"]),
+    ]
     return {
-        **_record_set("splits", "Sides of the split.", [], "splits/name"),
+        **_record_set("splits", "The sides of the train/val split.", fields),
         "dataType": "cr:Split",
-        "field": [
-            {"@type": "cr:Field", "@id": "splits/name", "name": "name", "dataType": "sc:Text"},
-            {
-                "@type": "cr:Field",
-                "@id": "splits/url",
-                "name": "url",
-                "dataType": ["sc:URL", "cr:Split"],
-            },
-        ],
         "data": [
             {"splits/name": "train", "splits/url": "cr:TrainingSplit"},
             {"splits/name": "val", "splits/url": "cr:ValidationSplit"},
@@ -290,118 +241,119 @@ def _splits() -> Node:
     }
 
 
-def _sample_fields() -> list[Node]:
-    def content(name: str, member: str, **more: Any) -> Node:
+def _file_record_sets() -> list[Node]:
+    """The label map of each sample; and its image and label map, joined by key."""
+
+    def key(file_set: str) -> Node:
         return {
-            **{"@type": "cr:Field", "@id": f"samples/{name}", "name": name},
-            "description": fields.MEMBERS[_MEMBER_SETS[member][0]],
-            **more,
-            "source": {"fileSet": {"@id": member}, "extract": {"fileProperty": "content"}},
+            "fileSet": {"@id": file_set},
+            "extract": {"fileProperty": "filename"},
+            # mlcroissant applies it to the file name, and after a join again to the key
+            "transform": {"regex": "^([0-9a-f]+)"},
         }
 
-    def joined(number: int, left: str, right: str) -> Node:
-        """A sample's files are those whose names have the same beginning: every two of them are
-        joined by it.
-        """
-        name = "key" if number == 0 else f"key_of_{left}_and_{right}".replace("-", "_")
-        return {
-            **{"@type": "cr:Field", "@id": f"samples/{name}", "name": name, "dataType": "sc:Text"},
-            "description": f"file name up to its first dot; joins {left} and {right}",
-            "source": _key_of(left),
-            "references": _key_of(right),
-        }
+    def content(file_set: str) -> Node:
+        return {"fileSet": {"@id": file_set}, "extract": {"fileProperty": "content"}}
 
+    key_text, label_text = "the file name up to its first dot", MEMBERS["parsing.png"]
+    label_maps = [
+        _field("label_maps/key", key_text, **_TEXT, source=key("label-maps")),
+        _field("label_maps/label_map", label_text, **_IMAGE, source=content("label-maps")),
+    ]
+    joined = _from_field("label_maps/key")
+    files = [
+        _field("sample_files/key", key_text, **_TEXT, source=key("images"), references=joined),
+        _field("sample_files/image", MEMBERS["jpg"], **_IMAGE, source=content("images")),
+        _field(
+            "sample_files/label_map",
+            label_text,
+            **_IMAGE,
+            source=_from_field("label_maps/label_map"),
+        ),
+    ]
     return [
-        *(
-            joined(number, *pair)
-            for number, pair in enumerate(itertools.combinations(_MEMBER_SETS, 2))
-        ),
-        content("image", "images", dataType="sc:ImageObject"),
-        content("label_map", "label-maps", dataType="sc:ImageObject"),
-        content(
-            "identity",
-            "embeddings",
-            dataType="sc:Float",
-            isArray=True,
-            arrayShape=str(IDENTITY_DIM),
-        ),
-        *(
-            {
-                **{
-                    "@type": "cr:Field",
-                    "@id": f"samples/{name}",
-                    "name": name,
-                    "description": fields.SIDECAR[name],
-                },
-                **_type_of(SIDECAR_SCHEMA.field(name).type, name),
-                "source": {"fileSet": {"@id": "metadata"}, "extract": {"jsonPath": f"$.{name}"}},
-            }
-            for name in _JSON_FIELDS
-        ),
+        _record_set("label_maps", "The label map of each sample.", label_maps),
+        _record_set("sample_files", "The image and the label map of each sample.", files),
     ]
 
 
-def _key_of(file_set: str) -> Node:
-    return {
-        "fileSet": {"@id": file_set},
-        "extract": {"fileProperty": "filename"},
-        "transform": {"regex": r"^([0-9a-f]+)\."},
-    }
+def _sample_fields(inputs: Sequence[Node]) -> list[Node]:
+    """Fields of `sample_files` joined with those of `inputs`, which has all else of a sample."""
+    key, *others = inputs
+    joined = _from_field(key["@id"])
+    return [
+        _field(
+            "samples/key",
+            key["description"],
+            **_TEXT,
+            source=_from_field("sample_files/key"),
+            references=joined,
+        ),
+        *(
+            _field(f"samples/{name}", MEMBERS[extension], **_IMAGE, source=_from_field(path))
+            for name, extension, path in (
+                ("image", "jpg", "sample_files/image"),
+                ("label_map", "parsing.png", "sample_files/label_map"),
+            )
+        ),
+        *(_sample_field(field) for field in others),
+    ]
 
 
-def _columns(name: str, kind: str, file: str) -> list[Node]:
-    """A field for each column of a table, with fields of its own where the column holds structs."""
-    schema, told = (
-        (SIDECAR_SCHEMA, fields.SIDECAR)
-        if name == "inputs"
-        else (IDENTITIES_SCHEMA, fields.IDENTITIES)
-    )
+def _sample_field(field: Node) -> Node:
+    """The field of `samples` that has the values of a field of `inputs`."""
 
-    def source(column: str, *transform: Node) -> Node:
-        found: Node = {kind: {"@id": file}, "extract": {"column": column}}
-        return {"source": found | ({"transform": transform[0]} if transform else {})}
+    def moved(node: Node, source: Node) -> Node:
+        path = node["@id"].replace("inputs/", "samples/", 1)
+        return {**node, "@id": path, "source": source}
 
-    def field(column: pa.Field) -> Node:
-        node: Node = {"@type": "cr:Field", "@id": f"{name}/{column.name}", "name": column.name}
-        node["description"] = told[column.name]
-        if not (pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)):
-            return node | _type_of(column.type, column.name) | source(column.name)
-        parts = [
-            column.type.value_type.field(index)
-            for index in range(column.type.value_type.num_fields)
-        ]
+    source = _from_field(field["@id"])
+    if "subField" not in field:
+        return moved(field, source)
+    # mlcroissant gives a struct as a mapping from the ids of its fields to their values
+    parts = [
+        moved(part, {**source, "transform": {"jsonPath": f"$.'{part['@id']}'"}})
+        for part in field["subField"]
+    ]
+    return {**field, "@id": field["@id"].replace("inputs/", "samples/", 1), "subField": parts}
+
+
+def _table_fields(name: str, file: Node, columns: Iterable[Column]) -> list[Node]:
+    """A field for each column of a parquet file. A column of structs has fields of its own."""
+
+    def source(column: Column, **more: Any) -> Node:
+        return {"source": {**file, "extract": {"column": column.name}, **more}}
+
+    def node(column: Column) -> Node:
+        field = _field(f"{name}/{column.name}", column.description)
+        kind = column.type
+        if not (pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)):
+            return field | _type_of(kind, column.name) | source(column)
+        parts = [kind.value_type.field(place) for place in range(kind.value_type.num_fields)]
         inner = [
             {
-                **{
-                    "@type": "cr:Field",
-                    "@id": f"{node['@id']}/{part.name}",
-                    "name": f"{column.name}/{part.name}",
-                },
+                "@type": "cr:Field",
+                "@id": f"{field['@id']}/{part.name}",
+                "name": f"{column.name}/{part.name}",
                 **_type_of(part.type, part.name),
-                **source(column.name, {"jsonPath": f"$.{part.name}"}),
+                **source(column, transform={"jsonPath": f"$.{part.name}"}),
             }
             for part in parts
         ]
-        return node | {"repeated": True, "subField": inner}
+        return field | {"repeated": True, "subField": inner}
 
-    return [field(column) for column in schema]
+    return [node(column) for column in columns]
 
 
 def _type_of(kind: pa.DataType, name: str) -> Node:
     if pa.types.is_list(kind):
-        return {
-            **_type_of(kind.value_type, name),
-            "isArray": True,
-            "arrayShape": _SHAPES.get(name, "-1"),
-        }
+        shape = _SHAPES.get(name, "-1")
+        return {**_type_of(kind.value_type, name), "isArray": True, "arrayShape": shape}
     if pa.types.is_boolean(kind):
         return {"dataType": "sc:Boolean"}
     if pa.types.is_integer(kind):
         return {"dataType": "sc:Integer"}
     if pa.types.is_floating(kind):
         return {"dataType": "sc:Float"}
-    # thumbnails too: some are empty, and no reader opens an empty picture
-    return {"dataType": "sc:Text"}
-
-
-_SHAPES: Final = {"identity": str(IDENTITY_DIM), "box": "4", "landmarks": "10"}
+    # Also thumbnails: some are empty, and mlcroissant can't open an empty image.
+    return _TEXT

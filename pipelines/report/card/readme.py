@@ -1,8 +1,8 @@
-"""Card: OUT/README.md, a data card in Hugging Face's form, and OUT/croissant.json beside it.
+"""Data card: OUT/README.md, in the form that Hugging Face defines, and OUT/croissant.json.
 
-Licences, authors and reasons come from outside: in the front matter YAML quotes them, in tables
-every character that Markdown or HTML could take for more than itself is written as an entity. No
-picture's name and nobody shown is named.
+Licences, authors and reasons are text from outside the program. The front matter is written as
+YAML, which quotes them; in tables, every character that Markdown or HTML could interpret is written
+as an entity. The card names no image and no person.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any, Final
 
 import yaml
 
-from pipelines.report.card import fields
-from pipelines.report.card.croissant import (
+from pipelines.report.card.croissant import croissant_json
+from pipelines.report.card.summary import PROVENANCE, Summary, summarise
+from pipelines.report.card.texts import (
     BIASES,
-    CROISSANT,
     DESCRIPTION,
     KEYWORDS,
     LIMITS,
     PERSONAL,
-    SIDECARS,
-    TARS,
+    READING,
+    REBUILDING,
+    REMOVAL,
     USES,
 )
-from pipelines.report.card.croissant import croissant as describe
-from pipelines.report.card.summary import Facts, read_facts
+from pipelines.report.stats import Report
 from stages.backends.weights import WEIGHTS
-from stages.storage.commit import FOLDER
-from stages.storage.exclusions import IDENTITIES
+from stages.storage import layout
+from stages.storage.layout import SHARDS, SIDECARS, TARS
+from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
+from stages.storage.samples import MEMBERS
 from stages.storage.store import Store
 
-CARD: Final = "README.md"
-
-_MOST: Final = 50  # rows of what the source states; the sidecars have them all
-_LONGEST: Final = 120  # characters of a cell
-_PLAIN: Final = frozenset(" ,.:;/()'\"?=%-…")  # mean nothing inside a cell
+_MAX_ROWS: Final = 50  # of a table of licences, authors or consents
+_MAX_CELL: Final = 120  # characters
+_LITERAL: Final = frozenset(" ,.:;/()'\"?=%-…")  # neither Markdown nor HTML inside a cell
 _SIZES: Final = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
@@ -49,148 +49,103 @@ _SIZES: Final = (
 _LICENSES: Final = re.compile(
     r"cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-(2\.0|2\.5|3\.0|4\.0)|apache-2\.0|mit|odbl|odc-by|pddl|unlicense"
 )
+# section of the configuration → pattern of the settings that are rules
 _RULES: Final = {
     "rights": "",
     "resize": "m(in|ax)_",
     "detect": "m(in|ax)_",
     "rules": "",
-    "neighbours": "",
+    "global_pass": "",
+    "neighbours": "",  # the name of global_pass before version 0.2
 }
 
-_READ: Final = """\
-```python
-from glob import glob
-import pyarrow.parquet as pq
-import webdataset as wds
 
-people = pq.read_table("identities.parquet", columns=["key", "split"]).to_pydict()
-side = dict(zip(people["key"], people["split"]))
-shards = sorted(glob("shards/fgid-??????.tar"))
-samples = wds.WebDataset(shards, shardshuffle=False).select(lambda sample: side[sample["__key__"]] == "train")
-```
-
-Or `load_dataset("webdataset", data_files="shards/fgid-??????.tar")` with Hugging Face's `datasets`, which takes both
-sides of the split: choose by `identities.parquet` there too. Read the label map as it is (`wds.decode("pil")` turns it
-into RGB). Leave the `.held.tar` files out: rules dropped what they hold. `croissant.json` says the same to machines."""
-
-_AGAIN: Final = """\
-The same pictures, settings and weights give the same bytes, wherever they are made:
-
-    python -m pipelines.cli run --config config.yaml source.path=PICTURES output=OUT
-
-`python -m pipelines.cli lint OUT` holds every file against its digest."""
-
-_DOWN: Final = """\
-Whoever is shown, or made the picture, can have it taken down. Whoever keeps this data set runs one of
-
-    python -m pipelines.cli takedown OUT --photo PHOTOGRAPH   # everybody who looks like this person
-    python -m pipelines.cli takedown OUT --hash SHA256        # a picture, by its digest or a copy of it
-    python -m pipelines.cli takedown OUT --source NAME        # a picture, by its name at the source
-
-which writes the shards that hold it again without it and refuses it under any name from then on. Copies that were
-passed on are beyond its reach: pass the request on too."""
+def write_card(store: Store, report: Report) -> None:
+    """Writes OUT/README.md and OUT/croissant.json. report: of the same data set."""
+    summary = summarise(DatasetReader(store), report)
+    store.write_if_changed(layout.README, card_text(summary))
+    store.write_if_changed(layout.CROISSANT, croissant_json(summary))
 
 
-def write_card(store: Store) -> None:
-    """Write OUT/README.md and OUT/croissant.json from what the output says of itself."""
-    facts = read_facts(store)
-    store.write_if_changed(CARD, card(facts))
-    store.write_if_changed(CROISSANT, describe(facts))
-
-
-def card(facts: Facts) -> str:
-    """README.md's text."""
+def card_text(summary: Summary) -> str:
+    """The content of README.md."""
     sections = {
-        "How it was made": _made(facts),
-        "Inputs": _ledger(facts),
-        "Rules in force": _rules(facts),
-        "Fields": _fields(),
-        "Identities and split": _people(facts),
-        "Licences, authors, consent": _stated(facts),
-        "Personal data": f"{PERSONAL}\n\n{_DOWN}\n\n{_takedowns(facts)}",
-        "What it is for": _list(USES),
-        "Known limits": _limits(facts),
-        "How to read it": _READ,
-        "How to make it again": _AGAIN,
+        "How it was made": _stages(summary),
+        "Inputs": _ledger(summary),
+        "Rules": _rules(summary),
+        "Fields": _fields(summary),
+        "Identities and split": _identities(summary),
+        "Licences, authors, consent": _provenance(summary),
+        "Personal data": f"{PERSONAL}\n\n{REMOVAL}\n\n{_takedowns(summary)}",
+        "Uses": _list(USES),
+        "Known limits": _limits(summary),
+        "Reading": READING,
+        "Reproducing": REBUILDING,
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     head = (
-        f"{facts.written:,} samples in {len(facts.manifests):,} shards, made from "
-        f"{facts.inputs:,} inputs by the "
-        "ConsistentID pipeline."
+        f"{summary.written:,} samples in {len(summary.manifests):,} shards, made from "
+        f"{summary.inputs:,} inputs by the ConsistentID pipeline."
     )
-    return (
-        f"---\n{_front_matter(facts)}---\n\n# FGID data set\n\n{DESCRIPTION}\n\n{head}\n\n{body}\n"
-    )
+    introduction = f"# FGID data set\n\n{DESCRIPTION}\n\n{head}"
+    return f"---\n{_front_matter(summary)}---\n\n{introduction}\n\n{body}\n"
 
 
-def _front_matter(facts: Facts) -> str:
-    licenses = [name for name, count in facts.stated["license"].items() if count]
-    known = sorted({_license(name) for name in licenses}) or ["unknown"]
-    others = sorted(name for name in licenses if _license(name) == "other")
-    told: dict[str, Any] = {
+def _front_matter(summary: Summary) -> str:
+    stated = [name for name, count in summary.provenance["license"].items() if count]
+    licenses = sorted({_license(name) for name in stated}) or ["unknown"]
+    others = sorted(name for name in stated if _license(name) == "other")
+    values: dict[str, Any] = {
         "pretty_name": "FGID data set",
-        "license": known if len(known) > 1 else known[0],
-        **(
-            {"license_name": others[0] if len(others) == 1 else "several, see below"}
-            if others
-            else {}
-        ),
-        "size_categories": [
-            next((name for limit, name in _SIZES if facts.written < limit), "n>10M")
-        ],
+        "license": licenses if len(licenses) > 1 else licenses[0],
+    }
+    if others:
+        values["license_name"] = others[0] if len(others) == 1 else "several, see below"
+    size = next((name for limit, name in _SIZES if summary.written < limit), "n>10M")
+    data_files = [{"split": "mixed", "path": f"{SHARDS}/{TARS}"}]
+    values |= {
+        "size_categories": [size],
         "task_categories": ["text-to-image", "image-to-image", "image-segmentation"],
         "annotations_creators": ["machine-generated"],
         "tags": list(KEYWORDS),
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": "mixed", "path": f"{FOLDER}/{TARS}"}],
-            },
-        ],
+        "configs": [{"config_name": "default", "data_files": data_files}],
     }
-    return yaml.safe_dump(told, sort_keys=False, allow_unicode=False, width=120)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=120)
 
 
 def _license(stated: str) -> str:
-    """The identifier that Hugging Face has for a licence."""
+    """Hugging Face's identifier of a licence; `unknown` for "", `other` for one that has none."""
     name = re.sub(r"[\s_]+", "-", stated.strip().lower())
     return "unknown" if not name else name if _LICENSES.fullmatch(name) else "other"
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def _made(facts: Facts) -> str:
-    told = facts.dataset
-    backends: Mapping[str, str] = told.get("backends", {})
-    signatures: Sequence[str] = told.get("signatures", [])
-    stages = zip(told.get("stages", []), signatures, strict=False)
-    text = [
-        _table(
-            ("stage", "signature", "backend"),
-            [(s, sign, backends.get(s, "")) for s, sign in stages],
-        )
-    ]
-    model = str(facts.config.get("caption", {}).get("model", ""))
-    if model:
-        text.append(f"Captions are by {_cell(_public(model))}, under its own licence.")
-    older = sum(manifest["signatures"] != signatures for manifest in facts.manifests)
-    if older:
+def _stages(summary: Summary) -> str:
+    dataset = summary.dataset
+    backends: Mapping[str, str] = dataset.get("backends", {})
+    signatures: Sequence[str] = dataset.get("signatures", [])
+    stages = zip(dataset.get("stages", []), signatures, strict=False)
+    rows = [(stage, signature, backends.get(stage, "")) for stage, signature in stages]
+    text = [_table(("stage", "signature", "backend"), rows)]
+    if model := _caption_model(summary.config):
         text.append(
-            f"{older:,} shards were made with other signatures, which their manifests name."
+            f"The captions were made by {_cell(_public(model))}, which has its own licence."
         )
+    older = sum(list(manifest.signatures) != list(signatures) for manifest in summary.manifests)
+    if older:
+        text.append(f"{older:,} shards were made with other signatures; their manifests list them.")
     weights = [
-        (
-            w["file"],
-            w["sha256"],
-            w["license"],
-            _commercial(w["name"]),
-        )
-        for w in told.get("weights", [])
+        (weight["file"], weight["sha256"], weight["license"], _commercial(weight["name"]))
+        for weight in dataset.get("weights", [])
     ]
     text.append(_table(("weights", "sha256", "licence", "commercial use"), weights))
     return "\n\n".join(text)
+
+
+def _caption_model(config: Mapping[str, Any]) -> str:
+    """The model of the caption backend; configurations before version 0.2 have one `model` key."""
+    caption = config.get("caption", {})
+    section = caption.get(caption.get("backend", ""), {}) or {}
+    return str(section.get("model", "") or caption.get("model", ""))
 
 
 def _commercial(name: str) -> str:
@@ -200,109 +155,104 @@ def _commercial(name: str) -> str:
 
 
 def _public(model: str) -> str:
-    """A model's name on the hub; of one that lies in a folder or behind an address, not where."""
-    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else "a model of the maker's own"
+    """A model's name on the hub. A path or an address is private, and is not named."""
+    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else "a private model"
 
 
-def _ledger(facts: Facts) -> str:
-    rows = [("written", "", f"{facts.written:,}")]
+def _ledger(summary: Summary) -> str:
+    rows = [("written", "", f"{summary.written:,}")]
     for status in ("dropped", "failed"):
-        ended = sorted(
-            (-count, reason) for (how, reason), count in facts.ended.items() if how == status
-        )
-        rows += [(status, reason, f"{-count:,}") for count, reason in ended]
-    total = (
-        f"{facts.inputs:,} = {facts.written:,} written + {sum(facts.ended.values()):,} "
-        "dropped or failed."
-    )
+        counts = [(-n, reason) for (of, reason), n in summary.unwritten.items() if of == status]
+        rows += [(status, reason, f"{-count:,}") for count, reason in sorted(counts)]
+    unwritten = sum(summary.unwritten.values())
+    total = f"{summary.inputs:,} = {summary.written:,} written + {unwritten:,} dropped or failed."
     return f"{_table(('status', 'reason', 'inputs'), rows)}\n\n{total}"
 
 
-def _rules(facts: Facts) -> str:
+def _rules(summary: Summary) -> str:
     rows = [
         (
             f"{section}.{name}",
             (", ".join(map(str, value)) or "any") if isinstance(value, list) else str(value),
         )
         for section, pattern in _RULES.items()
-        for name, value in facts.config.get(section, {}).items()
+        for name, value in summary.config.get(section, {}).items()
         if name != "placement" and re.match(pattern, name)
     ]
-    return f"{_table(('setting', 'value'), rows)}\n\nThe whole configuration is in `config.yaml`."
+    return f"{_table(('setting', 'value'), rows)}\n\nAll settings are in `config.yaml`."
 
 
-def _fields() -> str:
+def _fields(summary: Summary) -> str:
+    members = [(f"KEY.{name}", description) for name, description in MEMBERS.items()]
+    columns = [(column.name, column.description) for column in summary.columns.values()]
+    identities = [
+        (field.name, field.metadata[b"description"].decode()) for field in IDENTITIES_SCHEMA
+    ]
     return "\n\n".join(
         (
-            f"A sample is the files `KEY.*` of a tar, `{FOLDER}/{TARS}`:",
-            _table(
-                ("file", "holds"), [(f"KEY.{name}", what) for name, what in fields.MEMBERS.items()]
-            ),
-            f"Beside each tar, `{FOLDER}/{SIDECARS}` has a row for every input, samples or not:",
-            _table(("column", "holds"), fields.SIDECAR.items()),
-            f"`{IDENTITIES}` has a row for every sample:",
-            _table(("column", "holds"), fields.IDENTITIES.items()),
+            f"A sample is the files `KEY.*` of a tar, `{SHARDS}/{TARS}`:",
+            _table(("file", "holds"), members),
+            f"The sidecar of each tar, `{SHARDS}/{SIDECARS}`, has a row for every input, also "
+            "dropped and failed ones:",
+            _table(("column", "holds"), columns),
+            f"`{layout.IDENTITIES}` has a row for every sample:",
+            _table(("column", "holds"), identities),
         )
     )
 
 
-def _people(facts: Facts) -> str:
-    if not facts.identities:
-        return "The samples have no identities yet: run the pipeline to its end."
+def _identities(summary: Summary) -> str:
+    if not summary.identities:
+        return "The samples have no identities yet: the run was not completed."
     rows = [
-        (name, f"{side.samples:,}", f"{side.identities:,}") for name, side in facts.sides.items()
+        (name, f"{side.samples:,}", f"{side.identities:,}") for name, side in summary.sides.items()
     ]
-    promise = (
-        f"**{facts.torn:,} identities are on both sides of the split.** Run `python -m "
+    check = (
+        f"**{summary.divided:,} identities are on both sides of the split.** Run `python -m "
         "pipelines.cli lint OUT`."
-        if facts.torn
-        else "No identity is on both sides. Its side follows from the identity alone: one that "
-        "grows stays where it is."
+        if summary.divided
+        else "No identity is on both sides. The side depends on the identity only, so it doesn't "
+        "change when the identity gets more samples."
     )
     table = _table(("split", "samples", "identities"), rows)
-    return f"Samples are grouped by how alike their faces' embeddings are.\n\n{table}\n\n{promise}"
+    method = "Samples are grouped into identities by the similarity of their identity embeddings."
+    return f"{method}\n\n{table}\n\n{check}"
 
 
-def _stated(facts: Facts) -> str:
-    text = ["Of the samples, in the source's own words:"]
-    for name, title in (("license", "licence"), ("author", "author"), ("consent", "consent")):
-        text.append(
-            _table(
-                (title, "samples"), _most(facts.stated[name], f"more, see `{name}` in the sidecars")
-            )
-        )
+def _provenance(summary: Summary) -> str:
+    text = ["Numbers of samples, with the texts that the source states:"]
+    titles = {"license": "licence"}
+    for name in PROVENANCE:
+        rows = _most_common(summary.provenance[name], f"others, see `{name}` in the sidecars")
+        text.append(_table((titles.get(name, name), "samples"), rows))
     return "\n\n".join(text)
 
 
-def _most(counts: Counter[str], more: str) -> list[tuple[str, str]]:
+def _most_common(counts: Counter[str], others: str) -> list[tuple[str, str]]:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    rows = [(text or "not stated", f"{count:,}") for text, count in ordered[:_MOST]]
-    rest = ordered[_MOST:]
-    return rows + (
-        [(f"{len(rest):,} {more}", f"{sum(count for _, count in rest):,}")] if rest else []
-    )
+    rows = [(text or "not stated", f"{count:,}") for text, count in ordered[:_MAX_ROWS]]
+    if rest := ordered[_MAX_ROWS:]:
+        rows.append((f"{len(rest):,} {others}", f"{sum(count for _, count in rest):,}"))
+    return rows
 
 
-def _takedowns(facts: Facts) -> str:
-    if not facts.takedowns:
+def _takedowns(summary: Summary) -> str:
+    if not summary.takedowns:
         return "Nothing was taken down so far."
-    rows = [(by, f"{times:,}", f"{inputs:,}") for by, (times, inputs) in facts.takedowns.items()]
-    return f"Taken down so far:\n\n{_table(('by', 'times', 'pictures'), rows)}"
+    rows = [(by, f"{times:,}", f"{inputs:,}") for by, (times, inputs) in summary.takedowns.items()]
+    return f"Taken down so far:\n\n{_table(('by', 'times', 'images'), rows)}"
 
 
-def _limits(facts: Facts) -> str:
-    told = [BIASES, *LIMITS]
-    if facts.untrainable:
-        share = facts.untrainable / facts.reviewed
-        told.append(
-            f"{facts.untrainable:,} of {facts.reviewed:,} samples ({share:.1%}) train nothing of "
-            "the face: their "
-            "captions name no region that is seen, or are too long (`trainable` in the sidecars)."
+def _limits(summary: Summary) -> str:
+    limits = [BIASES, *LIMITS]
+    if summary.untrainable:
+        share = summary.untrainable / summary.reviewed
+        limits.append(
+            f"{summary.untrainable:,} of {summary.reviewed:,} samples ({share:.1%}) are not "
+            "trainable: their captions name no region that is shown, or are too long (`trainable` "
+            "in the sidecars)."
         )
-    return _list(told)
-
-
-# --------------------------------------------------------------------------------------------------
+    return _list(limits)
 
 
 def _list(items: Iterable[str]) -> str:
@@ -312,18 +262,19 @@ def _list(items: Iterable[str]) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [tuple(map(_cell, row)) for row in rows]
     if not lines:
-        return f"No {head[0]} is recorded."
+        return f"No {head[0]} was recorded."
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
 
 
 def _cell(text: str) -> str:
-    """Text from outside as one cell: nothing in it is Markdown, HTML or a new line; an address may
-    become a link.
-    """
-    seen = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in text)
-    seen = " ".join(seen.split())
-    seen = seen if len(seen) <= _LONGEST else f"{seen[: _LONGEST - 1]}…"
+    """Text as one cell of a table, without Markdown, HTML or line breaks. Some readers show an
+    address in it as a link."""
+    plain = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in text)
+    plain = " ".join(plain.split())
+    plain = plain if len(plain) <= _MAX_CELL else f"{plain[: _MAX_CELL - 1]}…"
     escaped = "".join(
-        letter if letter.isalnum() or letter in _PLAIN else f"&#{ord(letter)};" for letter in seen
+        letter if letter.isalnum() or letter in _LITERAL else f"&#{ord(letter)};"
+        for letter in plain
     )
-    return re.sub(r"(?<=[a-z0-9])&#95;(?=[a-z0-9])", "_", escaped)  # inside a word it means nothing
+    # An underscore inside a word is not Markdown.
+    return re.sub(r"(?<=[a-z0-9])&#95;(?=[a-z0-9])", "_", escaped)

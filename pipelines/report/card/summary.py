@@ -1,150 +1,129 @@
-"""Facts: what a data set says of itself as a whole, read from manifests, sidecars, identities and
-its own two files.
+"""Summary: the numbers and settings of a data set that README.md and croissant.json show.
 
-No clock, no host and no path is among them: equal outputs have equal facts, wherever they lie.
+Times, hosts and paths are not part of it, so equal data sets have equal summaries.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
-from pipelines.dedup.global_pass import read_identities
-from stages.record import Status
-from stages.storage.commit import Manifest, read_manifests, read_sidecar
-from stages.storage.exclusions import IDENTITIES, read_takedowns
+from pipelines.report.stats import Report
+from stages.fields import Column
+from stages.storage import layout
+from stages.storage.exclusions import read_takedowns
+from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-STATED: Final = ("license", "author", "consent")  # what a source states of a picture
-_COLUMNS: Final = ("status", *STATED, "trainable")
+PROVENANCE: Final = ("license", "author", "consent")  # what a source states of an image
 _PRIVATE: Final = ("source", "weights")  # sections of the configuration that hold paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One side of the split."""
+    """One side of the split: numbers of samples and identities."""
 
     samples: int
     identities: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """ended: (status, reason) → inputs. stated: for each of STATED, text → samples. untrainable: of
-    those reviewed. torn: identities that stand on both sides of the split. identities: sha256 of
-    identities.parquet, "" where there is none. takedowns: by → (times, inputs).
+class Summary:
+    """What README.md and croissant.json show.
+
+    unwritten: (status, reason) → inputs. provenance: for each of PROVENANCE, text → samples.
+    reviewed: samples with a review; untrainable: those of them that are not trainable. sides: by
+    name of the split's side. divided: identities on both sides. identities: sha256 of
+    identities.parquet, "" without one. takedowns: kind of request → (requests, inputs). config,
+    dataset: values of config.yaml and dataset.json, without paths. columns: of the sidecars.
     """
 
-    manifests: list[Manifest]
+    manifests: Sequence[Manifest]
     inputs: int
     written: int
-    ended: Counter[tuple[str, str]]
-    stated: dict[str, Counter[str]]
+    unwritten: Counter[tuple[str, str]]
+    provenance: dict[str, Counter[str]]
     reviewed: int
     untrainable: int
     sides: dict[str, Side]
-    torn: int
+    divided: int
     identities: str
     takedowns: dict[str, tuple[int, int]]
     config: dict[str, Any]
     dataset: dict[str, Any]
+    columns: Mapping[str, Column]
 
 
-def read_facts(store: Store) -> Facts:
-    """Raises FileNotFoundError where a sidecar is missing."""
-    found = read_manifests(store)
-    manifests = list(found.values())
-    ended = Counter[tuple[str, str]]()
-    for manifest in manifests:
-        for status in ("dropped", "failed"):
-            ended.update({(status, reason): count for reason, count in manifest[status].items()})
-    stated = {name: Counter[str]() for name in STATED}
-    trainable = Counter[bool]()
-    for index in found:
-        table = read_sidecar(store, index, list(_COLUMNS))
-        table = table.filter(pc.equal(table.column("status"), Status.OK.value))
-        for name in STATED:
-            stated[name].update(_counts(table.column(name)))
-        trainable.update(_counts(table.column("trainable").drop_null()))
-    people = read_identities(store)
-    return Facts(
-        manifests=manifests,
-        inputs=sum(manifest["inputs"] for manifest in manifests),
-        written=sum(manifest["written"] for manifest in manifests),
-        ended=ended,
-        stated=stated,
-        reviewed=trainable.total(),
-        untrainable=trainable[False],
-        sides=_sides(people),
-        torn=_torn(people),
-        identities=_digest(store, IDENTITIES),
-        takedowns=_takedowns(store),
-        config={name: value for name, value in _config(store).items() if name not in _PRIVATE},
-        dataset={name: value for name, value in _dataset(store).items() if name != "source"},
+def summarise(reader: DatasetReader, report: Report) -> Summary:
+    """The summary of a data set. report: of the same data set."""
+    unwritten = Counter[tuple[str, str]]()
+    for manifest in report.manifests:
+        for status, reasons in (("dropped", manifest.dropped), ("failed", manifest.failed)):
+            unwritten.update({(status, reason): count for reason, count in reasons.items()})
+    provenance = {name: Counter[str]() for name in PROVENANCE}
+    for key, count in report.tally.items():
+        if key[0] in provenance:
+            provenance[key[0]][key[1]] += count
+    identities = reader.identities(["key", "identity_id", "split"])
+    untrainable = report.tally["trainable", "no"]
+    return Summary(
+        manifests=report.manifests,
+        inputs=sum(manifest.inputs for manifest in report.manifests),
+        written=sum(manifest.written for manifest in report.manifests),
+        unwritten=unwritten,
+        provenance=provenance,
+        reviewed=untrainable + report.tally["trainable", "yes"],
+        untrainable=untrainable,
+        sides=_sides(identities),
+        divided=_divided(identities),
+        identities=_digest(reader.store, layout.IDENTITIES),
+        takedowns=_takedowns(reader.store),
+        config=_public(reader.config_values(), _PRIVATE),
+        dataset=_public(reader.dataset_info(), ("source",)),
+        columns=reader.columns(),
     )
 
 
-def _counts(column: pa.ChunkedArray) -> dict[Any, int]:
-    counts = pc.value_counts(column)
-    return dict(
-        zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
-    )
+def _public(values: Mapping[str, Any], private: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in private}
 
 
-def _sides(people: pa.Table) -> dict[str, Side]:
-    table = people.group_by("split").aggregate(
-        [("key", "count"), ("identity_id", "count_distinct")]
-    )
-    rows = sorted(table.to_pylist(), key=lambda row: str(row["split"]))
+def _sides(identities: pa.Table) -> dict[str, Side]:
+    aggregates = [("key", "count"), ("identity_id", "count_distinct")]
+    rows = identities.group_by("split").aggregate(aggregates).to_pylist()
+    rows.sort(key=lambda row: str(row["split"]))
     return {
         row["split"]: Side(samples=row["key_count"], identities=row["identity_id_count_distinct"])
         for row in rows
     }
 
 
-def _torn(people: pa.Table) -> int:
-    sides = (
-        people.group_by("identity_id")
-        .aggregate([("split", "count_distinct")])
-        .column("split_count_distinct")
-    )
-    return cast(int, pc.sum(pc.greater(sides, 1)).as_py() or 0)
+def _divided(identities: pa.Table) -> int:
+    """Number of identities with samples on both sides of the split."""
+    counts = identities.group_by("identity_id").aggregate([("split", "count_distinct")])
+    divided = pc.sum(pc.greater(counts.column("split_count_distinct"), 1)).as_py()
+    return cast(int, divided or 0)
 
 
 def _takedowns(store: Store) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+    """Kind of request (the `by` of the log) → (requests, inputs)."""
+    counts: dict[str, tuple[int, int]] = {}
     for entry in read_takedowns(store):
-        times, inputs = found.get(entry["by"], (0, 0))
-        found[entry["by"]] = times + 1, inputs + entry["inputs"]
-    return dict(sorted(found.items()))
+        requests, inputs = counts.get(entry["by"], (0, 0))
+        counts[entry["by"]] = requests + 1, inputs + entry["inputs"]
+    return dict(sorted(counts.items()))
 
 
 def _digest(store: Store, name: str) -> str:
+    """sha256 of a file, "" where it doesn't exist."""
     if not store.exists(name):
         return ""
     with store.open(name) as stream:
         return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
-
-
-def _config(store: Store) -> dict[str, Any]:
-    """The configuration as plain values: a card is written of older outputs too, whose settings had
-    other names.
-    """
-    return _mapping(
-        yaml.safe_load(store.read("config.yaml")) if store.exists("config.yaml") else {}
-    )
-
-
-def _dataset(store: Store) -> dict[str, Any]:
-    return _mapping(json.loads(store.read("dataset.json")) if store.exists("dataset.json") else {})
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

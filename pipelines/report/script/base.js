@@ -1,5 +1,5 @@
 // Small tools that the rest is written with. Strangers' words enter the page through `el` alone, as text.
-const facts = JSON.parse(document.getElementById("facts").textContent);
+const pageData = JSON.parse(document.getElementById("page_data").textContent);
 const $ = (id) => document.getElementById(id);
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
@@ -51,9 +51,9 @@ const once = (make) => {
   return () => (made ??= make());
 };
 
-const figureOf = new Map(facts.figures.map((figure, row) => [figure.name, { ...figure, row }]));
-figureOf.set("identity_size", { name: "identity_size", title: "Samples of the identity", scale: 1, unit: "", row: facts.figures.length });
-figureOf.set("similarity", { name: "similarity", title: "Similarity to the nearest", scale: 1, unit: "", row: facts.figures.length + 1 });
+const figureOf = new Map(pageData.metrics.map((figure, row) => [figure.name, { ...figure, row }]));
+figureOf.set("identity_size", { name: "identity_size", title: "Samples of the identity", scale: 1, unit: "", row: pageData.metrics.length });
+figureOf.set("similarity", { name: "similarity", title: "Similarity to the nearest", scale: 1, unit: "", row: pageData.metrics.length + 1 });
 
 const shardName = (index) => `fgid-${String(index).padStart(6, "0")}`;
 const link = (query, ...children) => el("a", { class: "count", href: `#pictures?${new URLSearchParams(query)}` }, ...children);

@@ -61,9 +61,9 @@ async function showPictures(next) {
 function countText(of) {
   if (of > found.length) return `showing ${whole.format(found.length)} of ${whole.format(of)}`;
   const text = `${whole.format(found.length)} ${found.length === 1 ? "record" : "records"}`;
-  if (facts.records === facts.inputs) return text;
-  const here = found.length === facts.records ? " on this page" : ` of the ${whole.format(facts.records)} on this page`;
-  return `${text}${here}; the set has ${whole.format(facts.inputs)}`;
+  if (pageData.records === pageData.inputs) return text;
+  const here = found.length === pageData.records ? " on this page" : ` of the ${whole.format(pageData.records)} on this page`;
+  return `${text}${here}; the set has ${whole.format(pageData.inputs)}`;
 }
 
 function layout() {

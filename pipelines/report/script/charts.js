@@ -45,7 +45,7 @@ function bins(figure, spread, extra = { status: "ok" }) {
 }
 
 function spreadOf(name) {
-  return name === "similarity" ? facts.identities.similarity : figureOf.get(name).spread;
+  return name === "similarity" ? pageData.identities.similarity : figureOf.get(name).spread;
 }
 
 function histogram(element) {
@@ -64,9 +64,9 @@ function histogram(element) {
 }
 
 function funnel(element) {
-  const steps = facts.funnel.toReversed(), names = ["trainable", "written", ...steps.map(({ stage }) => stage), "inputs"];
-  const yes = Number(element.dataset.trainable), left = [yes, facts.written, ...steps.map((step) => step.left), facts.inputs];
-  const to = [address({ trainable: "yes", status: "ok", of: yes }), address({ status: "ok", of: facts.written }), ...steps.map((step) => address({ past: step.stage, of: step.left })), address({ of: facts.inputs })];
+  const steps = pageData.funnel.toReversed(), names = ["trainable", "written", ...steps.map(({ stage }) => stage), "inputs"];
+  const yes = Number(element.dataset.trainable), left = [yes, pageData.written, ...steps.map((step) => step.left), pageData.inputs];
+  const to = [address({ trainable: "yes", status: "ok", of: yes }), address({ status: "ok", of: pageData.written }), ...steps.map((step) => address({ past: step.stage, of: step.left })), address({ of: pageData.inputs })];
   const bar = (values, tone, customdata, text) => ({ type: "bar", orientation: "h", y: names, x: values, customdata, marker: { color: colour(tone) }, hovertext: values.map((v) => `${text} <b>${number(v)}</b>`), hoverinfo: "text" });
   const lost = (kind) => bar([0, 0, ...steps.map((step) => step[kind]), 0], kind, [null, null, ...steps.map((step) => address({ status: kind, stage: step.stage, of: step[kind] })), null], kind);
   const layout = frame(34 + 24 * names.length, { barmode: "stack", bargap: 0.3, yaxis: axis({ showline: false, ticks: "", ticklabelstandoff: 6 }), xaxis: axis({ rangemode: "tozero" }) });
@@ -75,7 +75,7 @@ function funnel(element) {
 }
 
 function stages(element) {
-  const tones = stageTones(), names = Object.keys(facts.stage_seconds).toReversed(), values = names.map((name) => facts.stage_seconds[name]);
+  const tones = stageTones(), names = Object.keys(pageData.stage_seconds).toReversed(), values = names.map((name) => pageData.stage_seconds[name]);
   const trace = { type: "bar", orientation: "h", y: names, x: values, marker: { color: names.map((_, at) => tones[(names.length - 1 - at) % 8]) }, hovertext: values.map((v, i) => `${names[i]} <b>${seconds(v)}</b>`), hoverinfo: "text" };
   const layout = frame(34 + 24 * names.length, { bargap: 0.3, yaxis: axis({ showline: false, ticks: "", ticklabelstandoff: 6 }), xaxis: axis({ title: title("seconds, all shards") }) });
   layout.margin = { l: 90, r: 10, t: 4, b: 44 };
@@ -83,7 +83,7 @@ function stages(element) {
 }
 
 function sizes(element) {
-  const entries = Object.entries(facts.identities.sizes).map(([size, count]) => [Number(size), count]);
+  const entries = Object.entries(pageData.identities.sizes).map(([size, count]) => [Number(size), count]);
   const trace = {
     type: "bar", x: entries.map(([size]) => String(size)), y: entries.map(([, count]) => count), hoverinfo: "text", marker: { color: colour("bar") },
     hovertext: entries.map(([size, count]) => `<b>${number(count)}</b> of ${size}`), customdata: entries.map(([size, count]) => address({ identity_size: `${size}~${size + 1}`, of: size * count })),
@@ -105,7 +105,7 @@ async function rates(element) {
 }
 
 async function perShard(element) {
-  const { rows, runs } = await shards(), names = Object.keys(facts.stage_seconds);
+  const { rows, runs } = await shards(), names = Object.keys(pageData.stage_seconds);
   const tones = stageTones();
   const traces = names.map((name, at) => ({
     type: "bar", name, x: rows.map((_, i) => i), y: rows.map((row, i) => (1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs), marker: { color: tones[at % tones.length] },

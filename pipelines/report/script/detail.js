@@ -1,6 +1,6 @@
 // One record, large: picture, words, figures, where it comes from, what became of it and whom it is like.
 const dialog = $("detail");
-const regionColour = Object.fromEntries(facts.regions.map(({ word, color }) => [word, color]));
+const regionColour = Object.fromEntries(pageData.regions.map(({ word, color }) => [word, color]));
 const WORDS = /\b(face|ears?|eyes?|nose|mouth|lips?)\b/gi;
 const regionOf = (word) => ({ ear: "ears", eye: "eyes", lip: "mouth", lips: "mouth" })[word.toLowerCase()] ?? word.toLowerCase();
 const WHY = { word_not_in_caption: "its word is not in the captions", caption_too_long: "its word is cut off: the captions are too long" };
@@ -108,7 +108,7 @@ function provenance(all, at) {
     ["key", all.key[at]], ["sha256", all.sha256[at]], ["licence", all.license[at]], ["author", all.author[at]], ["consent", all.consent[at]],
     ["source size", size(all.source_width[at], all.source_height[at])], ["size", size(all.width[at], all.height[at])],
     ["shard", link({ shard: shardName(all.shard[at]) }, shardName(all.shard[at]))],
-    ["offset in the tar", span(all.tar_offset[at], all.tar_size[at])], ["offset in the held tar", span(all.held_offset[at], all.held_size[at])],
+    ["offset in the tar", span(all.tar_offset[at], all.tar_size[at])], ["offset in the quarantine tar", span(all.quarantine_offset[at], all.quarantine_size[at])],
     ["identity", all.identity_id[at] && link({ identity: all.identity_id[at] }, all.identity_id[at])], ["split", all.split[at]],
   ]));
 }

@@ -4,13 +4,13 @@ const PARTS = [
   ["nose", ["nose"]], ["mouth", ["mouth", "upper_lip", "lower_lip"]], ["hair", ["hair"]], ["neck", ["neck"]],
   ["clothes", ["cloth"]], ["worn", ["glasses", "earring", "necklace", "hat"]],
 ];
-const rgb = facts.palette.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+const rgb = pageData.palette.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 const overlay = { on: true, strength: 0.4, boxes: false, parts: new Set(PARTS.slice(0, 5).map(([name]) => name)) };
 const painted = new Set(); // canvases on the page that show a record
 
 function shown() {
-  const labels = new Uint8Array(facts.labels.length);
-  if (overlay.on) for (const [name, members] of PARTS) if (overlay.parts.has(name)) for (const m of members) labels[facts.labels.indexOf(m)] = 1;
+  const labels = new Uint8Array(pageData.labels.length);
+  if (overlay.on) for (const [name, members] of PARTS) if (overlay.parts.has(name)) for (const m of members) labels[pageData.labels.indexOf(m)] = 1;
   return labels;
 }
 
@@ -74,7 +74,7 @@ function togglePart(name) {
 function toggles() {
   const rows = PARTS.map(([name, members], index) => {
     const swatch = el("i", { class: "swatch" });
-    swatch.style.background = facts.palette[facts.labels.indexOf(members.at(name === "mouth" ? 1 : 0))];
+    swatch.style.background = pageData.palette[pageData.labels.indexOf(members.at(name === "mouth" ? 1 : 0))];
     const box = el("input", { type: "checkbox", "data-part": name, onchange: () => togglePart(name) });
     return el("label", {}, box, swatch, name, el("kbd", {}, String(index + 1)));
   });

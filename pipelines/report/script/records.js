@@ -13,11 +13,11 @@ const value = (all, name, at) => all.values[figureOf.get(name).row * all.count +
 // Bytes of a chunk's pictures, and where each begins; the last few chunks are kept.
 const chunks = new Map();
 function chunkOf(all, at) {
-  const number = Math.floor(at / facts.chunk);
+  const number = Math.floor(at / pageData.chunk);
   if (!chunks.has(number)) {
     const starts = [];
     let offset = 0;
-    for (let i = number * facts.chunk; i < Math.min(all.count, (number + 1) * facts.chunk); i++) {
+    for (let i = number * pageData.chunk; i < Math.min(all.count, (number + 1) * pageData.chunk); i++) {
       starts.push(offset);
       offset += all.sizes[i][0] + all.sizes[i][1];
     }
@@ -40,7 +40,7 @@ function picture(all, at) {
 async function decode(all, at) {
   const [photoSize, labelSize] = all.sizes[at];
   if (!photoSize) return null;
-  const { data, starts } = chunkOf(all, at), start = starts[at % facts.chunk];
+  const { data, starts } = chunkOf(all, at), start = starts[at % pageData.chunk];
   const photo = await createImageBitmap(new Blob([data.subarray(start, start + photoSize)]));
   if (!labelSize) return { photo, labels: null };
   const png = new Blob([data.subarray(start + photoSize, start + photoSize + labelSize)]);
@@ -55,15 +55,15 @@ async function decode(all, at) {
 }
 
 // Filters are the parameters of the address: one value each, all of which must hold.
-const labelsOf = new Map(facts.regions.map(({ word, labels }) => [word, labels]));
+const labelsOf = new Map(pageData.regions.map(({ word, labels }) => [word, labels]));
 const lacks = (mask, labels) => mask >= 0 && labels.every((label) => mask & (1 << label));
-const order = facts.funnel.map((step) => step.stage);
+const order = pageData.funnel.map((step) => step.stage);
 const EXACT = ["status", "reason", "stage", "split", "license", "author", "consent"];
 const TESTS = {
   shard: (all, name) => (at) => shardName(all.shard[at]) === name,
   identity: (all, name) => (at) => all.identity_id[at] === name,
   missing: (all, region) => (at) => labelsOf.has(region) && lacks(all.missing[at], labelsOf.get(region)),
-  without: (all, label) => (at) => facts.labels.includes(label) && lacks(all.missing[at], [facts.labels.indexOf(label)]),
+  without: (all, label) => (at) => pageData.labels.includes(label) && lacks(all.missing[at], [pageData.labels.indexOf(label)]),
   fused: (all, word) => (at) => all.fused[at].includes(word),
   unfused: (all, pair) => (at) => all.unfused[at].includes(pair),
   absent: (all, word) => (at) => all.absent[at].includes(word),

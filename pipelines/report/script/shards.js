@@ -3,7 +3,7 @@ const shards = once(async () => JSON.parse(new TextDecoder().decode(await unpack
 const PAGE = 25;
 const table = { by: "shard", down: false, page: 0 };
 const COLUMNS = [
-  ["shard", "shard"], ["inputs", "inputs"], ["written", "written"], ["dropped", "dropped"], ["failed", "failed"], ["samples", "tar_bytes"], ["held", "held_bytes"],
+  ["shard", "shard"], ["inputs", "inputs"], ["written", "written"], ["dropped", "dropped"], ["failed", "failed"], ["samples", "tar_bytes"], ["quarantine", "quarantine_bytes"],
   ["time", "seconds"], ["images/s", "images_per_second"], ["executor", "executor"], ["attempt", "attempt"], ["flags", "flags"],
 ];
 
@@ -32,7 +32,7 @@ function shardRow(row) {
   return el("tr", {},
     el("th", { scope: "row", class: "mono" }, link({ shard: row.shard, of: row.inputs }, row.shard)),
     count("inputs", {}), count("written", { status: "ok" }), count("dropped", { status: "dropped" }), count("failed", { status: "failed" }),
-    el("td", { class: "n" }, bytes(row.tar_bytes)), el("td", { class: "n" }, bytes(row.held_bytes)), el("td", { class: "n" }, seconds(row.seconds)),
+    el("td", { class: "n" }, bytes(row.tar_bytes)), el("td", { class: "n" }, bytes(row.quarantine_bytes)), el("td", { class: "n" }, seconds(row.seconds)),
     el("td", { class: "n" }, number(row.images_per_second)), el("td", {}, row.executor), el("td", { class: "n" }, String(row.attempt)),
     el("td", { class: row.flags ? "n failed" : "n" }, row.flags ? String(row.flags) : ""));
 }

@@ -27,8 +27,10 @@ from pipelines.run import run
 from pipelines.takedown import by_source, take_down
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, Status, key_of
-from stages.regions import LABEL_IDS
-from stages.storage.commit import PlannedShard, ShardRun, commit, read_sidecar
+from stages.regions import LABEL_IDS, REGION_WORDS
+from stages.storage.commit import ChainInfo, PlannedShard, commit
+from stages.storage.manifest import RunInfo
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 
@@ -54,7 +56,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
             folder,
             output,
             f"rules.min_face={LEAST}",
-            "neighbours.max_hash_distance=-1",
+            "global_pass.max_hash_distance=-1",
             "source.author=[bold]Ada",
         )
     )
@@ -105,7 +107,7 @@ def test_at_most_ten_are_listed(tmp_path: Path) -> None:
         for n in names
     ]
     shard = PlannedShard(index=0, inputs=len(records), bytes=0, digest="")
-    commit(store, shard, records, [], ShardRun({}, "inline", started=0.0))
+    commit(store, shard, records, ChainInfo((), ()), RunInfo(finished=0.0, seconds=0.0))
     with pytest.raises(PipelineError, match="may be 13 inputs") as caught:
         inspect(store, "same.jpg")
     assert str(caught.value).count("http_404") == 10 and "and 3 more" in str(caught.value)
@@ -115,7 +117,7 @@ def test_a_missing_sidecar_is_said(made: Store, tmp_path: Path) -> None:
     shutil.copytree(made.root, tmp_path / "copy")
     (tmp_path / "copy/shards/fgid-000000.parquet").unlink()
     done = call(Store(str(tmp_path / "copy")), "page.jpg")
-    assert done.exit_code == 2 and "no sidecar" in done.stderr
+    assert done.exit_code == 2 and "fgid-000000.parquet is missing" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def test_a_sample_is_told_whole(made: Store) -> None:
         assert told in text
     assert f"{found.shard}.tar, {row['tar_size']:,} bytes from {row['tar_offset']:,} on" in text
     assert f"source size {row['source_width']} × {row['source_height']}" in text
-    assert f"face's short side {row['face_side']:.3f} at least {LEAST}" in text
+    assert f"face size, px {row['face_side']:.3f} at least {LEAST}" in text
     for name in ("sharpness", "brightness", "clipped", "occlusion"):
         assert f"{name} {row[name]:.3f}" in text
     for key, cosine in zip(person["nearest"], person["similarity"], strict=True):
@@ -146,17 +148,20 @@ def test_a_sample_is_told_whole(made: Store) -> None:
     assert f"nose {nose:.2%}" in text and "□ glasses" in text
     assert row["caption"] in text and row["face_caption"] in text
     assert f"training text {row['text_tokens']} of 75; {row['cut']:.0%} cut" in text
-    assert f"fused {', '.join(row['fused'])}" in text
+    fused = [
+        word for word, status in zip(REGION_WORDS, row["regions"], strict=True) if status == "fused"
+    ]
+    assert f"fused {', '.join(fused)}" in text and fused
 
 
 def test_a_region_that_is_missing_is_told_with_what_the_trainer_makes_of_it(made: Store) -> None:
     found = inspect(made, "a/one.jpg")
     areas = list(found.row["label_areas"])
     areas[LABEL_IDS["left_ear"]] = areas[LABEL_IDS["right_ear"]] = 0.0
-    unfused = [{"region": "nose", "reason": "caption_too_long"}]
-    found.row.update(label_areas=areas, absent=["ears"], unfused=unfused, fused=[], trainable=False)
+    regions = ["", "absent", "", "caption_too_long", ""]  # face, ears, eyes, nose, mouth
+    found.row.update(label_areas=areas, regions=regions, trainable=False)
     text = " ".join(printed(found).split())
-    assert "ears missing □ left ear □ right ear" in text and "named, not there ears" in text
+    assert "ears missing □ left ear □ right ear" in text and "named, not shown ears" in text
     assert "not fused nose: caption too long" in text and "trains nothing of the face" in text
 
 
@@ -174,8 +179,8 @@ def test_words_that_name_a_region_stand_out(made: Store) -> None:
 def test_what_is_held_failed_or_dropped_is_told(made: Store) -> None:
     held = inspect(made, "small.jpg")
     text = " ".join(printed(held).split())
-    assert held.record is not None and "dropped face_too_small (stage judge)" in text
-    assert f"{held.shard}.held.tar" in text and held.row["face_side"] < LEAST
+    assert held.record is not None and "dropped face_too_small (stage quality_filter)" in text
+    assert f"{held.shard}.quarantine.tar" in text and held.row["face_side"] < LEAST
     failed = " ".join(printed(inspect(made, "page.jpg")).split())
     assert "failed not_an_image (stage resize)" in failed and "in no tar" in failed
     assert "dropped no_face (stage detect)" in " ".join(
@@ -187,7 +192,8 @@ def test_another_configuration_than_the_shards_is_said(made: Store, tmp_path: Pa
     assert "wasn't made by" not in printed(inspect(made, "a/one.jpg"))
     shutil.copytree(made.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
-    store.write("dataset.json", store.read("dataset.json").decode().replace("judge-1-", "judge-0-"))
+    changed = store.read("dataset.json").decode().replace("quality_filter-1-", "quality_filter-0-")
+    store.write("dataset.json", changed)
     assert "of a configuration that the shard wasn't made by" in printed(
         inspect(store, "a/one.jpg")
     )
@@ -232,8 +238,9 @@ def test_the_picture_comes_from_its_own_bytes_of_the_tar(made: Store, tmp_path: 
     store = Store(str(tmp_path / "copy"))
     for name in ("b/one.jpg", "small.jpg"):
         found = inspect(store, name)
-        kind = "held" if name == "small.jpg" else "tar"
-        path = Path(store.path(f"shards/{found.shard}.{'held.tar' if kind == 'held' else 'tar'}"))
+        kind = "quarantine" if name == "small.jpg" else "tar"
+        path = Path(store.path(f"shards/{found.tar}"))
+        assert path.name == f"{found.shard}{'.quarantine' if kind == 'quarantine' else ''}.tar"
         start, size = found.row[f"{kind}_offset"], found.row[f"{kind}_size"]
         data = path.read_bytes()
         path.write_bytes(b"\xff" * start + data[start : start + size])
@@ -303,7 +310,9 @@ def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path:
 
 def test_every_input_can_be_shown(made: Store) -> None:
     rows = [
-        row for index in (0, 1) for row in read_sidecar(made, index, ["key", "reason"]).to_pylist()
+        row
+        for index in (0, 1)
+        for row in DatasetReader(made).rows(index, ["key", "reason"]).to_pylist()
     ]
     assert len(rows) == 6 and {row["reason"] for row in rows} == {
         "",

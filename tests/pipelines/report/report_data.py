@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,10 +22,14 @@ import pyarrow.parquet as pq
 import skimage.data
 from PIL import Image, ImageDraw
 
-from pipelines.dedup.global_pass import IDENTITIES_SCHEMA
-from stages.record import SCHEMA_VERSION, key_of
-from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
-from stages.storage.sidecar import SIDECAR_SCHEMA, write_sidecar
+from stages.annotations import ABSENT, FUSED, Measures, Review
+from stages.record import key_of
+from stages.regions import LABEL_IDS
+from stages.storage.manifest import FileEntry, Manifest, RunInfo
+from stages.storage.reader import IDENTITIES_SCHEMA
+from stages.storage.sidecar import sidecar_columns, write_sidecar
+
+ANNOTATIONS = (Measures, Review)
 
 EVIL = "<script>window.evil = 1; alert(1)</script>"
 EVIL_IMAGE = '"><img src=x onerror="window.evil = 2">'
@@ -37,17 +42,21 @@ _ENDS = (
     ("dropped", "source", "duplicate", 0.02, 0),
     ("dropped", "rights", "license_not_allowed", 0.01, 0),
     ("dropped", "detect", "no_face", 0.03, 1),
-    ("dropped", "judge", "blurred", 0.03, 2),
-    ("dropped", "judge", "turned_away", 0.02, 2),
-    ("dropped", "judge", "occluded", 0.01, 2),
-    ("dropped", "neighbours", "near_duplicate", 0.03, 3),
-    ("dropped", "neighbours", "face_duplicate", 0.01, 3),
+    ("dropped", "quality_filter", "blurred", 0.03, 2),
+    ("dropped", "quality_filter", "turned_away", 0.02, 2),
+    ("dropped", "quality_filter", "occluded", 0.01, 2),
+    ("dropped", "global_pass", "near_duplicate", 0.03, 3),
+    ("dropped", "global_pass", "face_duplicate", 0.01, 3),
     ("dropped", "takedown", "taken_down", 0.005, 0),
     ("failed", "resize", "not_an_image", 0.02, 0),
     ("failed", "resize", "truncated", 0.01, 0),
     ("failed", "parse", "killed_worker", 0.005, 1),
 )
 _LICENSES = ("CC-BY-4.0", "CC0-1.0", "CC-BY-SA-4.0", "")
+CHAIN = (
+    *("rights", "resize", "thumbnail", "detect", "parse", "embed", "measure", "quality_filter"),
+    *("caption", "review"),
+)
 _STAGES = ("source", "resize", "detect", "parse", "embed", "measure", "caption", "review")
 
 
@@ -105,27 +114,34 @@ def write_shard(folder: Path, index: int, table: pa.Table, rng: np.random.Genera
     """Sidecar and manifest of one shard."""
     name = f"fgid-{index:06d}"
     with (folder / "shards" / f"{name}.parquet").open("wb") as stream:
-        write_sidecar(table, stream)
-    counts: dict[str, dict[str, int]] = {"dropped": {}, "failed": {}}
-    for status, reason in zip(
-        table["status"].to_pylist(), table["reason"].to_pylist(), strict=True
-    ):
-        if status != "ok":
-            counts[status][reason] = counts[status].get(reason, 0) + 1
+        write_sidecar(table.to_pylist(), ANNOTATIONS, stream)
+    ends = zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)
+    counts = Counter(ends)
     seconds = {
         stage: round(float(rng.uniform(0.2, 1) * (9 if stage == "parse" else 1)), 4)
         for stage in _STAGES
     }
-    manifest = {
-        "schema": SCHEMA_VERSION, "shard": name, "inputs": len(table),
-        "written": table["status"].to_pylist().count("ok"), **counts,
-        "inputs_digest": "digest", "signatures": ["resize-3-ab", "detect-1-cd", "parse-1-ef"], "files": {},
-        "run": {
-            "finished": 1_790_000_000.0 + 10 * index, "seconds": round(sum(seconds.values()), 3),
-            "stage_seconds": seconds, "executor": "inline", "attempt": 1, "host": "nowhere",
-        },
-    }  # fmt: skip
-    (folder / "shards" / f"{name}.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    manifest = Manifest(
+        shard=name,
+        inputs=len(table),
+        written=counts["ok", ""],
+        dropped={reason: n for (status, reason), n in counts.items() if status == "dropped"},
+        failed={reason: n for (status, reason), n in counts.items() if status == "failed"},
+        inputs_digest="digest",
+        signatures=tuple(f"{stage}-1-ab" for stage in CHAIN),
+        exclusions="",
+        tar=FileEntry(name=f"{name}.tar", bytes=0, sha256=""),
+        quarantine=None,
+        sidecar=FileEntry(name=f"{name}.parquet", bytes=0, sha256=""),
+        run=RunInfo(
+            finished=1_790_000_000.0 + 10 * index,
+            seconds=round(sum(seconds.values()), 3),
+            stage_seconds=seconds,
+            executor="inline",
+            host="nowhere",
+        ),
+    )
+    (folder / "shards" / f"{name}.json").write_text(manifest.to_json())
 
 
 def _sidecar(
@@ -159,7 +175,7 @@ def _sidecar(
         "detail": [f"measured {value:.3f}" if value > 0.5 else "" for value in rng.random(n)],
         "sha256": [key_of(source) * 3 + "abcd" for source in sources],
         "tar_offset": np.where(ok, np.arange(n) * 51200, -1), "tar_size": np.where(ok, 51200, 0),
-        "held_offset": np.full(n, -1), "held_size": np.zeros(n, int), "members": [[]] * n,
+        "quarantine_offset": np.full(n, -1), "quarantine_size": np.zeros(n, int), "members": [[]] * n,
         "license": rng.choice(_LICENSES, n).tolist(), "author": [f"A. Uthor {v}" for v in rng.integers(0, 40, n)],
         "consent": rng.choice(["", "given"], n).tolist(),
         "width": np.where(far >= 1, 512, 0), "height": np.where(far >= 1, 512, 0),
@@ -180,17 +196,15 @@ def _sidecar(
         "text_tokens": pa.array(np.minimum(75, tokens.sum(0)), pa.int32(), mask=far < 3),
         "cut": pa.array(cut.astype(np.float32), mask=far < 3),
         "trainable": pa.array(fused.any(1), mask=far < 3),
-        "fused": [_words(row) if f == 3 else [] for row, f in zip(fused, far, strict=True)],
-        "unfused": [_unfused(row, rng) if f == 3 else [] for row, f in zip(~fused, far, strict=True)],
-        "absent": [["ears"] if f == 3 and v < 0.1 else [] for v, f in zip(rng.random(n), far, strict=True)],
-        "region_words": [list(row) if f == 3 else [] for row, f in zip(rng.integers(0, 14, (n, 5)), far, strict=True)],
+        "regions": [_statuses(row, rng) if f == 3 else None for row, f in zip(fused, far, strict=True)],
+        "region_words": [list(row) if f == 3 else None for row, f in zip(rng.integers(0, 14, (n, 5)), far, strict=True)],
         "thumbnail": [pool[i][0] if f else b"" for i, f in zip(chosen, far, strict=True)],
         "thumbnail_labels": [pool[i][1] if f >= 2 else b"" for i, f in zip(chosen, far, strict=True)],
     }  # fmt: skip
     if recipe.hostile:
         _spoil(columns, np.flatnonzero(ok), np.flatnonzero(far == 0))
-    arrays = {field.name: pa.array(columns[field.name], field.type) for field in SIDECAR_SCHEMA}
-    return pa.table(arrays, schema=SIDECAR_SCHEMA)
+    known = sidecar_columns(ANNOTATIONS)
+    return pa.table({column.name: pa.array(columns[column.name], column.type) for column in known})
 
 
 def _spoil(columns: dict[str, Any], ok: np.ndarray, lost: np.ndarray) -> None:
@@ -232,13 +246,10 @@ def _faces(count: int, side: float, score: float, rng: np.random.Generator) -> l
     ]
 
 
-def _words(mask: np.ndarray) -> list[str]:
-    return [word for word, on in zip(REGION_WORDS, mask, strict=True) if on]
-
-
-def _unfused(mask: np.ndarray, rng: np.random.Generator) -> list[dict[str, str]]:
-    reasons = ("word_not_in_caption", "caption_too_long")
-    return [{"region": word, "reason": reasons[int(rng.integers(2))]} for word in _words(mask)]
+def _statuses(fused: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """Review.regions: of each region that is not fused, a reason; absent; or nothing."""
+    others = ("word_not_in_caption", "caption_too_long", ABSENT, "")
+    return [FUSED if is_fused else others[int(rng.integers(4))] for is_fused in fused]
 
 
 def _caption(rng: np.random.Generator) -> tuple[str, str]:
@@ -339,6 +350,3 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     with io.BytesIO() as out:
         image.save(out, kind, **options)
         return out.getvalue()
-
-
-assert tuple(REGION_LABELS) == REGION_WORDS

@@ -26,11 +26,11 @@ ORDER = [
         "parse",
         "embed",
         "measure",
-        "judge",
+        "quality_filter",
         "caption",
         "review",
     ),
-    *("neighbours", "takedown"),
+    *("global_pass", "takedown"),
 ]
 PLAIN = [
     *(
@@ -75,6 +75,11 @@ def value(row: Row, figure: str) -> float | None:
         return row["region_words"][REGION_WORDS.index(word)] if row["region_words"] else None
     number: float | None = row[figure]
     return number
+
+
+def status_of(row: Row, word: str) -> str:
+    """What the review says of a region: fused, a reason why not, absent, or nothing."""
+    return row["regions"][REGION_WORDS.index(word)] if row["regions"] else ""
 
 
 def area(row: Row, labels: Iterable[str]) -> float:
@@ -134,9 +139,9 @@ def check_data(data: dict[str, Any], folder: Path) -> None:
         assert entry == {
             "shard": name, "inputs": len(part), "written": states["ok"], "dropped": states["dropped"],
             "failed": states["failed"], "tar_bytes": sum(row["tar_size"] for row in part),
-            "held_bytes": sum(row["held_size"] for row in part),
+            "quarantine_bytes": sum(row["quarantine_size"] for row in part),
         }  # fmt: skip
-    spreads = data.pop("figures")
+    spreads = data.pop("metrics")
     assert sorted(spreads) == sorted(FIGURES)
     for figure in FIGURES:
         check_spread(spreads[figure], values(ok, figure))
@@ -201,15 +206,13 @@ def _check_regions(regions: Row, labels: Row, ok: list[Row]) -> None:
     parsed = [row for row in ok if row["label_areas"]]
     for word in REGION_WORDS:
         missing = sum(area(row, REGION_LABELS[word]) == 0 for row in parsed)
-        unfused = [
-            pair["reason"] for row in ok for pair in row["unfused"] if pair["region"] == word
-        ]
+        statuses = Counter(status_of(row, word) for row in ok)
         assert regions[word] == {
             "missing": missing,
             "missing_rate": round(missing / len(parsed), 6) if parsed else None,
-            "fused": sum(word in row["fused"] for row in ok),
-            "unfused": dict(Counter(unfused)),
-            "absent": sum(word in row["absent"] for row in ok),
+            "fused": statuses["fused"],
+            "unfused": {s: n for s, n in statuses.items() if s not in ("fused", "absent", "")},
+            "absent": statuses["absent"],
         }
     assert list(labels) == list(LABELS)
     for label in LABELS:

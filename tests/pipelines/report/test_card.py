@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlcroissant
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,19 +24,24 @@ from PIL import Image
 
 from configs.load import load_text
 from configs.schema import DatasetConfig
-from pipelines.dedup.global_pass import IDENTITIES_SCHEMA
-from pipelines.report.card import fields
-from pipelines.report.card.readme import write_card
+from pipelines.report.card import readme
+from pipelines.report.stats import compute
 from pipelines.run import run
 from pipelines.takedown import by_source, take_down
-from stages.codec import MEMBERS
-from stages.storage.sidecar import SIDECAR_SCHEMA
+from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
+from stages.storage.samples import MEMBERS
+from stages.storage.sidecar import KNOWN
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config
+from tests.pipelines.report.helpers import plain, rows_of
 
 EVIL = "CC|BY\n# hi <script>"
 LICENSES = ("CC0-1.0", EVIL, "CC0-1.0", "", "CC BY 4.0", "CC0-1.0")
 AUTHORS = ("*Ada*", "", "[x](javascript:1)", "| | |", "`rm`", "\u202eeve@example.com")
+
+
+def write_card(store: Store) -> None:
+    readme.write_card(store, compute(DatasetReader(store)))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,8 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     output = tmp_path_factory.mktemp("made") / "out"
     more = (
         "rules.min_face=265",
-        "neighbours.val_share=0.4",
-        "neighbours.split_similarity=0.6",
+        "global_pass.val_share=0.4",
+        "global_pass.split_similarity=0.6",
         *NO_COPIES,
     )
     run(config(folder / "in.parquet", output, "source.name_column=name", *more))
@@ -73,11 +77,6 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def copy(made: Store, tmp_path: Path) -> Store:
     shutil.copytree(made.root, tmp_path / "copy")
     return Store(str(tmp_path / "copy"))
-
-
-def rows_of(store: Store) -> list[dict[str, Any]]:
-    files = sorted(Path(store.root).glob("shards/*.parquet"))
-    return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
 def card_of(store: Store) -> tuple[dict[str, Any], str]:
@@ -109,7 +108,7 @@ def table(body: str, first: str) -> dict[str, list[str]]:
 
 
 def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
-    rows, (_, body) = rows_of(made), card_of(made)
+    rows, (_, body) = rows_of(Path(made.root)), card_of(made)
     samples = [row for row in rows if row["status"] == "ok"]
     assert 0 < len(samples) < 6, "one must be held, for the card to leave it out"
     assert f"{len(samples)} samples in 2 shards, made from 8 inputs" in body
@@ -140,7 +139,7 @@ def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
 
 def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
     head, body = card_of(made)
-    kept = [row for row in rows_of(made) if row["status"] == "ok"]
+    kept = [row for row in rows_of(Path(made.root)) if row["status"] == "ok"]
     assert EVIL in {row["license"] for row in kept}, "or this tests nothing"
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     assert not [token for token in tokens if token.type.startswith("html")]
@@ -162,13 +161,13 @@ def test_the_front_matter_leads_to_the_samples_and_not_to_what_is_held(made: Sto
     [entry] = card_of(made)[0]["configs"][0]["data_files"]
     found = {path.name for path in Path(made.root).glob(entry["path"])}
     assert found == {"fgid-000000.tar", "fgid-000001.tar"}
-    assert list(Path(made.root).glob("shards/*.held.tar")), (
+    assert list(Path(made.root).glob("shards/*.quarantine.tar")), (
         "nothing was held: the pattern proves nothing"
     )
 
 
 def test_the_card_names_no_picture_no_path_and_no_host(made: Store) -> None:
-    sources = [row["source"] for row in rows_of(made)]
+    sources = [row["source"] for row in rows_of(Path(made.root))]
     dataset = json.loads(made.read("dataset.json"))
     for name in ("README.md", "croissant.json"):
         text = made.read(name).decode()
@@ -189,39 +188,27 @@ def test_equal_outputs_give_equal_bytes(made: Store, copy: Store) -> None:
         assert copy.read(name) == before
 
 
-def test_every_field_is_described() -> None:
-    assert list(fields.SIDECAR) == SIDECAR_SCHEMA.names
-    assert list(fields.IDENTITIES) == IDENTITIES_SCHEMA.names
-    assert sorted(fields.MEMBERS) == sorted(MEMBERS)
-
-
-def plain(value: Any) -> Any:
-    """Bytes as text, arrays as lists, structs by the last part of their fields' names: as pyarrow
-    gives a row.
-    """
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    if isinstance(value, dict):
-        return {key.rsplit("/", 1)[-1]: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    return value
+def test_every_field_is_described(made: Store) -> None:
+    body = card_of(made)[1]
+    [files] = [rows[1:] for rows in tables(body) if rows[0] == ["file", "holds"]]
+    assert [name for name, _ in files] == [f"KEY.{extension}" for extension in MEMBERS]
+    columns = [rows[1:] for rows in tables(body) if rows[0] == ["column", "holds"]]
+    assert [[name for name, _ in rows] for rows in columns] == [
+        pq.read_schema(Path(made.root) / "shards/fgid-000000.parquet").names,
+        IDENTITIES_SCHEMA.names,
+    ]
+    assert {*KNOWN} == {name for name, _ in columns[0]}
+    assert all(text for rows in (files, *columns) for _, text in rows)
 
 
 def test_croissant_is_valid_and_its_records_are_the_rows(made: Store) -> None:
     dataset = mlcroissant.Dataset(jsonld=made.path("croissant.json"))
     assert not dataset.metadata.ctx.issues.errors
     assert {each.id for each in dataset.metadata.record_sets} == {
-        "samples",
-        "inputs",
-        "identities",
-        "splits",
+        *("samples", "inputs", "label_maps", "sample_files", "identities", "splits"),
     }
     for name, expected in (
-        ("inputs", rows_of(made)),
+        ("inputs", rows_of(Path(made.root))),
         ("identities", pq.read_table(Path(made.root) / "identities.parquet").to_pylist()),
     ):
         found = [plain(record) for record in dataset.records(name)]
@@ -261,7 +248,7 @@ def test_the_snippet_reads_one_side_of_the_split(
 
 
 def test_a_take_down_is_counted_and_leaves_its_digests(copy: Store) -> None:
-    kept = next(row for row in rows_of(copy) if row["status"] == "ok")
+    kept = next(row for row in rows_of(Path(copy.root)) if row["status"] == "ok")
     settings = load_text(DatasetConfig, copy.read("config.yaml").decode(), [f"output={copy.root}"])
     assert "Nothing was taken down" in card_of(copy)[1]
     take_down(copy, settings, by_source(copy, kept["source"]), "source", "asked by person of note")

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ShardError
-from pipelines.report import INDEX, STATS, TABLE, compute_stats, images_per_second, write_report
+from pipelines.report import compute_stats, images_per_second, write_report
 from pipelines.report.distribution import Sums, spread
 from pipelines.report.drift import Track, flags
 from pipelines.report.samples import read_samples
@@ -31,7 +31,8 @@ from pipelines.report.stats import compute
 from pipelines.report.text import number, percent
 from pipelines.run import run
 from stages.regions import LABELS, REGION_WORDS
-from stages.storage.commit import manifests
+from stages.storage.layout import REPORT, STATS, STATS_TABLE
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config
 from tests.pipelines.report.report_data import EVIL, EVIL_IMAGE, Recipe, write_set, write_shard
@@ -40,6 +41,7 @@ from tests.pipelines.report.report_recompute import (
     check_data,
     rates,
     shard_rows,
+    status_of,
     values,
     written,
 )
@@ -86,7 +88,7 @@ def test_every_figure_recomputes_from_real_shards(real: Store) -> None:
 
 
 def test_the_table_of_shards_recomputes(made: Store) -> None:
-    table = pq.read_table(Path(made.root) / TABLE).to_pylist()
+    table = pq.read_table(Path(made.root) / STATS_TABLE).to_pylist()
     for row, (name, rows) in zip(table, shard_rows(Path(made.root)).items(), strict=True):
         assert row["shard"] == name
         for figure in FIGURES:
@@ -139,11 +141,11 @@ def test_where_nothing_varies_whatever_differs_is_flagged() -> None:
 
 
 def test_equal_outputs_give_equal_reports(made: Store, tmp_path: Path) -> None:
-    before = [made.read(name) for name in (STATS, TABLE, INDEX)]
+    before = [made.read(name) for name in (STATS, STATS_TABLE, REPORT)]
     shutil.copytree(made.root, tmp_path / "elsewhere")
     write_report(str(tmp_path / "elsewhere"))
     assert [
-        (tmp_path / "elsewhere" / name).read_bytes() for name in (STATS, TABLE, INDEX)
+        (tmp_path / "elsewhere" / name).read_bytes() for name in (STATS, STATS_TABLE, REPORT)
     ] == before
 
 
@@ -163,7 +165,11 @@ def test_time_counts_only_while_a_shard_is_made(made: Store, tmp_path: Path) -> 
     assert runs["seconds"] == 12.0  # 6 to 12 and 105 to 111: the hour at lunch is no work
     assert runs["images_per_second"] == round(4 * 30 / 12, 3)
     # of a run that resumed
-    second = [manifest for manifest in manifests(store) if manifest["run"]["finished"] > 100]
+    second = [
+        manifest
+        for manifest in DatasetReader(store).manifests().values()
+        if manifest.run.finished > 100
+    ]
     assert images_per_second(second) == round(60 / 6, 3)
     assert runs["stage_seconds"] == {"source": 1.0, "parse": 3.0}
     assert runs["stage_share"] == {"source": 0.25, "parse": 0.75}
@@ -178,7 +184,7 @@ def test_a_ledger_that_does_not_balance_is_an_error(tmp_path: Path, change: dict
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ShardError, match=r"fgid-000000 doesn't balance"):
         write_report(store)
-    assert not store.exists(INDEX)
+    assert not store.exists(REPORT)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -186,12 +192,27 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         write_report(str(tmp_path / "empty"))
     store = small(tmp_path)
     sidecar = Path(store.path("shards/fgid-000000.parquet"))
-    pq.write_table(pq.read_table(sidecar).drop_columns(["sharpness"]), sidecar)
-    with pytest.raises(ShardError, match="fgid-000000: its sidecar has no column sharpness"):
+    pq.write_table(pq.read_table(sidecar).drop_columns(["status"]), sidecar)
+    with pytest.raises(ShardError, match="fgid-000000: its sidecar has no column status"):
         write_report(store)
     sidecar.unlink()
-    with pytest.raises(ShardError, match="fgid-000000 has a manifest and no sidecar"):
+    with pytest.raises(ShardError, match=r"fgid-000000\.parquet is missing"):
         write_report(store)
+
+
+def test_columns_that_a_sidecar_lacks_have_no_values(tmp_path: Path) -> None:
+    """As in a data set whose chain has fewer stages, or that an older program wrote."""
+    store = small(tmp_path, shards=2)
+    sidecar = Path(store.path("shards/fgid-000001.parquet"))
+    lacking = ["sharpness", "license", "trainable", "regions", "region_words", "label_areas"]
+    pq.write_table(pq.read_table(sidecar).drop_columns(lacking), sidecar)
+    data = write_report(store).stats["data"]
+    ok, others = (written(rows) for rows in shard_rows(Path(store.root)).values())
+    assert data["metrics"]["sharpness"]["count"] == len(ok)
+    assert data["metrics"]["brightness"]["count"] == len(ok) + len(others)
+    assert data["trainable"]["unknown"] == len(others)
+    stated = {entry["name"]: entry["count"] for entry in data["licenses"]["named"]}
+    assert stated == Counter(row["license"] for row in ok) + Counter({"": len(others)})
 
 
 @pytest.mark.parametrize(
@@ -250,8 +271,15 @@ def test_sums_are_exact_in_any_order_and_merge(rows: list[list[float | None]], p
 
 
 def test_records_are_spread_evenly_and_examples_are_among_them(made: Store) -> None:
-    report = compute(made)
-    records = read_samples(made, report.manifests, report.examples, 100)
+    report = compute(DatasetReader(made))
+    records = read_samples(
+        DatasetReader(made),
+        report.manifests,
+        report.examples,
+        100,
+        report.metrics,
+        report.columns,
+    )
     shards = Counter(records.columns["shard"])
     assert all(shards[index] >= 20 for index in range(5)), "each shard's fifth, and the examples"
     assert len(set(records.columns["key"])) == len(records) < 300
@@ -265,7 +293,14 @@ def test_records_are_spread_evenly_and_examples_are_among_them(made: Store) -> N
         assert records.columns["caption"][at] == row["caption"]
         lacking = sum((share == 0) << label for label, share in enumerate(row["label_areas"]))
         assert records.columns["missing"][at] == (lacking if row["label_areas"] else -1)
-    whole = read_samples(made, report.manifests, report.examples, 10_000)
+    whole = read_samples(
+        DatasetReader(made),
+        report.manifests,
+        report.examples,
+        10_000,
+        report.metrics,
+        report.columns,
+    )
     assert whole.columns["key"] == list(rows), "of a small set all, in its order"
 
 
@@ -286,7 +321,7 @@ class Page(HTMLParser):
         self.lists: dict[str, dict[str, str]] = {}
         self._stack: list[tuple[str, dict[str, str | None]]] = []
         self._table, self._of, self._term = "", "", ""
-        self.feed(store.read(INDEX).decode())
+        self.feed(store.read(REPORT).decode())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
@@ -356,12 +391,9 @@ def test_the_numbers_shown_are_those_of_the_shards(made: Store) -> None:
         assert area == percent(statistics.median(present))
     for row in page.tables["region-table"][1:]:
         word = row[0]
-        pairs = Counter(
-            pair["reason"] for entry in ok for pair in entry["unfused"] if pair["region"] == word
-        )
-        reasons = [str(pairs[reason]) for reason in ("word_not_in_caption", "caption_too_long")]
-        fused, absent = (sum(word in entry[name] for entry in ok) for name in ("fused", "absent"))
-        assert row[5:] == [str(fused), *reasons, str(absent)]
+        statuses = Counter(status_of(entry, word) for entry in ok)
+        shown = ("fused", "word_not_in_caption", "caption_too_long", "absent")
+        assert row[5:] == [str(statuses[status]) for status in shown]
     assert f"{len(ok)} samples of {len(rows)} photographs" in page.text
     assert page.tables["funnel"][-2][3] == str(len(ok))
 
@@ -382,7 +414,7 @@ def test_numbers_as_text(value: float | None, shown: str) -> None:
 
 
 def test_words_from_outside_are_text_and_only_two_scripts_may_run(made: Store) -> None:
-    page, html = Page(made), made.read(INDEX).decode()
+    page, html = Page(made), made.read(REPORT).decode()
     assert EVIL in page.text and EVIL_IMAGE in page.text  # licence, detail, note; source
     assert EVIL not in html and not [tag for tag, _ in page.tags if tag == "img"]
     runnable = [data for kind, data in page.scripts if kind is None]
@@ -418,7 +450,7 @@ def test_the_page_needs_nothing_from_anywhere(made: Store) -> None:
         (link or "").startswith(("data:", "#")) or link in ("stats.json", "stats.parquet")
         for link in links
     )
-    style = re.search(r"<style>(.*?)</style>", made.read(INDEX).decode(), re.S)
+    style = re.search(r"<style>(.*?)</style>", made.read(REPORT).decode(), re.S)
     assert style and "url(" not in style[1] and "@import" not in style[1]
 
 
@@ -441,7 +473,7 @@ def test_an_unfinished_output_says_so(tmp_path: Path) -> None:
     Path(store.path("shards/fgid-000002.json")).unlink()
     path = Path(store.path("shards/fgid-000001.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"signatures": ["other-1-00"]}))
-    assert write_report(store)["plan"] == {"shards": 3, "inputs": 90}
+    assert write_report(store).stats["plan"] == {"shards": 3, "inputs": 90}
     text = Page(store).text
     assert "2 of 3 planned shards are committed (60 of 90 inputs)" in text
     assert "made with 2 different configurations" in text

@@ -17,9 +17,11 @@ from urllib.parse import parse_qs
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.report import INDEX, STATS, write_report
+from pipelines.report import write_report
 from pipelines.report.palette import PALETTE
 from stages.regions import LABEL_IDS
+from stages.storage.layout import REPORT, STATS
+from tests.pipelines.report.helpers import rows_of
 from tests.pipelines.report.report_data import EVIL, EVIL_IMAGE, EVIL_MORE, Recipe, write_set
 
 CHROMIUM = shutil.which("chromium")
@@ -73,7 +75,7 @@ def open_page(browser: Any, made: Path) -> Iterator[Open]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        url = (folder / INDEX).as_uri()
+        url = (folder / REPORT).as_uri()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
@@ -93,11 +95,6 @@ def open_page(browser: Any, made: Path) -> Iterator[Open]:
         assert context.pages[0].evaluate("window.evil === undefined")
         context.close()
     assert not complaints
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("shards/*.parquet"))
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 
 def count(page: Any) -> str:
@@ -147,7 +144,8 @@ def test_every_number_shows_exactly_as_many_records(open_page: Open) -> None:
             assert shown[href] == records(int(of[0])), href
             assert text == f"{int(of[0]):,}" or text.startswith("fgid-"), href
     assert any(
-        href.startswith("#pictures?status=dropped&stage=judge&reason=blurred") for href in links
+        href.startswith("#pictures?status=dropped&stage=quality_filter&reason=blurred")
+        for href in links
     )
 
 
@@ -174,7 +172,7 @@ def test_a_bar_is_clicked_and_its_pictures_are_there(open_page: Open, made: Path
     chart = page.locator("[data-figure=yaw][data-chart]")
     chart.scroll_into_view_if_needed()
     page.wait_for_selector("[data-figure=yaw][data-drawn]")
-    found = json.loads((made / STATS).read_text())["data"]["figures"]["yaw"]
+    found = json.loads((made / STATS).read_text())["data"]["metrics"]["yaw"]
     fullest = max(range(len(found["counts"])), key=lambda at: found["counts"][at])
     assert chart.locator(".bars .point").count() == len(found["counts"])
     chart.locator(".bars .point").nth(fullest).hover(force=True)
@@ -331,7 +329,7 @@ def test_a_record_shows_all_that_is_known_of_it(open_page: Open, made: Path) -> 
     wanted = [
         k for k, row in near.items() if row["identity_size"] > 1 and rows[k]["caption"] != EVIL
     ]
-    key = next(k for k in wanted if rows[k]["unfused"] and rows[k]["fused"])
+    key = next(k for k in wanted if {"fused", "caption_too_long"} <= {*rows[k]["regions"]})
     row = rows[key]
     page = open_page(f"#pictures?at={key}")
     page.wait_for_selector("#detail[open]")
@@ -350,7 +348,7 @@ def test_a_record_shows_all_that_is_known_of_it(open_page: Open, made: Path) -> 
         r"\b(?:face|ears?|eyes?|nose|mouth)\b", f"{row['caption']} {row['face_caption']}"
     )
     assert marks == words and marks
-    assert text.count("fused") == len(row["fused"]) + len(row["unfused"])
+    assert text.count("fused") == sum(status not in ("absent", "") for status in row["regions"])
     shown = page.eval_on_selector_all(
         "#detail .strip >> nth=0 >> .other", "all => all.map(b => b.dataset.key)"
     )
@@ -421,7 +419,7 @@ def test_ten_thousand_samples(
     began = time.perf_counter()
     write_report(str(folder))
     made, began = time.perf_counter() - began, time.perf_counter()
-    size = (folder / INDEX).stat().st_size
+    size = (folder / REPORT).stat().st_size
     page = open_page(folder=folder)
     opened, began = time.perf_counter() - began, time.perf_counter()
     page.wait_for_selector("[data-chart][data-drawn]")

@@ -1,4 +1,4 @@
-"""A Chain with a stage that pictures can kill, or hold up for ever, by their names."""
+"""Chains with a stage that records can kill, or hold up for ever, by their names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stages.record import Record
 
 
 class Trap(SleepStage):
-    """Dies of killer*.jpg as a decoder's segfault dies; never ends sleeper*.jpg; has no server for
-    lonely*.jpg.
+    """killer*: the process dies of a segmentation fault. sleeper*: never ends. lonely*: raises
+    ServerError.
     """
 
     name = "trap"
@@ -31,7 +31,12 @@ class Trap(SleepStage):
         return records
 
 
+def trap_alone(text: str) -> list[Stage]:
+    """For a ChainReference; the text is not used."""
+    return [Trap(SleepConfig(0.0))]
+
+
 def trapped(config: DatasetConfig) -> list[Stage]:
-    """Resize, the trap, and constants for the rest."""
+    """A Chain: resize, the trap, and constants for the rest."""
     resize, fill = resizing(config)
     return [resize, Trap(SleepConfig(0.0, config.resize.placement)), fill]

@@ -23,12 +23,14 @@ import fsspec
 import pytest
 
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
-from pipelines.run import execute, lint, plan_job, read_ledger, run
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
-from stages.storage.commit import read_records
 from stages.storage.lock import NAME, RunLock
+from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
-from tests.pipelines.helpers import DEMO, config, digests
+from tests.pipelines.helpers import DEMO, config, digests, new_captions
 from tests.stages.storage.helpers import HOLDER
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
 from train.shards import ShardSet
@@ -44,7 +46,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Proxy, Any]]:
-    """The proxy, and a client past it; the environment says where the server is, as a user's would."""
+    """The proxy, and a client past it; the environment names the server, as a user's would."""
     with s3_server() as port, proxy(port) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -121,14 +123,18 @@ def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_no
 
 def test_the_trainer_reads_it_in_place(made: Made) -> None:
     data = ShardSet(made.bucket.out)
-    records = [record for index in (0, 1) for record in read_records(Store(made.bucket.out), index)]
+    records = [
+        record
+        for index in (0, 1)
+        for record in DatasetReader(Store(made.bucket.out)).records(index)
+    ]
     assert data.keys == [record.key for record in records]
     assert [record.image for record in data.records([1, 0])] == [records[1].image, records[0].image]
     assert data.dataset_config() == made.bucket.read("out/config.yaml").decode()
 
 
 def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
-    made: Made, bucket: Bucket, faces: Path
+    made: Made, bucket: Bucket, faces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = [
         [("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)
@@ -138,7 +144,8 @@ def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
     bucket.copy_of(made.bucket)
     torn: list[str] = []
     bucket.proxy.changed = lambda: torn.extend(bucket.torn())
-    run(config(faces, bucket.out, "shard_size=1", "caption.face_prompt=another"))
+    new_captions(monkeypatch)
+    run(config(faces, bucket.out, "shard_size=1"))
     gone = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
     assert bucket.changes() == [*gone[0], *written[0], *gone[1], *written[1]]
     assert torn == []
@@ -321,7 +328,7 @@ def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
     bucket.put("in/empty.jpg", b"")
     source = build_source(config(f"s3://{bucket.name}/in/", bucket.out))
     bucket.proxy.reset(Faults(share=0.3, seed=3))
-    found = {item.source: source.fetch(item) for item in source.list()}
+    found = {item.source: source.read_with_retries(item) for item in source.list()}
     assert found == {name: name.encode() for name in names} | {"empty.jpg": b""}
     bucket.put("in/new.jpg", b"")
     assert "new.jpg" in {item.source for item in source.list()}  # no listing is remembered
@@ -377,10 +384,10 @@ def test_a_folder_on_a_web_server_is_a_source(tmp_path: Path) -> None:
         source = build_source(
             config(f"http://127.0.0.1:{server.server_port}/in/", tmp_path / "out")
         )
-        found = {item.source: source.fetch(item) for item in source.list()}
+        found = {item.source: source.read_with_retries(item) for item in source.list()}
         assert found == {name: name.encode() for name in ("a b.jpg", "deep/er/ü.jpg")}
         # though the server knows no parts
-        assert source.fetch(next(iter(source.list())), 2) in (b"a ", b"de")
+        assert source.read_with_retries(next(iter(source.list())), 2) in (b"a ", b"de")
     finally:
         server.shutdown()
         thread.join()

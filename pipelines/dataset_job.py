@@ -1,0 +1,54 @@
+"""DatasetJob: how an executor loads, processes and commits the shards of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+from configs.load import load_text, to_yaml
+from configs.schema import DatasetConfig
+from pipelines.chain import Chain
+from pipelines.planning.plan import ShardTask
+from pipelines.planning.resume import load_shard
+from stages.base import PendingRecord, Stage
+from stages.executors import ChainReference, ExecutorSettings
+from stages.record import Record
+from stages.storage.commit import ChainInfo, commit
+from stages.storage.manifest import Manifest, ShardRun
+from stages.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetJob:
+    """A stages.executors.job.ShardJob. info: of the chain, as the driver built it."""
+
+    config: DatasetConfig
+    chain: ChainReference
+    info: ChainInfo
+
+    @property
+    def settings(self) -> ExecutorSettings:
+        config = self.config
+        return ExecutorSettings(
+            threads=config.threads, stuck_after=config.stuck_after, ray=config.ray
+        )
+
+    def load(self, task: ShardTask, stages: Sequence[Stage]) -> Iterator[PendingRecord]:
+        return load_shard(self.config, Store(self.config.output), task, stages)
+
+    def commit(self, task: ShardTask, records: Sequence[Record], run: ShardRun) -> Manifest:
+        return commit(Store(self.config.output), task.shard, records, self.info, run.finish())
+
+
+def chain_reference(config: DatasetConfig, chain: Chain) -> ChainReference:
+    """The text is the chain's name on the first line, and the configuration as YAML after it."""
+    name = f"{chain.__module__}:{chain.__qualname__}"
+    return ChainReference("pipelines.dataset_job:build_from_text", f"{name}\n{to_yaml(config)}")
+
+
+def build_from_text(text: str) -> list[Stage]:
+    """Builds the stages of the text that `chain_reference` writes."""
+    name, _, config = text.partition("\n")
+    chain: Chain = resolve_name(name)
+    return chain(load_text(DatasetConfig, config))

@@ -1,0 +1,123 @@
+"""Shard table: report/stats.parquet, a row for each shard; which shards drift from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.report.distribution import Floats
+from pipelines.report.drift import Track, flags
+from pipelines.report.metrics import ShownMetric
+from pipelines.report.scan import Scan
+from stages.record import Status
+from stages.regions import REGION_WORDS
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The scans of all shards, and of each metric the mean, median and count: (shards, metrics)."""
+
+    scans: Sequence[Scan]
+    metrics: Sequence[ShownMetric]
+    means: Floats
+    medians: Floats
+    counts: Floats
+
+    @property
+    def cut(self) -> list[int]:
+        """Of each shard the samples whose captions are cut."""
+        place = next(i for i, shown in enumerate(self.metrics) if shown.name == "cut")
+        return [int((part.values[place] > 0).sum()) for part in self.scans]
+
+
+def shard_entry(part: Scan) -> dict[str, Any]:
+    """Counts and sizes of one shard, JSON-ready."""
+    return {
+        "shard": part.name,
+        "inputs": part.inputs,
+        "written": part.of(Status.OK),
+        "dropped": part.of(Status.DROPPED),
+        "failed": part.of(Status.FAILED),
+        "tar_bytes": part.tar_bytes,
+        "quarantine_bytes": part.quarantine_bytes,
+    }
+
+
+def shard_table(
+    shards: Shards, spreads: Mapping[str, Any], runs: Mapping[str, Any]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """(the table; of each metric and rate the shards that drift, JSON-ready).
+
+    spreads: the distribution of each metric over all samples. runs: see runs.run_summary.
+    """
+    entries = [shard_entry(part) for part in shards.scans]
+    columns: dict[str, Any] = {name: [entry[name] for entry in entries] for name in entries[0]}
+    for name in ("seconds", "images_per_second"):
+        columns[name] = [run[name] for run in runs["shards"]]
+    for stage in runs["stage_seconds"]:
+        columns[f"seconds_{stage}"] = [run["stage_seconds"].get(stage) for run in runs["shards"]]
+    tracks = _rates(shards)
+    columns |= {track.name: _nulls(track.values) for track in tracks}
+    for at, shown in enumerate(shards.metrics):
+        counts, means, medians = (
+            values[:, at] for values in (shards.counts, shards.means, shards.medians)
+        )
+        columns[f"{shown.name}_count"] = counts
+        columns[f"{shown.name}_mean"] = _nulls(means)
+        columns[f"{shown.name}_median"] = _nulls(medians)
+        spread = spreads[shown.name]
+        if not spread["count"]:
+            continue
+        if shown.metric.whole:
+            scale = _deviation(spread["count"], shards.scans, at)
+            tracks.append(Track(shown.name, means, counts, scale))
+        else:
+            tracks.append(Track(shown.name, medians, counts, spread["upper"] - spread["lower"]))
+    drift = {}
+    names = [part.name for part in shards.scans]
+    for track in tracks:
+        entry, away = flags(track, names)
+        drift[track.name] = entry
+        columns[f"{track.name}_away"] = _nulls(away)
+    return pa.table(columns), drift
+
+
+def _deviation(count: int, scans: Sequence[Scan], at: int) -> float:
+    """Standard deviation of whole numbers, from exact sums."""
+    squares = sum(int(np.nansum(np.square(part.values[at]))) for part in scans)
+    total = sum(int(np.nansum(part.values[at])) for part in scans)
+    return float(np.sqrt((count * squares - total**2) / count**2))
+
+
+def _rates(shards: Shards) -> list[Track]:
+    """Shares of a shard: of its inputs that were written; of its samples that can be trained on,
+    lose text, or lack a region."""
+    scans = shards.scans
+    inputs = np.array([part.inputs for part in scans], float)
+    written = np.array([part.of(Status.OK) for part in scans], float)
+    trainable = np.array([part.tally["trainable", "yes"] for part in scans], float)
+    reviewed = trainable + [part.tally["trainable", "no"] for part in scans]
+    parsed = np.array([part.tally["parsed",] for part in scans], float)
+    shares = [
+        ("written_share", written, inputs),
+        ("trainable_share", trainable, reviewed),
+        ("cut_share", shards.cut, reviewed),
+        *(
+            (f"missing_{word}_share", [part.tally["missing", word] for part in scans], parsed)
+            for word in REGION_WORDS
+        ),
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return [
+            Track(name, np.where(whole > 0, np.asarray(some, float) / whole, np.nan), whole, None)
+            for name, some, whole in shares
+        ]
+
+
+def _nulls(values: Floats) -> pa.Array:
+    """NaN and infinity become null: a table has no such numbers."""
+    return pa.array(values, pa.float64(), mask=~np.isfinite(values))

@@ -1,0 +1,154 @@
+"""Annotations that come with this program: what the measure and review stages record.
+
+A new stage declares its own annotation in its own file; see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+
+from stages.fields import Annotation, Metric, stored
+from stages.regions import MAX_REGIONS, REGION_WORDS
+
+FUSED = "fused"
+ABSENT = "absent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures(Annotation):
+    """Metrics that the quality filter looks at. All are of the chosen face, except `hash`, which is
+    of the whole picture. stages/measurements.py says how each is measured."""
+
+    name: ClassVar[str] = "measures"
+
+    sharpness: float = stored(
+        "sharpness of the chosen face, normalised for its size, 0 (blurred) to 1",
+        pa.float64(),
+        metric=Metric(title="Sharpness", note="of the chosen face"),
+    )
+    brightness: float = stored(
+        "mean luma of the face's skin, 0 to 1",
+        pa.float64(),
+        metric=Metric(title="Brightness", note="of the face's skin, 0 to 1"),
+    )
+    clipped: float = stored(
+        "share of the face's pixels that are black or white (luma 0-2 or 253-255), 0 to 1",
+        pa.float64(),
+        metric=Metric(title="Clipped", unit="%", note="of the face, black or white", scale=100),
+    )
+    yaw: float = stored(
+        "degrees; 0 is frontal, over 0: turned to the viewer's right",
+        pa.float64(),
+        metric=Metric(title="Yaw", unit="°", note="over 0: to the viewer's right", group="pose"),
+    )
+    pitch: float = stored(
+        "degrees; 0 is frontal, over 0: raised",
+        pa.float64(),
+        metric=Metric(title="Pitch", unit="°", note="over 0: raised", group="pose"),
+    )
+    roll: float = stored(
+        "degrees; 0 is upright, over 0: tilted clockwise as the viewer sees it",
+        pa.float64(),
+        metric=Metric(title="Roll", unit="°", note="over 0: clockwise", group="pose"),
+    )
+    occlusion: float = stored(
+        "share of the face's expected area that something else covers, 0 to 1",
+        pa.float64(),
+        metric=Metric(title="Occlusion", unit="%", note="of the face, covered", scale=100),
+    )
+    hash: str = stored(
+        "perceptual hash of the picture: 256-bit DCT hash, 64 hex digits", pa.string()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Review(Annotation):
+    """What the trainer's prompt code makes of a sample's captions; see pipelines/review.py."""
+
+    name: ClassVar[str] = "review"
+
+    caption_tokens: int = stored(
+        "CLIP tokens of the caption, not cut, without begin and end tokens",
+        pa.int32(),
+        metric=Metric(
+            title="Caption", unit="tokens", note="coarse description", whole=True, group="text"
+        ),
+    )
+    face_caption_tokens: int = stored(
+        "CLIP tokens of the face caption, not cut, without begin and end tokens",
+        pa.int32(),
+        metric=Metric(
+            title="Face caption", unit="tokens", note="fine description", whole=True, group="text"
+        ),
+    )
+    text_tokens: int = stored(
+        "CLIP tokens of the training text that the trainer makes of both captions",
+        pa.int32(),
+        metric=Metric(
+            title="Training text",
+            unit="tokens",
+            note="as the trainer makes it",
+            whole=True,
+            group="text",
+        ),
+    )
+    cut: float = stored(
+        "share of both captions' tokens that the training text leaves out, 0 to 1",
+        pa.float64(),
+        metric=Metric(
+            title="Share cut",
+            unit="%",
+            note="of the captions, in training",
+            scale=100,
+            group="text",
+        ),
+    )
+    trainable: bool = stored(
+        "true if training fuses at least one region's picture into its word", pa.bool_()
+    )
+    regions: tuple[str, ...] = stored(
+        "for each of face, ears, eyes, nose and mouth: fused (training fuses its picture into its "
+        "word), the reason why not, absent (a caption names it and the label map doesn't show it), "
+        "or empty (neither named nor shown)",
+        pa.list_(pa.string()),
+        length=MAX_REGIONS,
+    )
+    region_words: tuple[int, ...] = stored(
+        "for each of the five regions: words of the clause that names it; 0: none",
+        pa.list_(pa.int32()),
+        length=MAX_REGIONS,
+    )
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Regions whose pictures training fuses into their words."""
+        return fused_words(self.regions)
+
+    @property
+    def unfused(self) -> tuple[tuple[str, str], ...]:
+        """(region, reason) of each region that is shown and not fused."""
+        return unfused_words(self.regions)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Regions that a caption names and the label map doesn't show."""
+        return absent_words(self.regions)
+
+
+def fused_words(statuses: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The regions whose status (see Review.regions) is `fused`; none where there is no review."""
+    return tuple(w for w, status in zip(REGION_WORDS, statuses, strict=False) if status == FUSED)
+
+
+def absent_words(statuses: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The regions whose status is `absent`."""
+    return tuple(w for w, status in zip(REGION_WORDS, statuses, strict=False) if status == ABSENT)
+
+
+def unfused_words(statuses: tuple[str, ...] | list[str]) -> tuple[tuple[str, str], ...]:
+    """(region, reason) of the regions that are shown and not fused."""
+    pairs = zip(REGION_WORDS, statuses, strict=False)
+    return tuple((word, status) for word, status in pairs if status not in (FUSED, ABSENT, ""))

@@ -1,0 +1,60 @@
+"""The Ray cluster that a run uses: a local one of its own, or one that is running."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import configs
+from configs.schema import RayConfig
+from stages.executors.placement import Resources
+
+# This project's top-level packages; a job's classes and its chain may be in any of them.
+PACKAGES: Final = ("configs", "stages", "model", "pipelines", "train", "infer")
+# Ray's default ends idle worker processes after one second; the next task would import for seconds.
+_IDLE_MS: Final = 60_000
+
+
+def start_ray(settings: RayConfig) -> None:
+    """Connects to `settings.address` or $RAY_ADDRESS; if there is none, starts a local cluster."""
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # workers log to their own files
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address and address != "local":
+        ray.init(address=address, runtime_env=runtime_env(), **quiet)
+        return
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        object_store_memory=settings.object_store_mb * 1_000_000,
+        include_dashboard=False,
+        _system_config={"idle_worker_killing_time_threshold_ms": _IDLE_MS},
+        **quiet,
+    )
+
+
+def runtime_env() -> dict[str, Any] | None:
+    """Returns Ray's `runtime_env` that sends PACKAGES to remote workers, so that their image needs
+    only the requirements. None inside `ray job submit`, which has sent its working directory.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return None
+    root = Path(configs.__file__).parents[1]
+    return {"py_modules": [str(root / name) for name in PACKAGES]}
+
+
+def list_nodes() -> list[Resources]:
+    """Returns the resources of every living node."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]

@@ -1,0 +1,245 @@
+"""DatasetReader: everything that is read of a data set, local or at an fsspec URL."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from configs.errors import ShardError
+from stages.fields import Column
+from stages.record import Record, Status
+from stages.storage import layout
+from stages.storage.manifest import FileEntry, Manifest
+from stages.storage.samples import parse_sample, read_sample
+from stages.storage.sidecar import Row, SidecarFile, is_quarantined, row_to_record
+from stages.storage.store import Store
+
+IDENTITIES_SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, metadata={"description": description})
+        for name, kind, description in (
+            ("key", pa.string(), "key of the sample"),
+            ("shard", pa.int32(), "number of the shard that holds it"),
+            (
+                "identity_id",
+                pa.string(),
+                "whom it shows: samples with equal ids are taken for one person",
+            ),
+            ("identity_size", pa.int32(), "samples of that identity"),
+            (
+                "split_group",
+                pa.string(),
+                "identities that may be one person; they are on one side of the split",
+            ),
+            ("split", pa.string(), "train or val; an identity is on one side only"),
+            (
+                "nearest",
+                pa.list_(pa.string()),
+                "keys of the samples whose faces are most alike, the closest first",
+            ),
+            ("similarity", pa.list_(pa.float32()), "their cosines"),
+        )
+    ]
+)
+"""identities.parquet: a row for each sample. identity_id is "id-" and the beginning of the key of
+the identity's earliest member."""
+
+Value = TypeVar("Value")
+
+
+class SamplePlace(NamedTuple):
+    """Where a written sample is. tar: file name in the shards folder; offset, size: bytes."""
+
+    key: str
+    tar: str
+    offset: int
+    size: int
+
+
+class DatasetReader:
+    """Reads manifests, sidecar rows, samples, identities and configuration of a data set.
+
+    Nothing is cached: a data set may change while a run is at work on it. Files of an older format
+    version are read as those of this one. Methods raise ShardError for a file that is missing,
+    damaged, or contradicts its manifest.
+    """
+
+    def __init__(self, output: str | Store) -> None:
+        self.store = output if isinstance(output, Store) else Store(output)
+
+    def __str__(self) -> str:
+        return self.store.url
+
+    # ------------------------------------------------------------------------------------- shards
+
+    def manifests(self) -> dict[int, Manifest]:
+        """index → manifest of every committed shard, in order."""
+        names = self.store.names(layout.SHARDS)
+        paths = [layout.in_shards(name) for name in names if layout.is_manifest(name)]
+        files = self.store.read_all(paths)
+        manifests = [
+            Manifest.from_json(data, f"{self.store.url}/{name}") for name, data in files.items()
+        ]
+        return {m.index: m for m in sorted(manifests, key=lambda manifest: manifest.index)}
+
+    @contextmanager
+    def sidecar(self, index: int) -> Iterator[SidecarFile]:
+        """A shard's sidecar, to be read in parts."""
+        name = layout.in_shards(layout.sidecar(index))
+        try:
+            with self.store.parquet(name) as file:
+                yield SidecarFile(file)
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{self.store.url}/{name} is missing, and its shard has a manifest. Remove that "
+                "manifest and run the pipeline again: it makes the shard again."
+            ) from error
+
+    def rows(
+        self,
+        index: int,
+        columns: Sequence[Column | str] | None = None,
+        status: Status | None = None,
+    ) -> pa.Table:
+        """A shard's sidecar rows, in input order; those of one status only where it is given."""
+        names = None if columns is None else [c if isinstance(c, str) else c.name for c in columns]
+        hidden = status is not None and names is not None and "status" not in names
+        with self.sidecar(index) as file:
+            table = file.read([*(columns or ()), "status"] if hidden else columns)
+        if status is not None:
+            table = table.filter(pc.equal(table.column("status"), status.value))
+        return table.drop_columns(["status"]) if hidden else table
+
+    def columns(self) -> dict[str, Column]:
+        """name → column of the sidecars. Shards that were made by different chains may differ: a
+        column that any of them has is here."""
+        columns: dict[str, Column] = {}
+        chains = {(m.version, m.signatures): index for index, m in self.manifests().items()}
+        for index in chains.values():
+            with self.sidecar(index) as file:
+                columns = file.columns | columns
+        return columns
+
+    # ------------------------------------------------------------------------------------ samples
+
+    def records(self, index: int) -> list[Record]:
+        """The record of every input of a shard, in order: samples and quarantined ones complete,
+        dropped and failed ones with their reason and without payloads."""
+        manifest = self._manifest(index)
+        with self.sidecar(index) as file:
+            columns, rows = file.columns, file.read().to_pylist()
+        with ExitStack() as stack:
+            tar = stack.enter_context(self._open(manifest.tar))
+            quarantine = tar
+            if manifest.quarantine:
+                quarantine = stack.enter_context(self._open(manifest.quarantine))
+            return [
+                _restored(read_sample(quarantine if is_quarantined(row) else tar, row), row)
+                if _has_sample(row)
+                else row_to_record(row, columns)
+                for row in rows
+            ]
+
+    def samples(self, index: int) -> Iterator[Record]:
+        """The written samples of a shard, one at a time, in the order of its tar."""
+        rows = self.rows(index, ("key", "source", "members"), Status.OK).to_pylist()
+        if rows:
+            with self._open(self._manifest(index).tar) as tar:
+                for row in rows:
+                    yield read_sample(tar, row)
+
+    def sample(self, index: int, row: Row) -> Record | None:
+        """The sample of a complete sidecar row, by one ranged read; None where it has none."""
+        if not _has_sample(row):
+            return None
+        manifest = self._manifest(index)
+        quarantined = is_quarantined(row)
+        file, kind = (manifest.quarantine, "quarantine") if quarantined else (manifest.tar, "tar")
+        if file is None:
+            raise ShardError(f"{manifest.shard}: a row is quarantined, the manifest names no tar")
+        start = row[f"{kind}_offset"]
+        data = self._found(
+            file, lambda name: self.store.read(name, start, start + row[f"{kind}_size"])
+        )
+        members = [member | {"offset": member["offset"] - start} for member in row["members"]]
+        return _restored(read_sample(io.BytesIO(data), {**row, "members": members}), row)
+
+    def samples_at(self, places: Sequence[SamplePlace]) -> list[Record]:
+        """The samples at these places, in that order; their bytes are fetched together."""
+        ranges = [(layout.in_shards(p.tar), p.offset, p.offset + p.size) for p in places]
+        try:
+            parts = self.store.read_ranges(ranges)
+        except FileNotFoundError as error:
+            raise ShardError(f"{self.store.url}: a tar has vanished: {error}") from error
+        return [
+            parse_sample(part, place.key, f"{self.store.url}/{layout.SHARDS}/{place.tar}")
+            for part, place in zip(parts, places, strict=True)
+        ]
+
+    # ------------------------------------------------------------------------------ the whole set
+
+    def identities(self, columns: list[str] | None = None) -> pa.Table:
+        """The rows of identities.parquet, none where the global pass hasn't run yet."""
+        if not self.store.exists(layout.IDENTITIES):
+            schema = IDENTITIES_SCHEMA
+            return pa.schema([schema.field(n) for n in columns or schema.names]).empty_table()
+        return self.store.table(layout.IDENTITIES, columns)
+
+    def config_text(self) -> str:
+        """The configuration of the last run, as YAML; "" where there is none."""
+        return self.store.read_all([layout.CONFIG]).get(layout.CONFIG, b"").decode()
+
+    def config_values(self) -> dict[str, Any]:
+        """The same as plain values, {} for none. Keys may be those of an older version."""
+        return _mapping(yaml.safe_load(self.config_text()))
+
+    def dataset_info(self) -> dict[str, Any]:
+        """What dataset.json says: source, stages, signatures, weights; {} where there is none."""
+        data = self.store.read_all([layout.DATASET]).get(layout.DATASET, b"{}")
+        try:
+            return _mapping(json.loads(data))
+        except ValueError as error:
+            raise ShardError(f"{self.store.url}/{layout.DATASET} is not JSON: {error}") from error
+
+    # -------------------------------------------------------------------------------------- parts
+
+    def _manifest(self, index: int) -> Manifest:
+        name = layout.in_shards(layout.manifest(index))
+        try:
+            return Manifest.from_json(self.store.read(name), f"{self.store.url}/{name}")
+        except FileNotFoundError as error:
+            raise ShardError(f"{self.store.url}: shard {index} is not committed") from error
+
+    def _open(self, file: FileEntry) -> Any:
+        return self._found(file, self.store.open)
+
+    def _found(self, file: FileEntry, read: Callable[[str], Value]) -> Value:
+        try:
+            return read(layout.in_shards(file.name))
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{self.store.url}/{layout.SHARDS}/{file.name} is missing. Run `lint`, then the "
+                "pipeline again."
+            ) from error
+
+
+def _has_sample(row: Mapping[str, Any]) -> bool:
+    return row["status"] == Status.OK or is_quarantined(row)
+
+
+def _restored(sample: Record, row: Mapping[str, Any]) -> Record:
+    """A sample with what only its row holds: thumbnail, and why it was dropped."""
+    values = {name: row[name] for name in ("reason", "detail", "stage", "thumbnail")}
+    return replace(sample, status=Status(row["status"]), **values)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,186 @@
+"""Samples: a complete record as members of a tar, and back.
+
+KEY.jpg, KEY.parsing.png, KEY.identity.npy, KEY.txt and KEY.json, as the table of stored fields
+says. The JSON of all samples has one type: no nulls, and no lists of varying length but `faces`,
+which is never empty. So libraries that infer a schema from the first few samples can read the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, Final
+
+import numpy as np
+
+from configs.errors import ShardError
+from stages.fields import Annotation, empty_value, stored_fields
+from stages.record import Record, Status, face_from_dict, face_to_dict
+from stages.storage import version2
+from stages.storage.layout import FORMAT_VERSION, READABLE
+
+_IDENTITY: Final = "identity"
+_MEMBERS: Final = {name: entry.member for name, entry in stored_fields(Record) if entry.member}
+_JSON: Final = {name: entry for name, entry in stored_fields(Record) if entry.json}
+
+MEMBERS: Final[Mapping[str, str]] = {
+    **{entry.member: entry.description for _, entry in stored_fields(Record) if entry.member},
+    "json": "everything else that is known of it: provenance, faces, captions, annotations",
+}
+"""Extension → description of each member of a sample."""
+
+
+def to_members(record: Record, annotations: Sequence[type[Annotation]]) -> dict[str, bytes]:
+    """extension → bytes of a complete record, in the order they are written.
+
+    annotations: of the chain. One that the record lacks is written with empty values, and the
+    JSON's `annotations` names those that it has. Raises ValueError if the record is not complete.
+    """
+    if not record.complete or not (record.ok or record.quarantined):
+        raise ValueError(
+            f"record {record.key} ({record.source}) is not a complete sample: status "
+            f"{record.status}"
+        )
+    values = {name: _member(getattr(record, name)) for name in _MEMBERS}
+    members = {_MEMBERS[name]: data for name, data in values.items()}
+    members["json"] = json.dumps(
+        _metadata(record, annotations), ensure_ascii=False, sort_keys=True
+    ).encode()
+    return dict(sorted(members.items()))
+
+
+def _member(value: Any) -> bytes:
+    if isinstance(value, np.ndarray):
+        with io.BytesIO() as out:
+            np.save(out, np.asarray(value, np.float32), allow_pickle=False)
+            return out.getvalue()
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _metadata(record: Record, annotations: Sequence[type[Annotation]]) -> dict[str, Any]:
+    values = {name: getattr(record, name) for name in _JSON}
+    values["faces"] = [face_to_dict(face) for face in record.faces]
+    plain = {n: empty_value(_JSON[n]) if value is None else value for n, value in values.items()}
+    missing = {
+        kind.name: {name: empty_value(entry) for name, entry in stored_fields(kind)}
+        for kind in annotations
+        if kind.name not in record.annotations
+    }
+    return {
+        "version": FORMAT_VERSION,
+        **plain,
+        **missing,
+        **record.annotations,
+        "annotations": " ".join(sorted(record.annotations)),
+    }
+
+
+def from_members(members: Mapping[str, bytes]) -> Record:
+    """The record of a sample's members, status ok. Fields that are missing get their defaults.
+
+    Raises KeyError on a missing member, ValueError on a format version that can't be read.
+    """
+    meta: dict[str, Any] = json.loads(members["json"])
+    version = meta.get("version", meta.get("schema"))
+    if version not in READABLE:
+        raise ValueError(
+            f"sample {meta.get('key')}: format version {version}, this program reads "
+            f"{', '.join(map(str, READABLE))}"
+        )
+    if version == 2:
+        meta = version2.sample(meta)
+    identity = np.load(io.BytesIO(members[_MEMBERS[_IDENTITY]]), allow_pickle=False)
+    values = {name: meta[name] for name in _JSON if name in meta}
+    values |= {n: members[m] for n, m in _MEMBERS.items() if n not in (*_JSON, _IDENTITY)}
+    values["faces"] = tuple(face_from_dict(face) for face in meta["faces"])
+    values["identity_norm"] = values.get("identity_norm") or None  # 0: not known
+    return Record(
+        **values,
+        identity=np.asarray(identity, np.float32),
+        annotations={name: meta[name] for name in meta["annotations"].split()},
+        status=Status.OK,
+    )
+
+
+class TarWriter:
+    """Writes samples to a stream as a tar. Nothing in it depends on the time or the user.
+
+    stream: has `write`; `count` is the number of bytes written to it so far.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.count = 0
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+        """Appends a sample; returns where it is: `offset` of its first header and `size` with
+        headers and padding, both in bytes, and of each member the name, data offset and size.
+        """
+        start, places = self.count, []
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mode = len(data), 0o644  # mtime, uid and gid stay 0
+            self._write(info.tobuf(tarfile.USTAR_FORMAT))
+            places.append({"name": extension, "offset": self.count, "size": len(data)})
+            self._write(data)
+            self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return {"offset": start, "size": self.count - start, "members": places}
+
+    def finish(self) -> None:
+        """Writes the end of the archive."""
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self.count + end) % tarfile.RECORDSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self.count += len(data)
+
+
+def read_sample(tar: IO[bytes], row: Mapping[str, Any]) -> Record:
+    """The sample that a sidecar row (key, source, members) points at in an open tar, status ok.
+
+    Raises ShardError if the tar holds something else there.
+    """
+    members = {}
+    for member in row["members"]:
+        tar.seek(member["offset"])
+        members[member["name"]] = tar.read(member["size"])
+    return _checked(members, row["key"], f"sample {row['key']} ({row['source']})")
+
+
+def parse_sample(data: bytes, key: str, place: str) -> Record:
+    """The sample `key` from the bytes of its part of a tar, headers included.
+
+    place: for the error message. Raises ShardError if it is not that sample.
+    """
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                owner, _, extension = member.name.partition(".")
+                stream = tar.extractfile(member)
+                if owner != key or stream is None:
+                    raise ShardError(f"{place}: sample {key} expected, {member.name!r} is there")
+                members[extension] = stream.read()
+    except tarfile.TarError as error:
+        raise ShardError(f"{place}: sample {key} can't be read: {error}") from error
+    return _checked(members, key, f"{place}: sample {key}")
+
+
+def _checked(members: Mapping[str, bytes], key: str, place: str) -> Record:
+    try:
+        record = from_members(members)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ShardError(f"{place} can't be read: {type(error).__name__}: {error}") from error
+    if record.key != key:
+        raise ShardError(f"{place}: the tar holds {record.key} there")
+    return record
+
+
+def member_names(tar: IO[bytes]) -> Iterable[str]:
+    """The member names of an open tar, in order."""
+    with tarfile.open(fileobj=tar, mode="r:") as archive:
+        for member in archive:
+            yield member.name

@@ -1,0 +1,114 @@
+"""What the documentation names exists: linked files and headings, make targets, commands, keys."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import DatasetConfig, InferConfig, TrainConfig
+from pipelines.cli import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+README_LINES = 120
+IMAGE_BYTES = 400_000
+
+LINK = re.compile(r"\]\(([^)\s]*)\)")
+CODE = re.compile(r"^ *```(?s:.*?)^ *```|^ {4}.*$|`[^`\n]+`", re.MULTILINE)
+KEY = re.compile(r"(?<![\w./-])[a-z_]+(?:\.[a-z0-9_]+)+")
+
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def code(path: Path) -> str:
+    """Inline code and code blocks of a page."""
+    return "\n".join(CODE.findall(path.read_text(encoding="utf-8")))
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", title.lower()) for title in titles)
+    return {title.strip().replace(" ", "-") for title in plain}
+
+
+def sections() -> dict[str, list[type[Any]]]:
+    """Name of a section → its classes in the data set, training and inference configurations."""
+    found: dict[str, list[type[Any]]] = {}
+    for config in (DatasetConfig, TrainConfig, InferConfig):
+        for name, kind in typing.get_type_hints(config).items():
+            if is_dataclass(kind):
+                found.setdefault(name, []).append(typing.cast(type[Any], kind))
+    return found
+
+
+def has_key(kind: type[Any], names: list[str]) -> bool:
+    hints = typing.get_type_hints(kind)
+    if names[0] not in {field.name for field in fields(kind)}:
+        return False
+    inner = hints[names[0]]
+    return len(names) == 1 or (is_dataclass(inner) and has_key(inner, names[1:]))
+
+
+def unknown_keys(text: str) -> Iterator[str]:
+    known = sections()
+    for key in KEY.findall(text):
+        section, *names = key.split(".")
+        if section in known and not any(has_key(kind, names) for kind in known[section]):
+            yield key
+
+
+@page
+def test_every_relative_link_leads_somewhere(path: Path) -> None:
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), f"{target} is missing"
+        assert not anchor or anchor in anchors(linked), f"{target}: no such heading"
+
+
+@page
+def test_every_make_target_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?<![\w-])make ([a-z][a-z-]+)", code(path))) <= targets
+
+
+@page
+def test_every_command_and_preset_exists(path: Path) -> None:
+    text = code(path)
+    commands = {
+        info.name or str(info.callback and info.callback.__name__)
+        for info in app.registered_commands
+    }
+    assert set(re.findall(r"pipelines\.cli ([a-z-]+)", text)) <= commands
+    for module in re.findall(r"python -m ((?:pipelines|train|infer|bench|tests)\.?[a-z_.]*)", text):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
+    assert all((ROOT / name).exists() for name in re.findall(r"configs/\w+/\w+\.yaml", text))
+
+
+@page
+def test_every_configuration_key_exists(path: Path) -> None:
+    assert not list(unknown_keys(code(path)))
+
+
+def test_a_wrong_key_would_be_found() -> None:
+    text = "`rules.min_sharpnes=1` `source.kind` `stages/backends/weights.py` `model.spec` `ray.x`"
+    assert list(unknown_keys(text)) == ["rules.min_sharpnes", "ray.x"]
+
+
+def test_the_readme_is_short_and_its_images_are_small() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
+    sizes = [file.stat().st_size for file in (ROOT / "docs" / "images").iterdir()]
+    assert sum(sizes) < IMAGE_BYTES
