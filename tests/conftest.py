@@ -21,6 +21,8 @@ from stages.backends.weights import Weights
 from tests import models
 from tests.sharing import shared_folder
 
+pytest_plugins = ["tests.budget"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:

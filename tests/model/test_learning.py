@@ -54,7 +54,7 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portra
 
     @torch.no_grad()
     def mean_losses(features: Features) -> tuple[list[float], float]:
-        """Returns three noise losses, each the mean of 16 draws a portrait, and the mean localisation loss."""
+        """Returns three noise losses, each of 16 draws a portrait, and the localisation loss."""
         pairs = [
             [step(features, 10_000 + 100 * seed + draw) for draw in range(8)] for seed in range(3)
         ]
