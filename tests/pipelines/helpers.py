@@ -7,9 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
-import torch
 
 from configs.load import load
 from configs.schema import DatasetConfig
@@ -17,7 +15,6 @@ from stages.caption import CaptionStage
 from stages.quality_filter import RULES
 from stages.storage.layout import DUPLICATES, IDENTITIES
 from stages.storage.reader import DatasetReader
-from tests import models
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
@@ -67,6 +64,11 @@ def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
     """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
     parser on torch. Stages that are set up from now on remember no answers.
     """
+    import onnxruntime
+    import torch
+
+    from tests import models
+
     models.forget(patch)
     ran: list[str] = []
     session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
