@@ -10,17 +10,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import fsspec
 import pytest
+import tenacity
 
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
 from pipelines.ledger import read_ledger
@@ -54,6 +57,15 @@ def served() -> Iterator[tuple[Proxy, Any]]:
         patch.setitem(fsspec.config.conf, "s3", {})
         fsspec.config.set_conf_env(fsspec.config.conf)  # as at import
         yield server, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_pauses() -> Iterator[None]:
+    """Pauses before another try take a twentieth of their time in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        nap = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))
+        patch.setattr(tenacity.nap, "time", nap)
+        yield
 
 
 @pytest.fixture
@@ -295,7 +307,7 @@ def test_ray_from_s3_into_s3_with_keys_from_the_environment_that_are_kept_nowher
     bucket: Bucket, faces: Path, undisturbed: dict[str, str]
 ) -> None:
     source = bucket.upload(faces)
-    given = command(source, bucket.out, "executor=ray")
+    given = command(source, bucket.out, "executor=ray", "ray.workers=1")
     said = subprocess.run(given, check=True, capture_output=True)
     assert bucket.digests() == undisturbed
     kept = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
