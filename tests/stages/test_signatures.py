@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.common import NO_ANSWER, PlacementConfig, hashed_settings, introduced
+from configs.common import NOT_HASHED, PlacementConfig, hashed_settings, introduced
 from configs.load import load
 from configs.schema import DatasetConfig
 from pipelines.chain import build_chain
@@ -145,7 +145,7 @@ def test_old_stage_names_in_signatures_are_mapped_to_todays() -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     used: int = 1
-    device: str = field(default="auto", metadata=NO_ANSWER)
+    device: str = field(default="auto", metadata=NOT_HASHED)
     added: int = field(default=3, metadata=introduced(2))  # its default has changed since
 
 
@@ -157,7 +157,7 @@ class Whole:
     part: Part = field(default_factory=Part)
     since: int = field(default=0, metadata=introduced(0))
     new_part: Part = field(default_factory=Part, metadata=introduced(Part()))
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 def test_a_setting_is_hashed_unless_it_has_the_value_it_was_introduced_with() -> None:
