@@ -1,9 +1,9 @@
-"""How the figures behind the quality rules lie on your pictures, to choose limits by: `python -m
-bench.quality FOLDER`.
+"""Distribution of the metrics behind the quality rules over your images, for choosing limits:
+`python -m bench.quality FOLDER`.
 
-Pictures go through resize, detect and parse. Printed are each figure's distribution, what each rule
-would take with the limits given (`rules.max_yaw=45`, …, else the defaults), and the milliseconds
-that each figure costs on one core.
+The images go through resize, detect and parse. Prints the quantiles of each metric, how many images
+each rule would drop (with limits such as `rules.max_yaw=45`, or the defaults), and the time to
+measure each metric on one core.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def main(
     config: Annotated[Path, typer.Option(help="of the data set")] = Path(
         "configs/dataset/demo.yaml"
     ),
-    limit: Annotated[int, typer.Option(help="pictures, evenly over the folder; 0: all")] = 0,
+    limit: Annotated[int, typer.Option(help="images, evenly over the folder; 0: all")] = 0,
 ) -> None:
     pin_threads(1)
     cv2.setNumThreads(1)
-    given = settings or []
+    settings = settings or []
     rules = load(
-        RulesConfig, None, [s.removeprefix("rules.") for s in given if s.startswith("rules.")]
+        RulesConfig, None, [s.removeprefix("rules.") for s in settings if s.startswith("rules.")]
     )
-    dataset = load(DatasetConfig, config, [s for s in given if not s.startswith("rules.")])
+    dataset = load(DatasetConfig, config, [s for s in settings if not s.startswith("rules.")])
     files = sorted(
         p
         for p in folder.rglob("*")
@@ -59,8 +59,8 @@ def main(
     spent: dict[str, list[float]] = {}
     records = list(measured(files, dataset, spent))
     if not records:
-        raise typer.BadParameter(f"no face was measured in the {len(files)} pictures of {folder}")
-    print(f"{len(records)} of {len(files)} pictures measured\n")
+        raise typer.BadParameter(f"no face was measured in the {len(files)} images of {folder}")
+    print(f"{len(records)} of {len(files)} images measured\n")
     print("\n".join(distribution(records)), "\n")
     print("\n".join(broken_rules(records, rules)), "\n")
     print(
@@ -72,9 +72,7 @@ def main(
 def measured(
     files: Sequence[Path], config: DatasetConfig, spent: dict[str, list[float]]
 ) -> Iterator[Record]:
-    """The record of every picture in which a face was parsed; the seconds of each metric go to
-    `spent`.
-    """
+    """The measured record of every image with a face. spent: gets the seconds of each metric."""
     chain = [stage for stage in build_stages(config) if stage.name in STAGES]
     for stage in chain:
         stage.setup()
@@ -92,6 +90,7 @@ def measured(
 
 
 def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]) -> None:
+    """Adds the seconds of each measurement to `spent`."""
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     rotation = measurements.rotation_of(face)
     calls: dict[str, Callable[[], object]] = {
@@ -120,9 +119,7 @@ def distribution(records: Sequence[Record]) -> Iterator[str]:
 
 
 def broken_rules(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
-    """A line for each rule: how many break it, whichever others they break; and one for all of
-    them.
-    """
+    """A line for each rule with the number of images that break it, and one for all rules."""
     for rule in RULES:
         limit = getattr(rules, rule.setting)
         broken = sum(bool(rule.detail(record, rules)) for record in records)

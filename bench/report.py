@@ -1,10 +1,9 @@
-"""What the report takes: `python -m bench.report` makes a set of SHARDS × ROWS, reports on it, and
-opens its page.
+"""Time, memory and size of the report: `python -m bench.report` makes a data set of SHARDS × ROWS,
+reports on it, and opens its page.
 
-The sidecars are synthetic (tests/pipelines/report/report_data.py), with everything that the
-pipeline's have: embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. They are
-written just before, so reading them costs no disk. The page is opened in Chromium without a
-network, as often as asked for.
+The sidecars are synthetic (tests/pipelines/report/report_data.py), with all columns of real ones:
+embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. They are written just
+before, so they are read from the page cache. The page is opened in Chromium without a network.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from typing import Annotated
 import typer
 
 from pipelines.report import write_report
-from pipelines.report.page import SAMPLES
+from pipelines.report.page import RECORDS
 from pipelines.report.stats import compute
 from stages.storage.layout import REPORT
-from stages.storage.store import Store
+from stages.storage.reader import DatasetReader
 from tests.pipelines.report.report_data import Recipe, write_set
 
-# view → its first drawing
-FIRST = {"": "[data-chart][data-drawn]", "#pictures": ".sample canvas[data-labels]"}
+# view → selector of the first chart or image that is drawn
+FIRST = {"": "[data-chart][data-drawn]", "#images": ".record canvas[data-labels]"}
 
 
 def main(
@@ -35,10 +34,10 @@ def main(
     rows: Annotated[int, typer.Option(help="Inputs in each.")] = 1000,
     opens: Annotated[int, typer.Option(help="How often each view is opened.")] = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="Keep the set here, and use it if it is there.")
+        Path | None, typer.Option(help="Keep the data set here; one that is there is used.")
     ] = None,
 ) -> None:
-    """Print what making and opening the report takes."""
+    """Prints time, memory and size of the report."""
     with tempfile.TemporaryDirectory(prefix="report-") as scratch:
         out = folder or Path(scratch) / "out"
         if not (out / "dataset.json").exists():
@@ -46,8 +45,8 @@ def main(
                 out, Recipe(shards=shards, rows=rows, odd=(shards // 2,), dim=512, variants=2000)
             )
         began, cpu = time.perf_counter(), time.process_time()
-        stats = compute(Store(str(out))).stats["data"]
-        figures, figures_cpu = time.perf_counter() - began, time.process_time() - cpu
+        stats = compute(DatasetReader(str(out))).stats["data"]
+        numbers, numbers_cpu = time.perf_counter() - began, time.process_time() - cpu
         began, cpu = time.perf_counter(), time.process_time()
         write_report(str(out))
         whole, whole_cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -57,27 +56,26 @@ def main(
             f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} "
             "written"
         )
-        print(f"figures alone        {figures:6.1f} s, {figures_cpu:.1f} s of CPU")
+        print(f"numbers only         {numbers:6.1f} s, {numbers_cpu:.1f} s of CPU")
         print(f"the whole report     {whole:6.1f} s, {whole_cpu:.1f} s of CPU, peak {peak:,.0f} MB")
         print(
-            f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and "
+            f"page                 {size:6.1f} MB, {min(RECORDS, stats['inputs']):,} records and "
             "examples"
         )
         for view, (ready, first) in opened(out / REPORT, opens).items():
-            name = view or "figures"
+            name = view or "statistics"
             print(
-                f"{name:20} {ready:6.2f} s until it can be used, {first:.2f} s until its first "
-                "picture or chart"
+                f"{name:20} {ready:6.2f} s until it is usable, {first:.2f} s until its first chart "
+                "or image"
             )
 
 
 def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
-    """view → median seconds since navigation until the page is ready, and until the first of
-    `FIRST` is drawn.
-    """
+    """view → median seconds from navigation until the page is ready, and until the first chart or
+    image (FIRST) is drawn."""
     from playwright.sync_api import sync_playwright
 
-    found = {}
+    times_of = {}
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
@@ -93,17 +91,21 @@ def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
                 marks.append(tab.evaluate("window.marks"))
                 context.close()
             ready, drawn = (statistics.median(column) / 1000 for column in zip(*marks, strict=True))
-            found[view] = (ready, drawn)
+            times_of[view] = (ready, drawn)
         browser.close()
-    return found
+    return times_of
 
 
 WATCH = """
 window.marks = [0, 0];
 const wanted = ["%s", "%s"];
 new MutationObserver(() => {
-  for (const at of [0, 1]) if (!marks[at] && document.querySelector(wanted[at])) marks[at] = performance.now();
-}).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-ready", "data-drawn", "data-labels"] });
+  for (const at of [0, 1]) {
+    if (!marks[at] && document.querySelector(wanted[at])) marks[at] = performance.now();
+  }
+}).observe(document, {
+  subtree: true, attributes: true, attributeFilter: ["data-ready", "data-drawn", "data-labels"],
+});
 """
 
 

@@ -351,7 +351,7 @@ def inspect(
     """
     with _errors():
         from pipelines.inspect.find import inspect as look
-        from pipelines.inspect.pictures import write_sheet
+        from pipelines.inspect.panes import write_sheet
         from pipelines.inspect.tables import console_of, show
 
         found = look(_store(output), key)

@@ -109,11 +109,11 @@ async function perShard(element) {
   const colours = stageColours();
   const traces = names.map((name, at) => ({
     type: "bar", name, x: rows.map((_, i) => i), y: rows.map((row, i) => (1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs), marker: { color: colours[at % colours.length] },
-    hovertext: rows.map((row, i) => `${row.shard} ${name} <b>${number((1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs)}</b> ms an image`), hoverinfo: "text", customdata: rows.map(({ shard, inputs }) => address({ shard, of: inputs })),
+    hovertext: rows.map((row, i) => `${row.shard} ${name} <b>${number((1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs)}</b> ms per input`), hoverinfo: "text", customdata: rows.map(({ shard, inputs }) => address({ shard, of: inputs })),
   }));
   if (rows.length > 120) for (const trace of traces) Object.assign(trace, { type: "scatter", mode: "lines", line: { width: 0, color: trace.marker.color }, fillcolor: trace.marker.color, stackgroup: "all" });
   const layout = frame(220, { barmode: "stack", bargap: 0.15, xaxis: axis({ title: title("shard") }) });
-  layout.yaxis.title = title("ms an image");
+  layout.yaxis.title = title("ms per input");
   return show(element, traces, layout, true);
 }
 

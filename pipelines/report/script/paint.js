@@ -2,7 +2,7 @@
 const PARTS = [
   ["face", ["skin", "left_brow", "right_brow"]], ["ears", ["left_ear", "right_ear"]], ["eyes", ["left_eye", "right_eye"]],
   ["nose", ["nose"]], ["mouth", ["mouth", "upper_lip", "lower_lip"]], ["hair", ["hair"]], ["neck", ["neck"]],
-  ["clothes", ["cloth"]], ["worn", ["glasses", "earring", "necklace", "hat"]],
+  ["clothes", ["cloth"]], ["accessories", ["glasses", "earring", "necklace", "hat"]],
 ];
 const rgb = pageData.palette.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 const overlay = { on: true, strength: 0.4, boxes: false, parts: new Set(PARTS.slice(0, 5).map(([name]) => name)) };

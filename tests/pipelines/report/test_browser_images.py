@@ -180,7 +180,7 @@ def test_a_record_shows_everything_recorded_of_it(open_page: Open, browsed: Path
     )
 
 
-def test_texts_from_outside_are_text(open_page: Open, browsed: Path) -> None:
+def test_text_from_outside_is_shown_as_text(open_page: Open, browsed: Path) -> None:
     evil = [row for row in rows_of(browsed) if row["caption"] == EVIL]
     assert len(evil) == 16
     page = open_page("#images?q=window.evil")

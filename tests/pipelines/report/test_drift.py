@@ -21,10 +21,9 @@ def test_the_odd_shard_is_flagged_and_no_other(synthetic: Store) -> None:
 
 
 @pytest.mark.parametrize("size", [50, 1000])
-def test_honest_shards_are_not_flagged_however_small(size: int) -> None:
-    """A thousand small shards of one source beside a thousand large ones: chance alone flags none
-    in a thousand.
-    """
+def test_shards_that_differ_by_chance_are_not_flagged(size: int) -> None:
+    """A thousand small shards and a thousand large ones of the same distribution: at most one in a
+    thousand is flagged."""
     rng, counts = np.random.default_rng(size), np.repeat([size, 1000], 1000)
     normal = np.array([np.median(rng.normal(size=n)) for n in counts])
     shares = np.array([rng.binomial(n, 0.8) / n for n in counts])
@@ -39,7 +38,7 @@ def test_honest_shards_are_not_flagged_however_small(size: int) -> None:
         ]
 
 
-def test_where_nothing_varies_whatever_differs_is_flagged() -> None:
+def test_where_all_shards_are_equal_one_that_differs_is_flagged() -> None:
     series = Series("x", np.array([1.0] * 9 + [2.0]), np.full(10, 60), 0.0)
     entry, away = flags(series, list("abcdefghij"))
     assert entry["flagged"] == [{"shard": "j", "value": 2.0, "away": None, "count": 60}]

@@ -28,9 +28,7 @@ from tests.pipelines.report.report_recompute import METRICS, check_data, status_
 
 
 class Page(HTMLParser):
-    """index.html, parsed: tags with attributes, the text that is shown, tables by id, scripts with
-    their types.
-    """
+    """The parsed page: tags with attributes, visible text, tables by id, scripts with types."""
 
     def __init__(self, store: Store) -> None:
         super().__init__()
@@ -118,7 +116,7 @@ def test_the_numbers_shown_are_those_of_the_shards(synthetic: Store) -> None:
     assert page.tables["funnel"][-2][3] == str(len(ok))
 
 
-def test_words_from_outside_are_text_and_only_two_scripts_may_run(synthetic: Store) -> None:
+def test_text_from_outside_is_escaped_and_only_two_scripts_may_run(synthetic: Store) -> None:
     page, html = Page(synthetic), synthetic.read(REPORT).decode()
     assert EVIL in page.text and EVIL_IMAGE in page.text  # licence, detail, note; source
     assert EVIL not in html and not [tag for tag, _ in page.tags if tag == "img"]
@@ -143,7 +141,7 @@ def test_words_from_outside_are_text_and_only_two_scripts_may_run(synthetic: Sto
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
 
 
-def test_the_page_needs_nothing_from_anywhere(synthetic: Store) -> None:
+def test_the_page_loads_nothing(synthetic: Store) -> None:
     links = [
         a[name]
         for _, a in Page(synthetic).tags
@@ -162,14 +160,14 @@ def test_the_page_needs_nothing_from_anywhere(synthetic: Store) -> None:
 @pytest.mark.parametrize(
     "content", ["[1, 2", "[]", '{"weights": "none", "source": null}', '{"weights": [1, {}]}']
 )
-def test_any_dataset_json_will_do(tmp_path: Path, content: str) -> None:
+def test_a_damaged_dataset_json_is_ignored(tmp_path: Path, content: str) -> None:
     store = small_set(tmp_path)
     store.write("dataset.json", content)
     write_report(store)
     assert "of 30 inputs" in Page(store).text
 
 
-def test_an_unfinished_output_says_so(tmp_path: Path) -> None:
+def test_an_incomplete_data_set_is_stated(tmp_path: Path) -> None:
     store = small_set(tmp_path, shards=3)
     planned = pa.table({"shard": pa.array([0] * 30 + [1] * 30 + [2] * 30, pa.int32())})
     pq.write_table(planned, store.path("plan.parquet"))

@@ -77,9 +77,9 @@ def test_time_counts_only_while_a_shard_is_made(synthetic: Store, tmp_path: Path
         }
         path.write_text(json.dumps(manifest))
     runs = compute(DatasetReader(store)).stats["runs"]
-    assert runs["seconds"] == 12.0  # 6 to 12 and 105 to 111: the hour at lunch is no work
+    assert runs["seconds"] == 12.0  # 6 to 12 and 105 to 111, without the pause
     assert runs["images_per_second"] == round(4 * 30 / 12, 3)
-    # of a run that resumed
+    # the shards of a resumed run
     second = [
         manifest
         for manifest in DatasetReader(store).manifests().values()
@@ -134,7 +134,7 @@ def test_columns_that_a_sidecar_lacks_have_no_values(tmp_path: Path) -> None:
     "line",
     ["{", "[]", '{"time": "", "by": "hash", "inputs": 1, "removed": {}, "note": "", "sha256": []}'],
 )
-def test_a_takedown_that_can_not_be_read_is_an_error(tmp_path: Path, line: str) -> None:
+def test_a_takedown_log_that_can_not_be_read_is_an_error(tmp_path: Path, line: str) -> None:
     store = small_set(tmp_path)
     with Path(store.path("takedown.jsonl")).open("a") as log:
         log.write(line + "\n")
