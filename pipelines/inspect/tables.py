@@ -27,7 +27,7 @@ from stages.quality_filter import RULES, Rule
 from stages.reasons import explain
 from stages.record import Status
 from stages.regions import LABELS, REGION_LABELS
-from stages.storage.sidecar import Row, is_quarantined
+from stages.storage.sidecar import Row, is_quarantined, row_to_record
 
 Line = tuple[Text, ...]
 
@@ -132,6 +132,8 @@ def _metrics(inspection: Inspection, limits: Mapping[str, Any]) -> Iterable[Line
     schema = pa.schema([(column.name, column.type) for column in columns])
     row = {column.name: inspection.row.get(column.name) for column in columns}
     table = pa.Table.from_pylist([row], schema=schema)
+    own_columns = {n: column for n, column in inspection.columns.items() if n in inspection.row}
+    record = row_to_record(inspection.row, own_columns)
     for shown in metrics:
         value = float(shown.values(table)[0])
         if shown.metric.group in (AREA, WORDS) or math.isnan(value):
@@ -141,8 +143,9 @@ def _metrics(inspection: Inspection, limits: Mapping[str, Any]) -> Iterable[Line
             for rule in RULES
             if rule.metric == shown.name and limits.get(rule.setting) and _is_on(rule, limits)
         ]
-        # Rules on angles ignore the sign: turned left counts as turned right.
-        broken = any(rule.broken_by(abs(value), limit) for rule, limit in rules)
+        # Not the number shown: rules ignore the sign of angles, and small faces in the background.
+        values = [(rule.value(record), rule, limit) for rule, limit in rules]
+        broken = any(v is not None and rule.broken_by(v, limit) for v, rule, limit in values)
         texts = [f"at {'least' if rule.is_minimum else 'most'} {limit:g}" for rule, limit in rules]
         number = Text(f"{value:g}" if shown.metric.whole else f"{value:.3f}")
         number.stylize("bold red" if broken else "")

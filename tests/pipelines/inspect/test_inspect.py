@@ -162,6 +162,22 @@ def test_missing_regions_and_how_training_uses_the_others_are_shown(made: Store)
     assert "not fused nose: caption too long" in text and "not trainable" in text
 
 
+def test_metrics_are_red_where_the_quality_filter_would_drop(made: Store) -> None:
+    inspection = inspect(made, "a/one.jpg")
+    main_face = inspection.row["faces"][inspection.row["face"]]
+    red, small = "\x1b[1;31m", {**main_face, "box": [0.0, 0.0, 20.0, 20.0]}
+
+    def line(name: str) -> str:
+        lines = printed(inspection, terminal=True).splitlines()
+        return next(line for line in lines if name in line)
+
+    inspection.row.update(faces=[main_face, small], face=0, face_count=2, yaw=-70.0)
+    assert "2" in line("faces per image") and red not in line("faces per image")
+    assert "-70" in line("yaw") and red in line("yaw") and red not in line("pitch")
+    inspection.row.update(faces=[main_face, main_face])
+    assert red in line("faces per image")
+
+
 def test_words_that_name_a_region_stand_out(made: Store) -> None:
     lines = printed(inspect(made, "a/one.jpg"), terminal=True).splitlines()
     [start] = [
