@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.manifest import Manifest
 
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
@@ -33,8 +34,6 @@ CODES = {
     "403": b"AccessDenied",
     "404": b"NoSuchUpload",
 }
-
-from stages.storage.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
