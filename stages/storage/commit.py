@@ -127,6 +127,15 @@ def commit_exclusions(store: Store, manifest: Manifest, chain: ChainInfo) -> Man
     return commit(store, shard, restored, own, manifest.run)
 
 
+def remove_uncommitted(store: Store) -> None:
+    """Removes the files of shards without a manifest, which a killed commit left behind. Call it
+    while holding the run lock."""
+    committed = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
+    for name in store.names(layout.SHARDS):
+        if name.partition(".")[0] not in committed:
+            store.remove(layout.in_shards(name))
+
+
 def _remove(store: Store, index: int) -> None:
     """Removes a shard's manifest, and those of its files that a new commit may not replace."""
     name = layout.shard_name(index)

@@ -1,4 +1,4 @@
-"""Draws faces part by part, image and label map, so that every word of a caption is predictable."""
+"""Draws faces from parts, with label maps, so that all words of their captions are predictable."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 from stages.backends.appearance import Appearance, measure_appearance
 from stages.backends.attributes import compose_caption, compose_face_caption
 from stages.backends.colors import to_lab
-from stages.codec import encode_jpeg, encode_labels
-from stages.record import Face, Record, key_of
+from stages.record import Face
 from stages.regions import LABEL_IDS
 
 SIDE = 512
@@ -25,7 +24,7 @@ ALL_PARTS = frozenset(
 
 @dataclass
 class Drawing:
-    """An image with a frontal face on grey, and its label map."""
+    """An image with a frontal face on a grey background, and its label map."""
 
     image: np.ndarray = field(default_factory=lambda: np.full((SIDE, SIDE, 3), 120, np.uint8))
     labels: np.ndarray = field(default_factory=lambda: np.zeros((SIDE, SIDE), np.uint8))
@@ -94,18 +93,3 @@ def draw(
     if "cloth" in parts:
         drawing.box("cloth", (60, 452), (460, 512), cloth)
     return drawing
-
-
-def record_of(name: str, parts: frozenset[str] | None = None) -> Record:
-    """A record of a drawing, as the caption stage gets it."""
-    drawing = draw() if parts is None else draw(parts)
-    return Record(
-        key=key_of(name),
-        source=name,
-        image=encode_jpeg(drawing.image, 95),
-        width=512,
-        height=512,
-        faces=(drawing.face,),
-        face=0,
-        parsing=encode_labels(drawing.labels),
-    )

@@ -15,20 +15,20 @@ from pipelines.lint import lint
 from pipelines.run import execute, plan_job
 from stages.storage.store import Store
 from tests.pipelines.helpers import digests
-from tests.stages.chat_server import Asked, ChatServer, Reply, completion, refusal
+from tests.stages.chat_server import ChatServer, Reply, Request, completion, refusal
 from tests.stages.executors.captioned import KEY, captioned, mentions_key, settings
 from tests.stages.executors.stopped import arguments, stopped
 
 
 @pytest.mark.slow
-def test_killing_the_driver_mid_run_and_running_again_gives_the_same_bytes(
-    portraits: Path, undisturbed: dict[str, str], tmp_path: Path
+def test_a_killed_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
+    portraits: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     command = arguments(portraits, tmp_path, "inline")
     code, _ = stopped(command, tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL, "the run ended before it could be killed"
     assert CliRunner().invoke(app, command).exit_code == 0
-    assert digests(tmp_path) == undisturbed
+    assert digests(tmp_path) == expected
     assert list(lint(Store(str(tmp_path)))) == []
     assert not [path.name for path in (tmp_path / "shards").iterdir() if ".tmp-" in path.name]
 
@@ -37,12 +37,12 @@ def test_a_refused_caption_fails_alone_and_the_key_is_kept_nowhere(
     portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    pictures: list[bytes] = []
+    images: list[bytes] = []
 
-    def decide(asked: Asked) -> Reply:
-        pictures.append(asked.jpeg)
-        refused = asked.jpeg == pictures[0] and "facial features" in asked.prompt
-        return refusal(400, f"not for {KEY}") if refused else completion(asked)
+    def decide(request: Request) -> Reply:
+        images.append(request.jpeg)
+        refused = request.jpeg == images[0] and "facial features" in request.prompt
+        return refusal(400, f"not for {KEY}") if refused else completion(request)
 
     with ChatServer(decide) as server:
         job = plan_job(settings(portraits, tmp_path, server, "inline"), chain=captioned)

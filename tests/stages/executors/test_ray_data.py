@@ -1,5 +1,5 @@
-"""On a real local Ray cluster: the results of inline, runs that are stopped, and records that end
-their worker.
+"""Ray on a local cluster: it has the results of inline, also if a run is stopped or records kill
+their workers.
 
 One cluster serves all tests of this file, except a run in a process of its own.
 """
@@ -46,7 +46,7 @@ def by_index(results: list[Result]) -> dict[int, list[tuple[str, str]]]:
     return {result.index: result.texts for result in results}
 
 
-def test_a_job_that_is_no_data_set_has_the_results_of_inline() -> None:
+def test_a_job_on_ray_has_the_results_of_inline() -> None:
     tasks = [ToyTask(index, 1 + index) for index in range(4)]
     advanced: list[int] = []
     results = list(run_ray(ToyJob(), tasks, advanced.append))
@@ -56,8 +56,8 @@ def test_a_job_that_is_no_data_set_has_the_results_of_inline() -> None:
     assert all(set(result.run.seconds) == {"source", "coarse", "fine"} for result in results)
 
 
-def test_ray_gives_the_bytes_of_inline_though_it_was_stopped(
-    portraits: Path, undisturbed: dict[str, str], tmp_path: Path
+def test_ray_writes_the_bytes_of_inline_though_it_was_stopped(
+    portraits: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
     code, errors = stopped(arguments(portraits, tmp_path, "ray"), tmp_path, signal.SIGINT)
@@ -67,13 +67,13 @@ def test_ray_gives_the_bytes_of_inline_though_it_was_stopped(
     left = 8 - 2 * len(list(shards.glob("*.json")))
     advanced: list[int] = []
     ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), advanced.append)
-    assert digests(tmp_path) == undisturbed
+    assert digests(tmp_path) == expected
     assert ledger.inputs == 8 and sum(advanced) == left > 0
     assert list(lint(Store(str(tmp_path)))) == []
     assert not [path.name for path in shards.iterdir() if ".tmp-" in path.name]
 
 
-def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
+def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
     portraits: Path, tmp_path: Path
 ) -> None:
     photos = Path(shutil.copytree(portraits, tmp_path / "photos"))
@@ -106,7 +106,7 @@ def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
     }
     assert sum(manifest.written for manifest in manifests) == len(others) == 6
     assert max(manifest.run.attempt for manifest in manifests) == 2, (
-        "the first in a worker, the second in a child process"
+        "the first attempt in a worker, the second in a child process"
     )
 
 
@@ -121,7 +121,7 @@ def test_captions_of_a_server_are_those_of_inline_and_the_manifests_count_tokens
             manifests = list(execute(job, lambda count: None))
         tokens = {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}
         assert [manifest.run.stage_counts for manifest in manifests] == [{"caption": tokens}] * 2
-        assert {asked.key for asked in server.asked} == {KEY}
+        assert {request.key for request in server.requests} == {KEY}
         written[executor] = digests(output)
         assert not mentions_key(output)
     assert written["inline"] == written["ray"]

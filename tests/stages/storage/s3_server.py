@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import random
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.manifest import Manifest
 
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
@@ -234,13 +234,13 @@ class Bucket:
         return self.proxy.changes(f"/{self.name}/out/shards/")
 
     def torn(self) -> list[str]:
-        """Manifests there are whose files aren't those they tell of."""
+        """Names of the manifests that describe other files than those that are there."""
         found = []
         there = self.stamps()
         for name in self.manifests():
-            for file in json.loads(self.read(f"out/shards/{name}"))["files"].values():
-                key = f"out/shards/{file['name']}"
-                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file["sha256"]:
+            for file in Manifest.from_json(self.read(f"out/shards/{name}"), name).files:
+                key = f"out/shards/{file.name}"
+                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file.sha256:
                     found.append(name)
         return found
 

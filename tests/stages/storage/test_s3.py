@@ -116,9 +116,6 @@ def command(source: Path | str, output: str, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_nothing(
     made: Made, faces: Path, undisturbed: dict[str, str]
 ) -> None:
@@ -259,9 +256,6 @@ def test_names_over_several_pages_and_files_that_are_missing(bucket: Bucket) -> 
         store.read("shards/03.json")
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 def test_the_lock_refuses_a_second_run_and_knows_a_dead_one(bucket: Bucket) -> None:
     store = Store(bucket.out)
     holder = subprocess.Popen(
@@ -317,9 +311,6 @@ def test_ray_from_s3_into_s3_with_keys_from_the_environment_that_are_kept_nowher
         for key, data in {**kept, "said": said.stdout + said.stderr}.items()
         if SECRET.encode() in data
     ] == []
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
