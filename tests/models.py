@@ -72,9 +72,9 @@ class _Remembering:
         self._model = model
         self._answers: dict[Hashable, Any] = {}
 
-    def _once(self, images: Sequence[Image], given: Hashable, ask: Callable[[], Any]) -> Any:
+    def _once(self, images: Sequence[Image], options: Hashable, ask: Callable[[], Any]) -> Any:
         """What `ask` answers for exactly these images, together: a batch's rounding is its own."""
-        key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), given)
+        key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), options)
         if key not in self._answers:
             if len(self._answers) == _MOST:
                 self._answers.clear()
@@ -89,12 +89,11 @@ class Detector(_Remembering):
 
 class Parser(_Remembering):
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        found = self._once(images, None, lambda: self._model.parse(images))
-        return [labels.copy() for labels in found]
+        label_maps = self._once(images, None, lambda: self._model.parse(images))
+        return [labels.copy() for labels in label_maps]
 
 
 class Embedder(_Remembering):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        given = tuple(faces)
-        found = self._once(images, given, lambda: self._model.embed(images, faces))
-        return [vector.copy() for vector in found]
+        vectors = self._once(images, tuple(faces), lambda: self._model.embed(images, faces))
+        return [vector.copy() for vector in vectors]
