@@ -30,7 +30,7 @@ from stages.regions import LABELS, REGION_WORDS
 from stages.storage.exclusions import GLOBAL_PASS, TAKEDOWN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
-from stages.storage.sidecar import KNOWN
+from stages.storage.sidecar import STANDARD_COLUMNS
 from stages.storage.store import Store
 
 _ENDED: Final = (Status.DROPPED, Status.FAILED)
@@ -73,7 +73,7 @@ def compute(reader: DatasetReader) -> Report:
             f"{reader} holds no committed shard: there is nothing to report. Run the data set "
             "first."
         )
-    columns = {**KNOWN, **reader.columns()}
+    columns = {**STANDARD_COLUMNS, **reader.columns()}
     metrics = shown_metrics(columns.values())
     sums, label_sums = Sums(len(metrics)), Sums(len(LABELS))
     scans, means, medians, counts = [], [], [], []
