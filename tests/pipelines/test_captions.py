@@ -18,7 +18,7 @@ from stages.base import Stage
 from stages.caption import CaptionStage
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config, digests
-from tests.stages.chat_server import Request, ChatServer, Reply, completion, refusal
+from tests.stages.chat_server import ChatServer, Reply, Request, completion, refusal
 
 KEY = "sk-test-c0ffee0ddba11"
 

@@ -31,8 +31,8 @@ from stages.storage.lock import NAME, RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests, new_captions
+from tests.stages.storage.helpers import HOLDER
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
-from tests.stages.storage.test_lock import HOLDER
 from train.shards import ShardSet
 
 SECRET = "not-to-be-seen-anywhere"
