@@ -23,23 +23,13 @@ _NUMBERED = re.compile(r"(data|item|list|obj|object|out|res|result|temp|tmp|val|
 EXEMPT = (
     "pipelines",
     "pipelines/dedup",
-    "pipelines/inspect",
     "pipelines/planning",
-    "pipelines/report",
-    "pipelines/report/card",
-    "stages",
-    "stages/backends",
-    "stages/storage",
     "tests/docs",
     "tests/pipelines",
     "tests/pipelines/dedup",
     "tests/pipelines/inspect",
     "tests/pipelines/planning",
     "tests/pipelines/report",
-    "tests/pipelines/sources",
-    "tests/stages",
-    "tests/stages/executors",
-    "tests/stages/storage",
 )
 
 

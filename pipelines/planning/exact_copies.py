@@ -18,7 +18,7 @@ _PREFIX = 4096  # bytes
 
 
 def mark_exact_copies(index: InputIndex, source: Source) -> None:
-    """Mark each input that has the same bytes as an earlier one, in the plan's order."""
+    """Marks, in the index, each input with the same bytes as an earlier one in the plan's order."""
     copies: list[list[Input]] = []
     for group in index.groups_of_equal_size(1, source.max_bytes):
         by_prefix = _split([group], lambda item: _digest(source, item, _PREFIX))
