@@ -32,7 +32,7 @@ from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
 from stages.storage.samples import MEMBERS
 from stages.storage.sidecar import STANDARD_COLUMNS
 from stages.storage.store import Store
-from tests.pipelines.helpers import NO_COPIES, config
+from tests.pipelines.helpers import NO_DEDUPLICATION, config
 from tests.pipelines.report.helpers import plain, rows_of
 
 EVIL = "CC|BY\n# hi <script>"
@@ -64,7 +64,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         "rules.min_face=265",
         "global_pass.val_share=0.4",
         "global_pass.split_similarity=0.6",
-        *NO_COPIES,
+        *NO_DEDUPLICATION,
     )
     run(config(folder / "in.parquet", output, "source.name_column=name", *more))
     store = Store(str(output))

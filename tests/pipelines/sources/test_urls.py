@@ -23,7 +23,7 @@ from pipelines.sources.fetch import USER_AGENT, AddressCheck, Fetcher, is_public
 from pipelines.sources.urls import UrlList
 from stages.base import Failed
 from stages.record import Record
-from tests.pipelines.helpers import DEMO, config, hears_ctrl_c
+from tests.pipelines.helpers import DEMO, config, restore_sigint
 from tests.pipelines.sources.server import Server, plain, serving
 
 FAST = (
@@ -350,7 +350,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(server: Server, tmp_path: 
         "executor=inline",
     ]
     process = subprocess.Popen(
-        [*command, *settings], stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
+        [*command, *settings], stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint
     )
     while process.poll() is None and "/hangs.jpg" not in server.requested_paths:
         time.sleep(0.05)

@@ -15,7 +15,7 @@ import pytest
 from pipelines.lint import lint
 from pipelines.run import run
 from stages.storage.store import Store
-from tests.pipelines.helpers import DEMO, config, digests, hears_ctrl_c
+from tests.pipelines.helpers import DEMO, config, digests, restore_sigint
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=hears_ctrl_c,
+        preexec_fn=restore_sigint,
     )
     try:
         while driver.poll() is None and not list(shards.glob("*.json")):
