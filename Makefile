@@ -63,23 +63,24 @@ weights: install ## fetch weights ahead of a run. PRESET=demo or fgid
 test: install ## all tests, two files at a time
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-golden: install ## hold every module against the reference's answers
+golden: install ## compare the model with the reference's answers
 	$(RUN) -m tests.golden.check tests/golden
 
-chaos: install ## kill -9 workers, actors, nodes and the driver of a Ray cluster, and compare every byte. ROUNDS=5
+chaos: install ## kill workers, actors, nodes and the driver of a Ray cluster, and compare every byte. ROUNDS=5
 	$(RUN) -m tests.chaos --rounds $(or $(ROUNDS),5) $(ARGS)
 
-quality: install ## plant faults among COUNT portraits: each must be caught by the right rule, little else lost. ARGS="--each 20"
+quality: install ## plant faults among COUNT portraits; the rules must drop these and few others. ARGS="--each 20"
 	$(RUN) -m tests.quality --count $(COUNT) $(ARGS)
 
-lint: install ## style, types, import layers
+lint: install ## style, types, import layers, sizes, names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(RUN) -m tests.sizes
+	$(RUN) -m tests.names
 
-format: install ## put the code into its format
+format: install ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,5 +1,6 @@
-"""The pipeline beside others that do the same work: `make bench ARGS="--against reference"` or
-`img2dataset`.
+"""Compares the pipeline with other programs: `make bench ARGS="--against reference"`.
+
+`--against img2dataset` compares download, resize and shard writing only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -36,8 +38,8 @@ from stages.codec import decode_jpeg
 from stages.record import Record, key_of
 from stages.storage.store import Store
 
-# URLs of the short runs, whose cost is taken off that of the long ones: start-up, imports
-_FEW = 96
+# Images of the short runs. Their cost, mostly start-up, is subtracted from that of the long runs.
+_SHORT_RUN = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,142 +50,145 @@ class Cost:
     cpu: float
 
 
-def cost_of(work: Callable[[], object]) -> Cost:
-    began, before = time.perf_counter(), _cpu()
-    work()
-    return Cost(time.perf_counter() - began, _cpu() - before)
+def cost_of(function: Callable[[], object]) -> Cost:
+    """Calls a function and returns what it cost."""
+    started, cpu_before = time.perf_counter(), _cpu()
+    function()
+    return Cost(time.perf_counter() - started, _cpu() - cpu_before)
 
 
 def cores() -> int:
-    """CPUs that this process may run on."""
+    """Returns the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
-def make(config: DatasetConfig, chain: Chain = build_chain) -> int:
-    """The data set from nothing; how many samples were written."""
+def make_dataset(config: DatasetConfig, chain: Chain = build_chain) -> int:
+    """Makes a data set from the beginning and returns the number of samples written."""
     shutil.rmtree(config.output, ignore_errors=True)
     list(execute(plan_job(config, chain=chain), lambda count: None))
     return read_ledger(Store(config.output)).written
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 def against_reference(
     config: DatasetConfig, files: Sequence[Path], folder: Path, rounds: int
 ) -> None:
-    """The inline pipeline, in float32 and with parsing under bfloat16, in turns with a loop such as
-    the reference's.
+    """Compares the inline pipeline with a loop like the reference's, in turns.
+
+    The pipeline runs with parsing in float32 and in bfloat16. Prints their agreement, and a table
+    of the costs.
     """
-    share = agreement(config, files[:64])
+    shares = agreement(config, files[:64])
     print(
-        f"parsing under bfloat16 agrees with float32 on {np.mean(share):.4%} of the pixels of "
-        f"{len(share)} portraits"
+        f"parsing in bfloat16 agrees with float32 on {np.mean(shares):.4%} of the pixels of "
+        f"{len(shares)} portraits (lowest of a portrait: {min(shares):.4%})",
+        flush=True,
     )
-    print(f"  (least of a portrait {min(share):.4%})", flush=True)
-    low = replace(config, parse=replace(config.parse, dtype="bfloat16"))
-    made: dict[str, int] = {}
+    bfloat16 = replace(config, parse=replace(config.parse, dtype="bfloat16"))
+    identities: dict[str, int] = {}
     costs: dict[str, list[Cost]] = {"reference": [], "float32": [], "bfloat16": []}
 
     def loop() -> None:
         shutil.rmtree(folder / "reference", ignore_errors=True)
-        made["reference"] = ReferenceLoop(config).run(files, folder / "reference")["identities"]
+        counts = ReferenceLoop(config).run(files, folder / "reference")
+        identities["reference"] = counts["identities"]
 
-    def pipeline(name: str, given: DatasetConfig) -> Callable[[], None]:
-        def work() -> None:
-            made[name] = make(given)
+    def pipeline(name: str, settings: DatasetConfig) -> Callable[[], None]:
+        def run() -> None:
+            identities[name] = make_dataset(settings)
 
-        return work
+        return run
 
     shutil.rmtree(config.output, ignore_errors=True)
     planned = plan_job(config).plan.inputs
-    assert planned == len(files), (
-        f"the pipeline would take {planned} pictures, the loop {len(files)}"
-    )
+    assert planned == len(files), f"the pipeline plans {planned} images, the loop {len(files)}"
     for _ in range(rounds):
         costs["float32"].append(cost_of(pipeline("float32", config)))
         costs["reference"].append(cost_of(loop))
-        costs["bfloat16"].append(cost_of(pipeline("bfloat16", low)))
-    _table(costs, len(files), "reference")
-    print(
-        f"pictures with an identity: {', '.join(f'{name} {n}' for name, n in made.items())} of "
-        f"{len(files)}"
-    )
+        costs["bfloat16"].append(cost_of(pipeline("bfloat16", bfloat16)))
+    _print_table(costs, len(files), "reference")
+    counts = ", ".join(f"{name} {count}" for name, count in identities.items())
+    print(f"images with an identity: {counts} of {len(files)}")
 
 
 def agreement(config: DatasetConfig, files: Sequence[Path]) -> list[float]:
-    """Share of pixels with equal labels under float32 and bfloat16, for each picture."""
+    """Returns for each image the share of pixels with equal labels in float32 and bfloat16."""
     pin_threads(config.threads)
     weights = Weights(config.weights)
-    full, low = (
-        BiSeNetParser(replace(config.parse, dtype=dtype), weights)  # type: ignore[arg-type]
+    float32, bfloat16 = (
+        BiSeNetParser(replace(config.parse, dtype=dtype), weights)
         for dtype in ("float32", "bfloat16")
     )
     records = [Record(key=key_of(p.name), source=p.name, image=p.read_bytes()) for p in files]
     images = [decode_jpeg(r.image) for r in run_chain(build_stages(config)[:1], records)]
-    return [float((full.parse([image])[0] == low.parse([image])[0]).mean()) for image in images]
-
-
-# -------------------------------------------------------------------------------------------------
+    return [
+        float((float32.parse([image])[0] == bfloat16.parse([image])[0]).mean()) for image in images
+    ]
 
 
 def against_img2dataset(files: Sequence[Path], folder: Path, rounds: int, count: int) -> None:
-    """The resize stage and the shards' commit beside img2dataset, from one server, on one core
-    each.
+    """Compares the resize stage and the shards' commit with img2dataset, on one core each.
 
-    What a picture costs is what `count` of them cost beyond a few: start-up and imports are no
-    one's merit.
+    Both download from the same local server. The cost of an image is the difference between a run
+    over `count` images and a short one, so that start-up and imports don't count.
     """
     program = install(folder / "img2dataset")
     costs: dict[str, list[Cost]] = {"img2dataset": [], "ours": []}
     with serving(files[0].parent) as address:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        lists = {n: _url_list(folder, address, files, n) for n in (_FEW, count)}
+        lists = {n: _url_list(folder, address, files, n) for n in (_SHORT_RUN, count)}
+        runs: dict[str, Callable[..., object]] = {
+            "ours": _resize,
+            "img2dataset": partial(_img2dataset, program),
+        }
         for _ in range(rounds):
-            for name, work in (
-                ("ours", _ours),
-                ("img2dataset", lambda *given: _img2dataset(program, *given)),
-            ):
+            for name, run in runs.items():
                 short, long = (
-                    cost_of(lambda n=n, work=work: work(folder, lists[n], n)) for n in (_FEW, count)
-                )  # type: ignore[misc]
+                    cost_of(partial(run, folder, lists[n], n)) for n in (_SHORT_RUN, count)
+                )
                 costs[name].append(Cost(long.seconds - short.seconds, long.cpu - short.cpu))
-    _table(costs, count - _FEW, "img2dataset")
+    _print_table(costs, count - _SHORT_RUN, "img2dataset")
 
 
 def install(folder: Path) -> Path:
-    """img2dataset in an environment of its own, from the configured index; its program."""
+    """Installs img2dataset in its own virtual environment and returns the path of its program.
+
+    Raises SystemExit if the configured package index doesn't have it.
+    """
     uv, python = Path(sys.executable).with_name("uv"), folder / "bin" / "python"
     if not (folder / "bin" / "img2dataset").exists():
         subprocess.run(
             [uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True
         )
-        done = subprocess.run(
+        installation = subprocess.run(
             [uv, "pip", "install", "--quiet", "--python", python, "img2dataset"], check=False
         )
-        if done.returncode:
+        if installation.returncode:
             raise SystemExit(
-                "img2dataset can't be installed from the configured index: nothing to compare with."
+                "img2dataset can't be installed from the configured package index. "
+                "Configure one that has it."
             )
     listed = subprocess.run(
         [uv, "pip", "list", "--python", python, "--format", "json"], check=True, capture_output=True
     )
     versions = {row["name"]: row["version"] for row in json.loads(listed.stdout)}
-    named = ("img2dataset", "opencv-python-headless", "albumentations", "webdataset")
-    print(", ".join(f"{name} {versions.get(name, '?')}" for name in named), flush=True)
+    packages = ("img2dataset", "opencv-python-headless", "albumentations", "webdataset")
+    print(", ".join(f"{name} {versions.get(name, '?')}" for name in packages), flush=True)
     return folder / "bin" / "img2dataset"
 
 
-def _ours(folder: Path, urls: Path, count: int) -> None:
-    given = [
+def _resize(folder: Path, urls: Path, count: int) -> None:
+    """Runs the pipeline with the resize stage alone."""
+    overrides = [
         f"source.path={urls}",
         "source.kind=urls",
         "source.allow_private=true",
         f"output={folder / 'resized'}",
+        "shard_size=500",
+        "executor=inline",
+        "threads=1",
     ]
-    given += ["shard_size=500", "executor=inline", "threads=1"]
-    written = make(load(DatasetConfig, "configs/dataset/demo.yaml", given), resizing)
-    assert written == count, f"{written} of {count} were written"
+    written = make_dataset(load(DatasetConfig, "configs/dataset/demo.yaml", overrides), resizing)
+    assert written == count, f"{written} of {count} images were written"
 
 
 def _img2dataset(program: Path, folder: Path, urls: Path, count: int) -> None:
@@ -208,13 +213,13 @@ def _img2dataset(program: Path, folder: Path, urls: Path, count: int) -> None:
         capture_output=True,
         env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"},
     )
-    made = sum(json.loads(path.read_text())["successes"] for path in output.glob("*_stats.json"))
-    assert made == count, f"{made} of {count} were written"
+    written = sum(json.loads(path.read_text())["successes"] for path in output.glob("*_stats.json"))
+    assert written == count, f"{written} of {count} images were written"
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The folder over HTTP on loopback, by a process of its own; its address."""
+    """Serves a folder over HTTP on loopback from another process; yields the URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -249,26 +254,24 @@ def _url_list(folder: Path, address: str, files: Sequence[Path], count: int) -> 
     return path
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def _table(costs: dict[str, list[Cost]], images: int, other: str) -> None:
-    """Medians of the turns; ratios over one mean faster than `other`."""
+def _print_table(costs: dict[str, list[Cost]], images: int, other: str) -> None:
+    """Prints the medians over all turns, and ratios to `other`; above 1 is faster than it."""
     base = [(c.seconds, c.cpu) for c in costs[other]]
     print(
-        f"{images} pictures, {len(base)} turns        images/s   CPU-ms an image   images/s, "
+        f"{images} images, {len(base)} turns          images/s   CPU-ms an image   images/s, "
         "ratio   CPU, ratio"
     )
     for name, turns in costs.items():
         seconds, cpu = median(c.seconds for c in turns), median(c.cpu for c in turns)
-        faster = median(b[0] / c.seconds for b, c in zip(base, turns, strict=True))
-        leaner = median(b[1] / c.cpu for b, c in zip(base, turns, strict=True))
+        speed_ratio = median(b[0] / c.seconds for b, c in zip(base, turns, strict=True))
+        cpu_ratio = median(b[1] / c.cpu for b, c in zip(base, turns, strict=True))
         print(
-            f"  {name:24} {images / seconds:14.2f} {cpu / images * 1000:17.1f} {faster:17.2f} "
-            f"{leaner:12.2f}"
+            f"  {name:24} {images / seconds:14.2f} {cpu / images * 1000:17.1f} "
+            f"{speed_ratio:17.2f} {cpu_ratio:12.2f}"
         )
 
 
 def _cpu() -> float:
+    """Returns the CPU-seconds of this process and of its children that have ended."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)

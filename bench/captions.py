@@ -1,10 +1,10 @@
-"""Both prompts of a picture from one prefill, beside two plain `generate` calls: `python -m
-bench.captions`.
+"""Speed of LLaVA captions with a shared prefix: `python -m bench.captions`.
 
-The checkpoint is LLaVA-1.5's own classes with random weights: the real one's 576 image tokens and
-the configuration's two prompts, in a language model small enough for a CPU. Its words mean nothing,
-but they must be the same each way. What is saved is the second reading of the picture: the share of
-it depends on how much is read and how much written, not on what is said.
+The backend encodes an image once for both of its prompts (a shared prefill); this compares it with
+two plain `generate` calls. The checkpoint has LLaVA-1.5's classes with random weights: the same two
+prompts and number of image tokens (576), in a language model small enough for a CPU. Its texts have
+no meaning, but all ways must give the same ones. The gain depends on the numbers of tokens read and
+generated, not on which tokens they are.
 """
 
 from __future__ import annotations
@@ -42,25 +42,24 @@ SIZE = Size(
 
 
 def main(
-    tokens: Annotated[list[int] | None, typer.Argument(help="New tokens a caption.")] = None,
-    rounds: Annotated[int, typer.Option(help="Turns, of each way.")] = 5,
-    batch_size: Annotated[
-        int, typer.Option(help="Pictures that go through the model together.")
-    ] = 4,
-    threads: Annotated[int, typer.Option(help="Of torch; 0: all cores.")] = 0,
+    tokens: Annotated[
+        list[int] | None, typer.Argument(help="Numbers of new tokens in a caption.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each way.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 4,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0: all cores.")] = 0,
 ) -> None:
-    """Print, for each number of tokens, what a picture takes each way, and the ratios."""
+    """Print the time for an image in each way, and the ratios, for each number of tokens."""
     pin_threads(threads)
-    pictures = [encode_jpeg(picture, 95) for picture in (astronaut(), cat(), chelsea(), coffee())]
+    images = [encode_jpeg(image, 95) for image in (astronaut(), cat(), chelsea(), coffee())]
     records = [
-        Record(key=key_of(str(n)), source=str(n), image=pictures[n % len(pictures)])
+        Record(key=key_of(str(n)), source=str(n), image=images[n % len(images)])
         for n in range(batch_size)
     ]
     with tempfile.TemporaryDirectory(prefix="captions-") as folder:
         make_checkpoint(Path(folder), size=SIZE)
         print(
-            "tokens   way         s a picture   two calls over it    CPU-s a picture   two calls "
-            "over it",
+            "tokens   way          s an image   two calls / it     CPU-s an image  two calls / it",
             flush=True,
         )
         for count in tokens or (16, 64):
@@ -69,50 +68,47 @@ def main(
 
 
 def compare(backend: Llava, records: Sequence[Record], rounds: int) -> None:
-    """All ways in turns, on the same model; the texts must be the same each time. Prints a row for
-    each.
+    """Runs all ways in turns on the same model and prints a row for each.
 
-    Ratios are medians (least, most) of the turns. CPU-seconds are steadier where the machine has
-    other work too.
+    The texts of all ways must be equal. Ratios are medians over the turns (lowest, highest).
+    CPU-seconds vary less than seconds on a machine with other work.
     """
-    ways = {
+    ways: dict[str, Callable[..., Any]] = {
         "shared": partial(backend.caption, batch_size=len(records)),
         "one call": partial(one_call, backend),
         "two calls": partial(two_calls, backend),
     }
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
-    # once outside the clock: the first call of anything is slower
-    backend.caption(records, len(records))
+    backend.caption(records, len(records))  # not timed, because the first call is slower
     for _ in range(rounds):
-        said: dict[str, Any] = {}
+        texts: dict[str, Any] = {}
         for name, way in ways.items():
-            costs[name].append(cost_of(partial(say, said, name, way, records)))
-        assert said["shared"] == said["one call"] == said["two calls"], (
-            "sharing a prefix must change no word"
+            costs[name].append(cost_of(partial(store, texts, name, way, records)))
+        assert texts["shared"] == texts["one call"] == texts["two calls"], (
+            "sharing a prefix must not change the texts"
         )
-        assert len(set(said["shared"])) == len({record.image for record in records}), (
-            "each picture has its own words"
+        assert len(set(texts["shared"])) == len({record.image for record in records}), (
+            "each image must have another text"
         )
     for name, turns in costs.items():
         row = f"{backend.config.max_new_tokens:>6}   {name:10}"
         for unit in ("seconds", "cpu"):
-            own, other = (
-                [getattr(cost, unit) for cost in taken] for taken in (turns, costs["two calls"])
-            )
+            own = [getattr(cost, unit) for cost in turns]
+            other = [getattr(cost, unit) for cost in costs["two calls"]]
             ratios = [b / a for a, b in zip(own, other, strict=True)]
-            spread = f"({min(ratios):.2f}, {max(ratios):.2f})"
-            row += f" {median(own) / len(records):>13.2f}   {median(ratios):.2f} {spread}"
+            row += f" {median(own) / len(records):>13.2f}   {median(ratios):.2f}"
+            row += f" ({min(ratios):.2f}, {max(ratios):.2f})"
         print(row, flush=True)
 
 
-def say(
-    said: dict[str, Any], name: str, way: Callable[..., Any], records: Sequence[Record]
+def store(
+    texts: dict[str, Any], name: str, way: Callable[..., Any], records: Sequence[Record]
 ) -> None:
-    said[name] = way(records)
+    texts[name] = way(records)
 
 
 def two_calls(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """The same batch, each prompt in a `generate` call of its own."""
+    """Captions a batch with a `generate` call for each prompt."""
     images = [Image.fromarray(decode_jpeg(record.image)) for record in records]
     return list(
         zip(
@@ -123,8 +119,9 @@ def two_calls(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]
 
 
 def one_call(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Both prompts in one batch of twice the rows, and nothing shared: what is left of the gain is
-    the prefix's.
+    """Captions a batch in one `generate` call, with a row for each image and prompt, unshared.
+
+    It tells the gain of the shared prefix from that of a larger batch.
     """
     images = [
         Image.fromarray(decode_jpeg(record.image)) for record in records for _ in backend.prompts
@@ -134,6 +131,7 @@ def one_call(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]
 
 
 def generate(backend: Llava, images: Sequence[Any], prompts: Sequence[str]) -> list[str]:
+    """Generates a text for each image with its prompt."""
     inputs = backend.processor(
         images=list(images), text=list(prompts), padding=True, return_tensors="pt"
     )

@@ -1,4 +1,4 @@
-"""Chains for benchmarks: stages that wait where the real ones compute, and the resize stage alone."""
+"""Chains for benchmarks and tests: stages that sleep in place of computing, and resize alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from configs.common import NO_ANSWER, PlacementConfig
+from configs.common import NOT_HASHED, PlacementConfig
 from configs.schema import DatasetConfig
 from stages.base import Stage
 from stages.codec import encode_labels
@@ -23,9 +23,9 @@ SECONDS: Final = {
     "embed": 0.0184,
     "caption": 0.0214,
 }
-"""An image in each stage of the inline pipeline, as a run of `make bench` on two cores had it."""
+"""Seconds for an image in each stage of the inline pipeline, from `make bench` on two cores."""
 
-# floats, as a detector's are: after a journey through Arrow they would be anyway
+# Coordinates are floats, as a detector's; Arrow would convert integers to floats.
 _FACE: Final = Face(
     box=(8.0, 8.0, 56.0, 56.0),
     landmarks=((20.0, 24.0), (44.0, 24.0), (32.0, 36.0), (22.0, 46.0), (42.0, 46.0)),
@@ -35,12 +35,14 @@ _FACE: Final = Face(
 
 @dataclass(frozen=True, slots=True)
 class SleepConfig:
-    seconds: float  # an image
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    """Settings of a SleepStage. seconds: for an image."""
+
+    seconds: float
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 class SleepStage(Stage):
-    """Takes `seconds` an image and answers it as it came."""
+    """Sleeps for `seconds` an image and returns the records unchanged."""
 
     config: SleepConfig
 
@@ -75,9 +77,7 @@ class Caption(SleepStage):
 
 
 class Fill(Stage):
-    """What a sample must have and nothing here has made: constants, so that the shard can be
-    committed.
-    """
+    """Fills the fields that a sample must have with constants, so that its shard can be written."""
 
     name = "fill"
     provides = ("parsing", "identity", "faces", "face")
@@ -87,7 +87,7 @@ class Fill(Stage):
 
 
 def sleeping(config: DatasetConfig) -> list[Stage]:
-    """A Chain: the real chain's times and placement, nothing computed."""
+    """Builds a chain that takes as long as the real one and has its placement, but only sleeps."""
     kinds = (Resize, Detect, Parse, Embed, Caption)
     stages: list[Stage] = [
         kind(SleepConfig(SECONDS[kind.name], config.resize.placement)) for kind in kinds
@@ -96,17 +96,22 @@ def sleeping(config: DatasetConfig) -> list[Stage]:
 
 
 def resizing(config: DatasetConfig) -> list[Stage]:
-    """A Chain: the resize stage alone, and constants for what the rest of the chain would have
-    given.
-    """
+    """Builds a chain of the resize stage alone, with constants for what other stages provide."""
     return [ResizeStage(config.resize), Fill(SleepConfig(0.0, config.resize.placement))]
 
 
 def _filled(record: Record) -> Record:
     width, height = record.width or 64, record.height or 64
     identity = np.full(IDENTITY_DIM, IDENTITY_DIM**-0.5, np.float32)
-    made = {"parsing": _labels(width, height), "identity": identity, "faces": (_FACE,), "face": 0}
-    return replace(record, width=width, height=height, **made)
+    return replace(
+        record,
+        width=width,
+        height=height,
+        parsing=_labels(width, height),
+        identity=identity,
+        faces=(_FACE,),
+        face=0,
+    )
 
 
 @cache

@@ -1,9 +1,10 @@
-"""How far copies are from their original, and strangers from each other: `python -m bench.copies
-FOLDER`.
+"""Distances between an image and its near duplicates, and between images of different people.
 
-Every picture of FOLDER must show another person (`python -m pipelines.cli synthesize FOLDER --count
-1000` makes such). Some are edited as copies are on the way through the web, and go through the same
-resize, detect and embed stages. The perceptual hash is of the resized picture, as in the pipeline.
+    python -m bench.copies FOLDER
+
+Every image in FOLDER must show another person (`python -m pipelines.cli synthesize FOLDER --count
+1000` makes such a folder). Some are edited as copies on the web are, and all go through the resize,
+detect and embed stages. As in the pipeline, the perceptual hash is that of the resized image.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def _jpeg(quality: int) -> Edit:
     return lambda image: encode_jpeg(image, quality)
 
 
-def _scaled(by: float, quality: int) -> Edit:
+def _scaled(factor: float, quality: int) -> Edit:
     return lambda image: encode_jpeg(
-        cv2.resize(image, None, fx=by, fy=by, interpolation=cv2.INTER_AREA), quality
+        cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA), quality
     )
 
 
-def _cut(left: float, top: float, right: float, bottom: float) -> Edit:
-    """Without these shares of its sides."""
+def _cropped(left: float, top: float, right: float, bottom: float) -> Edit:
+    """Returns an edit that removes these shares of the width and the height."""
 
     def edit(image: Image) -> bytes:
         height, width = image.shape[:2]
@@ -64,25 +65,23 @@ EDITS: dict[str, Edit] = {
     "half size, quality 60": _scaled(0.5, 60),
     "brightened by a fifth": lambda image: encode_jpeg(cv2.convertScaleAbs(image, alpha=1.2), 90),
     "blurred, sigma 2": lambda image: encode_jpeg(cv2.GaussianBlur(image, (0, 0), 2), 90),
-    "cropped, 1 % all round": _cut(0.01, 0.01, 0.01, 0.01),
-    "cropped, 2.5 % all round": _cut(0.025, 0.025, 0.025, 0.025),
-    "cropped, 5 % left and top": _cut(0.05, 0.05, 0, 0),
+    "cropped, 1 % on all sides": _cropped(0.01, 0.01, 0.01, 0.01),
+    "cropped, 2.5 % on all sides": _cropped(0.025, 0.025, 0.025, 0.025),
+    "cropped, 5 % left and top": _cropped(0.05, 0.05, 0, 0),
     "mirrored": lambda image: encode_jpeg(np.ascontiguousarray(image[:, ::-1]), 90),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What the pipeline makes of pictures: hashes (N, 32) uint8, identities (N, 512) or zero rows
-    where none.
-    """
+class Features:
+    """Features of N images. hashes: (N, 32) uint8. identities: (N, 512), zero without a face."""
 
     hashes: npt.NDArray[np.uint8]
     identities: FloatArray
 
 
-def see(images: list[bytes], stages: list[Stage], embed: bool) -> Seen:
-    """The resized pictures' hashes and, with `embed`, the identities of their chosen faces."""
+def features_of(images: list[bytes], stages: list[Stage], embed: bool) -> Features:
+    """Returns the hashes of the resized images and, with `embed`, the identities of their faces."""
     records = [
         Record(key=key_of(str(i)), source=str(i), image=data) for i, data in enumerate(images)
     ]
@@ -92,36 +91,40 @@ def see(images: list[bytes], stages: list[Stage], embed: bool) -> Seen:
     for row, record in enumerate(run_chain(stages[1:], resized) if embed else []):
         if record.identity is not None:
             identities[row] = record.identity
-    return Seen(hashes, identities)
+    return Features(hashes, identities)
 
 
 def perceptual_hash(image: Image) -> npt.NDArray[np.uint8]:
-    """(32,): 256 bits."""
+    """Returns the 256 bits of an image's perceptual hash, (32,)."""
     return np.packbits(imagehash.phash(PILImage.fromarray(image), hash_size=16).hash.ravel())
 
 
 def distances(left: npt.NDArray[np.uint8], right: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Bits in which hashes differ, (…, 32) against (…, 32)."""
+    """Returns the number of bits in which hashes (…, 32) differ."""
     return np.asarray(np.bitwise_count(left ^ right).sum(-1, dtype=np.int64))
 
 
-def strangers(seen: Seen) -> tuple[npt.NDArray[np.int64], FloatArray]:
-    """(hash distances, cosines) of all pairs of different pictures."""
-    bits = [distances(seen.hashes[i], seen.hashes[i + 1 :]) for i in range(len(seen.hashes))]
-    found = seen.identities[np.any(seen.identities, axis=1)]
-    return np.concatenate(bits), (found @ found.T)[np.triu_indices(len(found), 1)]
+def pairwise(features: Features) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Returns the hash distances and the cosines of all pairs of images."""
+    hashes = features.hashes
+    bits = [distances(hashes[i], hashes[i + 1 :]) for i in range(len(hashes))]
+    identities = features.identities[np.any(features.identities, axis=1)]
+    cosines = (identities @ identities.T)[np.triu_indices(len(identities), 1)]
+    return np.concatenate(bits), cosines
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Pictures of different people.")],
-    count: Annotated[int, typer.Option(min=2, help="Pictures embedded; all are hashed.")] = 300,
-    edited: Annotated[int, typer.Option(min=1, help="Pictures that are edited.")] = 150,
-    save: Annotated[Path | None, typer.Option(help="Keep the identities here, as .npy.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Images of different people.")],
+    count: Annotated[int, typer.Option(min=2, help="Images to embed; all are hashed.")] = 300,
+    edited: Annotated[int, typer.Option(min=1, help="Images to edit.")] = 150,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the identities to this .npy file.")
+    ] = None,
     config: Annotated[Path, typer.Option(help="Preset of the data set.")] = Path(
         "configs/dataset/demo.yaml"
     ),
 ) -> None:
-    """Print distances and cosines of strangers, and of copies by edit."""
+    """Print distances and cosines between different people, and of copies by edit."""
     settings = load(DatasetConfig, config)
     weights = Weights(settings.weights)
     stages: list[Stage] = [
@@ -134,47 +137,42 @@ def main(
     names = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
     )
-    first = see([path.read_bytes() for path in names[:count]], stages, embed=True)
-    rest = (
-        see([path.read_bytes() for path in names[count:]], stages, embed=False)
-        if names[count:]
-        else None
-    )
+    embedded = features_of([path.read_bytes() for path in names[:count]], stages, embed=True)
+    everyone = embedded
+    if names[count:]:
+        hashed = features_of([path.read_bytes() for path in names[count:]], stages, embed=False)
+        hashes = np.concatenate([embedded.hashes, hashed.hashes])
+        everyone = Features(hashes, embedded.identities)
     if save is not None:
-        np.save(save, first.identities)
-    bits, _ = strangers(
-        Seen(np.concatenate([first.hashes, rest.hashes]), first.identities) if rest else first
-    )
-    cosines = strangers(first)[1]
+        np.save(save, embedded.identities)
+    bits, cosines = pairwise(everyone)
     print(
-        f"strangers: {len(bits):,} pairs by hash, bits: "
-        + _spread(bits, "{:.0f}", (0, 0.0001, 0.001, 0.01, 0.5))
+        f"different people: {len(bits):,} pairs by hash, bits: "
+        + _quantiles(bits, "{:.0f}", (0, 0.0001, 0.001, 0.01, 0.5))
     )
     print(
-        f"strangers: {len(cosines):,} pairs by face, cosine: "
-        + _spread(cosines, "{:.3f}", (0.5, 0.99, 0.999, 1))
+        f"different people: {len(cosines):,} pairs by face, cosine: "
+        + _quantiles(cosines, "{:.3f}", (0.5, 0.99, 0.999, 1))
     )
     originals = [decode_jpeg(path.read_bytes()) for path in names[:edited]]
     print(
         f"copies of {len(originals)}; of hashes: median, 95 %, largest; of cosines: median, 5 %, "
-        "smallest; no face"
+        "smallest; number without a face"
     )
     for name, edit in EDITS.items():
-        copies = see([edit(image) for image in originals], stages, embed=True)
-        far = distances(copies.hashes, first.hashes[: len(originals)])
-        near = np.einsum("nd,nd->n", copies.identities, first.identities[: len(originals)])
-        near = near[np.any(copies.identities, axis=1)]
-        by_hash, by_face = (
-            _spread(far, "{:.0f}", (0.5, 0.95, 1)),
-            _spread(near, "{:.3f}", (0.5, 0.05, 0)),
-        )
-        print(f"{name:<28} {by_hash}   {by_face}   {len(far) - len(near)}", flush=True)
+        copies = features_of([edit(image) for image in originals], stages, embed=True)
+        bits = distances(copies.hashes, embedded.hashes[: len(originals)])
+        cosines = np.einsum("nd,nd->n", copies.identities, embedded.identities[: len(originals)])
+        cosines = cosines[np.any(copies.identities, axis=1)]
+        by_hash = _quantiles(bits, "{:.0f}", (0.5, 0.95, 1))
+        by_face = _quantiles(cosines, "{:.3f}", (0.5, 0.05, 0))
+        print(f"{name:<28} {by_hash}   {by_face}   {len(bits) - len(cosines)}", flush=True)
 
 
-def _spread(
-    values: npt.NDArray[np.int64] | FloatArray, form: str, quantiles: tuple[float, ...]
+def _quantiles(
+    values: npt.NDArray[np.int64] | FloatArray, template: str, quantiles: tuple[float, ...]
 ) -> str:
-    return " ".join(form.format(value) for value in np.quantile(values, quantiles))
+    return " ".join(template.format(value) for value in np.quantile(values, quantiles))
 
 
 if __name__ == "__main__":

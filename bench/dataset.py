@@ -1,15 +1,15 @@
-"""Speed of the data set pipeline against its own models, side by side in one run: `make bench`.
+"""Speed of the data set pipeline compared with its bare models: `make bench`.
 
-    bare     the four models called in a plain loop on pictures already decoded and resized: the limit
+    bare     the four models, called in a loop on decoded and resized images: the upper limit
     inline   the whole pipeline in one process: decoding, resizing, encoding, shards
-    ray      the same on a local Ray cluster, from the first shard committed to the last (start-up left out)
+    ray      the pipeline on a local Ray cluster, from the first committed shard to the last,
+             without start-up
 
-Bare and inline take turns, and Ray runs between two halves of those turns, so that a machine whose
-speed drifts does it to all three. Ratios are what to quote. `--against` runs another comparison in
-place of these (bench/against.py):
+Bare and inline take turns, and Ray runs after half of them, so that a drift of the machine's speed
+affects all three. Quote the ratios. `--against` runs another comparison (bench/against.py):
 
-    reference     a loop that works as the reference's data scripts do, with the same weights and threads
-    img2dataset   download, resize and shard alone, beside our resize stage and commit
+    reference     a loop like the reference's data scripts, with the same weights and threads
+    img2dataset   download, resize and sharding, compared with the resize stage and commit
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -38,6 +38,7 @@ from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels
 from stages.detect import find_faces
 from stages.record import Record, key_of
+from stages.storage.manifest import Manifest
 
 
 class Contender(StrEnum):
@@ -46,9 +47,7 @@ class Contender(StrEnum):
 
 
 class Bare:
-    """The models of a chain, called singly on what they take: nothing is decoded, encoded or
-    written.
-    """
+    """Times the models of a chain on decoded images. Nothing is decoded, encoded or written."""
 
     def __init__(self, config: DatasetConfig, files: Sequence[Path]) -> None:
         self._chain = {stage.name: stage for stage in build_stages(config)}
@@ -56,17 +55,17 @@ class Bare:
             stage.setup()
         self._config = config
         records = [Record(key=key_of(p.name), source=p.name, image=p.read_bytes()) for p in files]
-        made = run_chain(list(self._chain.values()), records)
-        self._inputs = [(r, decode_jpeg(r.image), r.main_face) for r in made if r.ok]
+        processed = run_chain(list(self._chain.values()), records)
+        self._inputs = [(r, decode_jpeg(r.image), r.main_face) for r in processed if r.ok]
 
-    def seconds(self, start: int, end: int) -> dict[str, float]:
-        """Seconds spent in each model over inputs[start:end]."""
+    def seconds(self) -> dict[str, float]:
+        """Runs each model on all inputs, and returns the seconds spent in each."""
         backends = {
             name: stage.backend for name, stage in self._chain.items() if hasattr(stage, "backend")
         }
         spent = dict.fromkeys(backends, 0.0)
-        for record, image, face in self._inputs[start:end]:
-            # so that captions find them decoded
+        for record, image, face in self._inputs:
+            # Fill the cache of decoded images, from which the caption backend reads.
             decode_jpeg(record.image), decode_labels(record.parsing)
             calls: dict[str, Any] = {
                 "detect": lambda image=image: find_faces(
@@ -77,42 +76,46 @@ class Bare:
                 "caption": lambda record=record: backends["caption"].caption([record]),
             }
             for name, call in calls.items():
-                began = time.perf_counter()
+                started = time.perf_counter()
                 call()
-                spent[name] += time.perf_counter() - began
+                spent[name] += time.perf_counter() - started
         return spent
 
     def __len__(self) -> int:
         return len(self._inputs)
 
 
-def run_pipeline(config: DatasetConfig) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of the whole run, and its manifests."""
+def run_pipeline(config: DatasetConfig) -> tuple[float, list[Manifest]]:
+    """Makes a data set; returns the seconds of the run and the shards' manifests."""
     shutil.rmtree(config.output, ignore_errors=True)
-    began = time.perf_counter()
-    done = list(execute(plan_job(config), lambda count: None))
-    return time.perf_counter() - began, done
+    started = time.perf_counter()
+    manifests = list(execute(plan_job(config), lambda count: None))
+    return time.perf_counter() - started, manifests
 
 
 def main(
     count: Annotated[
-        int, typer.Option(min=40, help="Portraits; at least 200 for figures to quote.")
+        int, typer.Option(min=40, help="Portraits; use at least 200 for numbers to quote.")
     ] = 208,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Times bare and inline take turns, before and after Ray.")
+        int, typer.Option(min=1, help="Turns of bare and inline, both before and after Ray.")
     ] = 2,
-    folder: Annotated[Path, typer.Option(help="Where pictures and outputs go.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder for images and outputs.")] = Path(
         "runs/bench"
     ),
-    against: Annotated[Contender | None, typer.Option(help="Compare with this instead.")] = None,
-    urls: Annotated[int, typer.Option(min=200, help="Downloads, against img2dataset.")] = 1000,
+    against: Annotated[
+        Contender | None, typer.Option(help="Run this comparison in place of the default one.")
+    ] = None,
+    urls: Annotated[
+        int, typer.Option(min=200, help="Downloads in the comparison with img2dataset.")
+    ] = 1000,
 ) -> None:
     """Print images/s of the bare models, of the inline executor and of Ray, and their ratios."""
-    photos = folder / f"photos-{count}"  # no more of them than are counted
+    photos = folder / f"photos-{count}"  # its own folder, since all files in it are used
     files = list(write_portraits(photos, count, 0))
     threads = cores()
-    given = [f"source.path={photos}", "shard_size=16"]
-    base = load(DatasetConfig, "configs/dataset/demo.yaml", given)
+    overrides = [f"source.path={photos}", "shard_size=16"]
+    base = load(DatasetConfig, "configs/dataset/demo.yaml", overrides)
     inline = replace(base, executor="inline", threads=threads, output=str(folder / "inline"))
     if against is Contender.reference:
         against_reference(inline, files, folder, rounds)
@@ -122,69 +125,70 @@ def main(
         return
     pin_threads(threads)
     bare = Bare(inline, files)
-    bare_rates, inline_rates, spent = [], [], dict[str, float]()
+    bare_rates, inline_rates = [], []
+    model_seconds: dict[str, float] = {}
     stage_seconds: dict[str, float] = {}
 
     def turn() -> None:
-        seconds = bare.seconds(0, len(bare))
+        seconds = bare.seconds()
         bare_rates.append(len(bare) / sum(seconds.values()))
-        for name, value in seconds.items():
-            spent[name] = spent.get(name, 0.0) + value
-        _, done = run_pipeline(inline)
-        inline_rates.append(throughput(done))
-        for manifest in done:
-            for name, value in manifest.run.stage_seconds.items():
-                stage_seconds[name] = stage_seconds.get(name, 0.0) + value
+        add_seconds(model_seconds, seconds)
+        _, manifests = run_pipeline(inline)
+        inline_rates.append(throughput(manifests))
+        for manifest in manifests:
+            add_seconds(stage_seconds, manifest.run.stage_seconds)
 
     for _ in range(rounds):
         turn()
-    ray_seconds, ray_done = run_pipeline(replace(base, executor="ray", output=str(folder / "ray")))
+    ray_seconds, ray_manifests = run_pipeline(
+        replace(base, executor="ray", output=str(folder / "ray"))
+    )
     for _ in range(rounds):
         turn()
-    report(count, threads, bare_rates, inline_rates, throughput(ray_done), ray_seconds)
+    report(count, threads, bare_rates, inline_rates, throughput(ray_manifests), ray_seconds)
     turns = len(bare_rates)
-    print("where the time goes, ms per image (bare model / stage in the inline pipeline):")
-    for name, value in stage_seconds.items():
-        model = spent.get(name)
-        shown = f"{model / turns / len(bare) * 1000:7.1f}" if model is not None else "      -"
-        print(f"  {name:8} {shown} / {value / turns / count * 1000:7.1f}")
+    print("milliseconds an image, bare model / stage of the inline pipeline:")
+    for name, seconds in stage_seconds.items():
+        model = "      -"
+        if name in model_seconds:
+            model = f"{model_seconds[name] / turns / len(bare) * 1000:7.1f}"
+        print(f"  {name:8} {model} / {seconds / turns / count * 1000:7.1f}")
+
+
+def add_seconds(totals: dict[str, float], seconds: Mapping[str, float]) -> None:
+    """Adds `seconds` to `totals`, by name."""
+    for name, value in seconds.items():
+        totals[name] = totals.get(name, 0.0) + value
 
 
 def report(
     count: int, cores: int, bare: list[float], inline: list[float], ray: float, ray_seconds: float
 ) -> None:
-    """The three rates with their spread, the two ratios, and one line of JSON."""
-    b, i = statistics.median(bare), statistics.median(inline)
+    """Prints the three rates with their spread, the two ratios, and a line of JSON."""
+    bare_rate, inline_rate = statistics.median(bare), statistics.median(inline)
+    inline_ratio, ray_ratio = inline_rate / bare_rate, ray / bare_rate
     print(f"{count} portraits, {cores} cores, {_cpu()}, Python {platform.python_version()}")
     print(
-        f"bare    {b:6.2f} images/s (min {min(bare):.2f}, max {max(bare):.2f}, {len(bare)} turns)"
+        f"bare    {bare_rate:6.2f} images/s (min {min(bare):.2f}, max {max(bare):.2f}, "
+        f"{len(bare)} turns)"
     )
     print(
-        f"inline  {i:6.2f} images/s (min {min(inline):.2f}, max {max(inline):.2f})   inline/bare "
-        f"{i / b:.3f}"
+        f"inline  {inline_rate:6.2f} images/s (min {min(inline):.2f}, max {max(inline):.2f})   "
+        f"inline/bare {inline_ratio:.3f}"
     )
     print(
-        f"ray     {ray:6.2f} images/s in steady state; {ray_seconds:.1f} s in all   ray/bare    "
-        f"{ray / b:.3f}"
+        f"ray     {ray:6.2f} images/s in steady state; {ray_seconds:.1f} s in all   "
+        f"ray/bare    {ray_ratio:.3f}"
     )
-    print(
-        json.dumps(
-            {"bare": round(b, 3), "inline_ratio": round(i / b, 3), "ray_ratio": round(ray / b, 3)}
-        )
-    )
+    ratios = {"inline_ratio": round(inline_ratio, 3), "ray_ratio": round(ray_ratio, 3)}
+    print(json.dumps({"bare": round(bare_rate, 3), **ratios}))
 
 
 def _cpu() -> str:
+    """Returns the name of the CPU."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if "model name" in line
-        ]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor()
 
 

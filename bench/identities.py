@@ -1,10 +1,10 @@
-"""Copies, nearest faces and identities over simulated pictures: `python -m bench.identities --count
-500000`.
+"""Speed and quality of the global pass on simulated images: `python -m bench.identities`.
 
-The vectors are made to be as hard as measured ones: strangers' cosines are spread as those of
+It measures near duplicates, nearest faces and identity clusters. The simulated embeddings are as
+hard to separate as measured ones: cosines of different people have the distribution of
 MobileStyleGAN's portraits (`python -m bench.copies`: median 0.18, 99 % 0.46, 99.9 % 0.57), those of
-one person as ArcFace's are, 0.45 to 0.85. Few people have many pictures (Zipf). Some pictures are
-copies.
+one person that of ArcFace, 0.45 to 0.85. A few people have many images (Zipf). Some images are
+copies of others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, TypeVar
 
 import numpy as np
@@ -36,14 +37,16 @@ Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 _DIM, _BLOCK = 512, 8192
-_COMMON = 0.18  # of strangers' cosines: what all faces share
-_LEAST = 0.3  # similarity of the neighbours looked for
+_COMMON = 0.18  # mean cosine between different people
+_MIN_COSINE = 0.3  # of the neighbours searched for
 
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """person: (N,). original: (N,) the row that a row is a copy of, else itself. hashes (N, 32),
-    vectors (N, 512).
+    """N simulated images.
+
+    person: (N,). original: (N,), the row that an image is a copy of, or its own. hashes: (N, 32).
+    vectors: (N, 512), unit embeddings.
     """
 
     person: Ints
@@ -53,10 +56,10 @@ class Crowd:
 
 
 def simulate(count: int, people: int, copies: float, alike: bool, seed: int) -> Crowd:
-    """Pictures of `people` (those drawn at all), a share of them `copies` of one before.
+    """Simulates `count` images of at most `people` people; the share `copies` are copies of others.
 
-    alike: faces have much in common and differ along few directions, as the portraits' do; else
-    along all, as if strangers were independent.
+    alike: whether embeddings have a common component and differ mainly along few directions, as
+    those of the portraits; otherwise different people are independent.
     """
     rng = np.random.default_rng(seed)
     weight = np.arange(1, people + 1) ** -0.7
@@ -65,7 +68,7 @@ def simulate(count: int, people: int, copies: float, alike: bool, seed: int) -> 
     copied = np.flatnonzero(rng.random(count) < copies)
     copied = copied[copied > 0]
     original[copied] = rng.integers(0, copied)
-    while not np.array_equal(original, original[original]):  # a copy of a copy is one of the first
+    while not np.array_equal(original, original[original]):  # follow copies of copies to the first
         original = original[original]
     person[copied] = person[original[copied]]
     share_common = _COMMON if alike else 0.0
@@ -75,7 +78,7 @@ def simulate(count: int, people: int, copies: float, alike: bool, seed: int) -> 
     common = np.zeros(_DIM, np.float32)
     common[-1] = np.sqrt(share_common)
     people_vectors = rng.standard_normal((people, _DIM), np.float32) * spread
-    # how much of a picture's face is its person
+    # the share of an image's vector that is its person's, as against noise
     own = rng.uniform(0.3, 0.85, count).astype(np.float32)
     vectors = np.empty((count, _DIM), np.float16)
     for start in range(0, count, _BLOCK):
@@ -99,53 +102,49 @@ def unit(vectors: Floats) -> Floats:
 
 
 def _hashes(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
-    """Strangers' distances as measured: mean 112 bits, about 14 standard deviations' worth of
-    spread each way.
-    """
+    """Simulates hashes with distances as measured: mean 112 bits, standard deviation about 14."""
     base = rng.standard_normal(256, np.float32) * 0.45
     mix = rng.standard_normal((60, 256), np.float32) / np.sqrt(60)
-    found = np.empty((count, 32), np.uint8)
+    hashes = np.empty((count, 32), np.uint8)
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
-        found[start : start + size] = np.packbits(
+        hashes[start : start + size] = np.packbits(
             rng.standard_normal((size, 60), np.float32) @ mix + base > 0, axis=1
         )
-    return found
+    return hashes
 
 
-def timed(name: str, work: Callable[[], T]) -> T:
-    began = time.perf_counter()
-    answer = work()
-    print(
-        f"{name:<34} {time.perf_counter() - began:>7.1f} s   peak {peak():,.0f} MB so far",
-        flush=True,
-    )
-    return answer
+def timed(name: str, function: Callable[[], T]) -> T:
+    """Calls a function, prints its time and the process's peak memory, and returns its result."""
+    started = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - started
+    print(f"{name:<34} {seconds:>7.1f} s   peak {peak():,.0f} MB so far", flush=True)
+    return result
 
 
-def found_of(crowd: Crowd, near: Neighbours, sample: int, seed: int) -> str:
-    """Of the true nearest k of some pictures, the share found: of one person from 0.5 up, of copies
-    from 0.95 up.
+def recall(crowd: Crowd, near: Neighbours, sample: int, seed: int) -> str:
+    """Returns the share of the true k nearest neighbours in `near`, for `sample` random images.
+
+    Also separately for neighbours of the same person from cosine 0.5 and for all from 0.95.
     """
     k = near.row.shape[1]
     queries = np.random.default_rng(seed).choice(
         len(crowd.person), min(sample, len(crowd.person)), replace=False
     )
-    one, cosines = (
-        crowd.vectors[queries].astype(np.float32),
-        np.empty((len(queries), len(crowd.person)), np.float32),
-    )
+    query_vectors = crowd.vectors[queries].astype(np.float32)
+    cosines = np.empty((len(queries), len(crowd.person)), np.float32)
     for start in range(0, len(crowd.person), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        cosines[:, rows] = one @ crowd.vectors[rows].astype(np.float32).T
+        cosines[:, rows] = query_vectors @ crowd.vectors[rows].astype(np.float32).T
     cosines[np.arange(len(queries)), queries] = -1
-    # row by row: of all at once takes gigabytes
+    # row by row, because argpartition of the whole array takes gigabytes
     true = np.stack([np.argpartition(row, -k)[-k:] for row in cosines])
     cosine = np.take_along_axis(cosines, true, 1)
-    hit = np.array([np.isin(row, got) for row, got in zip(true, near.row[queries], strict=True)])
+    hit = np.array([np.isin(row, rows) for row, rows in zip(true, near.row[queries], strict=True)])
     same = crowd.person[true] == crowd.person[queries][:, None]
     kinds = {
-        f"any ≥ {_LEAST}": cosine >= _LEAST,
+        f"any ≥ {_MIN_COSINE}": cosine >= _MIN_COSINE,
         "same person ≥ 0.5": same & (cosine >= 0.5),
         "≥ 0.95": cosine >= 0.95,
     }
@@ -157,24 +156,29 @@ def found_of(crowd: Crowd, near: Neighbours, sample: int, seed: int) -> str:
 
 
 def agreement(labels: Ints, person: Ints) -> str:
-    """Pairwise precision and recall, then B-cubed (the mean over pictures)."""
-    label, size = np.unique(labels, return_inverse=True, return_counts=True)[1:]
-    who, pictures = np.unique(person, return_inverse=True, return_counts=True)[1:]
-    cell, both = np.unique(
-        label * (len(pictures) + 1) + who, return_inverse=True, return_counts=True
+    """Compares cluster labels with people, both (N,).
+
+    Returns precision and recall over pairs, then B-cubed precision and recall (means over images),
+    then the number of clusters.
+    """
+    cluster_of, cluster_size = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    person_of, person_size = np.unique(person, return_inverse=True, return_counts=True)[1:]
+    cell_of, cell_size = np.unique(
+        cluster_of * (len(person_size) + 1) + person_of, return_inverse=True, return_counts=True
     )[1:]
-    pairs, of_label, of_person = ((n * (n - 1.0) / 2).sum() for n in (both, size, pictures))
-    by_label, by_person = (both[cell] / size[label]).mean(), (both[cell] / pictures[who]).mean()
+    pairs, cluster_pairs, person_pairs = (
+        (n * (n - 1.0) / 2).sum() for n in (cell_size, cluster_size, person_size)
+    )
+    precision = (cell_size[cell_of] / cluster_size[cluster_of]).mean()
+    recall = (cell_size[cell_of] / person_size[person_of]).mean()
     return (
-        f"{pairs / max(of_label, 1):.4f} {pairs / of_person:.4f}   {by_label:.4f} "
-        f"{by_person:.4f}   {len(size):,}"
+        f"{pairs / max(cluster_pairs, 1):.4f} {pairs / person_pairs:.4f}   "
+        f"{precision:.4f} {recall:.4f}   {len(cluster_size):,}"
     )
 
 
 def leak(labels: Ints, person: Ints, share: float) -> str:
-    """Share of pictures on the val side, and of them those whose person has pictures on the train
-    side.
-    """
+    """Returns the share of val images, and the share of these whose person has train images."""
     sides = {
         label: split_of(f"id-{label}", share, 0) == "val" for label in np.unique(labels).tolist()
     }
@@ -183,68 +187,63 @@ def leak(labels: Ints, person: Ints, share: float) -> str:
 
 
 def main(
-    count: Annotated[int, typer.Option(min=1000, help="Pictures.")] = 500_000,
-    people: Annotated[int, typer.Option(help="People; 0: three tenths of the pictures.")] = 0,
+    count: Annotated[int, typer.Option(min=1000, help="Images.")] = 500_000,
+    people: Annotated[int, typer.Option(help="People; 0: three tenths of the images.")] = 0,
     copies: Annotated[float, typer.Option(min=0, max=0.9, help="Share of copies.")] = 0.02,
     alike: Annotated[
-        bool, typer.Option(help="Strangers are alike as synthetic portraits are; else independent.")
+        bool, typer.Option(help="Different people are as similar as synthetic portraits.")
     ] = True,
-    k: Annotated[int, typer.Option(min=1, help="Neighbours of each.")] = 16,
-    probes: Annotated[int, typer.Option(min=1, help="Cells searched for each.")] = PROBES,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours of each image.")] = 16,
+    probes: Annotated[int, typer.Option(min=1, help="Index cells searched for each.")] = PROBES,
     min_similarity: Annotated[
-        list[float] | None, typer.Option(help="Of clusters; as often as wanted.")
+        list[float] | None, typer.Option(help="Of a cluster. Repeat it for several values.")
     ] = None,
-    sample: Annotated[
-        int, typer.Option(min=1, help="Pictures whose true neighbours are counted.")
-    ] = 500,
-    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    sample: Annotated[int, typer.Option(min=1, help="Images for which recall is measured.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
 ) -> None:
-    """Print what each step takes and finds."""
+    """Print the time, the memory and the quality of each step."""
     crowd = timed(
         f"simulated {count:,}",
         lambda: simulate(count, people or 3 * count // 10, copies, alike, seed),
     )
     rng = np.random.default_rng(seed)
-    one, other = rng.integers(0, count, (2, 1_000_000))
-    cosines, apart = (
-        similarities(crowd.vectors, one, other),
-        crowd.person[one] != crowd.person[other],
-    )
+    left, right = rng.integers(0, count, (2, 1_000_000))
+    cosines = similarities(crowd.vectors, left, right)
+    different = crowd.person[left] != crowd.person[right]
     print(
-        "  strangers, cosine 50, 99, 99.9 %, largest:",
-        np.quantile(cosines[apart], [0.5, 0.99, 0.999, 1]).round(3),
+        "  different people, cosine 50, 99, 99.9 %, largest:",
+        np.quantile(cosines[different], [0.5, 0.99, 0.999, 1]).round(3),
     )
     order = np.argsort(crowd.person, kind="stable")
-    own = crowd.person[order[:-1]] == crowd.person[order[1:]]
-    cosines = similarities(crowd.vectors, order[:-1][own], order[1:][own])
+    same = crowd.person[order[:-1]] == crowd.person[order[1:]]
+    cosines = similarities(crowd.vectors, order[:-1][same], order[1:][same])
     print("  one person, cosine 5, 50, 95 %:", np.quantile(cosines, [0.05, 0.5, 0.95]).round(3))
     pairs = timed("near_by_hash, 10 bits", lambda: near_by_hash(crowd.hashes, 10))
     print(f"  {len(pairs.left):,} pairs of {len(np.unique(pairs.first)):,} different hashes")
-    gone = timed(
+    duplicates = timed(
         "find_duplicates",
         lambda: find_duplicates([""] * count, crowd.hashes, crowd.vectors, 10, 0.95),
     )
-    copied = crowd.original != np.arange(count)
-    close = copied & (similarities(crowd.vectors, np.arange(count), crowd.original) >= 0.95)
-    is_gone = np.isin(np.arange(count), list(gone))
+    is_copy = crowd.original != np.arange(count)
+    is_close = is_copy & (similarities(crowd.vectors, np.arange(count), crowd.original) >= 0.95)
+    dropped = np.isin(np.arange(count), list(duplicates))
     print(
-        f"  dropped {is_gone[close].mean():.4f} of {close.sum():,} copies, "
-        f"{is_gone[~copied].sum()} that are none"
+        f"  dropped {dropped[is_close].mean():.4f} of {is_close.sum():,} copies, and "
+        f"{dropped[~is_copy].sum()} images that are not copies"
     )
-    kept = ~is_gone
     near = timed(
         f"near_by_identity, k={k}",
-        lambda: near_by_identity(crowd.vectors, _LEAST, k, probes=probes),
+        lambda: near_by_identity(crowd.vectors, _MIN_COSINE, k, probes=probes),
     )
-    print("  found " + found_of(crowd, near, sample, seed))
-    print("  clusters: precision, recall of pairs; B-cubed; identities; of val, its leak")
-    for least in min_similarity or (0.5, 0.55, 0.6):
-        labels = timed(f"cluster, {least}", lambda least=least: cluster(crowd.vectors, near, least))  # type: ignore[misc]
-        part = (
-            f"{agreement(labels[kept], crowd.person[kept])}   "
-            f"{leak(labels[kept], crowd.person[kept], 0.02)}"
+    print("  recall " + recall(crowd, near, sample, seed))
+    print("  clusters: precision, recall over pairs; B-cubed; clusters; share of val, its leak")
+    for minimum in min_similarity or (0.5, 0.55, 0.6):
+        labels = timed(f"cluster, {minimum}", partial(cluster, crowd.vectors, near, minimum))
+        row = (
+            f"{agreement(labels[~dropped], crowd.person[~dropped])}   "
+            f"{leak(labels[~dropped], crowd.person[~dropped], 0.02)}"
         )
-        print("  " + part, flush=True)
+        print("  " + row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Peak memory of planning COUNT inputs, each COUNT in a process of its own: `python -m
-bench.planning 1000 1000000`.
+"""Peak memory of planning a run over COUNT inputs: `python -m bench.planning 1000 1000000`.
 
-The inputs are a list of URLs, which planning names and places but never fetches. Each child plans
-them and keeps the plan; with `--again` it then plans once more against the plan kept, as a run that
-resumes does.
+Each COUNT is measured in its own process. The inputs are a list of URLs, which planning assigns to
+shards but doesn't fetch. With `--again` the process then plans a second time, with the first plan
+on disk, as a resumed run does.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from stages.storage.store import Store
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 
 
-def in_child(count: int, again: bool) -> dict[str, Any]:
-    """What `measure` says of `count` inputs in a fresh process."""
+def measure_in_process(count: int, again: bool) -> dict[str, Any]:
+    """Calls `measure` in a new process."""
     command = [
         sys.executable,
         "-m",
@@ -35,15 +34,15 @@ def in_child(count: int, again: bool) -> dict[str, Any]:
         *(["--again"] if again else []),
         str(count),
     ]
-    answer: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    )
-    return answer
+    stdout = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    measured: dict[str, Any] = json.loads(stdout)
+    return measured
 
 
 def measure(count: int, again: bool) -> dict[str, Any]:
-    """Peak resident MB of this process: before planning, after it, and after planning again;
-    seconds of all that.
+    """Plans `count` inputs; returns seconds and this process's peak resident MB.
+
+    The peaks are those before planning, after it and, with `again`, after planning a second time.
     """
     with tempfile.TemporaryDirectory(prefix="planning-") as folder:
         urls = Path(folder) / "urls.txt"
@@ -53,22 +52,23 @@ def measure(count: int, again: bool) -> dict[str, Any]:
                 for i in range(count)
             )
         config = DatasetConfig(source=SourceConfig(path=str(urls)), output=f"{folder}/output")
-        store, peaks, began = Store(config.output), [peak()], time.perf_counter()
+        store, peaks, started = Store(config.output), [peak()], time.perf_counter()
         for _ in range(2 if again else 1):
             plan = make_plan(config, store)
             write_plan(plan, store)
             peaks.append(peak())
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
     assert plan.inputs == count and (plan.new == 0) == again, (
-        "the second plan finds every input of the first"
+        "the second plan must reuse every input of the first"
     )
     names = ("start_mb", "planned_mb", "replanned_mb")
     return {"inputs": count, **dict(zip(names, peaks, strict=False)), "seconds": round(seconds, 1)}
 
 
 def peak(pid: int | str = "self") -> float:
-    """Peak resident MB; 0.0 of a process that has ended. Of its program alone: getrusage would
-    count what its parent held when it forked.
+    """Returns the peak resident MB of a process, 0.0 if it has ended.
+
+    It is read from /proc, because getrusage also counts what its parent used before the fork.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -80,12 +80,10 @@ def peak(pid: int | str = "self") -> float:
 
 
 def main(
-    counts: Annotated[list[int] | None, typer.Argument(help="How many inputs.")] = None,
-    again: Annotated[
-        bool, typer.Option(help="Plan a second time, as a run that resumes does.")
-    ] = False,
+    counts: Annotated[list[int] | None, typer.Argument(help="Numbers of inputs.")] = None,
+    again: Annotated[bool, typer.Option(help="Plan a second time, as a resumed run does.")] = False,
     here: Annotated[
-        bool, typer.Option(help="Measure this process: one COUNT, one line of JSON.")
+        bool, typer.Option(help="Measure one COUNT in this process and print a line of JSON.")
     ] = False,
 ) -> None:
     """Print a row for each count."""
@@ -94,11 +92,11 @@ def main(
         return
     print("   inputs   peak MB of the driver: at start, planned, planned again   inputs/s")
     for count in counts or COUNTS:
-        found = in_child(count, again)
+        measured = measure_in_process(count, again)
         columns = "".join(
-            f"{found.get(name, '-'):>15}" for name in ("start_mb", "planned_mb", "replanned_mb")
+            f"{measured.get(name, '-'):>15}" for name in ("start_mb", "planned_mb", "replanned_mb")
         )
-        rate = count * (2 if again else 1) / found["seconds"]
+        rate = count * (2 if again else 1) / measured["seconds"]
         print(f"{count:>9,} {columns} {rate:>14,.0f}", flush=True)
 
 

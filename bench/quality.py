@@ -1,9 +1,9 @@
-"""Distribution of the metrics behind the quality rules over your images, for choosing limits:
-`python -m bench.quality FOLDER`.
+"""Distributions of the quality metrics on your images: `python -m bench.quality FOLDER`.
 
-The images go through resize, detect and parse. Prints the quantiles of each metric, how many images
-each rule would drop (with limits such as `rules.max_yaw=45`, or the defaults), and the time to
-measure each metric on one core.
+They help to choose the limits of the quality rules. The images go through resize, detect and parse.
+The output is the distribution of each metric, the number of images that each rule would drop with
+the limits on the command line (`rules.max_yaw=45`, …) or the defaults, and the milliseconds that
+each metric takes on one core.
 """
 
 from __future__ import annotations
@@ -34,45 +34,53 @@ STAGES: Final = ("resize", "detect", "parse")
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="searched at any depth for JPEG, PNG and WebP")],
+    folder: Annotated[
+        Path, typer.Argument(help="Searched at any depth for JPEG, PNG and WebP files.")
+    ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="rules.NAME=LIMIT, parse.dtype=bfloat16, …")
     ] = None,
-    config: Annotated[Path, typer.Option(help="of the data set")] = Path(
+    config: Annotated[Path, typer.Option(help="Preset of the data set.")] = Path(
         "configs/dataset/demo.yaml"
     ),
-    limit: Annotated[int, typer.Option(help="images, evenly over the folder; 0: all")] = 0,
+    limit: Annotated[int, typer.Option(help="Images to use, spread over the folder; 0: all.")] = 0,
 ) -> None:
+    """Print the distributions of the quality metrics, and what the rules would drop."""
     pin_threads(1)
     cv2.setNumThreads(1)
-    settings = settings or []
-    rules = load(
-        RulesConfig, None, [s.removeprefix("rules.") for s in settings if s.startswith("rules.")]
-    )
-    dataset = load(DatasetConfig, config, [s for s in settings if not s.startswith("rules.")])
+    overrides = settings or []
+    limits = [s.removeprefix("rules.") for s in overrides if s.startswith("rules.")]
+    rules = load(RulesConfig, None, limits)
+    dataset = load(DatasetConfig, config, [s for s in overrides if not s.startswith("rules.")])
     files = sorted(
         p
         for p in folder.rglob("*")
         if p.suffix.lower() in dataset.source.extensions and p.is_file()
     )
     files = files[:: max(1, len(files) // limit)][:limit] if limit else files
-    spent: dict[str, list[float]] = {}
-    records = list(measured(files, dataset, spent))
+    seconds: dict[str, list[float]] = {}
+    records = list(measure(files, dataset, seconds))
     if not records:
-        raise typer.BadParameter(f"no face was measured in the {len(files)} images of {folder}")
+        raise typer.BadParameter(
+            f"no face was measured in the {len(files)} images of {folder}; name a folder of "
+            "photographs of people"
+        )
     print(f"{len(records)} of {len(files)} images measured\n")
-    print("\n".join(distribution(records)), "\n")
-    print("\n".join(broken_rules(records, rules)), "\n")
+    print("\n".join(distributions(records)), "\n")
+    print("\n".join(dropped_by_rule(records, rules)), "\n")
     print(
         "milliseconds, median: "
-        + " · ".join(f"{n} {median(s) * 1e3:.2f}" for n, s in spent.items())
+        + " · ".join(f"{name} {median(times) * 1e3:.2f}" for name, times in seconds.items())
     )
 
 
-def measured(
-    files: Sequence[Path], config: DatasetConfig, spent: dict[str, list[float]]
+def measure(
+    files: Sequence[Path], config: DatasetConfig, seconds: dict[str, list[float]]
 ) -> Iterator[Record]:
-    """The measured record of every image with a face. spent: gets the seconds of each metric."""
+    """Yields the record, with its measures, of every image in which a face was parsed.
+
+    The time of each metric is appended to `seconds`.
+    """
     chain = [stage for stage in build_stages(config) if stage.name in STAGES]
     for stage in chain:
         stage.setup()
@@ -80,17 +88,14 @@ def measured(
         data = path.read_bytes()
         record = run_chain(chain, [Record(key=key_of(path.name), source=path.name, image=data)])[0]
         if record.ok:
-            image, labels, face = (
-                decode_jpeg(record.image),
-                decode_labels(record.parsing),
-                record.main_face,
-            )
-            time_each(image, labels, face, spent)
+            image, labels = decode_jpeg(record.image), decode_labels(record.parsing)
+            face = record.main_face
+            time_metrics(image, labels, face, seconds)
             yield record.annotated(measurements.measure(image, labels, face))
 
 
-def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]) -> None:
-    """Adds the seconds of each measurement to `spent`."""
+def time_metrics(image: Any, labels: Any, face: Face, seconds: dict[str, list[float]]) -> None:
+    """Measures each metric of an image once and appends its time to `seconds`."""
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     rotation = measurements.rotation_of(face)
     calls: dict[str, Callable[[], object]] = {
@@ -102,13 +107,13 @@ def time_each(image: Any, labels: Any, face: Face, spent: dict[str, list[float]]
         "hash": lambda: measurements.hash_of(grey),
     }
     for name, call in calls.items():
-        began = time.perf_counter()
+        started = time.perf_counter()
         call()
-        spent.setdefault(name, []).append(time.perf_counter() - began)
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
 
 
-def distribution(records: Sequence[Record]) -> Iterator[str]:
-    """A line for each rule's metric: its quantiles."""
+def distributions(records: Sequence[Record]) -> Iterator[str]:
+    """Yields a line for each metric of a rule, with its quantiles."""
     yield f"{'metric':24}" + "".join(f"{f'{q:.1%}':>9}" for q in QUANTILES)
     for label, value_of in {rule.label: rule.value for rule in RULES}.items():
         values = [value for record in records if (value := value_of(record)) is not None]
@@ -118,14 +123,14 @@ def distribution(records: Sequence[Record]) -> Iterator[str]:
             )
 
 
-def broken_rules(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
-    """A line for each rule with the number of images that break it, and one for all rules."""
+def dropped_by_rule(records: Sequence[Record], rules: RulesConfig) -> Iterator[str]:
+    """Yields a line for each rule with the number of images that break it, and one for any rule."""
     for rule in RULES:
         limit = getattr(rules, rule.setting)
         broken = sum(bool(rule.detail(record, rules)) for record in records)
         yield f"{rule.setting + '=' + format(limit, 'g'):24}{broken:9}  {rule.reason}"
-    lost = sum(broken_rule(record, rules) is not None for record in records)
-    yield f"{'any rule':24}{lost:9}  {lost / len(records):.2%}"
+    dropped = sum(broken_rule(record, rules) is not None for record in records)
+    yield f"{'any rule':24}{dropped:9}  {dropped / len(records):.2%}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The reference's data scripts, as a loop: what the pipeline is compared with by `--against
-reference`.
+"""A loop like the reference's data scripts, for the comparison `--against reference`.
 
-Written from a description of those scripts, not copied. Three passes over the files, as three
-scripts make them, one picture at a time: parsing (all heads of the network) with the picture
-squashed to 512², label map and colour mask saved as PNGs at Pillow's default level and a JSON each;
-captions; identity embeddings of the squashed picture and of the original, read by OpenCV, detected
-at 640² without a border, saved by torch; at last all JSONs joined into one.
+It was written from a description of the scripts, not copied. Like the three scripts it makes three
+passes over the files, one image at a time:
 
-Weights, networks, caption backend and threads are those of the pipeline it stands beside. In favour
-of the reference, only detection and embedding run on each face: its face library would by default
-also run landmark and age models.
+1. Parsing, with all heads of the network, of the image squashed to 512²; the label map and a colour
+   mask are saved as PNGs at Pillow's default level, and a JSON for each image.
+2. Captions.
+3. Identity embeddings of the squashed image and of the original: read by OpenCV, detected at 640²
+   without a border, saved by torch. At the end all JSONs are joined.
+
+Weights, networks, caption backend and threads are those of the pipeline. Only detection and
+embedding run on each face; the reference's face library would by default also run landmark and age
+models, so the comparison is in the reference's favour.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _MEAN, _STD = (
 
 
 class ReferenceLoop:
-    """Models loaded once; `run` makes the files of all pictures."""
+    """Loads the models; `run` writes the files of all images."""
 
     def __init__(self, config: DatasetConfig) -> None:
         weights = Weights(config.weights)
@@ -62,18 +64,16 @@ class ReferenceLoop:
         self._captioner: Any = captions.backend
 
     def run(self, files: Sequence[Path], output: Path) -> dict[str, int]:
-        """Writes everything below `output`; how many pictures, and how many of them have an
-        identity.
-        """
+        """Writes all files below `output`; returns the numbers of images and of identities."""
         output.mkdir(parents=True, exist_ok=True)
         for file in files:
             self._masks(file, output / file.stem)
         for file in files:
             self._caption(output / file.stem)
-        found = [self._embed(file, output / file.stem) for file in files]
+        has_identity = [self._embed(file, output / file.stem) for file in files]
         joined = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
         (output / "JSON_all.json").write_text(json.dumps(joined))
-        return {"pictures": len(files), "identities": sum(found)}
+        return {"images": len(files), "identities": sum(has_identity)}
 
     @torch.no_grad()
     def _masks(self, file: Path, stem: Path) -> None:
@@ -96,40 +96,39 @@ class ReferenceLoop:
         Path(f"{stem}.json").write_text(json.dumps(names))
 
     def _caption(self, stem: Path) -> None:
-        """By the pipeline's own caption backend, which wants a JPEG, a label map and a face."""
+        """Captions by the pipeline's backend, which needs a JPEG, a label map and a face."""
         image = np.array(PILImage.open(f"{stem}_resize.png"))
         mask = Path(f"{stem}_mask.png").read_bytes()
-        whole = Face(box=(64, 64, 448, 448), landmarks=_TEMPLATE, score=1.0)
+        face = Face(box=(64, 64, 448, 448), landmarks=_TEMPLATE, score=1.0)
         record = Record(
             key=key_of(stem.name), source=stem.name, image=encode_jpeg(image, 95), parsing=mask
         )
-        record = replace(record, width=SIDE, height=SIDE, faces=(whole,), face=0)
+        record = replace(record, width=SIDE, height=SIDE, faces=(face,), face=0)
         ((caption, face_caption),) = self._captioner.caption([record])
-        self._note(stem, vqa_llva=caption, vqa_llva_more_face_detail=face_caption)
+        self._add_entries(stem, vqa_llva=caption, vqa_llva_more_face_detail=face_caption)
 
     def _embed(self, file: Path, stem: Path) -> bool:
-        """True if the squashed picture has a face as the reference looks for one."""
-        found = [
-            self._identity(Path(f"{stem}_resize.png"), stem, "resize"),
-            self._identity(file, stem, "origin"),
-        ]
-        return found[0]
+        """Embeds the squashed image and the original; returns whether the former has a face."""
+        squashed = self._identity(Path(f"{stem}_resize.png"), stem, "resize")
+        self._identity(file, stem, "origin")
+        return squashed
 
-    def _identity(self, picture: Path, stem: Path, which: str) -> bool:
-        # the backends swap it back: BGR arrives
-        image = cv2.cvtColor(cv2.imread(str(picture)), cv2.COLOR_BGR2RGB)
+    def _identity(self, path: Path, stem: Path, which: str) -> bool:
+        # The backends expect RGB and convert it back to BGR.
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
         faces = self._detector.detect(np.asarray(image, np.uint8), 640)
         if not faces:
             return False
         identity = self._embedder.embed([np.asarray(image, np.uint8)], faces[:1])[0]
         torch.save(torch.from_numpy(identity)[None], f"{stem}_{which}_faceid.bin")
-        self._note(stem, **{f"id_embed_file_{which}": f"{stem}_{which}_faceid.bin"})
+        self._add_entries(stem, **{f"id_embed_file_{which}": f"{stem}_{which}_faceid.bin"})
         return True
 
     @staticmethod
-    def _note(stem: Path, **more: str) -> None:
+    def _add_entries(stem: Path, **entries: str) -> None:
+        """Adds entries to an image's JSON."""
         path = Path(f"{stem}.json")
-        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
 _TEMPLATE = (

@@ -1,9 +1,9 @@
-"""Time, memory and size of the report: `python -m bench.report` makes a data set of SHARDS × ROWS,
-reports on it, and opens its page.
+"""Time and memory of the report for a data set of SHARDS × ROWS: `python -m bench.report`.
 
-The sidecars are synthetic (tests/pipelines/report/report_data.py), with all columns of real ones:
-embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. They are written just
-before, so they are read from the page cache. The page is opened in Chromium without a network.
+It writes synthetic sidecars (tests/pipelines/report/report_data.py) with all columns of the
+pipeline's: embeddings of 512 numbers, captions, thumbnails of 2,000 different crops. Then it makes
+the report and opens its page in Chromium without a network. The sidecars were just written, so they
+are read from the page cache, not from disk.
 """
 
 from __future__ import annotations
@@ -25,57 +25,61 @@ from stages.storage.layout import REPORT
 from stages.storage.reader import DatasetReader
 from tests.pipelines.report.report_data import Recipe, write_set
 
-# view → selector of the first chart or image that is drawn
-FIRST = {"": "[data-chart][data-drawn]", "#images": ".record canvas[data-labels]"}
+# Fragment of a view's address → selector of what it draws first.
+FIRST = {"": "[data-chart][data-drawn]", "#pictures": ".sample canvas[data-labels]"}
 
 
 def main(
-    shards: Annotated[int, typer.Option(help="How many shards.")] = 1000,
-    rows: Annotated[int, typer.Option(help="Inputs in each.")] = 1000,
-    opens: Annotated[int, typer.Option(help="How often each view is opened.")] = 5,
+    shards: Annotated[int, typer.Option(help="Number of shards.")] = 1000,
+    rows: Annotated[int, typer.Option(help="Inputs in each shard.")] = 1000,
+    opens: Annotated[int, typer.Option(help="Number of times that each view is opened.")] = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="Keep the data set here; one that is there is used.")
+        Path | None, typer.Option(help="Write the data set here, or reuse it if it exists.")
     ] = None,
 ) -> None:
-    """Prints time, memory and size of the report."""
+    """Print the time and the memory of making and opening the report."""
     with tempfile.TemporaryDirectory(prefix="report-") as scratch:
         out = folder or Path(scratch) / "out"
         if not (out / "dataset.json").exists():
             write_set(
                 out, Recipe(shards=shards, rows=rows, odd=(shards // 2,), dim=512, variants=2000)
             )
-        began, cpu = time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), time.process_time()
         stats = compute(DatasetReader(str(out))).stats["data"]
-        numbers, numbers_cpu = time.perf_counter() - began, time.process_time() - cpu
-        began, cpu = time.perf_counter(), time.process_time()
+        stats_seconds, stats_cpu = time.perf_counter() - started, time.process_time() - cpu
+        started, cpu = time.perf_counter(), time.process_time()
         write_report(str(out))
-        whole, whole_cpu = time.perf_counter() - began, time.process_time() - cpu
+        report_seconds, report_cpu = time.perf_counter() - started, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         size = (out / REPORT).stat().st_size / 1e6
         print(
             f"{len(stats['shards']):,} shards, {stats['inputs']:,} inputs, {stats['written']:,} "
             "written"
         )
-        print(f"numbers only         {numbers:6.1f} s, {numbers_cpu:.1f} s of CPU")
-        print(f"the whole report     {whole:6.1f} s, {whole_cpu:.1f} s of CPU, peak {peak:,.0f} MB")
+        print(f"statistics alone     {stats_seconds:6.1f} s, {stats_cpu:.1f} s of CPU")
+        print(
+            f"the whole report     {report_seconds:6.1f} s, {report_cpu:.1f} s of CPU, "
+            f"peak {peak:,.0f} MB"
+        )
         print(
             f"page                 {size:6.1f} MB, {min(RECORDS, stats['inputs']):,} records and "
             "examples"
         )
-        for view, (ready, first) in opened(out / REPORT, opens).items():
-            name = view or "statistics"
+        for view, (ready, first) in time_page(out / REPORT, opens).items():
             print(
-                f"{name:20} {ready:6.2f} s until it is usable, {first:.2f} s until its first chart "
-                "or image"
+                f"{view or 'first view':20} {ready:6.2f} s until it can be used, {first:.2f} s "
+                "until its first image or chart"
             )
 
 
-def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
-    """view → median seconds from navigation until the page is ready, and until the first chart or
-    image (FIRST) is drawn."""
+def time_page(page: Path, times: int) -> dict[str, tuple[float, float]]:
+    """Opens each view `times` times; returns median seconds by view.
+
+    They count from navigation until the page is ready, and until the first of `FIRST` is drawn.
+    """
     from playwright.sync_api import sync_playwright
 
-    times_of = {}
+    seconds = {}
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
@@ -91,20 +95,22 @@ def opened(page: Path, times: int) -> dict[str, tuple[float, float]]:
                 marks.append(tab.evaluate("window.marks"))
                 context.close()
             ready, drawn = (statistics.median(column) / 1000 for column in zip(*marks, strict=True))
-            times_of[view] = (ready, drawn)
+            seconds[view] = (ready, drawn)
         browser.close()
-    return times_of
+    return seconds
 
 
+# Stores in window.marks the time at which each of two selectors first matches.
 WATCH = """
 window.marks = [0, 0];
-const wanted = ["%s", "%s"];
+const selectors = ["%s", "%s"];
 new MutationObserver(() => {
-  for (const at of [0, 1]) {
-    if (!marks[at] && document.querySelector(wanted[at])) marks[at] = performance.now();
-  }
+  for (const i of [0, 1])
+    if (!marks[i] && document.querySelector(selectors[i])) marks[i] = performance.now();
 }).observe(document, {
-  subtree: true, attributes: true, attributeFilter: ["data-ready", "data-drawn", "data-labels"],
+  subtree: true,
+  attributes: true,
+  attributeFilter: ["data-ready", "data-drawn", "data-labels"],
 });
 """
 

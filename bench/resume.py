@@ -1,10 +1,10 @@
-"""A long run, killed on the way and started again: `python -m bench.resume --count 10000`.
+"""A long run that is killed and started again: `python -m bench.resume --count 10000`.
 
-Synthetic portraits, each repeated with edits (crop, mirror, brightness, JPEG quality), are made
-into a data set by the command line. Once a share of them is committed the driver gets SIGKILL, and
-the same command is given again. Printed are how many inputs each start worked on, the driver's peak
-memory, and what lint says. It exits 1 where a shard that was committed before the kill is written
-again, or anything is lost.
+The command line makes a data set of synthetic portraits, each repeated with edits (crop, mirror,
+brightness, JPEG quality). When a share of the inputs is committed the driver gets SIGKILL, and the
+same command is run again. The output is the number of inputs that each run processed, the driver's
+peak memory, and the result of lint. The exit status is 1 if a shard that was committed before the
+kill is written again, or if an input is lost.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from tests.pipelines.helpers import stamps
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of the command: exit status (-9 where it was killed), seconds, peak resident MB of
-    the driver.
-    """
+    """A run of the command. status: the exit status, -9 if killed. peak_mb: of the driver."""
 
     status: int
     seconds: float
@@ -44,19 +42,21 @@ class Start:
 
 
 def main(
-    count: Annotated[int, typer.Option(min=10, help="Pictures.")] = 10_000,
-    people: Annotated[int, typer.Option(min=1, help="Portraits that they are edits of.")] = 100,
+    count: Annotated[int, typer.Option(min=10, help="Images.")] = 10_000,
+    people: Annotated[
+        int, typer.Option(min=1, help="Portraits that the images are made of.")
+    ] = 100,
     at: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Share committed at the kill.")
+        float, typer.Option(min=0.01, max=0.99, help="Share of inputs committed at the kill.")
     ] = 0.6,
-    folder: Annotated[Path, typer.Option(help="Where pictures and output go.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder for images and output.")] = Path(
         "runs/resume"
     ),
     settings: Annotated[
         list[str] | None, typer.Argument(help="KEY=VALUE of the data set's configuration.")
     ] = None,
 ) -> None:
-    """Kill a run at a share of its inputs, run it again, and count what the second start worked on."""
+    """Kill a run, run the same command again, and count what the second run processed."""
     photos, output = folder / f"photos-{count}", folder / "dataset"
     write_edits(photos, folder / "portraits", count, people)
     command = [
@@ -70,38 +70,41 @@ def main(
     command += [f"source.path={photos}", f"output={output}", "shard_size=100", *(settings or [])]
     store = Store(str(output))
     if store.names("shards"):
-        raise SystemExit(f"{output} holds a data set: remove it, or give another --folder")
+        raise SystemExit(f"{output} holds a data set; remove it, or name another --folder")
     first = run(command, lambda: read_ledger(store).inputs >= at * count)
-    time.sleep(10)  # its workers live on for a moment
-    whole = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
-    kept = {name: stamp for name, stamp in stamps(output).items() if Path(name).stem in whole}
+    time.sleep(10)  # until its workers have ended
+    reader = DatasetReader(store)
+    committed = {manifest.shard for manifest in reader.manifests().values()}
+    stamps_before = {
+        name: stamp for name, stamp in stamps(output).items() if Path(name).stem in committed
+    }
     before = read_ledger(store).inputs
     print(
         f"killed after {first.seconds:.0f} s: {before:,} of {count:,} inputs committed in "
-        f"{len(whole)} shards"
+        f"{len(committed)} shards"
     )
     second = run(command, lambda: False)
-    ledger, now = read_ledger(store), stamps(output)
-    again = [name for name, stamp in kept.items() if now.get(name) != stamp]
-    done = sum(m.inputs for m in DatasetReader(store).manifests().values() if m.shard not in whole)
+    ledger, stamps_after = read_ledger(store), stamps(output)
+    rewritten = [name for name, stamp in stamps_before.items() if stamps_after.get(name) != stamp]
+    processed = sum(m.inputs for m in reader.manifests().values() if m.shard not in committed)
     print(
-        f"the second start ended {second.status} after {second.seconds:.0f} s: it worked on "
-        f"{done:,}"
+        f"the second run exited {second.status} after {second.seconds:.0f} s: it processed "
+        f"{processed:,} inputs"
     )
     print(f"driver's peak: {first.peak_mb:.0f} MB, then {second.peak_mb:.0f} MB")
     print(
         f"{ledger.inputs:,} inputs = {ledger.written:,} written + {dict(ledger.dropped)} + "
         f"{dict(ledger.failed)}"
     )
-    faults = [*lint(store), *(f"written again: {name}" for name in again)]
-    if second.status or before + done != count or ledger.inputs != count:
-        faults.append(f"{before:,} + {done:,} inputs for {count:,}")
-    print("\n".join(faults) or "nothing lost, nothing done twice, lint finds nothing")
+    faults = [*lint(store), *(f"written again: {name}" for name in rewritten)]
+    if second.status or before + processed != count or ledger.inputs != count:
+        faults.append(f"{before:,} + {processed:,} inputs processed, expected {count:,}")
+    print("\n".join(faults) or "no input lost, none processed twice, lint is clean")
     raise SystemExit(bool(faults))
 
 
 def write_edits(folder: Path, portraits: Path, count: int, people: int) -> None:
-    """`count` edits of `people` synthetic portraits; those that are there already stay."""
+    """Writes `count` edits of `people` synthetic portraits, except those that exist already."""
     command = [
         sys.executable,
         "-m",
@@ -112,7 +115,7 @@ def write_edits(folder: Path, portraits: Path, count: int, people: int) -> None:
         "--seed",
         "3",
     ]
-    # a process of its own: see tests/conftest.py
+    # in another process, for the reason in tests/conftest.py
     subprocess.run([*command, str(portraits)], check=True)
     originals = [decode_jpeg(path.read_bytes()) for path in sorted(portraits.glob("*.jpg"))]
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,29 +127,29 @@ def write_edits(folder: Path, portraits: Path, count: int, people: int) -> None:
             )
 
 
-def edited(image: Image, dice: np.random.Generator) -> bytes:
-    """A 640² JPEG of a part of `image`, perhaps mirrored, brighter or darker."""
-    side = int(image.shape[0] * dice.uniform(0.9, 1.0))
-    top, left = (int(dice.integers(0, image.shape[0] - side + 1)) for _ in range(2))
+def edited(image: Image, rng: np.random.Generator) -> bytes:
+    """Returns a 640² JPEG of a random crop, mirrored or not, brighter or darker."""
+    side = int(image.shape[0] * rng.uniform(0.9, 1.0))
+    top, left = (int(rng.integers(0, image.shape[0] - side + 1)) for _ in range(2))
     part = image[top : top + side, left : left + side]
-    part = part[:, ::-1] if dice.integers(2) else part
-    small = cv2.resize(part, (640, 640), interpolation=cv2.INTER_AREA) * dice.uniform(0.8, 1.15)
-    return encode_jpeg(small.clip(0, 255).astype(np.uint8), int(dice.integers(85, 96)))
+    part = part[:, ::-1] if rng.integers(2) else part
+    small = cv2.resize(part, (640, 640), interpolation=cv2.INTER_AREA) * rng.uniform(0.8, 1.15)
+    return encode_jpeg(small.clip(0, 255).astype(np.uint8), int(rng.integers(85, 96)))
 
 
-def run(command: list[str], enough: Callable[[], bool]) -> Start:
-    """The command, until it ends or there is `enough`, when it gets SIGKILL."""
-    began, most = time.monotonic(), 0.0
+def run(command: list[str], should_kill: Callable[[], bool]) -> Start:
+    """Runs the command until it ends; sends it SIGKILL when `should_kill` returns True."""
+    started, peak_mb = time.monotonic(), 0.0
     driver = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     while driver.poll() is None:
-        most = max(most, peak(driver.pid))
-        if enough():
+        peak_mb = max(peak_mb, peak(driver.pid))
+        if should_kill():
             driver.send_signal(signal.SIGKILL)
             driver.wait()
         time.sleep(1)
-    return Start(driver.returncode, time.monotonic() - began, most)
+    return Start(driver.returncode, time.monotonic() - started, peak_mb)
 
 
 if __name__ == "__main__":

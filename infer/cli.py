@@ -1,5 +1,6 @@
-"""`python -m infer.cli`: a photograph and prompts → portraits. Imports lazily: --help answers at
-once.
+"""`python -m infer.cli`: make portraits from a photograph and prompts.
+
+Large libraries are imported inside functions, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ Config = Annotated[
 Photo = Annotated[
     str, typer.Option("--photo", "-p", help="The photograph: one face, from the front.")
 ]
-Saved = Annotated[
+IdentityFile = Annotated[
     str,
-    typer.Option("--identity", "-i", help="An identity.safetensors saved earlier, not a photo."),
+    typer.Option(
+        "--identity", "-i", help="In place of a photograph: identity.safetensors of an earlier run."
+    ),
 ]
 Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", "-t", help="What to show; give it again for more.")
+    list[str] | None,
+    typer.Option("--prompt", "-t", help="What to show. Repeat it for several prompts."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -62,37 +66,37 @@ Overrides = Annotated[
 def main(
     config: Config = "",
     photo: Photo = "",
-    identity: Saved = "",
+    identity: IdentityFile = "",
     prompt: Prompts = None,
     overrides: Overrides = None,
 ) -> None:
     """Make portraits of the person in a photograph.
 
     Writes `portrait-PROMPT-IMAGE.png` with all settings in their metadata, `contact_sheet.png`, the
-    person as `identity.safetensors`, and the resolved configuration as `infer.yaml`, which makes
-    the same portraits again.
+    person as `identity.safetensors`, and the resolved configuration as `infer.yaml`, from which the
+    same portraits can be made again.
 
-    **Two prompts, four pictures each**
+    **Two prompts, four images each**
 
     `python -m infer.cli --config configs/infer/sd15.yaml adapter=ConsistentID-v1.bin --photo
     ada.jpg --prompt "a woman in a red coat" --prompt "a woman reading" output=runs/ada
     num_images_per_prompt=4`
 
-    **The same person again, without reading the photograph; another scheduler**
+    **The same person from the saved identity; another scheduler**
 
     `python -m infer.cli --config configs/infer/sd15.yaml adapter=ConsistentID-v1.bin
     --identity runs/ada/identity.safetensors --prompt "a woman at sea" output=runs/sea
     scheduler=DPMSolverMultistepScheduler num_inference_steps=25 start_merge_step=15`
 
-    **Less of the person's own eyes; more of the whole likeness**
+    **Weaker conditioning on the eyes, stronger on the whole identity**
 
     `… region_strength.eyes=0.5 id_scale=1.2`
 
-    **Exactly as before**
+    **The same portraits again**
 
     `python -m infer.cli --config runs/ada/infer.yaml`
 
-    Exits 0 if every portrait was written, 2 with a message if something given can't be.
+    Exit status: 0 if every portrait was written, 2 for wrong settings, photograph or weights.
     """
     with _errors():
         _run(_settings(config, photo, identity, prompt, overrides))
@@ -100,53 +104,57 @@ def main(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """A user's error is a message and exit 2; Ctrl-C exits 130."""
+    """Turns a PipelineError into a message and exit status 2, Ctrl-C into exit status 130."""
     try:
         yield
     except PipelineError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.secho("\nstopped; the portraits written so far are whole.", fg="yellow", err=True)
+        typer.secho("\nstopped; the portraits written so far are complete.", fg="yellow", err=True)
         raise typer.Exit(130) from None
 
 
 def _settings(
     config: str, photo: str, identity: str, prompts: list[str] | None, overrides: list[str] | None
 ) -> InferConfig:
-    """Preset, then KEY=VALUE, then the options; ConfigError unless there are a person and a prompt."""
+    """Resolves the configuration: the preset, overridden by KEY=VALUE, overridden by the options.
+
+    Raises ConfigError without a person, a prompt or an output.
+    """
     from configs.load import load
     from configs.schema import InferConfig
 
     settings = load(InferConfig, config or None, overrides or ())
     if photo and identity:
-        raise ConfigError("--photo and --identity are both given; give one of them.")
+        raise ConfigError("both --photo and --identity were passed; give one of them.")
     if photo or identity:
         settings = replace(settings, photo=photo, identity=identity)
     if prompts:
         settings = replace(settings, prompts=tuple(prompts))
     if not (settings.photo or settings.identity):
         raise ConfigError(
-            "no person given: --photo FILE, or --identity FILE that an earlier run saved."
+            "no person given. Pass --photo FILE, or --identity FILE from an earlier run."
         )
     if not settings.prompts or not all(prompt.strip() for prompt in settings.prompts):
         raise ConfigError(
-            'no prompt given, or an empty one: --prompt "a man in a suit"; give it again for more.'
+            'no prompt given, or an empty one. Pass --prompt "a man in a suit"; repeat it for '
+            "several prompts."
         )
     if not settings.output:
-        raise ConfigError("no output given: output=FOLDER.")
+        raise ConfigError("output is empty. Set output=FOLDER.")
     return settings
 
 
 def _run(settings: InferConfig) -> None:
-    _quiet()
+    _quieten_libraries()
     from infer.schedulers import check_scheduler
 
     check_scheduler(settings.scheduler)
     folder = Path(settings.output).expanduser()
     _check_output(folder, settings)
     started = time.perf_counter()
-    person, generator = _read(settings)
+    person, generator = _load(settings)
     loaded = time.perf_counter()
     typer.echo(
         f"{person.record.source}: {', '.join(person.regions)}; model {generator.model.spec.name}",
@@ -154,11 +162,10 @@ def _run(settings: InferConfig) -> None:
     )
     if generator.model.spec.name == "tiny":
         typer.echo(
-            "the tiny model learnt from a handful of pictures: expect blurred faces, not "
-            "likenesses",
+            "the tiny model was trained on few images: expect blurred faces, not likenesses",
             err=True,
         )
-    _claim(folder, settings)
+    _prepare_output(folder, settings)
     person.save(folder / IDENTITY_FILE)
     paths = _write_portraits(folder, person, generator, settings)
     ended = time.perf_counter()
@@ -171,8 +178,10 @@ def _run(settings: InferConfig) -> None:
     typer.echo(f"contact sheet: {folder / SHEET_FILE}")
 
 
-def _read(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
-    """The person, and the generator. A photograph without a face is refused before gigabytes of
+def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
+    """Loads the person and the generator.
+
+    The face stages run first, so that a photograph without a face fails before gigabytes of other
     models are loaded.
     """
     from infer.identity import Identity, read_photo, run_stages, set_up_stages
@@ -180,8 +189,8 @@ def _read(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
     from stages.backends.runtime import pin_threads
 
     if settings.identity:
-        saved = Identity.load(Path(settings.identity).expanduser())
-        return saved, load_generator(settings)
+        person = Identity.load(Path(settings.identity).expanduser())
+        return person, load_generator(settings)
     photograph = read_photo(Path(settings.photo).expanduser())
     dataset = dataset_config(settings)
     pin_threads(dataset.threads or _allowed_threads())
@@ -191,32 +200,34 @@ def _read(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
 
 
 def _allowed_threads() -> int:
-    """OMP_NUM_THREADS, by which whoever shares the machine asks for restraint; 0 (all cores)
-    without it.
-    """
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() else 0
+    """Returns OMP_NUM_THREADS, or 0 for all cores if it isn't set."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdecimal() else 0
 
 
 def _write_portraits(
     folder: Path, person: Identity, generator: ConsistentIDGenerator, settings: InferConfig
 ) -> list[Path]:
+    """Writes the portraits, then the contact sheet; returns the portraits' paths."""
     from infer.sheet import contact_sheet
 
-    made: list[Portrait] = []
+    portraits: list[Portrait] = []
     paths: list[Path] = []
     count = len(settings.prompts) * settings.num_images_per_prompt
     with _progress(count * generator.evaluations(settings)) as advance:
         for portrait in generator.generate(person, settings.prompts, settings, advance):
             paths.append(portrait.save(folder))
-            made.append(portrait)
-    contact_sheet(person, made).save(folder / SHEET_FILE)
+            portraits.append(portrait)
+    contact_sheet(person, portraits).save(folder / SHEET_FILE)
     return paths
 
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the UNet's evaluations, on a terminal only."""
+    """Shows a progress bar on a terminal; yields a function that advances it.
+
+    total: number of the UNet's evaluations, over all portraits.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -239,50 +250,48 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _resolved(settings: InferConfig) -> str:
+    """Returns the contents of infer.yaml."""
     from configs.load import to_yaml
 
     return to_yaml(replace(settings, overwrite=False))
 
 
 def _check_output(folder: Path, settings: InferConfig) -> None:
-    """Raise ConfigError if `folder` holds portraits of another configuration, or something that is
-    no run's output.
-    """
+    """Raises ConfigError if `folder` is a file or holds portraits of another configuration."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output={folder} is a file; expected a folder, there or not yet.")
-    kept = folder / SETTINGS_FILE
+        raise ConfigError(f"output={folder} is a file; expected a folder. Name another output.")
+    earlier = folder / SETTINGS_FILE
     if (
-        kept.is_file()
+        earlier.is_file()
         and not settings.overwrite
-        and kept.read_text(encoding="utf-8") != _resolved(settings)
+        and earlier.read_text(encoding="utf-8") != _resolved(settings)
     ):
         raise ConfigError(
             f"output={folder} holds portraits of another configuration ({SETTINGS_FILE}). "
-            "Name another output, or say overwrite=true to replace them."
+            "Name another output, or set overwrite=true to replace them."
         )
 
 
-def _claim(folder: Path, settings: InferConfig) -> None:
-    """Leave no portrait of another configuration beside the new ones, and say in the folder what is
-    made there.
-    """
+def _prepare_output(folder: Path, settings: InferConfig) -> None:
+    """Makes the folder, removes the portraits that are to be overwritten, and writes infer.yaml."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
-            for stale in folder.glob("portrait-[0-9]*-[0-9]*.png"):
-                stale.unlink()
+            for portrait in folder.glob("portrait-[0-9]*-[0-9]*.png"):
+                portrait.unlink()
         (folder / SETTINGS_FILE).write_text(_resolved(settings), encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"output={folder} can't be written: {error.strerror or error}."
+            f"output={folder} can't be written: {error.strerror or error}. Check its permissions, "
+            "or name another output."
         ) from error
 
 
-def _quiet() -> None:
-    """Libraries' notes on loading would bury our own."""
+def _quieten_libraries() -> None:
+    """Silences the libraries' messages and progress bars while they load models."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for name in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     import diffusers
     import transformers

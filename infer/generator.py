@@ -1,9 +1,8 @@
-"""ConsistentIDGenerator: an identity × prompts → portraits, over the same stages and conditions as
-training.
+"""ConsistentIDGenerator: makes portraits from an identity and prompts.
 
-What depends on the person is made once (`Identity`), what depends on nothing is kept (the image
-tower's answer to zero pixels, the negative text), and a prompt costs one pass of the text encoder.
-Portrait i of prompt j depends on (seed, i, j), however many others are made with it.
+It uses the same stages and conditions as training. Image states of a person are computed once
+(`Identity`); those of zero pixels and the negative text are cached; so a prompt takes one pass of
+the text encoder. Portrait i of prompt j depends on (seed, i, j), and not on how many are made.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from stages.record import Record
 from stages.regions import MAX_REGIONS, word_of
 
 _SECOND_PAD = 0  # SDXL's second tokenizer pads with "!"
-_KEPT_TEXTS = 32  # negative prompts whose states are remembered
+_CACHED_TEXTS = 32  # negative prompts
 
-StepCallback = Callable[[int], None]
+StepCallback = Callable[[int], None]  # called with the number of portraits in the batch
 
 
 class ConsistentIDGenerator:
-    """Makes portraits of a person.
+    """Makes portraits of a person. `infer.load.load_generator` builds one from a configuration.
 
-    base: the frozen models, with `model`'s processors in its UNet, all on one device. dataset: the
-    configuration of the stages that read photographs: the one that the adapter's training data was
-    made with. digest: names the adapter in the portraits' settings. `infer.load.load_generator`
-    builds one from a configuration.
+    base: the frozen models, with `model`'s processors in its UNet, all on one device. config: the
+    default settings. dataset: the configuration of the stages that read photographs, which should
+    be that of the adapter's training data. digest: sha256 of the adapter, for the portraits'
+    metadata.
     """
 
     def __init__(
@@ -73,46 +72,45 @@ class ConsistentIDGenerator:
 
     @property
     def stages(self) -> list[Stage]:
-        """The data set's stages, their weights loaded when first asked for: a saved identity needs
-        none.
+        """The data set's stages.
+
+        Their weights are loaded at the first use, because a saved identity doesn't need them.
         """
         if self._stages is None:
             self._stages = set_up_stages(self.dataset)
         return self._stages
 
     def identity(self, photo: str | Path | Record, name: str = "") -> Identity:
-        """The person in a photograph: a path, or a record that holds one
-        (`infer.identity.photo_record`).
+        """Reads the identity of the person in a photograph.
 
-        name: what to call it in an error. Raises FaceError if it shows no usable face, SourceError
-        if it isn't a readable picture.
+        photo: a path, or a record with the photograph's bytes (`infer.identity.photo_record`).
+        name: of the photograph in error messages. Raises FaceError if it shows no usable face,
+        SourceError if it isn't a readable image.
         """
         record = photo if isinstance(photo, Record) else read_photo(photo)
-        called = name or (record.source if isinstance(photo, Record) else str(photo))
-        return self.encode(run_stages(record, self.stages, called))
+        label = name or (record.source if isinstance(photo, Record) else str(photo))
+        return self.encode(run_stages(record, self.stages, label))
 
     def encode(self, record: Record) -> Identity:
-        """The identity in a record that went through the stages already, e.g. one read from a
-        shard.
-        """
-        everything = self._conditions(record, "")  # no prompt leaves room for all regions
-        count = len(everything.regions)
-        pixels = torch.cat((everything.clip_pixels[None], everything.region_pixels[:count]))
+        """Makes the identity of a record that has been through the stages, e.g. of a shard."""
+        conditions = self._conditions(record, "")  # an empty prompt leaves room for all regions
+        count = len(conditions.regions)
+        pixels = torch.cat((conditions.clip_pixels[None], conditions.region_pixels[:count]))
         hidden = encode_images(self.base.image_encoder, pixels.to(self.device)).cpu()
         return Identity(
             record=record,
             mode=self.model.mode,
-            regions=everything.regions,
+            regions=conditions.regions,
             clip_hidden=hidden[0].clone(),
             region_hidden=hidden[1:].clone(),
-            tower=self._zero_hidden[0, 0].cpu().clone(),
+            encoder_fingerprint=self._zero_hidden[0, 0].cpu().clone(),
         )
 
     def conditions(
         self, identity: Identity, prompt: str, settings: InferConfig | None = None
     ) -> Conditions:
-        """All that the model is told of `identity` and one prompt, wrapped into `prompt_template`."""
-        return self._conditions(identity.record, wrapped(prompt, settings or self.config))
+        """Returns the model's inputs for an identity and a prompt, put into `prompt_template`."""
+        return self._conditions(identity.record, apply_template(prompt, settings or self.config))
 
     def generate(
         self,
@@ -121,14 +119,13 @@ class ConsistentIDGenerator:
         settings: InferConfig | None = None,
         on_step: StepCallback | None = None,
     ) -> Iterator[Portrait]:
-        """Portraits in the order of prompts, `num_images_per_prompt` of each, made as they are
-        asked for.
+        """Yields portraits in the order of the prompts, `num_images_per_prompt` for each.
 
-        settings: in place of the generator's own, as `dataclasses.replace(generator.config,
-        seed=1)`; those of the model, the adapter and the data set have no effect here. on_step:
-        called after each evaluation of the UNet with the number of portraits that it went over.
-        Raises ConfigError for an unknown scheduler, or an identity that was made with another image
-        tower or in another mode.
+        They are made while the caller iterates. settings: override the generator's, e.g.
+        `dataclasses.replace(generator.config, seed=1)`; the settings of the model, the adapter and
+        the data set have no effect here. on_step: called after each evaluation of the UNet with
+        the number of portraits in its batch. Raises ConfigError for an unknown scheduler, or for
+        an identity that was made with another image encoder or in another mode.
         """
         settings = settings or self.config
         self._check(identity)
@@ -137,25 +134,26 @@ class ConsistentIDGenerator:
         for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
             conditions = self.conditions(identity, prompt, settings)
             features = self._features(identity, conditions)
-            guidance = self._guidance(features, conditions, wrapped(prompt, settings), settings)
-            described = self._described(identity, conditions, prompt, settings)
+            full_prompt = apply_template(prompt, settings)
+            guidance = self._guidance(features, conditions, full_prompt, settings)
+            metadata = self._metadata(identity, conditions, prompt, settings)
             for start in range(0, settings.num_images_per_prompt, settings.batch_size):
                 numbers = range(
                     start, min(start + settings.batch_size, settings.num_images_per_prompt)
                 )
-                pictures = self._sample(guidance, scheduler, settings, index, numbers, on_step)
-                for number, pixels in zip(numbers, pictures, strict=True):
-                    own = {"prompt_index": str(index), "image_index": str(number)}
+                images = self._sample(guidance, scheduler, settings, index, numbers, on_step)
+                for number, pixels in zip(numbers, images, strict=True):
+                    indices = {"prompt_index": str(index), "image_index": str(number)}
                     yield Portrait(
                         pixels=pixels,
                         prompt=prompt,
                         prompt_index=index,
                         image_index=number,
-                        settings=described | own,
+                        settings=metadata | indices,
                     )
 
     def evaluations(self, settings: InferConfig | None = None) -> int:
-        """How often the UNet is evaluated for one portrait."""
+        """Returns how often the UNet is evaluated for one portrait."""
         settings = settings or self.config
         scheduler = make_scheduler(settings.scheduler, self.base.scheduler)
         scheduler.set_timesteps(settings.num_inference_steps)
@@ -174,24 +172,25 @@ class ConsistentIDGenerator:
         )
 
     def _check(self, identity: Identity) -> None:
+        """Raises ConfigError for an identity of another mode or image encoder."""
         if identity.mode != self.model.mode:
             raise ConfigError(
                 f"the identity of {identity.record.source} was made in {identity.mode} mode, the "
-                "adapter is of "
-                f"{self.model.mode} mode; make it again from the photograph"
+                f"adapter is of {self.model.mode} mode; make it again from the photograph"
             )
         own = self._zero_hidden[0, 0].float().cpu()
-        tower = identity.tower.float()
-        # loose enough for half precision; other towers differ by far more
-        if tower.shape != own.shape or not torch.allclose(tower, own, rtol=0.05, atol=0.05):
+        other = identity.encoder_fingerprint.float()
+        # The tolerance allows for half precision. Other image encoders differ by far more.
+        if other.shape != own.shape or not torch.allclose(other, own, rtol=0.05, atol=0.05):
             raise ConfigError(
                 f"the identity of {identity.record.source} was made with another image encoder; "
                 "make it again from the photograph"
             )
 
     def _features(self, identity: Identity, conditions: Conditions) -> Features:
-        """As `encode_frozen` gives for these conditions, with the image tower's answers taken from
-        the identity.
+        """Returns what `encode_frozen` gives for these conditions.
+
+        The image encoder's states come from the identity.
         """
         batch = collate([conditions]).to(self.device)
         text_hidden, pooled = encode_text(self.base, batch.input_ids, batch.input_ids_2)
@@ -216,15 +215,17 @@ class ConsistentIDGenerator:
             self.model,
             features,
             early=self._early(features, conditions, prompt),
-            negative=self._text(settings.negative_prompt),
+            negative=self._cached_text_states(settings.negative_prompt),
             zero_hidden=self._zero_hidden,
             strength=_strength(conditions, settings, self.device),
         )
 
     def _early(self, features: Features, conditions: Conditions, prompt: str) -> TextStates:
-        """The first phase's text. corrected: the second's, before anything is fused into it.
-        legacy: the same text as a plain prompt, EOS kept; of two text encoders, the prompt alone
-        (REFERENCE.md 7.2 and 7.3).
+        """Returns the text states of the first phase, without fused regions.
+
+        corrected: those of the second phase before fusion. legacy: those of the same text without
+        marks, truncated with an EOS; with two text encoders, of the prompt alone (REFERENCE.md 7.2
+        and 7.3).
         """
         if self.model.mode == "corrected":
             return TextStates(hidden=features.text_hidden, pooled=features.pooled)
@@ -232,10 +233,9 @@ class ConsistentIDGenerator:
             prompt if self.model.spec.two_text_encoders else without_marks(conditions.text)
         )
 
-    def _text(self, text: str) -> TextStates:
-        """States of a text that comes again and again."""
+    def _cached_text_states(self, text: str) -> TextStates:
         if text not in self._texts:
-            if len(self._texts) >= _KEPT_TEXTS:
+            if len(self._texts) >= _CACHED_TEXTS:
                 self._texts.clear()
             self._texts[text] = self._text_states(text)
         return self._texts[text]
@@ -261,11 +261,12 @@ class ConsistentIDGenerator:
         numbers: Sequence[int],
         on_step: StepCallback | None,
     ) -> npt.NDArray[np.uint8]:
-        """Pictures `numbers` of one prompt, (len(numbers), H, W, 3)."""
+        """Makes the images `numbers` of a prompt, (len(numbers), H, W, 3)."""
         factor = self.base.vae_factor
         if settings.height % factor or settings.width % factor:
             raise ConfigError(
-                f"{settings.width}×{settings.height}: this base needs multiples of {factor}"
+                f"width={settings.width}, height={settings.height}: this base model needs "
+                f"multiples of {factor}"
             )
         shape = (
             int(self.base.unet.config.in_channels),
@@ -292,10 +293,10 @@ class ConsistentIDGenerator:
         )
         return decode(self.base.vae, final)
 
-    def _described(
+    def _metadata(
         self, identity: Identity, conditions: Conditions, prompt: str, settings: InferConfig
     ) -> dict[str, str]:
-        """What made a portrait, for its PNG; `text` is what the text encoder read."""
+        """Returns a portrait's settings for its PNG; `text` is what the text encoder read."""
         return {
             "prompt": prompt,
             "negative_prompt": settings.negative_prompt,
@@ -318,13 +319,13 @@ class ConsistentIDGenerator:
         }
 
 
-def wrapped(prompt: str, settings: InferConfig) -> str:
-    """The prompt inside `prompt_template`; braces in it are text like any other."""
+def apply_template(prompt: str, settings: InferConfig) -> str:
+    """Puts the prompt into `prompt_template`. Braces in the prompt have no special meaning."""
     return settings.prompt_template.replace("{prompt}", prompt)
 
 
 def _strength(conditions: Conditions, settings: InferConfig, device: torch.device) -> Tensor | None:
-    """(1, 5), a slot's strength by its region's word; None where all are whole."""
+    """Returns each slot's `region_strength`, (1, 5); None if all are 1."""
     values = [getattr(settings.region_strength, word_of(region)) for region in conditions.regions]
     if all(value == 1 for value in values):
         return None
@@ -332,7 +333,7 @@ def _strength(conditions: Conditions, settings: InferConfig, device: torch.devic
 
 
 def _step_generators(seed: int, prompt_index: int, numbers: Sequence[int]) -> list[torch.Generator]:
-    """Of each picture its own: the noise that some schedulers add on the way."""
+    """Returns a generator for each image, for schedulers that add noise at every step."""
     return [
         torch.Generator().manual_seed(portrait_seed(seed, prompt_index, number, "steps"))
         for number in numbers

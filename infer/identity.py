@@ -1,10 +1,9 @@
-"""Identity: a person as the model sees them, read once from a photograph, saved, and reused for any
-prompt.
+"""Identity: a person read from a photograph, which can be saved and reused for any prompt.
 
-The photograph goes through the very stages of the data set pipeline, so what is known of it here is
-what would stand in a shard. Kept beside that are the image tower's states, which take longest to
-make. ID tokens are not kept: they come from the adapter in a moment, and without them an identity
-serves every adapter over the same image tower.
+The photograph goes through the stages of the data set pipeline, so its record equals that of a
+sample in a shard. An identity also has the image encoder's states, which take longest to compute.
+It has no ID tokens: the adapter computes them quickly, and without them an identity can be used
+with every adapter that has the same image encoder.
 """
 
 from __future__ import annotations
@@ -32,16 +31,14 @@ from stages.storage.samples import from_members, to_members
 
 _FORMAT: Final = "consistentid-identity-1"
 
-# A record's reason → what a person is told; reasons that aren't here are faults of the file, not of
-# the face.
+# A record's reason → the error message. Other reasons concern the file, not the face.
 _FACE_REASONS: Final = {
     "no_face": "no face found in {photo}",
-    "no_face_parsed": "no face found in {photo}: something was detected, but no facial skin seen "
-    "there",
+    "no_face_parsed": "no face found in {photo}: a face was detected, but no facial skin in it",
     "face_too_small": "the face in {photo} is too small",
     "no_identity": "the face in {photo} could not be recognised",
 }
-_LEAST_FACE: Final = 32  # short side of the face's box, pixels of the resized picture
+_MIN_FACE: Final = 32  # short side of the face's box, in pixels of the resized image
 _FACE_ADVICE: Final = (
     "Give a photograph that shows one face, from the front and at least 100 pixels wide."
 )
@@ -50,12 +47,12 @@ _FILE_ADVICE: Final = "Give a JPEG, PNG or WebP photograph that opens in a viewe
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Identity:
-    """One person, from one photograph; tensors are on the CPU.
+    """A person, from one photograph; tensors are on the CPU.
 
-    record: the photograph after the stages. regions: names of the regions seen, as `mode` calls
-    them. clip_hidden: (N, V), the image tower's states of the photograph; region_hidden: (R, N, V),
-    of its regions, in their order. tower: (V,), the tower's answer to zero pixels, by which a
-    reader knows whether it has the same one.
+    record: the photograph's record after the stages. regions: names of the R regions in it, in
+    `mode`. clip_hidden: (N, V), the image encoder's states of the photograph; region_hidden: (R,
+    N, V), those of the regions. encoder_fingerprint: (V,), the image encoder's first state of zero
+    pixels, by which a generator recognises its own image encoder.
     """
 
     record: Record
@@ -63,17 +60,18 @@ class Identity:
     regions: tuple[str, ...]
     clip_hidden: Tensor
     region_hidden: Tensor
-    tower: Tensor
+    encoder_fingerprint: Tensor
 
     @property
     def embedding(self) -> Tensor:
-        """The ArcFace identity, (512,) float32 of unit norm."""
-        assert self.record.identity is not None, "an identity is made of whole records only"
+        """The ArcFace embedding, (512,) float32, unit norm."""
+        assert self.record.identity is not None, "an identity's record has been through all stages"
         return torch.from_numpy(self.record.identity.copy())
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file: the sample's members as bytes, the states as tensors.
-        Returns the path.
+        """Writes a safetensors file and returns its path.
+
+        It holds the members of the record's sample as bytes, and the states as tensors.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +79,10 @@ class Identity:
             f"member.{name}": _bytes_to_tensor(data)
             for name, data in to_members(self.record, ()).items()
         }
-        for name in ("clip_hidden", "region_hidden", "tower"):
-            tensors[name] = getattr(self, name).contiguous()
-        # One entry: safetensors writes several in no fixed order, and the same person should give
-        # the same bytes.
+        for name, tensor in _STATE_NAMES.items():
+            tensors[tensor] = getattr(self, name).contiguous()
+        # A single entry, because safetensors writes several in no fixed order, and saving the same
+        # identity again should give the same bytes.
         metadata = {
             "identity": json.dumps({"format": _FORMAT, "mode": self.mode, "regions": self.regions})
         }
@@ -95,13 +93,14 @@ class Identity:
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Read what `save` wrote. Raises SourceError for a file that isn't there or holds no
-        identity.
+        """Reads a file that `save` wrote.
+
+        Raises SourceError for a file that doesn't exist or holds no identity.
         """
         source = Path(path)
         if not source.is_file():
             raise SourceError(
-                f"no identity at {source}; runs of infer.cli save one as identity.safetensors"
+                f"no identity at {source}; name the identity.safetensors of an infer.cli run"
             )
         try:
             with safe_open(source, framework="pt") as file:
@@ -120,9 +119,7 @@ class Identity:
                 record=from_members(members),
                 mode=mode,
                 regions=tuple(metadata["regions"]),
-                clip_hidden=tensors["clip_hidden"],
-                region_hidden=tensors["region_hidden"],
-                tower=tensors["tower"],
+                **{name: tensors[tensor] for name, tensor in _STATE_NAMES.items()},
             )
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise SourceError(
@@ -130,21 +127,28 @@ class Identity:
             ) from error
 
 
-def read_photo(path: str | Path) -> Record:
-    """The record of a photograph on disk, as the data set pipeline would begin it: its name alone
-    is its source.
+# Field of Identity → tensor in its file.
+_STATE_NAMES: Final = {
+    "clip_hidden": "clip_hidden",
+    "region_hidden": "region_hidden",
+    "encoder_fingerprint": "tower",
+}
 
-    Raises SourceError for a path that isn't there, isn't a regular file, or can't be read.
+
+def read_photo(path: str | Path) -> Record:
+    """Reads a photograph and returns its record before the stages; its source is the file's name.
+
+    Raises SourceError for a path that doesn't exist, isn't a regular file, or can't be read.
     """
     photo = Path(path)
     if photo.is_dir():
         raise SourceError(f"{photo} is a folder; expected one photograph. Name a file in it.")
     if not photo.exists():
         raise SourceError(
-            f"no photograph at {photo}. Check the path; it is taken from the folder you are in."
+            f"no photograph at {photo}. Check the path; it is relative to the current folder."
         )
     if not photo.is_file():
-        raise SourceError(f"{photo} is not a regular file; expected a photograph.")
+        raise SourceError(f"{photo} is not a regular file; expected a photograph. Name another.")
     try:
         data = photo.read_bytes()
     except OSError as error:
@@ -155,14 +159,17 @@ def read_photo(path: str | Path) -> Record:
 
 
 def photo_record(data: bytes, name: str) -> Record:
-    """The record of a photograph's bytes under the name that it has in a data set."""
+    """Returns the record of a photograph before the stages.
+
+    data: the file's bytes. name: the record's source, from which its key is made.
+    """
     return Record(
         key=key_of(name), source=name, sha256=hashlib.sha256(data).hexdigest(), image=data
     )
 
 
 def set_up_stages(config: DatasetConfig) -> list[Stage]:
-    """The data set's stages, in order, with their weights loaded."""
+    """Builds the data set's stages, in order, and loads their weights."""
     stages = build_stages(config)
     for stage in stages:
         stage.setup()
@@ -170,21 +177,22 @@ def set_up_stages(config: DatasetConfig) -> list[Stage]:
 
 
 def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
-    """The record after all stages, which are set up already.
+    """Runs a record through stages that are set up, and returns it.
 
-    photo: what to call the photograph in an error. Raises FaceError if it shows no usable face,
-    SourceError if it is no usable picture.
+    photo: name of the photograph in error messages. Raises FaceError if it shows no usable face,
+    SourceError if it is no usable image.
     """
     [record] = run_chain(stages, [record])
-    if record.ok and record.main_face.side < _LEAST_FACE:
-        detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_LEAST_FACE}"
+    if record.ok and record.main_face.side < _MIN_FACE:
+        detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_MIN_FACE}"
         record = reject(record, Dropped("face_too_small", detail), "detect")
     if not record.ok:
-        raise _refusal(record, str(photo or record.source))
+        raise _error_for(record, str(photo or record.source))
     return record
 
 
-def _refusal(record: Record, photo: str) -> FaceError | SourceError:
+def _error_for(record: Record, photo: str) -> FaceError | SourceError:
+    """Returns the error that explains why a record was dropped or failed."""
     detail = f" ({record.detail})" if record.detail else ""
     if record.reason in _FACE_REASONS:
         return FaceError(
@@ -192,10 +200,10 @@ def _refusal(record: Record, photo: str) -> FaceError | SourceError:
         )
     if record.reason == "not_an_image":
         return SourceError(f"{photo} is not an image{detail}. {_FILE_ADVICE}")
-    verdict = "was refused" if record.status is Status.DROPPED else "could not be read"
+    outcome = "was rejected" if record.status is Status.DROPPED else "could not be read"
     reason = record.reason.replace("_", " ")
     return SourceError(
-        f"{photo} {verdict} in stage {record.stage!r}: {reason}{detail}. {_FILE_ADVICE}"
+        f"{photo} {outcome} in stage {record.stage!r}: {reason}{detail}. {_FILE_ADVICE}"
     )
 
 

@@ -1,6 +1,4 @@
-"""From a configuration to a generator: which adapter, which base beneath it, which stages before
-it.
-"""
+"""Loads a generator from a configuration: finds its adapter, base model and data set stages."""
 
 from __future__ import annotations
 
@@ -16,25 +14,25 @@ from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, load_adapte
 from model.consistentid import ConsistentID, load_base
 from stages.backends.runtime import torch_device
 
-DATASET_FILE: Final = "dataset.yaml"  # the trainer keeps it beside the adapter
+DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
 
 
 def load_generator(config: InferConfig) -> ConsistentIDGenerator:
-    """The generator of a configuration, on its device.
+    """Loads the generator of a configuration, on its device.
 
-    Raises ConfigError where the configuration doesn't fit the adapter, WeightsError for weights
-    that can't be had.
+    Raises ConfigError if the configuration doesn't fit the adapter, WeightsError for weights that
+    can't be loaded.
     """
     import torch
 
     source = adapter_path(config)
     adapter = read_adapter(source)
     for name, own in (("spec", adapter.spec.name), ("mode", adapter.mode)):
-        wanted = getattr(config.model, name)
-        if wanted not in ("auto", own):
+        requested = getattr(config.model, name)
+        if requested not in ("auto", own):
             raise ConfigError(
-                f"model.{name}={wanted}, but {source} is of {name} {own}: "
-                f"take model.{name}=auto (the preset may be made for another adapter)"
+                f"model.{name}={requested}, but {source} is of {name} {own}. Set "
+                f"model.{name}=auto, or use the preset for this adapter."
             )
     dataset = dataset_config(config)
     device, dtype = torch_device(config.model.device), getattr(torch, config.dtype)
@@ -48,7 +46,7 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
         dtype=dtype,
         variant=config.model.variant or None,
     )
-    if base.vae.config.get("force_upcast"):  # SDXL's overflows in half precision
+    if base.vae.config.get("force_upcast"):  # SDXL's VAE overflows in half precision
         base.vae.float()
     model = ConsistentID(adapter.spec, base.unet, adapter.mode)
     load_adapter(adapter, model)
@@ -57,48 +55,52 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
 
 
 def adapter_path(config: InferConfig) -> Path:
-    """Where the adapter is. Raises ConfigError if none is given or it isn't there."""
+    """Returns the path of the adapter. Raises ConfigError if none is set or it doesn't exist."""
     if not config.adapter:
         raise ConfigError(
-            "no adapter given: adapter=FOLDER, the final/ of a training run, or a published "
-            "weights file"
+            "no adapter given. Set adapter=FOLDER, the final/ of a training run, or adapter=FILE, "
+            "published weights."
         )
     source = Path(config.adapter).expanduser()
     if not source.exists():
         raise ConfigError(
-            f"adapter={config.adapter}: nothing there. A training run leaves its adapter in "
-            "OUT/final."
+            f"adapter={config.adapter}: nothing there. A training run writes its adapter to "
+            "OUT/final; check the path."
         )
     return source
 
 
 def base_of(config: InferConfig, adapter: AdapterFile) -> str:
-    """The base model's folder or hub id: as given, else the spec's own, else `base/` beside the
-    adapter's folder, where the trainer makes the tiny one. Raises ConfigError if there is none.
+    """Returns the base model's folder or hub id.
+
+    It is model.base, else the spec's, else `base/` beside the adapter's folder, where the trainer
+    makes the tiny one. Raises ConfigError if there is none.
     """
     if config.model.base or adapter.spec.base:
         return config.model.base or adapter.spec.base
-    near = _folder(adapter_path(config)).resolve().parent / "base"
-    if not near.is_dir():
+    local = _folder(adapter_path(config)).resolve().parent / "base"
+    if not local.is_dir():
         raise ConfigError(
-            f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base is made "
-            f"locally, and {near} isn't "
-            "there. Say model.base=FOLDER, the base that it was trained on."
+            f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base model is made "
+            f"locally, but {local} doesn't exist. "
+            "Set model.base=FOLDER, the base model that it was trained with."
         )
-    return str(near)
+    return str(local)
 
 
 def dataset_config(config: InferConfig) -> DatasetConfig:
-    """The data set's configuration: the one given, else the one kept beside the adapter, else the
-    defaults; for the published weights those with buffalo_l, whose identities they learnt: another
-    embedder's would mean nothing.
+    """Returns the configuration of the stages that read the photograph.
+
+    It is config.dataset, else the file beside the adapter, else the defaults. Published weights
+    get the defaults with buffalo_l's detector and embedder, because they were trained with its
+    identities; those of another embedder have no meaning to them.
     """
     source = adapter_path(config)
     if config.dataset:
         return load(DatasetConfig, config.dataset)
-    kept = _folder(source) / DATASET_FILE
-    if kept.is_file():
-        return load(DatasetConfig, kept)
+    path = _folder(source) / DATASET_FILE
+    if path.is_file():
+        return load(DatasetConfig, path)
     if (_folder(source) / CONFIG_FILE).is_file():
         return DatasetConfig()
     return DatasetConfig(
@@ -107,7 +109,7 @@ def dataset_config(config: InferConfig) -> DatasetConfig:
 
 
 def adapter_digest(source: Path) -> str:
-    """sha256 of the adapter's weights file."""
+    """Returns the sha256 of the adapter's weights file."""
     weights = source / WEIGHTS_FILE if source.is_dir() else source
     with weights.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

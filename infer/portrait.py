@@ -1,4 +1,4 @@
-"""Portrait: one picture and everything that made it, written as a PNG that carries its settings."""
+"""Portrait: a generated image with its settings, written as a PNG that has them as metadata."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from PIL import Image, PngImagePlugin
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Portrait:
-    """pixels: (H, W, 3) uint8, RGB. prompt: as it was given. settings: name → value, as in the
-    PNG's text.
+    """A generated image.
+
+    pixels: (H, W, 3) uint8, RGB. prompt: the user's, without the template. settings: name → value,
+    the PNG's text metadata.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -26,7 +28,7 @@ class Portrait:
 
     @property
     def name(self) -> str:
-        """portrait-PROMPT-IMAGE.png, both counted from 0."""
+        """The file name, portrait-PROMPT-IMAGE.png; both numbers count from 0."""
         return f"portrait-{self.prompt_index:02d}-{self.image_index:02d}.png"
 
     @property
@@ -34,13 +36,14 @@ class Portrait:
         return Image.fromarray(self.pixels)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `name` into `folder`, whole or not at all; returns its path. Equal portraits give
-        equal bytes.
+        """Writes `name` into `folder` and returns its path. Equal portraits give equal bytes.
+
+        The file is written under another name, then renamed.
         """
         path = Path(folder) / self.name
         info = PngImagePlugin.PngInfo()
         for key, value in self.settings.items():
-            info.add_text(key, value)  # Pillow takes iTXt for what Latin-1 can't write
+            info.add_text(key, value)  # as iTXt where the text isn't Latin-1
         partial = path.with_name(f".{path.name}.partial")
         self.image.save(partial, "PNG", pnginfo=info)
         partial.replace(path)
@@ -48,7 +51,7 @@ class Portrait:
 
 
 def portrait_seed(seed: int, prompt_index: int, image_index: int, purpose: str = "latents") -> int:
-    """The seed of a generator that serves one purpose of one picture, and of nothing else."""
+    """Returns the seed of the random generator for one purpose of one image, in [0, 2**63)."""
     name = f"consistentid/{seed}/{prompt_index}/{image_index}/{purpose}"
-    # torch takes 63 bits
+    # 63 bits are the most that torch accepts
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -1,8 +1,8 @@
-"""Sampling: from encoded conditions to a picture, in a handful of functions read top to bottom.
+"""Sampling: from encoded conditions to images.
 
-Two phases share the steps: the first is steered by the text alone beside the ID tokens, which lays
-out the picture; from `merge_step` on the regions are fused in. Any diffusers scheduler serves, and
-any batch: row n of every tensor is picture n.
+The steps have two phases. In the first the UNet is conditioned on the text and the ID tokens, which
+determine the composition; from `merge_step` on it is conditioned on the text with fused regions and
+the ID tokens. Any diffusers scheduler can be used. Row n of every tensor belongs to image n.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from model.consistentid import ConsistentID, Features, predict_noise
 from stages.regions import Mode
 
-StepCallback = Callable[[int, Tensor], None]
+StepCallback = Callable[[int, Tensor], None]  # called with the step's number and its latents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextStates:
-    """hidden: (B, 77, C). pooled: (B, P), or None where the base has one text encoder."""
+    """A text's states. hidden: (B, 77, C). pooled: (B, P), None with one text encoder."""
 
     hidden: Tensor
     pooled: Tensor | None = None
@@ -33,8 +33,10 @@ class TextStates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """`encoder_hidden_states` (B, 81, C) of both phases and of what to steer away from; pooled
-    states are SDXL's.
+    """The UNet's `encoder_hidden_states`, (B, 81, C) each.
+
+    early, late: of the two phases. negative: of the unconditional branch. The pooled states, (B,
+    P), are those of SDXL.
     """
 
     early: Tensor
@@ -45,7 +47,7 @@ class Guidance:
     pooled_negative: Tensor | None = None
 
     def repeat(self, count: int) -> Guidance:
-        """Every row `count` times, rows of one prompt together: several pictures per prompt."""
+        """Repeats every row `count` times in place, for several images of each prompt."""
         rows: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         repeated: dict[str, Any] = {
             name: None if x is None else x.repeat_interleave(count, 0) for name, x in rows.items()
@@ -63,12 +65,13 @@ def guidance_states(
     zero_hidden: Tensor,
     strength: Tensor | None = None,
 ) -> Guidance:
-    """Everything the UNet is to be told.
+    """Computes the UNet's conditioning for both phases and for the unconditional branch.
 
-    features: of the described prompt. early: of the text of the first phase. zero_hidden: (1, N,
-    V), the image tower's states of zero pixels. strength: (B, 5), see `FacialEncoder`. legacy mode
-    fuses zero-pixel regions into the negative text at the positive text's nouns, as the published
-    weights expect (REFERENCE.md 7.2).
+    features: of the prompt with its facial description. early: states of the first phase's text;
+    negative: of the negative prompt. zero_hidden: (1, N, V), the image encoder's states of zero
+    pixels. strength: (B, 5), see `FacialEncoder.forward`. Legacy mode fuses zero-pixel regions into
+    the negative text at the positions of the positive text's nouns, as the published weights expect
+    (REFERENCE.md 7.2).
     """
     size, slots = features.token_valid.shape
     empty = zero_hidden.expand(size, -1, -1)
@@ -81,14 +84,16 @@ def guidance_states(
         features.token_valid,
         strength,
     )
-    away = negative.hidden.expand(size, -1, -1)
+    negative_text = negative.hidden.expand(size, -1, -1)
     if model.mode == "legacy":
         regions = empty[:, None].expand(-1, slots, -1, -1)
-        away = model.fuse(away, regions, features.token_mask, features.token_valid)
+        negative_text = model.fuse(
+            negative_text, regions, features.token_mask, features.token_valid
+        )
     return Guidance(
         early=torch.cat((early.hidden.expand(size, -1, -1).to(late.dtype), identity), dim=1),
         late=torch.cat((late, identity), dim=1),
-        negative=torch.cat((away.to(late.dtype), no_identity), dim=1),
+        negative=torch.cat((negative_text.to(late.dtype), no_identity), dim=1),
         pooled_early=_rows(early.pooled, size),
         pooled_late=features.pooled,
         pooled_negative=_rows(negative.pooled, size),
@@ -96,9 +101,7 @@ def guidance_states(
 
 
 def initial_latents(shape: tuple[int, int, int], seeds: list[int]) -> Tensor:
-    """(len(seeds), *shape) unit noise, float32 on the CPU; a picture's noise depends on its own
-    seed alone.
-    """
+    """Returns standard normal noise, (len(seeds), *shape) float32 on the CPU; one seed a row."""
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
@@ -120,13 +123,13 @@ def denoise(
     extra: Callable[[Tensor, Tensor, Tensor], dict[str, Any]] | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
-    """Unit noise (B, 4, h, w) → denoised latents.
+    """Denoises standard normal latents (B, 4, h, w).
 
-    merge_step: how many steps the text alone steers; legacy takes one more (the reference compares
-    with `<=`). guidance_scale: 1 or less leaves the negative out. generator: for schedulers that
-    add noise on the way; a list has one per picture. extra: further UNet arguments per step, from
-    its input, the timestep and its states (a ControlNet's residuals). Raises ValueError for latents
-    that don't fit the guidance.
+    merge_step: number of steps in the first phase; legacy mode adds one, since the reference
+    compares with `<=`. guidance_scale: with 1 or less the unconditional branch is not evaluated.
+    eta: DDIM's. generator: for schedulers that add noise at every step; a list has one for each
+    image. extra: returns further UNet arguments from the UNet's input, the timestep and the states,
+    e.g. a ControlNet's residuals. Raises ValueError if latents and guidance differ in batch size.
     """
     if len(latents) != len(guidance.late):
         raise ValueError(
@@ -153,8 +156,8 @@ def denoise(
             **(extra(model_input, timestep, states) if extra else {}),
         )
         if guided:
-            away, toward = noise.chunk(2)
-            noise = away + guidance_scale * (toward - away)
+            negative, positive = noise.chunk(2)
+            noise = negative + guidance_scale * (positive - negative)
         latents = scheduler.step(noise.to(latents.dtype), timestep, latents, **options).prev_sample
         if on_step is not None:
             on_step(step, latents)
@@ -163,11 +166,11 @@ def denoise(
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> npt.NDArray[np.uint8]:
-    """Latents (B, 4, h, w) → pictures (B, H, W, 3), RGB."""
+    """Decodes latents (B, 4, h, w) to RGB images (B, H, W, 3) uint8."""
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
     scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
-    pictures: npt.NDArray[np.uint8] = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pictures
+    images: npt.NDArray[np.uint8] = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return images
 
 
 def _rows(pooled: Tensor | None, size: int) -> Tensor | None:
@@ -175,28 +178,28 @@ def _rows(pooled: Tensor | None, size: int) -> Tensor | None:
 
 
 def _states(guidance: Guidance, *, first: bool, guided: bool) -> tuple[Tensor, Tensor | None]:
-    toward = guidance.early if first else guidance.late
+    """Returns a step's states and pooled states; if `guided`, behind those of the negative text."""
+    positive = guidance.early if first else guidance.late
     pooled = guidance.pooled_early if first else guidance.pooled_late
     if not guided:
-        return toward, pooled
-    both = None
+        return positive, pooled
+    pooled_both = None
     if pooled is not None and guidance.pooled_negative is not None:
-        both = torch.cat((guidance.pooled_negative, pooled))
-    return torch.cat((guidance.negative, toward)), both
+        pooled_both = torch.cat((guidance.pooled_negative, pooled))
+    return torch.cat((guidance.negative, positive)), pooled_both
 
 
 def _step_options(
     scheduler: Any, eta: float, generator: torch.Generator | list[torch.Generator] | None
 ) -> dict[str, Any]:
-    known = inspect.signature(scheduler.step).parameters
+    """Returns those of the options that the scheduler's `step` accepts."""
+    accepted = inspect.signature(scheduler.step).parameters
     return {
-        name: value for name, value in (("eta", eta), ("generator", generator)) if name in known
+        name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted
     }
 
 
 def _time_ids(latents: Tensor) -> Tensor:
-    """SDXL's (1, 6): original size, crop's corner, target size, in pixels; its VAE halves three
-    times.
-    """
-    height, width = (8 * side for side in latents.shape[-2:])
+    """Returns SDXL's (1, 6): original size, the crop's corner, target size, in pixels."""
+    height, width = (8 * side for side in latents.shape[-2:])  # a latent encodes 8 × 8 pixels
     return torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)

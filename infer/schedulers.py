@@ -1,7 +1,7 @@
-"""Any of diffusers' schedulers by class name, set up as the base model's own.
+"""Makes any of diffusers' schedulers by class name, with the base model's noise schedule.
 
-Schedulers of other kinds of models (flow matching, EDM's preconditioning, video, inversion) are
-refused by name: they would run and give noise.
+Schedulers for other kinds of models (flow matching, EDM, video, inversion) are rejected: they
+would run, but give noise.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ _OTHER_MODELS: Final = ("CogVideoX", "EDM", "Helios", "SCM", "UnCLIP")
 
 
 def known_schedulers() -> tuple[str, ...]:
-    """Names of the installed diffusers' schedulers that suit Stable Diffusion."""
+    """Returns the class names of diffusers' schedulers that can sample Stable Diffusion, sorted."""
     import diffusers
 
     return tuple(sorted(name for name in dir(diffusers) if name.endswith(_SUFFIX) and _suits(name)))
 
 
 def check_scheduler(name: str) -> None:
-    """Raise ConfigError for a name that isn't known, naming the closest, or that needs a package
-    which isn't there.
+    """Raises ConfigError for an unknown scheduler, or one that needs a missing package.
+
+    The message names the closest known ones.
     """
     import diffusers
 
     if name.endswith(_SUFFIX) and name in dir(diffusers):
         if not _installed(name):
             raise ConfigError(
-                f"scheduler={name}: it needs a package that isn't installed (torchsde, for the "
-                "SDE ones)"
+                f"scheduler={name} needs a package that isn't installed (the SDE schedulers need "
+                "torchsde); install it, or choose another scheduler"
             )
         if _suits(name):
             return  # without importing all the others, which takes seconds
-    known = known_schedulers()
-    # the suffix alone would make anything close
-    stems = {each.removesuffix(_SUFFIX): each for each in known}
+    names = known_schedulers()
+    # Compared without the suffix, which would make all names similar.
+    stems = {each.removesuffix(_SUFFIX): each for each in names}
     close = [
         stems[stem]
         for stem in difflib.get_close_matches(name.removesuffix(_SUFFIX), stems, 3, cutoff=0.5)
     ]
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(names)}."
     raise ConfigError(
         f"scheduler={name}: not a scheduler for Stable Diffusion in diffusers. {hint}"
     )
 
 
 def make_scheduler(name: str, base: Any) -> Any:
-    """The scheduler of that class name with the noise schedule of `base`, the base model's own
-    scheduler.
+    """Makes the scheduler with that class name and the noise schedule of `base`.
 
-    Raises ConfigError as `check_scheduler` does.
+    base: the base model's own scheduler. Raises ConfigError as `check_scheduler` does.
     """
     import diffusers
 
@@ -63,10 +63,10 @@ def make_scheduler(name: str, base: Any) -> Any:
 
 
 def merge_position(start_merge_step: int, steps: int, evaluations: int) -> int:
-    """`start_merge_step` of `steps` as a number of the UNet's evaluations.
+    """Converts `start_merge_step` of `steps` into a number of the UNet's evaluations.
 
-    They are the same except for schedulers that evaluate more than once per step (Heun, KDPM2,
-    PNDM's start).
+    The two differ only for schedulers that evaluate the UNet more than once in a step (Heun, KDPM2,
+    PNDM's first steps).
     """
     return (
         start_merge_step if evaluations == steps else round(start_merge_step * evaluations / steps)
@@ -74,7 +74,7 @@ def merge_position(start_merge_step: int, steps: int, evaluations: int) -> int:
 
 
 def _installed(name: str) -> bool:
-    """False for diffusers' stand-in for a class whose package isn't there."""
+    """Returns False for the dummy class that diffusers has where a package is missing."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -83,6 +83,7 @@ def _installed(name: str) -> bool:
 
 
 def _suits(name: str) -> bool:
+    """Returns whether a scheduler of diffusers can sample Stable Diffusion."""
     import diffusers
 
     if not _installed(name) or name.startswith(_OTHER_MODELS) or name.endswith(f"Inverse{_SUFFIX}"):

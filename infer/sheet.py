@@ -1,4 +1,4 @@
-"""The contact sheet: the photograph beside the portraits, each row under its prompt."""
+"""The contact sheet: an image of the photograph and the portraits, in rows under their prompts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from infer.identity import Identity
 from infer.portrait import Portrait
 
-_TILE: Final = 256  # pixels, short side of a portrait: 64-pixel ones are enlarged to be seen
+_TILE: Final = 256  # pixels, short side of a portrait on the sheet
 _COLUMNS: Final = 4
 _MARGIN: Final = 40
 _GAP: Final = 16
 _TEXT: Final = 18  # pixels
 _SMALL: Final = 14
-_LINE: Final = 1.4  # of the text's size
+_LINE: Final = 1.4  # height of a line, as a multiple of the text's size
 _PAPER: Final = (250, 249, 246)
 _INK: Final = (34, 34, 38)
 _GREY: Final = (120, 118, 114)
@@ -27,21 +27,24 @@ _GREY: Final = (120, 118, 114)
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One prompt: its label's lines and its portraits."""
+    """A prompt's part of the sheet. label: the prompt's lines."""
 
     label: list[str]
     tiles: list[Image.Image]
 
 
 def contact_sheet(identity: Identity, portraits: Sequence[Portrait]) -> Image.Image:
-    """RGB. Portraits are grouped by their prompts, in order; raises ValueError without any."""
+    """Draws the contact sheet, RGB. Portraits with the same prompt must follow each other.
+
+    Raises ValueError without a portrait.
+    """
     if not portraits:
-        raise ValueError("a contact sheet needs a portrait at least")
+        raise ValueError("portraits is empty; a contact sheet needs at least one portrait")
     width = max(_fit(portrait.image).width for portrait in portraits)
     columns = min(
         _COLUMNS, max(len(list(group)) for _, group in groupby(portraits, lambda p: p.prompt_index))
     )
-    # room for a label of a few words per line
+    # at least two tiles wide, so that a line of a label has room for a few words
     right = max(columns * (width + _GAP) - _GAP, 2 * _TILE)
     rows = [
         _Row(
@@ -98,39 +101,39 @@ def _row_height(row: _Row, columns: int, line: int) -> int:
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """Short side to _TILE; smooth both ways, since a portrait's pixels mean nothing by themselves."""
+    """Scales the short side to _TILE pixels."""
     scale = _TILE / min(image.size)
     method = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
     return image.resize((round(image.width * scale), round(image.height * scale)), method)
 
 
 def _reference(identity: Identity) -> Image.Image:
-    with Image.open(io.BytesIO(identity.record.image)) as opened:
-        return _fit(opened.convert("RGB"))
+    with Image.open(io.BytesIO(identity.record.image)) as file:
+        return _fit(file.convert("RGB"))
 
 
 def _summary(portrait: Portrait) -> str:
-    told = portrait.settings
+    settings = portrait.settings
     parts = [
-        told["photo"],
-        f"{told['spec']}, {told['mode']}",
-        told["scheduler"].removesuffix("Scheduler"),
-        f"{told['steps']} steps, regions from {told['start_merge_step']}",
-        f"guidance {told['guidance_scale']}",
-        f"seed {told['seed']}",
-        f"adapter {told['adapter_sha256'][:12] or 'unnamed'}",
+        settings["photo"],
+        f"{settings['spec']}, {settings['mode']}",
+        settings["scheduler"].removesuffix("Scheduler"),
+        f"{settings['steps']} steps, regions from {settings['start_merge_step']}",
+        f"guidance {settings['guidance_scale']}",
+        f"seed {settings['seed']}",
+        f"adapter {settings['adapter_sha256'][:12] or 'unnamed'}",
     ]
     return "  ·  ".join(parts)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # Pillow carries one: no file of the system is needed
+    return ImageFont.load_default(size)  # part of Pillow, so no font file is needed
 
 
 def _wrapped(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> list[str]:
-    """Lines no wider than `width` pixels where words allow it; at least one."""
+    """Breaks a text into lines of at most `width` pixels; a longer word has a line to itself."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,3 +1,4 @@
-"""The adapter itself: conditions in, tokens and attention out. Knows records and regions, and
-nothing of pipelines.
+"""The ConsistentID adapter and the way from a record to its inputs.
+
+It imports records and regions from `stages`, and nothing of the pipeline.
 """

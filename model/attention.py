@@ -1,10 +1,11 @@
-"""Attention processors: LoRA on every attention, and in cross-attention a second one for the ID
-tokens.
+"""Attention processors: LoRA on every attention, and a second cross-attention for the ID tokens.
 
-Scores are never kept on the side. Who wants them, the localisation loss, passes a `RegionScores`
-through diffusers' `cross_attention_kwargs`; only hooked layers answer it, and only for the region
-tokens. All else is fused attention. The processors define `__call__`, not `forward`: diffusers
-reads its signature to decide which arguments to pass.
+All layers use PyTorch's fused attention, which returns no attention scores. The localisation loss
+needs scores, so the trainer passes a `RegionScores` through diffusers' `cross_attention_kwargs`.
+Hooked layers compute the scores of the region tokens a second time and store them there.
+
+The processors define `__call__`, not `forward`: diffusers reads its signature to decide which
+arguments to pass.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from stages.regions import Mode
 
 
 class RegionScores:
-    """Asks hooked layers for the attention that region tokens get; a new one for every call of the
-    UNet.
+    """Collects the attention probabilities of region tokens from the hooked layers of a UNet.
 
-    token_idx: (B, R) positions. After the call `scores` holds, by layer, probabilities (B, heads,
-    pixels, R) that carry gradients.
+    token_idx: (B, R) int64, positions of the region tokens. After the UNet's forward pass `scores`
+    has one tensor for each hooked layer: probabilities (B, heads, pixels, R) with gradients. Make
+    a new object for each forward pass.
     """
 
     def __init__(self, token_idx: Tensor) -> None:
@@ -36,19 +37,21 @@ class RegionScores:
         return list(self._by_layer.values())
 
     def add(self, layer: str, query: Tensor, key: Tensor) -> None:
-        """query: (B, heads, N, d), key: (B, heads, T, d). Gradient checkpointing's second run must
-        do all that the first did, so the answer is computed again; what the first gave stays.
+        """Stores the probabilities of a layer. query: (B, heads, N, d), key: (B, heads, T, d).
+
+        With gradient checkpointing a layer runs twice and must do the same both times, so the
+        probabilities are computed in both runs and only those of the first run are stored.
         """
         probabilities = token_probabilities(query, key, self.token_idx)
         self._by_layer.setdefault(layer, probabilities)
 
 
 def token_probabilities(query: Tensor, key: Tensor, token_idx: Tensor) -> Tensor:
-    """softmax(q·k/√d) over all T keys, at the keys of token_idx (B, R) only: (B, heads, N, R)
-    float32.
+    """Returns softmax(q·k/√d) over all T keys, at the keys token_idx only.
 
-    Zero for an index ≥ T: the reference takes positions of the text for pixels of the picture
-    (legacy mode), and at 8×8 some of them don't exist.
+    query: (B, heads, N, d); key: (B, heads, T, d); token_idx: (B, R). Returns (B, heads, N, R)
+    float32. The probability is zero for an index ≥ T: in legacy mode, as in the reference, text
+    positions index the keys of self-attention, which are pixels, and an 8×8 layer has only 64.
     """
     logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     index = token_idx.clamp(max=key.shape[-2] - 1)[:, None, None, :].expand(*logits.shape[:-1], -1)
@@ -59,7 +62,7 @@ def token_probabilities(query: Tensor, key: Tensor, token_idx: Tensor) -> Tensor
 
 
 class LoRALinear(nn.Module):
-    """The low-rank update of a linear layer; zero until trained."""
+    """The low-rank update of a linear layer: (…, in_dim) → (…, out_dim). It starts at zero."""
 
     def __init__(self, in_dim: int, out_dim: int, rank: int) -> None:
         super().__init__()
@@ -69,20 +72,23 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.up(self.down(x.to(self.down.weight.dtype)))
-        return answer.to(x.dtype)
+        update: Tensor = self.up(self.down(x.to(self.down.weight.dtype)))
+        return update.to(x.dtype)
 
     def delta(self) -> Tensor:
-        """(out_dim, in_dim): what this adds to the linear layer's weight."""
+        """Returns the update as a weight matrix (out_dim, in_dim)."""
         return self.up.weight @ self.down.weight
 
 
 class LoRASelfAttention(nn.Module):
-    """attn1: self-attention with LoRA on q, k, v and out."""
+    """Processor of attn1: self-attention with LoRA on the q, k, v and output projections.
+
+    hook: the layer's name if the localisation loss reads its scores, else "".
+    """
 
     def __init__(self, hidden: int, context: int, rank: int, hook: str = "") -> None:
         super().__init__()
-        self.hook = hook  # the layer's name if the localisation loss looks at it
+        self.hook = hook
         self.merged = False
         self.to_q_lora = LoRALinear(hidden, hidden, rank)
         self.to_k_lora = LoRALinear(context, hidden, rank)
@@ -100,9 +106,9 @@ class LoRASelfAttention(nn.Module):
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = self._heads(attn, self._linear(attn.to_q, self.to_q_lora, hidden_states))
-        answer = self._attend(attn, query, context, attention_mask, region_scores)
-        merged = answer.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        out = attn.to_out[1](self._linear(attn.to_out[0], self.to_out_lora, merged))
+        attended = self._attend(attn, query, context, attention_mask, region_scores)
+        joined = attended.transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        out = attn.to_out[1](self._linear(attn.to_out[0], self.to_out_lora, joined))
         if attn.residual_connection:
             out = out + hidden_states
         return cast(Tensor, out / attn.rescale_output_factor)
@@ -117,7 +123,7 @@ class LoRASelfAttention(nn.Module):
     ) -> Tensor:
         if mask is not None:
             raise ValueError(
-                "an attention mask was given, but ConsistentID attends to all tokens; pass none"
+                "an attention mask was passed, but ConsistentID attends to all tokens; pass none"
             )
         key = self._heads(attn, self._linear(attn.to_k, self.to_k_lora, context))
         value = self._heads(attn, self._linear(attn.to_v, self.to_v_lora, context))
@@ -135,7 +141,10 @@ class LoRASelfAttention(nn.Module):
 
     @torch.no_grad()
     def merge(self, attn: Any) -> None:
-        """Add the LoRA to the attention's own weights: fewer products per step, and no way back."""
+        """Adds the LoRA to the attention's own weights, for fewer products per step.
+
+        This can't be undone; a second call does nothing.
+        """
         if self.merged:
             return
         for linear, lora in (
@@ -149,10 +158,10 @@ class LoRASelfAttention(nn.Module):
 
 
 class IdentityCrossAttention(LoRASelfAttention):
-    """attn2: the last tokens of the context are ID tokens; text and ID are attended to apart and
-    added.
+    """Processor of attn2: attention over the text plus `scale` times attention over the ID tokens.
 
-    scale: weight of the ID attention; 0 leaves the text alone.
+    The last `num_tokens` tokens of the context are the ID tokens. With scale 0 only the text is
+    attended to.
     """
 
     def __init__(
@@ -173,21 +182,22 @@ class IdentityCrossAttention(LoRASelfAttention):
         region_scores: RegionScores | None,
     ) -> Tensor:
         text, identity = context[:, : -self.num_tokens], context[:, -self.num_tokens :]
-        answer = super()._attend(attn, query, text, mask, region_scores)
+        attended = super()._attend(attn, query, text, mask, region_scores)
         if self.scale == 0.0:
-            return answer
+            return attended
         identity = identity.to(self.to_k_ip.weight.dtype)
         key = self._heads(attn, self.to_k_ip(identity)).to(query.dtype)
         value = self._heads(attn, self.to_v_ip(identity)).to(query.dtype)
-        return answer + self.scale * F.scaled_dot_product_attention(query, key, value)
+        return attended + self.scale * F.scaled_dot_product_attention(query, key, value)
 
 
 def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
-    """Put new processors into a UNet and return them in diffusers' order: down, up, mid; even =
-    attn1, odd = attn2.
+    """Puts new processors into a UNet and returns them.
 
-    The ID attention starts as a copy of the text's. Hooked for the localisation loss are the
-    cross-attentions of `spec.hooked` (legacy: their self-attentions, as in the reference).
+    Their order is diffusers': blocks down, up, mid; even positions are attn1, odd ones attn2. The
+    ID attention starts with the weights of the text's attention. In the blocks of `spec.hooked`
+    the cross-attentions are hooked for the localisation loss (legacy: the self-attentions, as in
+    the reference).
     """
     hooked_kind = "attn2" if mode == "corrected" else "attn1"
     processors: dict[str, LoRASelfAttention] = {}
@@ -207,13 +217,14 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
             cross.to_k_ip.weight.copy_(attn.to_k.weight)
             cross.to_v_ip.weight.copy_(attn.to_v.weight)
         processors[name] = cross
-    unet.set_attn_processor(dict(processors))  # a copy: diffusers empties the dict that it is given
+    unet.set_attn_processor(dict(processors))  # a copy, because diffusers empties its argument
     return nn.ModuleList(processors.values())
 
 
 def merge_lora(unet: Any) -> None:
-    """Merge every processor's LoRA into the UNet's weights, for speed at inference. There is no way
-    back.
+    """Merges every processor's LoRA into the UNet's weights, for faster inference.
+
+    This can't be undone.
     """
     for name, processor in unet.attn_processors.items():
         if isinstance(processor, LoRASelfAttention):

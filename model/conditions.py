@@ -1,9 +1,8 @@
-"""Conditions: all that one record tells the model, as CPU tensors; the only way from a record to
-the model.
+"""Conditions: the model's inputs for one record, as CPU tensors.
 
-Training and inference both come through `build_conditions`, so a record read from a shard and the
-record that inference makes of the same photograph give equal tensors. What differs is the text
-alone: a caption or a prompt.
+Training and inference both call `build_conditions`, so a record read from a shard and the record
+that inference makes of the same photograph give equal tensors. Only the text differs: a caption in
+training, a prompt in inference.
 """
 
 from __future__ import annotations
@@ -26,20 +25,26 @@ from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks
 
 _SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
-# of the regions' box, on every side of the square that region pictures are cut to
+# Margin on every side of the square that region images are cropped to, as a share of the larger
+# side of the regions' bounding box.
 _HEAD_MARGIN: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """One sample. R = resolution, S = the image tower's side, both in pixels.
+    """The inputs of one sample. R = resolution, S = input side of the image encoder, in pixels.
 
-    input_ids: (77,) int64. input_ids_2: the same text for a second text encoder. token_mask: (77,)
-    bool, True on fused nouns. token_idx: (5,) int64, their positions, 0 where token_valid (5,) bool
-    is False; slot i's picture is region_pixels[i] of (5, 3, S, S), CLIP-normalised, zero where not
-    valid, and its mask region_masks[i] of (5, R, R) in [0, 1]. foreground: (R, R) in [0, 1].
-    clip_pixels: (3, S, S), the whole photograph. identity: (512,) unit norm. text: with marks.
-    regions: the slots' regions in order; dropped: (region, reason) of those that got no slot.
+    Up to five regions get a slot; slot i is entry i of every tensor with a leading 5.
+
+    key: the record's. text: with marks. regions: names of the slots' regions, in order. dropped:
+    (region, reason) of the regions without a slot.
+    input_ids: (77,) int64. input_ids_2: the same text for a second text encoder.
+    token_mask: (77,) bool, True on the nouns that a region is fused into.
+    token_idx: (5,) int64, position of each slot's noun. token_valid: (5,) bool, whether the slot
+    is used; where it is False, the slot's entries in the other tensors are zero.
+    region_pixels: (5, 3, S, S), CLIP-normalised. region_masks: (5, R, R) in [0, 1].
+    foreground: (R, R) in [0, 1]. clip_pixels: (3, S, S), the photograph, CLIP-normalised.
+    identity: (512,) float32, unit norm.
     """
 
     key: str
@@ -60,7 +65,7 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionBatch:
-    """Conditions stacked: every tensor has a leading axis B; see `Conditions` for the rest."""
+    """Stacked conditions: the tensors of `Conditions` with a leading axis B."""
 
     keys: tuple[str, ...]
     texts: tuple[str, ...]
@@ -79,15 +84,16 @@ class ConditionBatch:
         return int(self.input_ids.shape[0])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ConditionBatch:
-        """Every tensor on `device`; those of floating point in `dtype`, the identity and the masks
-        stay float32.
+        """Returns the batch with every tensor on `device` and the pixels in `dtype`.
+
+        The identity and the masks stay float32.
         """
-        moved: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in _TENSORS:
             value: Tensor = getattr(self, name)
             pixels = name in ("region_pixels", "clip_pixels")
-            moved[name] = value.to(device, dtype if pixels else None, non_blocking=True)
-        return replace(self, **moved)  # type: ignore[arg-type]
+            tensors[name] = value.to(device, dtype if pixels else None, non_blocking=True)
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 _TENSORS: Final = tuple(
@@ -97,12 +103,11 @@ _TENSORS: Final = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropRates:
-    """Probabilities of dropping the text, the identity, or both, of a sample; their sum is at most
-    1.
+    """Probabilities of dropping a sample's text, its identity, or both; their sum is at most 1.
 
-    The reference drops text and whole photograph together in 10 % of samples, but never the
-    identity embedding nor the regions, so its unconditional branch was never trained: `legacy=True`
-    repeats that, at the rate `both`.
+    Raises ValueError for rates outside of that. With `legacy=True` dropping works as in the
+    reference: at the rate `both`, text and photograph are dropped together, the identity embedding
+    never, so no sample trains the unconditional branch.
     """
 
     text: float = 0.05
@@ -113,7 +118,10 @@ class DropRates:
     def __post_init__(self) -> None:
         rates = (self.text, self.identity, self.both)
         if min(rates) < 0 or sum(rates) > 1:
-            raise ValueError(f"drop rates must lie in [0, 1] and sum to at most 1, not {rates}")
+            raise ValueError(
+                f"drop rates (text, identity, both) are {rates}; "
+                "expected numbers in [0, 1] that sum to at most 1"
+            )
 
 
 def build_conditions(
@@ -126,14 +134,14 @@ def build_conditions(
     resolution: int,
     tokenizer_2: Any = None,
 ) -> Conditions:
-    """Conditions of a record that has image, parsing and identity. Without a prompt: those of a
-    training sample.
+    """Builds the conditions of a record that has an image, a label map and an identity.
 
-    tokenizer: a CLIP tokenizer that knows the marks (`model.prompt.add_marks`). tokenizer_2: SDXL's
-    second one; only the ids of legacy mode need it. Raises ValueError if the record lacks
-    something.
+    prompt: the user's prompt; None builds the conditions of a training sample, whose text is the
+    record's captions. tokenizer: a CLIP tokenizer with the marks added (`model.prompt.add_marks`).
+    tokenizer_2: SDXL's second one, read in legacy mode only. resolution: side of the masks, in
+    pixels. Raises ValueError if the record lacks one of the three.
     """
-    photo, labels, identity = _opened(record)
+    photo, labels, identity = _decode(record)
     masks = region_masks(labels, mode)
     text = _text_of(record, tuple(masks), tokenizer, spec, mode, prompt)
     tokens, slots, dropped = fused_regions(text, tokenizer, mode)
@@ -142,7 +150,7 @@ def build_conditions(
     idx = torch.zeros(MAX_REGIONS, dtype=torch.int64)
     idx[: len(slots)] = torch.tensor(tokens.positions, dtype=torch.int64)
     side = spec.vision_size
-    pictures = region_pictures(photo, {name: masks[name] for name in slots}, masks, mode)
+    images = region_images(photo, {name: masks[name] for name in slots}, masks, mode)
     return Conditions(
         key=record.key,
         text=text.text,
@@ -153,29 +161,28 @@ def build_conditions(
         token_mask=mask,
         token_idx=idx,
         token_valid=torch.arange(MAX_REGIONS) < len(slots),
-        region_pixels=_padded(
-            [_clip_normalised(picture, side) for picture in pictures], (3, side, side)
-        ),
+        region_pixels=_padded([_clip_normalised(image, side) for image in images], (3, side, side)),
         region_masks=_padded(
-            [_fit_mask(masks[name], resolution) for name in slots], (resolution, resolution)
+            [_crop_mask(masks[name], resolution) for name in slots], (resolution, resolution)
         ),
-        foreground=_fit_mask(foreground_mask(labels, mode), resolution),
+        foreground=_crop_mask(foreground_mask(labels, mode), resolution),
         clip_pixels=_clip_normalised(photo, side),
         identity=torch.from_numpy(identity.copy()),
     )
 
 
 def training_pixels(record: Record, resolution: int) -> Tensor:
-    """The picture to be learnt, (3, R, R) in [-1, 1]: short side to R, then the centre, as the
-    masks are cut.
+    """Returns the training image, (3, R, R) in [-1, 1].
+
+    The short side is scaled to R and the centre is cropped, in the same way as for the masks.
     """
-    with Image.open(io.BytesIO(record.image)) as opened:
-        picture = _fit(opened.convert("RGB"), resolution)
-    return torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+    with Image.open(io.BytesIO(record.image)) as file:
+        image = _centre_crop(file.convert("RGB"), resolution)
+    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 def collate(samples: Sequence[Conditions]) -> ConditionBatch:
-    """Conditions of equal sizes, stacked in order."""
+    """Stacks conditions of equal sizes, in order."""
     return ConditionBatch(
         keys=tuple(sample.key for sample in samples),
         texts=tuple(sample.text for sample in samples),
@@ -186,13 +193,14 @@ def collate(samples: Sequence[Conditions]) -> ConditionBatch:
 def drop_conditions(
     batch: ConditionBatch, draws: Tensor, rates: DropRates, tokenizer: Any
 ) -> ConditionBatch:
-    """The batch with some samples' text or identity taken away, so that guidance has something to
-    guide away from.
+    """Returns the batch with the text or the identity of some samples dropped.
 
-    draws: (B,) in [0, 1), one per sample, which the caller makes from the sample's own seed: what
-    is dropped then doesn't depend on the batch it came in. A dropped identity is a zero embedding
-    with zero pixels and no regions; a dropped text is empty and so has no nouns to fuse regions
-    into.
+    That trains the unconditional branch of classifier-free guidance. A dropped identity is a zero
+    embedding with zero pixels and no regions. A dropped text is empty, and therefore has no nouns
+    to fuse regions into.
+
+    draws: (B,) in [0, 1), one per sample. The caller draws them from each sample's own seed, so
+    what is dropped doesn't depend on the composition of the batch.
     """
     draws = draws.to(batch.input_ids.device)
     no_text = draws < rates.text
@@ -239,33 +247,39 @@ def _zeroed(values: Tensor, drop: Tensor) -> Tensor:
 
 
 def empty_ids(tokenizer: Any, *, pad_id: int | None = None) -> Tensor:
-    """(77,) int64: the ids of an empty text."""
+    """Returns the ids of an empty text, (77,) int64. pad_id: None for the tokenizer's own."""
     return torch.tensor(
         tokenize_marked("", tokenizer, keep_eos=True, pad_id=pad_id).ids, dtype=torch.int64
     )
 
 
-def region_pictures(
+def region_images(
     photo: Image.Image, slots: dict[str, Mask], masks: dict[str, Mask], mode: Mode
 ) -> list[Image.Image]:
-    """The photograph on black through each slot's mask, RGB.
+    """Returns for each slot the photograph with everything outside the slot's mask black, RGB.
 
-    legacy: the whole frame, so the image tower's centre crop may cut a region off. corrected: cut
-    to one square round all the record's regions (`masks`), so that a small or off-centre face fills
-    it and parts keep their places.
+    slots: masks of the fused regions; masks: those of all the record's regions. In legacy mode the
+    images have the photograph's frame, so the image encoder's centre crop may cut a region off. In
+    corrected mode all are cropped to one square around all regions: a small or off-centre face
+    fills it, and the regions keep their relative positions.
     """
     black = Image.new("RGB", photo.size)
-    pictures = []
+    images = []
     for mask in slots.values():
         alpha = Image.fromarray(mask.astype(np.uint8) * 255).resize(photo.size)
-        pictures.append(Image.composite(photo, black, alpha))
+        images.append(Image.composite(photo, black, alpha))
     if mode == "legacy" or not slots:
-        return pictures
+        return images
     box = _head_square(masks, photo.size)
-    return [picture.crop(box) for picture in pictures]
+    return [image.crop(box) for image in images]
 
 
 def _head_square(masks: dict[str, Mask], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns the square around all masks as (left, top, right, bottom).
+
+    size: (width, height) of the photograph, in whose pixels the square is given. The square may
+    extend beyond the photograph.
+    """
     union = np.logical_or.reduce(list(masks.values()))
     rows, columns = np.flatnonzero(union.any(1)), np.flatnonzero(union.any(0))
     scale_x, scale_y = size[0] / union.shape[1], size[1] / union.shape[0]
@@ -277,21 +291,23 @@ def _head_square(masks: dict[str, Mask], size: tuple[int, int]) -> tuple[int, in
     return x, y, x + side, y + side
 
 
-def _opened(record: Record) -> tuple[Image.Image, npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def _decode(record: Record) -> tuple[Image.Image, npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Returns a record's RGB image, label map (H, W) and identity (512,)."""
     if not record.image or not record.parsing or record.identity is None:
-        lacking = [name for name in ("image", "parsing", "identity") if not _has(record, name)]
+        missing = [name for name in ("image", "parsing", "identity") if not _has(record, name)]
         raise ValueError(
-            f"record {record.key} ({record.source}) has no {', '.join(lacking)}; run those "
-            "stages first"
+            f"record {record.key} ({record.source}) has no {', '.join(missing)}; run the stages "
+            "that make them first"
         )
     if record.identity.shape != (IDENTITY_DIM,):
         raise ValueError(
-            f"record {record.key}: identity is {record.identity.shape}, expected ({IDENTITY_DIM},)"
+            f"record {record.key}: identity has shape {record.identity.shape}, expected "
+            f"({IDENTITY_DIM},)"
         )
-    with Image.open(io.BytesIO(record.image)) as opened:
-        photo = opened.convert("RGB")
-    with Image.open(io.BytesIO(record.parsing)) as opened:
-        labels = np.array(opened, dtype=np.uint8)
+    with Image.open(io.BytesIO(record.image)) as file:
+        photo = file.convert("RGB")
+    with Image.open(io.BytesIO(record.parsing)) as file:
+        labels = np.array(file, dtype=np.uint8)
     return photo, labels, record.identity.astype(np.float32, copy=False)
 
 
@@ -316,14 +332,16 @@ def _text_of(
 def _second_ids(
     text: str, ids: Sequence[int], tokenizer: Any, tokenizer_2: Any, mode: Mode
 ) -> Tensor:
-    """legacy: the second tokenizer doesn't know the facial mark and spells it out, so its tokens
-    are shifted (REFERENCE.md 7.3). corrected: the same tokens, so that both encoders' nouns stand
-    at the same positions.
+    """Returns the ids for a second text encoder, (77,) int64.
+
+    legacy: the second tokenizer has no facial mark and tokenizes it as text, which shifts the
+    tokens behind it (REFERENCE.md 7.3). corrected: the first tokenizer's ids with another padding,
+    so that a noun has the same position for both encoders.
     """
     if mode == "legacy" and tokenizer_2 is not None:
-        spelt = tokenizer_2.encode(text, verbose=False)[:TOKEN_LIMIT]
+        second = tokenizer_2.encode(text, verbose=False)[:TOKEN_LIMIT]
         return torch.tensor(
-            [*spelt, *[_SECOND_PAD] * (TOKEN_LIMIT - len(spelt))], dtype=torch.int64
+            [*second, *[_SECOND_PAD] * (TOKEN_LIMIT - len(second))], dtype=torch.int64
         )
     first_eos = (
         list(ids).index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else TOKEN_LIMIT
@@ -341,27 +359,29 @@ def _clip_processor(size: int) -> Any:
     )
 
 
-def _clip_normalised(picture: Image.Image, size: int) -> Tensor:
-    pixels: Tensor = _clip_processor(size)(images=picture, return_tensors="pt").pixel_values[0]
+def _clip_normalised(image: Image.Image, size: int) -> Tensor:
+    pixels: Tensor = _clip_processor(size)(images=image, return_tensors="pt").pixel_values[0]
     return pixels
 
 
 def _padded(slots: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Slots stacked and filled up to MAX_REGIONS with zeros (after normalisation, as the reference
-    does).
+    """Stacks the slots and pads them with zeros to MAX_REGIONS.
+
+    As in the reference, the zeros are added after CLIP's normalisation, so they are not black.
     """
     return torch.stack([*slots, *[torch.zeros(shape)] * (MAX_REGIONS - len(slots))])
 
 
-def _fit(picture: Image.Image, side: int) -> Image.Image:
-    width, height = picture.size
+def _centre_crop(image: Image.Image, side: int) -> Image.Image:
+    """Scales the short side to `side` pixels, then crops the centre square."""
+    width, height = image.size
     scale = side / min(width, height)
     size = max(side, round(width * scale)), max(side, round(height * scale))
-    resized = picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR)
+    resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return resized.crop((left, top, left + side, top + side))
 
 
-def _fit_mask(mask: Mask, side: int) -> Tensor:
-    picture = _fit(Image.fromarray(mask.astype(np.uint8) * 255), side)
-    return torch.from_numpy(np.array(picture, np.float32)) / 255.0
+def _crop_mask(mask: Mask, side: int) -> Tensor:
+    image = _centre_crop(Image.fromarray(mask.astype(np.uint8) * 255), side)
+    return torch.from_numpy(np.array(image, np.float32)) / 255.0

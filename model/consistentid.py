@@ -1,7 +1,8 @@
-"""ConsistentID: the trained parts in one module, and the frozen base model that they adapt.
+"""ConsistentID: the adapter as one module, and the base model that it adapts.
 
-`encode_frozen` runs what never trains (text encoder, image tower), `ConsistentID.prepare` what
-does; training and inference both go through the two, and only what they do with the UNet differs.
+`encode_frozen` runs the parts that never train (text encoder, image encoder) and
+`ConsistentID.prepare` those that do. Training and inference both call the two; they differ in
+what they do with the UNet.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from stages.regions import Mode
 
 @dataclass(slots=True, kw_only=True)
 class BaseModels:
-    """The frozen parts, as transformers and diffusers classes; the second text encoder is SDXL's."""
+    """The base model's parts, as transformers and diffusers classes.
+
+    Only SDXL has a second tokenizer and text encoder.
+    """
 
     tokenizer: Any
     text_encoder: Any
@@ -38,15 +42,17 @@ class BaseModels:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
+        """The parts that have weights, by attribute name."""
         names = ("text_encoder", "text_encoder_2", "vae", "unet", "image_encoder")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent, along one side."""
+        """Side of the square of pixels that one latent encodes."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def to(self, device: torch.device | str) -> BaseModels:
+        """Moves all parts to `device`, in place; returns self."""
         for module in self.modules.values():
             module.to(device)
         return self
@@ -62,11 +68,13 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> BaseModels:
-    """The base model from a folder in diffusers' layout or a hub id, frozen and in eval mode.
+    """Loads the base model, frozen and in eval mode.
 
-    base: spec.base if None. image_encoder: a folder or hub id; if None, `image_encoder/` of a local
-    base if it is there, else spec.image_encoder. unet: a folder with another UNet, e.g. one that
-    was trained too. Raises WeightsError if something is missing or unreachable.
+    base: a folder in diffusers' layout or a hub id; None: spec.base. image_encoder: a folder or
+    hub id; None: `image_encoder/` in the base's folder if there is one, else spec.image_encoder.
+    unet: a folder with a UNet to load in place of the base's, e.g. a trained one. variant: of the
+    weights' files, as in diffusers, e.g. "fp16". Raises WeightsError if a part is missing or can't
+    be downloaded.
     """
     import diffusers
     import transformers
@@ -74,14 +82,14 @@ def load_base(
     root = str(base or spec.base)
     if not root:
         raise WeightsError(
-            f"model {spec.name!r} has no public base; make one with model.tiny.make_tiny_base "
-            "and name it"
+            f"model {spec.name!r} has no public base model; make one with "
+            "model.tiny.make_tiny_base and pass its folder"
         )
-    own_tower = Path(root, "image_encoder").is_dir() and image_encoder is None
-    tower = root if own_tower else str(image_encoder or spec.image_encoder)
+    local_encoder = Path(root, "image_encoder").is_dir() and image_encoder is None
+    encoder = root if local_encoder else str(image_encoder or spec.image_encoder)
     variants = {} if variant is None else {"variant": variant}
-    ours: dict[str, Any] = {"torch_dtype": dtype, **variants}  # diffusers' classes
-    theirs: dict[str, Any] = {"dtype": dtype, **variants}  # transformers'
+    diffusers_options: dict[str, Any] = {"torch_dtype": dtype, **variants}
+    transformers_options: dict[str, Any] = {"dtype": dtype, **variants}
 
     def part(library: Any, name: str, folder: str, options: dict[str, Any]) -> Any:
         return getattr(library, name).from_pretrained(root, subfolder=folder, **options)
@@ -89,25 +97,25 @@ def load_base(
     try:
         models = BaseModels(
             tokenizer=add_marks(part(transformers, "CLIPTokenizer", "tokenizer", {})),
-            text_encoder=part(transformers, "CLIPTextModel", "text_encoder", theirs),
-            vae=part(diffusers, "AutoencoderKL", "vae", ours),
+            text_encoder=part(transformers, "CLIPTextModel", "text_encoder", transformers_options),
+            vae=part(diffusers, "AutoencoderKL", "vae", diffusers_options),
             unet=diffusers.UNet2DConditionModel.from_pretrained(unet, torch_dtype=dtype)
             if unet
-            else part(diffusers, "UNet2DConditionModel", "unet", ours),
+            else part(diffusers, "UNet2DConditionModel", "unet", diffusers_options),
             image_encoder=transformers.CLIPVisionModelWithProjection.from_pretrained(
-                tower, dtype=dtype, **({"subfolder": "image_encoder"} if own_tower else {})
+                encoder, dtype=dtype, **({"subfolder": "image_encoder"} if local_encoder else {})
             ),
             scheduler=part(diffusers, "EulerDiscreteScheduler", "scheduler", {}),
         )
         if spec.two_text_encoders:
             models.tokenizer_2 = part(transformers, "CLIPTokenizer", "tokenizer_2", {})
             models.text_encoder_2 = part(
-                transformers, "CLIPTextModelWithProjection", "text_encoder_2", theirs
+                transformers, "CLIPTextModelWithProjection", "text_encoder_2", transformers_options
             )
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"base model {root!r} (image encoder {tower!r}) could not be loaded: {error}; "
-            "give a folder in diffusers' layout, or a hub id and a network"
+            f"base model {root!r} (image encoder {encoder!r}) could not be loaded: {error}; "
+            "name a folder in diffusers' layout, or a hub id (which needs a network)"
         ) from error
     for module in models.modules.values():
         module.eval().requires_grad_(False)
@@ -116,9 +124,11 @@ def load_base(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """What the frozen parts make of a batch. text_hidden: (B, 77, C); pooled: (B, P) or None
-    (SDXL's); clip_hidden: (B, N, V); region_hidden: (B, 5, N, V); identity: (B, 512); token_mask
-    (B, 77), token_valid (B, 5).
+    """The frozen parts' outputs for a batch, with the rest of what the adapter reads.
+
+    text_hidden: (B, 77, C). pooled: (B, P), of SDXL only. clip_hidden: (B, N, V), the image
+    encoder's states of the photograph; region_hidden: (B, 5, N, V), of the region images.
+    identity: (B, 512). token_mask: (B, 77). token_valid: (B, 5).
     """
 
     text_hidden: Tensor
@@ -132,8 +142,9 @@ class Features:
 
 @torch.no_grad()
 def encode_frozen(base: BaseModels, batch: ConditionBatch) -> Features:
-    """Text states and image states of a batch that is on the models' device; all pictures in one
-    call.
+    """Encodes the texts and images of a batch that is on the models' device.
+
+    All images go through the image encoder in one call.
     """
     size, slots = batch.region_pixels.shape[:2]
     hidden = encode_images(
@@ -153,7 +164,7 @@ def encode_frozen(base: BaseModels, batch: ConditionBatch) -> Features:
 
 @torch.no_grad()
 def encode_images(image_encoder: Any, pixels: Tensor) -> Tensor:
-    """CLIP-normalised pictures (N, 3, S, S) → the last hidden states but one (N, tokens, V)."""
+    """CLIP-normalised images (N, 3, S, S) → the second-to-last hidden states (N, tokens, V)."""
     hidden: Tensor = image_encoder(
         pixels.to(image_encoder.dtype), output_hidden_states=True
     ).hidden_states[-2]
@@ -164,24 +175,26 @@ def encode_images(image_encoder: Any, pixels: Tensor) -> Tensor:
 def encode_text(
     base: BaseModels, input_ids: Tensor, input_ids_2: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, 77) → text states (B, 77, C) and, of a base with two text encoders, the pooled state
-    (B, P).
+    """Ids (B, 77) → text states (B, 77, C), and the pooled states (B, P) or None.
+
+    Only a base with two text encoders has pooled states and needs input_ids_2; ValueError if it
+    gets none.
     """
     if base.text_encoder_2 is None:
         return base.text_encoder(input_ids)[0], None
     if input_ids_2 is None:
-        raise ValueError("this base has two text encoders: give ids for both")
+        raise ValueError("this base has two text encoders, but input_ids_2 is None; pass both ids")
     first = base.text_encoder(input_ids, output_hidden_states=True).hidden_states[-2]
     second = base.text_encoder_2(input_ids_2, output_hidden_states=True)
     return torch.cat((first, second.hidden_states[-2]), dim=-1), second.text_embeds
 
 
 class ConsistentID(nn.Module):
-    """The adapter: projector, facial encoder and the attention processors, which it puts into
-    `unet`.
+    """The adapter: ID projector, facial encoder, and the attention processors, put into `unet`.
 
-    The attributes' names are the published weights' prefixes. The processors belong to the UNet's
-    modules as well.
+    The attributes have the names of the published weights' prefixes. The processors are modules of
+    the UNet as well, so `unet.parameters()` contains them. Raises WeightsError if the UNet's text
+    tokens have another width than the spec's.
     """
 
     def __init__(self, spec: ModelSpec, unet: Any, mode: Mode) -> None:
@@ -189,8 +202,8 @@ class ConsistentID(nn.Module):
         width = unet.config.cross_attention_dim
         if width != spec.cross_attention_dim:
             raise WeightsError(
-                f"model {spec.name!r} is made for text tokens {spec.cross_attention_dim} wide, "
-                f"the UNet takes {width}; choose the model that fits the base"
+                f"model {spec.name!r} expects text tokens {spec.cross_attention_dim} wide, but "
+                f"the UNet takes {width}; choose the model.spec that fits the base"
             )
         self.spec = spec
         self.mode: Mode = mode
@@ -203,7 +216,7 @@ class ConsistentID(nn.Module):
         return self.image_proj_model.norm.weight.dtype
 
     def set_scale(self, scale: float) -> None:
-        """Weight of the ID attention in every layer; 1 as trained, 0 none."""
+        """Sets the weight of the ID attention in every layer: 1 as in training, 0 for none."""
         for processor in self.adapter_modules:
             if isinstance(processor, IdentityCrossAttention):
                 processor.scale = float(scale)
@@ -216,7 +229,10 @@ class ConsistentID(nn.Module):
         shortcut: bool | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """Identity (B, 512) or (B, 1, 512) and photograph (B, N, V) → ID tokens (B, 4, C)."""
+        """Identity (B, 512) or (B, 1, 512), photograph's states (B, N, V) → ID tokens (B, 4, C).
+
+        shortcut (None: the spec's) and scale: see `IdentityProjector.forward`.
+        """
         return self.image_proj_model(  # type: ignore[no-any-return]
             identity.flatten(1).to(self.dtype),
             clip_hidden.to(self.dtype),
@@ -232,9 +248,7 @@ class ConsistentID(nn.Module):
         token_valid: Tensor,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """Text states (B, 77, C) with regions fused into the marked tokens; see
-        `FacialEncoder.forward`.
-        """
+        """Fuses regions into the marked tokens of the text; see `FacialEncoder.forward`."""
         return self.FacialEncoder(  # type: ignore[no-any-return]
             text_hidden.to(self.dtype),
             region_hidden.to(self.dtype),
@@ -244,7 +258,7 @@ class ConsistentID(nn.Module):
         )
 
     def prepare(self, features: Features) -> Tensor:
-        """`encoder_hidden_states` (B, 81, C): text with fused regions, then ID tokens."""
+        """Returns `encoder_hidden_states` (B, 81, C): the fused text, then the ID tokens."""
         text = self.fuse(
             features.text_hidden, features.region_hidden, features.token_mask, features.token_valid
         )
@@ -264,23 +278,23 @@ def predict_noise(
     time_ids: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The UNet's answer (B, 4, h, w), and per hooked layer the region tokens' attention (see
-    `RegionScores`).
+    """Runs the UNet; returns its prediction (B, 4, h, w) and the hooked layers' region scores.
 
-    latents and states may be of any floating type; the answer has the UNet's. token_idx: (B, 5) to
-    ask for that attention; without it the list is empty. pooled (B, P), time_ids (B, 6): SDXL's.
-    extra: further arguments of the UNet, e.g. a ControlNet's residuals.
+    latents: (B, 4, h, w); states: (B, 81, C). Both may have any floating type; the prediction has
+    the UNet's. token_idx: (B, 5), the region tokens whose scores are returned (see
+    `RegionScores`); without it the list is empty. pooled (B, P), time_ids (B, 6): of SDXL. extra:
+    further arguments of the UNet, e.g. a ControlNet's residuals.
     """
-    probe = None if token_idx is None else RegionScores(token_idx)
-    dtype = unet.conv_in.weight.dtype  # not unet.dtype: the adapter inside may be of another
+    region_scores = None if token_idx is None else RegionScores(token_idx)
+    dtype = unet.conv_in.weight.dtype  # unet.dtype may be that of the adapter's processors
     added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
-    answer: Tensor = unet(
+    prediction: Tensor = unet(
         latents.to(dtype),
         timesteps,
         encoder_hidden_states=states.to(dtype),
-        cross_attention_kwargs=None if probe is None else {"region_scores": probe},
+        cross_attention_kwargs=None if region_scores is None else {"region_scores": region_scores},
         added_cond_kwargs=added,
         return_dict=False,
         **extra,
     )[0]
-    return answer, [] if probe is None else probe.scores
+    return prediction, [] if region_scores is None else region_scores.scores

@@ -1,9 +1,8 @@
-"""The facial encoder: each region's picture becomes one token, fused into the text token of its
-noun.
+"""The facial encoder: one token from each region's image, fused into the text token of its noun.
 
-Attribute names are those of the published keys. Unlike the reference, which writes into the tensor
-it is given, the answer is a new one; and slots are gathered and scattered by index, so that no step
-waits for the device to count.
+Attribute names are those of the published weights' keys. The reference overwrites its argument;
+here the output is a new tensor. Slots are gathered and scattered by index, not by boolean masks,
+whose result has a size that the host would have to read from the device.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from model.spec import ModelSpec
 
 
 class RegionProjection(Resampler):
-    """Hidden states of region pictures (B, N, V) → one token each (B, 1, C), read by one learned
-    latent.
+    """Hidden states of region images (B, N, V) → one token each (B, 1, C).
+
+    A resampler with one learned latent.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -45,12 +45,12 @@ class _MLP(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.fc2(F.gelu(self.fc1(self.layernorm(x))))
-        return x + answer if self.residual else answer
+        output: Tensor = self.fc2(F.gelu(self.fc1(self.layernorm(x))))
+        return x + output if self.residual else output
 
 
 class FuseModule(nn.Module):
-    """A text token and a region token (…, C) each → the fused token (…, C)."""
+    """Text tokens (…, C) and region tokens (…, C) → fused tokens (…, C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FuseModule(nn.Module):
 
 
 class FacialEncoder(nn.Module):
-    """Fuses the hidden states of up to five region pictures into the marked tokens of a text."""
+    """Fuses the hidden states of up to five region images into the marked tokens of a text."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -80,18 +80,19 @@ class FacialEncoder(nn.Module):
         token_valid: Tensor,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """The text (B, 77, C) with fused tokens.
+        """Returns the text states (B, 77, C) with the marked tokens replaced by fused ones.
 
-        region_hidden: (B, R, N, V). token_mask: (B, 77) bool; token_valid: (B, R) bool, as many
-        True per row as in token_mask's row: the n-th valid region goes to the n-th masked token.
-        strength: (B, R) in [0, 1], how far each token goes from text to fused; None is 1 for all.
+        text_hidden: (B, 77, C). region_hidden: (B, R, N, V). token_mask: (B, 77) bool, the marked
+        tokens. token_valid: (B, R) bool, the used slots; each row has as many True entries as the
+        row of token_mask, and the n-th valid region is fused into the n-th marked token. strength:
+        (B, R) in [0, 1], interpolates between the text token (0) and the fused one (1); None: 1.
         """
         batch, slots = region_hidden.shape[:2]
         regions = self.visual_projection.project(region_hidden.flatten(0, 1)).reshape(
             batch, slots, -1
         )
-        # Stable sorts put the True entries first and in order; what follows are distinct other
-        # positions, which are read and written back unchanged.
+        # Stable sorts put the True entries first and in order. The other positions are distinct
+        # too; they are read and written back unchanged.
         positions = torch.argsort(token_mask, dim=1, descending=True, stable=True)[:, :slots]
         order = torch.argsort(token_valid, dim=1, descending=True, stable=True)
         valid = token_valid.gather(1, order)[..., None]

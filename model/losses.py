@@ -1,4 +1,4 @@
-"""Losses: predicted noise, and where in the picture the region tokens' attention lies."""
+"""Training losses: the noise loss, and the localisation loss on the region tokens' attention."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _EPSILON: Final = 1e-5
 def noise_loss(
     prediction: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error in float32 of (B, C, h, w), over all elements.
+    """Returns the mean squared error of two tensors (B, C, h, w), computed in float32.
 
-    mask: (B, H, W) in [0, 1], resized to the latents and multiplied into both; masked-out elements
-    still count in the mean, as in the reference. weights: (B,), per sample (min-SNR).
+    mask: (B, H, W) in [0, 1], resized to the latents and multiplied into both; as in the
+    reference, masked-out elements count as zero error in the mean. weights: (B,), per sample
+    (min-SNR).
     """
     prediction, target = prediction.float(), target.float()
     if mask is not None:
@@ -29,17 +30,19 @@ def noise_loss(
 
 
 def localisation_loss(scores: Sequence[Tensor], region_masks: Tensor, valid: Tensor) -> Tensor:
-    """Balanced L1 (REFERENCE.md 6.3): a region token's attention should lie inside the region's
-    mask.
+    """Returns the balanced L1 loss that pulls a region token's attention into the region's mask.
 
-    scores: per hooked layer (B, heads, pixels, R), probabilities of the region tokens.
-    region_masks: (B, R, H, W) in [0, 1]. valid: (B, R) bool. The layers' mean; ValueError without a
-    layer.
+    It is the reference's (REFERENCE.md 6.3): the mean normalised attention outside of the mask
+    minus the mean inside it, averaged over valid regions, heads, samples and layers; in [-1, 1].
+
+    scores: for each hooked layer (B, heads, pixels, R), the region tokens' probabilities.
+    region_masks: (B, R, H, W) in [0, 1]. valid: (B, R) bool. Raises ValueError without a layer, or
+    if a layer's pixels don't form an image with the masks' aspect ratio.
     """
     if not scores:
         raise ValueError(
-            "no layer gave scores: pass RegionScores to the UNet, with spec.hooked naming blocks "
-            "it has"
+            "no layer returned scores: pass token_idx to the UNet call, and name in spec.hooked "
+            "blocks that the UNet has"
         )
     return torch.stack([_layer_loss(layer, region_masks, valid) for layer in scores]).mean()
 
@@ -51,15 +54,15 @@ def _layer_loss(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
     size = (rows, scores.shape[2] // rows)
     if size[0] * size[1] != scores.shape[2]:
         raise ValueError(
-            f"{scores.shape[2]} pixels of attention don't make a picture of {height}×{width}'s "
-            "shape"
+            f"{scores.shape[2]} pixels of attention don't form an image with the aspect ratio of "
+            f"the {height}×{width} masks; pass the masks at the training resolution"
         )
     masks = F.interpolate(region_masks.float(), size=size, mode="bilinear", antialias=True)
     inside = masks.flatten(2).transpose(1, 2)[:, None]  # (B, 1, pixels, R)
     outside = 1.0 - inside
     scores = scores / (scores.amax(dim=2, keepdim=True) + _EPSILON)
-    spilt = (scores * outside).sum(2) / (outside.sum(2) + _EPSILON)
-    held = (scores * inside).sum(2) / (inside.sum(2) + _EPSILON)
+    mean_outside = (scores * outside).sum(2) / (outside.sum(2) + _EPSILON)
+    mean_inside = (scores * inside).sum(2) / (inside.sum(2) + _EPSILON)
     valid = valid[:, None].to(scores.dtype)
-    per_head = ((spilt - held) * valid).sum(-1) / (valid.sum(-1) + _EPSILON)
+    per_head = ((mean_outside - mean_inside) * valid).sum(-1) / (valid.sum(-1) + _EPSILON)
     return per_head.mean()

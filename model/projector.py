@@ -1,8 +1,7 @@
-"""The ID projector: identity embedding and photograph become a few ID tokens; and the perceiver
-blocks it is made of.
+"""The ID projector: ID tokens from the identity embedding and the photograph; and its blocks.
 
-The attribute names are those of the published weights' keys (IP-Adapter FaceID-Plus), hence
-`proj_in`, `layers.0.0`, `to_kv`.
+Attribute names are those of the published weights' keys (IP-Adapter FaceID-Plus): `proj_in`,
+`layers.0.0`, `to_kv`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from stages.record import IDENTITY_DIM
 
 
 class PerceiverAttention(nn.Module):
-    """Latents (B, L, D) ask inputs (B, N, D) and themselves; multi-head, no biases."""
+    """Multi-head attention of latents (B, L, D) over inputs (B, N, D) and themselves, no biases."""
 
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
         self.heads = heads
-        # on queries and keys each: their product stays small in half precision
+        # Applied to queries and to keys, so that their product stays small in half precision.
         self.scale = dim_head**-0.25
         inner = heads * dim_head
         self.norm1 = nn.LayerNorm(dim)
@@ -36,16 +35,17 @@ class PerceiverAttention(nn.Module):
             self._heads, self.to_kv(torch.cat((inputs, latents), dim=1)).chunk(2, dim=-1)
         )
         scores = (query * self.scale) @ (key * self.scale).transpose(-1, -2)
-        # float32: the published weights were trained so, and half precision loses the tail.
-        answer = torch.softmax(scores.float(), dim=-1).type(scores.dtype) @ value
-        merged: Tensor = self.to_out(answer.transpose(1, 2).flatten(2))
-        return merged
+        # In float32, as the published weights were trained: half precision loses small weights.
+        attended = torch.softmax(scores.float(), dim=-1).type(scores.dtype) @ value
+        output: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
+        return output
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
 
 def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
+    """Builds the feed-forward layers of a perceiver block: (…, dim) → (…, dim)."""
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, dim * mult, bias=False),
@@ -55,8 +55,9 @@ def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
 
 
 class Resampler(nn.Module):
-    """Perceiver blocks between linear layers: latents (B, L, dim) read inputs (B, N, in_dim), give
-    (B, L, out_dim).
+    """Perceiver blocks between linear layers.
+
+    Latents (B, L, dim) attend to inputs (B, N, in_dim); the output is (B, L, out_dim).
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class Resampler(nn.Module):
             attention, feed = block[0], block[1]  # type: ignore[index]
             latents = latents + attention(inputs, latents)
             latents = latents + feed(latents)
-        answer: Tensor = self.norm_out(self.proj_out(latents))
-        return answer
+        output: Tensor = self.norm_out(self.proj_out(latents))
+        return output
 
 
 class IdentityProjector(nn.Module):
-    """`image_proj_model`: identity (B, 512) and the photograph's hidden states (B, N, V) → ID
-    tokens (B, T, C).
+    """Identity (B, 512) and the photograph's hidden states (B, N, V) → ID tokens (B, T, C).
+
+    `image_proj_model` in the published weights.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -108,9 +110,11 @@ class IdentityProjector(nn.Module):
     def forward(
         self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool, scale: float = 1.0
     ) -> Tensor:
-        """shortcut: add `scale` times the resampler's answer to the projected tokens; without it,
-        that answer alone.
+        """Returns the ID tokens.
+
+        With `shortcut` they are the projected identity plus `scale` times the resampler's output;
+        without it they are the resampler's output alone, and `scale` has no effect.
         """
         tokens = self.norm(self.proj(identity).reshape(len(identity), self.num_tokens, -1))
-        answer: Tensor = self.perceiver_resampler(tokens, clip_hidden)
-        return tokens + scale * answer if shortcut else answer
+        resampled: Tensor = self.perceiver_resampler(tokens, clip_hidden)
+        return tokens + scale * resampled if shortcut else resampled

@@ -1,11 +1,13 @@
-"""Prompts with marks: the facial description's nouns get `<|facial|>`, and the marks become token positions.
+"""Marked texts: which words of a prompt a region is fused into, and their token positions.
 
-A mark stands behind the noun whose token a region's image will be fused into; it is taken out again
-before the text encoder sees the ids. `legacy` repeats the reference's routine and its texts to the
-letter (REFERENCE.md 4): clauses are re-ordered, capital or repeated words are missed, ids are cut
-without an EOS. `corrected` leaves the description's order alone, finds words in any case, and pairs
-a region with its own noun; instead of cutting ids it leaves out clauses, those without a mark
-first, so that no mark is ever lost unsaid.
+A facial mark, `<|facial|>`, follows each noun whose token a region's image is fused into. The
+marks are removed from the ids before the text encoder reads them.
+
+`legacy` gives exactly the reference's texts (REFERENCE.md 4): it re-orders clauses, misses
+capitalised and repeated words, and truncates ids without an EOS. `corrected` preserves the order
+of the description, finds words in any case, and pairs a region with its own noun. It doesn't
+truncate ids but leaves out clauses, those without a mark first, and reports every region that
+loses its mark.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from typing import Any, Final, cast
 from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.regions import REGION_WORDS, Mode, word_of
 
-IMAGE_MARK: Final = "<|image|>"  # never used, but it takes the id before the facial mark's
+IMAGE_MARK: Final = "<|image|>"  # unused, but the facial mark has the id behind it
 FACIAL_MARK: Final = "<|facial|>"
-MAX_RAW_CAPTION: Final = 330  # characters of a description, inference (reference)
-MAX_MARKED_CAPTION: Final = 340  # characters of a marked description, training (reference)
+MAX_RAW_CAPTION: Final = 330  # characters of a description in legacy inference (reference)
+MAX_MARKED_CAPTION: Final = 340  # characters of a marked description in legacy training (reference)
 
-# What a description may call a region; the first form is the reference's only one.
+# The words for each region in a description. The reference knows only the first one.
 _FORMS: Final = {
     "face": ("face",),
     "ears": ("ears", "ear"),
@@ -31,15 +33,17 @@ _FORMS: Final = {
     "nose": ("nose",),
     "mouth": ("mouth", "lips"),
 }
-# tokens: with this much for the description a user's prompt keeps at least 25
+# Tokens for the facial description, which leaves at least 25 to the prompt.
 _DETAIL_LIMIT: Final = 50
-_LEAD: Final = 3  # words kept before the noun when a clause has to be shortened
+_LEAD: Final = 3  # words before the noun that a shortened clause retains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkedText:
-    """A whole text with marks. `regions`: the region of each fused slot, in slot order; `dropped`:
-    (region, reason).
+    """A text with marks.
+
+    regions: the region of each mark, in the order of the slots. dropped: (region, reason) of the
+    regions without a mark.
     """
 
     text: str
@@ -49,17 +53,16 @@ class MarkedText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenIds:
-    """Ids of exactly TOKEN_LIMIT tokens without marks, and where the marked nouns stand in them,
-    ascending.
-    """
+    """Exactly TOKEN_LIMIT ids without marks, and the marked nouns' positions in them, ascending."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
 
 
 def add_marks(tokenizer: Any) -> Any:
-    """Teach a CLIP tokenizer the two marks, in the reference's order; returns the tokenizer.
-    Idempotent.
+    """Adds the two marks to a CLIP tokenizer, in the reference's order, and returns the tokenizer.
+
+    Adding them a second time changes nothing.
     """
     tokenizer.add_tokens([IMAGE_MARK, FACIAL_MARK], special_tokens=True)
     return tokenizer
@@ -68,17 +71,15 @@ def add_marks(tokenizer: Any) -> Any:
 def tokenize_marked(
     text: str, tokenizer: Any, *, keep_eos: bool, pad_id: int | None = None
 ) -> TokenIds:
-    """Ids without marks, cut or padded to TOKEN_LIMIT, and the marked nouns' positions that are
-    within it.
+    """Tokenizes a text with marks into TOKEN_LIMIT ids without marks, and the marked positions.
 
-    keep_eos=False cuts a long text without restoring EOS, as the reference does. The tokenizer must
-    know the mark (`add_marks`); ValueError if not.
+    A long text is truncated, a short one padded with pad_id (None: the tokenizer's own). Positions
+    beyond the limit are left out. keep_eos=False truncates without restoring EOS, as the reference
+    does. Raises ValueError if the marks were not added to the tokenizer (`add_marks`).
     """
     mark_id = tokenizer.convert_tokens_to_ids(FACIAL_MARK)
     if mark_id is None or mark_id == tokenizer.unk_token_id:
-        raise ValueError(
-            f"the tokenizer doesn't know {FACIAL_MARK}; pass it through add_marks first"
-        )
+        raise ValueError(f"the tokenizer has no token {FACIAL_MARK}; call add_marks on it first")
     clean: list[int] = []
     positions: list[int] = []
     for token in cast(list[int], tokenizer.encode(text, verbose=False)):
@@ -101,21 +102,24 @@ def tokenize_marked(
 def fused_regions(
     text: MarkedText, tokenizer: Any, mode: Mode
 ) -> tuple[TokenIds, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Where the marked nouns stand, the regions fused into them in that order, and (region, reason)
-    of all others.
+    """Returns a text's tokens, the regions fused into its marked nouns, and the dropped regions.
 
-    Raises ValueError if marks and regions don't match.
+    The regions are in the order of the positions; dropped regions are (region, reason). Raises
+    ValueError if the text has more marks than regions.
     """
     tokens = tokenize_marked(text.text, tokenizer, keep_eos=mode == "corrected")
     slots = text.regions[: len(tokens.positions)]
     if len(slots) != len(tokens.positions):
-        raise ValueError(f"{len(tokens.positions)} marks for {len(slots)} regions in {text.text!r}")
+        raise ValueError(
+            f"{len(tokens.positions)} marks for {len(slots)} regions in {text.text!r}; expected a "
+            "text with a region for every mark"
+        )
     cut = tuple((region, "mark_cut_off") for region in text.regions[len(slots) :])
     return tokens, slots, (*text.dropped, *cut)
 
 
 def named_regions(text: str) -> tuple[str, ...]:
-    """Those of REGION_WORDS that a text names, in any form and case."""
+    """Returns those of REGION_WORDS that a text contains, in any form and case."""
     return tuple(
         word
         for word in REGION_WORDS
@@ -124,8 +128,9 @@ def named_regions(text: str) -> tuple[str, ...]:
 
 
 def region_words(face_caption: str) -> dict[str, int]:
-    """Region → words of the description's clause that names it first; a clause that names several
-    counts for each.
+    """Returns for each region the number of words in the first clause that names it.
+
+    A clause that names several regions counts for each of them.
     """
     clauses, _ = _marked_clauses(face_caption, REGION_WORDS)
     return {
@@ -136,6 +141,7 @@ def region_words(face_caption: str) -> dict[str, int]:
 
 
 def without_marks(text: str) -> str:
+    """Returns the text without facial marks."""
     return text.replace(FACIAL_MARK, "")
 
 
@@ -147,14 +153,14 @@ def training_text(
     spec: ModelSpec,
     mode: Mode,
 ) -> MarkedText:
-    """The text of a training sample: its coarse caption with its marked facial description.
+    """Returns the text of a training sample: its caption with its marked facial description.
 
-    regions: names as `stages.regions.region_masks` gives them. Marks that stand in the caption
-    already are taken out.
+    regions: names as in `stages.regions.region_masks`. Marks in the captions themselves are
+    removed.
     """
     caption, face_caption = without_marks(caption), without_marks(face_caption)
     if mode == "corrected":
-        return _fitted(caption, face_caption, regions, tokenizer)
+        return _fit_text(caption, face_caption, regions, tokenizer)
     marked = mark_clauses(face_caption, regions)
     if len(marked.text) > MAX_MARKED_CAPTION:
         dropped = tuple((region, "caption_too_long") for region in marked.regions)
@@ -174,14 +180,14 @@ def inference_text(
     spec: ModelSpec,
     mode: Mode,
 ) -> MarkedText:
-    """The text of a picture to be made: the user's prompt with the marked facial description.
+    """Returns the text of an image to generate: the user's prompt with a marked facial description.
 
-    legacy ignores `face_caption` and describes every face in the words of `spec.template`, as the
-    reference does. Marks that stand in the prompt already are taken out.
+    As in the reference, legacy mode ignores `face_caption` and describes every face by
+    `spec.template`. Marks in the prompt itself are removed.
     """
     prompt, face_caption = without_marks(prompt), without_marks(face_caption)
     if mode == "corrected":
-        return _fitted(prompt, face_caption or spec.template, regions, tokenizer)
+        return _fit_text(prompt, face_caption or spec.template, regions, tokenizer)
     if len(spec.template) > MAX_RAW_CAPTION:
         return MarkedText(
             text=prompt, regions=(), dropped=tuple((name, "caption_too_long") for name in regions)
@@ -194,21 +200,20 @@ def inference_text(
 
 
 def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
-    """The reference's marker routine (`process_text_with_markers`, REFERENCE.md 4.2): marks, then
-    re-ordered clauses.
+    """Marks the nouns of a description and re-orders its clauses, as the reference does.
 
-    Regions whose word isn't there in lower case are dropped. The n-th region left goes to the n-th
-    mark, and their orders differ (4.4): with eyes and ears both there, each gets the other's
-    picture.
+    This is `process_text_with_markers` (REFERENCE.md 4.2). Regions whose word doesn't occur in
+    lower case are dropped. The n-th remaining region is paired with the n-th mark although their
+    orders differ (4.4), so with both eyes and ears in the text, each gets the other's image.
     """
     available = [
         word for word in REGION_WORDS if any(word_of(region) == word for region in regions)
     ]
     text = _without_repeats(" ".join(re.findall(r"\w+|[.,;!?]", face_caption)))
-    found: list[str] = []
+    marked_words: list[str] = []
     for word in reversed(available):
         text, count = re.subn(rf"\b{word}\b", f"{word} <|{word}|>", text, count=1)
-        found.extend([word] * count)
+        marked_words.extend([word] * count)
     clauses: list[str] = []
     for word in available:
         mark = f"<|{word}|>"
@@ -226,15 +231,17 @@ def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
         marked = marked.replace(f"<|{word}|>", FACIAL_MARK)
     return MarkedText(
         text=marked,
-        regions=tuple(region for region in regions if word_of(region) in found),
+        regions=tuple(region for region in regions if word_of(region) in marked_words),
         dropped=tuple(
-            (region, "word_not_in_caption") for region in regions if word_of(region) not in found
+            (region, "word_not_in_caption")
+            for region in regions
+            if word_of(region) not in marked_words
         ),
     )
 
 
 def _without_repeats(text: str) -> str:
-    """Every region word but its first occurrence in any case taken out; the spaces round it stay."""
+    """Removes all but the first occurrence, in any case, of each region word; spaces remain."""
     for word in REGION_WORDS:
         matches = list(re.finditer(rf"\b{word}\b", text, re.IGNORECASE))
         for match in reversed(matches[1:]):
@@ -243,18 +250,21 @@ def _without_repeats(text: str) -> str:
 
 
 def _first_sentence(caption: str) -> tuple[str, str]:
+    """Splits a caption behind its first full stop; without one, all of it is the first part."""
     end = caption.find(".") + 1
     return (caption[:end], caption[end:]) if end else (caption, "")
 
 
 def _length(text: str, tokenizer: Any) -> int:
+    """Returns the number of tokens of a text, BOS and EOS included."""
     return len(tokenizer.encode(text, verbose=False))
 
 
 @dataclass(frozen=True, slots=True)
 class _Clause:
-    """A clause of the description. `full`, `short`: its text with marks, whole and cut down to the
-    marked nouns.
+    """A clause of the description, with marks.
+
+    full: its whole text. short: only the marked nouns, each with the few words before it.
     """
 
     full: str
@@ -262,31 +272,38 @@ class _Clause:
     regions: tuple[str, ...]
 
 
-def _fitted(main: str, face_caption: str, regions: Sequence[str], tokenizer: Any) -> MarkedText:
-    """Corrected: `main`, then the description; what doesn't fit is left out clause by clause,
-    marked ones last.
+def _fit_text(main: str, face_caption: str, regions: Sequence[str], tokenizer: Any) -> MarkedText:
+    """Joins `main` and the marked description within the token limit (corrected mode).
+
+    It starts with the short form of the marked clauses and leaves out the last ones while they are
+    too long. Then, as far as there is room, it extends the marked clauses to their full text, adds
+    the leading part of `main`, and adds the clauses without a mark.
     """
     clauses, missing = _marked_clauses(face_caption, regions)
     dropped = [(region, "word_not_in_caption") for region in missing]
-    kept = {index: clause.short for index, clause in enumerate(clauses) if clause.regions}
+    texts = {index: clause.short for index, clause in enumerate(clauses) if clause.regions}
 
     def detail() -> str:
-        return " ".join(kept[index] for index in sorted(kept))
+        return " ".join(texts[index] for index in sorted(texts))
 
     def fits(text: str, limit: int) -> bool:
         return _length(without_marks(text), tokenizer) - 2 <= limit
 
-    while kept and not fits(f"Detail: {detail()}", _DETAIL_LIMIT):
-        index = max(kept)
-        del kept[index]
+    while texts and not fits(f"Detail: {detail()}", _DETAIL_LIMIT):
+        index = max(texts)
+        del texts[index]
         dropped.extend((region, "caption_too_long") for region in clauses[index].regions)
-    for index in list(kept):
-        _grow(kept, index, clauses[index].full, lambda: fits(f"Detail: {detail()}", _DETAIL_LIMIT))
+    for index in list(texts):
+        _set_if_fits(
+            texts, index, clauses[index].full, lambda: fits(f"Detail: {detail()}", _DETAIL_LIMIT)
+        )
     lead = _leading_part(main, lambda part: fits(_joined(part, detail()), TOKEN_LIMIT - 2))
     for index, clause in enumerate(clauses):
-        if index not in kept and not clause.regions:
-            _grow(kept, index, clause.full, lambda: fits(_joined(lead, detail()), TOKEN_LIMIT - 2))
-    slots = tuple(region for index in sorted(kept) for region in clauses[index].regions)
+        if index not in texts and not clause.regions:
+            _set_if_fits(
+                texts, index, clause.full, lambda: fits(_joined(lead, detail()), TOKEN_LIMIT - 2)
+            )
+    slots = tuple(region for index in sorted(texts) for region in clauses[index].regions)
     return MarkedText(text=_joined(lead, detail()), regions=slots, dropped=tuple(dropped))
 
 
@@ -294,19 +311,18 @@ def _joined(main: str, detail: str) -> str:
     return f"{main.strip()} Detail: {detail}".strip() if detail else main.strip()
 
 
-def _grow(kept: dict[int, str], index: int, text: str, fits: Callable[[], bool]) -> None:
-    before = kept.get(index)
-    kept[index] = text
+def _set_if_fits(texts: dict[int, str], index: int, text: str, fits: Callable[[], bool]) -> None:
+    """Sets texts[index] to `text`, and restores what was there if the result doesn't fit."""
+    before = texts.get(index)
+    texts[index] = text
     if not fits():
-        del kept[index]
+        del texts[index]
         if before is not None:
-            kept[index] = before
+            texts[index] = before
 
 
 def _leading_part(text: str, fits: Callable[[str], bool]) -> str:
-    """As many leading words as fit; at a clause's end if anything is cut and a clause's end is
-    there.
-    """
+    """Returns as many leading words as fit, if possible up to the end of a clause."""
     if fits(text):
         return text
     words = text.split()
@@ -320,8 +336,8 @@ def _leading_part(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def _marked_clauses(face_caption: str, regions: Sequence[str]) -> tuple[list[_Clause], list[str]]:
-    """The description's clauses with marks, and the regions whose word isn't in it."""
-    spots: dict[int, str] = {}  # offset of a noun's end → region
+    """Returns the description's clauses with marks, and the regions that it doesn't name."""
+    region_at: dict[int, str] = {}  # offset of a noun's end → its region
     missing: list[str] = []
     for region in regions:
         forms = (
@@ -332,28 +348,26 @@ def _marked_clauses(face_caption: str, regions: Sequence[str]) -> tuple[list[_Cl
         if match is None:
             missing.append(region)
         else:
-            spots[match.end()] = region
+            region_at[match.end()] = region
     clauses: list[_Clause] = []
     for piece in re.finditer(r"[^,.;!?]+[,.;!?]*\s*", face_caption):
-        ends = sorted(end for end in spots if piece.start() < end <= piece.end())
+        ends = sorted(end for end in region_at if piece.start() < end <= piece.end())
+        named = [region_at[end] for end in ends]
         if piece.group().strip():
-            clauses.append(
-                _clause(
-                    face_caption, piece.start(), piece.end(), ends, [spots[end] for end in ends]
-                )
-            )
+            clauses.append(_clause(face_caption, piece.start(), piece.end(), ends, named))
     return clauses, missing
 
 
 def _clause(
     text: str, start: int, end: int, ends: Sequence[int], regions: Sequence[str]
 ) -> _Clause:
+    """Builds the clause text[start:end]; `ends` are the offsets behind its nouns, ascending."""
     full, short, last = "", "", start
-    for spot in ends:
-        piece = text[last:spot]
+    for noun_end in ends:
+        piece = text[last:noun_end]
         full += f"{piece} {FACIAL_MARK}"
         short += f"{' '.join(['', *piece.split()[-_LEAD - 1 :]])} {FACIAL_MARK}"
-        last = spot
+        last = noun_end
     return _Clause(
         full=(full + text[last:end]).strip(), short=f"{short.strip()},", regions=tuple(regions)
     )

@@ -1,6 +1,4 @@
-"""ModelSpec: every size of the model is a row of one table, and the small one is the same type as
-the large ones.
-"""
+"""The table of model variants. The tiny one has the same type as the large ones."""
 
 from __future__ import annotations
 
@@ -16,20 +14,22 @@ TOKEN_LIMIT: Final = 77  # CLIP's text length, BOS and EOS included
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One variant: which base model it adapts, and the sizes of the parts that are its own.
+    """A model variant: the base model that it adapts, and the sizes of the adapter's parts.
 
-    base, image_encoder: hub ids ("" = made locally, see model.tiny). cross_attention_dim: width C
-    of a text token. vision_dim, vision_size: the image tower's hidden width and its input's side in
-    pixels. hooked: names of the UNet's blocks whose attention the localisation loss looks at.
-    shortcut: whether the projector adds the resampler's answer to the projected identity instead of
-    using it alone (REFERENCE.md 1.3: per published weights). detail_prefix, template: the words
-    between prompt and facial description, and the description at inference.
+    base, image_encoder: hub ids ("" = made locally, see model.tiny). resolution: side of training
+    images, in pixels. cross_attention_dim: width C of a text token. vision_dim, vision_size: the
+    image encoder's hidden width V and the side S of its input, in pixels. hooked: names of the
+    UNet's blocks whose attention the localisation loss reads. shortcut: whether the projector adds
+    the resampler's output to the projected identity, in place of returning it alone (REFERENCE.md
+    1.3; the published weights differ in this). detail_prefix: what legacy mode puts between prompt
+    and facial description. template: the facial description at inference; corrected mode uses it
+    only where the record has none.
     """
 
     name: str
     base: str
     image_encoder: str
-    resolution: int  # pixels, the side that training pictures get
+    resolution: int
     cross_attention_dim: int
     vision_dim: int
     vision_size: int
@@ -102,7 +102,7 @@ SPECS: Final[dict[str, ModelSpec]] = {
 
 
 def spec_named(name: str) -> ModelSpec:
-    """The row of that name. Raises ValueError naming the known ones."""
+    """Returns the variant with that name. Raises ValueError if there is none."""
     if name not in SPECS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(SPECS)}")
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(SPECS)}")
     return SPECS[name]

@@ -1,8 +1,8 @@
-"""The tiny base: real transformers and diffusers classes at toy size with random weights, made
-locally from a seed.
+"""The tiny base model: transformers and diffusers classes at toy size, with random weights.
 
-Its folder has diffusers' layout and loads like any other base. The text side has CLIP's real
-vocabulary, so prompts, marks and positions are those of the large models.
+It is made locally from a seed, in a folder with diffusers' layout that loads like any other base.
+The tokenizer has CLIP's real vocabulary, so prompts, marks and token positions are those of the
+large models.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ _MARKER: Final = "tiny.json"
 
 
 def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
-    """Write the tiny base (about 40 MB) to `folder` in diffusers' layout, the image tower under
-    image_encoder/.
+    """Writes the tiny base (about 40 MB) to `folder` in diffusers' layout, and returns the folder.
 
-    The same seed gives the same bytes. A folder that holds it already is left as it is. Raises
-    ConfigError if the folder holds something else.
+    The image encoder is under image_encoder/. vocab: CLIP's vocabulary file, see
+    `model.vocabulary`. The same seed gives the same bytes. A folder that already holds the base of
+    this seed is left unchanged. Raises ConfigError if the folder holds anything else.
     """
     marker = folder / _MARKER
-    wanted = {"spec": "tiny", "seed": seed}
     if marker.is_file():
-        found = json.loads(marker.read_text())
-        if found.get("seed") != seed:
+        existing = json.loads(marker.read_text()).get("seed")
+        if existing != seed:
             raise ConfigError(
-                f"{folder} holds a tiny base of seed {found.get('seed')}, not {seed}; name "
-                "another folder"
+                f"{folder} holds a tiny base of seed {existing}, not {seed}; name another folder"
             )
         return folder
     if folder.exists() and any(folder.iterdir()):
@@ -45,13 +43,13 @@ def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
         partial = Path(scratch, "base")
         for name, part in _parts(vocab, seed).items():
             part.save_pretrained(partial / name)
-        (partial / _MARKER).write_text(json.dumps(wanted) + "\n")
+        (partial / _MARKER).write_text(json.dumps({"spec": "tiny", "seed": seed}) + "\n")
         partial.replace(folder)
     return folder
 
 
 def _parts(vocab: Path, seed: int) -> dict[str, Any]:
-    """The parts by subfolder; the random state outside is left alone."""
+    """Makes the parts, by subfolder. Torch's global random state is restored afterwards."""
     import diffusers
     import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

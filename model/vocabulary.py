@@ -1,5 +1,6 @@
-"""CLIP's own vocabulary as a tokenizer, from the file that its authors published. No torch is
-imported.
+"""CLIP's tokenizer, made from the vocabulary file that CLIP's authors published.
+
+This module doesn't import torch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ _MERGES: Final = 48_894
 
 
 def clip_tokenizer(vocab_path: Path) -> Any:
-    """CLIP's tokenizer (49,408 entries, padded with EOS) from its `bpe_simple_vocab_16e6.txt.gz`.
+    """Makes CLIP's tokenizer (49,408 entries, padding with EOS).
 
-    Raises WeightsError if the file is not that vocabulary.
+    vocab_path: its `bpe_simple_vocab_16e6.txt.gz`. Raises WeightsError if the file is not that
+    vocabulary.
     """
     from transformers import CLIPTokenizer
 
@@ -25,7 +27,8 @@ def clip_tokenizer(vocab_path: Path) -> Any:
     merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
     if len(merges) != _MERGES or any(len(merge) != 2 for merge in merges):
         raise WeightsError(
-            f"{vocab_path} holds no CLIP vocabulary: expected {_MERGES} merges after a head line"
+            f"{vocab_path} holds no CLIP vocabulary: expected {_MERGES} merges after a header line;"
+            " delete the file to have it downloaded again"
         )
     letters = _byte_letters()
     words = [
@@ -38,8 +41,9 @@ def clip_tokenizer(vocab_path: Path) -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte in CLIP's order: printable bytes stand for themselves, the
-    rest from U+0100.
+    """Returns the character that represents each byte, in CLIP's order.
+
+    Printable bytes are represented by themselves, the others by characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

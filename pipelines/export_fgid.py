@@ -1,11 +1,14 @@
-"""Shards → the layout FGID is published in, which ConsistentID's own trainer reads and
-`source.kind=fgid` takes back.
+"""Exports shards to the layout FGID is published in, which ConsistentID's own trainer and
+`source.kind=fgid` read.
 
-    FOLDER/JSON_all.json   resize_IMG/ab/KEY.jpg   parsing_mask_IMG/ab/KEY_mask.png   all_faceID/ab/KEY_faceid.bin
+    FOLDER/JSON_all.json
+    FOLDER/resize_IMG/ab/KEY.jpg
+    FOLDER/parsing_mask_IMG/ab/KEY_mask.png
+    FOLDER/all_faceID/ab/KEY_faceid.bin
 
-Paths in the JSON are relative to these folders, as in the reference's train.sh (--data_root_path
-resize_IMG --parsing_root_path parsing_mask_IMG --faceid_root_path all_faceID). What the reference
-doesn't know it doesn't look at.
+Paths in the JSON are relative to these folders, as the reference's train.sh expects
+(--data_root_path resize_IMG --parsing_root_path parsing_mask_IMG --faceid_root_path all_faceID).
+The reference ignores the keys that this export adds.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from stages.record import KEY_LENGTH, FloatArray, Record, face_to_dict
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
+# record fields that are added to the reference's keys, besides the faces
 _FIELDS: Final = (
     *("key", "source", "sha256", "license", "author", "consent", "width", "height"),
     *("source_width", "source_height", "identity_norm"),
@@ -43,18 +47,18 @@ def export_json(
     overwrite: bool = False,
     advance: Callable[[int], object],
 ) -> int:
-    """Write every sample of `store` to `folder`; returns how many. JSON_all.json appears when all
-    the rest is there.
+    """Write every written sample of `store` to `folder`; returns their number.
 
-    color: also the parsing in colours over the picture. Raises ConfigError if the folder isn't
-    empty and not to be overwritten; then files of the same names are replaced, others left alone.
+    JSON_all.json appears last, when all other files are complete. color: also write the label map
+    in colours over the image. overwrite: replace files of the same names and leave others; without
+    it a folder that isn't empty raises ConfigError. advance: called with 1 after each sample.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ConfigError(f"{folder} is there and not empty. Give another folder, or --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
-    # with what a killed export left
-    for old in (folder / JSON_ALL, *folder.glob(f".{JSON_ALL}.tmp-*")):
-        old.unlink(missing_ok=True)
+    # Also temporary files of an export that was killed.
+    for stale in (folder / JSON_ALL, *folder.glob(f".{JSON_ALL}.tmp-*")):
+        stale.unlink(missing_ok=True)
     count = 0
     reader = DatasetReader(store)
     samples = (record for index in reader.manifests() for record in reader.samples(index))
@@ -69,7 +73,7 @@ def export_json(
 
 
 def _write(record: Record, folder: Path, color: bool) -> dict[str, Any]:
-    """The record's files, named by its key alone; returns its entry."""
+    """Write the record's files, named by its key only; returns its entry of JSON_all.json."""
     if not _KEY.fullmatch(record.key):
         raise ShardError(
             f"sample {record.key!r} ({record.source}): its key is not {KEY_LENGTH} hex digits"
@@ -77,19 +81,19 @@ def _write(record: Record, folder: Path, color: bool) -> dict[str, Any]:
     stem = f"{record.key[:2]}/{record.key}"
     entry: dict[str, Any] = {}
 
-    def put(kind: str, path: str, data: bytes, *names: str) -> None:
-        target = folder / kind / path
+    def write(subfolder: str, path: str, data: bytes, *keys: str) -> None:
+        target = folder / subfolder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-        entry.update(dict.fromkeys(names, path))
+        entry.update(dict.fromkeys(keys, path))
 
-    put("resize_IMG", f"{stem}.jpg", record.image, "resize_IMG", "origin_IMG")
-    put("parsing_mask_IMG", f"{stem}_mask.png", record.parsing, "parsing_mask_IMG")
+    write("resize_IMG", f"{stem}.jpg", record.image, "resize_IMG", "origin_IMG")
+    write("parsing_mask_IMG", f"{stem}_mask.png", record.parsing, "parsing_mask_IMG")
     if color:
-        put("parsing_color_IMG", f"{stem}_color.png", _overlay(record), "parsing_color_IMG")
+        write("parsing_color_IMG", f"{stem}_color.png", _overlay(record), "parsing_color_IMG")
     assert record.identity is not None, "a sample read from a shard has an identity"
-    names = ("id_embed_file_origin", "id_embed_file_resize")
-    put("all_faceID", f"{stem}_faceid.bin", _torch_bytes(record.identity), *names)
+    keys = ("id_embed_file_origin", "id_embed_file_resize")
+    write("all_faceID", f"{stem}_faceid.bin", _torch_bytes(record.identity), *keys)
     return {
         **entry,
         "vqa_llva": record.caption,
@@ -101,7 +105,7 @@ def _write(record: Record, folder: Path, color: bool) -> dict[str, Any]:
 
 
 def _torch_bytes(identity: FloatArray) -> bytes:
-    """As the reference saves it: a float32 tensor (1, 512)."""
+    """Returns the identity as the reference stores it: a float32 tensor (1, 512) by torch.save."""
     import torch
 
     buffer = io.BytesIO()
@@ -110,14 +114,13 @@ def _torch_bytes(identity: FloatArray) -> bytes:
 
 
 def _overlay(record: Record) -> bytes:
-    """PNG: the picture under its labels' colours, 0.4 to 0.6 as in the reference; the background
-    white.
+    """Returns a PNG of the image (0.4) blended with its labels' colours (0.6), as in the reference;
+    the background's colour is white.
     """
     colors = np.array([list(bytes.fromhex(color[1:])) for color in PALETTE], np.uint8)
     colors[0] = 255
-    mixed = cv2.addWeighted(
-        decode_jpeg(record.image), 0.4, colors[decode_labels(record.parsing)], 0.6, 0
-    )
-    done, data = cv2.imencode(".png", np.ascontiguousarray(mixed[:, :, ::-1]))
-    assert done, "OpenCV encodes any uint8 array"
+    label_colors = colors[decode_labels(record.parsing)]
+    blended = cv2.addWeighted(decode_jpeg(record.image), 0.4, label_colors, 0.6, 0)
+    success, data = cv2.imencode(".png", np.ascontiguousarray(blended[:, :, ::-1]))
+    assert success, "OpenCV encodes any uint8 array"
     return data.tobytes()

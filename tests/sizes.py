@@ -1,4 +1,4 @@
-"""No file over 400 lines, no function over 80: `python -m tests.sizes`, part of `make lint`."""
+"""Rejects files over 400 lines and functions over 80: `python -m tests.sizes`, in `make lint`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ FOLDERS = ("configs", "stages", "model", "pipelines", "train", "infer", "tests",
 
 
 def faults(root: Path) -> Iterator[str]:
+    """Yields a line for each file and each function that is too long."""
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("*.py")):
             text = path.read_text(encoding="utf-8")
@@ -22,10 +23,11 @@ def faults(root: Path) -> Iterator[str]:
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     length = (node.end_lineno or node.lineno) - node.lineno + 1
                     if length > FUNCTION:
-                        yield f"{path}:{node.lineno} {node.name}: {length} lines, at most {FUNCTION}"
+                        where = f"{path}:{node.lineno} {node.name}"
+                        yield f"{where}: {length} lines, at most {FUNCTION}"
 
 
 if __name__ == "__main__":
-    found = list(faults(Path()))
-    print("\n".join(found) or f"no file over {FILE} lines, no function over {FUNCTION}")
-    sys.exit(bool(found))
+    lines = list(faults(Path()))
+    print("\n".join(lines) or f"no file over {FILE} lines, no function over {FUNCTION}")
+    sys.exit(bool(lines))

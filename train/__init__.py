@@ -1,1 +1,1 @@
-"""The trainer: FGID shards in, an adapter out. The command is train/cli.py."""
+"""The trainer: FGID shards in, an adapter out. Its command is train/cli.py."""

@@ -1,9 +1,9 @@
-"""The base model a run stands on: a public one by name, or the tiny one, made here.
+"""The base model of a run: a public one by name, or the tiny one, made here.
 
 No size of Stable Diffusion is small enough for a laptop's CPU, so the `tiny` model has no public
-base. Its parts are real classes with random weights; the VAE alone is fitted to the pictures at
-hand for some seconds, since latents of a random VAE can't be turned back into pictures. Text
-encoder and image tower stay random.
+base. Its parts are diffusers and transformers classes with random weights. Only the VAE is trained,
+for some seconds on the data set's images, because latents of a random VAE can't be decoded into
+images. Text encoder and image encoder stay random.
 """
 
 from __future__ import annotations
@@ -25,69 +25,72 @@ from train.shards import ShardSet
 
 logger = logging.getLogger(__name__)
 
-_FITTED: Final = "fitted.json"
+_FITTED_FILE: Final = "fitted.json"  # written when the VAE is fitted
 _FIT_STEPS: Final = 200
-_FIT_PICTURES: Final = 256
+_FIT_IMAGES: Final = 256
 _FIT_BATCH: Final = 8
-# pixels; the VAE is convolutional, and pieces of pictures teach it at a quarter of the cost
+# Pixels. The VAE is convolutional, so it learns from crops at a quarter of the cost.
 _FIT_CROP: Final = 32
-_FIT_RATE: Final = 2e-3
-_KL_WEIGHT: Final = 1e-4  # keeps latents near unit size without blurring them
+_FIT_LEARNING_RATE: Final = 2e-3
+_KL_WEIGHT: Final = 1e-4  # gives latents about unit variance without blurring the images
 
 
 def ensure_base(
-    config: TrainConfig, spec: ModelSpec, shards: ShardSet, say: Callable[[str], None]
+    config: TrainConfig, spec: ModelSpec, shards: ShardSet, message: Callable[[str], None]
 ) -> str:
-    """The base's folder or hub id; makes the tiny one under the output if none is named. Call on
-    one process.
+    """Returns the folder or hub id of the base model.
 
-    Raises WeightsError if the tiny base's vocabulary can't be had.
+    If neither the configuration nor the spec names one, the tiny base is made in OUT/base, unless
+    it is there already; only one process may call this then. message: receives a line for the
+    user. Raises WeightsError if the tiny base's vocabulary can't be fetched.
     """
-    named = config.model.base or spec.base
-    if named:
-        return named
+    base = config.model.base or spec.base
+    if base:
+        return base
     from model.tiny import make_tiny_base
     from stages.backends.weights import Weights
 
     folder = Path(config.output) / "base"
-    if not (folder / _FITTED).is_file():
-        say(
-            f"model {spec.name!r}: making a small base with random weights in {folder} and "
-            "fitting its VAE to these "
-            "pictures. It shows that every part works together; it is no Stable Diffusion."
+    if not (folder / _FITTED_FILE).is_file():
+        message(
+            f"model {spec.name!r}: making a small base model with random weights in {folder} and "
+            "fitting its VAE to the data set's images. It shows that all parts work together; "
+            "don't expect good portraits."
         )
         make_tiny_base(folder, Weights(config.weights).fetch("clip_bpe"), config.seed)
         error = fit_vae(folder, shards, resolution=config.resolution, seed=config.seed)
-        fitted = {"data": shards.digest, "mean_absolute_error": round(error, 4)}
-        (folder / _FITTED).write_text(json.dumps(fitted) + "\n")
+        fit = {"data": shards.digest, "mean_absolute_error": round(error, 4)}
+        (folder / _FITTED_FILE).write_text(json.dumps(fit) + "\n")
     return str(folder)
 
 
 def fit_vae(
     base: Path, shards: ShardSet, *, resolution: int, seed: int, steps: int = _FIT_STEPS
 ) -> float:
-    """Train the VAE in `base` on the data set's pictures, in place; the last steps' mean absolute
-    error, in [0, 2].
+    """Train the VAE in base/vae on the data set's images, and write it back.
 
-    Afterwards its scaling factor makes these pictures' latents of unit variance, as Stable
-    Diffusion's does.
+    resolution: side of the images, in pixels. The VAE's scaling factor is set so that the latents
+    of these images have unit variance, as Stable Diffusion's have. Returns the mean absolute error
+    over the last 20 steps, of pixels in [-1, 1].
     """
     import diffusers
 
-    count = min(len(shards), _FIT_PICTURES)
-    chosen = draws.permutation(len(shards), seed, "vae_pictures", 0)[:count].tolist()
-    pictures = torch.stack(
-        [training_pixels(record, resolution) for record in shards.records(chosen)]
+    count = min(len(shards), _FIT_IMAGES)
+    numbers = draws.permutation(len(shards), seed, "vae_pictures", 0)[:count].tolist()
+    images = torch.stack(
+        [training_pixels(record, resolution) for record in shards.records(numbers)]
     )
     vae: Any = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     vae.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=_FIT_RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=_FIT_LEARNING_RATE, weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _FIT_RATE, total_steps=steps, pct_start=0.1
+        optimizer, _FIT_LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
     errors: list[torch.Tensor] = []
     for step in range(steps):
-        batch = _pieces(pictures, draws.generator(seed, "vae_batch", step))
+        batch = _crops(images, draws.generator(seed, "vae_batch", step))
         posterior = vae.encode(batch).latent_dist
         noise = draws.normal(tuple(posterior.mean.shape), seed, "vae_noise", step)
         decoded = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
@@ -101,17 +104,15 @@ def fit_vae(
         errors.append(error.detach())
     vae.eval()
     with torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(part).latent_dist.mean for part in torch.split(pictures, 32)]
-        )
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(images, 32)])
     vae.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))
     vae.save_pretrained(base / "vae")
     return float(torch.stack(errors[-20:]).mean())
 
 
-def _pieces(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A batch of equal pieces, all from the same place of different pictures."""
-    rows = torch.randint(len(pictures), (_FIT_BATCH,), generator=generator)
-    side = min(_FIT_CROP, pictures.shape[-1])
-    top, left = torch.randint(pictures.shape[-1] - side + 1, (2,), generator=generator).tolist()
-    return pictures[rows, :, top : top + side, left : left + side]
+def _crops(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns a batch of crops of random images (N, 3, R, R), all at the same random position."""
+    rows = torch.randint(len(images), (_FIT_BATCH,), generator=generator)
+    side = min(_FIT_CROP, images.shape[-1])
+    top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=generator).tolist()
+    return images[rows, :, top : top + side, left : left + side]

@@ -1,5 +1,6 @@
-"""`python -m train.cli`: train an adapter on FGID shards. Heavy imports wait until there is
-something to do.
+"""`python -m train.cli`: train an adapter on FGID shards.
+
+Large libraries are imported inside functions, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -20,24 +21,26 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 _HELP = """Train a ConsistentID adapter on FGID shards.
 
-Settings are the YAML's, with [bold]key=value[/] on top; every key stands in configs/schema.py (TrainConfig).
-The same command again goes on from the last checkpoint. Ctrl-C leaves one.
+[bold]key=value[/] overrides the YAML; configs/schema.py (TrainConfig) lists every setting.
+Ctrl-C writes a checkpoint and stops. The same command again resumes from the last checkpoint.
 
 [bold]Examples[/]
 
-  A few minutes' worth of proof on a laptop, from `make dataset`'s output:
+  A test on a laptop, some minutes, with the output of `make dataset`:
     python -m train.cli --config configs/train/demo.yaml data=runs/dataset output=runs/train
 
   Stable Diffusion 1.5 on four GPUs, shards on an object store:
     accelerate launch --num_processes 4 -m train.cli --config configs/train/sd15.yaml \\\\
         data=s3://bucket/fgid output=runs/sd15 train_batch_size=4
 
-  Longer, from where it ended:        … max_train_steps=20000
-  From the published weights:         … adapter=ConsistentID-v1.bin model.mode=legacy
-  Watch:                              tensorboard --logdir runs/sd15/logs
+  Continue a finished run:            … max_train_steps=20000
+  Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy
+  Show the losses:                    tensorboard --logdir runs/sd15/logs
 
-[bold]Leaves[/] under output: final/ (the adapter, for `make infer`), checkpoint-NNNNNN/, config.yaml, losses.jsonl,
-summary.json, logs/. Exit status: 0 done, 2 something to mend, 130 stopped by Ctrl-C.
+[bold]Output[/] folder: final/ (the adapter, for `make infer`), checkpoint-NNNNNN/, config.yaml,
+losses.jsonl, summary.json, logs/.
+
+Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-C.
 """
 
 
@@ -80,11 +83,11 @@ def _train(config: TrainConfig) -> None:
     import diffusers
     import transformers
 
-    for library in (diffusers, transformers):  # their bars for every file would bury ours
+    for library in (diffusers, transformers):  # they show a progress bar for each file
         library.utils.logging.disable_progress_bar()
     from train.trainer import train
 
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -94,53 +97,58 @@ def _train(config: TrainConfig) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not first or not sys.stderr.isatty()) as progress:
-        outcome = train(config, _Bar(progress, config.max_train_steps, quiet=not first))
+    with Progress(*columns, disable=not is_first or not sys.stderr.isatty()) as progress:
+        outcome = train(config, _ProgressBar(progress, config.max_train_steps, quiet=not is_first))
     if outcome.signal:
         typer.echo(
-            f"stopped after step {outcome.step:,}; the same command goes on from there.", err=True
+            f"stopped after step {outcome.step:,}; the same command resumes from there.", err=True
         )
         raise typer.Exit(128 + outcome.signal)
     if outcome.adapter is not None:
-        noise, figures = outcome.summary["noise_loss"], outcome.summary
+        summary, noise = outcome.summary, outcome.summary["noise_loss"]
         typer.echo(
-            f"{figures['steps']:,} steps, {figures['samples_per_second']} samples/s; noise loss "
-            f"{noise['start']:.3f} → "
-            f"{noise['end']:.3f} (means of the first and last tenth); adapter in {outcome.adapter}"
+            f"{summary['steps']:,} steps, {summary['samples_per_second']} samples/s; noise loss "
+            f"{noise['start']:.3f} → {noise['end']:.3f} (means over the first and the last tenth "
+            f"of the steps); adapter in {outcome.adapter}"
         )
 
 
-class _Bar:
-    """A progress bar; without a terminal, a line now and then."""
+class _ProgressBar:
+    """A train.trainer.Watcher: a progress bar; without a terminal, a line every ten seconds.
+
+    quiet: no messages, for all processes but the first.
+    """
 
     def __init__(self, progress: Progress, total: int, *, quiet: bool) -> None:
         import time
 
         self._progress, self._total, self._quiet = progress, total, quiet
         self._task = progress.add_task("", total=total, loss="–", rate="", start=True)
-        self._clock, self._began, self._done, self._told = time.monotonic, 0.0, 0, 0.0
+        self._clock = time.monotonic
+        self._started = self._last_line = 0.0  # seconds by the clock
+        self._steps_done = 0  # in this run, not in those before a resume
 
-    def say(self, message: str) -> None:
+    def message(self, text: str) -> None:
         if not self._quiet:
-            typer.echo(message, err=True)
+            typer.echo(text, err=True)
 
     def step(self, step: int, losses: dict[str, float] | None) -> None:
         now = self._clock()
-        if not self._done:
-            self._began = self._told = now
+        if not self._steps_done:
+            self._started = self._last_line = now
             self._progress.reset(self._task, total=self._total, completed=step)
-        rate = self._done / (now - self._began) if now > self._began else 0.0
-        self._done += 1
+        rate = self._steps_done / (now - self._started) if now > self._started else 0.0
+        self._steps_done += 1
         self._progress.update(self._task, completed=step, rate=f"{rate:.1f} steps/s")
         if losses is None:
             return
         self._progress.update(self._task, loss=f"{losses['loss']:.4f}")
-        if self._progress.disable and (now - self._told >= 10 or step == self._total):
-            self._told = now
-            left = (self._total - step) / rate if rate else 0
-            self.say(
+        if self._progress.disable and (now - self._last_line >= 10 or step == self._total):
+            self._last_line = now
+            remaining = (self._total - step) / rate if rate else 0
+            self.message(
                 f"step {step:,}/{self._total:,}  loss {losses['loss']:.4f}  {rate:.1f} steps/s  "
-                f"{left:.0f} s left"
+                f"{remaining:.0f} s left"
             )
 
 

@@ -1,12 +1,13 @@
-"""The loader: an endless stream of micro-batches whose order depends on the seed and the position
-alone.
+"""The loader: an endless stream of micro-batches, whose order depends only on seed and position.
 
-webdataset's pipeline carries it. What is split by node and by worker is not the list of shards but
-the plan of micro-batches: number m goes to process m mod W and there to workers in turn, which is
-the order in which torch's DataLoader asks them. So one shard is enough for any number of processes,
-nobody waits for a neighbour whose shards ran out, and 1, 2 or 8 processes see the same samples at
-the same step. The loader must not be passed to `accelerator.prepare`: it would split again what is
-split already (accelerate #3547).
+It is a webdataset pipeline in a torch DataLoader. Usually such a loader splits the list of shards
+over processes and workers; this one splits the sequence of micro-batches. Micro-batch m goes to
+process m mod W, and there to the workers in turn, which is the order in which the DataLoader reads
+from them. So one shard is enough for any number of processes, no process runs out of shards before
+the others, and 1, 2 or 8 processes see the same samples at the same step.
+
+The loader must not be passed to `accelerator.prepare`, which would split it a second time
+(accelerate #3547).
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ from train.shards import ShardSet
 Batch = TypeVar("Batch")
 
 
-class Order:
-    """Which sample stands at a position: epoch after epoch, each in an order of its own."""
+class SampleOrder:
+    """Maps a position in training to a sample number: one shuffled epoch after another.
+
+    size: number of samples. Each epoch has its own permutation, drawn from the seed.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -49,30 +53,30 @@ class Order:
         self._permutation: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def sample(self, position: int) -> int:
-        """The number of the sample at `position`, counted from the beginning of training."""
-        epoch, place = divmod(position, self.size)
+        """Returns the number of the sample at `position`, counted from the start of training."""
+        epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = draws.permutation(self.size, self.seed, "order", epoch)
-        return int(self._permutation[place])
+        return int(self._permutation[index])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """What one micro-batch of B samples sends to the device; nothing else is random in a step.
+    """A micro-batch of B samples, with all random numbers that a step needs except the loss mask.
 
-    position: of its first sample. pixels: (B, 3, R, R) in [-1, 1]. pictures: (n, 3, S, S), the
-    CLIP-normalised pictures that are not zero, and picture_rows: (n,) int64, which of the 6·B rows
-    they are: of every sample the photograph, then its five regions. latent_noise, noise: (B, 4, h,
-    w), for the VAE's sample and to be predicted. timesteps: (B,) int64. The rest as in
-    model.conditions.
+    position: of its first sample. pixels: (B, 3, R, R) in [-1, 1], the images to learn.
+    clip_images: (n, 3, S, S), the CLIP-normalised images that are not zero; image_rows: (n,)
+    int64, their rows among 6·B, which are for each sample the photograph and its five regions.
+    latent_noise: (B, 4, h, w), for sampling the VAE's posterior; noise: (B, 4, h, w), the noise to
+    predict. timesteps: (B,) int64. The other fields are those of `model.conditions.ConditionBatch`.
     """
 
     position: int
     keys: tuple[str, ...]
     pixels: Tensor
-    pictures: Tensor
-    picture_rows: Tensor
+    clip_images: Tensor
+    image_rows: Tensor
     input_ids: Tensor
     input_ids_2: Tensor
     token_mask: Tensor
@@ -86,26 +90,28 @@ class TrainBatch:
     timesteps: Tensor
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Returns the batch with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> TrainBatch:
-        return self._each(lambda tensor: tensor.pin_memory())
+        """Returns the batch in pinned memory. The DataLoader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {
-            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
+        tensors = {
+            name: function(value) for name, value in values.items() if isinstance(value, Tensor)
         }
-        return replace(self, **changed)  # type: ignore[arg-type]
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
-    """How records become micro-batches. latent_shape: (4, h, w). timesteps: how many the noise
-    schedule has.
+    """What turns records into micro-batches.
 
-    keep: prepared samples kept in memory, the first that come; for sets that are seen many times
-    over.
+    resolution: side of the training images, in pixels. latent_shape: (4, h, w). timesteps: number
+    of the noise schedule's. cache_size: number of prepared samples, the first ones read, that stay
+    in memory, for small data sets with many epochs.
     """
 
     tokenizer: Any
@@ -117,45 +123,45 @@ class Preparation:
     drop: DropRates
     seed: int
     tokenizer_2: Any = None
-    keep: int = 0
+    cache_size: int = 0
 
 
 class BatchMaker:
-    """Positions → TrainBatch. Lives in a worker process."""
+    """Makes the TrainBatch of a range of positions. Runs in the loader's worker processes."""
 
-    def __init__(self, shards: ShardSet, order: Order, preparation: Preparation) -> None:
-        self._shards, self._order, self._how = shards, order, preparation
-        self._kept: dict[int, tuple[Conditions, Tensor]] = {}
+    def __init__(self, shards: ShardSet, order: SampleOrder, preparation: Preparation) -> None:
+        self._shards, self._order, self._preparation = shards, order, preparation
+        self._cache: dict[int, tuple[Conditions, Tensor]] = {}
 
     def __call__(self, positions: range) -> TrainBatch:
         numbers = [self._order.sample(position) for position in positions]
         samples = self._samples(numbers)
-        how = self._how
+        prep, seed = self._preparation, self._preparation.seed
         conditions = drop_conditions(
             collate([sample for sample, _ in samples]),
             torch.tensor(
-                [draws.uniform(how.seed, "drop", position) for position in positions],
+                [draws.uniform(seed, "drop", position) for position in positions],
                 dtype=torch.float64,
             ),
-            how.drop,
-            how.tokenizer,
+            prep.drop,
+            prep.tokenizer,
         )
-        pictures, rows = _non_zero_pictures(conditions)
+        clip_images, image_rows = _non_zero_images(conditions)
         normal = {
             name: torch.stack(
-                [draws.normal(how.latent_shape, how.seed, name, position) for position in positions]
+                [draws.normal(prep.latent_shape, seed, name, position) for position in positions]
             )
             for name in ("latent_noise", "noise")
         }
-        steps = [
-            draws.whole(how.timesteps, how.seed, "timestep", position) for position in positions
+        timesteps = [
+            draws.integer(prep.timesteps, seed, "timestep", position) for position in positions
         ]
         return TrainBatch(
             position=positions.start,
             keys=conditions.keys,
             pixels=torch.stack([pixels for _, pixels in samples]),
-            pictures=pictures,
-            picture_rows=rows,
+            clip_images=clip_images,
+            image_rows=image_rows,
             input_ids=conditions.input_ids,
             input_ids_2=conditions.input_ids_2,
             token_mask=conditions.token_mask,
@@ -164,15 +170,16 @@ class BatchMaker:
             region_masks=conditions.region_masks,
             foreground=conditions.foreground,
             identity=conditions.identity,
-            timesteps=torch.tensor(steps, dtype=torch.int64),
+            timesteps=torch.tensor(timesteps, dtype=torch.int64),
             **normal,
         )
 
     def _samples(self, numbers: list[int]) -> list[tuple[Conditions, Tensor]]:
-        missing = [number for number in dict.fromkeys(numbers) if number not in self._kept]
-        prepared = dict(self._kept) if not missing else {**self._kept, **self._prepare(missing)}
-        for number in missing[: max(0, self._how.keep - len(self._kept))]:
-            self._kept[number] = prepared[number]
+        """Returns the prepared samples, from the cache or from the shards."""
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._cache]
+        prepared = dict(self._cache) if not missing else {**self._cache, **self._prepare(missing)}
+        for number in missing[: max(0, self._preparation.cache_size - len(self._cache))]:
+            self._cache[number] = prepared[number]
         return [prepared[number] for number in numbers]
 
     def _prepare(self, numbers: list[int]) -> dict[int, tuple[Conditions, Tensor]]:
@@ -183,27 +190,27 @@ class BatchMaker:
         }
 
     def _prepare_one(self, record: Record) -> tuple[Conditions, Tensor]:
-        how = self._how
+        prep = self._preparation
         conditions = build_conditions(
             record,
-            how.tokenizer,
-            how.spec,
-            how.mode,
-            resolution=how.resolution,
-            tokenizer_2=how.tokenizer_2,
+            prep.tokenizer,
+            prep.spec,
+            prep.mode,
+            resolution=prep.resolution,
+            tokenizer_2=prep.tokenizer_2,
         )
-        return conditions, training_pixels(record, how.resolution)
+        return conditions, training_pixels(record, prep.resolution)
 
 
-def _non_zero_pictures(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
-    """The pictures the image tower must see, and their rows. Told here, where counting them costs
-    no device a wait.
+def _non_zero_images(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
+    """Returns the images that the image encoder must see, and their rows among all images.
+
+    They are selected on the CPU: on a GPU, the host would have to wait for their number.
     """
-    every = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1).flatten(
-        0, 1
-    )
-    rows = every.flatten(1).any(dim=1).nonzero().flatten()
-    return every[rows], rows
+    images = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1)
+    images = images.flatten(0, 1)
+    rows = images.flatten(1).any(dim=1).nonzero().flatten()
+    return images[rows], rows
 
 
 def micro_batches(
@@ -216,10 +223,12 @@ def micro_batches(
     workers: int = 0,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Process `rank` of `world`'s micro-batches of `size` samples, from position `start` on,
-    without end.
+    """Yields the micro-batches of one process, without end.
 
-    make: positions → micro-batch, in practice a BatchMaker; runs in the worker processes.
+    make: positions → micro-batch, in practice a BatchMaker; it runs in the worker processes.
+    start: position of the first sample, counted over all processes. size: samples in a
+    micro-batch. rank, world: number of this process, and of all. workers: loader processes; 0
+    loads in this one. pin: copy the tensors into pinned memory.
     """
     import webdataset as wds
 
@@ -229,10 +238,10 @@ def micro_batches(
     def of_this_process(source: Iterator[range]) -> Iterator[range]:
         return islice(source, rank, None, world)
 
-    def made(source: Iterator[range]) -> Iterator[Batch]:
+    def batches(source: Iterator[range]) -> Iterator[Batch]:
         return map(make, source)
 
-    pipeline = wds.DataPipeline(plan, of_this_process, wds.split_by_worker, made)
+    pipeline = wds.DataPipeline(plan, of_this_process, wds.split_by_worker, batches)
     loader: Any = torch.utils.data.DataLoader(
         pipeline,
         batch_size=None,
@@ -245,7 +254,8 @@ def micro_batches(
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the trainer answers it, and ends its
-    workers.
+    """Ignores SIGINT in a worker.
+
+    Ctrl-C sends it to every process of the terminal; the trainer handles it and ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,4 @@
-"""What a run did, on disk: losses.jsonl has a line for every step, summary.json the figures to
-quote.
-"""
+"""The loss history of a run, OUT/losses.jsonl with a line for each step, and its summary."""
 
 from __future__ import annotations
 
@@ -13,8 +11,10 @@ from train.step import LOSSES
 
 
 class History:
-    """The loss of every step, in OUT/losses.jsonl. After a resume what the lost steps had written
-    is taken out.
+    """Writes the losses of every step to OUT/losses.jsonl.
+
+    step: the step that the run resumes from, 0 for a new run. Lines of later steps, which will be
+    trained again, are removed from the file.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
@@ -25,8 +25,8 @@ class History:
     def add(
         self, first_step: int, values: Sequence[Sequence[float]], rates: Sequence[float]
     ) -> None:
-        """Steps from `first_step` on: their LOSSES and learning rates."""
-        new = [
+        """Appends steps from `first_step` on: for each its LOSSES and its learning rate."""
+        lines = [
             {
                 "step": first_step + index,
                 **{k: round(v, 6) for k, v in zip(LOSSES, row, strict=True)},
@@ -34,15 +34,13 @@ class History:
             }
             for index, (row, rate) in enumerate(zip(values, rates, strict=True))
         ]
-        self.lines.extend(new)
+        self.lines.extend(lines)
         with self.path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in new)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a losses.jsonl, without one that a kill cut short; none if there is no such
-    file.
-    """
+    """Reads the lines of a losses.jsonl, up to one that is incomplete; none if there is no file."""
     if not path.is_file():
         return []
     lines = []
@@ -55,14 +53,16 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def summarise(history: History, *, samples: int, seconds: float, finished: bool) -> dict[str, Any]:
-    """The run's figures; the start and end of a loss are its means over the first and the last
-    tenth of the steps.
+    """Returns the contents of summary.json.
+
+    samples, seconds: consumed by the run, including the runs that it resumed. The start and the
+    end of a loss are its means over the first and the last tenth of the steps.
     """
     lines = history.lines
-    part = max(1, len(lines) // 10)
+    tenth = max(1, len(lines) // 10)
 
-    def mean(some: Sequence[dict[str, Any]], name: str) -> float:
-        return round(float(sum(line[name] for line in some)) / max(1, len(some)), 6)
+    def mean(part: Sequence[dict[str, Any]], name: str) -> float:
+        return round(float(sum(line[name] for line in part)) / max(1, len(part)), 6)
 
     return {
         "finished": finished,
@@ -72,7 +72,7 @@ def summarise(history: History, *, samples: int, seconds: float, finished: bool)
         "samples_per_second": round(samples / seconds, 2) if seconds else 0.0,
         "steps_per_second": round(len(lines) / seconds, 2) if seconds else 0.0,
         **{
-            name: {"start": mean(lines[:part], name), "end": mean(lines[-part:], name)}
+            name: {"start": mean(lines[:tenth], name), "end": mean(lines[-tenth:], name)}
             for name in LOSSES
         },
     }

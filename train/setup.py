@@ -1,6 +1,4 @@
-"""What a run is made of, before its first step: the configuration checked, models, optimizer and
-schedule.
-"""
+"""The setup of a run: checks of the configuration; models, optimizer, schedule, preparation."""
 
 from __future__ import annotations
 
@@ -22,7 +20,8 @@ from stages.storage.remote import refuse_credentials
 from train.data import Preparation
 from train.step import Frozen, TrainedModel, freeze
 
-# What may change between two runs of one output; all else would make another model.
+# Settings that may differ when a run is resumed. Others would change the model that it makes. A
+# name that ends in a dot stands for all settings below it.
 _MAY_CHANGE: Final = (
     "data",
     "output",
@@ -46,50 +45,53 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises ConfigError for what can be checked without looking at data or models."""
+    """Raises ConfigError for settings that are wrong whatever the data and the models are."""
     for url in (config.data, config.output, config.adapter, config.model.base):
         refuse_credentials(url)
     if not config.data:
-        raise ConfigError("no data given. Say data=OUT, the output of make dataset.")
+        raise ConfigError("data is empty. Set data=OUT, the output of make dataset.")
     if not config.output:
         raise ConfigError(
-            "no output given. Say output=FOLDER, where checkpoints and the adapter go."
+            "output is empty. Set output=FOLDER, the folder for checkpoints and the adapter."
         )
     if "://" in config.output:
         raise ConfigError(
-            f"output={config.output}: checkpoints go to a local folder; copy them on from there."
+            f"output={config.output}: expected a local folder. Train to one, then copy it."
         )
     if config.model.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"model.device={config.model.device}: expected auto, cpu or cuda")
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "model.device=cuda, but torch sees no GPU. Say model.device=auto, or mend the "
-            "installation."
+            "model.device=cuda, but torch finds no GPU. Set model.device=auto, or install a torch "
+            "with CUDA and its driver."
         )
     make_optimizer(config.optim, config.max_train_steps, [nn.Parameter(torch.zeros(1))])
 
 
-def check_same_run(config: TrainConfig, begun: Path) -> None:
-    """Raise ConfigError if the run that wrote configuration `begun` would have made another model."""
-    before, now = flat(asdict(load(TrainConfig, begun))), flat(asdict(config))
-    changed = [
+def check_same_run(config: TrainConfig, path: Path) -> None:
+    """Raises ConfigError if `config` would make another model than the configuration at `path`.
+
+    path: config.yaml in the output of the run to resume.
+    """
+    before, now = flatten(asdict(load(TrainConfig, path))), flatten(asdict(config))
+    changes = [
         f"{key}={before.get(key)!r}, now {now[key]!r}"
         for key in now
         if now[key] != before.get(key) and not key.startswith(_MAY_CHANGE)
     ]
-    if changed:
+    if changes:
         raise ConfigError(
-            f"{begun.parent} was begun with other settings: {'; '.join(changed)}. Give the same, "
-            "or another output."
+            f"{path.parent} was started with other settings: {'; '.join(changes)}. Use the same "
+            "settings, or another output."
         )
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as dotted keys, lists as text."""
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Returns nested settings with dotted keys, and lists as text."""
     items: dict[str, str | int | float | bool] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            items.update(flat(value, f"{prefix}{key}."))
+            items.update(flatten(value, f"{prefix}{key}."))
         else:
             items[f"{prefix}{key}"] = (
                 value if isinstance(value, str | int | float | bool) else str(value)
@@ -100,10 +102,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | floa
 def make_models(
     config: TrainConfig, spec: ModelSpec, base: str, device: torch.device
 ) -> tuple[Frozen, TrainedModel]:
-    """The base on its device in the precision wanted, and what trains, in float32.
+    """Loads the base model in the configured precision, and makes the trained parts in float32.
 
-    Raises WeightsError if the base or `config.adapter` can't be loaded, ConfigError if the
-    resolution doesn't fit it.
+    base: a folder or a hub id. Raises WeightsError if the base or `config.adapter` can't be
+    loaded, ConfigError if the base can't take images of the configured resolution.
     """
     models = load_base(
         spec,
@@ -132,16 +134,17 @@ def make_models(
 def make_optimizer(
     config: OptimConfig, steps: int, parameters: list[nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and its schedule, which counts steps of the optimizer. Raises ConfigError for an
-    unknown schedule.
+    """Makes AdamW and its learning rate schedule over `steps` steps of the optimizer.
+
+    Raises ConfigError for an unknown schedule.
     """
     from diffusers.optimization import SchedulerType, get_scheduler
 
-    # that one needs rules
-    known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
-    if config.lr_scheduler not in known:
+    # piecewise_constant needs further settings
+    names = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+    if config.lr_scheduler not in names:
         raise ConfigError(
-            f"optim.lr_scheduler={config.lr_scheduler}: expected one of {', '.join(known)}"
+            f"optim.lr_scheduler={config.lr_scheduler}: expected one of {', '.join(names)}"
         )
     optimizer = torch.optim.AdamW(
         parameters,
@@ -160,7 +163,7 @@ def make_optimizer(
 
 
 def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Preparation:
-    """How records become micro-batches for these models."""
+    """Returns the settings by which records become micro-batches for these models."""
     base = frozen.base
     side = config.resolution // base.vae_factor
     return Preparation(
@@ -178,5 +181,5 @@ def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Pr
             legacy=config.model.mode == "legacy",
         ),
         seed=config.seed,
-        keep=config.keep_samples,
+        cache_size=config.keep_samples,
     )

@@ -1,11 +1,12 @@
-"""Checkpoints of a run: OUT/checkpoint-000100/, written under another name and renamed when whole.
+"""Checkpoints of a run: OUT/checkpoint-000100/, written under another name, then renamed.
 
     adapter.safetensors, adapter.json   the adapter, as inference reads it
-    dataset.yaml                        the data set's configuration: inference runs the very same stages
+    dataset.yaml                        the data set's configuration: inference runs its stages
     unet/                               the UNet, if it was trained too
-    state.pt                            optimizer, schedule, random states, step and position; tensors and plain values
+    state.pt                            optimizer, schedule, random states, step, position: tensors
+                                        and plain values only
 
-The last adapter also stands in OUT/final, without state.pt.
+The last adapter is also in OUT/final, without state.pt.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ from train.step import TrainedModel
 
 STATE_FILE: Final = "state.pt"
 DATASET_FILE: Final = "dataset.yaml"
-_NAME: Final = re.compile(r"checkpoint-(\d{6,})")
+_CHECKPOINT_NAME: Final = re.compile(r"checkpoint-(\d{6,})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Artefact:
-    """What goes beside an adapter. described: JSON-ready, into adapter.json. dataset: YAML, "" for
-    none.
+class AdapterExtras:
+    """What is written with an adapter.
+
+    metadata: entries for adapter.json. dataset: the data set's configuration as YAML, "" for none.
+    with_unet: whether to write the UNet.
     """
 
-    described: dict[str, Any]
+    metadata: dict[str, Any]
     dataset: str
     with_unet: bool
 
@@ -46,54 +49,55 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints under `output`, oldest first."""
-    found = [
+    """Returns the complete checkpoints under `output`, oldest first."""
+    by_step = [
         (int(match[1]), path)
         for path in output.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name))
+        if (match := _CHECKPOINT_NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+    return [path for _, path in sorted(by_step) if (path / STATE_FILE).is_file()]
 
 
-def find_checkpoint(output: Path, wanted: str) -> Path | None:
-    """The checkpoint to go on from, None to begin. wanted: latest, a name or a folder, or "" to
-    refuse old output.
+def find_checkpoint(output: Path, requested: str) -> Path | None:
+    """Returns the checkpoint to resume from, or None for a new run.
 
-    Raises ConfigError if `wanted` isn't there, or if nothing is wanted and the output has
-    checkpoints.
+    requested: "latest", a checkpoint's name or folder, or "" for a new run only. Raises ConfigError
+    if the requested one doesn't exist, or if "" is requested and the output has checkpoints.
     """
-    present = checkpoints(output)
-    if wanted == "latest":
-        return present[-1] if present else None
-    if not wanted:
-        if present:
+    existing = checkpoints(output)
+    if requested == "latest":
+        return existing[-1] if existing else None
+    if not requested:
+        if existing:
             raise ConfigError(
-                f"{output} has checkpoints up to {present[-1].name} and resume_from_checkpoint "
-                "is empty. Name another "
-                "output, or say resume_from_checkpoint=latest."
+                f"{output} has checkpoints up to {existing[-1].name}, but resume_from_checkpoint "
+                "is empty. Name another output, or set resume_from_checkpoint=latest."
             )
         return None
-    for path in (output / wanted, Path(wanted)):
+    for path in (output / requested, Path(requested)):
         if (path / STATE_FILE).is_file():
             return path
     raise ConfigError(
-        f"resume_from_checkpoint={wanted}: no checkpoint there. In {output}: "
-        f"{', '.join(path.name for path in present) or 'none'}."
+        f"resume_from_checkpoint={requested}: no checkpoint there. Name one of those in {output}: "
+        f"{', '.join(path.name for path in existing) or 'none'}."
     )
 
 
-def write_adapter(folder: Path, trained: TrainedModel, artefact: Artefact) -> Path:
-    """The adapter and all that inference needs with it, into `folder`."""
-    save_adapter(trained.adapter, folder, artefact.described)
-    if artefact.with_unet:
+def write_adapter(folder: Path, trained: TrainedModel, extras: AdapterExtras) -> Path:
+    """Writes the adapter, and what inference needs with it, into `folder`; returns the folder."""
+    save_adapter(trained.adapter, folder, extras.metadata)
+    if extras.with_unet:
         save_unet(trained.unet, folder / "unet")
-    if artefact.dataset:
-        (folder / DATASET_FILE).write_text(artefact.dataset, encoding="utf-8")
+    if extras.dataset:
+        (folder / DATASET_FILE).write_text(extras.dataset, encoding="utf-8")
     return folder
 
 
-def write_whole(target: Path, fill: Callable[[Path], object]) -> Path:
-    """A folder that is there whole or not at all; one of that name is replaced."""
+def write_folder_atomically(target: Path, fill: Callable[[Path], object]) -> Path:
+    """Lets `fill` fill a temporary folder, then renames it to `target`; returns `target`.
+
+    An existing `target` is replaced.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -112,35 +116,38 @@ def save_checkpoint(
     output: Path,
     step: int,
     trained: TrainedModel,
-    artefact: Artefact,
+    extras: AdapterExtras,
     state: dict[str, Any],
     *,
     limit: int,
 ) -> Path:
-    """Write checkpoint `step`, then remove the oldest beyond `limit` (0: none). state: tensors and
-    plain values.
+    """Writes the checkpoint of `step`, removes the oldest ones, and returns its folder.
+
+    state: for state.pt, tensors and plain values. limit: number of checkpoints that remain; 0
+    removes none.
     """
 
     def fill(folder: Path) -> None:
-        write_adapter(folder, trained, artefact)
+        write_adapter(folder, trained, extras)
         torch.save(state, folder / STATE_FILE)
 
-    target = write_whole(output / checkpoint_name(step), fill)
+    target = write_folder_atomically(output / checkpoint_name(step), fill)
     if limit:
         for old in checkpoints(output)[:-limit]:
             shutil.rmtree(old)
     return target
 
 
-def sweep(output: Path) -> None:
-    """Remove what a killed run left half written."""
-    for trace in (*output.glob(".*.partial"), *output.glob(".*.old")):
-        shutil.rmtree(trace, ignore_errors=True)
+def remove_partial_folders(output: Path) -> None:
+    """Removes the temporary folders of `write_folder_atomically` that a killed run left behind."""
+    for folder in (*output.glob(".*.partial"), *output.glob(".*.old")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> dict[str, Any]:
-    """Load a checkpoint's weights into the model; returns its state. Raises WeightsError if it
-    doesn't fit.
+    """Loads a checkpoint's weights into the model, and returns the contents of its state.pt.
+
+    Raises WeightsError if a file can't be read or doesn't fit the model.
     """
     try:
         state: dict[str, Any] = torch.load(
@@ -148,7 +155,7 @@ def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> 
         )
     except Exception as error:  # torch raises several kinds, among them a bare UnpicklingError
         raise WeightsError(
-            f"{folder / STATE_FILE} can't be read ({error}); go on from an older one with "
+            f"{folder / STATE_FILE} can't be read ({error}); resume from an older checkpoint with "
             "resume_from_checkpoint=NAME"
         ) from error
     load_adapter(folder, trained.adapter)
@@ -158,24 +165,29 @@ def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> 
 
 
 def load_unet(folder: Path, unet: Any) -> None:
-    """Load weights written by `save_unet`; the adapter's processors in the UNet stay as they are."""
+    """Loads weights that `model.checkpoint.save_unet` wrote.
+
+    The adapter's processors in the UNet are left unchanged. Raises WeightsError if the file is
+    missing or belongs to another UNet.
+    """
     from safetensors.torch import load_file
 
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise WeightsError(
-            f"{folder}: no UNet there, though train_base=true; resume from a checkpoint that has one"
+            f"{folder}: no UNet there, but train_base=true; resume from a checkpoint with one"
         )
-    wrong = unet.load_state_dict(load_file(path), strict=False)
-    missing = [key for key in wrong.missing_keys if ".processor." not in key]
-    if missing or wrong.unexpected_keys:
+    mismatch = unet.load_state_dict(load_file(path), strict=False)
+    missing = [key for key in mismatch.missing_keys if ".processor." not in key]
+    if missing or mismatch.unexpected_keys:
         raise WeightsError(
-            f"{path} is of another UNet: {[*missing, *wrong.unexpected_keys][:4]}; check model.base"
+            f"{path} belongs to another UNet, whose keys differ: "
+            f"{[*missing, *mismatch.unexpected_keys][:4]}; check model.base"
         )
 
 
 def random_state() -> dict[str, Any]:
-    """This process's random states, as tensors."""
+    """Returns this process's random states as tensors; without a GPU "cuda" is empty."""
     cuda = (
         torch.cuda.get_rng_state()
         if torch.cuda.is_available()
@@ -185,7 +197,11 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Go on with process `rank`'s random states; a process that wasn't there before keeps its own."""
+    """Restores the random states of process `rank`.
+
+    states: `random_state()` of every process of the earlier run. A process whose rank it didn't
+    have is left unchanged.
+    """
     if rank >= len(states):
         return
     torch.set_rng_state(states[rank]["cpu"])
@@ -194,6 +210,7 @@ def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file under another name, then renames it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)

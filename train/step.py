@@ -1,6 +1,7 @@
-"""One training step's arithmetic, from a micro-batch on the device to its losses.
+"""The computation of a training step: from a micro-batch on the device to its losses.
 
-Nothing here waits for the device: no number is read back, no shape depends on a value there.
+Nothing here makes the host wait for the device: no value is read from it, and no tensor's shape
+depends on values.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ LOSSES = ("loss", "noise_loss", "facial_loss")  # the order of `StepLosses.value
 
 
 class TrainedModel(nn.Module):
-    """The adapter and the UNet it sits in, as the one module that accelerate wraps: its forward is
-    a step's.
+    """The adapter and its UNet as one module, which accelerate wraps.
+
+    Its forward pass contains every trained parameter, as distributed training requires.
     """
 
     def __init__(self, adapter: ConsistentID, unet: Any) -> None:
@@ -45,8 +47,10 @@ class TrainedModel(nn.Module):
         token_idx: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The prediction (B, 4, h, w), and the hooked layers' region scores if `token_idx` (B, 5)
-        asks for them.
+        """Returns the UNet's prediction (B, 4, h, w) and the hooked layers' region scores.
+
+        noisy: latents (B, 4, h, w). timesteps: (B,). token_idx: (B, 5); without it there are no
+        scores. time_ids: (B, 6), of SDXL.
         """
         states = self.adapter.prepare(features)
         extra = {} if time_ids is None else {"pooled": features.pooled, "time_ids": time_ids}
@@ -55,8 +59,10 @@ class TrainedModel(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
-    """What never trains. zero_hidden: (1, N, V), the image tower's states of a zero picture, made
-    once per run.
+    """What never trains.
+
+    noise_schedule: a DDPMScheduler. zero_hidden: (1, N, V), the image encoder's states of a zero
+    image.
     """
 
     base: BaseModels
@@ -69,9 +75,10 @@ class Frozen:
 
 
 def freeze(base: BaseModels, vision_size: int) -> Frozen:
-    """The frozen side of training on models that stand on their device.
+    """Makes the frozen side of training from a base model that is on its device.
 
-    Raises ConfigError for a base that predicts neither noise nor velocity.
+    vision_size: side of the image encoder's input, in pixels. Raises ConfigError for a base that
+    predicts neither noise nor velocity.
     """
     from diffusers import DDPMScheduler
 
@@ -79,7 +86,8 @@ def freeze(base: BaseModels, vision_size: int) -> Frozen:
     kind = schedule.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise ConfigError(
-            f"the base model predicts {kind!r}; training knows epsilon and v_prediction."
+            f"the base model predicts {kind!r}; training supports epsilon and v_prediction. Choose "
+            "another model.base."
         )
     device = next(base.image_encoder.parameters()).device
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
@@ -91,14 +99,15 @@ def freeze(base: BaseModels, vision_size: int) -> Frozen:
 
 @torch.no_grad()
 def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
-    """As `model.consistentid.encode_frozen`, but the image tower sees only pictures that aren't
-    zero, all at once.
+    """Encodes the texts and images of a batch, as `model.consistentid.encode_frozen` does.
+
+    Only images that aren't zero go through the image encoder.
     """
     size, slots = batch.token_valid.shape
     rows = frozen.zero_hidden.expand(size * (1 + slots), -1, -1).clone()
-    if len(batch.pictures):
+    if len(batch.clip_images):
         rows.index_copy_(
-            0, batch.picture_rows, encode_images(frozen.base.image_encoder, batch.pictures)
+            0, batch.image_rows, encode_images(frozen.base.image_encoder, batch.clip_images)
         )
     hidden = rows.reshape(size, 1 + slots, *rows.shape[1:])
     text_hidden, pooled = encode_text(frozen.base, batch.input_ids, batch.input_ids_2)
@@ -115,8 +124,9 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
 
 @torch.no_grad()
 def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Noisy latents at the batch's timesteps, and what is to be predicted of them: (B, 4, h, w)
-    float32 each.
+    """Returns noisy latents at the batch's timesteps, and the target to predict.
+
+    Both are (B, 4, h, w) float32. The target is the noise or the velocity.
     """
     vae, schedule = frozen.base.vae, frozen.noise_schedule
     posterior = vae.encode(batch.pixels.to(vae.dtype)).latent_dist
@@ -130,11 +140,12 @@ def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
 
 
 def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """(B,): min-SNR-γ weights (Hang et al. 2023, arXiv 2303.09556) of the predicted noise or
-    velocity.
+    """Returns the min-SNR-γ weight of each sample's noise loss, (B,).
+
+    Hang et al. 2023, arXiv 2303.09556, for noise or velocity prediction. timesteps: (B,).
     """
-    kept = schedule.alphas_cumprod[timesteps].float()
-    snr = kept / (1 - kept)
+    alphas_cumprod = schedule.alphas_cumprod[timesteps].float()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
     velocity = schedule.config.prediction_type == "v_prediction"
     weights: Tensor = snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
     return weights
@@ -142,7 +153,7 @@ def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLosses:
-    """total: what is to be minimised. values: (3,), LOSSES without gradients, left on the device."""
+    """total: the loss to minimise. values: (3,), the LOSSES without gradients, on the device."""
 
     total: Tensor
     values: Tensor
@@ -151,12 +162,16 @@ class StepLosses:
 def step_losses(
     trained: nn.Module, frozen: Frozen, batch: TrainBatch, config: LossConfig, *, mask: bool
 ) -> StepLosses:
-    """The losses of a micro-batch on the device. mask: leave the background out of the noise loss."""
+    """Computes the losses of a micro-batch that is on the device.
+
+    trained: a TrainedModel, or accelerate's wrapper of one. mask: leave the background out of the
+    noise loss.
+    """
     features = frozen_features(frozen, batch)
     noisy, target = noised_latents(frozen, batch)
     height, width = batch.pixels.shape[-2:]
     time_ids = None
-    if features.pooled is not None:  # SDXL: original size, crop's corner, target size
+    if features.pooled is not None:  # SDXL: original size, the crop's corner, target size
         time_ids = torch.zeros(len(noisy), 6, device=noisy.device)
         for column, side in zip((0, 1, 4, 5), (height, width, height, width), strict=True):
             time_ids[:, column].fill_(side)

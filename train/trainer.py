@@ -1,9 +1,9 @@
-"""The trainer: from a configuration to OUT/final, through checkpoints from which the same command
-goes on.
+"""The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
-    OUT/config.yaml  base/ (tiny only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl  summary.json
+    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl
+        summary.json
 
-A step reads no number back from the device: losses stay there and are fetched together every
+A step reads no value from the device: losses stay there and are fetched together every
 `log_every` steps.
 """
 
@@ -28,46 +28,52 @@ from model.spec import spec_named
 from stages.backends.runtime import pin_threads
 from train import draws
 from train.base import ensure_base
-from train.data import BatchMaker, Order, TrainBatch, micro_batches
+from train.data import BatchMaker, SampleOrder, TrainBatch, micro_batches
 from train.history import History, summarise
 from train.setup import (
     check_config,
     check_same_run,
-    flat,
+    flatten,
     make_models,
     make_optimizer,
     make_preparation,
 )
 from train.shards import ShardSet
 from train.state import (
-    Artefact,
+    AdapterExtras,
     find_checkpoint,
     load_checkpoint,
     random_state,
+    remove_partial_folders,
     save_checkpoint,
     set_random_state,
-    sweep,
     write_adapter,
+    write_folder_atomically,
     write_json,
-    write_whole,
 )
 from train.step import LOSSES, step_losses
 
 
 class Watcher(Protocol):
-    """Who is told how training goes, e.g. a progress bar."""
+    """Receives the messages and the progress of a run, e.g. a progress bar."""
 
-    def say(self, message: str) -> None: ...
+    def message(self, text: str) -> None:
+        """Called with a line for the user."""
+        ...
 
     def step(self, step: int, losses: dict[str, float] | None) -> None:
-        """After every step; losses: means over the last `log_every` steps, when they were fetched."""
+        """Called after every step.
+
+        losses: means over the last `log_every` steps; None after steps that don't fetch them.
+        """
         ...
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is. position: samples consumed, over all processes. seconds: of training, over
-    all runs.
+    """The progress of a run, including the runs that it resumed.
+
+    position: samples consumed by all processes. seconds: of training.
     """
 
     step: int = 0
@@ -77,7 +83,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a run ended. signal: the one that stopped it, 0 if it reached its last step."""
+    """The result of a run.
+
+    signal: number of the signal that stopped it, 0 if it reached its last step. adapter: OUT/final,
+    None if it was stopped. summary: the contents of summary.json, empty on other processes than
+    the main one.
+    """
 
     step: int
     signal: int
@@ -86,13 +97,13 @@ class Outcome:
 
 
 def train(config: TrainConfig, watcher: Watcher) -> Outcome:
-    """Train, or go on training, as configured. Raises PipelineError for what a user can mend."""
+    """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights."""
     check_config(config)
     return Trainer(config, watcher).run()
 
 
 class Trainer:
-    """One run. Everything is made in `__init__`; `run` trains."""
+    """A run. `__init__` loads data and models and resumes from a checkpoint; `run` trains."""
 
     def __init__(self, config: TrainConfig, watcher: Watcher) -> None:
         from accelerate import Accelerator
@@ -102,8 +113,8 @@ class Trainer:
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
         self.shards = ShardSet(config.data, config.split)
-        resumed = find_checkpoint(self.output, config.resume_from_checkpoint)
-        if resumed is not None:
+        checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint)
+        if checkpoint is not None:
             check_same_run(config, self.output / "config.yaml")
         self.accelerator = Accelerator(
             cpu=config.model.device == "cpu",
@@ -118,7 +129,7 @@ class Trainer:
         )
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
-        self.base = self._prepared_output()
+        self.base = self._prepare_output()
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.optimizer: Any
@@ -126,10 +137,10 @@ class Trainer:
             config.optim, config.max_train_steps, self.parameters
         )
         self.progress = Progress()
-        if resumed is not None:
-            self._resume(resumed)
-        # The loader is not prepared: it would split again what the plan has split already
-        # (accelerate #3547). Nor is the schedule: accelerate would advance it once for every
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        # The loader is not passed to `prepare`, which would split its batches a second time
+        # (accelerate #3547). Neither is the schedule: accelerate would advance it once for every
         # process.
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         self.history = (
@@ -145,17 +156,16 @@ class Trainer:
         device: torch.device = self.accelerator.device
         return device
 
-    # ----------------------------------------------------------------------------------------------
+    def _prepare_output(self) -> str:
+        """Makes the output folder and, where it is needed, the tiny base; returns the base to load.
 
-    def _prepared_output(self) -> str:
-        """The base to load, once the main process has made the output and, if need be, the tiny
-        base.
+        The main process makes them; the others wait for it.
         """
         base = ""
         if self.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
-            sweep(self.output)
-            base = ensure_base(self.config, self.spec, self.shards, self.watcher.say)
+            remove_partial_folders(self.output)
+            base = ensure_base(self.config, self.spec, self.shards, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()
         return base or ensure_base(self.config, self.spec, self.shards, lambda _: None)
@@ -166,17 +176,17 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         set_random_state(state["random"], self.accelerator.process_index)
         self.progress = Progress(state["step"], state["position"], state["seconds"])
-        self.watcher.say(f"resuming from {checkpoint} at step {self.progress.step:,}")
+        self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
         if state["data"] != self.shards.digest:
-            self.watcher.say(
-                f"{self.config.data} has changed since that checkpoint; samples come in its new "
-                "order"
+            self.watcher.message(
+                f"{self.config.data} has changed since that checkpoint; "
+                "samples come in another order from here"
             )
 
     def _batches(self) -> Iterator[TrainBatch]:
         preparation = make_preparation(self.config, self.spec, self.frozen)
         return micro_batches(
-            BatchMaker(self.shards, Order(len(self.shards), self.config.seed), preparation),
+            BatchMaker(self.shards, SampleOrder(len(self.shards), self.config.seed), preparation),
             start=self.progress.position,
             size=self.config.train_batch_size,
             rank=self.accelerator.process_index,
@@ -185,35 +195,33 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    # ----------------------------------------------------------------------------------------------
-
     def run(self) -> Outcome:
-        """Train to the last step or to a signal, leaving a checkpoint either way."""
+        """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
         if progress.step >= config.max_train_steps:
-            self.watcher.say(
-                f"{self.output} is finished: {progress.step:,} steps. Say "
-                f"max_train_steps={2 * progress.step} to go on."
+            self.watcher.message(
+                f"{self.output} is finished: {progress.step:,} steps. To continue, set "
+                f"max_train_steps={2 * progress.step}."
             )
-            return self._end(0)
+            return self._finish(0)
         if config.report_to != "none":
-            self.accelerator.init_trackers("train", config=flat(asdict(config)))
+            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         window: list[Tensor] = []
         rates: list[float] = []
-        with _signals() as stopping:
+        with _stop_on_signal() as stop:
             batches = self._batches()
             last = time.monotonic()
-            while progress.step < config.max_train_steps and not stopping.agreed:
+            while progress.step < config.max_train_steps and not stop.agreed:
                 rates.append(float(self.schedule.get_last_lr()[0]))
                 window.append(self._step(batches))
                 progress.step += 1
                 losses = None
                 if progress.step % config.log_every == 0 or progress.step == config.max_train_steps:
-                    losses = self._fetch(window, rates)
-                    stopping.agreed = self._anyone(stopping.signal)
+                    losses = self._fetch_losses(window, rates)
+                    stop.agreed = self._any_process(stop.signal)
                 elif self.accelerator.num_processes == 1:
-                    # with several, all must stop at the same step
-                    stopping.agreed = bool(stopping.signal)
+                    # Several processes must stop at the same step, so they only agree above.
+                    stop.agreed = bool(stop.signal)
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
                 if (
@@ -223,18 +231,19 @@ class Trainer:
                     self._save()
                 self.watcher.step(progress.step, losses)
             if window:
-                self._fetch(window, rates)
+                self._fetch_losses(window, rates)
             self._save()
-        outcome = self._end(stopping.signal if progress.step < config.max_train_steps else 0)
+        outcome = self._finish(stop.signal if progress.step < config.max_train_steps else 0)
         self.accelerator.end_training()
         return outcome
 
     def _step(self, batches: Iterator[TrainBatch]) -> Tensor:
-        """One step of the optimizer over all its micro-batches; their mean losses (3,), on the
-        device.
+        """Takes one optimizer step over its micro-batches.
+
+        Returns the mean losses (3,), on the device.
         """
         config = self.config
-        # One draw for the whole step, so that it doesn't depend on the number of processes.
+        # Drawn once for the step, so that it doesn't depend on the number of processes.
         mask = draws.uniform(config.seed, "mask", self.progress.step) < config.loss.mask_loss_prob
         values: list[Tensor] = []
         for _ in range(config.gradient_accumulation_steps):
@@ -251,9 +260,10 @@ class Trainer:
         self.schedule.step()
         return torch.stack(values).mean(0)
 
-    def _fetch(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
-        """Bring the losses of the last steps from the device and write them down; their means.
-        Empties both lists.
+    def _fetch_losses(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
+        """Fetches the losses of the last steps, records them, and returns their means.
+
+        window: (3,) for each step; rates: their learning rates. Both lists are emptied.
         """
         values: list[list[float]] = self.accelerator.reduce(torch.stack(window), "mean").tolist()
         means = {name: sum(row[i] for row in values) / len(values) for i, name in enumerate(LOSSES)}
@@ -265,21 +275,20 @@ class Trainer:
         rates.clear()
         return means
 
-    def _anyone(self, flag: int) -> bool:
+    def _any_process(self, flag: int) -> bool:
+        """Returns whether `flag` is non-zero on any process."""
         if self.accelerator.num_processes == 1:
             return bool(flag)
-        told = self.accelerator.reduce(torch.tensor([float(bool(flag))], device=self.device), "sum")
-        return bool(told.item() > 0)
+        own = torch.tensor([float(bool(flag))], device=self.device)
+        return bool(self.accelerator.reduce(own, "sum").item() > 0)
 
-    # ----------------------------------------------------------------------------------------------
-
-    def _artefact(self) -> Artefact:
+    def _extras(self) -> AdapterExtras:
         base = self.base
         if Path(base).is_relative_to(self.output):
-            # from the adapter's folder: a run may be moved
+            # relative to the adapter's folder, so that the run can be moved
             base = os.path.relpath(base, self.output / "final")
-        return Artefact(
-            described={
+        return AdapterExtras(
+            metadata={
                 "step": self.progress.step,
                 "position": self.progress.position,
                 "base": base,
@@ -306,57 +315,64 @@ class Trainer:
                 self.output,
                 self.progress.step,
                 self.trained,
-                self._artefact(),
+                self._extras(),
                 state,
                 limit=self.config.checkpoints_total_limit,
             )
         self.accelerator.wait_for_everyone()
 
-    def _end(self, stopped: int) -> Outcome:
-        """Write what a run leaves: the summary and, of a finished one, OUT/final."""
+    def _finish(self, stop_signal: int) -> Outcome:
+        """Writes the summary and, unless a signal stopped the run, OUT/final."""
         progress, adapter, summary = self.progress, None, {}
         if self.history is not None:
-            if not stopped:
-                adapter = write_whole(
+            if not stop_signal:
+                adapter = write_folder_atomically(
                     self.output / "final",
-                    lambda folder: write_adapter(folder, self.trained, self._artefact()),
+                    lambda folder: write_adapter(folder, self.trained, self._extras()),
                 )
             summary = summarise(
                 self.history,
                 samples=progress.position,
                 seconds=progress.seconds,
-                finished=not stopped,
+                finished=not stop_signal,
             )
             write_json(self.output / "summary.json", summary)
         self.accelerator.wait_for_everyone()
-        return Outcome(step=progress.step, signal=stopped, adapter=adapter, summary=summary)
+        return Outcome(step=progress.step, signal=stop_signal, adapter=adapter, summary=summary)
 
 
 @dataclass(slots=True)
-class _Stopping:
-    """signal: the one that came, 0 if none. agreed: all processes stop after this step."""
+class _Stop:
+    """Whether to stop training.
+
+    signal: number of the signal received, 0 for none. agreed: all processes stop after this step.
+    """
 
     signal: int = 0
     agreed: bool = False
 
 
 @contextmanager
-def _signals() -> Iterator[_Stopping]:
-    """Ctrl-C or SIGTERM ends training after the step it is in; a second one ends the process at
-    once.
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Records SIGINT (Ctrl-C) or SIGTERM, so that training stops after the current step.
+
+    The previous handlers are restored at the first signal, so a second one ends the process at
+    once, and at exit.
     """
-    stopping = _Stopping()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = _Stop()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        stopping.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        stop.signal = number
+        restore()
 
-    for number in before:
+    for number in previous:
         signal.signal(number, on_signal)
     try:
-        yield stopping
+        yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -195,8 +195,8 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
         if duplicate.reason == "duplicate":
             return f"same bytes as {other}"
         if duplicate.reason == "near_duplicate":
-            return f"{duplicate.figure:.0f} of 256 bits of its hash differ from {other}"
-        return f"cosine {duplicate.figure:.4f} to {other}"
+            return f"{duplicate.metric:.0f} of 256 bits of its hash differ from {other}"
+        return f"cosine {duplicate.metric:.4f} to {other}"
 
     rows = [
         {
@@ -204,7 +204,7 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
             "key": pool.keys[row],
             "reason": duplicate.reason,
             "of": pool.keys[duplicate.of],
-            "value": duplicate.figure,
+            "value": duplicate.metric,
             "detail": detail(duplicate),
         }
         for row, duplicate in sorted(copies.items())

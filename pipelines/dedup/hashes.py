@@ -1,7 +1,7 @@
-"""Perceptual hashes within some bits of each other: exact, by comparing all of them.
+"""Finds perceptual hashes that differ in few bits. Exact: every pair of hashes is compared.
 
-A comparison takes half a nanosecond, so half a million hashes are all compared in about a minute on
-two cores; no index is needed, and none that could miss a pair.
+One comparison takes half a nanosecond, so half a million hashes are compared with each other in
+about a minute on two cores. An index would save little and could miss pairs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 HASH_BYTES = 32
-_BLOCK = 4096  # hashes looked up at a time
+_BLOCK = 4096  # hashes searched for at a time
 
 Hashes = npt.NDArray[np.uint8]
+"""(N, 32): a 256-bit hash in each row."""
 Ints = npt.NDArray[np.int64]
 
 
-class Hits(NamedTuple):
-    """(query, row, distance), each (P,) int64; by query, then the closest first, then the earliest."""
+class HashMatches(NamedTuple):
+    """Matches of queries, P in all; sorted by query, then distance, then row.
+
+    query, row: (P,) int64. distance: (P,) int64, in bits.
+    """
 
     query: Ints
     row: Ints
@@ -29,11 +33,11 @@ class Hits(NamedTuple):
 
 
 class HashPairs(NamedTuple):
-    """Pairs of groups of equal hashes: 10,000 equal pictures are one group, not 50 million pairs.
+    """Pairs of groups of equal hashes: 10,000 equal images are one group, not 50 million pairs.
 
-    first: (N,) the earliest row with the same hash. left < right: (P,) rows that are first of their
-    groups, `distance` (at least 1) bits apart; every row of one group is that far from every row of
-    the other.
+    first: (N,) int64, the earliest row with the same hash, which represents the group.
+    left < right: (P,) int64, two such rows. distance: (P,) int64, bits in which the hashes of the
+    two groups differ, at least 1.
     """
 
     first: Ints
@@ -43,13 +47,13 @@ class HashPairs(NamedTuple):
 
 
 def near_by_hash(hashes: Hashes, max_distance: int, block_rows: int = _BLOCK) -> HashPairs:
-    """All pairs of (N, 32) `hashes` at most `max_distance` bits apart."""
+    """Returns all pairs of hashes that differ in at most `max_distance` bits."""
     if not len(hashes):
         return HashPairs(*(np.zeros(0, np.int64) for _ in range(4)))
     words = np.ascontiguousarray(hashes).view(f"V{HASH_BYTES}").ravel()
     _, earliest, group = np.unique(words, return_index=True, return_inverse=True)
     firsts = np.sort(earliest)
-    parts = list(_triangle(hashes[firsts], max_distance, block_rows))
+    parts = list(_pairs(hashes[firsts], max_distance, block_rows))
     left, right, distance = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((right, left))
     return HashPairs(
@@ -57,28 +61,27 @@ def near_by_hash(hashes: Hashes, max_distance: int, block_rows: int = _BLOCK) ->
     )
 
 
-def _triangle(
-    hashes: Hashes, max_distance: int, block_rows: int
-) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """(left, right, distance) with left < right, some blocks of right at a time."""
+def _pairs(hashes: Hashes, max_distance: int, block_rows: int) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Yields (left, right, distance) with left < right, for a block of right rows at a time."""
     index = HashIndex()
     for start in range(0, len(hashes), block_rows):
         block = hashes[start : start + block_rows]
         index.add(block)
-        found = index.within(block, max_distance)
-        earlier = found.row < found.query + start
-        yield found.row[earlier], found.query[earlier] + start, found.distance[earlier]
+        matches = index.search(block, max_distance)
+        earlier = matches.row < matches.query + start
+        right = matches.query[earlier] + start
+        yield matches.row[earlier], right, matches.distance[earlier]
 
 
-def within(queries: Hashes, hashes: Hashes, max_distance: int) -> Hits:
-    """Rows of (N, 32) `hashes` at most `max_distance` bits from each of (Q, 32) `queries`."""
+def search_hashes(queries: Hashes, hashes: Hashes, max_distance: int) -> HashMatches:
+    """Returns the rows of `hashes` that differ in at most `max_distance` bits from each query."""
     index = HashIndex()
     index.add(hashes)
-    return index.within(queries, max_distance)
+    return index.search(queries, max_distance)
 
 
 class HashIndex:
-    """Hashes, numbered as they are added."""
+    """Hashes to search in; `row` in its matches counts them in the order they were added."""
 
     def __init__(self) -> None:
         self._index = faiss.IndexBinaryFlat(8 * HASH_BYTES)
@@ -86,18 +89,18 @@ class HashIndex:
     def add(self, hashes: Hashes) -> None:
         self._index.add(np.ascontiguousarray(hashes))
 
-    def within(self, queries: Hashes, max_distance: int) -> Hits:
-        """See `within`; numbers in place of rows."""
+    def search(self, queries: Hashes, max_distance: int) -> HashMatches:
+        """Returns the added hashes that differ in at most `max_distance` bits from each query."""
         parts = [
-            self._block(queries, start, max_distance)
+            self._search_block(queries, start, max_distance)
             for start in range(0, max(len(queries), 1), _BLOCK)
         ]
-        return Hits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return HashMatches(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def _block(self, queries: Hashes, start: int, max_distance: int) -> Hits:
+    def _search_block(self, queries: Hashes, start: int, max_distance: int) -> HashMatches:
         block = np.ascontiguousarray(queries[start : start + _BLOCK])
-        # faiss: under, not up to
+        # faiss returns distances below its radius, so the radius is one more than the maximum
         limits, distance, row = self._index.range_search(block, max_distance + 1)
         query = np.repeat(np.arange(len(block)), np.diff(limits).astype(np.int64))
         order = np.lexsort((row, distance, query))
-        return Hits(query[order] + start, row[order], distance[order].astype(np.int64))
+        return HashMatches(query[order] + start, row[order], distance[order].astype(np.int64))

@@ -1,6 +1,4 @@
-"""A small set of everything that goes wrong in a folder of pictures, made on the spot: for the demo
-and the tests.
-"""
+"""Writes a folder with the usual bad and unusual image files, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -16,57 +14,56 @@ from PIL import Image
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """What the pipeline should say of a file: status, reason ("" where ok), for the demo's
-    configuration.
-    """
+class Outcome:
+    """What the pipeline makes of a file with the demo's configuration; reason: "" if ok."""
 
     status: str
     reason: str = ""
 
 
-EXPECTED: dict[str, Expected] = {
-    "truncated.jpg": Expected("failed", "truncated"),
-    "zero bytes.jpg": Expected("failed", "empty_file"),
-    "page.jpg": Expected("failed", "not_an_image"),
-    "bomb.png": Expected("failed", "too_many_pixels"),
-    "no face.png": Expected("dropped", "no_face"),
-    "three faces.jpg": Expected("dropped", "too_many_faces"),
-    "tiny.png": Expected("dropped", "too_small"),
-    "second copy.jpg": Expected("dropped", "duplicate"),
-    "folder.jpg": Expected("failed", "not_a_file"),
-    "dangling.jpg": Expected("failed", "not_a_file"),
-    "exif.rotated.jpg": Expected("ok"),
-    "cmyk.jpg": Expected("ok"),
-    "sixteen bit.png": Expected("ok"),
-    "ünïcode/alpha.png": Expected("ok"),
-    "ünïcode/animated.webp": Expected("ok"),
-    "original.jpg": Expected("ok"),
+EXPECTED: dict[str, Outcome] = {
+    "truncated.jpg": Outcome("failed", "truncated"),
+    "zero bytes.jpg": Outcome("failed", "empty_file"),
+    "page.jpg": Outcome("failed", "not_an_image"),
+    "bomb.png": Outcome("failed", "too_many_pixels"),
+    "no face.png": Outcome("dropped", "no_face"),
+    "three faces.jpg": Outcome("dropped", "too_many_faces"),
+    "tiny.png": Outcome("dropped", "too_small"),
+    "second copy.jpg": Outcome("dropped", "duplicate"),
+    "folder.jpg": Outcome("failed", "not_a_file"),
+    "dangling.jpg": Outcome("failed", "not_a_file"),
+    "exif.rotated.jpg": Outcome("ok"),
+    "cmyk.jpg": Outcome("ok"),
+    "sixteen bit.png": Outcome("ok"),
+    "ünïcode/alpha.png": Outcome("ok"),
+    "ünïcode/animated.webp": Outcome("ok"),
+    "original.jpg": Outcome("ok"),
 }
 
 
 def write_poisoned(folder: Path, portraits: Sequence[Path]) -> None:
-    """Write every file of EXPECTED under `folder`, from at least seven portraits."""
+    """Write every file of EXPECTED into `folder`, from the first seven of `portraits`.
+
+    Raises ValueError if there are fewer.
+    """
     faces = [Image.open(path).convert("RGB").resize((512, 512)) for path in portraits[:7]]
     if len(faces) < 7:
-        raise ValueError(f"{len(faces)} portraits given, expected at least 7")
+        raise ValueError(f"{len(faces)} portraits, expected at least 7")
     (folder / "ünïcode").mkdir(parents=True, exist_ok=True)
-    whole = _jpeg(faces[0])
-    _write(folder / "original.jpg", whole)
-    _write(folder / "second copy.jpg", whole)
-    _write(folder / "truncated.jpg", whole[: len(whole) // 2])
+    original = _jpeg(faces[0])
+    _write(folder / "original.jpg", original)
+    _write(folder / "second copy.jpg", original)
+    _write(folder / "truncated.jpg", original[: len(original) // 2])
     _write(folder / "zero bytes.jpg", b"")
     _write(folder / "page.jpg", b"<!doctype html><title>404</title><script>alert(1)</script>")
     _write(folder / "bomb.png", _bomb(50_000))
     _write(folder / "no face.png", _png(_landscape()))
     _write(folder / "three faces.jpg", _jpeg(_row([face.resize((320, 320)) for face in faces[:3]])))
     _write(folder / "tiny.png", _png(faces[0].resize((40, 40))))
-    rotated = Image.Exif()
-    rotated[0x0112] = 6  # shown turned by a quarter: the pixels lie on their side
-    _write(
-        folder / "exif.rotated.jpg",
-        _jpeg(faces[1].transpose(Image.Transpose.ROTATE_90), exif=rotated),
-    )
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer rotates the stored pixels by 90° clockwise
+    stored = faces[1].transpose(Image.Transpose.ROTATE_90)
+    _write(folder / "exif.rotated.jpg", _jpeg(stored, exif=exif))
     _write(folder / "cmyk.jpg", _jpeg(faces[2].convert("CMYK")))
     grey = np.asarray(faces[3].convert("L"), np.uint16) * 257
     _write(folder / "sixteen bit.png", _png(Image.fromarray(grey)))
@@ -109,7 +106,7 @@ def _row(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def _landscape() -> Image.Image:
-    """Sky over grass: smooth, coloured, and nobody in it."""
+    """A smooth sky over grass, without a face."""
     y = np.linspace(0, 1, 400)[:, None]
     x = np.linspace(0, 1, 600)[None, :]
     sky = np.stack([90 + 80 * y + 0 * x, 150 + 60 * y + 0 * x, 230 - 20 * y + 0 * x], -1)
@@ -118,12 +115,11 @@ def _landscape() -> Image.Image:
 
 
 def _bomb(side: int) -> bytes:
-    """A valid PNG of a few kilobytes that declares side² pixels."""
+    """A valid PNG of a few kilobytes that declares side × side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return (

@@ -1,6 +1,6 @@
-"""`make demo`: the whole chain once, on real faces, each link by the command a user would type.
+"""`make demo`: runs the whole pipeline once, on real faces, with the commands a user would type.
 
-Stopped at any point, the same command goes on: every link skips what it has already made.
+If it is interrupted, the same command continues: each step skips what exists already.
 """
 
 from __future__ import annotations
@@ -18,89 +18,85 @@ PROMPTS = ("a portrait of a person in a garden", "a person wearing a red scarf, 
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    count: Annotated[int, typer.Option(min=8, help="Synthetic portraits to make.")] = 64,
-    steps: Annotated[int, typer.Option(help="Training steps; 0: as the preset says.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
+    count: Annotated[int, typer.Option(min=8, help="Number of synthetic portraits.")] = 64,
+    steps: Annotated[int, typer.Option(help="Training steps; 0: those of the preset.")] = 0,
 ) -> None:
     """Portraits → shards + report → training → portraits, then a summary."""
     started = time.time()
-    photos, data, adapter, made = (
-        folder / "photos",
-        folder / "dataset",
-        folder / "train",
-        folder / "portraits",
+    photos, data, adapter, portraits = (
+        folder / name for name in ("photos", "dataset", "train", "portraits")
     )
-    _say(1, f"{count} portraits of nobody, one photograph, and a poisoned set")
-    _python(
-        "pipelines.cli", "synthesize", "--count", str(count), "--seed", "0", "--poison", str(photos)
-    )
-    _say(2, "photographs → FGID shards and a report")
-    _python(
+    _print_step(1, f"{count} synthetic portraits, one photograph, and a set of bad files")
+    _run("pipelines.cli", f"synthesize --count {count} --seed 0 --poison", str(photos))
+    _print_step(2, "photographs → FGID shards and a report")
+    _run(
         "pipelines.cli",
-        "run",
-        "--config",
-        "configs/dataset/demo.yaml",
+        "run --config configs/dataset/demo.yaml",
         f"source.path={photos}",
         f"output={data}",
     )
-    _say(
-        3,
-        "shards → adapter (the real classes at tiny size: random weights made here, trained here)",
+    _print_step(3, "shards → adapter (Stable Diffusion's classes at tiny size, random weights)")
+    overrides = [f"data={data}", f"output={adapter}"]
+    if steps:
+        overrides.append(f"max_train_steps={steps}")
+    _run("train.cli", "--config configs/train/demo.yaml", *overrides)
+    _print_step(4, "one photograph and a prompt → portraits")
+    prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
+    _run(
+        "infer.cli",
+        "--config configs/infer/demo.yaml --photo",
+        str(photos / "portrait-0-00000.jpg"),
+        *prompts,
+        f"adapter={adapter / 'final'}",
+        f"output={portraits}",
     )
-    length = [f"max_train_steps={steps}"] if steps else []
-    _python(
-        "train.cli",
-        "--config",
-        "configs/train/demo.yaml",
-        f"data={data}",
-        f"output={adapter}",
-        *length,
-    )
-    _say(4, "one photograph and a prompt → portraits")
-    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    photo = photos / "portrait-0-00000.jpg"
-    given = [f"adapter={adapter / 'final'}", f"output={made}"]
-    _python(
-        "infer.cli", "--config", "configs/infer/demo.yaml", "--photo", str(photo), *prompts, *given
-    )
-    typer.echo("\n" + "\n".join(_summary(data, adapter, made, time.time() - started)))
+    typer.echo("\n" + "\n".join(_summary(data, adapter, portraits, time.time() - started)))
 
 
-def _say(number: int, text: str) -> None:
+def _print_step(number: int, text: str) -> None:
     typer.secho(f"\n[{number}/4] {text}", bold=True)
 
 
-def _python(module: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
+def _run(module: str, command: str, *arguments: str) -> None:
+    """Run `python -m MODULE`; exits with its code if it fails.
+
+    command: arguments separated by spaces. arguments: more of them, which may contain spaces.
+    """
+    full_command = [sys.executable, "-m", module, *command.split(), *arguments]
+    returncode = subprocess.run(full_command, check=False).returncode
+    if returncode:
+        raise typer.Exit(returncode)
 
 
-def _summary(data: Path, adapter: Path, made: Path, seconds: float) -> list[str]:
+def _summary(data: Path, adapter: Path, portraits: Path, seconds: float) -> list[str]:
     stats: dict[str, Any] = json.loads((data / "report/stats.json").read_text(encoding="utf-8"))
     training: dict[str, Any] = json.loads((adapter / "summary.json").read_text(encoding="utf-8"))
-    ledger, speed = stats["data"], stats["runs"]["images_per_second"]
+    ledger, images_per_second = stats["data"], stats["runs"]["images_per_second"]
     loss = training["noise_loss"]
-    dropped, failed = (sum(ledger[kind].values()) for kind in ("dropped", "failed"))
-    portraits = list(made.glob("portrait-*.png"))
+    dropped, failed = (sum(ledger[status].values()) for status in ("dropped", "failed"))
+    reasons = [
+        f"              {status} {reason}: {count}"
+        for status in ("dropped", "failed")
+        for reason, count in ledger[status].items()
+    ]
+    shards = f"{len(ledger['shards'])} in {data / 'shards'}"
+    if images_per_second:
+        shards += f", {images_per_second:.1f} images/s"
+    count = len(list(portraits.glob("portrait-*.png")))
     return [
         f"demo finished in {seconds / 60:.1f} minutes",
-        f"  ledger    {ledger['inputs']} inputs = {ledger['written']} written + {dropped} "
-        f"dropped + {failed} failed",
-        *(
-            f"              {kind} {reason}: {n}"
-            for kind in ("dropped", "failed")
-            for reason, n in ledger[kind].items()
-        ),
-        f"  shards    {len(ledger['shards'])} in {data / 'shards'}"
-        + (f", {speed:.1f} images/s" if speed else ""),
+        f"  ledger    {ledger['inputs']} inputs = {ledger['written']} written"
+        f" + {dropped} dropped + {failed} failed",
+        *reasons,
+        f"  shards    {shards}",
         f"  report    {data / 'report/index.html'}",
-        f"  training  noise loss {loss['start']:.3f} → {loss['end']:.3f} in {training['steps']} "
-        "steps",
+        f"  training  noise loss {loss['start']:.3f} → {loss['end']:.3f}"
+        f" in {training['steps']} steps",
         f"  adapter   {adapter / 'final'}",
-        f"  portraits {len(portraits)} in {made}; see contact_sheet.png there first",
-        "The model is tiny and was trained here in minutes: its portraits show that the chain "
-        "works, no more.",
+        f"  portraits {count} in {portraits}; see contact_sheet.png there first",
+        "The model is tiny and was trained here for minutes: its portraits only show that every "
+        "step works.",
     ]
 
 

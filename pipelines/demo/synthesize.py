@@ -1,8 +1,8 @@
-"""Portraits for the demo: photo-real faces of nobody, from a seed.
+"""Generates portraits of people who don't exist, for the demo, from a seed.
 
-Four fifths of FGID are synthetic StyleGAN faces (SFHQ); this makes the same kind with
-MobileStyleGAN (FFHQ, 1024²) on OpenVINO. Styles are drawn towards the mean, `w = mean + 0.6·(map(z)
-- mean)`, which trades variety for likeness.
+Four fifths of FGID are synthetic StyleGAN faces (SFHQ). This generates the same kind with
+MobileStyleGAN (FFHQ, 1024 × 1024) on OpenVINO. Styles are truncated towards their mean,
+`w = mean + 0.6·(map(z) - mean)`: less variety, more realism.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from stages.codec import Image, encode_jpeg
 
 STYLE_DIM = 512
 TRUNCATION = 0.6
-MEAN_OF = 512  # styles averaged for the mean
+MEAN_SAMPLES = 512  # styles averaged for the mean
 
 
 class Synthesizer:
-    """The two networks, loaded once. Portrait i of a seed depends on (seed, i) alone."""
+    """Loads MobileStyleGAN's two networks. A portrait depends on (seed, index) only."""
 
     def __init__(self, weights: Weights | None = None) -> None:
         weights = weights or Weights()
         self._mapping = _network(weights, "stylegan_mapping")
         self._synthesis = _network(weights, "stylegan_synthesis")
-        self._mean = np.mean([_run(self._mapping, _noise(0, i)) for i in range(MEAN_OF)], axis=0)
+        self._mean = np.mean(
+            [_run(self._mapping, _noise(0, i)) for i in range(MEAN_SAMPLES)], axis=0
+        )
 
     def portrait(self, seed: int, index: int) -> Image:
-        """RGB (1024, 1024, 3) uint8."""
+        """Returns a portrait, RGB (1024, 1024, 3) uint8."""
         style = _run(self._mapping, _noise(seed + 1, index))
         pixels = _run(self._synthesis, self._mean + TRUNCATION * (style - self._mean))[0]
         rgb = np.clip(pixels * 127.5 + 127.5, 0, 255).transpose(1, 2, 0)
@@ -41,8 +43,9 @@ class Synthesizer:
 def write_portraits(
     folder: Path, count: int, seed: int, weights: Weights | None = None
 ) -> Iterator[Path]:
-    """Write portrait-SEED-NNNNN.jpg into `folder`, keeping those already there; yields each path
-    when it is there.
+    """Write `count` files portrait-SEED-NNNNN.jpg into `folder`; yields each path once it exists.
+
+    Files that exist already are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     synthesizer: Synthesizer | None = None
@@ -50,15 +53,15 @@ def write_portraits(
         path = folder / f"portrait-{seed}-{index:05d}.jpg"
         if not path.exists():
             synthesizer = synthesizer or Synthesizer(weights)
-            unfinished = path.with_suffix(".part")
-            unfinished.write_bytes(encode_jpeg(synthesizer.portrait(seed, index), 92))
-            unfinished.replace(path)
+            partial = path.with_suffix(".part")
+            partial.write_bytes(encode_jpeg(synthesizer.portrait(seed, index), 92))
+            partial.replace(path)
         yield path
 
 
 def write_extras(folder: Path, seed: int) -> None:
-    """A real photograph (scikit-image's astronaut: NASA, public domain) and the poisoned set,
-    beside the portraits.
+    """Write into the portraits' folder: a real photograph (scikit-image's astronaut: NASA, public
+    domain) and `poisoned/`, the files of `write_poisoned`.
     """
     import skimage.data
 
@@ -70,9 +73,8 @@ def write_extras(folder: Path, seed: int) -> None:
 
 
 def _noise(seed: int, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.random.Generator(np.random.PCG64([seed, index])).standard_normal(
-        (1, STYLE_DIM), dtype=np.float32
-    )
+    generator = np.random.Generator(np.random.PCG64([seed, index]))
+    return generator.standard_normal((1, STYLE_DIM), dtype=np.float32)
 
 
 def _network(weights: Weights, name: str) -> Any:

@@ -1,5 +1,6 @@
-"""Exact copies among the inputs: sizes first, then the first 4 KB, then the whole file, so that few
-are read whole.
+"""Finds inputs with the same bytes.
+
+Compares sizes first, then the first 4 KB, then the whole file, so that few files are read whole.
 """
 
 from __future__ import annotations
@@ -13,37 +14,41 @@ from pipelines.planning.input_index import InputIndex
 from pipelines.sources import Input, Source
 from stages.base import Rejection
 
-_PREFIX = 4096
+_PREFIX = 4096  # bytes
 
 
-def mark_copies(index: InputIndex, source: Source) -> None:
-    """Mark each input whose bytes are those of an earlier one, in the plan's order."""
-    found: list[list[Input]] = []
-    for group in index.same_size(1, source.limit):
+def mark_exact_copies(index: InputIndex, source: Source) -> None:
+    """Mark each input that has the same bytes as an earlier one, in the plan's order."""
+    copies: list[list[Input]] = []
+    for group in index.groups_of_equal_size(1, source.max_bytes):
         by_prefix = _split([group], lambda item: _digest(source, item, _PREFIX))
-        found += _split(by_prefix, lambda item: _digest(source, item, -1))
-    for first, *copies in found:
-        for copy in copies:
-            index.mark_copy(copy, first)
+        copies += _split(by_prefix, lambda item: _digest(source, item, -1))
+    for original, *others in copies:
+        for item in others:
+            index.mark_exact_copy(item, original)
 
 
-def _split(groups: Iterable[list[Input]], by: Callable[[Input], Any]) -> list[list[Input]]:
-    """Each group cut by `by`, keeping order; groups of one can't hold copies and are left out."""
-    kept = []
+def _split(groups: Iterable[list[Input]], key: Callable[[Input], Any]) -> list[list[Input]]:
+    """Divides each group by `key` and returns the parts with at least two inputs, in order.
+
+    Inputs whose key is None are left out.
+    """
+    parts = []
     for group in groups:
-        parts: dict[Any, list[Input]] = defaultdict(list)
+        by_key: dict[Any, list[Input]] = defaultdict(list)
         for item in group:
-            if (value := by(item)) is not None:
-                parts[value].append(item)
-        kept += [part for part in parts.values() if len(part) > 1]
-    return kept
+            if (value := key(item)) is not None:
+                by_key[value].append(item)
+        parts += [part for part in by_key.values() if len(part) > 1]
+    return parts
 
 
 def _digest(source: Source, item: Input, count: int) -> str | None:
-    """sha256 of the first `count` bytes; None for an input that can't be read: the run itself will
-    say why.
+    """Returns the sha256 of the first `count` bytes (-1: all).
+
+    None if the input can't be read: the run reads it again and records the reason.
     """
     try:
-        return hashlib.sha256(source.fetch(item, count)).hexdigest()
+        return hashlib.sha256(source.read_with_retries(item, count)).hexdigest()
     except Rejection:
         return None

@@ -1,31 +1,50 @@
-"""InputIndex: millions of inputs, sorted and compared in an SQLite file, in little memory."""
+"""InputIndex: sorts and compares the inputs in a temporary SQLite file.
+
+Memory use doesn't grow with the number of inputs, which may be millions.
+"""
 
 from __future__ import annotations
 
 import itertools
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final
 
 from configs.errors import ConfigError
 from pipelines.sources import Input
 
-COLUMNS: Final = ("key", "source", "locator", "size", "version", "facts", "duplicate_of")
+# Column of plan.parquet and of the index → attribute of Input. The column `facts` holds the
+# provenance; it keeps its first name, so that existing plans can be read.
+_ATTRIBUTE_BY_COLUMN: Final = {
+    "source": "source",
+    "locator": "locator",
+    "size": "size",
+    "version": "version",
+    "facts": "provenance",
+    "duplicate_of": "duplicate_of",
+}
+COLUMNS: Final = ("key", *_ATTRIBUTE_BY_COLUMN)  # of plan.parquet, except for `shard`
 _TABLE: Final = """
 CREATE TABLE inputs (
     key TEXT PRIMARY KEY, source TEXT, locator BLOB, size INTEGER, version TEXT, facts TEXT,
     duplicate_of TEXT NOT NULL DEFAULT '', shard INTEGER, position INTEGER,
-    state TEXT  -- vanished (known, and not seen yet), known, changed, new
+    -- vanished: in the previous plan, and not listed (yet); unchanged, changed: in both; new
+    state TEXT
 ) WITHOUT ROWID
 """
 
 
-class InputIndex:
-    """First `load_known`, then `see` every listed input, then `place` them; `shards` gives them
-    back in order.
+def input_from_row(row: Mapping[str, Any]) -> Input:
+    """Returns the Input that a row of plan.parquet describes."""
+    return Input(**{name: row[column] for column, name in _ATTRIBUTE_BY_COLUMN.items()})
 
-    Its file has no name: it goes with the process, however that ends.
+
+class InputIndex:
+    """Call `load_previous_plan`, then `add_listed` for every listed input, then `assign_shards`;
+    after that, `shards` yields the inputs in order.
+
+    The file has no name, so it disappears with the process, however that ends.
     """
 
     def __init__(self) -> None:
@@ -54,63 +73,62 @@ class InputIndex:
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM inputs").fetchone()[0])
 
-    def load_known(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows of an earlier plan, in its order."""
+    def load_previous_plan(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Insert the rows of an earlier plan, given in its order."""
         names = ("key", "source", "locator", "size", "version", "facts")
-        given = (
+        values = (
             (*(row[name] for name in names), row["shard"], position)
             for position, row in enumerate(rows)
         )
         self._db.executemany(
             "INSERT INTO inputs (key, source, locator, size, version, facts, shard, position, "
-            "state) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'vanished')",
-            given,
+            "state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'vanished')",
+            values,
         )
 
-    def see(self, item: Input) -> None:
-        """An input that the source lists. Raises ConfigError where two of them would have the same
-        name.
+    def add_listed(self, item: Input) -> None:
+        """Insert an input that the source lists, or compare it with the previous plan's.
+
+        Raises ConfigError if another listed input has the same name.
         """
-        given = (item.key, item.source, item.locator, item.size, item.version, item.facts)
-        found = self._db.execute(
+        row = self._db.execute(
             "SELECT state, size, version, locator FROM inputs WHERE key = ?", (item.key,)
         ).fetchone()
-        if found is None:
+        if row is None:
             self._db.execute(
                 "INSERT INTO inputs (key, source, locator, size, version, facts, state) "
                 "VALUES (?, ?, ?, ?, ?, ?, 'new')",
-                given,
+                (item.key, item.source, item.locator, item.size, item.version, item.provenance),
             )
             return
-        state, size, version, locator = found
+        state, size, version, locator = row
         if state != "vanished":
             raise ConfigError(
                 f"two inputs are called {item.source!r} ({locator[:200]!r} and "
-                f"{item.locator[:200]!r}). "
-                "Names must be unique: rename one, or name rows by another source.name_column."
+                f"{item.locator[:200]!r}). Names must be unique: rename one, or name rows by "
+                "another source.name_column."
             )
-        state = "known" if (size, version) == (item.size, item.version) else "changed"
+        state = "unchanged" if (size, version) == (item.size, item.version) else "changed"
         self._db.execute(
-            "UPDATE inputs SET locator = ?, size = ?, version = ?, facts = ?, state = ? WHERE "
-            "key = ?",
-            (item.locator, item.size, item.version, item.facts, state, item.key),
+            "UPDATE inputs SET locator = ?, size = ?, version = ?, facts = ?, state = ? "
+            "WHERE key = ?",
+            (item.locator, item.size, item.version, item.provenance, state, item.key),
         )
 
-    def place(self, shard_size: int) -> tuple[int, int, int]:
-        """Cut new inputs, sorted by name, into shards behind the known ones; how many are new,
-        changed, vanished.
+    def assign_shards(self, shard_size: int) -> tuple[int, int, int]:
+        """Divide the new inputs, sorted by name, into shards behind the existing ones.
+
+        Returns the numbers of (new, changed, vanished) inputs.
         """
-        last, rows = self._db.execute(
+        last_shard, planned = self._db.execute(
             "SELECT coalesce(max(shard), -1), count(shard) FROM inputs"
         ).fetchone()
         self._db.execute(
             "UPDATE inputs SET position = ? + n, shard = ? + n / ? FROM ("
-            "  SELECT key AS k, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n FROM "
-            "inputs "
-            "  WHERE state = 'new'"
+            "  SELECT key AS k, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n "
+            "  FROM inputs WHERE state = 'new'"
             ") WHERE key = k",
-            (rows, last + 1, shard_size),
+            (planned, last_shard + 1, shard_size),
         )
         self._db.execute("CREATE UNIQUE INDEX by_place ON inputs (position)")
         counts = dict(
@@ -118,26 +136,31 @@ class InputIndex:
         )
         return counts.get("new", 0), counts.get("changed", 0), counts.get("vanished", 0)
 
-    def same_size(self, least: int, most: int) -> Iterator[list[Input]]:
-        """Groups of inputs of equal size, from `least` to `most` bytes, each in the plan's order."""
+    def groups_of_equal_size(self, min_size: int, max_size: int) -> Iterator[list[Input]]:
+        """Yields the inputs of each size that several have, in the plan's order.
+
+        Sizes in bytes, both limits included.
+        """
         self._db.execute("CREATE INDEX by_size ON inputs (size, position)")
-        names = "source, locator, size, version, facts"
-        found = self._db.execute(
-            f"SELECT {names} FROM inputs WHERE size IN ("  # noqa: S608 - no value comes from outside
+        rows = self._db.execute(
+            f"SELECT {', '.join(COLUMNS)} FROM inputs WHERE size IN ("  # noqa: S608
             "  SELECT size FROM inputs WHERE size BETWEEN ? AND ? GROUP BY size HAVING count(*) > 1"
             ") ORDER BY size, position",
-            (least, most),
+            (min_size, max_size),
         )
-        items = (Input(**dict(zip(names.split(", "), row, strict=True))) for row in found)
+        items = (input_from_row(dict(zip(COLUMNS, row, strict=True))) for row in rows)
         for _, group in itertools.groupby(items, lambda item: item.size):
             yield list(group)
 
-    def mark_copy(self, item: Input, of: Input) -> None:
-        self._db.execute("UPDATE inputs SET duplicate_of = ? WHERE key = ?", (of.source, item.key))
+    def mark_exact_copy(self, item: Input, original: Input) -> None:
+        """Record that `item` has the same bytes as the earlier input `original`."""
+        self._db.execute(
+            "UPDATE inputs SET duplicate_of = ? WHERE key = ?", (original.source, item.key)
+        )
 
     def shards(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Each shard's number and rows, in order."""
+        """Yields (shard number, its rows as column → value), in order."""
         query = f"SELECT shard, {', '.join(COLUMNS)} FROM inputs ORDER BY position"  # noqa: S608
-        found = self._db.execute(query)
-        for number, rows in itertools.groupby(found, lambda row: row[0]):
+        by_shard = itertools.groupby(self._db.execute(query), lambda row: row[0])
+        for number, rows in by_shard:
             yield number, [dict(zip(COLUMNS, row[1:], strict=True)) for row in rows]

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from configs.errors import ShardError, SourceError, StoreError
 from configs.schema import DatasetConfig
-from pipelines.planning.exact_copies import mark_copies
-from pipelines.planning.input_index import COLUMNS, InputIndex
+from pipelines.planning.exact_copies import mark_exact_copies
+from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
 from pipelines.sources import Input, build_source
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
@@ -122,19 +122,19 @@ def make_plan(config: DatasetConfig, store: Store) -> Plan:
 
 def _make_plan(config: DatasetConfig, store: Store) -> Plan:
     with InputIndex() as index:
-        index.load_known(_read_rows(store))
+        index.load_previous_plan(_read_rows(store))
         source = build_source(config)
         for item in source.list():
-            index.see(item)
+            index.add_listed(item)
         if not len(index):
             raise SourceError(
                 f"source.path={config.source.path!r} holds no "
                 f"{', '.join(config.source.extensions)} files, at any "
                 "depth. Give another folder, or other source.extensions."
             )
-        new, changed, vanished = index.place(config.shard_size)
+        new, changed, vanished = index.assign_shards(config.shard_size)
         if config.source.find_copies:
-            mark_copies(index, source)
+            mark_exact_copies(index, source)
         file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file))
         file.flush()
@@ -264,5 +264,5 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:
-    names = ["source", "locator", "size", "version", "facts", "duplicate_of"]
-    return [Input(**row) for row in file.read_row_group(group, columns=names).to_pylist()]
+    rows = file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
+    return [input_from_row(row) for row in rows]

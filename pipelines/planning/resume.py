@@ -59,13 +59,13 @@ def load_shard(
         if item.key in removed:
             yield PendingRecord(exclusions.removed_record(item.key), NO_STAGES)
             continue
-        fields = source.gives(item)
+        fields = source.provided_fields(item)
         provided = frozenset(
             stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides)
         )
         old = reusable.get(item.key)
         new = next(arriving) if item.key in read_keys else None
-        if old is not None and (new is None or source.same(earlier[item.key], new)):
+        if old is not None and (new is None or source.is_unchanged(earlier[item.key], new)):
             yield PendingRecord(old.record, old.remaining_stages - provided)
         elif new is None:
             raise AssertionError("an input is reused or read")

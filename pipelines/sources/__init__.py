@@ -1,4 +1,4 @@
-"""Sources: what goes in. `source.kind` names one of these; `auto` tells by the path's ending."""
+"""Sources: where the input images come from. `source.kind` selects one of the classes below."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig, SourceConfig
-from pipelines.sources.base import STAGE, Input, Source, Transient
+from pipelines.sources.base import STAGE, Input, Source, TransientFailure
 
-__all__ = ["STAGE", "Input", "Source", "Transient", "build_source"]
+__all__ = ["STAGE", "Input", "Source", "TransientFailure", "build_source"]
 
-_KINDS: Final = {
+_CLASSES: Final = {
     "local": "pipelines.sources.files:LocalFiles",
     "remote": "pipelines.sources.files:RemoteFiles",
     "webdataset": "pipelines.sources.tars:WebDataset",
@@ -19,7 +19,7 @@ _KINDS: Final = {
     "urls": "pipelines.sources.urls:UrlList",
     "fgid": "pipelines.sources.fgid:FgidLayout",
 }
-_ENDINGS: Final = {
+_KIND_BY_EXTENSION: Final = {
     ".tar": "webdataset",
     ".parquet": "parquet",
     ".csv": "urls",
@@ -30,19 +30,22 @@ _ENDINGS: Final = {
 
 
 def build_source(config: DatasetConfig) -> Source:
-    """The configured source; nothing is listed yet. Raises SourceError if none is given."""
-    module, name = _KINDS[_kind(config.source)].split(":")
+    """Returns the source that `config.source` names; lists and reads nothing yet.
+
+    Raises SourceError if `source.path` is empty.
+    """
+    module, name = _CLASSES[_kind(config.source)].split(":")
     source: Source = getattr(importlib.import_module(module), name)(config)
     return source
 
 
 def _kind(config: SourceConfig) -> str:
+    """Returns the key of _CLASSES; `auto` decides by the extension of `source.path`."""
     if not config.path:
         raise SourceError("no source given. Say where the photographs are: source.path=FOLDER")
-    remote = "://" in config.path and not config.path.startswith(("file://", "local://"))
-    files = "remote" if remote else "local"
+    is_url = "://" in config.path and not config.path.startswith(("file://", "local://"))
+    files = "remote" if is_url else "local"
     if config.kind != "auto":
         return files if config.kind == "files" else config.kind
-    return next(
-        (kind for ending, kind in _ENDINGS.items() if config.path.lower().endswith(ending)), files
-    )
+    path = config.path.lower()
+    return next((kind for end, kind in _KIND_BY_EXTENSION.items() if path.endswith(end)), files)

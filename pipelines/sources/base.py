@@ -1,4 +1,4 @@
-"""What every source is: a list of inputs at planning, and their bytes on the workers."""
+"""Source: what every source implements. The driver lists its inputs, workers read their bytes."""
 
 from __future__ import annotations
 
@@ -23,141 +23,154 @@ from configs.schema import DatasetConfig
 from stages.base import Dropped, Failed, Rejection, reject
 from stages.record import Record, key_of
 
-STAGE = "source"
-# what a source may state of a picture: record fields
-FACTS: Final = ("license", "author", "consent")
-_LONGEST_WAIT: Final = 30.0  # seconds between two tries, whatever a server asks for
+STAGE: Final = "source"  # the `stage` of records that are dropped or failed while reading
+# record fields that a source may state for an input
+PROVENANCE_FIELDS: Final = ("license", "author", "consent")
+_MAX_WAIT: Final = 30.0  # seconds between two attempts, even if a server asks for more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
     """One planned input.
 
-    source: its name, unique in the data set, relative to the source's root. locator: how the source
-    finds it again, as bytes (file names need not be text). size: bytes, -1 where unknown. version:
-    changes whenever the content may have (a time of change, an ETag), "" where nothing is known.
-    facts: what the source states of it (license, author, …) as a JSON object, "" for nothing.
-    duplicate_of: the source of an earlier input with the very same bytes.
+    source: its name, unique in the data set, relative to the source's root.
+    locator: what the source needs to read it, as bytes, since file names need not be text.
+    size: in bytes; -1 if unknown.
+    version: a value that changes whenever the content may have changed (modification time, ETag);
+        "" if unknown.
+    provenance: a JSON object with those of PROVENANCE_FIELDS that the source states; "" if none.
+    duplicate_of: the `source` of an earlier input with the same bytes; "" if there is none.
     """
 
     source: str
     locator: bytes
     size: int = -1
     version: str = ""
-    facts: str = ""
+    provenance: str = ""
     duplicate_of: str = ""
 
     @property
     def key(self) -> str:
+        """The record's key: 20 hex digits, see `key_of`."""
         return key_of(self.source)
 
 
-class Transient(Failed):
-    """Can't be read now, but may be in a moment: a timeout, a 503. Tried again before it is
-    believed.
+class TransientFailure(Failed):
+    """A failure that may not happen again, such as a timeout or status 503: reading is retried.
 
-    after: seconds that the server asks to wait before the next try.
+    retry_after: seconds that the server asks to wait before the next attempt.
     """
 
-    def __init__(self, reason: str, detail: str = "", after: float = 0.0) -> None:
+    def __init__(self, reason: str, detail: str = "", retry_after: float = 0.0) -> None:
         super().__init__(reason, detail)
-        self.after = after
+        self.retry_after = retry_after
 
 
 class Source(ABC):
-    """A kind of place that photographs come from. Lists on the driver, reads on the workers; holds
-    no state.
+    """A place that input images come from. Lists inputs on the driver, reads them on workers.
+
+    Keeps no state between calls.
     """
 
-    concurrency: int = 1  # reads at a time; over 1 where reading is waiting
+    concurrency: int = 1  # inputs read at a time; more than 1 where reading mostly waits
 
     def __init__(self, config: DatasetConfig) -> None:
         self.config = config.source
-        self.limit = config.resize.max_bytes
+        self.max_bytes = config.resize.max_bytes
         self.output = config.output
 
     @abstractmethod
     def list(self) -> Iterator[Input]:
-        """Every input, in no particular order, without holding them all. Raises SourceError if
-        there can be none.
+        """Yields every input, in any order, without collecting them in memory.
+
+        Raises SourceError if the source can't be listed.
         """
 
     @abstractmethod
     def read(self, item: Input, count: int = -1) -> bytes:
-        """The input's bytes, or the first `count` of them. Raises Failed, Dropped or Transient."""
+        """Returns the input's bytes, or the first `count` of them (-1: all).
 
-    def gives(self, item: Input) -> frozenset[str]:
-        """Record fields that come with this input: a stage that provides nothing else isn't run for
-        it.
+        Raises Failed, Dropped or TransientFailure.
+        """
+
+    def provided_fields(self, item: Input) -> frozenset[str]:
+        """Returns the record fields that come with this input.
+
+        A stage that provides only such fields isn't run for it.
         """
         return frozenset()
 
-    def fetch(self, item: Input, count: int = -1) -> bytes:
-        """`read`, tried again while its failure may pass. Raises Failed or Dropped."""
+    def read_with_retries(self, item: Input, count: int = -1) -> bytes:
+        """Returns what `read` returns; after a TransientFailure tries again, `source.tries` times
+        in all. Raises Failed or Dropped.
+        """
         data: bytes = self._retrying(self.read, item, count)
         return data
 
-    def complete(self, record: Record, item: Input) -> Record:
-        """`record`, whose image has been read, with what else comes with its input (see `gives`)."""
+    def add_provided_fields(self, record: Record, item: Input) -> Record:
+        """Returns `record`, whose image has been read, with its input's `provided_fields` set."""
         return record
 
-    def same(self, old: Record, new: Record) -> bool:
-        """True if `new` is what `old` was made of: the same bytes, or the same reason to give none."""
+    def is_unchanged(self, old: Record, new: Record) -> bool:
+        """True if `new`, just read, has the same bytes and provenance as `old`, the record of an
+        earlier run; if it couldn't be read, True if `old` failed in the same way.
+        """
         if new.ok:
-            return all(getattr(old, name) == getattr(new, name) for name in ("sha256", *FACTS))
-        return (old.status, old.reason, old.detail, old.stage) == (
-            new.status,
-            new.reason,
-            new.detail,
-            new.stage,
-        )
+            fields = ("sha256", *PROVENANCE_FIELDS)
+        else:
+            fields = ("status", "reason", "detail", "stage")
+        return all(getattr(old, name) == getattr(new, name) for name in fields)
 
     def record(self, item: Input, read: Callable[[Input], bytes] | None = None) -> Record:
-        """The record of one input, its image the source's own bytes; ended already where it can't
-        be read.
+        """Reads one input and returns its record, dropped or failed if it couldn't be read.
 
-        read: in place of `self.read`, for sources that read several inputs at once.
+        `image` holds the source's bytes as they are. read: called in place of `self.read`, for
+        sources that read several inputs at once.
         """
-        facts: dict[str, Any] = json.loads(item.facts) if item.facts else {}
+        provenance: dict[str, Any] = json.loads(item.provenance) if item.provenance else {}
         record = Record(
             key=item.key,
             source=item.source,
-            **{name: facts.get(name) or getattr(self.config, name) for name in FACTS},
+            **{
+                name: provenance.get(name) or getattr(self.config, name)
+                for name in PROVENANCE_FIELDS
+            },
         )
         try:
             if item.duplicate_of:
                 raise Dropped("duplicate", f"same bytes as {item.duplicate_of}")
-            data = self._retrying(read, item) if read else self.fetch(item)
+            data = self._retrying(read, item) if read else self.read_with_retries(item)
             record = replace(record, image=data, sha256=hashlib.sha256(data).hexdigest())
-            return self.complete(record, item)
-        except Rejection as verdict:
-            return reject(record, verdict, STAGE)
+            return self.add_provided_fields(record, item)
+        except Rejection as rejection:
+            return reject(record, rejection, STAGE)
 
     def records(self, items: Sequence[Input]) -> Iterator[Record]:
-        """The records of `items`, in order; `concurrency` are read at a time."""
+        """Yields the records of `items`, in order; reads `concurrency` of them at a time."""
         if self.concurrency == 1 or len(items) < 2:
             yield from map(self.record, items)
             return
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix=STAGE)
         try:
             yield from pool.map(self.record, items)
-        finally:  # where a run is stopped, a server that hangs must not hold it up
+        finally:
+            # Don't wait: a run that is being stopped must not be delayed by a server that hangs.
             pool.shutdown(wait=False, cancel_futures=True)
 
     @cached_property
     def _retrying(self) -> Retrying:
         return Retrying(
-            retry=retry_if_exception_type(Transient),
+            retry=retry_if_exception_type(TransientFailure),
             stop=stop_after_attempt(self.config.tries),
             wait=self._wait,
             reraise=True,
         )
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds until the next try: at random, growing, and no less than the server has asked
-        for.
+        """Seconds until the next attempt: random exponential backoff, or what the server asked for
+        if that is longer; at most _MAX_WAIT.
         """
         error = state.outcome.exception() if state.outcome else None
-        asked = error.after if isinstance(error, Transient) else 0.0
-        growing = wait_random_exponential(multiplier=self.config.backoff, max=_LONGEST_WAIT)(state)
-        return min(max(growing, asked), _LONGEST_WAIT)
+        requested = error.retry_after if isinstance(error, TransientFailure) else 0.0
+        backoff = wait_random_exponential(multiplier=self.config.backoff, max=_MAX_WAIT)(state)
+        return min(max(backoff, requested), _MAX_WAIT)

@@ -1,9 +1,9 @@
-"""One picture from one URL: from public addresses only, within limits of time and size, as its
-server allows.
+"""Fetches one image from a URL: from public addresses only, within limits of time and size, and
+only if its server doesn't opt out.
 
-A host's address is looked up once, checked, and connected to as it is: no second look-up could
-answer otherwise. TLS still checks the name. Each redirect goes the same way. Proxies of the
-environment are not used.
+A host name is resolved once; the address is checked, and the connection goes to that very address,
+so a second DNS answer can't lead elsewhere (DNS rebinding). TLS still verifies the host name. Each
+redirect is checked in the same way. Proxy settings in the environment are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url
 from urllib3.util.connection import create_connection
 
-from pipelines.sources.base import Transient
+from pipelines.sources.base import TransientFailure
 from stages.base import Dropped, Failed
 
 USER_AGENT: Final = (
@@ -44,62 +44,68 @@ _HEADERS: Final = {
     "Accept": "image/*,*/*;q=0.5",
     "Accept-Encoding": "identity",
 }
-_REDIRECTS: Final = 5
-_PATIENCE: Final = 10  # the whole picture must be here within as many times `timeout`
+_MAX_REDIRECTS: Final = 5
+_DEADLINE_FACTOR: Final = 10  # a fetch, redirects included, may take this many times `timeout`
 _CHUNK: Final = 1 << 18  # bytes
-_LATER: Final = frozenset({408, 425, 429})
-_NO: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
+_TRANSIENT_STATUS: Final = frozenset({408, 425, 429})  # and all from 500 on
+_OPT_OUT: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
-Allowed = Callable[[str], bool]  # an address, as text
-# time.monotonic() at which this thread's fetch is given up
+AddressCheck = Callable[[str], bool]  # True if the IP address, as text, may be connected to
+# time.monotonic() at which the current thread's fetch is given up
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
-class Refused(faults.HTTPError):
-    """A host none of whose addresses may be connected to."""
+class RefusedAddress(faults.HTTPError):
+    """None of the host's addresses may be connected to."""
 
 
 class Fetcher:
-    """Fetches pictures, from any number of threads.
+    """Fetches images by URL. Safe to use from several threads.
 
-    allowed: which addresses may be connected to. timeout: seconds for connecting and without a
-    byte. limit: bytes of a picture, decoded. at_once: fetches at a time.
+    is_allowed: whether an address may be connected to. timeout: seconds to connect, and seconds
+    between two received parts. max_bytes: of one image, decompressed. concurrency: number of
+    threads that fetch at a time.
     """
 
     def __init__(
-        self, allowed: Allowed, timeout: float, limit: int, ignore_robots: bool, at_once: int
+        self,
+        is_allowed: AddressCheck,
+        timeout: float,
+        max_bytes: int,
+        ignore_robots: bool,
+        concurrency: int,
     ) -> None:
-        self._timeout, self._limit, self._ignore_robots = timeout, limit, ignore_robots
-        self._pools = PoolManager(num_pools=2 * at_once, maxsize=at_once, headers=_HEADERS)
-        self._pools.pool_classes_by_scheme = checked_pools(allowed)
+        self._timeout, self._max_bytes, self._ignore_robots = timeout, max_bytes, ignore_robots
+        self._pools = PoolManager(num_pools=2 * concurrency, maxsize=concurrency, headers=_HEADERS)
+        self._pools.pool_classes_by_scheme = checked_pools(is_allowed)
 
     def fetch(self, url: str) -> bytes:
-        """The body behind `url`.
+        """Returns the response body of `url`, after redirects.
 
         Raises Failed: bad_url, refused_address, bad_certificate, too_many_redirects,
-        too_many_bytes, bad_encoding, http_<status>; Transient: connection, timeout, cut_off,
+        too_many_bytes, bad_encoding, http_<status>; TransientFailure: connection, timeout, cut_off,
         http_<status>; Dropped: robots_opt_out.
         """
-        _deadline.set(time.monotonic() + _PATIENCE * self._timeout)
-        for _ in range(_REDIRECTS + 1):
+        _deadline.set(time.monotonic() + _DEADLINE_FACTOR * self._timeout)
+        for _ in range(_MAX_REDIRECTS + 1):
             try:
                 check_url(url)
                 response = self._request(url)
             except faults.HTTPError as error:
-                raise _verdict(error) from None
+                raise _to_failure(error) from None
             try:
                 target = response.get_redirect_location()
                 if not target:
-                    return self._taken(response)
-                url = _joined(url, target)
+                    return self._read_body(response)
+                url = _resolve_redirect(url, target)
             except faults.ProtocolError:
-                raise Transient("cut_off", "the body ended early") from None
+                raise TransientFailure("cut_off", "the body ended early") from None
             except faults.HTTPError as error:
-                raise _verdict(error) from None
+                raise _to_failure(error) from None
             finally:
                 response.close()
-        raise Failed("too_many_redirects", f"more than {_REDIRECTS}")
+        raise Failed("too_many_redirects", f"more than {_MAX_REDIRECTS}")
 
     def _request(self, url: str) -> BaseHTTPResponse:
         return self._pools.request(
@@ -111,28 +117,32 @@ class Fetcher:
             timeout=Timeout(connect=self._timeout, read=self._timeout),
         )
 
-    def _taken(self, response: BaseHTTPResponse) -> bytes:
+    def _read_body(self, response: BaseHTTPResponse) -> bytes:
         if response.status != 200:
             reason = f"http_{response.status}"
-            if response.status in _LATER or response.status >= 500:
-                raise Transient(reason, after=_retry_after(response.headers.get("Retry-After", "")))
+            if response.status in _TRANSIENT_STATUS or response.status >= 500:
+                seconds = _retry_after(response.headers.get("Retry-After", ""))
+                raise TransientFailure(reason, retry_after=seconds)
             raise Failed(reason)
         if not self._ignore_robots and opts_out(response.headers.getlist("X-Robots-Tag")):
             raise Dropped("robots_opt_out", "its server's X-Robots-Tag says so")
-        told = response.headers.get("Content-Length", "")
-        if told.isdecimal() and int(told) > self._limit:
-            raise Failed("too_many_bytes", f"{int(told):,} bytes, limit {self._limit:,}")
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            raise Failed("too_many_bytes", f"{int(length):,} bytes, limit {self._max_bytes:,}")
         parts, size = [], 0
         while part := response.read1(_CHUNK, decode_content=True):
             parts.append(part)
             size += len(part)
-            if size > self._limit:
-                raise Failed("too_many_bytes", f"over {self._limit:,} bytes")
+            if size > self._max_bytes:
+                raise Failed("too_many_bytes", f"over {self._max_bytes:,} bytes")
         return b"".join(parts)
 
 
 def check_url(url: str) -> None:
-    """Raises Failed: bad_url, without repeating what may be private in it."""
+    """Raises Failed bad_url unless `url` is an http(s) URL with a host and without credentials.
+
+    The detail doesn't repeat the URL, which may hold a password or token.
+    """
     try:
         parsed = parse_url(url)
     except (faults.HTTPError, ValueError):
@@ -146,64 +156,67 @@ def check_url(url: str) -> None:
 
 
 def is_public(address: str) -> bool:
-    """True for addresses of the public internet; those that hold another one (IPv4 in IPv6) are
-    judged by both.
+    """True if `address` belongs to the public internet.
+
+    An IPv6 address that embeds an IPv4 address (mapped, 6to4, Teredo, NAT64) counts as the
+    embedded one.
     """
-    found = ipaddress.ip_address(address)
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
-        if found in _NAT64:
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if found.is_site_local:
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
+        if ip in _NAT64:
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if embedded is not None:
+            return is_public(str(embedded))
+        if ip.is_site_local:
             return False
-    special = found.is_private or found.is_loopback or found.is_link_local or found.is_multicast
-    return found.is_global and not (special or found.is_reserved or found.is_unspecified)
+    special = ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_multicast
+    return ip.is_global and not (special or ip.is_reserved or ip.is_unspecified)
 
 
 def opts_out(values: list[str]) -> bool:
-    """True if any X-Robots-Tag header, whichever agent it names, asks that the picture isn't used."""
-    return any(_NO.intersection(re.split(r"[\s,:;]+", value.lower())) for value in values)
+    """True if any of the X-Robots-Tag headers `values` asks not to use the image, for any agent."""
+    return any(_OPT_OUT.intersection(re.split(r"[\s,:;]+", value.lower())) for value in values)
 
 
-def checked_pools(allowed: Allowed) -> dict[str, type[HTTPConnectionPool]]:
-    """scheme → connection pool whose connections go to `allowed` addresses only, and end at the
-    thread's deadline.
+def checked_pools(is_allowed: AddressCheck) -> dict[str, type[HTTPConnectionPool]]:
+    """Returns scheme → urllib3 connection pool class.
+
+    Its connections go to allowed addresses only, and reading ends at the thread's deadline.
     """
 
-    class Plain(HTTPConnection):
+    class CheckedConnection(HTTPConnection):
         response_class = _Response
 
         def _new_conn(self) -> socket.socket:
-            return _connect(self, allowed)
+            return _connect(self, is_allowed)
 
-    class Secure(HTTPSConnection):
+    class CheckedTLSConnection(HTTPSConnection):
         response_class = _Response
 
         def _new_conn(self) -> socket.socket:
-            return _connect(self, allowed)
+            return _connect(self, is_allowed)
 
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
+    class HTTPPool(HTTPConnectionPool):
+        ConnectionCls = CheckedConnection
 
-    class SecurePool(HTTPSConnectionPool):
-        ConnectionCls = Secure
+    class HTTPSPool(HTTPSConnectionPool):
+        ConnectionCls = CheckedTLSConnection
 
-    return {"http": PlainPool, "https": SecurePool}
+    return {"http": HTTPPool, "https": HTTPSPool}
 
 
-def _connect(connection: HTTPConnection, allowed: Allowed) -> socket.socket:
-    """A socket to the first of the host's allowed addresses that answers."""
+def _connect(connection: HTTPConnection, is_allowed: AddressCheck) -> socket.socket:
+    """Returns a socket to the first of the host's allowed addresses that answers."""
     try:
-        found = socket.getaddrinfo(connection._dns_host, connection.port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(connection._dns_host, connection.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise faults.NewConnectionError(connection, "unknown host") from error
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    fault: Exception = Refused(
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
+    fault: Exception = RefusedAddress(
         f"{addresses[0]} is no public address" if addresses else "no address"
     )
-    for address in filter(allowed, addresses):
+    for address in filter(is_allowed, addresses):
         if time.monotonic() >= _deadline.get():
             raise faults.ConnectTimeoutError(connection, "the deadline has passed")
         try:
@@ -219,28 +232,31 @@ def _connect(connection: HTTPConnection, allowed: Allowed) -> socket.socket:
 
 
 class _Response(HTTPResponse):
-    """Waits for each piece, of headers and body, no longer than the socket's timeout and the
-    thread's deadline.
-    """
+    """A response whose headers and body are read through _DeadlineReader."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock))
+        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock))
 
 
-class _Timed(io.RawIOBase):
+class _DeadlineReader(io.RawIOBase):
+    """Limits each read to the socket's timeout and to what is left until the thread's deadline.
+
+    The socket's timeout alone doesn't end a response that arrives slowly, byte by byte.
+    """
+
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         super().__init__()
-        self._raw, self._sock, self._longest = raw, sock, sock.gettimeout()
+        self._raw, self._sock, self._timeout = raw, sock, sock.gettimeout()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left = _deadline.get() - time.monotonic()
-        if left <= 0:
+        remaining = _deadline.get() - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("the deadline has passed")
-        self._sock.settimeout(left if self._longest is None else min(left, self._longest))
+        self._sock.settimeout(remaining if self._timeout is None else min(remaining, self._timeout))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -248,7 +264,8 @@ class _Timed(io.RawIOBase):
         super().close()
 
 
-def _joined(url: str, target: str) -> str:
+def _resolve_redirect(url: str, target: str) -> str:
+    """Returns the absolute URL of a redirect. Raises Failed bad_url."""
     try:
         return urljoin(url, target)
     except ValueError:
@@ -256,32 +273,31 @@ def _joined(url: str, target: str) -> str:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds, given as such or as a date; 0.0 where it is neither."""
+    """Seconds to wait from a Retry-After header (seconds or a date); 0.0 if it is neither."""
     try:
         return Retry().parse_retry_after(value)
     except (faults.InvalidHeader, ValueError, OverflowError):
         return 0.0
 
 
-def _verdict(error: faults.HTTPError) -> Failed:
-    """Why a fetch has failed; the error's own text, which may hold the URL, isn't repeated."""
+def _to_failure(error: faults.HTTPError) -> Failed:
+    """Returns the failure for a urllib3 error. Its text is left out, as it may hold the URL."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Failed("bad_certificate", cause.verify_message)
         cause = cause.__cause__ or cause.__context__
     match error:
-        case Refused():
+        case RefusedAddress():
             return Failed("refused_address", str(error))
         case faults.LocationParseError() | faults.LocationValueError() | faults.URLSchemeUnknown():
             return Failed("bad_url", "it can't be taken apart")
         case faults.DecodeError():
             return Failed("bad_encoding", "its Content-Encoding is not what it says")
         case faults.NewConnectionError():
-            return Transient(
-                "connection", type(error.__cause__ or error.__context__ or error).__name__
-            )
+            cause = error.__cause__ or error.__context__ or error
+            return TransientFailure("connection", type(cause).__name__)
         case faults.TimeoutError():
-            return Transient("timeout", "no answer in time")
+            return TransientFailure("timeout", "no answer in time")
         case _:
-            return Transient("connection", type(error).__name__)
+            return TransientFailure("connection", type(error).__name__)

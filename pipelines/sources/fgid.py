@@ -1,10 +1,10 @@
-"""The layout ConsistentID's authors publish FGID in: JSON_all.json beside pictures, label maps and
-identities.
+"""Reads FGID as ConsistentID's authors publish it: JSON_all.json beside images, label maps and
+identity embeddings.
 
-The reference's spellings vary from script to script, and its paths are relative to folders that its
-trainer is told of, or absolute on the machine that wrote them: see `FgidLayout._find`. Where an
-entry brings a label map, an identity or captions, the stages that would make them aren't run for
-it. Nothing is unpickled but tensors.
+The reference's scripts use several spellings of the same JSON key. Its paths are relative to
+folders given to its trainer on the command line, or absolute on the machine that wrote them; see
+`FgidLayout._resolve`. If an entry comes with a label map, an identity or captions, the stages that
+would compute them aren't run for it. Only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import FACTS, Input, Source
+from pipelines.sources.base import PROVENANCE_FIELDS, Input, Source
 from pipelines.sources.files import read_file
 from pipelines.sources.objects import read_objects
 from stages.base import Failed
@@ -37,8 +37,7 @@ from stages.resize import as_jpeg
 
 JSON_ALL: Final = "JSON_all.json"
 
-# What the reference calls it, in the order of preference → the folders its paths may be relative
-# to.
+# The reference's JSON keys, preferred ones first → folders that the paths may be relative to.
 _Names = Mapping[str, tuple[str, ...]]
 _IMAGE: Final[_Names] = {
     "resize_IMG": ("resize_IMG", "FGID_resize"),
@@ -52,33 +51,33 @@ _IDENTITY: Final[_Names] = dict.fromkeys(
 _FOLDERS: Final[_Names] = {**_IMAGE, **_PARSING, **_IDENTITY}
 _CAPTION: Final = ("vqa_llva",)
 _FACE_CAPTION: Final = ("vqa_llva_more_face_detail", "vqa_llva_facial", "vqa_llva_face_caption")
-_OWN: Final = (  # what export-json adds
-    *(
-        "faces",
-        "face",
-        "sha256",
-        "width",
-        "height",
-        "source_width",
-        "source_height",
-        "identity_norm",
-    ),
+# keys that `export-json` adds to the reference's
+_EXPORTED: Final = (
+    "faces",
+    "face",
+    "sha256",
+    "width",
+    "height",
+    "source_width",
+    "source_height",
+    "identity_norm",
 )
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PNG = b"\x89PNG\r\n\x1a\n"
-_LONGEST_PATH = 4096
-_MOST_IDENTITY_BYTES = 1 << 20
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_PATH = 4096  # characters
+_MAX_SIDE = 1 << 20  # pixels
+_MAX_IDENTITY_BYTES = 1 << 20
 
-# image, parsing, identity: [the reference's name, path]; caption, face_caption; _OWN
+# An Input's locator: image, parsing, identity: [JSON key, path]; caption, face_caption; _EXPORTED.
 Entry = dict[str, Any]
 
 
 class FgidLayout(Source):
-    """`source.path` is the JSON file, or the folder that holds JSON_all.json.
+    """`source.path` is the JSON file, or a folder with a JSON_all.json in it.
 
-    Pictures are named by `source` where export-json wrote it, else by their path as it stands in
-    the JSON.
+    An input's name is the entry's `source`, which export-json writes, else its image path as the
+    JSON states it.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
@@ -92,71 +91,72 @@ class FgidLayout(Source):
         if not self._file.is_file():
             raise SourceError(
                 f"source.path={self.config.path!r} is no FGID set. Give a {JSON_ALL}, or a "
-                "folder that holds one, on "
-                "this machine."
+                "folder that holds one, on this machine."
             )
         for number, raw in enumerate(read_objects(self._file), 1):
             yield self._input(raw, number)
 
     def _input(self, raw: dict[str, Any], number: int) -> Input:
-        raw = {name: _clean(value) for name, value in raw.items()}
+        raw = {name: _to_utf8(value) for name, value in raw.items()}
         kinds = {"image": _IMAGE, "parsing": _PARSING, "identity": _IDENTITY}
-        chosen = {kind: self._chosen(raw, names) for kind, names in kinds.items()}
-        entry: Entry = {kind: given for kind, (given, _) in chosen.items()}
-        entry["caption"], entry["face_caption"] = _first(raw, _CAPTION), _first(raw, _FACE_CAPTION)
-        entry |= {name: raw[name] for name in _OWN if name in raw}
+        chosen = {kind: self._first_existing(raw, names) for kind, names in kinds.items()}
+        entry: Entry = {kind: name_and_path for kind, (name_and_path, _) in chosen.items()}
+        entry["caption"] = _first_text(raw, _CAPTION)
+        entry["face_caption"] = _first_text(raw, _FACE_CAPTION)
+        entry |= {name: raw[name] for name in _EXPORTED if name in raw}
         locator = json.dumps(
             {name: value for name, value in entry.items() if value not in (None, "", [])}
         )
-        facts = {name: raw[name] for name in FACTS if _is_text(raw.get(name))}
-        found = [stat for _, stat in chosen.values()]
-        name = (
-            _first(raw, ("source",)) or _first(raw, tuple(_IMAGE)).lstrip("/") or f"entry {number}"
-        )
+        provenance = {name: raw[name] for name in PROVENANCE_FIELDS if _is_text(raw.get(name))}
+        sizes_and_times = [size_and_time for _, size_and_time in chosen.values()]
+        image_path = _first_text(raw, tuple(_IMAGE)).lstrip("/")
+        version = json.dumps([locator, provenance, sizes_and_times])
         return Input(
-            source=name,
+            source=_first_text(raw, ("source",)) or image_path or f"entry {number}",
             locator=locator.encode(),
-            size=found[0][0],
-            version=hashlib.sha256(json.dumps([locator, facts, found]).encode()).hexdigest()[:32],
-            facts=json.dumps(facts) if facts else "",
+            size=sizes_and_times[0][0],
+            version=hashlib.sha256(version.encode()).hexdigest()[:32],
+            provenance=json.dumps(provenance) if provenance else "",
         )
 
-    def _chosen(
+    def _first_existing(
         self, raw: dict[str, Any], names: _Names
     ) -> tuple[tuple[str, str] | None, tuple[int, int]]:
-        """The first of `names` whose file is there, else the first that is given; its size and time
-        of change, -1 for no file.
+        """Returns ((JSON key, path), (size in bytes, modification time in ns)).
+
+        Chooses the first of `names` whose file exists, else the first that the entry has, with
+        (-1, -1); None if the entry has none of them.
         """
-        given = [(name, raw[name]) for name in names if _is_text(raw.get(name))]
-        for pair in given:
+        stated = [(name, raw[name]) for name in names if _is_text(raw.get(name))]
+        for name, path in stated:
             try:
-                found = os.stat(self._find(*pair))
+                info = os.stat(self._resolve(name, path))
             except (Failed, OSError):
                 continue
-            return pair, (found.st_size, found.st_mtime_ns)
-        return given[0] if given else None, (-1, -1)
+            return (name, path), (info.st_size, info.st_mtime_ns)
+        return stated[0] if stated else None, (-1, -1)
 
-    def _find(self, name: str, path: str) -> bytes:
-        """Where a file lies below the JSON's folder: at the longest ending of `path` that exists
-        there, or in the folders of the layout that such files lie in. Raises Failed:
-        outside_source, not_a_file.
+    def _resolve(self, name: str, path: str) -> bytes:
+        """Returns the file that `path`, stated under the JSON key `name`, refers to.
+
+        Looks below the JSON's folder, and below its subfolders for such files, for the longest
+        ending of `path` that exists there. Raises Failed: outside_source, not_a_file.
         """
         parts = [part for part in os.path.normpath(path).split("/") if part]
         if ".." in parts:
             raise Failed("outside_source", f"{name}: {path!r} leaves the JSON's folder")
-        for start in range(len(parts) if len(path) <= _LONGEST_PATH else 0):
+        for start in range(len(parts) if len(path) <= _MAX_PATH else 0):
             for root in ("", *_FOLDERS[name]):
                 candidate = os.path.join(self._folder, root, *parts[start:])
-                if os.path.isfile(candidate):
-                    if (
-                        os.path.commonpath([self._folder, os.path.realpath(candidate)])
-                        != self._folder
-                    ):
-                        raise Failed(
-                            "outside_source",
-                            f"{name}: {path!r} is a link that leaves the JSON's folder",
-                        )
-                    return os.fsencode(candidate)
+                if not os.path.isfile(candidate):
+                    continue
+                real = os.path.realpath(candidate)
+                if os.path.commonpath([self._folder, real]) != self._folder:
+                    raise Failed(
+                        "outside_source",
+                        f"{name}: {path!r} is a link that leaves the JSON's folder",
+                    )
+                return os.fsencode(candidate)
         raise Failed(
             "not_a_file", f"{name}: no ending of {path!r} is a file below the JSON's folder"
         )
@@ -166,78 +166,78 @@ class FgidLayout(Source):
         entry: Entry = json.loads(item.locator)
         if "image" not in entry:
             raise Failed("bad_entry", f"it names no picture: expected one of {', '.join(_IMAGE)}")
-        return read_file(self._find(*entry["image"]), self.limit, count)
+        return read_file(self._resolve(*entry["image"]), self.max_bytes, count)
 
-    def gives(self, item: Input) -> frozenset[str]:
-        return _gives(json.loads(item.locator))
+    def provided_fields(self, item: Input) -> frozenset[str]:
+        return _provided_fields(json.loads(item.locator))
 
-    def same(self, old: Record, new: Record) -> bool:
-        """False for a whole record: `old` doesn't tell what of it was given, and what was made."""
-        return not new.ok and super().same(old, new)
+    def is_unchanged(self, old: Record, new: Record) -> bool:
+        """False unless `new` failed: `old` doesn't state which of its fields came with the entry
+        and which were computed.
+        """
+        return not new.ok and super().is_unchanged(old, new)
 
-    def complete(self, record: Record, item: Input) -> Record:
-        """Raises Failed: what reading a file and as_jpeg raise, bad_faces, bad_parsing,
+    def add_provided_fields(self, record: Record, item: Input) -> Record:
+        """Raises Failed: the reasons of `read_file` and `as_jpeg`, bad_faces, bad_parsing,
         bad_embedding.
         """
         entry: Entry = json.loads(item.locator)
-        given = _gives(entry)
+        provided = _provided_fields(entry)
         if _SHA256.fullmatch(str(entry.get("sha256"))):
-            # of the photograph it was made of, long ago
+            # of the original photograph, before an export
             record = replace(record, sha256=entry["sha256"])
-        if "image" in given:
+        if "image" in provided:
             image, width, height = as_jpeg(record.image, self._resize)
             source_width, source_height = _source_size(entry, width, height)
             record = replace(record, image=image, width=width, height=height)
             record = replace(record, source_width=source_width, source_height=source_height)
-        if "faces" in given:
+        if "faces" in provided:
             record = replace(record, faces=_faces(entry, record), face=entry["face"])
-        if "parsing" in given:
-            data = read_file(self._find(*entry["parsing"]), self.limit)
+        if "parsing" in provided:
+            data = read_file(self._resolve(*entry["parsing"]), self.max_bytes)
             record = replace(record, parsing=_checked_labels(data, record))
-        if "identity" in given:
-            data = read_file(self._find(*entry["identity"]), _MOST_IDENTITY_BYTES)
-            norm = entry.get("identity_norm")
-            known = float(norm) if isinstance(norm, int | float) and math.isfinite(norm) else None
-            record = replace(record, identity=read_identity(data), identity_norm=known)
-        if "caption" in given:
+        if "identity" in provided:
+            data = read_file(self._resolve(*entry["identity"]), _MAX_IDENTITY_BYTES)
+            norm = _finite(entry.get("identity_norm"))
+            record = replace(record, identity=read_identity(data), identity_norm=norm)
+        if "caption" in provided:
             record = replace(record, caption=entry["caption"], face_caption=entry["face_caption"])
         return record
 
 
-def _gives(entry: Entry) -> frozenset[str]:
-    """What an entry brings. Captions count as a pair. A picture with a label map or faces keeps its
-    size: they are in its pixels.
+def _provided_fields(entry: Entry) -> frozenset[str]:
+    """Returns the record fields that an entry comes with; captions only if it has both.
+
+    An image that comes with a label map or faces isn't resized, since they are in its pixels.
     """
-    given: set[str] = {name for name in ("parsing",) if name in entry}
+    fields: set[str] = {"parsing"} & entry.keys()
     if "identity" in entry:
-        given |= {"identity", "identity_norm"}
+        fields |= {"identity", "identity_norm"}
     if "caption" in entry and "face_caption" in entry:
-        given |= {"caption", "face_caption"}
+        fields |= {"caption", "face_caption"}
     if "faces" in entry:
-        given |= {"faces", "face"}
-    if given & {"parsing", "faces"}:
-        given |= {"image", "width", "height", "source_width", "source_height"}
-    return frozenset(given)
+        fields |= {"faces", "face"}
+    if fields & {"parsing", "faces"}:
+        fields |= {"image", "width", "height", "source_width", "source_height"}
+    return frozenset(fields)
 
 
 def _source_size(entry: Entry, width: int, height: int) -> tuple[int, int]:
-    """(width, height) that the entry states of the photograph behind its picture; else the
-    picture's own.
+    """Returns (width, height) of the original photograph as the entry states it, else the image's
+    own.
     """
-    given = [
-        side
-        for side in (entry.get("source_width"), entry.get("source_height"))
-        if type(side) is int
-    ]
-    return (
-        (given[0], given[1])
-        if len(given) == 2 and 0 < min(given) <= max(given) < 1 << 20
-        else (width, height)
-    )
+    source_width, source_height = entry.get("source_width"), entry.get("source_height")
+    if type(source_width) is not int or type(source_height) is not int:
+        return width, height
+    if not (0 < source_width < _MAX_SIDE and 0 < source_height < _MAX_SIDE):
+        return width, height
+    return source_width, source_height
 
 
 def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:
-    """Raises Failed bad_faces unless they are sound, and of a picture of this size."""
+    """Returns the entry's faces. Raises Failed bad_faces if they are malformed, or belong to an
+    image of another size.
+    """
     size = (entry.get("width", record.width), entry.get("height", record.height))
     if size != (record.width, record.height):
         raise Failed(
@@ -249,9 +249,8 @@ def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:
         numbers = [
             value for face in faces for value in (*face.box, *sum(face.landmarks, ()), face.score)
         ]
-        if not all(math.isfinite(value) for value in numbers) or {
-            len(face.landmarks) for face in faces
-        } != {5}:
+        landmark_counts = {len(face.landmarks) for face in faces}
+        if not all(math.isfinite(value) for value in numbers) or landmark_counts != {5}:
             raise ValueError("expected finite numbers, and five landmarks each")
         if type(entry.get("face")) is not int or not 0 <= entry["face"] < len(faces):
             raise ValueError(f"face={entry.get('face')!r} is none of {len(faces)}")
@@ -261,10 +260,13 @@ def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:
 
 
 def _checked_labels(data: bytes, record: Record) -> bytes:
-    """A label map's PNG, if it is one of the record's picture. Raises Failed bad_parsing."""
-    if not data.startswith(_PNG) or len(data) < 24:
+    """Returns `data` if it is a label map (PNG, labels 0-18) of the image's size.
+
+    Raises Failed bad_parsing.
+    """
+    if not data.startswith(_PNG_SIGNATURE) or len(data) < 24:
         raise Failed("bad_parsing", f"no PNG: begins with {data[:8]!r}")
-    width, height = struct.unpack(">II", data[16:24])  # before anything is decoded
+    width, height = struct.unpack(">II", data[16:24])  # checked before anything is decoded
     if (width, height) != (record.width, record.height):
         raise Failed("bad_parsing", f"{width}×{height}, the picture {record.width}×{record.height}")
     try:
@@ -277,54 +279,60 @@ def _checked_labels(data: bytes, record: Record) -> bytes:
 
 
 def read_identity(data: bytes) -> FloatArray:
-    """A (1, 512) or (512,) tensor as torch.save wrote it, or such an .npy → float32[512] of unit
-    norm.
+    """Returns float32[512] of unit norm, from a (1, 512) or (512,) tensor that torch.save wrote, or
+    from an .npy file of that shape.
 
-    One of unit norm is left to the bit. Code in it isn't run. Raises Failed bad_embedding.
+    A vector whose norm is 1 within 0.001 is returned unscaled. Pickled code isn't run. Raises
+    Failed bad_embedding.
     """
+    shapes = ((1, IDENTITY_DIM), (IDENTITY_DIM,))
     try:
         if data.startswith(b"\x93NUMPY"):
             values = np.load(io.BytesIO(data), allow_pickle=False)
         else:
             import torch
 
-            # torch's own are stored; a deflated one could hold anything
-            if zipfile.is_zipfile(io.BytesIO(data)):
-                with zipfile.ZipFile(io.BytesIO(data)) as packed:
-                    if sum(member.file_size for member in packed.infolist()) > _MOST_IDENTITY_BYTES:
-                        raise ValueError(f"it unpacks to over {_MOST_IDENTITY_BYTES:,} bytes")
+            _check_unpacked_size(data)
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            values = (
-                tensor.to(torch.float32).numpy()
-                if tensor.shape in ((1, IDENTITY_DIM), (IDENTITY_DIM,))
-                else None
-            )
-    except Exception as error:  # noqa: BLE001 - torch's and numpy's readers raise whatever broken bytes provoke
+            values = tensor.to(torch.float32).numpy() if tensor.shape in shapes else None
+    except Exception as error:  # noqa: BLE001 - torch and numpy raise many types for broken bytes
         raise Failed(
             "bad_embedding", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from None
-    if (
-        values is None
-        or values.shape not in ((1, IDENTITY_DIM), (IDENTITY_DIM,))
-        or values.dtype.kind != "f"
-    ):
+    if values is None or values.shape not in shapes or values.dtype.kind != "f":
         raise Failed("bad_embedding", f"expected a tensor of (1, {IDENTITY_DIM}) numbers")
     identity: FloatArray = values.reshape(-1).astype(np.float32)
     norm = float(np.linalg.norm(identity))
     if not math.isfinite(norm) or norm < 1e-6:
         raise Failed("bad_embedding", f"its norm is {norm}")
-    near = abs(norm - 1) < 1e-3  # as near as the embed stage demands
-    return identity if near else np.asarray(identity / norm, np.float32)
+    is_unit = abs(norm - 1) < 1e-3
+    return identity if is_unit else np.asarray(identity / norm, np.float32)
 
 
-def _first(raw: dict[str, Any], names: tuple[str, ...]) -> str:
+def _check_unpacked_size(data: bytes) -> None:
+    """Raises ValueError if `data` is a zip that unpacks to too many bytes.
+
+    torch.save stores without compression, but a file from elsewhere may be a zip bomb.
+    """
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > _MAX_IDENTITY_BYTES:
+            raise ValueError(f"it unpacks to over {_MAX_IDENTITY_BYTES:,} bytes")
+
+
+def _first_text(raw: dict[str, Any], names: tuple[str, ...]) -> str:
     return next((raw[name] for name in names if _is_text(raw.get(name))), "")
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _clean(value: Any) -> Any:
-    """Text that UTF-8 can hold: JSON may escape halves of surrogate pairs."""
+def _to_utf8(value: Any) -> Any:
+    """Returns text with lone surrogates, which JSON escapes may contain, replaced by "?"."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

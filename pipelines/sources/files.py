@@ -1,8 +1,7 @@
-"""Pictures as files: a folder, a glob, or an fsspec URL of either (s3://, gs://, hf://, https://,
-…).
+"""Images as single files: a folder or a glob, local or an fsspec URL (s3://, gs://, https://, …).
 
-A name that ends like a picture but is no regular file (a folder, a dangling link, a pipe) is listed
-with size -1 and never opened blindly.
+A name with an image's extension that isn't a regular file (a folder, a dangling link, a pipe) is
+listed with size -1. Reading it fails with `not_a_file`; devices and pipes are never opened.
 """
 
 from __future__ import annotations
@@ -18,19 +17,20 @@ from urllib.parse import unquote
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import Input, Source, Transient
-from pipelines.sources.paths import version_of
+from pipelines.sources.base import Input, Source, TransientFailure
+from pipelines.sources.paths import file_version
 from stages.base import Failed
 from stages.storage.remote import file_system, is_transient
 
 logger = logging.getLogger(__name__)
 
-_MAGIC = re.compile(r"[*?\[]")
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 class LocalFiles(Source):
-    """Files under a folder of this machine (or of a file system that every node mounts), or those a
-    glob names.
+    """Files in a folder, at any depth, or files that match a glob.
+
+    The folder is on this machine, or on a file system that every node mounts.
     """
 
     def list(self) -> Iterator[Input]:
@@ -39,14 +39,13 @@ class LocalFiles(Source):
         if not os.path.isdir(root):
             raise SourceError(
                 f"source.path={config.path!r} is not a folder. Give a folder of "
-                f"{', '.join(config.extensions)}, "
-                "a glob, or an fsspec URL."
+                f"{', '.join(config.extensions)}, a glob, or an fsspec URL."
             )
-        skip = os.fsencode(os.path.realpath(self.output)) if self.output else b""
+        output = os.fsencode(os.path.realpath(self.output)) if self.output else b""
         top = os.fsencode(root)
-        for folder, folders, files in os.walk(top, onerror=_unlisted):
+        for folder, folders, files in os.walk(top, onerror=_warn_unlisted):
             folders[:] = [
-                name for name in folders if os.path.realpath(os.path.join(folder, name)) != skip
+                name for name in folders if os.path.realpath(os.path.join(folder, name)) != output
             ]
             for name in (*files, *folders):
                 if os.path.splitext(os.fsdecode(name))[1].lower() in config.extensions:
@@ -57,23 +56,21 @@ class LocalFiles(Source):
     def _input(self, top: bytes, path: bytes) -> Input:
         source = path.decode("utf-8", "backslashreplace").replace(os.sep, "/")
         try:
-            found = os.stat(os.path.join(top, path))
+            info = os.stat(os.path.join(top, path))
         except OSError:
             return Input(source=source, locator=path)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(info.st_mode):
             return Input(source=source, locator=path)
-        return Input(
-            source=source, locator=path, size=found.st_size, version=str(found.st_mtime_ns)
-        )
+        return Input(source=source, locator=path, size=info.st_size, version=str(info.st_mtime_ns))
 
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: not_a_file, unreadable, too_many_bytes."""
         root, _ = split_glob(self.config.path)
-        return read_file(os.path.join(os.fsencode(root), item.locator), self.limit, count)
+        return read_file(os.path.join(os.fsencode(root), item.locator), self.max_bytes, count)
 
 
 class RemoteFiles(Source):
-    """Files behind an fsspec URL. What answers for a moment only is tried again."""
+    """Files behind an fsspec URL. Requests that fail for a transient reason are retried."""
 
     concurrency = 16
 
@@ -87,96 +84,98 @@ class RemoteFiles(Source):
         folders = [self._root]
         while folders:
             folder = folders.pop()
-            for found in self._entries(folder):
-                path = found["name"].rstrip("/")
-                above, _, name = path.rpartition("/")
-                # the folder's own mark; on the web, a link to elsewhere
-                if above != folder or not name:
+            for entry in self._entries(folder):
+                path = entry["name"].rstrip("/")
+                parent, _, name = path.rpartition("/")
+                # Object stores list the folder itself too; web pages link to other places.
+                if parent != folder or not name:
                     continue
-                if found["type"] == "directory":
+                if entry["type"] == "directory":
                     folders.append(path)
                 elif os.path.splitext(name)[1].lower() in self.config.extensions:
-                    item = self._input(path, found)
+                    item = self._input(path, entry)
                     if self._pattern is None or self._pattern.fullmatch(item.source):
                         yield item
 
     def _entries(self, folder: str) -> Iterable[dict[str, Any]]:
+        """Returns fsspec's entries of one folder. Raises SourceError if it can't be listed."""
         try:
-            found: list[dict[str, Any]] = self._retrying(
-                self._ask, self._fs.ls, folder, detail=True
+            entries: list[dict[str, Any]] = self._retrying(
+                self._request, self._fs.ls, folder, detail=True
             )
         except FileNotFoundError:
             if folder != self._root:
-                return []  # it has gone since
+                return []  # deleted since its parent was listed
             raise SourceError(
                 f"source.path={self.config.path!r} isn't there. Give another folder or glob."
             ) from None
         except Exception as error:  # each file system raises its own
             raise SourceError(
                 f"source.path={self.config.path!r} can't be listed at {folder}: {error}. Check "
-                "that it exists and that "
-                "its keys and endpoint are in the environment, then run again."
+                "that it exists and that its keys and endpoint are in the environment, then run "
+                "again."
             ) from error
-        for entry in found:
+        for entry in entries:
             if entry["type"] == "directory" and entry["name"] == f"{folder}/":
                 logger.warning(
                     "%s: names with // in them can't be listed, and are left out", folder
                 )
-        return found
+        return entries
 
-    def _input(self, path: str, found: dict[str, Any]) -> Input:
+    def _input(self, path: str, entry: dict[str, Any]) -> Input:
         source = path[len(self._root) :].lstrip("/")
-        size = found.get("size")
+        size = entry.get("size")
         return Input(
             source=unquote(source) if path.startswith(("http://", "https://")) else source,
             locator=path.encode(),
             size=-1 if size is None else int(size),
-            version=version_of(found),
+            version=file_version(entry),
         )
 
     def read(self, item: Input, count: int = -1) -> bytes:
-        """Raises Failed: not_a_file, unreadable, too_many_bytes; Transient: unreachable."""
-        if item.size > self.limit:
-            raise Failed("too_many_bytes", f"{item.size:,} bytes, limit {self.limit:,}")
-        end = self.limit + 1 if count < 0 else count
-        # no part of an empty file can be asked for
-        part = {"start": 0, "end": end} if item.size else {}
+        """Raises Failed: not_a_file, unreadable, too_many_bytes; TransientFailure: unreachable."""
+        if item.size > self.max_bytes:
+            raise Failed("too_many_bytes", f"{item.size:,} bytes, limit {self.max_bytes:,}")
+        end = self.max_bytes + 1 if count < 0 else count
+        # An empty file has no byte range that could be requested.
+        byte_range = {"start": 0, "end": end} if item.size else {}
         try:
-            data: bytes = self._ask(self._fs.cat_file, item.locator.decode(), **part)[:end]
+            path = item.locator.decode()
+            data: bytes = self._request(self._fs.cat_file, path, **byte_range)[:end]
         except FileNotFoundError:
             raise Failed("not_a_file", "it is gone") from None
         except Failed:
             raise
         except Exception as error:  # noqa: BLE001 - each file system raises its own
             raise Failed("unreadable", f"{type(error).__name__}: {error}") from None
-        if len(data) > self.limit:
-            raise Failed("too_many_bytes", f"over {self.limit:,} bytes")
+        if len(data) > self.max_bytes:
+            raise Failed("too_many_bytes", f"over {self.max_bytes:,} bytes")
         return data
 
-    def _ask(self, function: Callable[..., Any], path: str, **options: Any) -> Any:
-        """Raises Transient where the same question may be answered in a moment."""
+    def _request(self, function: Callable[..., Any], path: str, **options: Any) -> Any:
+        """Calls `function`. Raises TransientFailure if it failed for a transient reason."""
         try:
             return function(path, **options)
         except Exception as error:
             if is_transient(error):
-                raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
+                raise TransientFailure("unreachable", f"{type(error).__name__}: {error}") from None
             raise
 
 
-def _unlisted(error: OSError) -> None:
+def _warn_unlisted(error: OSError) -> None:
     logger.warning(
-        "%s can't be listed (%s): its pictures are left out", error.filename, error.strerror
+        "%s can't be listed (%s): its images are left out", error.filename, error.strerror
     )
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
-    """The folder above the first wildcard, and a pattern for names relative to it; no pattern for a
-    plain folder.
+    """Splits a glob into the folder above its first wildcard and a pattern for names relative to
+    that folder; the pattern is None if `path` is a plain folder.
     """
-    if not _MAGIC.search(path) or os.path.isdir(path):
+    if not _WILDCARD.search(path) or os.path.isdir(path):
         return path.rstrip("/") or path, None
     parts = path.split("/")
-    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    first = next(i for i, part in enumerate(parts) if _WILDCARD.search(part))
     from fsspec.utils import glob_translate
 
     return "/".join(parts[:first]) or ("/" if path.startswith("/") else "."), re.compile(
@@ -184,33 +183,35 @@ def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
     )
 
 
-def read_file(path: bytes, limit: int, count: int = -1) -> bytes:
-    """A regular file's bytes, or the first `count`. Raises Failed: not_a_file, unreadable,
-    too_many_bytes (`limit`).
+def read_file(path: bytes, max_bytes: int, count: int = -1) -> bytes:
+    """Returns the bytes of a regular file, or the first `count` of them (-1: all).
+
+    Raises Failed: not_a_file, unreadable, too_many_bytes (over `max_bytes`).
     """
     try:
-        _check_regular(os.stat(path))  # nothing else is opened: that alone sets some devices going
-        # it may be a pipe by now, which then can't block
+        # Check before opening: opening alone makes some devices act.
+        _check_regular(os.stat(path))
+        # O_NONBLOCK: should it have become a pipe since the check, opening it can't block.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        nowhere = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
-        raise Failed("not_a_file" if nowhere else "unreadable", error.strerror or "") from None
+        missing = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+        raise Failed("not_a_file" if missing else "unreadable", error.strerror or "") from None
     try:
-        found = os.fstat(handle)
-        _check_regular(found)
-        if found.st_size > limit:
-            raise Failed("too_many_bytes", f"{found.st_size:,} bytes, limit {limit:,}")
+        info = os.fstat(handle)
+        _check_regular(info)
+        if info.st_size > max_bytes:
+            raise Failed("too_many_bytes", f"{info.st_size:,} bytes, limit {max_bytes:,}")
         with os.fdopen(handle, "rb", closefd=False) as stream:
-            data = stream.read(limit + 1 if count < 0 else count)
+            data = stream.read(max_bytes + 1 if count < 0 else count)
     except OSError as error:
         raise Failed("unreadable", error.strerror or "") from None
     finally:
         os.close(handle)
-    if len(data) > limit:  # it has grown, or hid its size
-        raise Failed("too_many_bytes", f"over {limit:,} bytes")
+    if len(data) > max_bytes:  # the file has grown, or reported a wrong size
+        raise Failed("too_many_bytes", f"over {max_bytes:,} bytes")
     return data
 
 
-def _check_regular(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _check_regular(info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
         raise Failed("not_a_file", "a folder, pipe, socket or device")

@@ -1,5 +1,5 @@
-"""The files a `source.path` names, here or behind an fsspec URL: one, a folder of them, a glob, or
-a brace pattern.
+"""Finds the files that `source.path` names: a file, a folder, a glob or a brace pattern, local or
+an fsspec URL. Also what sources share to read parts of such files.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from braceexpand import braceexpand
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import FACTS, Source, Transient
+from pipelines.sources.base import PROVENANCE_FIELDS, Source, TransientFailure
 from stages.base import Failed
 from stages.storage.remote import file_system, is_local, is_transient
 
-_MAGIC: Final = re.compile(r"[*?\[{]")
-_BLOCK: Final = 1 << 18  # bytes fetched at a time from a remote file that is listed
-_FACT: Final = 1000  # characters
+_WILDCARD: Final = re.compile(r"[*?\[{]")
+_BLOCK: Final = 1 << 18  # bytes fetched at a time from a remote file while it is listed
+_MAX_PROVENANCE: Final = 1000  # characters kept of each provenance value
 
 
-class InsideFiles(Source):
-    """A source whose pictures lie inside other files, here or behind an fsspec URL, and are read
-    where they lie.
+class ContainerSource(Source):
+    """A source whose images lie inside other files, such as tars, local or behind an fsspec URL.
+
+    Images are read by byte range; the container files are never copied or unpacked.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
@@ -38,9 +39,11 @@ class InsideFiles(Source):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A file. name: relative to the folder above the first wildcard; path: as its file system takes
-    it.
+class SourceFile:
+    """A file that `source.path` names.
+
+    fs: its fsspec file system. name: path relative to the folder above the first wildcard.
+    path: path on `fs`. version: see `file_version`.
     """
 
     fs: Any
@@ -49,70 +52,81 @@ class Found:
     version: str
 
     @contextmanager
-    def open(self, seeking: bool = True) -> Iterator[IO[bytes]]:
-        """Its bytes, from their start. Raises SourceError, also for what goes wrong in the block,
-        if it can't be read.
+    def open(self, seekable: bool = True) -> Iterator[IO[bytes]]:
+        """Opens the file for reading, at its start.
 
-        seeking: whether it will be read in parts.
+        seekable: whether the caller seeks in it. Raises SourceError if the file can't be read,
+        also for errors of the file system inside the `with` block.
         """
-        with _listing(self.path), self.fs.open(self.path, "rb", block_size=_BLOCK) as stream:
+        with (
+            _file_errors_as_source_error(self.path),
+            self.fs.open(self.path, "rb", block_size=_BLOCK) as stream,
+        ):
             try:
-                if seeking:
+                if seekable:
                     stream.seek(0, io.SEEK_END)
                     stream.seek(0)
             except ValueError:
                 raise SourceError(
-                    f"{self.path} can't be read in parts: its server sends it whole only. Copy "
-                    "it here first."
+                    f"{self.path} can't be read in parts: its server doesn't support range "
+                    "requests. Copy it here first."
                 ) from None
             yield cast(IO[bytes], stream)
 
 
-def find_files(path: str, endings: tuple[str, ...], output: str) -> Iterator[Found]:
-    """The files that `path` names, sorted; of a folder those with one of `endings`, at any depth,
-    but none of `output`.
+def find_files(path: str, extensions: tuple[str, ...], output: str) -> Iterator[SourceFile]:
+    """Yields the files that `path` names, sorted by path.
 
-    Raises SourceError if there is none, or if one that is named outright isn't there.
+    If `path` is a folder: the files in it, at any depth, with one of `extensions`. Files inside
+    `output` are left out. Raises SourceError if no file is left, or if a file that is named
+    without a wildcard doesn't exist.
     """
-    with _listing(path):
+    with _file_errors_as_source_error(path):
         fs, plain = file_system(path)
-        root, files = _files(fs, plain, endings)
-        target, skip = file_system(output) if output else (None, "")
+        root, info_by_path = _matching_files(fs, plain, extensions)
+        output_fs, output_path = file_system(output) if output else (None, "")
     count = 0
-    for name, found in files.items():
-        if not (
-            target is not None and target.protocol == fs.protocol and name.startswith(f"{skip}/")
+    for file_path, info in info_by_path.items():
+        if (
+            output_fs is not None
+            and output_fs.protocol == fs.protocol
+            and file_path.startswith(f"{output_path}/")
         ):
-            count += 1
-            yield Found(fs, text(name[len(root) :].lstrip("/")), name, version_of(found))
+            continue
+        count += 1
+        name = to_unicode(file_path[len(root) :].lstrip("/"))
+        yield SourceFile(fs, name, file_path, file_version(info))
     if not count:
         raise SourceError(
-            f"source.path={path!r} names no file. Give a {endings[0]} file, a folder of them, or "
-            "a pattern."
+            f"source.path={path!r} names no file. Give a {extensions[0]} file, a folder of them, "
+            "or a pattern."
         )
 
 
-def _files(fs: Any, plain: str, endings: tuple[str, ...]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The root of their names, and path → what the file system knows of each."""
+def _matching_files(
+    fs: Any, plain: str, extensions: tuple[str, ...]
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Returns (root that names are relative to, path → fsspec info of each file)."""
     if fs.isfile(plain):
         return plain.rpartition("/")[0], {plain: fs.info(plain)}
     if fs.isdir(plain):
-        found = fs.find(plain, detail=True)
+        listing = fs.find(plain, detail=True)
         return plain, {
-            path: found[path] for path in sorted(found) if path.lower().endswith(endings)
+            path: listing[path] for path in sorted(listing) if path.lower().endswith(extensions)
         }
     files: dict[str, dict[str, Any]] = {}
-    for part in _parts(plain):
-        matches = fs.glob(part, detail=True) if _MAGIC.search(part) else {part: fs.info(part)}
+    for pattern in _expand_braces(plain):
+        is_glob = _WILDCARD.search(pattern)
+        matches = fs.glob(pattern, detail=True) if is_glob else {pattern: fs.info(pattern)}
         files.update(
-            (name, matches[name]) for name in sorted(matches) if matches[name].get("type") == "file"
+            (path, matches[path]) for path in sorted(matches) if matches[path].get("type") == "file"
         )
-    first = _MAGIC.search(plain)
+    first = _WILDCARD.search(plain)
     return plain[: first.start() if first else None].rpartition("/")[0], files
 
 
-def _parts(pattern: str) -> Iterator[str]:
-    """`pattern` with its braces expanded. Raises SourceError where they don't match."""
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yields `pattern` with its braces expanded. Raises SourceError if they aren't balanced."""
     try:
         yield from braceexpand(pattern, escape=False)
     except ValueError:
@@ -122,8 +136,8 @@ def _parts(pattern: str) -> Iterator[str]:
 
 
 @contextmanager
-def _listing(path: str) -> Iterator[None]:
-    """What a file system raises while a source is listed, as SourceError."""
+def _file_errors_as_source_error(path: str) -> Iterator[None]:
+    """Turns file system errors raised in the block into SourceError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -137,8 +151,9 @@ def _listing(path: str) -> Iterator[None]:
 
 
 def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
-    """The file's bytes from `start` to `end`. Raises Failed: not_a_file, unreadable; Transient:
-    unreachable.
+    """Returns the file's bytes from `start` up to `end`, fewer if it ends earlier.
+
+    Raises Failed: not_a_file, unreadable; TransientFailure: unreachable.
     """
     try:
         data: bytes = fs.cat_file(path, start=start, end=end)
@@ -146,34 +161,38 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
         raise Failed("not_a_file", "it is gone") from None
     except Exception as error:  # noqa: BLE001 - each file system raises its own
         if is_transient(error):
-            raise Transient("unreachable", f"{type(error).__name__}: {error}") from None
+            raise TransientFailure("unreachable", f"{type(error).__name__}: {error}") from None
         raise Failed("unreadable", f"{type(error).__name__}: {error}") from None
     return data
 
 
-def version_of(info: Mapping[str, Any]) -> str:
-    """What changes whenever the file may have: its ETag or time of change; "" where neither is
-    known.
+def file_version(info: Mapping[str, Any]) -> str:
+    """Returns a value that changes whenever the file may have changed: its ETag or modification
+    time from fsspec's `info`; "" if neither is known.
     """
-    found = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime")
-    return str(found or "").strip('"')
+    version = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime")
+    return str(version or "").strip('"')
 
 
-def text(name: str) -> str:
-    """`name` as text that any table can hold: what isn't Unicode in it is written out, as in
-    caf\\xe9.
+def to_unicode(name: str) -> str:
+    """Returns `name` as valid Unicode: undecodable bytes (surrogate escapes) become escape
+    sequences, as in caf\\xe9.
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def facts_of(values: Any) -> str:
-    """Those of FACTS that are text, as Input.facts; of anything else nothing."""
+def provenance_json(values: Any) -> str:
+    """Returns Input.provenance from a mapping of names to values.
+
+    Keeps those of PROVENANCE_FIELDS that are non-empty text, at most 1000 characters of each; ""
+    if there are none or `values` isn't a mapping.
+    """
     if not isinstance(values, Mapping):
         return ""
-    given = {name: values.get(name) for name in FACTS}
-    facts = {
-        name: value[:_FACT].encode("utf-8", "replace").decode()
-        for name, value in given.items()
+    stated = {name: values.get(name) for name in PROVENANCE_FIELDS}
+    texts = {
+        name: value[:_MAX_PROVENANCE].encode("utf-8", "replace").decode()
+        for name, value in stated.items()
         if isinstance(value, str) and value
     }
-    return json.dumps(facts, ensure_ascii=False) if facts else ""
+    return json.dumps(texts, ensure_ascii=False) if texts else ""

@@ -1,5 +1,5 @@
-"""Pictures behind a list of URLs: a column of parquet, CSV or TSV, or a text file with one on each
-line.
+"""Images behind a list of URLs: a column of a parquet, CSV or TSV table, or a text file with one
+URL a line.
 """
 
 from __future__ import annotations
@@ -14,103 +14,115 @@ from typing import IO, Any, Final
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import FACTS, Input, Source
+from pipelines.sources.base import PROVENANCE_FIELDS, Input, Source
 from pipelines.sources.fetch import Fetcher, is_public
-from pipelines.sources.paths import Found, facts_of, find_files
-from pipelines.sources.seen import Seen
+from pipelines.sources.name_set import NameSet
+from pipelines.sources.paths import SourceFile, find_files, provenance_json
 from pipelines.sources.tables import open_parquet
 
 logger = logging.getLogger(__name__)
 
-_ENDINGS: Final = (".parquet", ".csv", ".tsv", ".txt")
-_ROWS: Final = 4096  # of a parquet list, read at a time
-_USER: Final = re.compile(r"(?<=://)[^/?#]*@")
+_EXTENSIONS: Final = (".parquet", ".csv", ".tsv", ".txt")
+_BATCH_ROWS: Final = 4096  # rows of a parquet table read at a time
+_CREDENTIALS: Final = re.compile(r"(?<=://)[^/?#]*@")  # USER:PASSWORD@ in a URL
 
 
 class UrlList(Source):
-    """http(s) pictures. Columns of FACTS, where there are any, become facts."""
+    """http(s) URLs. Columns named as in PROVENANCE_FIELDS become the inputs' provenance.
+
+    A URL that occurs more than once is one input.
+    """
 
     def __init__(self, config: DatasetConfig) -> None:
         super().__init__(config)
         self.concurrency = self.config.downloads
 
     def list(self) -> Iterator[Input]:
-        twice = 0
-        with Seen() as seen:
-            for file in find_files(self.config.path, _ENDINGS, self.output):
-                ending = next((end for end in _ENDINGS if file.path.lower().endswith(end)), "")
-                with file.open(seeking=ending == ".parquet") as stream:
-                    for row in self._rows(file, stream, ending):
+        repeated = 0
+        with NameSet() as urls:
+            for file in find_files(self.config.path, _EXTENSIONS, self.output):
+                path = file.path.lower()
+                extension = next((end for end in _EXTENSIONS if path.endswith(end)), "")
+                with file.open(seekable=extension == ".parquet") as stream:
+                    for row in self._rows(file, stream, extension):
                         url = str(row[self.config.url_column] or "").strip()
-                        if seen.add(_clean(_USER.sub("", url))):
+                        if urls.add(_to_utf8(_CREDENTIALS.sub("", url))):
                             yield self._input(row, url)
                         else:
-                            twice += 1
-        if twice:
+                            repeated += 1
+        if repeated:
             logger.warning(
-                "%s: %d URLs stand in it more than once and are taken once", self.config.path, twice
+                "%s: %d URLs are listed more than once and are used once",
+                self.config.path,
+                repeated,
             )
 
     def _input(self, row: Mapping[str, Any], url: str) -> Input:
-        given = row.get(self.config.name_column) if self.config.name_column else None
-        name = _USER.sub("", url) if given in (None, "") else str(given)
+        name = row.get(self.config.name_column) if self.config.name_column else None
+        source = _CREDENTIALS.sub("", url) if name in (None, "") else str(name)
         return Input(
-            source=_clean(name) or "(no URL)",
+            source=_to_utf8(source) or "(no URL)",
             locator=url.encode("utf-8", "surrogatepass"),
-            facts=facts_of(row),
+            provenance=provenance_json(row),
         )
 
-    def _rows(self, file: Found, stream: IO[bytes], ending: str) -> Iterator[Mapping[str, Any]]:
-        """Rows with the URL's column, and with those of its name and FACTS that there are."""
-        if ending == ".parquet":
+    def _rows(
+        self, file: SourceFile, stream: IO[bytes], extension: str
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yields column → value of each row, with the columns for URL, name and provenance."""
+        if extension == ".parquet":
             with open_parquet(file.path, stream) as table:
                 columns = self._columns(file, table.schema_arrow.names)
-                for batch in table.iter_batches(_ROWS, columns=columns, use_threads=False):
+                for batch in table.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                     yield from batch.to_pylist()
             return
         lines = io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")
         try:
-            if ending in (".csv", ".tsv"):
-                reader: csv.DictReader[str] = csv.DictReader(
-                    lines, delimiter="\t" if ending == ".tsv" else ","
-                )
+            if extension in (".csv", ".tsv"):
+                delimiter = "\t" if extension == ".tsv" else ","
+                reader: csv.DictReader[str] = csv.DictReader(lines, delimiter=delimiter)
                 self._columns(file, reader.fieldnames or ())
                 yield from reader
             else:
                 yield from ({self.config.url_column: line} for line in lines if line.strip())
         except csv.Error as error:
             raise SourceError(
-                f"{file.path} is no such table ({error}). Mend it, or give one URL a line (.txt)."
+                f"{file.path} can't be read as {extension[1:].upper()} ({error}). Repair it, or "
+                "give a text file (.txt) with one URL a line."
             ) from None
         finally:
-            lines.detach()  # the stream is its opener's to close
+            lines.detach()  # keep the stream open: who opened it closes it
 
-    def _columns(self, file: Found, names: Sequence[str]) -> Sequence[str]:
-        """Those to be read. Raises SourceError where the URL's or the name's is missing."""
+    def _columns(self, file: SourceFile, names: Sequence[str]) -> Sequence[str]:
+        """Returns those of `names` to read. Raises SourceError if a configured one is missing."""
         config = self.config
-        for setting, column in (
-            ("url_column", config.url_column),
-            ("name_column", config.name_column),
-        ):
+        required = {"url_column": config.url_column, "name_column": config.name_column}
+        for setting, column in required.items():
             if column and column not in names:
                 raise SourceError(
                     f"{file.path}: no column source.{setting}={column!r}. It has "
                     f"{', '.join(names) or 'none'}."
                 )
-        wanted = {config.url_column, config.name_column, *FACTS}
+        wanted = {config.url_column, config.name_column, *PROVENANCE_FIELDS}
         return [name for name in names if name in wanted]
 
     def read(self, item: Input, count: int = -1) -> bytes:
-        """Raises as Fetcher.fetch."""
+        """Raises what `Fetcher.fetch` raises."""
         data = self._fetcher.fetch(item.locator.decode("utf-8", "surrogatepass"))
         return data if count < 0 else data[:count]
 
     @cached_property
     def _fetcher(self) -> Fetcher:
         config = self.config
-        allowed = (lambda address: True) if config.allow_private else is_public
-        return Fetcher(allowed, config.timeout, self.limit, config.ignore_robots, config.downloads)
+        return Fetcher(
+            is_allowed=(lambda address: True) if config.allow_private else is_public,
+            timeout=config.timeout,
+            max_bytes=self.max_bytes,
+            ignore_robots=config.ignore_robots,
+            concurrency=config.downloads,
+        )
 
 
-def _clean(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()
+def _to_utf8(text: str) -> str:
+    """Returns `text` with characters that UTF-8 can't encode replaced by "?"."""
+    return text.encode("utf-8", "replace").decode()

@@ -144,9 +144,6 @@ _NOWHERE: Final[Row] = {
 }
 
 
-# ---------------------------------------------------------------------------------------- columns
-
-
 def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
     """The columns of a sidecar whose chain records these annotations.
 
@@ -161,16 +158,14 @@ def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
     names = [column.name for column in columns]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"two stages record a column called {', '.join(twice)}. Rename the field of one of them."
+            f"two stages record a column called {', '.join(twice)}. Rename the field of one of "
+            "them."
         )
     return columns
 
 
 KNOWN: Final = {column.name: column for column in sidecar_columns((Measures, Review))}
 """The columns that this program's own stages write; version 2 sidecars don't describe theirs."""
-
-
-# ---------------------------------------------------------------------------------------- writing
 
 
 def write_sidecar(
@@ -202,9 +197,6 @@ def sidecar_row(record: Record, annotations: Sequence[type[Annotation]]) -> Row:
         values = record.annotations.get(kind.name, {})
         row |= {column.name: values.get(column.name) for column in columns_of(kind)}
     return row
-
-
-# ---------------------------------------------------------------------------------------- reading
 
 
 class SidecarFile:

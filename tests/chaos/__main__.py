@@ -1,10 +1,9 @@
-"""`make chaos`: a data set is made again and again while workers, actors, nodes and the driver are
-killed.
+"""Makes data sets while workers, actors, nodes and the driver are killed: `make chaos`.
 
-Each round runs the pipeline on a Ray cluster of several nodes and sends SIGKILL to seeded victims
-at seeded moments. Where the driver is killed, the same command is given again. At the end every
-byte of every shard is compared with those of an undisturbed run, every key is counted, and lint
-reads all of it. Exits 1 if anything differs.
+Each round runs the pipeline on a Ray cluster of several nodes and sends SIGKILL to random processes
+at random times, drawn from a seed. When the driver is killed, the same command is run again. At the
+end the shards are compared byte by byte with those of an undisturbed run, their keys are counted,
+and lint checks them. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from tests.pipelines.helpers import DEMO, digests
 
 _KINDS = ("worker", "actor", "actor", "node", "driver")
 _PAUSE = (0.5, 9.0)  # seconds between two kills
-_LIMIT = 900.0  # seconds for a round; more is a hang
+_LIMIT = 900.0  # seconds for a round; a longer one counts as hanging
 
 
 @dataclass
 class Round:
-    """What was done to a round, and what came of it."""
+    """A round's result: kills by kind, runs of the command, seconds, and faults."""
 
     kills: Counter[str] = field(default_factory=Counter)
     starts: int = 0
@@ -51,13 +50,13 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds, each a data set made whole.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of victims and moments.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Rounds; each makes a data set.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the kills.")] = 0,
     kills: Annotated[int, typer.Option(help="SIGKILLs in a round.")] = 5,
     count: Annotated[int, typer.Option(help="Portraits.")] = 36,
-    nodes: Annotated[int, typer.Option(help="Nodes of the cluster, its head among them.")] = 3,
+    nodes: Annotated[int, typer.Option(help="Nodes of the cluster, including its head.")] = 3,
 ) -> None:
-    """Kill what can be killed, and compare every byte."""
+    """Make data sets while processes are killed, and compare every byte."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
         print(f"{count} portraits and the poisoned set, undisturbed first", flush=True)
@@ -66,64 +65,65 @@ def main(
         run_cli(*command(photos, folder / "undisturbed", "executor=inline"))
         expected = digests(folder / "undisturbed")
         total: Counter[str] = Counter()
-        bad = 0
+        failed = 0
         with Cluster(nodes) as cluster:
             for number in range(rounds):
                 output = folder / f"round-{number}"
-                done = play(cluster, photos, output, random.Random(f"{seed}-{number}"), kills)
-                done.faults += compare(output, folder / "undisturbed", expected)
-                killed = ", ".join(f"{kind} {n}" for kind, n in sorted(done.kills.items()))
+                result = play(cluster, photos, output, random.Random(f"{seed}-{number}"), kills)
+                result.faults += compare(output, folder / "undisturbed", expected)
+                killed = ", ".join(f"{kind} {n}" for kind, n in sorted(result.kills.items()))
                 print(
-                    f"round {number + 1}/{rounds}: killed {killed}; {done.starts} starts, "
-                    f"{done.seconds:.0f} s; "
-                    f"{'; '.join(done.faults) or 'every byte as undisturbed'}",
+                    f"round {number + 1}/{rounds}: killed {killed}; {result.starts} starts, "
+                    f"{result.seconds:.0f} s; "
+                    f"{'; '.join(result.faults) or 'every byte equal to the undisturbed run'}",
                     flush=True,
                 )
-                total += done.kills
-                bad += bool(done.faults)
+                total += result.kills
+                failed += bool(result.faults)
                 shutil.rmtree(output, ignore_errors=True)
-        print(
-            json.dumps({"rounds": rounds, "bad_rounds": bad, "kills": dict(sorted(total.items()))})
-        )
+        kills_by_kind = dict(sorted(total.items()))
+        print(json.dumps({"rounds": rounds, "bad_rounds": failed, "kills": kills_by_kind}))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if bad:
+    if failed:
         raise SystemExit(1)
 
 
 def command(photos: Path, output: Path, *more: str) -> list[str]:
-    given = [f"source.path={photos}", f"output={output}", "shard_size=3", "threads=1", *more]
-    return ["run", "--config", DEMO, *given]
+    """Returns the arguments of the command line that makes the data set."""
+    settings = [f"source.path={photos}", f"output={output}", "shard_size=3", "threads=1", *more]
+    return ["run", "--config", DEMO, *settings]
 
 
 def run_cli(*arguments: str) -> None:
-    done = subprocess.run(
+    """Runs the command line; raises RuntimeError if it fails."""
+    process = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    if done.returncode:
+    if process.returncode:
         raise RuntimeError(
-            f"{' '.join(arguments)} exited {done.returncode}:\n{done.stderr[-2000:]}"
+            f"{' '.join(arguments)} exited {process.returncode}:\n{process.stderr[-2000:]}"
         )
 
 
-def play(cluster: Cluster, photos: Path, output: Path, dice: random.Random, kills: int) -> Round:
-    """One round: the same command until it has ended well, and `kills` SIGKILLs on the way."""
-    told, started = Round(), time.monotonic()
-    given = command(
+def play(cluster: Cluster, photos: Path, output: Path, rng: random.Random, kills: int) -> Round:
+    """Runs the same command until it succeeds, and sends `kills` SIGKILLs meanwhile."""
+    result, started = Round(), time.monotonic()
+    arguments = command(
         photos, output, "executor=ray", f"ray.address={cluster.address}", "ray.workers=2"
     )
     log = output.with_suffix(".log")
     driver = None
-    due = time.monotonic() + dice.uniform(*_PAUSE) + 5
+    next_kill = time.monotonic() + rng.uniform(*_PAUSE) + 5
     while time.monotonic() - started < _LIMIT:
         if driver is None:
-            told.starts += 1
+            result.starts += 1
             with log.open("ab") as stream:
                 driver = subprocess.Popen(
-                    [sys.executable, "-m", "pipelines.cli", *given],
+                    [sys.executable, "-m", "pipelines.cli", *arguments],
                     cwd=ROOT,
                     env={**os.environ, **TOKEN},
                     stdout=stream,
@@ -134,31 +134,32 @@ def play(cluster: Cluster, photos: Path, output: Path, dice: random.Random, kill
             break
         if code is not None:
             if code > 0:
-                told.faults.append(
+                result.faults.append(
                     f"the driver exited {code}: {log.read_text(errors='replace')[-600:]}"
                 )
                 break
             driver = None
             continue
-        if told.kills.total() < kills and time.monotonic() >= due:
-            kind = dice.choice(_KINDS)
-            if strike(kind, cluster, driver, dice):
-                told.kills[kind] += 1
-            due = time.monotonic() + dice.uniform(*_PAUSE)
+        if result.kills.total() < kills and time.monotonic() >= next_kill:
+            kind = rng.choice(_KINDS)
+            if kill_random(kind, cluster, driver, rng):
+                result.kills[kind] += 1
+            next_kill = time.monotonic() + rng.uniform(*_PAUSE)
         time.sleep(0.1)
     else:
-        told.faults.append(f"no end after {_LIMIT:.0f} s: {log.read_text(errors='replace')[-600:]}")
+        tail = log.read_text(errors="replace")[-600:]
+        result.faults.append(f"not finished after {_LIMIT:.0f} s: {tail}")
     if driver is not None and driver.poll() is None:
         driver.kill()
         driver.wait()
-    told.seconds = time.monotonic() - started
-    return told
+    result.seconds = time.monotonic() - started
+    return result
 
 
-def strike(
-    kind: str, cluster: Cluster, driver: subprocess.Popen[bytes], dice: random.Random
+def kill_random(
+    kind: str, cluster: Cluster, driver: subprocess.Popen[bytes], rng: random.Random
 ) -> bool:
-    """SIGKILL one victim of that kind; False if there is none at this moment."""
+    """Sends SIGKILL to a random process or node of that kind; returns False if there is none."""
     if kind == "driver":
         driver.kill()
         driver.wait()
@@ -166,7 +167,7 @@ def strike(
     if kind == "node":
         if not cluster.nodes:
             return False
-        cluster.lose(dice.choice(cluster.nodes))
+        cluster.replace(rng.choice(cluster.nodes))
         return True
     running = [process for node in cluster.all() for process in node.workers()]
     actors = [
@@ -177,34 +178,33 @@ def strike(
     victims = (
         actors if kind == "actor" else [process for process in running if process not in actors]
     )
-    return bool(victims) and kill(dice.choice(sorted(victims, key=lambda process: process.pid)))
+    return bool(victims) and kill(rng.choice(sorted(victims, key=lambda process: process.pid)))
 
 
 def compare(output: Path, undisturbed: Path, expected: dict[str, str]) -> list[str]:
-    """Whatever differs from the undisturbed run, as lines."""
+    """Returns the differences from the undisturbed run, whose file digests are `expected`."""
     if not (output / "shards").is_dir():
         return ["nothing was written"]
-    store, told = Store(str(output)), Store(str(undisturbed))
-    found = digests(output)
+    store, reader = Store(str(output)), DatasetReader(str(output))
+    actual = digests(output)
     faults = [
         f"{name} differs"
-        for name in sorted({*found, *expected})
-        if found.get(name) != expected.get(name)
+        for name in sorted({*actual, *expected})
+        if actual.get(name) != expected.get(name)
     ]
     faults += list(lint(store))
     keys: Counter[str] = Counter()
-    for manifest in DatasetReader(store).manifests().values():
-        index = int(manifest.shard[5:])
-        rows = DatasetReader(store).rows(index).to_pylist()
-        keys.update(row["key"] for row in rows)
-        if [r.key for r in DatasetReader(store).records(index)] != [row["key"] for row in rows]:
-            faults.append(f"{manifest['shard']}: samples and rows disagree")
-    wanted = read_ledger(told).inputs
-    twice = sum(1 for n in keys.values() if n > 1)
-    if len(keys) != wanted or twice:
-        faults.append(f"{wanted - len(keys)} inputs lost, {twice} twice")
-    left = [p.name for p in (output / "shards").iterdir() if ".tmp-" in p.name]
-    return [*faults, *(f"left behind: {name}" for name in left)]
+    for index, manifest in reader.manifests().items():
+        row_keys = [row["key"] for row in reader.rows(index).to_pylist()]
+        keys.update(row_keys)
+        if [record.key for record in reader.records(index)] != row_keys:
+            faults.append(f"{manifest.shard}: records and rows disagree")
+    inputs = read_ledger(Store(str(undisturbed))).inputs
+    repeated = sum(1 for n in keys.values() if n > 1)
+    if len(keys) != inputs or repeated:
+        faults.append(f"{inputs - len(keys)} inputs lost, {repeated} written more than once")
+    temporary = [p.name for p in (output / "shards").iterdir() if ".tmp-" in p.name]
+    return [*faults, *(f"temporary file: {name}" for name in temporary)]
 
 
 if __name__ == "__main__":

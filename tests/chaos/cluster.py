@@ -1,6 +1,4 @@
-"""A Ray cluster of several nodes on this machine, every process of it a child of ours, to be killed
-at will.
-"""
+"""A Ray cluster of several nodes on this machine, whose processes are children of this one."""
 
 from __future__ import annotations
 
@@ -28,29 +26,30 @@ _ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "OMP_NUM_THREADS": "1",
 }
-# for its drivers too
+# Environment of the nodes and of every driver.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex + uuid4().hex}
 
 
 @dataclass
 class Node:
-    """One `ray start --block`; with it die the raylet and all workers it has started."""
+    """A node: the process `ray start --block`, with its raylet and workers as children."""
 
     process: subprocess.Popen[bytes]
 
     def workers(self) -> list[psutil.Process]:
-        """Processes that run a task or an actor now."""
-        found = []
-        for child in tree(self.process.pid):
+        """Returns the processes that are running a task or an actor."""
+        busy = []
+        for child in descendants(self.process.pid):
             title = title_of(child)
             if title.startswith("ray::") and not any(
                 other in title for other in ("IDLE", "Agent", "SPILL", "RESTORE")
             ):
-                found.append(child)
-        return found
+                busy.append(child)
+        return busy
 
     def kill(self) -> None:
-        for process in tree(self.process.pid):
+        """Sends SIGKILL to the node and all its processes."""
+        for process in descendants(self.process.pid):
             kill(process)
         self.process.kill()
         self.process.wait()
@@ -58,19 +57,24 @@ class Node:
 
 @dataclass
 class Cluster:
-    """A head, which lives, and nodes, which may not; `cpus`: what each says it has."""
+    """A context manager that runs a cluster: a head, which isn't killed, and other nodes.
+
+    count: nodes, including the head. cpus: number that each node declares. nodes: those other than
+    the head.
+    """
 
     count: int
     cpus: int = 2
     nodes: list[Node] = field(default_factory=list)
-    _given: int = 0  # loopback addresses: Ray would replace 127.0.0.1 by one that others can reach
+    # Nodes get loopback addresses other than 127.0.0.1, which Ray would replace by an external one.
+    _last_address: int = 0
+    # Each cluster has its own network, so that nodes of two clusters don't use the same ports.
     _net: str = field(
         default_factory=lambda: f"127.{random.randrange(1, 255)}.{random.randrange(255)}"
     )
-    """Of its own: nodes of two clusters at one address would take each other's ports."""
 
     def __enter__(self) -> Cluster:
-        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets' paths have 107 bytes
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a socket path has at most 107 bytes
         self._port = free_port()
         ports = ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", "0"]
         head = [
@@ -102,18 +106,17 @@ class Cluster:
         return f"{self._net}.2:{self._port}"
 
     def add(self) -> None:
-        """Start a node. It has joined some seconds later."""
+        """Starts a node. It joins the cluster some seconds later."""
         self.nodes.append(self._start(["--address", self.address]))
 
-    def lose(self, node: Node) -> None:
-        """SIGKILL for everything on the node; a new one takes its place, as a cluster's autoscaler
-        would have it.
-        """
+    def replace(self, node: Node) -> None:
+        """Kills a node and starts a new one, as a cluster's autoscaler would."""
         node.kill()
         self.nodes.remove(node)
         self.add()
 
     def all(self) -> Iterator[Node]:
+        """Yields the head, then the other nodes."""
         yield self.head
         yield from self.nodes
 
@@ -128,10 +131,10 @@ class Cluster:
             _STORE,
             "--node-ip-address",
         ]
-        self._given = self._given % 250 + 1
+        self._last_address = self._last_address % 250 + 1
         log = (self._folder / f"node-{time.time_ns()}.log").open("wb")
         process = subprocess.Popen(
-            [*command, f"{self._net}.{1 + self._given}", *arguments],
+            [*command, f"{self._net}.{1 + self._last_address}", *arguments],
             cwd=ROOT,
             env={**os.environ, **_ENVIRONMENT, **TOKEN},
             stdout=log,
@@ -140,7 +143,8 @@ class Cluster:
         return Node(process)
 
 
-def tree(pid: int) -> list[psutil.Process]:
+def descendants(pid: int) -> list[psutil.Process]:
+    """Returns all processes below a process; none if it has ended."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -148,6 +152,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def title_of(process: psutil.Process) -> str:
+    """Returns a process's command line; "" if it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -155,7 +160,7 @@ def title_of(process: psutil.Process) -> str:
 
 
 def kill(process: psutil.Process) -> bool:
-    """SIGKILL; True if it was there to be killed."""
+    """Sends SIGKILL to a process; returns False if it has ended."""
     try:
         process.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
@@ -164,12 +169,14 @@ def kill(process: psutil.Process) -> bool:
 
 
 def free_port() -> int:
+    """Returns a TCP port that is free on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_for_port(host: str, port: int, seconds: float = 60) -> None:
+    """Waits until something listens on a port; raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with socket.socket() as probe:

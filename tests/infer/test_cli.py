@@ -1,4 +1,4 @@
-"""The command: what it writes, what it refuses, and that asking for help loads nothing."""
+"""The command: its output, its errors, and that --help loads no large library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from infer.cli import app
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity
 from infer.sheet import contact_sheet
-from tests.infer.conftest import small
+from tests.infer.helpers import small
 
 PRESETS = sorted(Path("configs/infer").glob("*.yaml"))
 
@@ -51,20 +51,25 @@ def test_a_run_writes_everything_and_its_own_configuration_repeats_it(
     assert all(str(tmp_path / "out" / name) in result.stdout.replace("\n", "") for name in names)
 
     for index, name in enumerate(names):
-        with Image.open(tmp_path / "out" / name) as picture:
-            told = picture.text  # type: ignore[attr-defined]
-            assert picture.size == (64, 64)
-        assert told["prompt"] == prompts[index // 2]
-        assert (told["prompt_index"], told["image_index"]) == (str(index // 2), str(index % 2))
-        expected = {"negative_prompt": "blurry", "seed": "5", "steps": "4", "start_merge_step": "2"}
-        expected |= {
+        with Image.open(tmp_path / "out" / name) as image:
+            metadata = image.text  # type: ignore[attr-defined]
+            assert image.size == (64, 64)
+        expected = {
+            "prompt": prompts[index // 2],
+            "prompt_index": str(index // 2),
+            "image_index": str(index % 2),
+            "negative_prompt": "blurry",
+            "seed": "5",
+            "steps": "4",
+            "start_merge_step": "2",
             "guidance_scale": "2.0",
             "scheduler": "EulerDiscreteScheduler",
             "mode": "corrected",
+            "spec": "tiny",
+            "photo": photo.name,
         }
-        expected |= {"spec": "tiny", "photo": photo.name}
-        assert expected.items() <= told.items()
-        assert len(told["adapter_sha256"]) == len(told["photo_sha256"]) == 64
+        assert expected.items() <= metadata.items()
+        assert len(metadata["adapter_sha256"]) == len(metadata["photo_sha256"]) == 64
 
     again = run("--config", tmp_path / "out" / "infer.yaml")
     assert again.exit_code == 0, again.output
@@ -73,25 +78,31 @@ def test_a_run_writes_everything_and_its_own_configuration_repeats_it(
     other = run("--config", tmp_path / "out" / "infer.yaml", "seed=6")
     assert other.exit_code == 2
     assert "holds portraits of another configuration" in other.stderr
-    assert read(tmp_path / "out") == first, "a refused run must leave everything alone"
+    assert read(tmp_path / "out") == first, "a refused run must change nothing"
 
     fewer = run(
         "--config", tmp_path / "out" / "infer.yaml", "num_images_per_prompt=1", "overwrite=true"
     )
     assert fewer.exit_code == 0, fewer.output
-    left = read(tmp_path / "out")
-    assert {name for name in left if name.startswith("portrait")} == {names[0], names[2]}
-    assert left[names[0]] == first[names[0]]
+    files = read(tmp_path / "out")
+    assert {name for name in files if name.startswith("portrait")} == {names[0], names[2]}
+    assert files[names[0]] == first[names[0]]
 
+    identity = tmp_path / "out" / "identity.safetensors"
     reused = run(
-        "--config", preset, "--identity", tmp_path / "out" / "identity.safetensors", "--prompt", prompts[0],
+        "--config",
+        preset,
+        "--identity",
+        identity,
+        "--prompt",
+        prompts[0],
         f"output={tmp_path / 'reused'}",
-    )  # fmt: skip
+    )
     assert reused.exit_code == 0, reused.output
     assert (tmp_path / "reused" / names[0]).read_bytes() == first[names[0]]
 
 
-def test_what_is_wrong_is_said_and_nothing_is_written(
+def test_errors_name_the_fault_and_nothing_is_written(
     preset: Path, photo: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (200, 200), "teal").save(tmp_path / "wall.png")
@@ -111,15 +122,15 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
         ([*common, "--photo", photo, "scheduler=Euler"], "EulerDiscreteScheduler"),
         (["--config", tmp_path / "none.yaml"], "no configuration at"),
     ]
-    for arguments, says in cases:
+    for arguments, message in cases:
         result = run(*arguments)
         assert result.exit_code == 2, (arguments, result.output)
-        assert says in result.stderr, (arguments, result.stderr)
-        assert not result.stdout, "messages of what went wrong belong on stderr"
+        assert message in result.stderr, (arguments, result.stderr)
+        assert not result.stdout, "error messages belong on stderr"
         assert not (tmp_path / "out").exists(), arguments
 
 
-def test_help_teaches_and_loads_no_model_library() -> None:
+def test_help_shows_examples_and_loads_no_model_library() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "--photo" in result.output and "num_images_per_prompt=4" in result.output
@@ -127,8 +138,10 @@ def test_help_teaches_and_loads_no_model_library() -> None:
         "import sys, infer.cli; print({'torch', 'diffusers', 'transformers', 'cv2'} & "
         "set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -146,13 +159,13 @@ def test_the_sheet_shows_photograph_and_portraits(
 ) -> None:
     portraits = list(generator.generate(person, ["a", "a much longer prompt " * 12]))
     sheet = np.asarray(contact_sheet(person, portraits))
-    with Image.open(io.BytesIO(person.record.image)) as opened:
-        photograph = np.asarray(opened.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
+    with Image.open(io.BytesIO(person.record.image)) as file:
+        photograph = np.asarray(file.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
     tile = np.asarray(portraits[0].image.resize((256, 256), Image.Resampling.BICUBIC))
     assert _contains(sheet, photograph)
     assert _contains(sheet, tile)
     assert not _contains(sheet, tile[::-1])
-    with pytest.raises(ValueError, match="a portrait at least"):
+    with pytest.raises(ValueError, match="at least one portrait"):
         contact_sheet(person, [])
 
 

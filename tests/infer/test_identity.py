@@ -1,6 +1,4 @@
-"""The photograph's way in: equal to the data set's, and refused with a reason where there is no
-face.
-"""
+"""Reading a photograph: conditions equal to a shard's, saved identities, and errors."""
 
 from __future__ import annotations
 
@@ -24,11 +22,11 @@ from stages.chain import build_stages
 from stages.codec import encode_jpeg
 from stages.record import Record, from_table, key_of, to_table
 from stages.storage.samples import from_members, to_members
-from tests.infer.conftest import small
+from tests.infer.helpers import small
 
 
 def differing(one: Conditions, other: Conditions) -> list[str]:
-    """Names of the fields that aren't equal, bit for bit."""
+    """Returns the names of the fields that aren't bitwise equal."""
     pairs = {
         field.name: (getattr(one, field.name), getattr(other, field.name))
         for field in fields(Conditions)
@@ -42,9 +40,7 @@ def differing(one: Conditions, other: Conditions) -> list[str]:
 
 @pytest.fixture(scope="module")
 def from_shard(photo: Path) -> Record:
-    """The photograph's record as the pipeline makes it: Arrow rows between stages, at last a
-    sample's members.
-    """
+    """The photograph's record as in a shard: Arrow rows between stages, then a sample's members."""
     data = photo.read_bytes()
     record = Record(
         key=key_of(photo.name),
@@ -71,18 +67,18 @@ def test_conditions_of_a_shard_equal_those_of_inference(
         prompt=prompt,
         resolution=model.spec.resolution,
     )
-    assert expected.regions, "a portrait without any region would make this comparison empty"
+    assert expected.regions, "without a region this comparison would be trivial"
     assert differing(generator.conditions(person, prompt), expected) == []
 
 
-def test_differing_sees_a_difference(
+def test_differing_lists_the_fields_that_differ(
     generator: ConsistentIDGenerator, person: Identity, stranger: Identity
 ) -> None:
-    found = differing(generator.conditions(person, "a"), generator.conditions(stranger, "a b"))
-    assert {"key", "text", "input_ids", "region_pixels", "clip_pixels", "identity"} <= set(found)
+    names = differing(generator.conditions(person, "a"), generator.conditions(stranger, "a b"))
+    assert {"key", "text", "input_ids", "region_pixels", "clip_pixels", "identity"} <= set(names)
 
 
-def test_training_conditions_of_the_identitys_record_are_the_shards(
+def test_training_conditions_of_an_identitys_record_equal_the_shards(
     generator: ConsistentIDGenerator, person: Identity, from_shard: Record
 ) -> None:
     spec, mode, tokenizer = generator.model.spec, generator.model.mode, generator.base.tokenizer
@@ -99,14 +95,14 @@ def test_a_saved_identity_is_the_same_person(
     loaded = Identity.load(person.save(tmp_path / "deep" / "ada.safetensors"))
     assert differing(generator.conditions(person, "a"), generator.conditions(loaded, "a")) == []
     assert (loaded.mode, loaded.regions) == (person.mode, person.regions)
-    for name in ("clip_hidden", "region_hidden", "tower", "embedding"):
+    for name in ("clip_hidden", "region_hidden", "encoder_fingerprint", "embedding"):
         assert torch.equal(getattr(loaded, name), getattr(person, name)), name
     assert abs(float(loaded.embedding.norm()) - 1) < 1e-3
     one, other = (next(generator.generate(p, "a")).pixels for p in (person, loaded))
     assert np.array_equal(one, other)
 
 
-def test_files_that_hold_no_identity_say_so(tmp_path: Path, photo: Path) -> None:
+def test_files_that_hold_no_identity_are_errors(tmp_path: Path, photo: Path) -> None:
     with pytest.raises(SourceError, match="no identity at"):
         Identity.load(tmp_path / "none.safetensors")
     with pytest.raises(SourceError, match="holds no identity"):
@@ -116,32 +112,32 @@ def test_files_that_hold_no_identity_say_so(tmp_path: Path, photo: Path) -> None
         Identity.load(tmp_path / "other.safetensors")
 
 
-def test_an_identity_of_another_mode_or_tower_is_refused(
+def test_an_identity_of_another_mode_or_image_encoder_is_refused(
     generator: ConsistentIDGenerator, person: Identity, legacy_adapter: Path, tmp_path: Path
 ) -> None:
     legacy = load_generator(small(legacy_adapter))
     with pytest.raises(ConfigError, match="made in corrected mode, the adapter is of legacy mode"):
         next(legacy.generate(person, "a"))
     saved = Identity.load(person.save(tmp_path / "person.safetensors"))
-    saved.tower.neg_()
+    saved.encoder_fingerprint.neg_()
     with pytest.raises(ConfigError, match="another image encoder"):
         next(generator.generate(saved, "a"))
 
 
-def test_paths_that_are_no_photograph_say_why(tmp_path: Path) -> None:
+def test_paths_that_are_no_photograph_are_source_errors(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no photograph at"):
         read_photo(tmp_path / "none.jpg")
     with pytest.raises(SourceError, match="is a folder"):
         read_photo(tmp_path)
 
 
-def test_a_picture_without_a_face_is_a_face_error(
+def test_an_image_without_a_face_is_a_face_error(
     generator: ConsistentIDGenerator, tmp_path: Path
 ) -> None:
-    slope = np.linspace(0, 255, 256, dtype=np.uint8)
-    picture = np.repeat(np.repeat(slope[None, :, None], 256, 0), 3, 2)
+    gradient = np.linspace(0, 255, 256, dtype=np.uint8)
+    image = np.repeat(np.repeat(gradient[None, :, None], 256, 0), 3, 2)
     path = tmp_path / "sky.jpg"
-    path.write_bytes(encode_jpeg(picture, 90))
+    path.write_bytes(encode_jpeg(image, 90))
     with pytest.raises(
         FaceError, match=rf"no face found in {path} .*Give a photograph that shows one face"
     ):
@@ -149,34 +145,36 @@ def test_a_picture_without_a_face_is_a_face_error(
 
 
 @pytest.mark.parametrize(
-    ("name", "cut", "says"),
+    ("name", "length", "message"),
     [
         ("page.jpg", None, "is not an image"),
         ("none.jpg", 0, "empty file"),
         ("half.jpg", 20_000, "truncated"),
     ],
 )
-def test_broken_pictures_are_source_errors(
-    generator: ConsistentIDGenerator, photo: Path, name: str, cut: int | None, says: str
+def test_broken_images_are_source_errors(
+    generator: ConsistentIDGenerator, photo: Path, name: str, length: int | None, message: str
 ) -> None:
-    data = b"<html>sign in</html>" if cut is None else photo.read_bytes()[:cut]
-    with pytest.raises(SourceError, match=rf"{name} .*{says}"):
+    data = b"<html>sign in</html>" if length is None else photo.read_bytes()[:length]
+    with pytest.raises(SourceError, match=rf"{name} .*{message}"):
         generator.identity(photo_record(data, name))
 
 
 def test_the_stages_configuration_comes_from_the_checkpoint(adapter: Path, tmp_path: Path) -> None:
-    own, given = tmp_path / "own", tmp_path / "given.yaml"
-    own.mkdir()
+    folder, other = tmp_path / "own", tmp_path / "other.yaml"
+    folder.mkdir()
     for name in ("adapter.safetensors", "adapter.json"):
-        (own / name).write_bytes((adapter / name).read_bytes())
-    assert dataset_config(InferConfig(adapter=str(own))) == DatasetConfig()
-    (own / "dataset.yaml").write_text("resize: {size: 256}\n")
-    given.write_text("resize: {size: 384}\n")
-    assert dataset_config(InferConfig(adapter=str(own))).resize.size == 256
-    assert dataset_config(InferConfig(adapter=str(own), dataset=str(given))).resize.size == 384
+        (folder / name).write_bytes((adapter / name).read_bytes())
+    assert dataset_config(InferConfig(adapter=str(folder))) == DatasetConfig()
+    (folder / "dataset.yaml").write_text("resize: {size: 256}\n")
+    other.write_text("resize: {size: 384}\n")
+    assert dataset_config(InferConfig(adapter=str(folder))).resize.size == 256
+    assert dataset_config(InferConfig(adapter=str(folder), dataset=str(other))).resize.size == 384
 
 
-def test_published_weights_get_the_embedder_they_learnt_with(adapter: Path, tmp_path: Path) -> None:
+def test_published_weights_get_the_embedder_of_their_training(
+    adapter: Path, tmp_path: Path
+) -> None:
     published = tmp_path / "ConsistentID-v1.safetensors"
     published.write_bytes((adapter / "adapter.safetensors").read_bytes())
     assert dataset_config(InferConfig(adapter=str(published))).embed.weights == "w600k_r50"

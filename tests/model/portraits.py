@@ -1,6 +1,4 @@
-"""Drawn portraits for tests: a picture of ellipses and the label map that goes with it, different
-for every seed.
-"""
+"""Drawn portraits for tests: an image of ellipses and its label map, different for every seed."""
 
 import io
 
@@ -14,9 +12,9 @@ from stages.regions import LABEL_IDS
 
 
 def drawn(seed: int, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """RGB picture (size, size, 3) and label map (size, size)."""
+    """Draws an RGB image (size, size, 3) and its label map (size, size)."""
     rng = np.random.default_rng(seed)
-    picture = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
+    image = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
     labels = np.zeros((size, size), np.uint8)
 
     def ellipse(
@@ -24,16 +22,8 @@ def drawn(seed: int, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArra
     ) -> None:
         middle = tuple(round(value * size) for value in centre)
         half = tuple(max(1, round(value * size)) for value in axes)
-        cv2.ellipse(
-            picture,
-            middle,
-            half,
-            0,
-            0,
-            360,
-            [int(value) for value in np.asarray(colour)],
-            cv2.FILLED,
-        )
+        rgb = [int(value) for value in np.asarray(colour)]
+        cv2.ellipse(image, middle, half, 0, 0, 360, rgb, cv2.FILLED)
         cv2.ellipse(labels, middle, half, 0, 0, 360, LABEL_IDS[label], cv2.FILLED)
 
     skin, width = rng.integers(90, 250, 3), rng.uniform(0.2, 0.27)
@@ -48,7 +38,7 @@ def drawn(seed: int, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArra
     ellipse("nose", (0.5, 0.56), (0.03, 0.07), skin * 0.8)
     ellipse("upper_lip", (0.5, 0.695), (0.09, 0.02), rng.integers(0, 200, 3))
     ellipse("lower_lip", (0.5, 0.725), (0.08, 0.02), rng.integers(0, 200, 3))
-    return picture, labels
+    return image, labels
 
 
 def record(
@@ -58,14 +48,14 @@ def record(
     face_caption: str = "The person has a round face, two ears, dark eyes, a long nose, and a "
     "small mouth.",
 ) -> Record:
-    """A finished record of the drawn portrait, with an identity of its own."""
-    picture, labels = drawn(seed, size)
+    """Returns a complete record of the drawn portrait; every seed has another identity."""
+    image, labels = drawn(seed, size)
     identity = np.random.default_rng(1000 + seed).standard_normal(512).astype(np.float32)
     name = f"drawn/{seed}.png"
     return Record(
         key=key_of(name),
         source=name,
-        image=png(picture),
+        image=png(image),
         width=size,
         height=size,
         faces=(

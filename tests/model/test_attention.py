@@ -28,7 +28,7 @@ STEPS = torch.tensor([7, 501])
 
 
 def trained(base: BaseModels, mode: Any = "corrected") -> ConsistentID:
-    """A model whose LoRA does something."""
+    """Returns a model whose LoRA isn't zero."""
     torch.manual_seed(0)
     model = ConsistentID(TINY, base.unet, mode)
     for name, parameter in model.adapter_modules.named_parameters():
@@ -37,7 +37,7 @@ def trained(base: BaseModels, mode: Any = "corrected") -> ConsistentID:
     return model
 
 
-def test_fresh_adapter_without_id_attention_leaves_the_base_as_it_was(
+def test_new_adapter_without_id_attention_leaves_the_prediction_unchanged(
     base: BaseModels, states: Tensor, latents: Tensor
 ) -> None:
     before = base.unet(latents, STEPS, states[:, :77]).sample
@@ -54,30 +54,32 @@ def test_token_probabilities_are_columns_of_the_softmax() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 3, n, 8, generator=generator) for n in (20, 77))
     softmax = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
-    answer = token_probabilities(query, key, TOKEN_IDX)
+    probabilities = token_probabilities(query, key, TOKEN_IDX)
     for sample in range(2):
-        assert torch.allclose(answer[sample], softmax[sample][:, :, TOKEN_IDX[sample]], atol=1e-6)
+        expected = softmax[sample][:, :, TOKEN_IDX[sample]]
+        assert torch.allclose(probabilities[sample], expected, atol=1e-6)
 
 
 def test_index_beyond_the_keys_has_no_attention() -> None:
-    answer = token_probabilities(torch.randn(2, 1, 4, 8), torch.randn(2, 1, 64, 8), TOKEN_IDX)
-    assert not answer[1, :, :, 4].any() and answer[1, :, :, :4].all()
+    query, key = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 64, 8)
+    probabilities = token_probabilities(query, key, TOKEN_IDX)
+    assert not probabilities[1, :, :, 4].any() and probabilities[1, :, :, :4].all()
 
 
-def test_asking_for_scores_changes_no_answer_and_only_hooked_layers_reply(
+def test_scores_come_from_hooked_layers_only_and_leave_the_prediction_unchanged(
     base: BaseModels, states: Tensor, latents: Tensor
 ) -> None:
     model = trained(base)
-    quiet, none = predict_noise(base.unet, latents, STEPS, states)
-    asked, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
-    assert torch.equal(quiet, asked) and none == []
+    without, no_scores = predict_noise(base.unet, latents, STEPS, states)
+    prediction, scores = predict_noise(base.unet, latents, STEPS, states, token_idx=TOKEN_IDX)
+    assert torch.equal(without, prediction) and no_scores == []
     hooked = [processor.hook for processor in model.adapter_modules if processor.hook]
     assert len(scores) == len(hooked) > 0
     assert all(name.startswith(TINY.hooked) and name.endswith("attn2") for name in hooked)
     assert all(layer.shape[0] == 2 and layer.shape[-1] == 5 for layer in scores)
 
 
-def test_legacy_looks_at_self_attention_as_the_reference_does(base: BaseModels) -> None:
+def test_legacy_hooks_self_attention_as_the_reference_does(base: BaseModels) -> None:
     hooked = [
         processor.hook for processor in trained(base, "legacy").adapter_modules if processor.hook
     ]
@@ -126,7 +128,7 @@ def test_scores_are_the_same_under_gradient_checkpointing(
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, checkpointed, strict=True))
 
 
-def test_merged_lora_gives_the_same_answer(
+def test_merged_lora_gives_the_same_prediction(
     base: BaseModels, states: Tensor, latents: Tensor
 ) -> None:
     trained(base)
@@ -136,7 +138,7 @@ def test_merged_lora_gives_the_same_answer(
     assert torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-4)
 
 
-def test_id_attention_starts_as_the_texts(base: BaseModels) -> None:
+def test_id_attention_starts_with_the_weights_of_the_text_attention(base: BaseModels) -> None:
     keys = {
         name: attn.to_k.weight.clone()
         for name, attn in base.unet.named_modules()
@@ -154,7 +156,7 @@ def test_an_attention_mask_is_refused(base: BaseModels, states: Tensor, latents:
         base.unet(latents, STEPS, states, encoder_attention_mask=torch.ones(2, 81))
 
 
-def test_a_hook_that_names_no_block_is_told(
+def test_a_hook_that_names_no_block_is_an_error(
     base: BaseModels, states: Tensor, latents: Tensor
 ) -> None:
     ConsistentID(replace(TINY, hooked=("down_blocks.7",)), base.unet, "corrected")
@@ -163,13 +165,13 @@ def test_a_hook_that_names_no_block_is_told(
         localisation_loss(scores, torch.ones(2, 5, 8, 8), torch.ones(2, 5, dtype=torch.bool))
 
 
-def test_scores_keep_the_first_answer_of_a_layer() -> None:
-    probe = RegionScores(TOKEN_IDX)
-    first, second = torch.randn(2, 2, 1, 4, 8), torch.randn(2, 2, 1, 77, 8)
-    probe.add("layer", first[0], second[0])
-    kept = probe.scores[0].clone()
-    probe.add("layer", first[1], second[1])
-    assert len(probe.scores) == 1 and torch.equal(probe.scores[0], kept)
+def test_the_scores_of_a_layers_first_run_are_stored() -> None:
+    region_scores = RegionScores(TOKEN_IDX)
+    queries, keys = torch.randn(2, 2, 1, 4, 8), torch.randn(2, 2, 1, 77, 8)
+    region_scores.add("layer", queries[0], keys[0])
+    first = region_scores.scores[0].clone()
+    region_scores.add("layer", queries[1], keys[1])
+    assert len(region_scores.scores) == 1 and torch.equal(region_scores.scores[0], first)
 
 
 def test_a_full_precision_adapter_trains_in_a_half_precision_base(

@@ -24,7 +24,7 @@ from model.spec import SPECS, ModelSpec
 TINY = SPECS["tiny"]
 
 
-def made(
+def new_model(
     base: BaseModels, seed: int, mode: Any = "corrected", spec: ModelSpec = TINY
 ) -> ConsistentID:
     torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def made(
 
 
 def nested(model: ConsistentID, projector: str) -> dict[str, dict[str, torch.Tensor]]:
-    """As the published .bin files are."""
+    """Returns a state dict in the form of the published .bin files."""
     return {
         projector: model.image_proj_model.state_dict(),
         "adapter_modules": model.adapter_modules.state_dict(),
@@ -47,7 +47,7 @@ def same(one: ConsistentID, two: ConsistentID) -> bool:
 
 def test_round_trip_keeps_weights_mode_spec_and_config(base: BaseModels, tmp_path: Path) -> None:
     spec = replace(TINY, lora_rank=4)
-    one, two = made(base, 1, "legacy", spec), made(base, 2, "legacy", spec)
+    one, two = new_model(base, 1, "legacy", spec), new_model(base, 2, "legacy", spec)
     assert not same(one, two)
     save_adapter(one, tmp_path, {"step": 7})
     adapter = read_adapter(tmp_path)
@@ -68,7 +68,7 @@ def test_published_bin_loads_under_either_name(
 ) -> None:
     published = replace(TINY, base="someone/some-base")
     monkeypatch.setitem(SPECS, "tiny", published)
-    one, two = made(base, 1, "legacy"), made(base, 2, "legacy")
+    one, two = new_model(base, 1, "legacy"), new_model(base, 2, "legacy")
     torch.save(nested(one, projector), tmp_path / "ConsistentID-v1.bin")
     adapter = read_adapter(tmp_path / "ConsistentID-v1.bin")
     assert (adapter.mode, adapter.spec) == ("legacy", published)
@@ -94,8 +94,8 @@ def test_code_in_a_bin_is_not_run(tmp_path: Path, writer: Any) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_does_not_fit_is_named(base: BaseModels, tmp_path: Path) -> None:
-    model = made(base, 1)
+def test_the_error_names_keys_that_do_not_fit(base: BaseModels, tmp_path: Path) -> None:
+    model = new_model(base, 1)
     save_adapter(model, tmp_path)
     state = load_file(tmp_path / WEIGHTS_FILE)
     del state["image_proj_model.norm.bias"]
@@ -113,12 +113,12 @@ def test_what_does_not_fit_is_named(base: BaseModels, tmp_path: Path) -> None:
 
 
 def test_the_other_mode_is_refused(base: BaseModels, tmp_path: Path) -> None:
-    save_adapter(made(base, 1, "corrected"), tmp_path)
+    save_adapter(new_model(base, 1, "corrected"), tmp_path)
     with pytest.raises(WeightsError, match="corrected mode"):
-        load_adapter(tmp_path, made(base, 1, "legacy"))
+        load_adapter(tmp_path, new_model(base, 1, "legacy"))
 
 
-def test_broken_and_foreign_files_are_told(base: BaseModels, tmp_path: Path) -> None:
+def test_broken_and_foreign_files_are_errors(base: BaseModels, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no adapter there"):
         read_adapter(tmp_path / "nothing.bin")
     for name in ("cut.bin", "cut.safetensors"):
@@ -128,7 +128,7 @@ def test_broken_and_foreign_files_are_told(base: BaseModels, tmp_path: Path) -> 
     save_file({"unet.conv.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="holds unet"):
         read_adapter(tmp_path / "other.safetensors")
-    save_adapter(made(base, 1), tmp_path / "newer")
+    save_adapter(new_model(base, 1), tmp_path / "newer")
     config = json.loads((tmp_path / "newer" / CONFIG_FILE).read_text())
     (tmp_path / "newer" / CONFIG_FILE).write_text(json.dumps({**config, "format": 99}))
     with pytest.raises(WeightsError, match="format 99"):
@@ -138,7 +138,7 @@ def test_broken_and_foreign_files_are_told(base: BaseModels, tmp_path: Path) -> 
 def test_a_trained_unet_is_saved_without_the_adapter(
     base: BaseModels, tiny_base: Path, tmp_path: Path
 ) -> None:
-    made(base, 1)
+    new_model(base, 1)
     with torch.no_grad():
         base.unet.conv_in.bias += 1
     save_unet(base.unet, tmp_path / "unet")
@@ -152,6 +152,6 @@ def test_a_trained_unet_is_saved_without_the_adapter(
     assert torch.equal(again.conv_in.bias, base.unet.conv_in.bias)
 
 
-def test_a_model_on_the_wrong_base_is_told(base: BaseModels) -> None:
+def test_a_model_on_the_wrong_base_is_an_error(base: BaseModels) -> None:
     with pytest.raises(WeightsError, match="768 wide"):
         ConsistentID(SPECS["sd15"], base.unet, "legacy")

@@ -27,7 +27,7 @@ def noun(sample: Conditions, slot: int, tokenizer: Any) -> str:
     return text.strip()
 
 
-def test_corrected_slot_holds_what_its_noun_says(tokenizer: Any) -> None:
+def test_a_corrected_slot_holds_the_region_of_its_noun(tokenizer: Any) -> None:
     sample = build_conditions(record(1), tokenizer, TINY, "corrected", resolution=128)
     masks = region_masks(drawn(1)[1], "corrected")
     assert sample.token_valid.all()
@@ -49,7 +49,7 @@ def test_legacy_swaps_eye_and_ear(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["legacy", "corrected"])
-def test_a_prompt_changes_the_text_and_no_picture(tokenizer: Any, mode: Any) -> None:
+def test_a_prompt_changes_the_text_and_no_image(tokenizer: Any, mode: Any) -> None:
     one = build_conditions(record(2), tokenizer, TINY, mode, resolution=64)
     two = build_conditions(
         record(2), tokenizer, TINY, mode, resolution=64, prompt="A man in a forest"
@@ -64,11 +64,11 @@ def test_the_same_record_gives_the_same_bytes(tokenizer: Any) -> None:
     one, two = (
         build_conditions(record(3), tokenizer, TINY, "corrected", resolution=64) for _ in range(2)
     )
-    for name, value in vars_of(one).items():
+    for name, value in tensors_of(one).items():
         assert torch.equal(value, getattr(two, name)), name
 
 
-def vars_of(sample: Conditions) -> dict[str, torch.Tensor]:
+def tensors_of(sample: Conditions) -> dict[str, torch.Tensor]:
     values = {name: getattr(sample, name) for name in Conditions.__slots__}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -85,15 +85,15 @@ def test_missing_regions_are_padded_with_zeros_after_normalisation(tokenizer: An
 
 
 def off_centre(seed: int) -> Record:
-    """A portrait at the left end of a picture three times as wide: a centre crop would lose it."""
-    picture, labels = drawn(seed)
-    wide = np.pad(picture, ((0, 0), (0, 256), (0, 0)))
+    """Returns a portrait at the left end of a wide image, where a centre crop loses it."""
+    image, labels = drawn(seed)
+    wide = np.pad(image, ((0, 0), (0, 256), (0, 0)))
     return replace(
         record(seed), image=png(wide), parsing=png(np.pad(labels, ((0, 0), (0, 256)))), width=384
     )
 
 
-def test_corrected_region_pictures_survive_a_wide_photograph(tokenizer: Any) -> None:
+def test_corrected_region_images_of_a_wide_photograph_show_the_regions(tokenizer: Any) -> None:
     black = -torch.tensor([0.48145466, 0.4578275, 0.40821073]) / torch.tensor(
         [0.26862954, 0.26130258, 0.27577711]
     )
@@ -101,19 +101,19 @@ def test_corrected_region_pictures_survive_a_wide_photograph(tokenizer: Any) -> 
     corrected = build_conditions(
         off_centre(1), tokenizer, TINY, "corrected", resolution=64
     ).region_pixels
-    lit = [
+    not_black = [
         (pixels - black.view(1, 3, 1, 1)).abs().amax(1).gt(0.05).flatten(1).any(1)
         for pixels in (legacy, corrected)
     ]
-    assert not lit[0].any()
-    assert lit[1].all()
+    assert not not_black[0].any()
+    assert not_black[1].all()
 
 
-def test_training_pixels_and_masks_are_cut_alike(tokenizer: Any) -> None:
+def test_training_pixels_and_masks_have_the_same_crop(tokenizer: Any) -> None:
     labels = np.zeros((96, 160), np.uint8)
     labels[30:60, 70:90] = LABEL_IDS["nose"]
-    picture = np.where(labels[..., None] > 0, 255, 0).astype(np.uint8).repeat(3, axis=2)
-    wide = replace(record(1), image=png(picture), parsing=png(labels), width=160, height=96)
+    image = np.where(labels[..., None] > 0, 255, 0).astype(np.uint8).repeat(3, axis=2)
+    wide = replace(record(1), image=png(image), parsing=png(labels), width=160, height=96)
     sample = build_conditions(wide, tokenizer, TINY, "corrected", resolution=48)
     pixels = training_pixels(wide, 48)
     assert pixels.shape == (3, 48, 48) and pixels.min() == -1 and pixels.max() == 1
@@ -122,7 +122,7 @@ def test_training_pixels_and_masks_are_cut_alike(tokenizer: Any) -> None:
     assert torch.equal(sample.foreground, nose)
 
 
-def test_an_unfinished_record_is_refused_by_name(tokenizer: Any) -> None:
+def test_the_error_names_what_an_incomplete_record_lacks(tokenizer: Any) -> None:
     bare = replace(record(1), parsing=b"", identity=None)
     with pytest.raises(ValueError, match="no parsing, identity"):
         build_conditions(bare, tokenizer, TINY, "corrected", resolution=64)
@@ -138,7 +138,9 @@ def batch(tokenizer: Any) -> Any:
     )
 
 
-def test_dropping_takes_text_identity_or_both_by_the_draw(batch: Any, tokenizer: Any) -> None:
+def test_the_draw_decides_whether_text_identity_or_both_are_dropped(
+    batch: Any, tokenizer: Any
+) -> None:
     rates = DropRates(text=0.1, identity=0.1, both=0.1)
     dropped = drop_conditions(batch, torch.tensor([0.05, 0.15, 0.25, 0.5]), rates, tokenizer)
     empty = empty_ids(tokenizer)
@@ -147,10 +149,10 @@ def test_dropping_takes_text_identity_or_both_by_the_draw(batch: Any, tokenizer:
     assert dropped.clip_pixels.flatten(1).any(1).tolist() == [True, False, False, True]
     assert dropped.token_valid.any(1).tolist() == [False, False, False, True]
     assert torch.equal(dropped.token_mask.sum(1), dropped.token_valid.sum(1))
-    assert batch.identity.any(1).all(), "the batch given must stay as it is"
+    assert batch.identity.any(1).all(), "the argument must not change"
 
 
-def test_legacy_dropping_leaves_the_identity_embedding(batch: Any, tokenizer: Any) -> None:
+def test_legacy_dropping_preserves_the_identity_embedding(batch: Any, tokenizer: Any) -> None:
     rates = DropRates(text=0, identity=0, both=0.1, legacy=True)
     dropped = drop_conditions(batch, torch.tensor([0.05, 0.15, 0.25, 0.5]), rates, tokenizer)
     assert dropped.identity.any(1).all()
@@ -162,7 +164,7 @@ def test_impossible_rates_are_refused() -> None:
         DropRates(text=0.6, identity=0.6)
 
 
-def test_second_encoders_ids_pad_with_zero_after_eos(tokenizer: Any) -> None:
+def test_the_second_encoders_ids_are_padded_with_zero_after_eos(tokenizer: Any) -> None:
     sample = build_conditions(record(1), tokenizer, TINY, "corrected", resolution=32)
     end = sample.input_ids.tolist().index(tokenizer.eos_token_id)
     assert torch.equal(sample.input_ids[: end + 1], sample.input_ids_2[: end + 1])

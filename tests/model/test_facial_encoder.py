@@ -29,7 +29,7 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_only_masked_tokens_change_and_the_argument_stays(encoder: FacialEncoder) -> None:
+def test_only_masked_tokens_change_and_the_argument_does_not(encoder: FacialEncoder) -> None:
     text, regions, tokens, valid = inputs()
     before = text.clone()
     fused = encoder(text, regions, tokens, valid)
@@ -38,7 +38,7 @@ def test_only_masked_tokens_change_and_the_argument_stays(encoder: FacialEncoder
 
 
 @torch.no_grad()
-def test_the_nth_valid_region_goes_to_the_nth_masked_token(encoder: FacialEncoder) -> None:
+def test_the_nth_valid_region_is_fused_into_the_nth_masked_token(encoder: FacialEncoder) -> None:
     text, regions, tokens, valid = inputs()
     fused = encoder(text, regions, tokens, valid)
     for region, position in ((0, 4), (2, 9), (3, 30)):
@@ -48,7 +48,7 @@ def test_the_nth_valid_region_goes_to_the_nth_masked_token(encoder: FacialEncode
 
 
 @torch.no_grad()
-def test_invalid_regions_are_not_seen(encoder: FacialEncoder) -> None:
+def test_invalid_regions_have_no_effect(encoder: FacialEncoder) -> None:
     text, regions, tokens, valid = inputs()
     fused = encoder(text, regions, tokens, valid)
     other = torch.where(valid[..., None, None], regions, torch.full_like(regions, 7.0))
@@ -56,15 +56,15 @@ def test_invalid_regions_are_not_seen(encoder: FacialEncoder) -> None:
 
 
 @torch.no_grad()
-def test_strength_goes_from_text_to_fused(encoder: FacialEncoder) -> None:
+def test_strength_interpolates_between_text_and_fused_token(encoder: FacialEncoder) -> None:
     text, regions, tokens, valid = inputs()
     fused = encoder(text, regions, tokens, valid)
     strength = torch.ones(2, 5)
     assert torch.equal(encoder(text, regions, tokens, valid, strength), fused)
     strength[0, 2] = 0.0  # the region at position 9
-    half = encoder(text, regions, tokens, valid, strength)
-    assert torch.equal(half[0, 9], text[0, 9])
-    assert torch.equal(half[0, 30], fused[0, 30])
+    partly_fused = encoder(text, regions, tokens, valid, strength)
+    assert torch.equal(partly_fused[0, 9], text[0, 9])
+    assert torch.equal(partly_fused[0, 30], fused[0, 30])
 
 
 @torch.no_grad()
@@ -72,7 +72,8 @@ def test_shortcut_adds_the_resampler_to_the_tokens() -> None:
     torch.manual_seed(0)
     projector = IdentityProjector(TINY).eval()
     identity, clip = torch.randn(2, 512), torch.randn(2, 50, TINY.vision_dim)
-    alone = projector(identity, clip, shortcut=False)
-    none = projector(identity, clip, shortcut=True, scale=0.0)
-    assert alone.shape == (2, TINY.num_tokens, TINY.cross_attention_dim)
-    assert torch.allclose(projector(identity, clip, shortcut=True), none + alone, atol=1e-6)
+    resampled = projector(identity, clip, shortcut=False)
+    projected = projector(identity, clip, shortcut=True, scale=0.0)
+    both = projector(identity, clip, shortcut=True)
+    assert resampled.shape == (2, TINY.num_tokens, TINY.cross_attention_dim)
+    assert torch.allclose(both, projected + resampled, atol=1e-6)

@@ -21,7 +21,7 @@ M = FACIAL_MARK
 
 
 @pytest.mark.parametrize(
-    ("caption", "regions", "marked", "left"),
+    ("caption", "regions", "marked", "remaining"),
     [
         (
             SD15.template,
@@ -47,11 +47,11 @@ M = FACIAL_MARK
     ],
 )
 def test_legacy_marks_as_the_reference_does(
-    caption: str, regions: tuple[str, ...], marked: str, left: tuple[str, ...]
+    caption: str, regions: tuple[str, ...], marked: str, remaining: tuple[str, ...]
 ) -> None:
-    answer = mark_clauses(caption, regions)
-    assert (answer.text, answer.regions) == (marked, left)
-    assert {region for region, _ in answer.dropped} == set(regions) - set(left)
+    result = mark_clauses(caption, regions)
+    assert (result.text, result.regions) == (marked, remaining)
+    assert {region for region, _ in result.dropped} == set(regions) - set(remaining)
 
 
 def test_legacy_prompt_has_no_space_before_detail(tokenizer: Any) -> None:
@@ -61,7 +61,7 @@ def test_legacy_prompt_has_no_space_before_detail(tokenizer: Any) -> None:
     assert text == f"A man; Detail:The person has one face {M},"
 
 
-def test_legacy_cuts_without_eos_and_corrected_keeps_it(tokenizer: Any) -> None:
+def test_legacy_truncates_without_eos_and_corrected_restores_it(tokenizer: Any) -> None:
     text = "a big red dog " * 30
     assert tokenize_marked(text, tokenizer, keep_eos=False).ids[-1] != tokenizer.eos_token_id
     assert tokenize_marked(text, tokenizer, keep_eos=True).ids[-1] == tokenizer.eos_token_id
@@ -87,7 +87,7 @@ def test_corrected_pairs_a_region_with_its_own_noun(tokenizer: Any) -> None:
     ) == f"A woman. She smiles. Detail: {fine}".replace(" ", "")
 
 
-def test_corrected_names_the_regions_whose_word_is_missing(tokenizer: Any) -> None:
+def test_corrected_lists_the_regions_whose_word_is_missing(tokenizer: Any) -> None:
     text = training_text("A man.", "A round face.", REGION_WORDS, tokenizer, SD15, "corrected")
     assert text.regions == ("face",)
     assert dict(text.dropped) == dict.fromkeys(
@@ -95,14 +95,14 @@ def test_corrected_names_the_regions_whose_word_is_missing(tokenizer: Any) -> No
     )
 
 
-def test_corrected_describes_by_the_template_where_no_caption_is(tokenizer: Any) -> None:
+def test_corrected_uses_the_template_where_there_is_no_caption(tokenizer: Any) -> None:
     text = inference_text("A man in a forest", "", REGION_WORDS, tokenizer, SD15, "corrected")
     assert text.text.startswith("A man in a forest Detail: The person has one face")
     assert text.regions == ("face", "nose", "eyes", "ears", "mouth")
 
 
 @pytest.mark.parametrize("mode", ["legacy", "corrected"])
-def test_marks_in_a_users_text_are_no_marks(tokenizer: Any, mode: Any) -> None:
+def test_marks_in_a_users_text_are_removed(tokenizer: Any, mode: Any) -> None:
     regions = ("Face",) if mode == "legacy" else ("face",)
     for text in (
         inference_text(
@@ -121,7 +121,7 @@ WORDS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(main=WORDS, fine=WORDS)
-def test_corrected_never_loses_a_mark_unsaid(
+def test_corrected_lists_every_region_that_loses_its_mark(
     tokenizer: Any, main: list[str], fine: list[str]
 ) -> None:
     text = training_text(" ".join(main), " ".join(fine), REGION_WORDS, tokenizer, SD15, "corrected")

@@ -24,7 +24,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_clip_vocabulary(vocab: Path) -> None:
     tokenizer = clip_tokenizer(vocab)
     assert len(tokenizer) == 49_408
-    # OpenAI's own ids
+    # the ids of OpenAI's implementation
     assert tokenizer.encode("a photo of a cat") == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 49_407
 
@@ -37,7 +37,7 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
         clip_tokenizer(tmp_path / "x.gz")
 
 
-def test_same_seed_same_bytes_other_seed_other_weights(
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(
     tiny_base: Path, vocab: Path, tmp_path: Path
 ) -> None:
     before = torch.get_rng_state()
@@ -52,7 +52,7 @@ def test_same_seed_same_bytes_other_seed_other_weights(
     )
 
 
-def test_a_made_base_is_left_alone_and_a_foreign_folder_too(
+def test_an_existing_base_and_a_foreign_folder_are_left_unchanged(
     vocab: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     stamp = (tiny_base / "unet" / "config.json").stat().st_mtime_ns
@@ -78,7 +78,7 @@ def test_loaded_base_is_frozen_and_fits_the_spec(tiny_base: Path) -> None:
     assert base.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)
 
 
-def test_a_missing_base_is_told(tmp_path: Path) -> None:
+def test_a_missing_base_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="make_tiny_base"):
         load_base(TINY)
     with pytest.raises(WeightsError, match="diffusers' layout"):

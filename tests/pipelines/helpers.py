@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from configs.schema import DatasetConfig
 from stages.caption import CaptionStage
 from stages.quality_filter import RULES
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.reader import DatasetReader
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
@@ -20,7 +22,7 @@ NO_COPIES = ("global_pass.max_hash_distance=-1", "global_pass.max_similarity=0")
 
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
-    """The demo's configuration on one thread, four pictures a shard, inline unless said otherwise."""
+    """The demo's configuration on one thread, four inputs a shard, inline by default."""
     given = [
         f"source.path={source}",
         f"output={output}",
@@ -56,3 +58,32 @@ def hears_ctrl_c() -> None:
     SIGINT.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
+    parser on torch. Stages that are set up from now on remember no answers.
+    """
+    import onnxruntime
+    import torch
+
+    from tests import models
+
+    models.forget(patch)
+    ran: list[str] = []
+    session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
+    patch.setattr(
+        onnxruntime.InferenceSession,
+        "run",
+        lambda *a, **k: (ran.append("onnx"), session(*a, **k))[1],
+    )
+    patch.setattr(
+        torch.nn.Module, "__call__", lambda *a, **k: (ran.append("torch"), module(*a, **k))[1]
+    )
+    return ran
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """Every row of the sidecars of a data set, in the order of its shards."""
+    reader = DatasetReader(str(output))
+    return [row for index in reader.manifests() for row in reader.rows(index).to_pylist()]

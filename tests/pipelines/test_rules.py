@@ -1,10 +1,9 @@
-"""Rules judge from recorded figures: what they drop is held, and comes back without a model call."""
+"""Rules look at recorded metrics: what they drop is restored without a model call."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,8 +14,7 @@ from pipelines.review import check_trainable
 from pipelines.run import plan_job, run
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import config, digests
-from tests.pipelines.test_run import _count_models
+from tests.pipelines.helpers import config, count_model_calls, digests, rows_of
 
 LENIENT = "rules.min_sharpness=0"
 STRICT = "rules.min_sharpness=0.36"  # some of the eight are over it, and some are not
@@ -29,21 +27,12 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    store = Store(str(output))
-    return [
-        row
-        for index in DatasetReader(store).manifests()
-        for row in DatasetReader(store).rows(index).to_pylist()
-    ]
-
-
 def test_another_rule_judges_without_a_model_and_back_again(
     portraits: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Path(shutil.copytree(made, tmp_path / "out"))
     before = digests(output)
-    ran = _count_models(monkeypatch)
+    ran = count_model_calls(monkeypatch)
     ledger = run(config(portraits, output, STRICT))
     lost = ledger.dropped["blurred"]
     assert 0 < lost < 8 and ledger.written == 8 - lost

@@ -6,10 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-import onnxruntime
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from configs.errors import ShardError, SourceError
 from pipelines.demo.poison import EXPECTED
@@ -21,7 +19,7 @@ from stages.base import Stage
 from stages.record import Record, key_of
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import config, digests, new_captions, stamps
+from tests.pipelines.helpers import config, count_model_calls, digests, new_captions, stamps
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
-    ran = _count_models(monkeypatch)
+    ran = count_model_calls(monkeypatch)
     list(execute(job, lambda count: None))
     assert set(calls) == {"caption", "review"}
     assert ran == [], "no detector, parser or embedder"
@@ -104,23 +102,6 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     run(config(poisoned, fresh))
     assert set(ran) == {"onnx", "torch"}, "what counts the models must see them"
     assert digests(output) == digests(fresh)
-
-
-def _count_models(patch: pytest.MonkeyPatch) -> list[str]:
-    """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
-    parser on torch.
-    """
-    ran: list[str] = []
-    session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
-    patch.setattr(
-        onnxruntime.InferenceSession,
-        "run",
-        lambda *a, **k: (ran.append("onnx"), session(*a, **k))[1],
-    )
-    patch.setattr(
-        torch.nn.Module, "__call__", lambda *a, **k: (ran.append("torch"), module(*a, **k))[1]
-    )
-    return ran
 
 
 def test_new_inputs_make_new_shards_and_leave_the_old_alone(

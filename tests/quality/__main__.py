@@ -1,9 +1,8 @@
-"""`python -m tests.quality --count 1000`: every planted fault is caught by the right rule, and
-little else is lost.
+"""Checks the quality rules on planted faults: `python -m tests.quality --count 1000`.
 
-Portraits are synthesised, faults planted among them, and all is made into a data set by
-configs/dataset/demo.yaml. Exits 1 unless every planted picture has a right reason and under 1 % of
-the others are dropped.
+It synthesises portraits, plants faults among them, and makes a data set of all by
+configs/dataset/demo.yaml. The exit status is 1 unless every planted image is dropped for a right
+reason and less than 1 % of the others are dropped.
 """
 
 from __future__ import annotations
@@ -29,47 +28,45 @@ from tests.quality.planted import FAULTS, plant
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="portraits")
-    parser.add_argument("--each", type=int, default=20, help="planted pictures of each kind")
+    parser.add_argument("--each", type=int, default=20, help="planted images of each fault")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality"), help="for portraits, input and output"
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    given = parser.parse_args()
-    portraits, photos, output = (given.folder / name for name in ("portraits", "photos", "dataset"))
-    if len(list(portraits.glob("*.jpg"))) < given.count:
+    options = parser.parse_args()
+    portraits, photos, output = (
+        options.folder / name for name in ("portraits", "photos", "dataset")
+    )
+    if len(list(portraits.glob("*.jpg"))) < options.count:
         command = [sys.executable, "-m", "pipelines.cli", "synthesize", str(portraits)]
         subprocess.run(
-            [*command, "--count", str(given.count), "--seed", str(given.seed)], check=True
+            [*command, "--count", str(options.count), "--seed", str(options.seed)], check=True
         )
     shutil.rmtree(photos, ignore_errors=True)
-    planted = plant(sorted(portraits.glob("*.jpg"))[: given.count], photos, given.each)
-    settings = [f"source.path={photos}", f"output={output}", *given.settings]
+    planted = plant(sorted(portraits.glob("*.jpg"))[: options.count], photos, options.each)
+    settings = [f"source.path={photos}", f"output={output}", *options.settings]
     run(load(DatasetConfig, "configs/dataset/demo.yaml", settings))
     store = Store(str(output))
     write_report(store)
-    rows = [
-        row
-        for index in DatasetReader(store).manifests()
-        for row in DatasetReader(store)
-        .rows(index, ["source", "status", "reason", "detail"])
-        .to_pylist()
-    ]
+    reader = DatasetReader(store)
+    columns = ["source", "status", "reason", "detail"]
+    rows = [row for index in reader.manifests() for row in reader.rows(index, columns).to_pylist()]
     print(json.dumps({"planted": len(planted), "inputs": len(rows)}))
     wrong = 0
     for fault in FAULTS:
-        found = Counter(
+        reasons = Counter(
             row["reason"] or "written" for row in rows if planted.get(row["source"]) is fault
         )
-        missed = sum(count for reason, count in found.items() if reason not in fault.reasons)
+        missed = sum(count for reason, count in reasons.items() if reason not in fault.reasons)
         wrong += missed
-        print(f"{fault.name:12} {dict(found)}{'   WRONG' if missed else ''}")
+        print(f"{fault.name:12} {dict(reasons)}{'   WRONG' if missed else ''}")
     others = [row for row in rows if row["source"] not in planted]
-    lost = [row for row in others if row["status"] != "ok"]
-    for row in lost:
-        print(f"  lost: {row['source']}  {row['reason']}  {row['detail']}")
-    share = len(lost) / len(others)
-    print(f"others lost: {len(lost)} of {len(others)} ({share:.2%})")
+    dropped = [row for row in others if row["status"] != "ok"]
+    for row in dropped:
+        print(f"  dropped: {row['source']}  {row['reason']}  {row['detail']}")
+    share = len(dropped) / len(others)
+    print(f"others dropped: {len(dropped)} of {len(others)} ({share:.2%})")
     faults = list(lint(store))
     print(f"lint: {faults or 'clean'}")
     return int(bool(wrong or share >= 0.01 or faults))

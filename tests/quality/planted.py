@@ -1,6 +1,4 @@
-"""Portraits with faults planted among them, each known by its name: what the rules must catch, and
-nothing else.
-"""
+"""Plants faults among portraits, for which the rules must drop exactly the planted images."""
 
 from __future__ import annotations
 
@@ -18,13 +16,15 @@ from stages.codec import Image
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """reasons: those that are right for it. copies: it is made of a portrait that stays, under a
-    name behind it.
+    """A kind of planted image.
+
+    reasons: the right reasons to drop it. make: makes it from two portraits; None stands for the
+    bytes of the first one's file. copies: whether it duplicates a portrait that is an input too,
+    with a name that sorts before the duplicate's; otherwise it replaces the portrait.
     """
 
     name: str
     reasons: tuple[str, ...]
-    # of two portraits; None: the first one's own bytes
     make: Callable[[Image, Image], Image | None]
     copies: bool = False
 
@@ -33,8 +33,8 @@ def blurred(one: Image, _: Image) -> Image:
     return np.asarray(cv2.GaussianBlur(one, (0, 0), one.shape[0] * 6 / 1024), np.uint8)
 
 
-def moved(one: Image, _: Image) -> Image:
-    """Motion blur along the diagonal, a thirtieth of the side."""
+def motion_blurred(one: Image, _: Image) -> Image:
+    """Blurs along the diagonal, over a thirtieth of the side."""
     size = one.shape[0] // 30
     return np.asarray(cv2.filter2D(one, -1, np.eye(size, dtype=np.float32) / size), np.uint8)
 
@@ -52,11 +52,11 @@ def two_faces(one: Image, other: Image) -> Image:
 
 
 def covered(one: Image, _: Image) -> Image:
-    """Something grey and textured over all from the nose down."""
-    changed = one.copy()
-    texture = np.random.default_rng(0).integers(90, 130, changed[one.shape[0] * 11 // 20 :].shape)
-    changed[one.shape[0] * 11 // 20 :] = texture
-    return changed
+    """Covers everything below the nose with a grey texture."""
+    image = one.copy()
+    top = one.shape[0] * 11 // 20
+    image[top:] = np.random.default_rng(0).integers(90, 130, image[top:].shape)
+    return image
 
 
 def smaller(one: Image, _: Image) -> Image:
@@ -71,7 +71,7 @@ def cropped(one: Image, _: Image) -> Image:
 
 FAULTS: Final = (
     Fault("blurred", ("blurred",), blurred),
-    Fault("moved", ("blurred",), moved),
+    Fault("motion-blur", ("blurred",), motion_blurred),
     Fault("dark", ("too_dark",), dark),
     Fault("tiny", ("low_resolution",), tiny),
     Fault("two-faces", ("too_many_faces",), two_faces),
@@ -84,47 +84,45 @@ FAULTS: Final = (
 
 
 def plant(portraits: Sequence[Path], folder: Path, each: int) -> dict[str, Fault]:
-    """Write `folder`: the portraits, `each` of them spoiled by each fault, and copies; file name →
-    its fault.
+    """Writes `folder` with the portraits and `each` images of every fault.
 
-    A portrait is spoiled in place of staying; a copy is of one that stays. Raises ValueError for
-    too few portraits.
+    Returns the fault of each planted file, by name. Raises ValueError for too few portraits.
     """
-    spoils = [fault for fault in FAULTS if not fault.copies]
-    needed = each * (len(spoils) + 1 + len(FAULTS) - len(spoils))
+    replacing = [fault for fault in FAULTS if not fault.copies]
+    needed = each * (len(FAULTS) + 1)  # two_faces takes two portraits
     if len(portraits) < needed:
         raise ValueError(f"{len(portraits)} portraits, expected at least {needed}")
     folder.mkdir(parents=True)
-    left = iter(sorted(portraits))
+    remaining = iter(sorted(portraits))
     planted: dict[str, Fault] = {}
-    for fault in spoils:
+    for fault in replacing:
         for number in range(each):
-            one, other = next(left), next(left) if fault.make is two_faces else None
+            one, other = next(remaining), next(remaining) if fault.make is two_faces else None
             name = f"{fault.name}-{number:03d}.jpg"
             _write(folder / name, fault.make(_read(one), _read(other or one)))
             planted[name] = fault
-    clean = list(left)
+    clean = list(remaining)
     for path in clean:
         shutil.copy(path, folder / path.name)
     sources = iter(clean)
     for fault in FAULTS:
         for number in range(each if fault.copies else 0):
             path = next(sources)
-            name = f"z-{fault.name}-{number:03d}.jpg"  # the earlier stays, and names are in order
-            changed = fault.make(_read(path), _read(path))
-            if changed is None:
+            name = f"z-{fault.name}-{number:03d}.jpg"  # of duplicates, the first by name is written
+            image = fault.make(_read(path), _read(path))
+            if image is None:
                 shutil.copy(path, folder / name)
             else:
-                _write(folder / name, changed)
+                _write(folder / name, image)
             planted[name] = fault
     return planted
 
 
 def _read(path: Path) -> Image:
-    picture = cv2.imread(str(path))
-    assert picture is not None, path
-    return np.asarray(picture, np.uint8)
+    image = cv2.imread(str(path))
+    assert image is not None, path
+    return np.asarray(image, np.uint8)
 
 
-def _write(path: Path, picture: Image | None) -> None:
-    assert picture is not None and cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, 88])
+def _write(path: Path, image: Image | None) -> None:
+    assert image is not None and cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 88])

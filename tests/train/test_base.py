@@ -1,4 +1,4 @@
-"""The tiny base that a run makes for itself."""
+"""The tiny base that a run makes."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ import torch
 from configs.schema import ModelConfig
 from model.conditions import training_pixels
 from model.spec import SPECS
-from tests.train.conftest import small
+from tests.train.helpers import small
 from train.base import ensure_base, fit_vae
 from train.shards import ShardSet
 
 
 def encoded(base: Path, shards: ShardSet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures, their scaled latents, and the pictures made of those again."""
-    pictures = torch.stack([training_pixels(record, 64) for record in shards.records(range(8))])
+    """Returns images, their scaled latents, and the images decoded from these."""
+    images = torch.stack([training_pixels(record, 64) for record in shards.records(range(8))])
     vae = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     with torch.no_grad():
-        latents = vae.encode(pictures).latent_dist.mean
-        return pictures, latents * vae.config.scaling_factor, vae.decode(latents).sample
+        latents = vae.encode(images).latent_dist.mean
+        return images, latents * vae.config.scaling_factor, vae.decode(latents).sample
 
 
 @pytest.mark.slow
-def test_the_tiny_base_is_made_once_and_turns_latents_back_into_pictures(
+def test_the_tiny_base_is_made_once_and_decodes_its_latents(
     data: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
     config = replace(
         small(data, Path(), tmp_path / "out"), resolution=64, model=ModelConfig(spec="tiny")
     )
-    said: list[str] = []
-    base = Path(ensure_base(config, SPECS["tiny"], shards, said.append))
-    assert base == tmp_path / "out/base" and "random weights" in said[0]
-    pictures, latents, decoded = encoded(base, shards)
-    grey = pictures.mean((2, 3), keepdim=True)
-    assert (decoded - pictures).abs().mean() < 0.4 * (grey - pictures).abs().mean()
+    messages: list[str] = []
+    base = Path(ensure_base(config, SPECS["tiny"], shards, messages.append))
+    assert base == tmp_path / "out/base" and "random weights" in messages[0]
+    images, latents, decoded = encoded(base, shards)
+    mean_colour = images.mean((2, 3), keepdim=True)
+    assert (decoded - images).abs().mean() < 0.4 * (mean_colour - images).abs().mean()
     assert latents.std() == pytest.approx(1.0, abs=0.05)
     before = (base / "vae/diffusion_pytorch_model.safetensors").read_bytes()
-    assert ensure_base(config, SPECS["tiny"], shards, said.append) == str(base) and len(said) == 1
+    assert ensure_base(config, SPECS["tiny"], shards, messages.append) == str(base)
+    assert len(messages) == 1
     assert (base / "vae/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
-def test_fitting_is_a_function_of_the_seed(
+def test_fitting_twice_gives_the_same_bytes(
     tiny_base: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
     import shutil
@@ -58,7 +59,7 @@ def test_fitting_is_a_function_of_the_seed(
     assert files[0] == files[1]
 
 
-def test_a_named_base_is_taken_as_it_is(data: Path, shards: ShardSet, tmp_path: Path) -> None:
+def test_a_named_base_is_used_unchanged(data: Path, shards: ShardSet, tmp_path: Path) -> None:
     config = small(data, Path("/some/base"), tmp_path / "out")
     assert ensure_base(config, SPECS["tiny"], shards, print) == "/some/base"
     public = replace(config, model=ModelConfig(spec="sd15"))

@@ -8,22 +8,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner, Result
 
 from configs.load import dump
-from tests.train.conftest import small
+from tests.train.helpers import small
+from train.cli import app
 from train.history import read_history
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "train.cli"]
 
 
-def call(*arguments: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def call(*arguments: object) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def start(*command: object) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own."""
+    given = [sys.executable, *(str(word) for word in command)]
+    return subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -32,16 +40,15 @@ def preset(data: Path, tiny_base: Path, tmp_path: Path) -> Path:
     return tmp_path / "preset.yaml"
 
 
-def test_help_teaches_and_loads_nothing() -> None:
+def test_help_shows_examples_and_does_not_load_torch() -> None:
     started = time.monotonic()
-    done = call("--help")
-    took = time.monotonic() - started
-    assert done.returncode == 0 and "accelerate launch" in done.stdout and "data=" in done.stdout
-    loaded = call(
-        "-c", "import sys, train.cli; print('torch' in sys.modules)", command=[sys.executable]
-    )
-    assert loaded.stdout.strip() == "False"
-    assert took < 5  # about half a second on an idle machine
+    process = start("-m", "train.cli", "--help")
+    seconds = time.monotonic() - started
+    assert process.returncode == 0
+    assert "accelerate launch" in process.stdout and "data=" in process.stdout
+    imported = start("-c", "import sys, train.cli; print('torch' in sys.modules)")
+    assert imported.stdout.strip() == "False"
+    assert seconds < 5  # about half a second on an idle machine
 
 
 @pytest.mark.parametrize(
@@ -54,71 +61,49 @@ def test_help_teaches_and_loads_nothing() -> None:
         (["--config", "/no/such.yaml"], "no configuration at"),
     ],
 )
-def test_what_a_user_can_mend_is_said_in_a_line(
+def test_a_users_error_is_a_line_without_a_traceback(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert not (ROOT / "x").exists()
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(
+def test_ctrl_c_writes_a_checkpoint_from_which_the_same_command_resumes(
     preset: Path, tmp_path: Path
 ) -> None:
-    command = [
-        *COMMAND,
-        "--config",
-        str(preset),
-        "max_train_steps=400",
-        "num_workers=2",
-        "log_every=1",
-    ]
+    command = [sys.executable, "-m", "train.cli", "--config", str(preset)]
+    settings = ["max_train_steps=400", "num_workers=2", "log_every=1"]
     output = tmp_path / "out"
     running = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while running.poll() is None and len(read_history(output / "losses.jsonl")) < 3:
         time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert "the same command goes on" in said and "Traceback" not in said
-    reached = len(read_history(output / "losses.jsonl"))
-    done = subprocess.run(
-        [*command[:-3], f"max_train_steps={reached + 2}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 0 and f"at step {reached}" in done.stderr and "noise loss" in done.stdout
-    )
-    assert [line["step"] for line in read_history(output / "losses.jsonl")] == list(
-        range(1, reached + 3)
-    )
+    os.killpg(running.pid, signal.SIGINT)  # to the workers too, as from a terminal
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130, stderr
+    assert "the same command resumes" in stderr and "Traceback" not in stderr
+    last = len(read_history(output / "losses.jsonl"))
+    resumed = call("--config", preset, f"max_train_steps={last + 2}")
+    assert resumed.exit_code == 0
+    assert f"at step {last}" in resumed.stderr and "noise loss" in resumed.stdout
+    steps = [line["step"] for line in read_history(output / "losses.jsonl")]
+    assert steps == list(range(1, last + 3))
 
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path) -> None:
-    # accelerate launch starts several processes on GPUs; on a CPU torch's own launcher does, with
-    # the same variables.
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "train.cli",
-    ]
-    two = call(
-        "--config", str(preset), f"output={tmp_path / 'two'}", "train_batch_size=1", "checkpointing_steps=5",
-        command=launch,
-    )  # fmt: skip
+    # On a CPU, accelerate launch doesn't start several processes. Torch's launcher does, with the
+    # same environment variables.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = [f"output={tmp_path / 'two'}", "train_batch_size=1", "checkpointing_steps=5"]
+    two = start(*launcher, "-m", "train.cli", "--config", preset, *settings)
     assert two.returncode == 0, two.stderr
-    one = call("--config", str(preset), f"output={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
+    one = call("--config", preset, f"output={tmp_path / 'one'}")
+    assert one.exit_code == 0, one.stderr
     histories = [read_history(tmp_path / name / "losses.jsonl") for name in ("one", "two")]
     assert len(histories[0]) == len(histories[1]) == 10
     # the same samples, noise and masks at every step
@@ -127,15 +112,23 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
         assert line["lr"] == other["lr"]
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (10, 20)
-    # alone now
-    third = call("--config", str(preset), f"output={tmp_path / 'two'}", "max_train_steps=12")
-    assert third.returncode == 0 and "at step 10" in third.stderr
+    # resumed by a single process
+    third = call("--config", preset, f"output={tmp_path / 'two'}", "max_train_steps=12")
+    assert third.exit_code == 0 and "at step 10" in third.stderr
 
 
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("other_precision")
 def test_bf16_trains(preset: Path, tmp_path: Path) -> None:
-    done = call(
-        "--config", str(preset), "mixed_precision=bf16", "max_train_steps=2", "train_base=true"
-    )
-    assert done.returncode == 0, done.stderr
+    settings = ("mixed_precision=bf16", "max_train_steps=2", "train_base=true")
+    result = call("--config", preset, *settings)
+    assert result.exit_code == 0, result.stderr
     lines = read_history(tmp_path / "out/losses.jsonl")
     assert len(lines) == 2 and all(0 < line["noise_loss"] < 3 for line in lines)

@@ -1,4 +1,4 @@
-"""The order of samples, and what a micro-batch holds, whoever makes it."""
+"""The order of samples, and the contents of micro-batches, with any number of processes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from model.conditions import build_conditions, training_pixels
 from model.spec import SPECS
-from tests.train.conftest import Parts, small
-from train.data import Order, TrainBatch, micro_batches
+from tests.train.helpers import Parts, small
+from train.data import SampleOrder, TrainBatch, micro_batches
 from train.shards import ShardSet
 
 
 class Keys:
-    """Micro-batches as lists of keys: the loader's order without its decoding."""
+    """Makes micro-batches that are lists of keys, without decoding samples."""
 
     def __init__(self, shards: ShardSet, seed: int) -> None:
-        self._keys, self._order = shards.keys, Order(len(shards), seed)
+        self._keys, self._order = shards.keys, SampleOrder(len(shards), seed)
 
     def __call__(self, positions: range) -> list[str]:
         return [self._keys[self._order.sample(position)] for position in positions]
@@ -31,7 +31,7 @@ class Keys:
 def keys(
     shards: ShardSet, count: int, *, world: int, workers: int, size: int, start: int = 0
 ) -> list[str]:
-    """The first `count` keys that `world` processes together consume, in the order of their steps."""
+    """Returns the first `count` keys that `world` processes consume, in order of their steps."""
     make = Keys(shards, 5)
     ranks: list[Iterator[list[str]]] = [
         micro_batches(make, start=start, size=size, rank=rank, world=world, workers=workers)
@@ -50,43 +50,42 @@ def keys(
 def test_the_order_is_that_of_one_process_without_workers(
     shards: ShardSet, world: int, workers: int, size: int
 ) -> None:
-    # 3 shards for up to 8 readers: with shards dealt out to readers, most of them would have none
-    # and wait for ever.
+    # 3 shards for up to 8 readers: if shards were split over readers, most readers would have none.
     assert keys(shards, 40, world=world, workers=workers, size=size) == keys(
         shards, 40, world=1, workers=0, size=2
     )
 
 
-def test_it_goes_on_in_mid_epoch_on_another_number_of_processes(shards: ShardSet) -> None:
-    whole = keys(shards, 40, world=1, workers=0, size=2)
-    assert keys(shards, 27, world=2, workers=1, size=1, start=13) == whole[13:]
+def test_it_resumes_within_an_epoch_on_another_number_of_processes(shards: ShardSet) -> None:
+    expected = keys(shards, 40, world=1, workers=0, size=2)
+    assert keys(shards, 27, world=2, workers=1, size=1, start=13) == expected[13:]
 
 
-def test_an_epoch_has_every_sample_once_and_an_order_of_its_own(shards: ShardSet) -> None:
-    seen = keys(shards, 24, world=1, workers=0, size=3)
-    epochs = [seen[start : start + 8] for start in (0, 8, 16)]
+def test_each_epoch_has_every_sample_once_and_in_another_order(shards: ShardSet) -> None:
+    consumed = keys(shards, 24, world=1, workers=0, size=3)
+    epochs = [consumed[start : start + 8] for start in (0, 8, 16)]
     assert all(sorted(epoch) == sorted(shards.keys) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_another_seed_is_another_order(shards: ShardSet) -> None:
-    one, other = (Order(len(shards), seed) for seed in (1, 2))
+    one, other = (SampleOrder(len(shards), seed) for seed in (1, 2))
     assert [one.sample(i) for i in range(8)] != [other.sample(i) for i in range(8)]
 
 
-def test_a_batch_is_the_conditions_of_its_records(
-    parts: Parts, shards: ShardSet, data: Path, tiny_base: Path
+def test_a_batch_has_the_conditions_of_its_records(
+    shards: ShardSet, data: Path, tiny_base: Path
 ) -> None:
-    whole = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), shards)
-    batch = whole.make(range(3))
+    parts = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), shards)
+    batch = parts.make(range(3))
     for row, key in enumerate(batch.keys):
         record = shards.records([shards.keys.index(key)])[0]
-        wanted = build_conditions(
+        expected = build_conditions(
             record,
-            whole.preparation.tokenizer,
+            parts.preparation.tokenizer,
             SPECS["tiny"],
             "corrected",
-            resolution=whole.config.resolution,
+            resolution=parts.config.resolution,
         )
         for name in (
             "input_ids",
@@ -98,14 +97,13 @@ def test_a_batch_is_the_conditions_of_its_records(
             "identity",
         ):
             torch.testing.assert_close(
-                getattr(batch, name)[row], getattr(wanted, name), rtol=0, atol=0
+                getattr(batch, name)[row], getattr(expected, name), rtol=0, atol=0
             )
         torch.testing.assert_close(batch.pixels[row], training_pixels(record, 32), rtol=0, atol=0)
-        pictures = batch.pictures[
-            (batch.picture_rows >= 6 * row) & (batch.picture_rows < 6 * row + 6)
-        ]
-        shown = torch.cat((wanted.clip_pixels[None], wanted.region_pixels[wanted.token_valid]))
-        torch.testing.assert_close(pictures, shown, rtol=0, atol=0)
+        own_rows = (batch.image_rows >= 6 * row) & (batch.image_rows < 6 * row + 6)
+        regions = expected.region_pixels[expected.token_valid]
+        images = torch.cat((expected.clip_pixels[None], regions))
+        torch.testing.assert_close(batch.clip_images[own_rows], images, rtol=0, atol=0)
 
 
 def test_a_sample_is_the_same_in_any_batch(parts: Parts) -> None:
@@ -113,48 +111,49 @@ def test_a_sample_is_the_same_in_any_batch(parts: Parts) -> None:
     _same_rows(together, apart)
 
 
-def test_what_is_drawn_differs_from_position_to_position(parts: Parts) -> None:
+def test_random_numbers_differ_between_positions(parts: Parts) -> None:
     batch = parts.make(range(8))
     assert len({float(noise[0, 0, 0]) for noise in batch.noise}) == 8
     assert not torch.equal(batch.noise, batch.latent_noise)
     assert len(set(batch.timesteps.tolist())) > 4
-    again = parts.make(range(8, 16))  # the same eight portraits in the next epoch
+    next_epoch = parts.make(range(8, 16))  # the same eight portraits
     assert not torch.equal(
-        again.noise.sum((1, 2, 3)).sort().values, batch.noise.sum((1, 2, 3)).sort().values
+        next_epoch.noise.sum((1, 2, 3)).sort().values, batch.noise.sum((1, 2, 3)).sort().values
     )
 
 
-def test_drop_rates_are_kept_to(parts: Parts) -> None:
+def test_conditions_are_dropped_at_the_configured_rates(parts: Parts) -> None:
     batches = [parts.make(range(start, start + 20)) for start in range(0, 400, 20)]
-    gone = torch.cat([batch.identity for batch in batches]).norm(dim=1) == 0
-    empty = torch.cat([batch.token_valid for batch in batches]).sum(1) == 0
-    assert 0.15 < gone.float().mean() < 0.25  # identity alone 0.1, both 0.1
-    assert 0.24 < empty.float().mean() < 0.36  # no regions where text or identity or both are gone
+    no_identity = torch.cat([batch.identity for batch in batches]).norm(dim=1) == 0
+    no_regions = torch.cat([batch.token_valid for batch in batches]).sum(1) == 0
+    assert 0.15 < no_identity.float().mean() < 0.25  # identity alone 0.1, both 0.1
+    assert 0.24 < no_regions.float().mean() < 0.36  # text 0.1, identity 0.1, both 0.1
 
 
-def test_kept_samples_change_nothing(
+def test_cached_samples_equal_samples_read_again(
     data: Path, tiny_base: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
-    kept, not_kept = (
-        Parts(small(data, tiny_base, tmp_path, keep_samples=keep), shards) for keep in (3, 0)
+    with_cache, without = (
+        Parts(small(data, tiny_base, tmp_path, keep_samples=size), shards) for size in (3, 0)
     )
     for start in (0, 4, 8):
-        _same_rows(kept.make(range(start, start + 4)), [not_kept.make(range(start, start + 4))])
+        positions = range(start, start + 4)
+        _same_rows(with_cache.make(positions), [without.make(positions)])
 
 
 def test_workers_make_the_same_batches(parts: Parts) -> None:
-    here, there = (
+    by_main, by_workers = (
         list(islice(micro_batches(parts.make, start=4, size=2, workers=workers), 3))
         for workers in (0, 2)
     )
-    for one, other in zip(here, there, strict=True):
+    for one, other in zip(by_main, by_workers, strict=True):
         _same_rows(one, [other])
 
 
 def _same_rows(whole: TrainBatch, parts: list[TrainBatch]) -> None:
     for field in fields(TrainBatch):
         values = [getattr(part, field.name) for part in parts]
-        if field.name == "picture_rows":
+        if field.name == "image_rows":
             continue  # numbered within its own batch
         if isinstance(values[0], Tensor):
             torch.testing.assert_close(

@@ -1,9 +1,10 @@
-"""Samples by number: what the shards hold is what is read, and what isn't committed isn't there."""
+"""Reading samples by number: the records as they were written, and errors of damaged shards."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -11,9 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from configs.errors import PipelineError, ShardError, SourceError
+from configs.errors import ConfigError, PipelineError, ShardError, SourceError
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
+from tests.train.helpers import run, small
 from train.shards import ShardSet
 
 
@@ -39,14 +41,14 @@ def test_every_sample_is_the_record_that_was_written(data: Path, shards: ShardSe
         np.testing.assert_array_equal(one.identity, other.identity)
 
 
-def test_samples_come_in_the_order_asked_for(shards: ShardSet) -> None:
+def test_samples_are_returned_in_the_requested_order(shards: ShardSet) -> None:
     assert [record.key for record in shards.records([7, 0, 3])] == [
         shards.keys[number] for number in (7, 0, 3)
     ]
 
 
-def test_a_shard_without_a_manifest_is_not_there(copy: Path, shards: ShardSet) -> None:
-    # a gap in the numbering, and a tar a killed writer left
+def test_a_shard_without_a_manifest_is_ignored(copy: Path, shards: ShardSet) -> None:
+    # this leaves a gap in the numbering, and a tar like that of a killed writer
     (copy / "shards/fgid-000001.json").unlink()
     assert ShardSet(str(copy)).keys == [*shards.keys[:3], *shards.keys[6:]]
 
@@ -59,29 +61,29 @@ def test_shards_at_a_url_are_read_in_place(data: Path, shards: ShardSet) -> None
     assert remote.dataset_config() == (data / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_no_data_set_says_what_to_do(tmp_path: Path, made: bool) -> None:
-    if made:
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_the_error_without_a_data_set_says_what_to_do(tmp_path: Path, with_folder: bool) -> None:
+    if with_folder:
         (tmp_path / "none/shards").mkdir(parents=True)
     with pytest.raises(SourceError, match="Run make dataset first"):
         ShardSet(str(tmp_path / "none"))
 
 
-def test_a_set_whose_pictures_were_all_dropped_says_so(copy: Path) -> None:
+def test_a_data_set_without_a_sample_is_an_error(copy: Path) -> None:
     for manifest in (copy / "shards").glob("*.json"):
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "written": 0}))
     with pytest.raises(SourceError, match="hold no sample"):
         ShardSet(str(copy))
 
 
-def test_a_truncated_tar_is_named(copy: Path) -> None:
+def test_the_error_names_a_truncated_tar(copy: Path) -> None:
     tar = copy / "shards/fgid-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-2048])
     with pytest.raises(ShardError, match=r"fgid-000001\.tar holds .* its manifest says"):
         ShardSet(str(copy))
 
 
-def test_a_sidecar_that_points_at_another_sample_is_named(copy: Path) -> None:
+def test_the_error_names_the_sample_that_a_sidecar_misplaces(copy: Path) -> None:
     path = copy / "shards/fgid-000000.parquet"
     table = pq.read_table(path)
     keys = table.column("key").to_pylist()
@@ -91,7 +93,28 @@ def test_a_sidecar_that_points_at_another_sample_is_named(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"shard": "fgid-000000", "written": 3}'])
-def test_a_manifest_that_is_none_is_named(copy: Path, text: str) -> None:
+def test_the_error_names_an_invalid_manifest(copy: Path, text: str) -> None:
     (copy / "shards/fgid-000000.json").write_text(text)
     with pytest.raises(PipelineError, match=r"fgid-000000\.json"):
         ShardSet(str(copy))
+
+
+def test_a_version_2_data_set_trains(tiny_base: Path, tmp_path: Path) -> None:
+    config = small(Path("tests/data/dataset_v2"), tiny_base, tmp_path / "out", max_train_steps=2)
+    outcome = run(config)
+    assert outcome.adapter is not None and outcome.step == 2
+
+
+@pytest.mark.parametrize("key", ["data", "output", "adapter"])
+def test_credentials_in_a_url_are_refused_and_kept_nowhere(
+    tiny_base: Path, data: Path, tmp_path: Path, key: str
+) -> None:
+    url = "s3://me:not-to-be-seen@bucket/fgid"
+    config = replace(small(data, tiny_base, tmp_path / "out"), **{key: url})
+    with pytest.raises(ConfigError, match="environment") as error:
+        run(config)
+    assert "not-to-be-seen" not in str(error.value)
+    with pytest.raises(ConfigError, match="environment"):
+        ShardSet(url)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"not-to-be-seen" in path.read_bytes()]

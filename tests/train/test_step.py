@@ -1,4 +1,4 @@
-"""One step's arithmetic: features, noise, losses, and where their gradients go."""
+"""The computation of a step: features, noise, losses, and their gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs.errors import ConfigError
 from configs.schema import LossConfig
 from model.conditions import collate, drop_conditions
 from model.consistentid import encode_frozen
-from tests.train.conftest import Parts
+from tests.train.helpers import Parts
 from train import draws
 from train.data import TrainBatch
 from train.step import freeze, frozen_features, noised_latents, snr_weights, step_losses
@@ -29,19 +29,19 @@ def losses(
     return dict(zip(("loss", "noise", "facial"), values.tolist(), strict=True))
 
 
-def test_features_are_those_of_inference_though_zero_pictures_are_not_encoded(parts: Parts) -> None:
+def test_features_equal_those_of_inference_though_zero_images_are_not_encoded(parts: Parts) -> None:
     positions = range(40)
-    ours = frozen_features(parts.frozen, parts.make(positions))
+    features = frozen_features(parts.frozen, parts.make(positions))
     numbers = [parts.make._order.sample(position) for position in positions]
     conditions = collate([sample for sample, _ in parts.make._samples(numbers)])
-    drawn = torch.tensor(
+    uniform = torch.tensor(
         [draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64
     )
     dropped = drop_conditions(
-        conditions, drawn, parts.preparation.drop, parts.preparation.tokenizer
+        conditions, uniform, parts.preparation.drop, parts.preparation.tokenizer
     )
     assert (dropped.identity.norm(dim=1) == 0).any() and (dropped.token_valid.sum(1) == 0).any()
-    theirs = encode_frozen(parts.frozen.base, dropped)
+    expected = encode_frozen(parts.frozen.base, dropped)
     for name in (
         "text_hidden",
         "clip_hidden",
@@ -50,24 +50,26 @@ def test_features_are_those_of_inference_though_zero_pictures_are_not_encoded(pa
         "token_mask",
         "token_valid",
     ):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            getattr(features, name), getattr(expected, name), rtol=1e-4, atol=1e-5
+        )
 
 
-def test_a_batch_of_dropped_conditions_alone_trains(parts: Parts) -> None:
+def test_a_batch_with_all_conditions_dropped_has_gradients(parts: Parts) -> None:
     batch = parts.make(range(2))
-    bare = replace(
+    dropped = replace(
         batch,
-        pictures=batch.pictures[:0],
-        picture_rows=batch.picture_rows[:0],
+        clip_images=batch.clip_images[:0],
+        image_rows=batch.image_rows[:0],
         token_mask=torch.zeros_like(batch.token_mask),
         token_valid=torch.zeros_like(batch.token_valid),
         identity=torch.zeros_like(batch.identity),
     )
-    outcome = step_losses(parts.trained, parts.frozen, bare, LossConfig(), mask=False)
+    outcome = step_losses(parts.trained, parts.frozen, dropped, LossConfig(), mask=False)
     outcome.total.backward()
     assert torch.isfinite(outcome.values).all()
     grads = [p.grad for p in parts.trained.adapter.parameters()]
-    # else other processes would wait
+    # A parameter without a gradient would block the other processes of a distributed run.
     assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
 
 
@@ -78,7 +80,7 @@ def test_gradients_of_the_localisation_loss_reach_the_adapter(parts: Parts) -> N
     )
     noise = step_losses(parts.trained, parts.frozen, batch, PLAIN, mask=False)
     (outcome.total - noise.total).backward()  # the facial loss alone
-    reached = {
+    with_gradient = {
         name
         for name, p in parts.trained.adapter.named_parameters()
         if p.grad is not None and p.grad.norm() > 1e-8
@@ -88,10 +90,12 @@ def test_gradients_of_the_localisation_loss_reach_the_adapter(parts: Parts) -> N
         "FacialEncoder.visual_projection.latents",
         "image_proj_model.proj.0.weight",
     ):
-        assert part in reached
+        assert part in with_gradient
     hooked = [i for i, module in enumerate(parts.trained.adapter.adapter_modules) if module.hook]  # type: ignore[union-attr]
-    assert hooked and all(f"adapter_modules.{i}.to_q_lora.up.weight" in reached for i in hooked)
-    assert all(f"adapter_modules.{i}.to_k_lora.up.weight" in reached for i in hooked)
+    assert hooked
+    for i in hooked:
+        assert f"adapter_modules.{i}.to_q_lora.up.weight" in with_gradient
+        assert f"adapter_modules.{i}.to_k_lora.up.weight" in with_gradient
 
 
 def test_the_localisation_loss_falls_when_it_is_trained(parts: Parts) -> None:
@@ -108,7 +112,7 @@ def test_the_localisation_loss_falls_when_it_is_trained(parts: Parts) -> None:
     assert losses(parts, batch, LossConfig())["facial"] < before - 0.05
 
 
-def test_masking_leaves_out_what_is_behind_the_person(parts: Parts) -> None:
+def test_masking_leaves_out_the_background(parts: Parts) -> None:
     batch = parts.make(range(2))
     no_person = replace(batch, foreground=torch.zeros_like(batch.foreground))
     everything = replace(batch, foreground=torch.ones_like(batch.foreground))
@@ -119,31 +123,32 @@ def test_masking_leaves_out_what_is_behind_the_person(parts: Parts) -> None:
     )
 
 
-def test_latents_are_a_sample_of_the_vae_under_the_batch_s_own_noise(parts: Parts) -> None:
+def test_latents_are_sampled_with_the_batchs_latent_noise(parts: Parts) -> None:
     batch = replace(parts.make(range(2)), timesteps=torch.tensor([0, 999]))
     noisy, target = noised_latents(parts.frozen, batch)
     vae, schedule = parts.frozen.base.vae, parts.frozen.noise_schedule
     with torch.no_grad():
         posterior = vae.encode(batch.pixels).latent_dist
     latents = (posterior.mean + posterior.std * batch.latent_noise) * vae.config.scaling_factor
-    kept = schedule.alphas_cumprod[[0, 999]].view(2, 1, 1, 1)
-    torch.testing.assert_close(noisy, kept.sqrt() * latents + (1 - kept).sqrt() * batch.noise)
+    alphas = schedule.alphas_cumprod[[0, 999]].view(2, 1, 1, 1)
+    torch.testing.assert_close(noisy, alphas.sqrt() * latents + (1 - alphas).sqrt() * batch.noise)
     torch.testing.assert_close(target, batch.noise)
     schedule.register_to_config(prediction_type="v_prediction")
     velocity = noised_latents(parts.frozen, batch)[1]
-    torch.testing.assert_close(velocity, kept.sqrt() * batch.noise - (1 - kept).sqrt() * latents)
+    expected = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * latents
+    torch.testing.assert_close(velocity, expected)
 
 
 def test_min_snr_weights(parts: Parts) -> None:
     schedule, steps = parts.frozen.noise_schedule, torch.tensor([0, 500, 999])
-    kept = schedule.alphas_cumprod[steps]
-    snr = kept / (1 - kept)
-    wanted = torch.minimum(snr, torch.tensor(5.0)) / snr
-    torch.testing.assert_close(snr_weights(schedule, steps, 5.0), wanted)
-    assert wanted[0] < 0.01 and wanted[2] == 1  # clean steps count for little, noisy ones in full
+    alphas = schedule.alphas_cumprod[steps]
+    snr = alphas / (1 - alphas)
+    expected = torch.minimum(snr, torch.tensor(5.0)) / snr
+    torch.testing.assert_close(snr_weights(schedule, steps, 5.0), expected)
+    assert expected[0] < 0.01 and expected[2] == 1  # a small weight at little noise, 1 at much
 
 
-def test_a_base_that_predicts_pictures_is_refused(parts: Parts) -> None:
+def test_a_base_that_predicts_images_is_refused(parts: Parts) -> None:
     parts.frozen.base.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ConfigError, match="predicts 'sample'"):
         freeze(parts.frozen.base, 56)
@@ -171,16 +176,17 @@ def test_gradient_checkpointing_changes_no_gradient(parts: Parts) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-class _Reads(TorchDispatchMode):
-    """Names the operations that would make the host wait for the device: reading a number, or a
-    shape from values.
+class _SyncRecorder(TorchDispatchMode):
+    """Records operations that would make the host wait for the device.
+
+    They read a value, or give a tensor whose shape depends on values.
     """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(
         self,
@@ -191,17 +197,17 @@ class _Reads(TorchDispatchMode):
     ) -> Any:
         name = func.overloadpacket.__name__
         if name in self.WAITING:
-            self.seen.append(name)
+            self.operations.append(name)
         return func(*args, **(kwargs or {}))
 
 
 def test_a_step_never_waits_for_the_device(parts: Parts) -> None:
     batch = parts.make(range(2))
-    with _Reads() as reads:
+    with _SyncRecorder() as recorder:
         step_losses(
             parts.trained, parts.frozen, batch, LossConfig(snr_gamma=5.0), mask=True
         ).total.backward()
-    assert reads.seen == []
-    with _Reads() as reads:
+    assert recorder.operations == []
+    with _SyncRecorder() as recorder:
         batch.identity.sum().item()
-    assert reads.seen == ["_local_scalar_dense"]  # the test can see one
+    assert recorder.operations == ["_local_scalar_dense"]  # so the recorder works

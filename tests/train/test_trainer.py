@@ -1,4 +1,4 @@
-"""Whole runs: resuming, checkpoints, what is written, and what is refused."""
+"""Complete runs: resuming, checkpoints, the output folder, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from configs.errors import ConfigError, WeightsError
 from configs.load import load
 from configs.schema import DatasetConfig, ModelConfig, OptimConfig, TrainConfig
-from tests.train.conftest import Listener, run, small
+from tests.train.helpers import Listener, run, small
 from train.history import read_history
 from train.state import checkpoints
 
@@ -34,7 +34,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def straight(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten steps in one go, the UNet too."""
+    """The output of ten uninterrupted steps that trained the UNet too."""
     output = tmp_path_factory.mktemp("runs") / "straight"
     assert run(small(data, tiny_base, output, train_base=True)).step == 10
     return output
@@ -51,18 +51,19 @@ def test_ten_steps_equal_five_resume_and_five(
 
     stopped = run(config, Listener(stop))
     assert (stopped.step, stopped.signal, stopped.adapter) == (6, signal.SIGTERM, None)
-    # as if killed after step 6, with step 5 the last one kept
+    # as if the process was killed after step 6 and step 5 was the last checkpoint
     shutil.rmtree(tmp_path / "halves/checkpoint-000006")
     listener = Listener()
-    resumed = run(replace(config, num_workers=1, keep_samples=0), listener)  # and other workers
-    assert "at step 5" in " ".join(listener.said)
+    # the number of workers and the cache make no difference
+    resumed = run(replace(config, num_workers=1, keep_samples=0), listener)
+    assert "at step 5" in " ".join(listener.messages)
     assert resumed.adapter is not None and same(
         weights(straight / "final"), weights(resumed.adapter)
     )
     assert read_history(straight / "losses.jsonl") == read_history(tmp_path / "halves/losses.jsonl")
 
 
-def test_something_was_learnt_in_ten_steps(
+def test_ten_steps_change_nearly_all_weights(
     straight: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     first = run(small(data, tiny_base, tmp_path / "one", train_base=True, max_train_steps=1))
@@ -75,8 +76,7 @@ def test_something_was_learnt_in_ten_steps(
 def test_accumulating_two_batches_is_one_batch_of_two(
     data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    # AdamW makes much of the smallest difference, so what is compared is the loss after four steps
-    # of it.
+    # AdamW amplifies rounding differences of the weights, so the losses of five steps are compared.
     whole = run(small(data, tiny_base, tmp_path / "whole", max_train_steps=5, train_batch_size=4))
     parts = run(
         small(data, tiny_base, tmp_path / "parts", max_train_steps=5, gradient_accumulation_steps=2)
@@ -89,17 +89,16 @@ def test_accumulating_two_batches_is_one_batch_of_two(
         assert one["lr"] == other["lr"]
 
 
-def test_what_a_run_leaves(straight: Path, data: Path, tiny_base: Path) -> None:
+def test_the_output_of_a_run(straight: Path, data: Path, tiny_base: Path) -> None:
     assert (straight / "final/dataset.yaml").read_text() == (data / "config.yaml").read_text()
     assert load(DatasetConfig, straight / "final/dataset.yaml").output == str(data)
     assert load(TrainConfig, straight / "config.yaml") == small(
         data, tiny_base, straight, train_base=True
     )
-    described = json.loads((straight / "final/adapter.json").read_text())
-    assert (described["step"], described["position"], described["mode"]) == (10, 20, "corrected")
-    assert described["train"]["optim"]["learning_rate"] == 1e-3 and described["base"] == str(
-        tiny_base
-    )
+    metadata = json.loads((straight / "final/adapter.json").read_text())
+    assert (metadata["step"], metadata["position"], metadata["mode"]) == (10, 20, "corrected")
+    assert metadata["train"]["optim"]["learning_rate"] == 1e-3
+    assert metadata["base"] == str(tiny_base)
     lines = read_history(straight / "losses.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
     summary = json.loads((straight / "summary.json").read_text())
@@ -122,7 +121,7 @@ def test_a_trained_unet_loads_as_a_base(straight: Path, tiny_base: Path) -> None
     assert all(torch.equal(value, own[key]) for key, value in unet.state_dict().items())
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(
+def test_a_finished_run_does_nothing_and_a_longer_one_continues(
     data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     config = small(
@@ -130,19 +129,18 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(
     )
     first, listener = run(config), Listener()
     again = run(config, listener)
-    assert (
-        "finished: 2 steps" in " ".join(listener.said) and again.step == 2 and not listener.losses
-    )
+    assert "finished: 2 steps" in " ".join(listener.messages)
+    assert again.step == 2 and not listener.losses
     assert first.adapter is not None and again.adapter is not None
     assert run(replace(config, max_train_steps=3)).summary["steps"] == 3
 
 
-def test_old_checkpoints_go_and_half_written_ones_are_swept(
+def test_old_checkpoints_and_partial_folders_are_removed(
     data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     (output / ".checkpoint-000004.77.partial").mkdir(parents=True)
-    (output / "checkpoint-000099").mkdir()  # a folder of that name without a state is no checkpoint
+    (output / "checkpoint-000099").mkdir()  # without a state.pt, so not a checkpoint
     run(
         small(
             data,
@@ -157,17 +155,17 @@ def test_old_checkpoints_go_and_half_written_ones_are_swept(
     assert not list(output.glob(".*"))
 
 
-def test_an_output_with_checkpoints_is_refused_if_so_asked(
+def test_an_output_with_checkpoints_is_refused_on_request(
     straight: Path, data: Path, tiny_base: Path
 ) -> None:
     config = small(data, tiny_base, straight, train_base=True, resume_from_checkpoint="")
     with pytest.raises(ConfigError, match="resume_from_checkpoint=latest"):
         run(config)
-    with pytest.raises(ConfigError, match=r"no checkpoint there\. In .*checkpoint-000010"):
+    with pytest.raises(ConfigError, match=r"no checkpoint there\. .*checkpoint-000010"):
         run(replace(config, resume_from_checkpoint="checkpoint-000007"))
 
 
-def test_other_settings_than_it_was_begun_with_are_refused(
+def test_resuming_with_other_settings_is_refused(
     straight: Path, data: Path, tiny_base: Path
 ) -> None:
     config = small(
@@ -177,7 +175,7 @@ def test_other_settings_than_it_was_begun_with_are_refused(
         run(config)
 
 
-def test_a_damaged_state_is_named(
+def test_the_error_names_a_damaged_state(
     straight: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     output = Path(shutil.copytree(straight, tmp_path / "out"))
@@ -188,9 +186,9 @@ def test_a_damaged_state_is_named(
 
 def test_legacy_mode_trains(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     model = ModelConfig(spec="tiny", base=str(tiny_base), mode="legacy", device="cpu")
-    done = run(small(data, tiny_base, tmp_path / "out", model=model, max_train_steps=2))
-    assert done.adapter is not None
-    assert json.loads((done.adapter / "adapter.json").read_text())["mode"] == "legacy"
+    outcome = run(small(data, tiny_base, tmp_path / "out", model=model, max_train_steps=2))
+    assert outcome.adapter is not None
+    assert json.loads((outcome.adapter / "adapter.json").read_text())["mode"] == "legacy"
 
 
 def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path
         ({"model": ModelConfig(spec="tiny", device="tpu")}, "auto, cpu or cuda"),
     ],
 )
-def test_what_can_t_be_is_refused(
+def test_impossible_settings_are_refused(
     data: Path, tiny_base: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Copies across shards are held, and identities are on one side of the split."""
+"""Duplicates across shards are quarantined, and identities are on one side of the split."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from stages.record import key_of
 from stages.storage.layout import DUPLICATES, IDENTITIES
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import NO_COPIES, config, digests, stamps
-from tests.pipelines.test_rules import rows_of
+from tests.pipelines.helpers import NO_COPIES, config, digests, rows_of, stamps
 
 SPLIT = (  # a mirrored picture is no copy here, and strangers that look alike are two people
     "global_pass.val_share=0.5",
@@ -49,7 +48,7 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_copies_are_held_whatever_shard_they_lie_in(made: Path) -> None:
+def test_duplicates_are_quarantined_in_whatever_shard_they_are(made: Path) -> None:
     reasons = {row["source"]: row["reason"] for row in rows_of(made) if row["reason"]}
     assert reasons["z copy.jpg"] == "duplicate"
     assert reasons["z re-encoded.jpg"] == "near_duplicate"
@@ -60,7 +59,7 @@ def test_copies_are_held_whatever_shard_they_lie_in(made: Path) -> None:
     assert (
         "portrait-7-00000.jpg" in row["detail"]
         and row["quarantine_offset"] >= 0
-        and row["stage"] == "neighbours"
+        and row["stage"] == "global_pass"
     )
     assert list(lint(Store(str(made)))) == []
 
@@ -85,7 +84,7 @@ def test_a_copy_is_known_by_its_bytes_where_sizes_are_not(photos: Path, tmp_path
     output = tmp_path / "out"
     run(config(photos, output, "source.find_copies=false"))
     [row] = [row for row in rows_of(output) if row["source"] == "z copy.jpg"]
-    assert (row["reason"], row["stage"]) == ("duplicate", "neighbours")
+    assert (row["reason"], row["stage"]) == ("duplicate", "global_pass")
 
 
 def test_a_person_has_one_identity_and_one_side(made: Path) -> None:
@@ -115,7 +114,7 @@ def test_lint_proves_the_split(made: Path, tmp_path: Path) -> None:
     assert [line for line in lint(Store(str(output))) if "has no row" in line]
 
 
-def test_more_pictures_change_no_verdict_and_move_nobody(
+def test_more_pictures_change_no_exclusion_and_no_side(
     photos: Path, made: Path, tmp_path: Path
 ) -> None:
     source, output = (
@@ -139,13 +138,13 @@ def test_more_pictures_change_no_verdict_and_move_nobody(
     assert reasons["a later copy.jpg"] == "near_duplicate" and reasons["portrait-7-00004.jpg"] == ""
 
 
-def test_killed_between_finding_copies_and_carrying_them_out(
+def test_killed_between_finding_duplicates_and_applying_them(
     photos: Path, made: Path, tmp_path: Path
 ) -> None:
-    """The state that a SIGKILL leaves there: copies are written down, and no shard says so yet."""
+    """The state after a SIGKILL there: duplicates.parquet is written, and no shard is yet."""
     output = tmp_path / "out"
     run(config(photos, output, *SPLIT, *NO_COPIES))
     shutil.copy(made / DUPLICATES, output / DUPLICATES)
-    assert [line for line in lint(Store(str(output))) if "doesn't carry out yet" in line]
+    assert [line for line in lint(Store(str(output))) if "are not applied yet" in line]
     run(config(photos, output, *SPLIT))
     assert digests(output) == digests(made)

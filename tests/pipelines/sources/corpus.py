@@ -1,328 +1,81 @@
-"""Every kind of bad or odd file that a folder of pictures may hold, made on the spot, with what
-should be said of it.
-
-Odd but sound pictures are expected to be written. Each function below makes the cases of one
-family.
+"""A folder with every kind of bad or unusual file, generated on the spot, with the outcome to
+expect of each.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import random
 import socket
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
-from pipelines.demo.poison import Expected
-from tests.pipelines.sources import corpus_formats as formats
+from pipelines.demo.poison import Outcome
+from tests.pipelines.sources import corpus_images as images
 from tests.pipelines.sources.corpus_formats import encoded, jpeg
+from tests.pipelines.sources.corpus_images import NO_FACE, NOT_AN_IMAGE, OK, SIDE, Case, Faces
 
-OK = Expected("ok")
-DUPLICATE = Expected("dropped", "duplicate")
-NO_FACE = Expected("dropped", "no_face")
-TRUNCATED = Expected("failed", "truncated")
-UNDECODABLE = Expected("failed", "undecodable")
-NOT_AN_IMAGE = Expected("failed", "not_an_image")
-NOT_A_FILE = Expected("failed", "not_a_file")
-TOO_MANY_PIXELS = Expected("failed", "too_many_pixels")
-TOO_MANY_BYTES = Expected("failed", "too_many_bytes")
-TOO_SMALL = Expected("dropped", "too_small")
-SIDE = 320  # pixels of the corpus's portraits
-BOMB = 384 << 20  # bytes that each bomb unpacks to
+NOT_A_FILE = Outcome("failed", "not_a_file")
+TOO_MANY_BYTES = Outcome("failed", "too_many_bytes")
+TOO_SMALL = Outcome("dropped", "too_small")
+EXTREME_ASPECT = Outcome("dropped", "extreme_aspect")
 
 
-class Case(NamedTuple):
-    name: str  # of the file
-    data: bytes
-    expected: Expected
-
-
-Faces = Sequence[Image.Image]  # four portraits, SIDE², RGB
-
-
-def load_faces(portraits: Path) -> Faces:
-    paths = sorted(portraits.glob("*.jpg"))[:4]
-    return [
-        Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        for path in paths
-    ]
-
-
-def write_files(folder: Path, faces: Faces) -> dict[str, Expected]:
-    """Write the whole corpus below `folder`; source → what is expected of it."""
+def write_files(folder: Path, faces: Faces) -> dict[str, Outcome]:
+    """Writes the whole corpus into `folder`; returns source → expected outcome."""
     families = (
-        good,
-        cut,
-        jpegs,
-        pngs,
-        bombs,
-        moving,
-        other_formats,
-        metadata,
+        images.good,
+        images.cut,
+        images.jpegs,
+        images.pngs,
+        images.bombs,
+        images.animations,
+        images.other_formats,
+        images.metadata,
         shapes,
         contents,
         names,
     )
-    expected: dict[str, Expected] = {}
+    expected: dict[str, Outcome] = {}
     for family in families:
         for case in family(faces):
             assert case.name not in expected, case.name
             (folder / case.name).write_bytes(case.data)
             expected[case.name] = case.expected
-    return expected | no_text_names(folder) | no_files(folder) | huge_files(folder)
-
-
-def good(faces: Faces) -> Iterator[Case]:
-    """Neighbours that nothing may happen to; their names sort between the others."""
-    kinds = {"a good.jpg": "JPEG", "g good.png": "PNG", "p good.webp": "WEBP", "z good.jpg": "JPEG"}
-    for face, (name, kind) in zip(faces, kinds.items(), strict=True):
-        yield Case(name, encoded(face, kind, quality=91), OK)
-    yield Case("zz copy.jpg", encoded(faces[0], "JPEG", quality=91), DUPLICATE)
-
-
-def cut(faces: Faces) -> Iterator[Case]:
-    whole = {
-        "jpg": jpeg(faces[0]),
-        "progressive.jpg": jpeg(faces[0], progressive=True),
-        "png": encoded(faces[0], "PNG"),
-        "webp": encoded(faces[0], "WEBP"),
-        "lossless.webp": encoded(faces[0], "WEBP", lossless=True),
-        "gif.jpg": encoded(faces[0], "GIF"),
-        "tiff.jpg": encoded(faces[0], "TIFF"),
-        "bmp.jpg": encoded(faces[0], "BMP"),
-    }
-    for number, (kind, data) in enumerate(whole.items()):
-        said = TRUNCATED if kind in ("png", "webp", "lossless.webp", "bmp.jpg") else UNDECODABLE
-        yield Case(f"cut in header.{kind}", data[: 20 + number], said)
-        yield Case(f"cut in the middle.{kind}", data[: len(data) // 2], TRUNCATED)
-        whole_picture = kind in ("png", "gif.jpg")  # what is missing is no pixel
-        yield Case(f"cut last byte.{kind}", data[:-1], OK if whole_picture else TRUNCATED)
-    yield Case("no bytes.jpg", b"", Expected("failed", "empty_file"))
-    yield Case("one byte.jpg", b"\xff", NOT_AN_IMAGE)
-    yield Case("only SOI.jpg", b"\xff\xd8", UNDECODABLE)
-    yield Case("only SOI and EOI.jpg", b"\xff\xd8\xff\xd9", UNDECODABLE)
-    yield Case("only zeros.png", bytes(5000), NOT_AN_IMAGE)
-
-
-def jpegs(faces: Faces) -> Iterator[Case]:
-    whole = jpeg(faces[1])
-    size, start = formats.frame(whole) + 5, formats.scan(whole)
-    yield Case("garbage between markers.jpg", whole[:20] + b"garbage" + whole[20:], UNDECODABLE)
-    yield Case("zeros between markers.jpg", whole[:20] + bytes(7) + whole[20:], UNDECODABLE)
-    yield Case(
-        "garbage in scan.jpg",
-        formats.patched(whole, start + 500, random.Random(0).randbytes(400)),
-        UNDECODABLE,
-    )
-    yield Case(
-        "header too high.jpg",
-        formats.patched(whole, size, struct.pack(">HH", 2000, SIDE)),
-        TRUNCATED,
-    )
-    yield Case(
-        "header too low.jpg",
-        formats.patched(whole, size, struct.pack(">HH", 100, SIDE)),
-        UNDECODABLE,
-    )
-    yield Case(
-        "header of no size.jpg", formats.patched(whole, size, struct.pack(">HH", 0, 0)), UNDECODABLE
-    )
-    yield Case(
-        "header of 65500.jpg",
-        formats.patched(whole, size, struct.pack(">HH", 65500, 65500)),
-        TOO_MANY_PIXELS,
-    )
-    yield Case("arithmetic.jpg", formats.patched(whole, size - 4, b"\xc9"), UNDECODABLE)
-    yield Case("lossless.jpg", formats.patched(whole, size - 4, b"\xc3"), UNDECODABLE)
-    yield Case(
-        "twelve bit.jpg",
-        formats.patched(formats.patched(whole, size - 4, b"\xc1"), size - 1, b"\x0c"),
-        UNDECODABLE,
-    )
-    yield Case("no tables.jpg", formats.without(whole, 0xC4), OK)  # the standard's own are meant
-    cmyk = jpeg(faces[1].convert("CMYK"))
-    yield Case("cmyk.jpg", cmyk, OK)
-    yield Case("cmyk without Adobe.jpg", formats.without(cmyk, 0xEE), OK)
-    yield Case("ycck.jpg", formats.ycck(faces[1]), OK)
-    yield Case("grey.jpg", jpeg(faces[1].convert("L")), OK)
-    yield Case("progressive.jpg", jpeg(faces[1], progressive=True), OK)
-    yield Case(
-        "many scans.jpg", formats.many_scans(1500, 1000), Expected("failed", "too_many_scans")
-    )
-    yield Case("zip behind.jpg", whole + _zip({"a.txt": b"hello"}), OK)
-    yield Case(
-        "two pictures.jpg", encoded(faces[1], "MPO", save_all=True, append_images=[faces[2]]), OK
-    )
-
-
-def pngs(faces: Faces) -> Iterator[Case]:
-    face = faces[2]
-    pixels = np.asarray(face)
-    whole = encoded(face, "PNG")
-    yield Case("one bit.png", encoded(face.resize((4 * SIDE, 4 * SIDE)).convert("1"), "PNG"), OK)
-    palette = face.quantize(64)
-    yield Case(
-        "palette with transparency.png",
-        encoded(palette, "PNG", transparency=bytes(range(192, 256))),
-        OK,
-    )
-    grey = np.asarray(face.convert("L"))
-    yield Case(
-        "sixteen bit grey.png", encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), OK
-    )
-    yield Case("sixteen bit.png", formats.sixteen_bit(pixels), OK)
-    yield Case("interlaced.png", formats.interlaced(pixels), OK)
-    yield Case("grey and alpha.png", encoded(face.convert("LA"), "PNG"), OK)
-    yield Case("bad checksum of header.png", formats.patched(whole, 29, b"\0\0\0\0"), UNDECODABLE)
-    data = whole.index(b"IDAT") + 500
-    yield Case("bad checksum of data.png", formats.patched(whole, data, b"\0" * 9), UNDECODABLE)
-    yield Case("no data.png", whole[:33] + formats.chunk(b"IEND", b""), UNDECODABLE)
-    yield Case("no size.png", formats.png(0, 0, b""), UNDECODABLE)
-    # the rest is black
-    yield Case("short stream.png", formats.png(200, 200, zlib.compress(bytes(601 * 20))), NO_FACE)
-
-
-def bombs(faces: Faces) -> Iterator[Case]:
-    whole = encoded(faces[2], "PNG")
-    packed = formats.packed(b"\0", BOMB)
-    text = formats.packed(b"x", BOMB)
-    yield Case("bomb declared.png", formats.png(50_000, 50_000, packed), TOO_MANY_PIXELS)
-    yield Case("bomb in data.png", formats.png(100, 100, packed), NO_FACE)
-    yield Case(
-        "bomb in zTXt.png", formats.with_chunk(whole, b"zTXt", b"Comment\0\0" + text), UNDECODABLE
-    )
-    yield Case(
-        "bomb in iTXt.png",
-        formats.with_chunk(whole, b"iTXt", b"Comment\0\1\0\0\0" + text),
-        UNDECODABLE,
-    )
-    yield Case(
-        "bomb in iCCP.png", formats.with_chunk(whole, b"iCCP", b"profile\0\0" + text), UNDECODABLE
-    )
-    yield Case(
-        "long tEXt.png", formats.with_chunk(whole, b"tEXt", b"Comment\0" + b"x" * (2 << 20)), OK
-    )
-    yield Case("bomb.gif.jpg", _gif_screen(65535, 65535), TOO_MANY_PIXELS)
-    yield Case("bomb.webp", _webp_canvas(16383, 16383), TOO_MANY_PIXELS)
-    yield Case(
-        "bomb.bmp.jpg",
-        formats.patched(encoded(faces[2], "BMP"), 18, struct.pack("<ii", 60_000, 60_000)),
-        TOO_MANY_PIXELS,
-    )
-    yield Case("bomb animated.png", formats.animated(100, 100, BOMB >> 24), NO_FACE)
-
-
-def moving(faces: Faces) -> Iterator[Case]:
-    """A face first, then no face: the first frame is taken."""
-    frames = {
-        "save_all": True,
-        "append_images": [Image.new("RGB", (SIDE, SIDE), "teal")] * 2,
-        "duration": 50,
-    }
-    for kind in ("PNG", "WEBP", "GIF"):
-        name = "animated gif.jpg" if kind == "GIF" else f"animated.{kind.lower()}"
-        yield Case(name, encoded(faces[3], kind, **frames), OK)
-    yield Case("lossless.webp", encoded(faces[3], "WEBP", lossless=True), OK)
-
-
-def other_formats(faces: Faces) -> Iterator[Case]:
-    face = faces[3]
-    yield Case("bmp.jpg", encoded(face, "BMP"), OK)
-    yield Case("tiff.jpg", encoded(face, "TIFF", compression="tiff_lzw"), OK)
-    yield Case(
-        "tiff of floats.jpg", encoded(Image.new("F", (100, 100), float("nan")), "TIFF"), NO_FACE
-    )
-    others = {
-        "ico": encoded(face, "ICO", sizes=[(64, 64)]),
-        "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500),
-        "avif": encoded(face.resize((64, 64)), "AVIF"),
-        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"/>',
-        "pdf": encoded(face.resize((64, 64)), "PDF"),
-        "eps": encoded(face.resize((64, 64)), "EPS"),
-        "html": b"<!doctype html><title>404</title><script>alert(1)</script>",
-        "zip": _zip({"face.jpg": jpeg(face)}),
-        "exe": b"MZ" + bytes(58) + b"\x80\0\0\0" + bytes(64) + b"PE\0\0" + bytes(400),
-        "text": b"not a picture\n",
-    }
-    for kind, data in others.items():
-        yield Case(f"{kind}.jpg", data, NOT_AN_IMAGE)
-
-
-def metadata(faces: Faces) -> Iterator[Case]:
-    face = faces[0]
-    noise = random.Random(1).randbytes(65_000)
-    yield Case("exif garbage.jpg", formats.with_segment(jpeg(face), 0xE1, b"Exif\0\0" + noise), OK)
-    # an index of 65,535 entries at random
-    broken = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + noise[:60_000]
-    yield Case("exif broken.jpg", formats.with_segment(jpeg(face), 0xE1, broken), OK)
-    for orientation in range(10):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        turned = face.transpose(_LYING[orientation]) if orientation in _LYING else face
-        yield Case(f"orientation {orientation}.jpg", jpeg(turned, exif=exif), OK)
-    yield Case("profile garbage.jpg", jpeg(face, icc_profile=noise), OK)
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    yield Case(
-        "profile of CMYK.jpg", jpeg(face, icc_profile=formats.patched(srgb, 16, b"CMYK")), OK
-    )
-    yield Case("profile garbage.png", encoded(face, "PNG", icc_profile=noise), OK)
-
-
-_TURN = Image.Transpose
-_LYING = {  # how the pixels lie so that EXIF's orientation sets them upright
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_90,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_270,
-}
+    return expected | undecodable_names(folder) | irregular_files(folder) | oversized_files(folder)
 
 
 def shapes(faces: Faces) -> Iterator[Case]:
     for width, height in ((1, 1), (1, 10_000), (10_000, 1), (63, 63)):
-        yield Case(
-            f"{width} by {height}.png", encoded(Image.new("RGB", (width, height)), "PNG"), TOO_SMALL
-        )
+        data = encoded(Image.new("RGB", (width, height)), "PNG")
+        yield Case(f"{width} by {height}.png", data, TOO_SMALL)
     for width, height in ((64, 6400), (2000, 100)):
-        name = f"{width} by {height}.png"
-        yield Case(
-            name,
-            encoded(Image.new("RGB", (width, height)), "PNG"),
-            Expected("dropped", "extreme_aspect"),
-        )
+        data = encoded(Image.new("RGB", (width, height)), "PNG")
+        yield Case(f"{width} by {height}.png", data, EXTREME_ASPECT)
 
 
 def contents(faces: Faces) -> Iterator[Case]:
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
-    wall = np.clip(
-        170 + np.random.default_rng(1).normal(0, 6, (200, 260, 1)) + np.zeros(3), 0, 255
-    ).astype(np.uint8)
-    empty = {
+    grain = np.random.default_rng(1).normal(0, 6, (200, 260, 1)) + np.zeros(3)
+    wall = np.clip(170 + grain, 0, 255).astype(np.uint8)
+    without_face = {
         "all black.png": Image.new("RGB", (200, 200)),
         "all white.jpg": Image.new("RGB", (200, 200), "white"),
         "noise.png": Image.fromarray(noise),
         "a wall.jpg": Image.fromarray(wall),
         "clear.png": Image.new("RGBA", (200, 200), (0, 0, 0, 0)),
     }
-    for name, image in empty.items():
+    for name, image in without_face.items():
         yield Case(name, encoded(image, "PNG" if name.endswith("png") else "JPEG"), NO_FACE)
     tiny = Image.new("RGB", (1024, 1024), "grey")
     tiny.paste(faces[0].resize((48, 48)), (480, 480))
-    yield Case("tiny face.png", encoded(tiny, "PNG"), Expected("dropped", "no_face_parsed"))
+    yield Case("tiny face.png", encoded(tiny, "PNG"), Outcome("dropped", "no_face_parsed"))
     many = Image.new("RGB", (3 * SIDE, SIDE))
     for index in range(3):
         many.paste(faces[index], (index * SIDE, 0))
-    yield Case("many faces.jpg", jpeg(many), Expected("dropped", "too_many_faces"))
+    yield Case("many faces.jpg", jpeg(many), Outcome("dropped", "too_many_faces"))
     yield Case("upside down.jpg", jpeg(faces[1].rotate(180)), OK)
 
 
@@ -340,15 +93,14 @@ def names(faces: Faces) -> Iterator[Case]:
         yield Case(name, data, OK if number < 2 else NOT_AN_IMAGE)
 
 
-def no_text_names(folder: Path) -> dict[str, Expected]:
-    """A name that is no Unicode; its source is written out."""
-    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg")).write_bytes(
-        b"text of another encoding"
-    )
+def undecodable_names(folder: Path) -> dict[str, Outcome]:
+    """A file name that isn't valid UTF-8: the record's source holds it with an escape sequence."""
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg"))
+    path.write_bytes(b"text of another encoding")
     return {"caf\\xe9.jpg": NOT_AN_IMAGE}
 
 
-def no_files(folder: Path) -> dict[str, Expected]:
+def irregular_files(folder: Path) -> dict[str, Outcome]:
     (folder / "folder.jpg").mkdir()
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     (folder / "loop one.jpg").symlink_to("loop two.jpg")
@@ -359,8 +111,8 @@ def no_files(folder: Path) -> dict[str, Expected]:
     here = Path.cwd()
     os.chdir(folder)  # a socket's path is 107 bytes at most
     try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind("socket.jpg")
+        with socket.socket(socket.AF_UNIX) as unix_socket:
+            unix_socket.bind("socket.jpg")
     finally:
         os.chdir(here)
     kinds = (
@@ -376,38 +128,16 @@ def no_files(folder: Path) -> dict[str, Expected]:
     return {f"{kind}.jpg": NOT_A_FILE for kind in kinds}
 
 
-def huge_files(folder: Path) -> dict[str, Expected]:
+def oversized_files(folder: Path) -> dict[str, Outcome]:
     with (folder / "too long.jpg").open("wb") as stream:
-        stream.truncate(100_000_001)  # a hole, no space on the disk
+        stream.truncate(100_000_001)  # a sparse file, which takes no space on the disk
     expected = {"too long.jpg": TOO_MANY_BYTES}
-    # says that it has 0 bytes, and gives no end of them: a file that grows
+    # reports a size of 0 bytes and yields bytes without end, like a file that grows
     if Path("/proc/self/pagemap").is_file():
         (folder / "growing.jpg").symlink_to("/proc/self/pagemap")
         expected["growing.jpg"] = TOO_MANY_BYTES
-    if os.geteuid():  # root may read anything
+    if os.geteuid():  # root can read any file
         (folder / "locked.jpg").write_bytes(b"x")
         (folder / "locked.jpg").chmod(0)
-        expected["locked.jpg"] = Expected("failed", "unreadable")
+        expected["locked.jpg"] = Outcome("failed", "unreadable")
     return expected
-
-
-def _zip(members: dict[str, bytes]) -> bytes:
-    with io.BytesIO() as out:
-        with zipfile.ZipFile(out, "w") as packed:
-            for name, data in members.items():
-                packed.writestr(name, data)
-        return out.getvalue()
-
-
-def _gif_screen(width: int, height: int) -> bytes:
-    """A GIF of a few bytes that declares a large screen."""
-    whole = encoded(Image.new("P", (8, 8)), "GIF")
-    return formats.patched(whole, 6, struct.pack("<HH", width, height))
-
-
-def _webp_canvas(width: int, height: int) -> bytes:
-    """An extended WebP of a few bytes that declares a large canvas."""
-    size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    whole = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
-    return formats.patched(whole, 24, size)

@@ -1,5 +1,5 @@
-"""Surgery on picture files: PNG chunks, JPEG segments, and encodings that Pillow reads but doesn't
-write.
+"""Builds and edits image files byte by byte: PNG chunks, JPEG segments, and encodings that Pillow
+can read but not write.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
-PNG_MARK = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -27,9 +27,6 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
     return encoded(image, "JPEG", **{"quality": 90, **options})
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -37,24 +34,24 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, stream: bytes, depth: int = 8, color: int = 2, interlaced: int = 0
 ) -> bytes:
-    """color: 0 grey, 2 RGB; stream: the pixels' lines, already packed by zlib."""
+    """color: 0 grey, 2 RGB. stream: the rows of pixels, compressed by zlib."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
-    return PNG_MARK + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
+    return PNG_SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
 
 
 def packed(byte: bytes, size: int) -> bytes:
-    """`size` times that byte, as zlib packs it; never held as a whole."""
-    packer, block = zlib.compressobj(1), byte * (1 << 20)
-    return b"".join([*(packer.compress(block) for _ in range(size >> 20)), packer.flush()])
+    """`byte` repeated `size` times, compressed by zlib without holding it in memory as a whole."""
+    compressor, block = zlib.compressobj(1), byte * (1 << 20)
+    return b"".join([*(compressor.compress(block) for _ in range(size >> 20)), compressor.flush()])
 
 
 def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
-    """The PNG with one more chunk, right behind its header."""
+    """The PNG with one more chunk, directly after its header."""
     return data[:33] + chunk(kind, content) + data[33:]
 
 
 def animated(width: int, height: int, frames: int) -> bytes:
-    """A black APNG of so many frames, each of which unpacks to 16 MB in place of its pixels."""
+    """A black APNG of `frames` frames, each of which unpacks to 16 MB, more than its pixels."""
 
     def control(number: int) -> bytes:
         return chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0, 1, 10, 0, 0))
@@ -65,12 +62,9 @@ def animated(width: int, height: int, frames: int) -> bytes:
         control(2 * n - 1) + chunk(b"fdAT", struct.pack(">I", 2 * n) + stream)
         for n in range(1, frames)
     )
-    counted = with_chunk(first, b"acTL", struct.pack(">II", frames, 0))
-    return (
-        counted.replace(chunk(b"IDAT", stream), control(0) + chunk(b"IDAT", stream))[:-12]
-        + b"".join(more)
-        + first[-12:]
-    )
+    with_count = with_chunk(first, b"acTL", struct.pack(">II", frames, 0))
+    data = chunk(b"IDAT", stream)
+    return with_count.replace(data, control(0) + data)[:-12] + b"".join(more) + first[-12:]
 
 
 def interlaced(pixels: Pixels) -> bytes:
@@ -97,13 +91,8 @@ def sixteen_bit(pixels: Pixels) -> bytes:
     return png(pixels.shape[1], pixels.shape[0], zlib.compress(lines), depth=16)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of each segment in front of the first scan's data, the scan's own header
-    the last.
-    """
+    """(marker, start, end) of each segment before the first scan's data; last the scan's header."""
     place = 2
     while True:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
@@ -114,12 +103,12 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def frame(data: bytes) -> int:
-    """Where the frame header (SOF) begins."""
+    """The offset of the frame header (SOF)."""
     return next(start for marker, start, _ in segments(data) if 0xC0 <= marker <= 0xC2)
 
 
 def scan(data: bytes) -> int:
-    """Where the first scan's data begins."""
+    """The offset of the first scan's data."""
     return max(end for _, _, end in segments(data))
 
 
@@ -128,23 +117,22 @@ def patched(data: bytes, place: int, new: bytes) -> bytes:
 
 
 def without(data: bytes, marker: int) -> bytes:
-    """The JPEG without its segments of that kind."""
-    for found, start, end in reversed(list(segments(data))):
-        if found == marker:
+    """The JPEG without its segments of this marker."""
+    for kind, start, end in reversed(list(segments(data))):
+        if kind == marker:
             data = data[:start] + data[end:]
     return data
 
 
 def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
-    """The JPEG with one more segment, right behind its first two bytes."""
-    return (
-        data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + data[2:]
-    )
+    """The JPEG with one more segment, directly after its first two bytes."""
+    header = bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2)
+    return data[:2] + header + content + data[2:]
 
 
 def ycck(image: Image.Image) -> bytes:
-    """What Adobe writes of CMYK by default: inverted CMY as YCbCr, and K, with a mark that says so
-    (transform 2).
+    """A CMYK JPEG as Adobe writes it by default: inverted CMY as YCbCr, and K; its Adobe segment
+    states transform 2.
     """
     inverse = Image.fromarray(255 - np.asarray(image.convert("RGB"))).convert("YCbCr")
     planes = [Image.fromarray(255 - np.asarray(plane)) for plane in inverse.split()]
@@ -154,8 +142,9 @@ def ycck(image: Image.Image) -> bytes:
 
 
 def many_scans(side: int, count: int) -> bytes:
-    """A progressive grey JPEG of side² pixels, whose scans take next to no bytes but time: an end
-    of band for all.
+    """A progressive grey JPEG of side × side pixels with over `count` scans.
+
+    Each scan is a few bytes (one end-of-band run for all blocks), but takes a pass over the image.
     """
     data = jpeg(Image.new("L", (side, side), 128), progressive=True)
     first = scan(data)

@@ -1,5 +1,5 @@
-"""Every kind of bad row: of tars, parquet tables, FGID's layout and lists of URLs, made on the
-spot.
+"""Every kind of bad row in tars, parquet tables, FGID's layout and lists of URLs, generated on the
+spot, with the outcome to expect.
 """
 
 from __future__ import annotations
@@ -18,55 +18,51 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.demo.poison import Expected
+from pipelines.demo.poison import Outcome
 from tests.pipelines.sources import corpus_formats as formats
-from tests.pipelines.sources.corpus import (
+from tests.pipelines.sources.corpus import NOT_A_FILE, TOO_MANY_BYTES
+from tests.pipelines.sources.corpus_formats import jpeg
+from tests.pipelines.sources.corpus_images import (
     DUPLICATE,
-    NOT_A_FILE,
     NOT_AN_IMAGE,
     OK,
     SIDE,
-    TOO_MANY_BYTES,
     TOO_MANY_PIXELS,
     TRUNCATED,
     Faces,
 )
-from tests.pipelines.sources.corpus_formats import jpeg
 from tests.pipelines.sources.server import Server, plain
 
-LIMIT = 1_000_000  # bytes of a picture
+MAX_BYTES = 1_000_000  # of an image
 BOMB = formats.png(50_000, 50_000, b"")
-OUTSIDE = Expected("failed", "outside_source")
-NO_IMAGE = Expected("failed", "no_image")
-DUPLICATE_NAME = Expected("failed", "duplicate_name")
-BAD_PARSING, BAD_EMBEDDING = Expected("failed", "bad_parsing"), Expected("failed", "bad_embedding")
-BAD_URL, REFUSED = Expected("failed", "bad_url"), Expected("failed", "refused_address")
+OUTSIDE = Outcome("failed", "outside_source")
+NO_IMAGE = Outcome("failed", "no_image")
+DUPLICATE_NAME = Outcome("failed", "duplicate_name")
+BAD_PARSING, BAD_EMBEDDING = Outcome("failed", "bad_parsing"), Outcome("failed", "bad_embedding")
+BAD_URL, REFUSED = Outcome("failed", "bad_url"), Outcome("failed", "refused_address")
 
 
 class Rows(NamedTuple):
-    """A source, the settings it needs, and what is expected of each row."""
+    """A source, the settings it needs, and source name → outcome to expect."""
 
     path: Path
     settings: tuple[str, ...]
-    expected: dict[str, Expected]
-
-
-# --------------------------------------------------------------------------------------------------
+    expected: dict[str, Outcome]
 
 
 class Member(NamedTuple):
     name: str
-    expected: Expected
+    expected: Outcome
     data: bytes = b"text"
     kind: bytes = tarfile.REGTYPE
-    source: str = ""  # where it isn't the name
+    source: str = ""  # the record's source, if it isn't `name`
 
 
 def tars(folder: Path, faces: Faces) -> Rows:
     whole = jpeg(faces[0])
-    given = list(_members(whole, jpeg(faces[1])))
-    (folder / "rows.tar").write_bytes(_tar(given))
-    expected = {f"rows.tar/{member.source or member.name}": member.expected for member in given}
+    members = list(_members(whole, jpeg(faces[1])))
+    (folder / "rows.tar").write_bytes(_tar(members))
+    expected = {f"rows.tar/{member.source or member.name}": member.expected for member in members}
     first, end = Member("a.jpg", DUPLICATE, whole), 512 + -(-len(whole) // 512) * 512
     broken = {
         "cut.tar": (
@@ -80,13 +76,13 @@ def tars(folder: Path, faces: Faces) -> Rows:
     }
     for name, (data, reason) in broken.items():
         (folder / name).write_bytes(data)
-        expected[name] = Expected("failed", reason)
+        expected[name] = Outcome("failed", reason)
     expected |= {"cut.tar/a.jpg": OK, "huge.tar/a.jpg": DUPLICATE}
     return Rows(folder, ("source.kind=webdataset",), expected)
 
 
 def _members(whole: bytes, second: bytes) -> Iterator[Member]:
-    yield Member("a.jpg", DUPLICATE, whole)  # of cut.tar's, whose name comes before
+    yield Member("a.jpg", DUPLICATE, whole)  # of the one in cut.tar, whose name sorts first
     yield Member("good.jpg", OK, second)
     yield Member("copy.jpg", DUPLICATE, whole)
     yield Member("twice.jpg", NOT_AN_IMAGE, b"first")
@@ -107,9 +103,9 @@ def _members(whole: bytes, second: bytes) -> Iterator[Member]:
     yield Member("long" * 100 + ".jpg", NOT_AN_IMAGE)
     yield Member("no text \udce9.jpg", NOT_AN_IMAGE, b"other text", source="no text \\xe9.jpg")
     yield Member("bomb.png", TOO_MANY_PIXELS, BOMB)
-    yield Member("empty.jpg", Expected("failed", "empty_file"), b"")
+    yield Member("empty.jpg", Outcome("failed", "empty_file"), b"")
     yield Member("cut.jpg", TRUNCATED, whole[:5000])
-    yield Member("large.jpg", TOO_MANY_BYTES, bytes(LIMIT + 1))
+    yield Member("large.jpg", TOO_MANY_BYTES, bytes(MAX_BYTES + 1))
 
 
 def _tar(members: list[Member], mode: str = "w:") -> bytes:
@@ -128,21 +124,18 @@ def _header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def tables(folder: Path, faces: Faces) -> Rows:
     whole = jpeg(faces[2])
-    cells: dict[bytes | None, Expected] = {
+    cells: dict[bytes | None, Outcome] = {
         whole: OK,
         None: NO_IMAGE,
-        b"": Expected("failed", "empty_file"),
+        b"": Outcome("failed", "empty_file"),
         b"text": NOT_AN_IMAGE,
         whole[:5000]: TRUNCATED,
         BOMB: TOO_MANY_PIXELS,
-        bytes(LIMIT + 1): TOO_MANY_BYTES,
+        bytes(MAX_BYTES + 1): TOO_MANY_BYTES,
     }
-    paths: dict[str | None, Expected] = {
+    paths: dict[str | None, Outcome] = {
         "sub/a.jpg": NOT_AN_IMAGE,
         "sub": NOT_A_FILE,
         "gone.jpg": NOT_A_FILE,
@@ -151,7 +144,7 @@ def tables(folder: Path, faces: Faces) -> Rows:
         "file:///etc/passwd": OUTSIDE,
         "C:\\a.jpg": OUTSIDE,
         "nul\0.jpg": OUTSIDE,
-        "x" * 5000: Expected("failed", "unreadable"),
+        "x" * 5000: Outcome("failed", "unreadable"),
         "": NO_IMAGE,
         None: NO_IMAGE,
     }
@@ -160,56 +153,50 @@ def tables(folder: Path, faces: Faces) -> Rows:
     expected = {}
     for name, column, rows in (("cells.parquet", "image", cells), ("paths.parquet", "path", paths)):
         pq.write_table(pa.table({column: list(rows)}), folder / name)
-        expected |= {f"{name}#{number:09}": said for number, said in enumerate(rows.values())}
+        outcomes = enumerate(rows.values())
+        expected |= {f"{name}#{number:09}": outcome for number, outcome in outcomes}
     _damaged_table(folder / "damaged.parquet", jpeg(faces[3]))
     damaged = {
         "damaged.parquet#000000000": OK,
-        "damaged.parquet#000000001": Expected("failed", "unreadable"),
+        "damaged.parquet#000000001": Outcome("failed", "unreadable"),
     }
     return Rows(folder, ("source.kind=parquet",), expected | damaged)
 
 
-def _damaged_table(path: Path, picture: bytes) -> None:
-    """Two row groups, and in the second one noise in place of its page."""
-    pq.write_table(
-        pa.table({"image": [picture, bytes(range(256)) * 9]}),
-        path,
-        row_group_size=1,
-        use_dictionary=False,
-    )
-    with pq.ParquetFile(path) as table:
-        start = table.metadata.row_group(1).column(0).data_page_offset
+def _damaged_table(path: Path, image: bytes) -> None:
+    """Writes two row groups; the data page of the second is overwritten."""
+    table = pa.table({"image": [image, bytes(range(256)) * 9]})
+    pq.write_table(table, path, row_group_size=1, use_dictionary=False)
+    with pq.ParquetFile(path) as written:
+        start = written.metadata.row_group(1).column(0).data_page_offset
     path.write_bytes(formats.patched(path.read_bytes(), start, b"\xff" * 40))
 
 
-# --------------------------------------------------------------------------------------------------
+class TouchesFile:
+    """Creates the file `path` when it is unpickled."""
 
-
-class Code:
-    """What a pickle would do on being read: leave a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.trace,)
+        return Path.touch, (self.path,)
 
 
 def fgid(folder: Path, faces: Faces) -> Rows:
-    """`trace` in the folder is what must not come to be."""
+    """A file `trace` in the folder would show that pickled code was run."""
     whole, labels = jpeg(faces[0]), np.zeros((SIDE, SIDE), np.uint8)
     unit = torch.nn.functional.normalize(torch.arange(1.0, 513.0)[None])
-    identities: dict[str, tuple[Any, Expected]] = {
+    identities: dict[str, tuple[Any, Outcome]] = {
         "good": (unit, OK),
         "wrong size": (torch.ones(1, 256), BAD_EMBEDDING),
         "two": (torch.ones(2, 512), BAD_EMBEDDING),
         "nan": (unit.where(unit < unit.max(), torch.nan), BAD_EMBEDDING),
         "infinite": (unit * torch.inf, BAD_EMBEDDING),
         "zero": (unit * 0, BAD_EMBEDDING),
-        "code": (Code(folder / "trace"), BAD_EMBEDDING),
+        "code": (TouchesFile(folder / "trace"), BAD_EMBEDDING),
         "no tensor": ([1.0] * 512, BAD_EMBEDDING),
     }
-    masks: dict[str, tuple[bytes, Expected]] = {
+    masks: dict[str, tuple[bytes, Outcome]] = {
         "mask of another size": (_png(labels[1:]), BAD_PARSING),
         "class 200": (_png(labels + np.uint8(200)), BAD_PARSING),
         "mask in colours": (_png(np.zeros((SIDE, SIDE, 3), np.uint8)), BAD_PARSING),
@@ -218,30 +205,30 @@ def fgid(folder: Path, faces: Faces) -> Rows:
     }
     entries, expected = [], {}
     for number, name in enumerate([*identities, *masks]):
-        identity, said = identities.get(name, (unit, OK))
-        mask, said = masks.get(name, (_png(labels), said))
-        (folder / f"{name}.jpg").write_bytes(whole + b"%d" % number)  # no two with the same bytes
+        identity, outcome = identities.get(name, (unit, OK))
+        mask, outcome = masks.get(name, (_png(labels), outcome))
+        (folder / f"{name}.jpg").write_bytes(whole + b"%d" % number)  # else they were duplicates
         (folder / f"{name}.png").write_bytes(mask)
         torch.save(identity, folder / f"{name}.bin")
         entries.append(_entry(name))
-        expected[f"{name}.jpg"] = said
-    for entry, said in _odd_entries(folder):
+        expected[f"{name}.jpg"] = outcome
+    for entry, outcome in _odd_entries(folder):
         entries.append(entry)
-        expected[str(entry.get("resize_IMG") or f"entry {len(entries)}").lstrip("/")] = said
+        expected[str(entry.get("resize_IMG") or f"entry {len(entries)}").lstrip("/")] = outcome
     (folder / "JSON_all.json").write_text(json.dumps(entries))
     return Rows(folder, ("source.kind=fgid",), expected)
 
 
 def _entry(name: str) -> dict[str, Any]:
     files = {"resize_IMG": "jpg", "parsing_mask_IMG": "png", "id_embed_file_resize": "bin"}
-    return {key: f"{name}.{ending}" for key, ending in files.items()} | {
+    return {key: f"{name}.{extension}" for key, extension in files.items()} | {
         "vqa_llva": "Somebody.",
         "vqa_llva_facial": "A nose.",
     }
 
 
-def _odd_entries(folder: Path) -> Iterator[tuple[dict[str, Any], Expected]]:
-    bad_entry = Expected("failed", "bad_entry")
+def _odd_entries(folder: Path) -> Iterator[tuple[dict[str, Any], Outcome]]:
+    bad_entry = Outcome("failed", "bad_entry")
     (folder / "text.jpg").write_bytes(b"a text")
     yield {}, bad_entry
     yield {"vqa_llva": "nobody", "resize_IMG": None}, bad_entry
@@ -257,11 +244,8 @@ def _png(labels: Any) -> bytes:
     return data.tobytes()
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def refused_urls(folder: Path, faces: Faces) -> Rows:
-    """None of them is asked for."""
+    """URLs that must be refused before any request is sent."""
     expected = {
         "ftp://example.org/a.jpg": BAD_URL,
         "file:///etc/passwd": BAD_URL,
@@ -284,39 +268,41 @@ def refused_urls(folder: Path, faces: Faces) -> Rows:
 
 
 def served_urls(server: Server) -> Callable[[Path, Faces], Rows]:
-    def made(folder: Path, faces: Faces) -> Rows:
+    """Returns a function that sets the server's answers and writes a list of their URLs."""
+
+    def write_list(folder: Path, faces: Faces) -> Rows:
         whole = jpeg(faces[1])
         answers = {
             "good.jpg": (plain(whole), OK),
-            "gone.jpg": (plain(b"", status=404), Expected("failed", "http_404")),
-            "broken.jpg": (plain(b"", status=500), Expected("failed", "http_500")),
+            "gone.jpg": (plain(b"", status=404), Outcome("failed", "http_404")),
+            "broken.jpg": (plain(b"", status=500), Outcome("failed", "http_500")),
             "endless.jpg": (endless, TOO_MANY_BYTES),
             "page.jpg": (plain(b"<!doctype html>"), NOT_AN_IMAGE),
-            "nothing.jpg": (plain(b""), Expected("failed", "empty_file")),
+            "nothing.jpg": (plain(b""), Outcome("failed", "empty_file")),
             "cut.jpg": (plain(whole[:5000]), TRUNCATED),
             "short.jpg": (
                 plain(whole, ("Content-Length", "999999")),
-                Expected("failed", "cut_off"),
+                Outcome("failed", "cut_off"),
             ),
             "bomb.png": (plain(BOMB), TOO_MANY_PIXELS),
             "loop.jpg": (
                 plain(b"", ("Location", "/loop.jpg"), status=302),
-                Expected("failed", "too_many_redirects"),
+                Outcome("failed", "too_many_redirects"),
             ),
             "away.jpg": (plain(b"", ("Location", "file:///etc/passwd"), status=302), BAD_URL),
         }
         server.answers = {f"/{name}": answer for name, (answer, _) in answers.items()}
-        expected = {f"{server.url}/{name}": said for name, (_, said) in answers.items()}
+        expected = {f"{server.url}/{name}": outcome for name, (_, outcome) in answers.items()}
         (folder / "list.txt").write_text("\n".join(expected))
         settings = (
             "source.allow_private=true",
             "source.tries=1",
             "source.timeout=5",
-            f"resize.max_bytes={LIMIT}",
+            f"resize.max_bytes={MAX_BYTES}",
         )
         return Rows(folder / "list.txt", settings, expected)
 
-    return made
+    return write_list
 
 
 def endless(handler: BaseHTTPRequestHandler) -> None:
@@ -326,15 +312,12 @@ def endless(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"x" * 4096)
 
 
-# ------------------------------------------------------------------------------------- what is no s
-
-
-def no_sources() -> Iterator[tuple[str, bytes, str, str]]:
-    """(file's name, content, source.kind, what the error says)."""
-    whole = io.BytesIO()
-    pq.write_table(pa.table({"image": [1, 2]}), whole)
-    yield "numbers.parquet", whole.getvalue(), "parquet", "holds int64; expected bytes"
-    yield "cut.parquet", whole.getvalue()[:-9], "parquet", "no whole parquet file"
+def unusable_sources() -> Iterator[tuple[str, bytes, str, str]]:
+    """(file name, content, source.kind, part of the error message)."""
+    table = io.BytesIO()
+    pq.write_table(pa.table({"image": [1, 2]}), table)
+    yield "numbers.parquet", table.getvalue(), "parquet", "holds int64; expected bytes"
+    yield "cut.parquet", table.getvalue()[:-9], "parquet", "no whole parquet file"
     yield "text.parquet", b"text", "parquet", "no whole parquet file"
     yield (
         "columns.csv",

@@ -1,4 +1,4 @@
-"""A real HTTP server for tests, whose answers to each path are plain functions."""
+"""An HTTP(S) server for tests; a function answers each path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 def plain(body: bytes, *headers: tuple[str, str], status: int = 200) -> Answer:
-    """An honest answer; `headers` may be given more than once."""
+    """Returns an answer with `body` and a matching Content-Length, unless `headers` states another.
+
+    A header may occur more than once.
+    """
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
@@ -35,19 +38,21 @@ def plain(body: bytes, *headers: tuple[str, str], status: int = 200) -> Answer:
 
 
 class Server(ThreadingHTTPServer):
-    """answers: path → what to do there; asked: the paths, in order; agents: the User-Agents seen."""
+    """answers: path → function that answers it. requested_paths: of all requests, in order.
+    user_agents: of all requests. stopping: set when the server shuts down.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers: dict[str, Answer] = {}
-        self.asked: list[str] = []
-        self.agents: set[str] = set()
+        self.requested_paths: list[str] = []
+        self.user_agents: set[str] = set()
         self.stopping = threading.Event()
 
     def secure(self, folder: Path) -> Path:
-        """Speak TLS from now on, with a certificate for `localhost` alone; returns its file."""
+        """Switch to TLS, with a self-signed certificate for `localhost` alone; returns its file."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
         now = datetime.now(UTC)
@@ -67,7 +72,7 @@ class Server(ThreadingHTTPServer):
         return folder / "certificate.pem"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up, or refuses the certificate, is no fault."""
+        """Ignores errors: tests make clients hang up or refuse the certificate."""
 
     @property
     def url(self) -> str:
@@ -78,16 +83,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        self.server.agents.add(self.headers["User-Agent"])
+        self.server.requested_paths.append(self.path)
+        self.server.user_agents.add(self.headers["User-Agent"])
         answer = self.server.answers.get(self.path, plain(b"", status=404))
         try:
             answer(self)
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the client has had enough
+            self.close_connection = True  # the client closed the connection
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing to say."""
+        """Keeps the log empty."""
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""The layout FGID is published in: out of shards and back without a model call, and as others have
-written it.
+"""The layout FGID is published in: exported from shards and imported again without a model call,
+and imported as others have written it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ COUNT = 3
 
 
 @pytest.fixture(scope="module")
-def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of three portraits."""
-    source, output = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("made")
+def dataset(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a data set of three portraits."""
+    source, output = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("dataset")
     for path in sorted(portraits.glob("*.jpg"))[:COUNT]:
         shutil.copy2(path, source)
     run(config(source, output, "source.license=CC0-1.0", "source.author=nobody"))
@@ -44,30 +44,31 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `export-json` wrote from `dataset`."""
     folder = tmp_path_factory.mktemp("exported") / "fgid"
-    found = CliRunner().invoke(app, ["export-json", str(made), str(folder), "--color"])
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(app, ["export-json", str(dataset), str(folder), "--color"])
+    assert result.exit_code == 0, result.output
     return folder
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of a stage for every time that one processes something."""
-    seen: list[str] = []
+    """Collects the name of a stage each time its `process` is called."""
+    names: list[str] = []
     for stage in build_stages(DatasetConfig()):
-        _count(type(stage), seen, monkeypatch)
-    return seen
+        _record_calls(type(stage), names, monkeypatch)
+    return names
 
 
-def _count(kind: type[Stage], seen: list[str], patch: pytest.MonkeyPatch) -> None:
-    real = kind.process
+def _record_calls(kind: type[Stage], names: list[str], patch: pytest.MonkeyPatch) -> None:
+    original = kind.process
 
-    def counted(self: Stage, records: list[Record]) -> list[Record]:
-        seen.append(self.name)
-        return real(self, records)
+    def recorded(self: Stage, records: list[Record]) -> list[Record]:
+        names.append(self.name)
+        return original(self, records)
 
-    patch.setattr(kind, "process", counted)
+    patch.setattr(kind, "process", recorded)
 
 
 def _fgid(path: Path, output: Path, *overrides: str) -> DatasetConfig:
@@ -75,8 +76,8 @@ def _fgid(path: Path, output: Path, *overrides: str) -> DatasetConfig:
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "JSON_all.json").read_text())
-    return found
+    entries: list[dict[str, Any]] = json.loads((folder / "JSON_all.json").read_text())
+    return entries
 
 
 def _rewrite(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -90,28 +91,23 @@ def _samples(output: Path) -> dict[str, Record]:
 
 
 def _reasons(folder: Path, output: Path) -> dict[str, str]:
-    """source → reason, of reading alone."""
+    """Lists and reads the source only; returns source → reason."""
     source = build_source(_fgid(folder, output))
     return {item.source: source.record(item).reason for item in source.list()}
 
 
-# ------------------------------------------------------------------------------------------------ o
-
-
-def test_out_and_back_gives_the_same_bytes_without_a_model_call(
-    made: Path, exported: Path, tmp_path: Path, calls: list[str]
+def test_export_and_import_give_the_same_bytes_without_a_model_call(
+    dataset: Path, exported: Path, tmp_path: Path, calls: list[str]
 ) -> None:
     moved = shutil.copytree(exported, tmp_path / "elsewhere")
     ledger = run(_fgid(moved, tmp_path / "out"))
     assert ledger.written == COUNT and calls == []
-    assert digests(tmp_path / "out") == digests(made)
+    assert digests(tmp_path / "out") == digests(dataset)
 
 
-def test_the_trainer_of_the_reference_finds_everything_where_it_looks(
-    made: Path, exported: Path
-) -> None:
-    """As its MyDataset reads: three roots, and plain torch.load."""
-    samples = _samples(made)
+def test_the_reference_trainer_can_read_an_export(dataset: Path, exported: Path) -> None:
+    """Reads as its MyDataset does: from three root folders, with plain torch.load."""
+    samples = _samples(dataset)
     for entry in _entries(exported):
         record = samples[entry["source"]]
         identity = torch.load(exported / "all_faceID" / entry["id_embed_file_origin"])
@@ -131,33 +127,30 @@ def test_the_trainer_of_the_reference_finds_everything_where_it_looks(
         assert (entry["license"], entry["author"]) == ("CC0-1.0", "nobody")
 
 
-def test_a_folder_that_is_not_empty_is_left_alone_unless_told(made: Path, exported: Path) -> None:
+def test_a_folder_with_files_is_refused_without_overwrite(dataset: Path, exported: Path) -> None:
     before = (exported / "JSON_all.json").read_bytes()
-    refused = CliRunner().invoke(app, ["export-json", str(made), str(exported)])
+    command = ["export-json", str(dataset), str(exported)]
+    refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 2 and "not empty" in refused.output
-    assert (
-        CliRunner().invoke(app, ["export-json", str(made), str(exported), "--overwrite"]).exit_code
-        == 0
-    )
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
     after = _entries(exported)
     assert [{**entry, "parsing_color_IMG": ""} for entry in json.loads(before)] == [
         {**entry, "parsing_color_IMG": ""} for entry in after
     ]
 
 
-def test_an_export_that_breaks_off_leaves_no_json(made: Path, tmp_path: Path) -> None:
-    output = shutil.copytree(made, tmp_path / "copy")
+def test_a_failed_export_leaves_no_json(dataset: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(dataset, tmp_path / "copy")
     (tar,) = (output / "shards").glob("*.tar")
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
-    assert (
-        CliRunner().invoke(app, ["export-json", str(output), str(tmp_path / "fgid")]).exit_code == 2
-    )
+    result = CliRunner().invoke(app, ["export-json", str(output), str(tmp_path / "fgid")])
+    assert result.exit_code == 2
     assert list((tmp_path / "fgid" / "resize_IMG").rglob("*.jpg"))
     assert not list((tmp_path / "fgid").glob("*.json"))
 
 
 def test_what_comes_with_an_entry_is_not_made_again_when_its_stage_changes(
-    made: Path,
+    dataset: Path,
     exported: Path,
     tmp_path: Path,
     calls: list[str],
@@ -170,10 +163,10 @@ def test_what_comes_with_an_entry_is_not_made_again_when_its_stage_changes(
     assert len(job.tasks) == 1
     list(execute(job, lambda count: None))
     assert calls == [] and plan_job(changed).tasks == []
-    assert digests(tmp_path / "out") == digests(made)
+    assert digests(tmp_path / "out") == digests(dataset)
 
 
-def test_an_entry_that_changes_is_taken_anew(
+def test_a_changed_entry_is_imported_again(
     exported: Path, tmp_path: Path, calls: list[str]
 ) -> None:
     folder, output = shutil.copytree(exported, tmp_path / "fgid"), tmp_path / "out"
@@ -191,13 +184,10 @@ def test_an_entry_that_changes_is_taken_anew(
     assert after[third["source"]].parsing == before[third["source"]].parsing
 
 
-# ------------------------------------------------------------------------------------- as others ha
-
-
 @pytest.fixture
 def published(exported: Path, tmp_path: Path) -> Path:
-    """As the authors' machine would have written it: its own absolute paths, PNG pictures, other
-    spellings, an object a line, and nothing of what export-json adds.
+    """A set as the authors' machine would have written it: absolute paths of that machine, PNG
+    images, other spellings of the keys, one object a line, and no key that only export-json adds.
     """
     folder = tmp_path / "published"
     for kind in ("resize_IMG", "parsing_mask_IMG", "all_faceID"):
@@ -235,16 +225,17 @@ def _published(folder: Path) -> list[dict[str, Any]]:
     return list(read_objects(folder / "JSON_all.json"))
 
 
-def test_a_published_set_is_only_searched_for_faces(
-    published: Path, made: Path, tmp_path: Path, calls: list[str]
+def test_a_published_set_runs_face_detection_only(
+    published: Path, dataset: Path, tmp_path: Path, calls: list[str]
 ) -> None:
     assert run(_fgid(published / "JSON_all.json", tmp_path / "out")).written == COUNT
     assert set(calls) == {"detect"}
-    taken = _samples(tmp_path / "out")
-    assert set(taken) == {
+    imported = _samples(tmp_path / "out")
+    assert set(imported) == {
         f"mnt/data/somebody/FGID/resize_IMG/15/{number}_resize.png" for number in range(COUNT)
     }
-    for number, (old, new) in enumerate(zip(_samples(made).values(), taken.values(), strict=True)):
+    originals = _samples(dataset).values()
+    for number, (old, new) in enumerate(zip(originals, imported.values(), strict=True)):
         assert old.parsing == new.parsing and np.array_equal(old.identity, new.identity)  # type: ignore[arg-type]
         assert (new.caption, new.face_caption) == (f"Somebody, number {number}.", "A nose.")
         assert new.image.startswith(b"\xff\xd8") and (new.width, new.height) == (
@@ -253,7 +244,9 @@ def test_a_published_set_is_only_searched_for_faces(
         )
 
 
-def test_what_an_entry_lacks_is_made(published: Path, tmp_path: Path, calls: list[str]) -> None:
+def test_fields_that_an_entry_lacks_are_computed(
+    published: Path, tmp_path: Path, calls: list[str]
+) -> None:
     first, second, third = _published(published)
     del first["parsing_mask_IMG"]
     del second["id_embed_file_origin"], second["id_embed_file_resize"]
@@ -271,18 +264,18 @@ def test_what_an_entry_lacks_is_made(published: Path, tmp_path: Path, calls: lis
 def test_code_in_an_embedding_is_refused_and_not_run(published: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
-    class Payload:
+    class TouchesFile:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (trace,)
 
-    torch.save(Payload(), published / "all_faceID/15/0_faceid.bin")
+    torch.save(TouchesFile(), published / "all_faceID/15/0_faceid.bin")
     reasons = list(_reasons(published, tmp_path / "out").values())
     assert reasons == ["bad_embedding", "", ""] and not trace.exists()
     torch.load(published / "all_faceID/15/0_faceid.bin", weights_only=False)
-    assert trace.exists(), "the file would not have done anything anyway"
+    assert trace.exists(), "the pickle does nothing, so the test proves nothing"
 
 
-def test_identities_come_to_unit_norm_and_anything_else_is_refused(tmp_path: Path) -> None:
+def test_identities_are_normalised_and_anything_else_is_refused(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((1, 512)).astype(np.float32)
     torch.save(torch.from_numpy(values), tmp_path / "a.bin")
     np.save(tmp_path / "a.npy", values[0])
@@ -312,7 +305,7 @@ def test_identities_come_to_unit_norm_and_anything_else_is_refused(tmp_path: Pat
         assert caught.value.reason == "bad_embedding", name
 
 
-def test_a_label_map_must_belong_to_its_picture(published: Path, tmp_path: Path) -> None:
+def test_a_label_map_must_match_its_image(published: Path, tmp_path: Path) -> None:
     masks = [published / f"parsing_mask_IMG/15/{number}_mask.png" for number in range(COUNT)]
     labels = cv2.imread(str(masks[0]), cv2.IMREAD_UNCHANGED)
     assert labels is not None
@@ -338,7 +331,7 @@ def test_nothing_outside_the_folder_is_read(published: Path, tmp_path: Path) -> 
     ]
 
 
-def test_entries_that_cannot_be_used_have_a_reason(exported: Path, tmp_path: Path) -> None:
+def test_unusable_entries_fail_with_a_reason(exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "fgid")
     first, second, third = _entries(folder)
     first["parsing_mask_IMG"] = "gone\0.png"
@@ -353,7 +346,7 @@ def test_entries_that_cannot_be_used_have_a_reason(exported: Path, tmp_path: Pat
     ]
 
 
-def test_objects_are_read_across_chunks_and_from_either_form(tmp_path: Path) -> None:
+def test_objects_are_read_across_chunks_and_in_both_forms(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     entries = [
         {"n": number, "text": '}],{["\\ ünï' * size}
@@ -375,9 +368,8 @@ def test_objects_are_read_across_chunks_and_from_either_form(tmp_path: Path) -> 
             list(read_objects(file))
 
 
-def test_a_set_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_missing_set_raises_a_clear_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "JSON_all.json", Path("s3://bucket/JSON_all.json")):
+        settings = replace(_fgid(tmp_path, tmp_path / "out"), source=_fgid(path, tmp_path).source)
         with pytest.raises(SourceError, match="no FGID set"):
-            plan_job(
-                replace(_fgid(tmp_path, tmp_path / "out"), source=_fgid(path, tmp_path).source)
-            )
+            plan_job(settings)

@@ -1,4 +1,4 @@
-"""Listing and planning: odd names, things that are no files, keys, copies, and the order of shards."""
+"""Listing and planning: unusual names, irregular files, keys, exact copies, the order of shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.storage.store import Store
 from tests.pipelines.helpers import config
 
 
-def test_odd_names_are_listed_whole_and_other_files_are_not(tmp_path: Path) -> None:
+def test_unusual_names_are_listed_and_other_files_are_not(tmp_path: Path) -> None:
     names = [
         "a.jpg",
         "with space.JPG",
@@ -33,25 +33,23 @@ def test_odd_names_are_listed_whole_and_other_files_are_not(tmp_path: Path) -> N
     raw = os.fsencode(tmp_path) + b"/bad\xff.jpg"
     Path(os.fsdecode(raw)).write_bytes(b"y")
     source = build_source(config(tmp_path, tmp_path / "out"))
-    found = {item.source: item for item in source.list()}
-    assert set(found) == {*names, "bad\\xff.jpg"}
-    assert source.record(found["bad\\xff.jpg"]).image == b"y"
+    items = {item.source: item for item in source.list()}
+    assert set(items) == {*names, "bad\\xff.jpg"}
+    assert source.record(items["bad\\xff.jpg"]).image == b"y"
 
 
-def test_what_is_no_file_is_listed_and_never_opened(tmp_path: Path) -> None:
+def test_irregular_files_are_listed_and_never_opened(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "locked.jpg").write_bytes(b"x")
+    (tmp_path / "regular.jpg").write_bytes(b"x")
     source = build_source(config(tmp_path, tmp_path / "out"))
     reasons = {item.source: source.record(item).reason for item in source.list()}
-    assert {
-        name: reasons[name] for name in ("folder.jpg", "dangling.jpg", "pipe.jpg")
-    } == dict.fromkeys(("folder.jpg", "dangling.jpg", "pipe.jpg"), "not_a_file")
-    assert reasons["locked.jpg"] == ""
+    irregular = dict.fromkeys(("folder.jpg", "dangling.jpg", "pipe.jpg"), "not_a_file")
+    assert reasons == {**irregular, "regular.jpg": ""}
 
 
-def test_a_file_that_grew_too_large_or_went_away_has_a_reason(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_or_deleted_fails_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x" * 100)
     source = build_source(config(tmp_path, tmp_path / "out", "resize.max_bytes=50"))
     (item,) = source.list()
@@ -77,7 +75,7 @@ def test_a_moved_folder_keeps_its_keys(tmp_path: Path) -> None:
     assert after == before == [key_of("a.jpg")]
 
 
-def test_copies_are_found_by_bytes_and_empty_files_are_none(tmp_path: Path) -> None:
+def test_exact_copies_are_found_and_empty_files_are_not_copies(tmp_path: Path) -> None:
     contents = {
         "a.jpg": b"A" * 9000,
         "b.jpg": b"A" * 9000,
@@ -92,13 +90,11 @@ def test_copies_are_found_by_bytes_and_empty_files_are_none(tmp_path: Path) -> N
     assert copies == {"b.jpg": "a.jpg"}
 
 
-def test_a_plan_is_kept_and_new_inputs_go_behind(tmp_path: Path) -> None:
+def test_planned_inputs_keep_their_shard_and_new_ones_get_new_shards(tmp_path: Path) -> None:
     for name in ("b.jpg", "c.jpg", "d.jpg"):
         (tmp_path / name).write_bytes(name.encode())
-    settings, store = (
-        config(tmp_path, tmp_path / "out", "shard_size=2"),
-        Store(str(tmp_path / "out")),
-    )
+    settings = config(tmp_path, tmp_path / "out", "shard_size=2")
+    store = Store(str(tmp_path / "out"))
     write_plan(make_plan(settings, store), store)
     (tmp_path / "a.jpg").write_bytes(b"a")
     (tmp_path / "c.jpg").unlink()
@@ -125,20 +121,15 @@ except Exception as error:
 """
 
 
-# the first fills the disk with its plan, the second while it sorts
+# few rows: the disk is full when the plan is written; many: while SQLite sorts them
 @pytest.mark.parametrize("rows", [3, 50_000])
-def test_no_room_for_the_plan_is_said(tmp_path: Path, rows: int) -> None:
+def test_a_full_disk_while_planning_raises_a_clear_error(tmp_path: Path, rows: int) -> None:
     urls, scratch = tmp_path / "urls.txt", tmp_path / "scratch"
     urls.write_text("".join(f"https://example.org/{row}.jpg\n" for row in range(rows)))
     scratch.mkdir()
     command = [sys.executable, "-c", _NO_ROOM, str(urls), str(tmp_path / "out")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "TMPDIR": str(scratch)},
-    )
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.startswith("StoreError: there is no room for the plan on local disk: "), done
     assert not list(scratch.iterdir())
 
@@ -147,7 +138,7 @@ def shards(plan: Plan) -> list[list[Input]]:
     return [plan.inputs_of(shard.index) for shard in plan.shards]
 
 
-def test_a_store_shows_whole_files_only_and_cannot_be_left(tmp_path: Path) -> None:
+def test_a_store_writes_atomically_and_rejects_paths_outside_it(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with pytest.raises(RuntimeError), store.writer("shards/a.tar") as stream:
         stream.write(b"half")

@@ -1,6 +1,4 @@
-"""Parquet tables as a source: pictures in cells and pictures beside the table, row groups read
-once, and a run.
-"""
+"""Parquet tables as a source: images in cells, images in files beside the table, and a full run."""
 
 from __future__ import annotations
 
@@ -22,9 +20,10 @@ from tests.pipelines.helpers import config
 
 
 def source(path: object, folder: Path, *overrides: str) -> ParquetTable:
-    made = build_source(config(Path("unused"), folder / "out", f"source.path={path}", *overrides))
-    assert isinstance(made, ParquetTable)
-    return made
+    settings = config(Path("unused"), folder / "out", f"source.path={path}", *overrides)
+    tables = build_source(settings)
+    assert isinstance(tables, ParquetTable)
+    return tables
 
 
 def write(path: Path, rows: list[dict[str, Any]], group: int = 2) -> None:
@@ -32,7 +31,7 @@ def write(path: Path, rows: list[dict[str, Any]], group: int = 2) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "large"])
-def test_pictures_in_cells_keep_row_order_facts_and_reasons(tmp_path: Path, kind: str) -> None:
+def test_images_in_cells_keep_row_order_provenance_and_reasons(tmp_path: Path, kind: str) -> None:
     cells = [b"0", b"1", None, b"x" * 200, b"4"]
     rows = [
         {
@@ -46,53 +45,47 @@ def test_pictures_in_cells_keep_row_order_facts_and_reasons(tmp_path: Path, kind
     if kind == "large":
         table = table.set_column(0, "image", table["image"].cast(pa.large_binary()))
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
-    made = source(tmp_path / "t.parquet", tmp_path, "resize.max_bytes=100")
-    items = list(made.list())
+    tables = source(tmp_path / "t.parquet", tmp_path, "resize.max_bytes=100")
+    items = list(tables.list())
     assert [item.source for item in items] == [f"t.parquet#00000000{i}" for i in range(5)]
     for order in (items, items[::-1], items[1:4]):
-        records = list(made.records(order))
+        records = list(tables.records(order))
         assert [record.source for record in records] == [item.source for item in order]
-        assert [r.image for r in records] == [made.record(item).image for item in order]
-    found = list(made.records(items))
-    assert [r.reason for r in found] == ["", "", "no_image", "too_many_bytes", ""]
-    assert [(r.image, r.license) for r in found if r.ok] == [
-        (b"0", "L0"),
-        (b"1", "L1"),
-        (b"4", "L4"),
-    ]
+        assert [r.image for r in records] == [tables.record(item).image for item in order]
+    records = list(tables.records(items))
+    assert [r.reason for r in records] == ["", "", "no_image", "too_many_bytes", ""]
+    stated = [(r.image, r.license) for r in records if r.ok]
+    assert stated == [(b"0", "L0"), (b"1", "L1"), (b"4", "L4")]
 
 
 def test_each_row_group_is_read_once(tmp_path: Path) -> None:
-    """By what this process reads: row by row it would be five times the file."""
-    pictures = [random.Random(i).randbytes(300_000) for i in range(10)]
-    write(
-        tmp_path / "t.parquet",
-        [{"image": data, "id": f"n{i * 7 % 10}"} for i, data in enumerate(pictures)],
-        group=5,
-    )
-    made = source(tmp_path / "t.parquet", tmp_path, "source.name_column=id")
-    items = sorted(made.list(), key=lambda item: item.source)
+    """Counts the bytes that this process reads: row by row it would be five times the file."""
+    images = [random.Random(i).randbytes(300_000) for i in range(10)]
+    rows = [{"image": data, "id": f"n{i * 7 % 10}"} for i, data in enumerate(images)]
+    write(tmp_path / "t.parquet", rows, group=5)
+    tables = source(tmp_path / "t.parquet", tmp_path, "source.name_column=id")
+    items = sorted(tables.list(), key=lambda item: item.source)
     process = psutil.Process()
     before = process.io_counters().read_chars
-    assert [r.image for r in made.records(items)] == [pictures[i * 3 % 10] for i in range(10)]
+    assert [r.image for r in tables.records(items)] == [images[i * 3 % 10] for i in range(10)]
     read = process.io_counters().read_chars - before
     assert 3_000_000 <= read < 4_500_000
 
 
-def test_two_names_for_one_row_both_have_its_picture(tmp_path: Path) -> None:
-    """As after a change of source.name_column: what has vanished keeps its place, and its row is
-    still there.
+def test_two_names_of_one_row_both_get_its_image(tmp_path: Path) -> None:
+    """As after a change of source.name_column: the input of the old name has vanished from the
+    listing and keeps its place in the plan, while its row still exists.
     """
     write(tmp_path / "t.parquet", [{"image": b"0", "id": "n"}])
     before = list(source(tmp_path / "t.parquet", tmp_path).list())
-    made = source(tmp_path / "t.parquet", tmp_path, "source.name_column=id")
-    assert [record.image for record in made.records([*before, *made.list()])] == [b"0", b"0"]
+    tables = source(tmp_path / "t.parquet", tmp_path, "source.name_column=id")
+    assert [record.image for record in tables.records([*before, *tables.list()])] == [b"0", b"0"]
 
 
-def test_pictures_beside_the_table_cannot_leave_its_folder(tmp_path: Path) -> None:
+def test_images_beside_the_table_cannot_leave_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a.jpg").write_bytes(b"picture")
+    (folder / "sub" / "a.jpg").write_bytes(b"image")
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     expected = {
         "sub/a.jpg": "",
@@ -108,27 +101,28 @@ def test_pictures_beside_the_table_cannot_leave_its_folder(tmp_path: Path) -> No
         None: "no_image",
     }
     write(folder / "t.parquet", [{"path": path} for path in expected])
-    made = source(folder / "t.parquet", tmp_path)
-    records = list(made.records(list(made.list())))
+    tables = source(folder / "t.parquet", tmp_path)
+    records = list(tables.records(list(tables.list())))
     assert [record.reason for record in records] == list(expected.values())
-    assert records[0].image == b"picture"
+    assert records[0].image == b"image"
 
 
-def test_several_tables_here_and_behind_a_url(tmp_path: Path) -> None:
+def test_several_tables_local_and_behind_a_url(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.parquet", [{"image": name.encode()}])
     expected = [("a.parquet#000000000", b"a"), ("b.parquet#000000000", b"b")]
     memory = fsspec.filesystem("memory")
-    for path in sorted(tmp_path.glob("*.parquet")):
-        memory.pipe(f"/tables/{path.name}", path.read_bytes())
-    for given in (
+    for file in sorted(tmp_path.glob("*.parquet")):
+        memory.pipe(f"/tables/{file.name}", file.read_bytes())
+    for path in (
         tmp_path,
         tmp_path / "*.parquet",
         tmp_path / "{a,b}.parquet",
         "memory://tables/*.parquet",
     ):
-        made = source(given, tmp_path, "source.kind=parquet")
-        assert [(r.source, r.image) for r in made.records(list(made.list()))] == expected, given
+        tables = source(path, tmp_path, "source.kind=parquet")
+        records = tables.records(list(tables.list()))
+        assert [(r.source, r.image) for r in records] == expected, path
     memory.rm("/tables", recursive=True)
 
 
@@ -141,7 +135,7 @@ def test_several_tables_here_and_behind_a_url(tmp_path: Path) -> None:
         ({"image": b"x"}, ["source.name_column=id"], "name_column='id'"),
     ],
 )
-def test_a_table_that_cannot_be_used_says_what_to_do(
+def test_an_unusable_table_raises_an_error_that_says_what_to_do(
     tmp_path: Path, row: dict[str, Any], settings: list[str], message: str
 ) -> None:
     write(tmp_path / "t.parquet", [row])
@@ -149,17 +143,17 @@ def test_a_table_that_cannot_be_used_says_what_to_do(
         list(source(tmp_path / "t.parquet", tmp_path, *settings).list())
 
 
-def test_a_table_that_is_cut_off_or_gone_says_so(tmp_path: Path) -> None:
+def test_a_truncated_or_deleted_table_raises_or_fails_its_rows(tmp_path: Path) -> None:
     write(tmp_path / "t.parquet", [{"image": b"x" * 5000}])
-    made = source(tmp_path / "t.parquet", tmp_path, "source.backoff=0")
-    items = list(made.list())
+    tables = source(tmp_path / "t.parquet", tmp_path, "source.backoff=0")
+    items = list(tables.list())
     whole = (tmp_path / "t.parquet").read_bytes()
     (tmp_path / "t.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SourceError, match="no whole parquet"):
-        list(made.list())
-    assert [r.reason for r in made.records(items)] == ["unreadable"]
+        list(tables.list())
+    assert [r.reason for r in tables.records(items)] == ["unreadable"]
     (tmp_path / "t.parquet").unlink()
-    assert [r.reason for r in made.records(items)] == ["not_a_file"]
+    assert [r.reason for r in tables.records(items)] == ["not_a_file"]
 
 
 def test_the_ledger_of_a_table_balances(portraits: Path, tmp_path: Path) -> None:

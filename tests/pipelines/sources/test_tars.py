@@ -1,6 +1,4 @@
-"""WebDataset tars as a source: which members become inputs, what is wrong with the others, and a
-run that balances.
-"""
+"""WebDataset tars as a source: which members become inputs, why others fail, and a full run."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ GOOD = b'{"license": "CC0", "author": "Ada", "caption": "ignored"}'
 
 
 def write_tar(path: Path, members: dict[str, bytes | str]) -> None:
-    """Members of bytes are files, those of text links to it."""
+    """Writes members with bytes as files, members with text as links to that path."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -38,16 +36,17 @@ def write_tar(path: Path, members: dict[str, bytes | str]) -> None:
 
 
 def source(path: object, folder: Path, *overrides: str) -> WebDataset:
-    made = build_source(config(Path("unused"), folder / "out", f"source.path={path}", *overrides))
-    assert isinstance(made, WebDataset)
-    return made
+    settings = config(Path("unused"), folder / "out", f"source.path={path}", *overrides)
+    tars = build_source(settings)
+    assert isinstance(tars, WebDataset)
+    return tars
 
 
 def listed(path: object, folder: Path, *overrides: str) -> dict[str, Input]:
     return {item.source: item for item in source(path, folder, *overrides).list()}
 
 
-def test_one_input_for_each_sample_with_a_picture(tmp_path: Path) -> None:
+def test_one_input_for_each_sample_with_an_image(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "a.tar",
         {
@@ -56,7 +55,7 @@ def test_one_input_for_each_sample_with_a_picture(tmp_path: Path) -> None:
             "./one.json": GOOD,
             "two.JPG": b"second",
             "two.json": b"{broken",
-            "text.txt": b"no picture",
+            "text.txt": b"no image",
             "photo.001.png": b"third",
             "photo.002.png": b"fourth",
             "._mac.jpg": b"no",
@@ -64,8 +63,8 @@ def test_one_input_for_each_sample_with_a_picture(tmp_path: Path) -> None:
             "three.json": b"[" * 200_000,
         },
     )
-    made = source(tmp_path / "a.tar", tmp_path)
-    records = [made.record(item) for item in made.list()]
+    tars = source(tmp_path / "a.tar", tmp_path)
+    records = [tars.record(item) for item in tars.list()]
     assert {record.source: record.image for record in records if record.ok} == {
         "a.tar/one.jpg": b"first",
         "a.tar/two.JPG": b"second",
@@ -76,7 +75,7 @@ def test_one_input_for_each_sample_with_a_picture(tmp_path: Path) -> None:
     assert [(r.license, r.author) for r in records] == [("CC0", "Ada"), *[("", "")] * 4]
 
 
-def test_facts_are_short_text_and_nothing_else(tmp_path: Path) -> None:
+def test_provenance_is_short_text_only(tmp_path: Path) -> None:
     members: dict[str, bytes | str] = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
     members |= {"a.json": json.dumps({"license": 7, "author": "x" * 5000}).encode()}
     members |= {
@@ -84,15 +83,12 @@ def test_facts_are_short_text_and_nothing_else(tmp_path: Path) -> None:
         "c.json": b'{"license": "CC0", "x": "' + bytes(300_000) + b'"}',
     }
     write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
-    facts = [
-        json.loads(item.facts or "{}") for item in listed(tmp_path / "a.tar", tmp_path).values()
-    ]
-    assert facts == [{"author": "x" * 1000}, {"license": "?"}, {}]
+    items = listed(tmp_path / "a.tar", tmp_path).values()
+    provenance = [json.loads(item.provenance or "{}") for item in items]
+    assert provenance == [{"author": "x" * 1000}, {"license": "?"}, {}]
 
 
-def test_what_is_no_plain_member_is_listed_with_its_reason_and_nothing_is_written(
-    tmp_path: Path,
-) -> None:
+def test_irregular_members_fail_with_a_reason_and_nothing_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write_tar(
@@ -106,8 +102,8 @@ def test_what_is_no_plain_member_is_listed_with_its_reason_and_nothing_is_writte
         },
     )
     before = sorted(tmp_path.rglob("*"))
-    made = source(folder / "a.tar", tmp_path)
-    assert {item.source: made.record(item).reason for item in made.list()} == {
+    tars = source(folder / "a.tar", tmp_path)
+    assert {item.source: tars.record(item).reason for item in tars.list()} == {
         "a.tar/link.jpg": "not_a_file",
         "a.tar/../up.jpg": "outside_source",
         "a.tar//abs.jpg": "outside_source",
@@ -118,8 +114,8 @@ def test_what_is_no_plain_member_is_listed_with_its_reason_and_nothing_is_writte
 
 
 def damaged(whole: bytes) -> Iterator[tuple[str, bytes, str]]:
-    """name, bytes, the reason of its loss; `whole` holds a.jpg (600 bytes) and b.jpg (600 bytes)."""
-    yield "in a picture", whole[: 1536 + 512 + 300], "truncated_tar"
+    """(what is damaged, bytes, reason). `whole` holds a.jpg and b.jpg, 600 bytes each."""
+    yield "in an image", whole[: 1536 + 512 + 300], "truncated_tar"
     yield "in a header", whole[: 1536 + 100], "truncated_tar"
     yield "between two", whole[:1536], "truncated_tar"
     yield "no end mark", whole[:3072], "truncated_tar"
@@ -140,23 +136,23 @@ def negative(name: str) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def test_of_a_broken_tar_what_is_whole_is_listed_and_the_loss_is_said(tmp_path: Path) -> None:
+def test_a_broken_tar_yields_its_complete_samples_and_a_failure(tmp_path: Path) -> None:
     write_tar(tmp_path / "whole.tar", {"a.jpg": b"A" * 600, "b.jpg": b"B" * 600})
     whole = (tmp_path / "whole.tar").read_bytes()
     for name, data, reason in damaged(whole):
         (tmp_path / "cut.tar").write_bytes(data)
-        made = source(tmp_path / "cut.tar", tmp_path)
-        records = [made.record(item) for item in made.list()]
+        tars = source(tmp_path / "cut.tar", tmp_path)
+        records = [tars.record(item) for item in tars.list()]
         assert (records[0].source, records[0].image) == ("cut.tar/a.jpg", b"A" * 600), name
         assert (records[-1].source, records[-1].reason) == ("cut.tar", reason), name
         assert len(records) == (3 if name == "no end mark" else 2), name
 
 
-def test_what_is_no_tar_at_all_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_no_tar_fails_with_a_reason(tmp_path: Path) -> None:
     for data, reason in ((b"", "truncated_tar"), (b"PK" * 5000, "damaged_tar")):
         (tmp_path / "a.tar").write_bytes(data)
-        made = source(tmp_path / "a.tar", tmp_path)
-        assert [made.record(item).reason for item in made.list()] == [reason]
+        tars = source(tmp_path / "a.tar", tmp_path)
+        assert [tars.record(item).reason for item in tars.list()] == [reason]
 
 
 def test_a_path_may_be_a_glob_a_brace_pattern_a_folder_or_a_url(tmp_path: Path) -> None:
@@ -176,8 +172,8 @@ def test_a_path_may_be_a_glob_a_brace_pattern_a_folder_or_a_url(tmp_path: Path) 
         assert list(listed(path, tmp_path, "source.kind=webdataset")) == expected, path
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/y.tar", (tmp_path / "y.tar").read_bytes())
-    made = source("memory://bucket/y.tar", tmp_path)
-    assert [(item.source, made.record(item).image) for item in made.list()] == [
+    tars = source("memory://bucket/y.tar", tmp_path)
+    assert [(item.source, tars.record(item).image) for item in tars.list()] == [
         ("y.tar/a.jpg", b"y")
     ]
     memory.rm("/bucket", recursive=True)
@@ -186,29 +182,27 @@ def test_a_path_may_be_a_glob_a_brace_pattern_a_folder_or_a_url(tmp_path: Path) 
             listed(tmp_path / wrong, tmp_path)
 
 
-def test_the_shards_of_an_output_inside_the_folder_are_no_input(tmp_path: Path) -> None:
+def test_shards_of_an_output_inside_the_folder_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / "out" / "shards").mkdir(parents=True)
     write_tar(tmp_path / "out" / "shards" / "fgid-000000.tar", {"a.jpg": b"x"})
     write_tar(tmp_path / "y.tar", {"a.jpg": b"y"})
     assert list(listed(tmp_path, tmp_path, "source.kind=webdataset")) == ["y.tar/a.jpg"]
 
 
-def test_a_tar_that_changed_or_went_away_since_it_was_listed_has_a_reason(tmp_path: Path) -> None:
+def test_a_tar_changed_or_deleted_since_it_was_listed_fails_with_a_reason(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.jpg": b"x" * 100})
-    made = source(tmp_path / "a.tar", tmp_path, "resize.max_bytes=100")
-    (item,) = made.list()
-    assert made.read(item, 3) == b"xxx"
-    assert (
-        source(tmp_path / "a.tar", tmp_path, "resize.max_bytes=99").record(item).reason
-        == "too_many_bytes"
-    )
+    tars = source(tmp_path / "a.tar", tmp_path, "resize.max_bytes=100")
+    (item,) = tars.list()
+    assert tars.read(item, 3) == b"xxx"
+    limited = source(tmp_path / "a.tar", tmp_path, "resize.max_bytes=99")
+    assert limited.record(item).reason == "too_many_bytes"
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:550])
-    assert made.record(item).reason == "unreadable"
+    assert tars.record(item).reason == "unreadable"
     (tmp_path / "a.tar").unlink()
-    assert made.record(item).reason == "not_a_file"
+    assert tars.record(item).reason == "not_a_file"
 
 
-def test_a_server_that_sends_tars_whole_only_is_said(tmp_path: Path) -> None:
+def test_a_server_without_range_requests_is_reported(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.jpg": b"x" * 100})
     whole = (tmp_path / "a.tar").read_bytes()
 
@@ -219,8 +213,8 @@ def test_a_server_that_sends_tars_whole_only_is_said(tmp_path: Path) -> None:
 
     with serving() as server:
         server.answers = {"/a.tar": plain(whole), "/b.tar": without_length}
-        made = source(f"{server.url}/a.tar", tmp_path)
-        assert [made.record(item).reason for item in made.list()] == ["unreadable"]
+        tars = source(f"{server.url}/a.tar", tmp_path)
+        assert [tars.record(item).reason for item in tars.list()] == ["unreadable"]
         with pytest.raises(SourceError, match="Copy it here first"):
             list(source(f"{server.url}/b.tar", tmp_path).list())
 
@@ -232,9 +226,8 @@ def test_the_ledger_of_tars_balances(portraits: Path, tmp_path: Path) -> None:
         {"a.jpg": files[0], "b.jpg": files[1], "c.jpg": files[0], "d.jpg": "/etc/passwd"},
     )
     whole = (tmp_path / "x.tar").read_bytes()
-    (tmp_path / "x.tar").write_bytes(
-        whole.rstrip(b"\0") + bytes(512 - len(whole.rstrip(b"\0")) % 512)
-    )
+    without_end = whole.rstrip(b"\0")
+    (tmp_path / "x.tar").write_bytes(without_end + bytes(512 - len(without_end) % 512))
     ledger = run(config(tmp_path / "x.tar", tmp_path / "out"))
     assert (ledger.inputs, ledger.written, dict(ledger.dropped)) == (5, 2, {"duplicate": 1})
     assert dict(ledger.failed) == {"not_a_file": 1, "truncated_tar": 1}

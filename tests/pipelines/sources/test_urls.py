@@ -1,6 +1,4 @@
-"""Lists of URLs: every way a server can answer, which addresses are reached, and a run that
-balances.
-"""
+"""Lists of URLs: every way a server can answer, which addresses are refused, and a full run."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ import pytest
 
 from configs.errors import SourceError
 from pipelines.run import run
-from pipelines.sources import Transient, build_source
-from pipelines.sources.fetch import USER_AGENT, Fetcher, is_public, opts_out
+from pipelines.sources import TransientFailure, build_source
+from pipelines.sources.fetch import USER_AGENT, AddressCheck, Fetcher, is_public, opts_out
 from pipelines.sources.urls import UrlList
 from stages.base import Failed
 from stages.record import Record
@@ -39,28 +37,29 @@ FAST = (
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving() as made:
-        yield made
+    with serving() as running:
+        yield running
 
 
-def source(listed: Path, *overrides: str, private: bool = True) -> UrlList:
-    given = [
+def source(file: Path, *overrides: str, private: bool = True) -> UrlList:
+    settings = [
         *FAST,
         f"source.allow_private={str(private).lower()}",
         "resize.max_bytes=10000",
         *overrides,
     ]
-    made = build_source(config(listed, listed.parent / "out", *given))
-    assert isinstance(made, UrlList)
-    return made
+    urls = build_source(config(file, file.parent / "out", *settings))
+    assert isinstance(urls, UrlList)
+    return urls
 
 
 def fetched(folder: Path, url: str, *overrides: str, private: bool = True) -> Record:
+    """Lists and reads one URL; returns its record."""
     (folder / "list.txt").write_text(url + "\n")
-    made = source(folder / "list.txt", *overrides, private=private)
-    (item,) = made.list()
+    urls = source(folder / "list.txt", *overrides, private=private)
+    (item,) = urls.list()
     assert (item.size, item.version) == (-1, "")
-    return made.record(item)
+    return urls.record(item)
 
 
 def short(handler: BaseHTTPRequestHandler) -> None:
@@ -85,7 +84,7 @@ def silent(handler: BaseHTTPRequestHandler) -> None:
 
 
 def dripping(handler: BaseHTTPRequestHandler) -> None:
-    """Never a pause as long as the timeout, but no end either."""
+    """Sends a byte before each timeout, without end."""
     plain(b"", ("Content-Length", "1000"))(handler)
     while not handler.server.stopping.wait(0.05):  # type: ignore[attr-defined]
         handler.wfile.write(b"x")
@@ -108,17 +107,17 @@ def no_http(handler: BaseHTTPRequestHandler) -> None:
 
 
 GZIP = ("Content-Encoding", "gzip")
-ENDINGS = {
-    "/ok": (plain(b"picture"), "", ""),
-    "/gzip": (plain(gzip.compress(b"picture"), GZIP), "", ""),
+ANSWERS = {
+    "/ok": (plain(b"image"), "", ""),
+    "/gzip": (plain(gzip.compress(b"image"), GZIP), "", ""),
     "/gone": (plain(b"", status=410), "failed", "http_410"),
     "/none": (plain(b"", status=204), "failed", "http_204"),
     "/later": (plain(b"", status=429), "failed", "http_429"),
     "/broken": (plain(b"", status=500), "failed", "http_500"),
-    "/told too large": (plain(b"", ("Content-Length", "10001")), "failed", "too_many_bytes"),
+    "/declared too large": (plain(b"", ("Content-Length", "10001")), "failed", "too_many_bytes"),
     "/endless": (endless, "failed", "too_many_bytes"),
     "/bomb": (plain(gzip.compress(bytes(50_000_000)), GZIP), "failed", "too_many_bytes"),
-    "/no gzip": (plain(b"picture", GZIP), "failed", "bad_encoding"),
+    "/no gzip": (plain(b"image", GZIP), "failed", "bad_encoding"),
     "/short": (short, "failed", "cut_off"),
     "/torn": (torn_chunks, "failed", "cut_off"),
     "/silent": (silent, "failed", "timeout"),
@@ -137,44 +136,44 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("path", ENDINGS)
+@pytest.mark.parametrize("path", ANSWERS)
 def test_every_answer_has_its_reason(server: Server, tmp_path: Path, path: str) -> None:
-    answer, status, reason = ENDINGS[path]
-    asked = path.replace(" ", "%20")
-    server.answers[asked] = answer
+    answer, status, reason = ANSWERS[path]
+    server.answers[path.replace(" ", "%20")] = answer
     settings = ("source.tries=1",) if "drip" in path or "silent" in path else ()
     record = fetched(tmp_path, f"{server.url}{path}", *settings)
     assert (record.reason, record.stage) == (reason, "source" if reason else "")
-    assert record.status == (status or "ok") and record.image == (b"" if reason else b"picture")
-    assert server.agents == {USER_AGENT}
-    passing = {"http_429", "http_500", "cut_off", "connection"}
-    assert len(server.asked) == {"too_many_redirects": 6}.get(reason, 3 if reason in passing else 1)
+    assert record.status == (status or "ok") and record.image == (b"" if reason else b"image")
+    assert server.user_agents == {USER_AGENT}
+    retried = {"http_429", "http_500", "cut_off", "connection"}
+    requests = {"too_many_redirects": 6}.get(reason, 3 if reason in retried else 1)
+    assert len(server.requested_paths) == requests
 
 
-def test_a_server_that_recovers_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_request_is_retried_until_the_server_recovers(server: Server, tmp_path: Path) -> None:
     answers = iter(
-        [plain(b"", ("Retry-After", "0"), status=503), plain(b"", status=503), plain(b"picture")]
+        [plain(b"", ("Retry-After", "0"), status=503), plain(b"", status=503), plain(b"image")]
     )
     server.answers["/a"] = lambda handler: next(answers)(handler)
-    assert fetched(tmp_path, f"{server.url}/a").image == b"picture" and len(server.asked) == 3
+    assert (
+        fetched(tmp_path, f"{server.url}/a").image == b"image" and len(server.requested_paths) == 3
+    )
 
 
-def test_what_a_server_asks_to_wait_is_waited_for_up_to_half_a_minute(
-    server: Server, tmp_path: Path
-) -> None:
-    made = fetcher()
-    for asked, expected in (("7", 7.0), ("junk", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)):
-        server.answers["/a"] = plain(b"", ("Retry-After", asked), status=503)
-        with pytest.raises(Transient) as caught:
-            made.fetch(f"{server.url}/a")
-        assert caught.value.after == expected
-    base = source(tmp_path / "list.txt")
+def test_retry_after_is_honoured_up_to_half_a_minute(server: Server, tmp_path: Path) -> None:
+    client = fetcher()
+    for header, expected in (("7", 7.0), ("junk", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)):
+        server.answers["/a"] = plain(b"", ("Retry-After", header), status=503)
+        with pytest.raises(TransientFailure) as caught:
+            client.fetch(f"{server.url}/a")
+        assert caught.value.retry_after == expected
+    urls = source(tmp_path / "list.txt")
     waits = []
-    for after in (7.0, 3600.0):
-        base._retrying.sleep = waits.append
-        base._retrying.statistics.clear()
-        with pytest.raises(Transient):
-            base._retrying(raise_, Transient("http_503", after=after))
+    for seconds in (7.0, 3600.0):
+        urls._retrying.sleep = waits.append
+        urls._retrying.statistics.clear()
+        with pytest.raises(TransientFailure):
+            urls._retrying(raise_, TransientFailure("http_503", retry_after=seconds))
     assert waits == [7.0, 7.0, 30.0, 30.0]
 
 
@@ -182,20 +181,20 @@ def raise_(error: Exception) -> None:
     raise error
 
 
-def fetcher(allowed: object = None) -> Fetcher:
-    return Fetcher(allowed or (lambda address: True), 0.5, 10_000, ignore_robots=False, at_once=2)  # type: ignore[arg-type]
+def fetcher(is_allowed: AddressCheck = lambda address: True) -> Fetcher:
+    return Fetcher(is_allowed, 0.5, 10_000, ignore_robots=False, concurrency=2)
 
 
 def test_a_redirect_is_followed_five_times(server: Server, tmp_path: Path) -> None:
     for step in range(5):
         server.answers[f"/{step}"] = plain(b"", ("Location", f"{step + 1}"), status=307)
-    server.answers["/5"] = plain(b"picture")
-    assert fetched(tmp_path, f"{server.url}/0").image == b"picture"
+    server.answers["/5"] = plain(b"image")
+    assert fetched(tmp_path, f"{server.url}/0").image == b"image"
 
 
-def test_ignore_robots_takes_the_picture(server: Server, tmp_path: Path) -> None:
-    server.answers["/a"] = plain(b"picture", ("X-Robots-Tag", "noai"))
-    assert fetched(tmp_path, f"{server.url}/a", "source.ignore_robots=true").image == b"picture"
+def test_ignore_robots_fetches_the_image(server: Server, tmp_path: Path) -> None:
+    server.answers["/a"] = plain(b"image", ("X-Robots-Tag", "noai"))
+    assert fetched(tmp_path, f"{server.url}/a", "source.ignore_robots=true").image == b"image"
 
 
 @pytest.mark.parametrize(
@@ -218,44 +217,44 @@ def test_which_robots_headers_opt_out(values: list[str], expected: bool) -> None
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]", "0.0.0.0"]
 )
-def test_a_private_address_is_refused_before_a_word_is_sent(
+def test_a_private_address_is_refused_before_anything_is_sent(
     server: Server, tmp_path: Path, host: str
 ) -> None:
-    server.answers["/a"] = plain(b"picture")
+    server.answers["/a"] = plain(b"image")
     record = fetched(tmp_path, f"http://{host}:{server.server_port}/a", private=False)
-    assert (record.reason, server.asked) == ("refused_address", [])
+    assert (record.reason, server.requested_paths) == ("refused_address", [])
 
 
 def test_a_redirect_to_a_private_address_is_refused(server: Server) -> None:
     server.answers["/a"] = plain(
         b"", ("Location", "http://169.254.169.254/latest/meta-data"), status=302
     )
-    made = fetcher(lambda address: address == "127.0.0.1" or is_public(address))
+    client = fetcher(lambda address: address == "127.0.0.1" or is_public(address))
     with pytest.raises(Failed) as caught:
-        made.fetch(f"{server.url}/a")
-    assert (caught.value.reason, server.asked) == ("refused_address", ["/a"])
+        client.fetch(f"{server.url}/a")
+    assert (caught.value.reason, server.requested_paths) == ("refused_address", ["/a"])
 
 
-def test_tls_checks_the_name_although_an_address_is_connected_to(
+def test_tls_verifies_the_host_name_not_the_address(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.answers["/a"] = plain(b"picture")
+    server.answers["/a"] = plain(b"image")
     certificate = server.secure(tmp_path)
     by_name, by_address = (
         f"https://{host}:{server.server_port}/a" for host in ("localhost", "127.0.0.1")
     )
-    assert fetched(tmp_path, by_name).reason == "bad_certificate"  # nobody vouches for it
+    assert fetched(tmp_path, by_name).reason == "bad_certificate"  # self-signed
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert fetched(tmp_path, by_name).image == b"picture"
+    assert fetched(tmp_path, by_name).image == b"image"
     assert fetched(tmp_path, by_address).reason == "bad_certificate"
 
 
 PUBLIC = "8.8.8.8 2606:4700:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808"
 PRIVATE = """
-    0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.8.8.8 169.254.169.254 172.16.0.1 192.168.1.1 192.0.2.1 198.18.0.1
-    224.0.0.1 240.0.0.1 255.255.255.255 :: ::1 fe80::1 fe80::1%eth0 fc00::1 fd12::1 fec0::1 ff02::1 ff0e::1 2001:db8::1
-    ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::a9fe:a9fe 2002:7f00:1::1
-    2001:0:4136:e378:8000:63bf:80ff:fffe
+    0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.8.8.8 169.254.169.254 172.16.0.1 192.168.1.1 192.0.2.1
+    198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255 :: ::1 fe80::1 fe80::1%eth0 fc00::1 fd12::1
+    fec0::1 ff02::1 ff0e::1 2001:db8::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1
+    64:ff9b::a9fe:a9fe 2002:7f00:1::1 2001:0:4136:e378:8000:63bf:80ff:fffe
 """
 
 
@@ -278,16 +277,12 @@ def test_which_addresses_are_public(address: str, expected: bool) -> None:
         "http://u:pw@h.example/",
     ],
 )
-def test_what_is_no_url_to_fetch_says_so_and_repeats_nothing_private(
-    tmp_path: Path, url: str
-) -> None:
+def test_a_bad_url_fails_without_repeating_credentials(tmp_path: Path, url: str) -> None:
     record = fetched(tmp_path, url)
     assert record.reason == "bad_url" and "pw" not in record.detail + record.source
 
 
-def test_nobody_listening_and_unknown_hosts_are_connections_that_failed(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_closed_port_and_an_unknown_host_fail_without_repeating_the_query(tmp_path: Path) -> None:
     secret = "?token=s3cr3t"
     with serving() as other:
         closed = other.server_port
@@ -296,7 +291,7 @@ def test_nobody_listening_and_unknown_hosts_are_connections_that_failed(
         assert record.reason == "connection" and "s3cr3t" not in record.detail
 
 
-def test_lists_of_every_format_name_the_same_pictures(
+def test_lists_of_every_format_give_the_same_inputs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     urls = ["http://a.example/1.jpg?x=ü", "http://u:pw@b.example/2.jpg", "http://b.example/2.jpg"]
@@ -310,22 +305,20 @@ def test_lists_of_every_format_name_the_same_pictures(
     (tmp_path / "a.tsv").write_text("\r\n".join("\t".join(row) for row in [names, *rows]))
     (tmp_path / "a.txt").write_text("\n\n".join(urls))
     expected = ["http://a.example/1.jpg?x=ü", "http://b.example/2.jpg"]
-    for ending in ("parquet", "csv", "tsv", "txt"):
+    for extension in ("parquet", "csv", "tsv", "txt"):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found = list(source(tmp_path / f"a.{ending}").list())
-        assert [item.source for item in found] == expected and [
-            i.locator.decode() for i in found
-        ] == urls[:2]
+            items = list(source(tmp_path / f"a.{extension}").list())
+        assert [item.source for item in items] == expected
+        assert [item.locator.decode() for item in items] == urls[:2]
         assert "1 URLs" in caplog.text and "example" not in caplog.text
-        assert [item.facts for item in found] == [
-            "" if ending == "txt" else '{"license": "CC0"}'
-        ] * 2
+        provenance = "" if extension == "txt" else '{"license": "CC0"}'
+        assert [item.provenance for item in items] == [provenance] * 2
     named = source(tmp_path / "a.csv", "source.name_column=id").list()
     assert [item.source for item in named] == ["n0", "n1"]
 
 
-def test_a_list_without_the_column_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_list_without_the_url_column_raises_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("link,id\nhttp://a.example,1\n")
     with pytest.raises(SourceError, match=r"url_column='url'.*link, id"):
         list(source(tmp_path / "a.csv").list())
@@ -347,28 +340,22 @@ def test_the_ledger_of_a_list_balances(server: Server, portraits: Path, tmp_path
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(server: Server, tmp_path: Path) -> None:
     server.answers["/hangs.jpg"] = lambda handler: hang(server)
     (tmp_path / "list.txt").write_text(f"{server.url}/hangs.jpg\n{server.url}/hangs.jpg?again\n")
-    given = [
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO]
+    settings = [
         f"source.path={tmp_path}/list.txt",
         f"output={tmp_path}/out",
         "source.kind=urls",
         "source.timeout=600",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.cli",
-        "run",
-        "--config",
-        DEMO,
-        *given,
         "source.allow_private=true",
+        "executor=inline",
     ]
-    run = subprocess.Popen(
-        [*command, "executor=inline"], stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
+    process = subprocess.Popen(
+        [*command, *settings], stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
     )
-    while run.poll() is None and "/hangs.jpg" not in server.asked:
+    while process.poll() is None and "/hangs.jpg" not in server.requested_paths:
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)  # ten minutes, if it did wait
-    assert run.returncode == 130 and "The same command goes on" in said and "Traceback" not in said
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)  # if it waited, it would take ten minutes
+    assert process.returncode == 130
+    assert "The same command goes on" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out" / "run.lock").exists()

@@ -31,8 +31,8 @@ from stages.storage.lock import NAME, RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests, new_captions
+from tests.stages.storage.helpers import HOLDER
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
-from tests.stages.storage.test_lock import HOLDER
 from train.shards import ShardSet
 
 SECRET = "not-to-be-seen-anywhere"
@@ -46,7 +46,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Proxy, Any]]:
-    """The proxy, and a client past it; the environment says where the server is, as a user's would."""
+    """The proxy, and a client past it; the environment names the server, as a user's would."""
     with s3_server() as port, proxy(port) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -102,9 +102,6 @@ def made(served: tuple[Proxy, Any], faces: Path) -> Made:
 def command(source: Path | str, output: str, *overrides: str) -> list[str]:
     given = [f"source.path={source}", f"output={output}", "shard_size=1", "threads=1", *overrides]
     return [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_nothing(
@@ -247,9 +244,6 @@ def test_names_over_several_pages_and_files_that_are_missing(bucket: Bucket) -> 
         store.read("shards/03.json")
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 def test_the_lock_refuses_a_second_run_and_knows_a_dead_one(bucket: Bucket) -> None:
     store = Store(bucket.out)
     holder = subprocess.Popen(
@@ -307,9 +301,6 @@ def test_ray_from_s3_into_s3_with_keys_from_the_environment_that_are_kept_nowher
     ] == []
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
     names = [
         "a.jpg",
@@ -328,7 +319,7 @@ def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
     bucket.put("in/empty.jpg", b"")
     source = build_source(config(f"s3://{bucket.name}/in/", bucket.out))
     bucket.proxy.reset(Faults(share=0.3, seed=3))
-    found = {item.source: source.fetch(item) for item in source.list()}
+    found = {item.source: source.read_with_retries(item) for item in source.list()}
     assert found == {name: name.encode() for name in names} | {"empty.jpg": b""}
     bucket.put("in/new.jpg", b"")
     assert "new.jpg" in {item.source for item in source.list()}  # no listing is remembered
@@ -384,10 +375,10 @@ def test_a_folder_on_a_web_server_is_a_source(tmp_path: Path) -> None:
         source = build_source(
             config(f"http://127.0.0.1:{server.server_port}/in/", tmp_path / "out")
         )
-        found = {item.source: source.fetch(item) for item in source.list()}
+        found = {item.source: source.read_with_retries(item) for item in source.list()}
         assert found == {name: name.encode() for name in ("a b.jpg", "deep/er/ü.jpg")}
         # though the server knows no parts
-        assert source.fetch(next(iter(source.list())), 2) in (b"a ", b"de")
+        assert source.read_with_retries(next(iter(source.list())), 2) in (b"a ", b"de")
     finally:
         server.shutdown()
         thread.join()

@@ -1,0 +1,139 @@
+"""Golden vectors: a folder of the reference's answers, and the comparison with ours (README.md)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model.spec import SPECS, ModelSpec
+
+# Tolerances (README.md).
+MODULES = 1e-4  # absolute, for modules in float32 on a CPU
+LATENTS = 1e-3  # for the final latents, relative to their mean magnitude
+EXACT = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A comparison. error: the largest absolute difference, or the number of differing entries."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # False for nan
+
+
+class Golden:
+    """A folder of golden vectors.
+
+    answers: the reference's outputs by name, some inputs among them. compared: names of those that
+    were compared or are inputs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config: dict[str, Any] = json.loads((folder / "golden.json").read_text())
+        self.texts: list[dict[str, Any]] = json.loads((folder / "texts.json").read_text())
+        self.answers = load_file(folder / "golden.safetensors")
+        self.compared = {name for name in self.answers if name.endswith(_INPUTS)}
+        self.seed = int(self.config["seed"])
+        self.generator = _import_file(folder / self.config.get("fill", "fill.py"))
+        vision, unet = self.config["vision_config"], self.config["unet_config"]
+        self.image_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+        self.spec: ModelSpec = replace(
+            SPECS["sd15"],
+            cross_attention_dim=unet["cross_attention_dim"],
+            vision_dim=vision["hidden_size"],
+            vision_size=vision["image_size"],
+            lora_rank=self.config["lora_rank"],
+        )
+
+    def tensor(self, key: str, *shape: int) -> Tensor:
+        """Makes an input from its name."""
+        tensor: Tensor = self.generator.tensor(key, shape, self.seed)
+        return tensor
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, prefix: str, old_root: str = "") -> Any:
+        """Fills a module with the reference's weights, and returns it.
+
+        old_root: prefix of the module's keys in the older releases that the golden keys are of.
+        """
+        if not old_root:
+            return self.generator.fill(module, self.seed, prefix).eval()
+        for key, value in module.state_dict().items():
+            if value.is_floating_point():
+                has_root = key.startswith((old_root, *PROJECTION_KEYS))
+                old_key = key if has_root else old_root + key
+                value.copy_(self.generator.weight(prefix + old_key, tuple(value.shape), self.seed))
+        return module.eval()
+
+    def unet(self) -> Any:
+        """Makes the UNet, without an adapter, with the reference's weights."""
+        return self.fill(diffusers.UNet2DConditionModel(**self.config["unet_config"]), "unet.")
+
+    def close_case(self, name: str, output: Tensor, tolerance: float = MODULES) -> Case:
+        """Compares an output with the reference's, up to `tolerance`."""
+        self.compared.add(name)
+        return Case(name, largest_error(output, self.answers[name]), tolerance)
+
+
+_INPUTS = (
+    ".labels",
+    ".photo",
+    "facial.token_mask",
+    "facial.valid_mask",
+    "loss.idx",
+    "loss.idx_mask",
+)
+PROJECTION_KEYS = ("visual_projection.", "text_projection.")  # keys that never had the old root
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden_fill", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(
+            f"{path} is not a Python file; expected the golden folder's generator of weights, "
+            "fill.py"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def largest_error(output: Tensor, expected: Tensor) -> float:
+    """Returns the largest absolute difference; infinity for different shapes."""
+    if output.shape != expected.shape:
+        return float("inf")
+    return float((output.double() - expected.double()).abs().max()) if output.numel() else 0.0
+
+
+def exact_case(name: str, output: object, expected: object) -> Case:
+    """Compares exactly.
+
+    The error is the number of differing entries of two mappings or of two lists of equal length,
+    else 0 or 1.
+    """
+    if isinstance(output, dict) and isinstance(expected, dict):
+        differing = sum(output.get(k) != expected.get(k) for k in {*output, *expected})
+    elif isinstance(output, list) and isinstance(expected, list) and len(output) == len(expected):
+        differing = sum(a != b for a, b in zip(output, expected, strict=True))
+    else:
+        differing = int(output != expected)
+    return Case(name, float(differing), EXACT)
+
+
+def shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Returns the shapes of a module's state dict, by key."""
+    return {key: list(value.shape) for key, value in module.state_dict().items()}

@@ -1,0 +1,128 @@
+"""InputIndex: known inputs keep their place, new ones follow, and a name occurs once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from configs.errors import ConfigError
+from pipelines.planning.input_index import InputIndex
+from pipelines.sources import Input
+
+
+def item(source: str, size: int = 1, version: str = "", locator: bytes = b"at") -> Input:
+    return Input(source=source, locator=locator, size=size, version=version)
+
+
+def plan_rows(*shards: list[Input]) -> list[dict[str, Any]]:
+    """Rows of an earlier plan."""
+    return [
+        {
+            "key": each.key,
+            "source": each.source,
+            "locator": each.locator,
+            "size": each.size,
+            "version": each.version,
+            "facts": each.provenance,
+            "shard": number,
+        }
+        for number, inputs in enumerate(shards)
+        for each in inputs
+    ]
+
+
+def placed(index: InputIndex) -> list[list[str]]:
+    """The names in each shard."""
+    shards = list(index.shards())
+    assert [number for number, _ in shards] == list(range(len(shards)))
+    return [[row["source"] for row in rows] for _, rows in shards]
+
+
+def test_new_inputs_are_sorted_by_the_bytes_of_their_names_and_cut_into_shards() -> None:
+    with InputIndex() as index:
+        for name in ("b", "a", "ü", "Z", "c"):
+            index.add_listed(item(name))
+        assert index.assign_shards(2) == (5, 0, 0)
+        assert placed(index) == [["Z", "a"], ["b", "c"], ["ü"]]
+        assert len(index) == 5
+
+
+def test_known_inputs_keep_their_shard_and_order_and_new_ones_start_a_shard() -> None:
+    with InputIndex() as index:
+        index.load_previous_plan(plan_rows([item("c"), item("a")], [item("b")]))
+        for name in ("0", "c", "b", "1", "a"):
+            index.add_listed(item(name))
+        assert index.assign_shards(2) == (2, 0, 0)
+        assert placed(index) == [["c", "a"], ["b"], ["0", "1"]], "shard 1 isn't filled up"
+
+
+def test_a_vanished_input_keeps_its_place() -> None:
+    with InputIndex() as index:
+        index.load_previous_plan(plan_rows([item("a"), item("b")]))
+        index.add_listed(item("b"))
+        assert index.assign_shards(2) == (0, 0, 1)
+        assert placed(index) == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("now", "changed"),
+    [
+        (item("a", 7, "v1"), 0),
+        (item("a", 8, "v1"), 1),
+        (item("a", 7, "v2"), 1),
+        (item("a", 7, "v1", b"elsewhere"), 0),
+    ],
+    ids=["same", "size", "version", "only moved"],
+)
+def test_an_input_has_changed_if_its_size_or_version_has(now: Input, changed: int) -> None:
+    with InputIndex() as index:
+        index.load_previous_plan(plan_rows([item("a", 7, "v1")]))
+        index.add_listed(now)
+        assert index.assign_shards(2) == (0, changed, 0)
+        [(_, [row])] = index.shards()
+        assert (row["size"], row["version"], row["locator"]) == (
+            now.size,
+            now.version,
+            now.locator,
+        )
+
+
+@pytest.mark.parametrize("rows", [[], plan_rows([item("a")])], ids=["new", "known"])
+def test_two_inputs_of_one_name_are_refused(rows: list[dict[str, Any]]) -> None:
+    with InputIndex() as index:
+        index.load_previous_plan(rows)
+        index.add_listed(item("a", locator=b"first"))
+        with pytest.raises(ConfigError, match=r"two inputs are called 'a' .*first.* and .*second"):
+            index.add_listed(item("a", locator=b"second"))
+
+
+def test_only_sizes_that_occur_twice_and_within_the_limits_are_grouped() -> None:
+    sizes = {"a": 5, "b": 9, "c": 5, "d": 7, "e": 0, "f": 0, "g": 99, "h": 99, "i": -1, "j": -1}
+    with InputIndex() as index:
+        for name, size in sizes.items():
+            index.add_listed(item(name, size))
+        index.add_listed(item("0", 9))
+        index.assign_shards(3)
+        groups = [[each.source for each in group] for group in index.groups_of_equal_size(1, 98)]
+        assert groups == [["a", "c"], ["0", "b"]], "by size, each in the plan's order"
+
+
+def test_groups_of_equal_size_are_in_the_order_of_the_plan_not_of_names() -> None:
+    with InputIndex() as index:
+        index.load_previous_plan(plan_rows([item("z", 3)]))
+        index.add_listed(item("a", 3))
+        index.add_listed(item("z", 3))
+        index.assign_shards(5)
+        [group] = index.groups_of_equal_size(1, 10)
+        assert [each.source for each in group] == ["z", "a"]
+
+
+def test_a_copy_names_its_original() -> None:
+    with InputIndex() as index:
+        for name in ("a", "b"):
+            index.add_listed(item(name))
+        index.assign_shards(5)
+        index.mark_exact_copy(item("b"), item("a"))
+        [(_, rows)] = index.shards()
+        assert [row["duplicate_of"] for row in rows] == ["", "a"]

@@ -1,0 +1,142 @@
+"""Samples: a record becomes tar members and comes back; the JSON of all samples has one type."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+
+from configs.errors import ShardError
+from stages.annotations import ABSENT, FUSED, Measures, Review
+from stages.record import Face, Record
+from stages.storage.layout import FORMAT_VERSION
+from stages.storage.samples import TarWriter, from_members, parse_sample, read_sample, to_members
+from tests.stages.records import records, same_record
+
+KINDS = (Measures, Review)
+FACE = Face(box=(1.0, 2.0, 30.0, 40.0), landmarks=((1.0, 2.0),) * 5, score=0.5)
+SAMPLE = Record(
+    key="0" * 20,
+    source="a",
+    image=b"i",
+    parsing=b"p",
+    identity=np.ones(512, np.float32),
+    faces=(FACE,),
+    face=0,
+)
+MEASURES = Measures(
+    sharpness=0.3,
+    brightness=0.5,
+    clipped=0.0,
+    yaw=-3.0,
+    pitch=0.0,
+    roll=1.0,
+    occlusion=0.0,
+    hash="0" * 64,
+)
+REVIEW = Review(
+    caption_tokens=9,
+    face_caption_tokens=30,
+    text_tokens=40,
+    cut=0.0,
+    trainable=True,
+    regions=(FUSED, "not_named", ABSENT, "", FUSED),
+    region_words=(3, 0, 4, 0, 2),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(records)
+def test_members_round_trip(record: Record) -> None:
+    norm = 0.5 if record.identity_norm is None else record.identity_norm
+    record = replace(record, identity_norm=norm)
+    assert same_record(from_members(to_members(record, ())), record)
+
+
+def test_an_incomplete_record_has_no_members() -> None:
+    with pytest.raises(ValueError, match="not a complete sample"):
+        to_members(Record(key="0" * 20, source="a.jpg", image=b"x"), ())
+
+
+def test_another_format_version_is_refused() -> None:
+    members = to_members(SAMPLE, ())
+    version = f'"version": {FORMAT_VERSION}'.encode()
+    assert version in members["json"]
+    members["json"] = members["json"].replace(version, b'"version": 99')
+    with pytest.raises(ValueError, match="format version 99"):
+        from_members(members)
+
+
+def test_a_pickled_identity_is_refused() -> None:
+    members = to_members(SAMPLE, ())
+    sink = io.BytesIO()
+    np.save(sink, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        from_members({**members, "identity.npy": sink.getvalue()})
+
+
+def test_missing_fields_get_their_defaults() -> None:
+    members = to_members(SAMPLE.annotated(MEASURES), KINDS)
+    meta = json.loads(members["json"])
+    for name in ("consent", "source_width", "face_caption"):
+        del meta[name]
+    del meta["measures"]["pitch"]
+    record = from_members({**members, "json": json.dumps(meta).encode()})
+    assert (record.consent, record.source_width, record.face_caption) == ("", 0, "")
+    assert record.annotation(Measures) == replace(MEASURES, pitch=0.0)
+
+
+def test_the_json_of_all_samples_has_one_type() -> None:
+    """Libraries infer it from the first samples: null, empty or absent values break that."""
+    empty = replace(REVIEW, regions=("",) * 5, region_words=(0,) * 5, trainable=False)
+    samples = [
+        SAMPLE.annotated(MEASURES).annotated(REVIEW),
+        SAMPLE.annotated(MEASURES).annotated(empty),
+        SAMPLE.annotated(MEASURES),
+        SAMPLE,
+        replace(SAMPLE, identity_norm=12.5, faces=(FACE, FACE), license="CC0-1.0", caption="a man"),
+    ]
+    schemas = [
+        pa.Table.from_pylist([json.loads(to_members(sample, KINDS)["json"])]).schema
+        for sample in samples
+    ]
+    assert all(schema == schemas[0] for schema in schemas)
+    assert "null" not in str(schemas[0])
+    read = [from_members(to_members(sample, KINDS)) for sample in samples]
+    assert [sorted(record.annotations) for record in read] == [
+        *[["measures", "review"]] * 2,
+        ["measures"],
+        [],
+        [],
+    ]
+    assert [record.identity_norm for record in read] == [None] * 4 + [12.5]
+
+
+def test_an_annotation_of_an_unknown_class_is_passed_on() -> None:
+    sample = replace(SAMPLE, annotations={"of_a_later_program": {"value": 3}})
+    again = from_members(to_members(from_members(to_members(sample, KINDS)), KINDS))
+    assert again.annotations == {"of_a_later_program": {"value": 3}}
+
+
+def test_a_sample_is_read_by_its_place_and_by_its_bytes(tmp_path: Path) -> None:
+    with (tmp_path / "a.tar").open("wb") as stream:
+        tar = TarWriter(stream)
+        first = tar.add("0" * 20, to_members(SAMPLE, ()))
+        second = tar.add("1" * 20, to_members(replace(SAMPLE, key="1" * 20, caption="b"), ()))
+        tar.finish()
+    data = (tmp_path / "a.tar").read_bytes()
+    assert len(data) == tar.count
+    with (tmp_path / "a.tar").open("rb") as stream:
+        assert read_sample(stream, {**second, "key": "1" * 20, "source": "a"}).caption == "b"
+        with pytest.raises(ShardError, match=r"the tar holds 1{20} there"):
+            read_sample(stream, {**second, "key": "0" * 20, "source": "a"})
+    part = data[first["offset"] : first["offset"] + first["size"]]
+    assert parse_sample(part, "0" * 20, "a.tar").key == "0" * 20
+    with pytest.raises(ShardError, match=r"sample 1{20} expected"):
+        parse_sample(part, "1" * 20, "a.tar")
