@@ -250,6 +250,18 @@ def test_a_take_down_is_counted_and_the_digests_are_updated(copy: Store) -> None
     check_digests(copy)
 
 
+def test_the_card_of_a_version_2_data_set_has_current_names(tmp_path: Path) -> None:
+    shutil.copytree("tests/data/dataset_v2", tmp_path / "out")
+    store = Store(str(tmp_path / "out"))
+    write_card(store)
+    body = card_of(store)[1]
+    assert "quality_filter-1-" in body and "global_pass.val_share" in body
+    assert "judge" not in body and "neighbours" not in body
+    assert "other signatures" not in body, "both shards were made by the last run"
+    described = store.read("croissant.json").decode()
+    assert "quality_filter" in described and "judge" not in described
+
+
 def test_an_identity_on_both_sides_is_stated(copy: Store) -> None:
     assert "No identity is on both sides" in card_of(copy)[1]
     path = Path(copy.root) / "identities.parquet"
