@@ -20,7 +20,7 @@ from stages.record import KEY_LENGTH, Record, key_of
 from stages.storage.exclusions import TAKEN_DOWN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
-from stages.storage.sidecar import KNOWN, Row, is_quarantined
+from stages.storage.sidecar import STANDARD_COLUMNS, Row, is_quarantined
 from stages.storage.store import Store
 
 _MIN_DIGITS: Final = 4  # of a key, in place of all of them
@@ -69,7 +69,7 @@ def inspect(store: Store, text: str) -> Inspection:
         identity=_identity(reader, key),
         config=reader.config_values(),
         current=_is_current(reader, manifests[index].signatures),
-        columns={**KNOWN, **columns},
+        columns={**STANDARD_COLUMNS, **columns},
     )
 
 

@@ -30,7 +30,7 @@ from pipelines.run import run
 from pipelines.takedown import by_source, take_down
 from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
 from stages.storage.samples import MEMBERS
-from stages.storage.sidecar import KNOWN
+from stages.storage.sidecar import STANDARD_COLUMNS
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config
 from tests.pipelines.report.helpers import plain, rows_of
@@ -202,7 +202,7 @@ def test_every_field_is_described(store: Store) -> None:
         pq.read_schema(Path(store.root) / "shards/fgid-000000.parquet").names,
         IDENTITIES_SCHEMA.names,
     ]
-    assert {*KNOWN} == {name for name, _ in columns[0]}
+    assert {*STANDARD_COLUMNS} == {name for name, _ in columns[0]}
     assert all(text for rows in (files, *columns) for _, text in rows)
 
 
