@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from configs.aliases import rename_keys
 from configs.schema import DatasetConfig
 from pipelines.report.stats import Report
-from stages.base import current_signature, current_stage
 from stages.fields import Column
 from stages.storage import layout
 from stages.storage.exclusions import read_takedowns
@@ -89,24 +88,13 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         identities=_digest(reader.store, layout.IDENTITIES),
         takedowns=_takedowns(reader.store),
         config=_public(rename_keys(DatasetConfig, reader.config_values()), _PRIVATE),
-        dataset=_public(_current_names(reader.dataset_info()), ("source",)),
+        dataset=_public(reader.dataset_info(), ("source",)),
         columns=reader.columns(),
     )
 
 
 def _public(values: Mapping[str, Any], private: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in private}
-
-
-def _current_names(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of dataset.json with the current names of the stages."""
-    backends: Mapping[str, str] = dataset.get("backends", {})
-    return {
-        **dataset,
-        "stages": [current_stage(name) for name in dataset.get("stages", [])],
-        "signatures": [current_signature(each) for each in dataset.get("signatures", [])],
-        "backends": {current_stage(stage): backend for stage, backend in backends.items()},
-    }
 
 
 def _sides(identities: pa.Table) -> dict[str, Side]:

@@ -311,7 +311,7 @@ def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
     source = bucket.upload(faces)
     given = command(source, bucket.out, "executor=ray", "ray.workers=1")
     said = subprocess.run(given, check=True, capture_output=True)
-    assert bucket.digests() == undisturbed
+    assert bucket.digests() == expected
     kept = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
     assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(kept)
     assert [
