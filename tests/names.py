@@ -20,7 +20,7 @@ FILLERS = frozenset(["facts", "misc", "stuff", "thing", "things", "todo", "todos
 _NUMBERED = re.compile(r"(data|item|list|obj|object|out|res|result|temp|tmp|val|value|var)_?\d+")
 
 # Folders that are not checked yet. An entry doesn't cover the folders below it.
-EXEMPT = ("tests/pipelines/inspect", "tests/pipelines/report")
+EXEMPT: tuple[str, ...] = ()
 
 
 def advice(name: str) -> str:

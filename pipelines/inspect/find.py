@@ -14,7 +14,6 @@ from typing import Any, Final
 import pyarrow.compute as pc
 
 from configs.errors import PipelineError
-from stages.base import current_signature
 from stages.fields import Column
 from stages.record import KEY_LENGTH, Record, key_of
 from stages.storage.exclusions import TAKEN_DOWN
@@ -82,7 +81,7 @@ def _tar(manifest: Manifest, row: Row) -> str:
 def _is_current(reader: DatasetReader, signatures: Sequence[str]) -> bool:
     """True if the signatures are those of the last run (dataset.json)."""
     last_run = reader.dataset_info().get("signatures", [])
-    return [current_signature(signature) for signature in last_run] == list(signatures)
+    return list(last_run) == list(signatures)
 
 
 def find(reader: DatasetReader, shards: Sequence[int], text: str) -> tuple[int, str]:

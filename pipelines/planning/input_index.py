@@ -37,8 +37,9 @@ CREATE TABLE inputs (
 
 
 def input_from_row(row: Mapping[str, Any]) -> Input:
-    """Returns the input of a row of plan.parquet."""
-    return Input(**{name: row[column] for column, name in _ATTRIBUTE_BY_COLUMN.items()})
+    """Returns the Input that a row of plan.parquet describes."""
+    values = {name: row[column] for column, name in _ATTRIBUTE_BY_COLUMN.items()}
+    return Input(**values, vanished=bool(row.get("vanished")))
 
 
 class InputIndex:
@@ -139,7 +140,7 @@ class InputIndex:
         return counts.get("new", 0), counts.get("changed", 0), counts.get("vanished", 0)
 
     def groups_of_equal_size(self, min_size: int, max_size: int) -> Iterator[list[Input]]:
-        """Yields, for each size that several inputs have, these inputs in the plan's order.
+        """Yields the listed inputs of each size that several have, in the plan's order.
 
         min_size, max_size: in bytes, both inclusive.
         """
@@ -147,7 +148,7 @@ class InputIndex:
         rows = self._db.execute(
             f"SELECT {', '.join(COLUMNS)} FROM inputs WHERE size IN ("  # noqa: S608
             "  SELECT size FROM inputs WHERE size BETWEEN ? AND ? GROUP BY size HAVING count(*) > 1"
-            ") ORDER BY size, position",
+            ") AND state <> 'vanished' ORDER BY size, position",
             (min_size, max_size),
         )
         items = (input_from_row(dict(zip(COLUMNS, row, strict=True))) for row in rows)
@@ -161,8 +162,13 @@ class InputIndex:
         )
 
     def shards(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yields (shard number, its rows as column → value), in order."""
-        query = f"SELECT shard, {', '.join(COLUMNS)} FROM inputs ORDER BY position"  # noqa: S608
+        """Yields (shard number, its rows as column → value, `vanished` among them), in order."""
+        query = (
+            f"SELECT shard, state = 'vanished', {', '.join(COLUMNS)} "  # noqa: S608
+            "FROM inputs ORDER BY position"
+        )
+        names = ("vanished", *COLUMNS)
         by_shard = itertools.groupby(self._db.execute(query), lambda row: row[0])
         for number, rows in by_shard:
-            yield number, [dict(zip(COLUMNS, row[1:], strict=True)) for row in rows]
+            shard = [dict(zip(names, row[1:], strict=True)) for row in rows]
+            yield number, [{**row, "vanished": bool(row["vanished"])} for row in shard]

@@ -27,6 +27,7 @@ from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
 from pipelines.sources import Input, build_source
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
+from stages.storage.exclusions import removed_keys
 from stages.storage.layout import PLAN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
@@ -45,6 +46,7 @@ _SCHEMA = pa.schema(
         ("version", pa.string()),
         ("facts", pa.string()),
         ("duplicate_of", pa.string()),
+        ("vanished", pa.bool_()),
     ]
 )
 
@@ -137,8 +139,8 @@ def _make_plan(config: DatasetConfig, store: Store) -> Plan:
             )
         new, changed, vanished = index.assign_shards(config.shard_size)
         if config.source.find_copies:
-            mark_exact_copies(index, source)
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - the plan keeps it open
+            mark_exact_copies(index, source, removed_keys(store))
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file))
         file.flush()
     return Plan(file=file, shards=shards, new=new, changed=changed, vanished=vanished)
@@ -270,5 +272,7 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:
-    rows = file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
+    # Plans of version 0.1 have no column `vanished`.
+    names = [name for name in file.schema_arrow.names if name in (*COLUMNS, "vanished")]
+    rows = file.read_row_group(group, columns=names).to_pylist()
     return [input_from_row(row) for row in rows]

@@ -12,7 +12,7 @@ from typing import Final
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.planning.plan import ShardTask, read_inputs
-from pipelines.sources import build_source
+from pipelines.sources import STAGE, build_source
 from stages.base import PendingRecord, Stage, StageNames
 from stages.record import Record, Status
 from stages.storage import exclusions
@@ -63,7 +63,11 @@ def load_shard(
         )
         old = reusable.get(item.key)
         new = next(arriving) if item.key in read_keys else None
-        if old is not None and (new is None or source.is_unchanged(earlier[item.key], new)):
+        # A vanished input can't be compared: what an earlier run made of it stays.
+        vanished = item.vanished and old is not None and earlier[item.key].stage != STAGE
+        if old is not None and (
+            new is None or vanished or source.is_unchanged(earlier[item.key], new)
+        ):
             yield PendingRecord(old.record, old.remaining_stages - provided)
         elif new is None:
             raise AssertionError("an input is reused or read")

@@ -132,6 +132,15 @@ def commit_exclusions(store: Store, manifest: Manifest, chain: ChainInfo) -> Man
     return commit(store, shard, restored, unchanged, manifest.run)
 
 
+def remove_uncommitted(store: Store) -> None:
+    """Removes the files of shards without a manifest, which a killed commit left behind. Call it
+    while holding the run lock."""
+    committed = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
+    for name in store.names(layout.SHARDS):
+        if name.partition(".")[0] not in committed:
+            store.remove(layout.in_shards(name))
+
+
 def _remove(store: Store, index: int) -> None:
     """Removes a shard's manifest, and its tars except the first, which a new commit replaces."""
     name = layout.shard_name(index)

@@ -16,7 +16,7 @@ import yaml
 from configs.errors import ShardError
 from stages.fields import Column
 from stages.record import Record, Status
-from stages.storage import layout
+from stages.storage import layout, version2
 from stages.storage.manifest import FileEntry, Manifest
 from stages.storage.samples import parse_sample, read_sample
 from stages.storage.sidecar import Row, SidecarFile, is_quarantined, row_to_record
@@ -209,12 +209,11 @@ class DatasetReader:
         return _mapping(yaml.safe_load(self.config_text()))
 
     def dataset_info(self) -> dict[str, Any]:
-        """Returns the contents of dataset.json (source, stages, signatures, weights); {} if it
-        doesn't exist.
-        """
+        """Returns the contents of dataset.json (source, stages, signatures, weights), with the
+        current names of stages; {} if it doesn't exist."""
         data = self.store.read_all([layout.DATASET]).get(layout.DATASET, b"{}")
         try:
-            return _mapping(json.loads(data))
+            return version2.dataset_info(_mapping(json.loads(data)))
         except ValueError as error:
             raise ShardError(f"{self.store.url}/{layout.DATASET} is not JSON: {error}") from error
 

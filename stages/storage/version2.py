@@ -36,6 +36,17 @@ def manifest(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def dataset_info(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of dataset.json with the current names of the stages."""
+    backends: Mapping[str, str] = values.get("backends", {})
+    names = {
+        "stages": [current_stage(name) for name in values.get("stages", [])],
+        "signatures": [current_signature(each) for each in values.get("signatures", [])],
+        "backends": {current_stage(stage): backend for stage, backend in backends.items()},
+    }
+    return {name: names.get(name, value) for name, value in values.items()}
+
+
 def sample(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the JSON of a version 2 sample as that of version 3."""
     annotations = {name: meta[name] for name in ("measures", "review") if meta.get(name)}

@@ -164,7 +164,7 @@ def test_a_new_metric_is_shown_in_sidecar_report_inspect_card_and_croissant(upgr
 
     key = reader.rows(0, ("key",), Status.OK).column(0)[0].as_py()
     console = Console(record=True, width=120, file=io.StringIO())
-    show(inspect(reader.store, key), console, picture=False)
+    show(inspect(reader.store, key), console, image=False)
     [line] = [x for x in console.export_text().splitlines() if x.startswith("skin lightness")]
     assert line.split()[-3:] == [f"{values[0]:.3f}", "no", "rule"]
 

@@ -16,7 +16,7 @@ def copies(source: Memory) -> dict[str, str]:
         for item in source.list():
             index.add_listed(item)
         index.assign_shards(3)
-        mark_exact_copies(index, source)
+        mark_exact_copies(index, source, frozenset())
         rows = [row for _, rows in index.shards() for row in rows]
     return {row["source"]: row["duplicate_of"] for row in rows if row["duplicate_of"]}
 
