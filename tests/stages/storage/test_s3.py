@@ -64,10 +64,10 @@ def server_and_client() -> Iterator[tuple[Proxy, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_pauses() -> Iterator[None]:
-    """Pauses before another try take a twentieth of their time in this process."""
+    """Makes pauses before retries in this process twenty times shorter."""
+    shorter = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))
     with pytest.MonkeyPatch.context() as patch:
-        nap = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))
-        patch.setattr(tenacity.nap, "time", nap)
+        patch.setattr(tenacity.nap, "time", shorter)
         yield
 
 
@@ -208,9 +208,7 @@ def test_a_permanent_error_is_not_retried(bucket: Bucket) -> None:
     assert [(r.method, r.fault) for r in bucket.proxy.requests] == [("PUT", "403")]
 
 
-def test_a_missing_bucket_and_invalid_urls_are_errors(
-    bucket: Bucket,
-) -> None:
+def test_a_missing_bucket_and_invalid_urls_are_errors(bucket: Bucket) -> None:
     with pytest.raises(StoreError, match=r"s3://nobodys/out .*bucket does not exist"):
         Store("s3://nobodys/out").write("a", b"")
     with pytest.raises(ConfigError, match="has no path"):
@@ -284,11 +282,8 @@ def test_the_lock_refuses_a_second_run_and_is_replaced_after_a_dead_one(bucket: 
 def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
     bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
-    driver = subprocess.Popen(
-        command(faces, bucket.out, "executor=inline"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    arguments = command(faces, bucket.out, "executor=inline")
+    driver = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill_within_a_shard() -> None:
         if bucket.changes()[-1:] == [("PUT", "fgid-000001.tar")]:
@@ -309,16 +304,13 @@ def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
     bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
     source = bucket.upload(faces)
-    given = command(source, bucket.out, "executor=ray", "ray.workers=1")
-    said = subprocess.run(given, check=True, capture_output=True)
+    arguments = command(source, bucket.out, "executor=ray", "ray.workers=1")
+    process = subprocess.run(arguments, check=True, capture_output=True)
     assert bucket.digests() == expected
-    kept = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
-    assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(kept)
-    assert [
-        key
-        for key, data in {**kept, "said": said.stdout + said.stderr}.items()
-        if SECRET.encode() in data
-    ] == []
+    files = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
+    assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(files)
+    files["printed"] = process.stdout + process.stderr
+    assert [key for key, data in files.items() if SECRET.encode() in data] == []
 
 
 def test_a_source_on_s3_is_listed_completely_with_unusual_names(bucket: Bucket) -> None:
