@@ -174,7 +174,8 @@ Kind = TypeVar("Kind", bound=Annotation)
 
 def to_plain(annotation: Annotation) -> dict[str, Any]:
     """Returns field name → JSON-ready value of the field's type: an int in a float field becomes a
-    float, tuples become lists."""
+    float, tuples become lists.
+    """
     return {
         name: pa.scalar(getattr(annotation, name), entry.type).as_py()
         for name, entry in stored_fields(type(annotation))

@@ -63,7 +63,7 @@ def load_shard(
         )
         old = reusable.get(item.key)
         new = next(arriving) if item.key in read_keys else None
-        # A vanished input can't be compared: what an earlier run made of it stays.
+        # A vanished input can't be compared, so its earlier result is reused.
         vanished = item.vanished and old is not None and earlier[item.key].stage != STAGE
         if old is not None and (
             new is None or vanished or source.is_unchanged(earlier[item.key], new)

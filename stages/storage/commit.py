@@ -133,8 +133,9 @@ def commit_exclusions(store: Store, manifest: Manifest, chain: ChainInfo) -> Man
 
 
 def remove_uncommitted(store: Store) -> None:
-    """Removes the files of shards without a manifest, which a killed commit left behind. Call it
-    while holding the run lock."""
+    """Removes the files of shards without a manifest, which a killed commit has written. Call it
+    while holding the run lock.
+    """
     committed = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
     for name in store.names(layout.SHARDS):
         if name.partition(".")[0] not in committed:

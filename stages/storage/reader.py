@@ -210,7 +210,8 @@ class DatasetReader:
 
     def dataset_info(self) -> dict[str, Any]:
         """Returns the contents of dataset.json (source, stages, signatures, weights), with the
-        current names of stages; {} if it doesn't exist."""
+        current names of stages; {} if it doesn't exist.
+        """
         data = self.store.read_all([layout.DATASET]).get(layout.DATASET, b"{}")
         try:
             return version2.dataset_info(_mapping(json.loads(data)))

@@ -37,7 +37,7 @@ def manifest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dataset_info(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of dataset.json with the current names of the stages."""
+    """Returns the contents of dataset.json with the current names of the stages."""
     backends: Mapping[str, str] = values.get("backends", {})
     names = {
         "stages": [current_stage(name) for name in values.get("stages", [])],
