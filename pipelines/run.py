@@ -25,6 +25,7 @@ from stages.storage import layout
 from stages.storage.commit import ChainInfo
 from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -108,14 +109,20 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     If it is stopped, the same call continues. advance: called with the number of processed records.
     """
     store, config = job.store, job.config
+    settings = to_yaml(config)
     planned = planned_shards(store) == len(job.plan.shards)
-    if not job.tasks and planned and is_global_pass_current(store, config.global_pass):
+    # A run with other settings may have stored them and been killed before it made anything.
+    stored = DatasetReader(store).config_text() == settings
+    done = not job.tasks and planned and stored
+    if done and is_global_pass_current(store, config.global_pass):
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
         store.sweep(layout.SHARDS)
+        # Another run may be writing its lock file now, only to find that this one holds the lock.
+        store.sweep(spare=layout.LOCK)
         write_plan(job.plan, store)
-        store.write_if_changed(layout.CONFIG, to_yaml(config))
+        store.write_if_changed(layout.CONFIG, settings)
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)
         store.write_if_changed(layout.DATASET, info + "\n")
         if job.tasks:

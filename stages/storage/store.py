@@ -228,13 +228,13 @@ class Store:
         """
         return [name for name in self._all(folder) if _TEMPORARY not in name]
 
-    def sweep(self, folder: str) -> None:
-        """Removes the temporary files of killed writers from `folder`. Call it only while no other
-        run writes there.
+    def sweep(self, folder: str = "", spare: str = "") -> None:
+        """Removes the temporary files of killed writers from `folder`, "" for the store's own
+        folder, except those of the file `spare`. Call it only while no other run writes there.
         """
         for name in self._all(folder):
-            if _TEMPORARY in name:
-                self.remove(f"{folder}/{name}")
+            if _TEMPORARY in name and not (spare and name.lstrip(".").startswith(spare)):
+                self.remove(f"{folder}/{name}" if folder else name)
 
     def _all(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()
@@ -245,7 +245,7 @@ class Store:
         return sorted(
             str(path).rsplit("/", 1)[-1]
             for path in paths
-            if str(path).rstrip("/") != self.path(folder)
+            if str(path).rstrip("/") != self.path(folder).rstrip("/")
         )
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
