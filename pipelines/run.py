@@ -111,7 +111,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     store, config = job.store, job.config
     settings = to_yaml(config)
     planned = planned_shards(store) == len(job.plan.shards)
-    # A run with other settings may have stored them and been killed before it made anything.
+    # A run with other settings may have been killed after it stored them.
     stored = DatasetReader(store).config_text() == settings
     done = not job.tasks and planned and stored
     if done and is_global_pass_current(store, config.global_pass):
@@ -119,7 +119,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
         store.sweep(layout.SHARDS)
-        # Another run may be writing its lock file now, only to find that this one holds the lock.
+        # Another run may be trying to create the lock at this moment.
         store.sweep(spare=layout.LOCK)
         write_plan(job.plan, store)
         store.write_if_changed(layout.CONFIG, settings)

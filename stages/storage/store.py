@@ -229,8 +229,8 @@ class Store:
         return [name for name in self._all(folder) if _TEMPORARY not in name]
 
     def sweep(self, folder: str = "", spare: str = "") -> None:
-        """Removes the temporary files of killed writers from `folder`, "" for the store's own
-        folder, except those of the file `spare`. Call it only while no other run writes there.
+        """Removes the temporary files of killed writers from `folder` ("": the store's top folder),
+        except those of the file `spare`. Call it only while no other run writes there.
         """
         for name in self._all(folder):
             if _TEMPORARY in name and not (spare and name.lstrip(".").startswith(spare)):
