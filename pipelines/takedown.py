@@ -117,6 +117,7 @@ def take_down(
     info = ChainInfo.of(chain(config))
     with RunLock(store):
         store.sweep(layout.SHARDS)
+        store.sweep(spare=layout.LOCK)  # another run may be writing its lock file now
         remove_uncommitted(store)
         removed: dict[str, list[str]] = {}
         for match in matches:
@@ -181,8 +182,16 @@ def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> l
     ]
     reasons = {row["key"]: reason for row in rows if (reason := why(row))}
     originals = _originals(store)
-    duplicates = [row["key"] for row in rows if originals.get(row["key"]) in reasons]
-    reasons = dict.fromkeys(duplicates, "a copy of one of these") | reasons
+    count = -1
+    while len(reasons) != count:  # copies of copies too
+        count = len(reasons)
+        digests = {row["sha256"] for row in rows if row["key"] in reasons} - {""}
+        reasons |= {
+            row["key"]: "a copy of one of these"
+            for row in rows
+            if row["key"] not in reasons
+            and (originals.get(row["key"]) in reasons or row["sha256"] in digests)
+        }
     return [
         Match(
             **{name: row[name] for name in ("shard", "key", "source", "sha256")},
