@@ -143,7 +143,9 @@ def remove_uncommitted(store: Store) -> None:
 
 
 def _remove(store: Store, index: int) -> None:
-    """Removes a shard's manifest, and its tars except the first, which a new commit replaces."""
+    """Removes a shard's manifest and all its tars except that of the samples, which the commit
+    replaces.
+    """
     name = layout.shard_name(index)
     store.remove(layout.in_shards(layout.manifest(index)))
     for file in store.names(layout.SHARDS):
