@@ -1,8 +1,7 @@
-"""The real detector, parser and embedder, each loaded once per process and asked once for the same
-pixels.
+"""The real detector, parser and embedder, each loaded once in a process, with a cache of results.
 
-An answer is always the model's own. Child processes and Ray's workers load their own models, so a
-test that compares their bytes with this process's compares answers that were made separately.
+Results always come from the model. Child processes and Ray workers load their own models, so a test
+that compares their bytes with those of this process compares results that were computed separately.
 """
 
 from __future__ import annotations
@@ -15,27 +14,24 @@ from typing import Any, Final
 import pytest
 
 from configs.schema import DetectConfig, EmbedConfig, ParseConfig, WeightsConfig
-from stages.backends.arcface import ArcFace
-from stages.backends.bisenet import BiSeNetParser
 from stages.backends.registry import BACKENDS
-from stages.backends.scrfd import Scrfd
 from stages.backends.weights import Weights
 from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray
 
 _NAMES: Final = (("detect", "scrfd"), ("parse", "bisenet"), ("embed", "arcface"))
 _REAL: Final = {job: BACKENDS[job][name] for job, name in _NAMES}
-_MOST: Final = 256  # answers of one model
+_MOST: Final = 256  # cached results of one model
 
 
 def remember(patch: pytest.MonkeyPatch) -> None:
-    """Stages that are set up from now on share one copy of each model, and its answers."""
+    """Lets stages that are set up from now on share one copy of each model, and cached results."""
     for job, name in _NAMES:
         patch.setitem(BACKENDS[job], name, f"{__name__}:{job}")
 
 
 def forget(patch: pytest.MonkeyPatch) -> None:
-    """Stages that are set up from now on load their own models, and run them each time."""
+    """Lets stages that are set up from now on load their own models and not cache results."""
     for job, name in _NAMES:
         patch.setitem(BACKENDS[job], name, _REAL[job])
 
@@ -54,46 +50,54 @@ def embed(config: EmbedConfig, weights: Weights) -> Embedder:
 
 @cache
 def _detector(config: DetectConfig, weights: WeightsConfig) -> Detector:
+    from stages.backends.scrfd import Scrfd
+
     return Detector(Scrfd(config, Weights(weights)))
 
 
 @cache
 def _parser(config: ParseConfig, weights: WeightsConfig) -> Parser:
+    from stages.backends.bisenet import BiSeNetParser
+
     return Parser(BiSeNetParser(config, Weights(weights)))
 
 
 @cache
 def _embedder(config: EmbedConfig, weights: WeightsConfig) -> Embedder:
+    from stages.backends.arcface import ArcFace
+
     return Embedder(ArcFace(config, Weights(weights)))
 
 
-class _Remembering:
+class _Cached:
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._answers: dict[Hashable, Any] = {}
+        self._results: dict[Hashable, Any] = {}
 
-    def _once(self, images: Sequence[Image], options: Hashable, ask: Callable[[], Any]) -> Any:
-        """What `ask` answers for exactly these images, together: a batch's rounding is its own."""
+    def _cached(self, images: Sequence[Image], options: Hashable, run: Callable[[], Any]) -> Any:
+        """Returns `run()`, cached for these images as one batch, since rounding depends on the
+        batch.
+        """
         key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), options)
-        if key not in self._answers:
-            if len(self._answers) == _MOST:
-                self._answers.clear()
-            self._answers[key] = ask()
-        return self._answers[key]
+        if key not in self._results:
+            if len(self._results) == _MOST:
+                self._results.clear()
+            self._results[key] = run()
+        return self._results[key]
 
 
-class Detector(_Remembering):
+class Detector(_Cached):
     def detect(self, image: Image, size: int) -> list[Face]:
-        return list(self._once([image], size, lambda: self._model.detect(image, size)))
+        return list(self._cached([image], size, lambda: self._model.detect(image, size)))
 
 
-class Parser(_Remembering):
+class Parser(_Cached):
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        label_maps = self._once(images, None, lambda: self._model.parse(images))
-        return [labels.copy() for labels in label_maps]
+        results = self._cached(images, None, lambda: self._model.parse(images))
+        return [labels.copy() for labels in results]
 
 
-class Embedder(_Remembering):
+class Embedder(_Cached):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        vectors = self._once(images, tuple(faces), lambda: self._model.embed(images, faces))
+        vectors = self._cached(images, tuple(faces), lambda: self._model.embed(images, faces))
         return [vector.copy() for vector in vectors]

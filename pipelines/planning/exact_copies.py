@@ -18,7 +18,7 @@ _PREFIX = 4096  # bytes
 
 
 def mark_exact_copies(index: InputIndex, source: Source, removed_keys: Set[str]) -> None:
-    """Mark each input that has the same bytes as an earlier one, in the plan's order.
+    """Marks each input that has the same bytes as an earlier one, in the plan's order.
 
     removed_keys: of removed inputs; no other record may name them as its original.
     """

@@ -1,4 +1,4 @@
-"""The Ray cluster that a run uses: one that is there, or a local one of its own."""
+"""The Ray cluster of a run: an existing one, or a new local one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _IDLE_MS: Final = 60_000
 
 @contextmanager
 def ray_cluster(settings: RayConfig) -> Iterator[None]:
-    """The cluster that this process is connected to. If there is none, connects to
-    `settings.address` or $RAY_ADDRESS, or starts a local cluster, and leaves it afterwards.
+    """A context with a Ray cluster: the one that this process is connected to, else that at
+    `settings.address` or $RAY_ADDRESS, else a new local one. Disconnects at the end, except from
+    the first.
     """
     import ray
 

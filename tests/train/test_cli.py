@@ -30,8 +30,8 @@ def call(*arguments: object) -> Result:
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own."""
-    given = [sys.executable, *(str(word) for word in command)]
-    return subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = [sys.executable, *(str(word) for word in command)]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A chain that asks a caption server, and a data set made with it."""
+"""A chain with captions from a server, and the configuration for it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from configs.schema import DatasetConfig
 from stages.backends.weights import Weights
 from stages.base import Stage
 from stages.caption import CaptionStage
-from tests.pipelines.helpers import NO_COPIES, config
+from tests.pipelines.helpers import NO_DEDUPLICATION, config
 from tests.stages.chat_server import ChatServer
 
 KEY = "sk-test-c0ffee0ddba11"
 
 
 def captioned(config: DatasetConfig) -> list[Stage]:
-    """A Chain: resize, constants for the models between, captions."""
+    """Returns resize, a stage that sets the models' fields to constants, and captions."""
     return [*resizing(config), CaptionStage(config.caption, Weights())]
 
 
@@ -30,11 +30,12 @@ def settings(source: Path, output: Path, server: ChatServer, executor: str) -> D
         "caption.openai.tries=1",
         f"executor={executor}",
         "ray.workers=1",
-        *NO_COPIES,
+        *NO_DEDUPLICATION,
     )
 
 
 def mentions_key(output: Path) -> bool:
+    """Returns whether any file of the data set contains the key."""
     files = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
     assert len(files) > 6
     return any(KEY.encode() in data for data in files)

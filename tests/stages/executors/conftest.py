@@ -1,3 +1,7 @@
+"""Fixtures of the executors' tests."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""A run in a process of its own, and a signal that stops it after its first shard."""
+"""Runs the pipeline in a separate process, and stops it with a signal after its first shard."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.helpers import DEMO, hears_ctrl_c
+from tests.pipelines.helpers import DEMO, restore_sigint
 
 
 def arguments(portraits: Path, output: Path, executor: str) -> list[str]:
-    """Of the command that makes the portraits a data set of four shards."""
+    """Returns the arguments of the command that makes a data set of four shards."""
     overrides = [
         f"source.path={portraits}",
         f"output={output}",
@@ -27,34 +27,36 @@ def arguments(portraits: Path, output: Path, executor: str) -> list[str]:
     return ["run", "--config", DEMO, *overrides]
 
 
-def stopped(given: list[str], output: Path, how: signal.Signals) -> tuple[int, str]:
-    """Runs the command until it is stopped with some of its four shards committed; returns its exit
+def stopped(command: list[str], output: Path, how: signal.Signals) -> tuple[int, str]:
+    """Runs the command and stops it while fewer than four shards are committed. Returns its exit
     status and standard error.
+
+    command: as `arguments` returns it. how: the signal.
     """
     shards = output / "shards"
     for _ in range(3):  # the run may end before the signal arrives
         shutil.rmtree(output)
-        code, errors = _stopped(given, shards, how)
+        code, errors = _stopped(command, shards, how)
         if len(list(shards.glob("*.json"))) < 4:
             return code, errors
-    pytest.fail("three times the run ended before it was stopped")
+    pytest.fail("the run ended before it was stopped, three times")
 
 
-def _stopped(given: list[str], shards: Path, how: signal.Signals) -> tuple[int, str]:
+def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int, str]:
     driver = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *given],
+        [sys.executable, "-m", "pipelines.cli", *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=hears_ctrl_c,
+        preexec_fn=restore_sigint,
     )
     try:
         while driver.poll() is None and not list(shards.glob("*.json")):
             time.sleep(0.02)
     finally:
         if how is signal.SIGINT:
-            os.killpg(driver.pid, how)  # as a terminal does: to every process of the group
+            os.killpg(driver.pid, how)  # as a terminal does, to all processes of the group
         else:
             driver.kill()
     _, errors = driver.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""A data set made inline: the same bytes after its process was killed; and a caption server."""
+"""The inline executor with data sets: equal bytes after a kill, and captions from a server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_killed_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
     assert not [path.name for path in (tmp_path / "shards").iterdir() if ".tmp-" in path.name]
 
 
-def test_a_refused_caption_fails_alone_and_the_key_is_kept_nowhere(
+def test_a_refused_caption_fails_alone_and_no_file_contains_the_key(
     portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -52,11 +52,9 @@ def test_a_refused_caption_fails_alone_and_the_key_is_kept_nowhere(
     assert not mentions_key(tmp_path)
 
 
-def test_a_server_that_refuses_ends_the_run_with_one_clear_line(
-    portraits: Path, tmp_path: Path
-) -> None:
+def test_a_server_that_refuses_the_key_ends_the_run(portraits: Path, tmp_path: Path) -> None:
     reply = refusal(401, "no")
-    with ChatServer(lambda asked: reply) as server:
+    with ChatServer(lambda request: reply) as server:
         job = plan_job(settings(portraits, tmp_path, server, "inline"), chain=captioned)
         with pytest.raises(ServerError, match="refuses the key"):
             list(execute(job, lambda count: None))

@@ -1,7 +1,7 @@
 """Ray on a local cluster: it has the results of inline, also if a run is stopped or records kill
 their workers.
 
-One cluster serves all tests of this file, except a run in a process of its own.
+All tests of this file share a cluster, except for a run in a separate process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Started when the environment holds the key: its workers have the environment of that time."""
+    """A cluster that is started with the key in the environment, which its workers copy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", KEY)
         with ray_cluster(RayConfig()):
@@ -56,7 +56,7 @@ def test_a_job_on_ray_has_the_results_of_inline() -> None:
     assert all(set(result.run.seconds) == {"source", "coarse", "fine"} for result in results)
 
 
-def test_ray_writes_the_bytes_of_inline_though_it_was_stopped(
+def test_a_stopped_and_resumed_run_on_ray_writes_the_bytes_of_inline(
     portraits: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
@@ -64,11 +64,11 @@ def test_ray_writes_the_bytes_of_inline_though_it_was_stopped(
     assert code == 130, errors
     assert "The same command continues" in errors and "Traceback" not in errors
     assert not (tmp_path / "run.lock").exists()
-    left = 8 - 2 * len(list(shards.glob("*.json")))
+    remaining = 8 - 2 * len(list(shards.glob("*.json")))
     advanced: list[int] = []
     ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), advanced.append)
     assert digests(tmp_path) == expected
-    assert ledger.inputs == 8 and sum(advanced) == left > 0
+    assert ledger.inputs == 8 and sum(advanced) == remaining > 0
     assert list(lint(Store(str(tmp_path)))) == []
     assert not [path.name for path in shards.iterdir() if ".tmp-" in path.name]
 
@@ -110,7 +110,7 @@ def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
     )
 
 
-def test_captions_of_a_server_are_those_of_inline_and_the_manifests_count_tokens(
+def test_captions_from_a_server_equal_those_of_inline_and_manifests_count_tokens(
     portraits: Path, tmp_path: Path
 ) -> None:
     written: dict[str, dict[str, str]] = {}
@@ -127,11 +127,9 @@ def test_captions_of_a_server_are_those_of_inline_and_the_manifests_count_tokens
     assert written["inline"] == written["ray"]
 
 
-def test_a_server_that_refuses_ends_the_run_with_one_clear_line(
-    portraits: Path, tmp_path: Path
-) -> None:
+def test_a_server_that_refuses_the_key_ends_the_run(portraits: Path, tmp_path: Path) -> None:
     reply = refusal(401, "no")
-    with ChatServer(lambda asked: reply) as server:
+    with ChatServer(lambda request: reply) as server:
         job = plan_job(settings(portraits, tmp_path, server, "ray"), chain=captioned)
         with pytest.raises(ServerError, match="refuses the key"):
             list(execute(job, lambda count: None))
