@@ -23,6 +23,7 @@ def arguments(portraits: Path, output: Path, executor: str) -> list[str]:
         "shard_size=2",
         "threads=1",
         f"executor={executor}",
+        "ray.workers=1",
     ]
     return ["run", "--config", DEMO, *overrides]
 
