@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import pytest
 
-from configs.schema import DetectConfig, EmbedConfig, ParseConfig, WeightsConfig
+from configs.common import WeightsConfig
+from configs.schema import DetectConfig, EmbedConfig, ParseConfig
 from stages.backends.arcface import ArcFace
 from stages.backends.bisenet import BiSeNetParser
 from stages.backends.registry import BACKENDS

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import ConfigError, FaceError, SourceError
-from configs.schema import DatasetConfig, InferConfig
+from configs.portraits import InferConfig
+from configs.schema import DatasetConfig
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity, photo_record, read_photo
 from infer.load import dataset_config, load_generator
