@@ -12,20 +12,20 @@ from configs.common import NO_ANSWER, PlacementConfig, check
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RightsConfig:
-    """Pictures of another licence or consent are dropped, and nothing of them is kept."""
+    """Records of any other license or consent are dropped, and nothing of their images is kept."""
 
-    # e.g. [CC0*, CC-BY-*]: * and ? stand for anything, case doesn't count
+    # Patterns, e.g. [CC0*, CC-BY-*]; * and ? are wildcards, case is ignored. Empty: all are
+    # allowed, stated or not.
     license_allow: tuple[str, ...] = ()
-    # of what the source states as consent; both empty: anything, stated or not
-    consent_allow: tuple[str, ...] = ()
+    consent_allow: tuple[str, ...] = ()  # the same for the consent that the source states
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThumbnailConfig:
-    """Of 96 pixels on the long side, for the report; kept of dropped pictures too."""
+    """Thumbnails of 96 pixels on the long side, for the report; dropped records have one too."""
 
-    quality: int = 55  # of WebP
+    quality: int = 55  # WebP quality, 1 to 100
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
     def __post_init__(self) -> None:
@@ -34,38 +34,38 @@ class ThumbnailConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureConfig:
-    """What is measured has no settings; what is made of it, RulesConfig says."""
+    """Measuring has no settings of its own; the limits of the metrics are in RulesConfig."""
 
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RulesConfig:
-    """What a sample must be, in figures that are recorded; another rule needs no model to run
-    again. 0: no such rule.
+    """Limits of recorded metrics that a sample must meet; 0 switches a rule off.
 
-    The defaults keep 999 of 1,000 synthetic portraits (the other has a second face) and were tried
-    on few photographs: `python -m bench.quality FOLDER` shows where yours lie.
+    Changing a limit runs no model, since the metrics are recorded. The defaults keep 999 of 1,000
+    synthetic portraits (the other has a second face) and were tried on few photographs: `python -m
+    bench.quality FOLDER` shows the metrics of yours.
     """
 
-    min_side: int = 256  # short side of the source, pixels
-    # of at least a third of the chosen one's side: passers-by far behind don't count
+    min_side: int = 256  # short side of the source image, pixels
+    # Only faces with at least a third of the main face's side count: small ones are passers-by.
     max_faces: int = 1
     min_faces: int = 1
-    min_face: float = 64.0  # short side of the chosen face's box, pixels of the resized picture
-    min_score: float = 0.5  # of the chosen face's detection, 0 to 1
-    # 0 to 1: sharp portraits 0.25 to 0.47, blurred by 2 % of the face's width 0.11 to 0.18
+    min_face: float = 64.0  # short side of the main face's box, pixels of the resized image
+    min_score: float = 0.5  # detection score of the main face, 0 to 1
+    # 0 to 1; sharp portraits: 0.25 to 0.47, blurred by 2 % of the face's width: 0.11 to 0.18
     min_sharpness: float = 0.22
-    # mean luma of the skin, 0 to 1; under the darkest well-lit skin (0.145)
+    # mean luma of the skin, 0 to 1; the darkest well-lit skin has 0.145
     min_brightness: float = 0.12
     max_brightness: float = 0.92
-    max_clipped: float = 0.25  # share of the face that is black or white, 0 to 1
-    max_yaw: float = 60.0  # degrees either way, up to 180
+    max_clipped: float = 0.25  # share of the face's pixels that are black or white, 0 to 1
+    max_yaw: float = 60.0  # degrees in either direction, up to 180
     max_pitch: float = 40.0
     max_roll: float = 35.0
-    # share of the face, 0 to 1: portraits up to 0.03, mouth or eyes covered 0.25 and more
+    # share of the face, 0 to 1; portraits: up to 0.03, mouth or eyes covered: 0.25 or more
     max_occlusion: float = 0.2
-    # of ArcFace's raw embedding, w600k_mbf: faces 16 to 26, no faces 6 to 13
+    # norm of ArcFace's raw embedding; w600k_mbf: 16 to 26 for faces, 6 to 13 for other images
     min_identity_norm: float = 12.0
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 
@@ -90,7 +90,7 @@ class RulesConfig:
             fits = not greatest or least <= greatest
             check(
                 fits,
-                f"rules.{low}={least} is over rules.{high}={greatest}: no picture would be left",
+                f"rules.{low}={least} is over rules.{high}={greatest}: no sample would be left",
             )
 
 
@@ -98,26 +98,27 @@ class RulesConfig:
 class GlobalPassConfig:
     """The global pass: duplicates across shards, identities, and the train/val split."""
 
-    # Measured (docs/benchmarks.md): what was encoded again or scaled is within 6 bits, no strangers
-    # within 46; of half a million strangers about one pair in ten sets would be within 10. Cropped
-    # copies are found by the face.
-    # near_duplicate: bits of 256 in which perceptual hashes differ; -1: off
+    # near_duplicate: bits of 256 in which two perceptual hashes may differ; -1: off. Measured
+    # (docs/benchmarks.md): re-encoded or scaled versions of an image differ in at most 6 bits,
+    # images of different people in at least 46; among half a million different images, 0.1 pairs
+    # are expected within 10 bits. Cropped versions are found by the face instead.
     max_hash_distance: int = 10
-    # face_duplicate: cosine of identities from which it is the same picture; 0: off
+    # face_duplicate: cosine of two identities from which the image counts as the same; 0: off
     max_similarity: float = 0.95
-    # Mean cosine between two groups that become one identity. Measured where strangers are hardest
-    # to tell apart, with the demo's embedder on synthetic portraits, of which one pair in a
-    # thousand has 0.57: of 300 strangers 0.5 joins 132 to others, 0.6 joins 25. Where strangers lie
-    # near 0, as photographs' do by a better embedder, 0.6 leaves people in pieces and 0.35 joins no
-    # one falsely (simulated): lower it for one that you have measured.
+    # Mean cosine from which two groups of samples become one identity. The default was measured on
+    # the hardest case: the demo's embedder on synthetic portraits of different people, where one
+    # pair in a thousand has a cosine of 0.57. Of 300 people, 0.5 merges 132 with others, 0.6 merges
+    # 25. With a better embedder on photographs, different people have cosines near 0; then 0.6
+    # divides people into several identities, and 0.35 merges no two people (simulated). Lower it
+    # for an embedder that you have measured.
     identity_similarity: float = 0.6
-    # Identities that may be one person stay on one side: the same, asked more loosely. Where people
-    # fall into pieces at 0.6, 0.35 left half a per cent of val's pictures with their person in
-    # train, 0.45 half of them (simulated).
+    # The same for split groups: identities that may be one person stay on one side of the split.
+    # Where 0.6 divides people into several identities, 0.35 left half a per cent of val's samples
+    # with images of the same person in train, 0.45 left half of them (simulated).
     split_similarity: float = 0.35
-    # neighbours looked at of each sample; twice as many gave the same within half a per cent
+    # nearest neighbours used of each sample; twice as many changed the result by half a per cent
     nearest: int = 16
-    val_share: float = 0.02  # of these groups, kept apart for validation
+    val_share: float = 0.02  # share of the split groups that are val, 0 to 1
     seed: int = 0  # of the split
 
     def __post_init__(self) -> None:
@@ -142,11 +143,11 @@ class GlobalPassConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewConfig:
-    """What the trainer will make of the texts; `spec` and `mode` as it will be told."""
+    """How captions are reviewed: `spec` and `mode` must be those that the trainer will use."""
 
     spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
     mode: Literal["corrected", "legacy"] = "corrected"
-    # share of samples; over it a run fails
+    # share of samples whose captions can't be trained on, above which a run fails, 0 to 1
     max_untrainable: float = field(default=0.5, metadata=NO_ANSWER)
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
 

@@ -26,7 +26,8 @@ class Ledger:
         dropped, failed = Counter(manifest.dropped), Counter(manifest.failed)
         if manifest.inputs != manifest.written + dropped.total() + failed.total():
             raise ShardError(
-                f"{manifest.shard}: its manifest says {manifest.inputs} inputs, but written, dropped "
+                f"{manifest.shard}: its manifest says {manifest.inputs} inputs, but written, "
+                "dropped "
                 "and failed don't add up to that"
             )
         self.shards += 1

@@ -19,11 +19,12 @@ from stages.storage.store import Store
 
 
 def lint(store: Store) -> Iterator[str]:
-    """Contradictions between manifests, files, sidecars, samples, exclusions and identities. No line
-    means that the data set is sound."""
+    """Contradictions between manifests, files, sidecars, samples, exclusions and identities. No
+    line means that the data set is sound.
+    """
     reader = DatasetReader(store)
     for manifest in stale_shards(store):
-        yield f"{manifest.shard}: duplicates or removals are not applied yet. Run the pipeline again."
+        yield f"{manifest.shard}: duplicates or removals are not applied yet. Run again."
     for manifest in reader.manifests().values():
         problems = list(_lint_files(store, manifest))
         yield from problems or _lint_samples(reader, manifest)

@@ -1,8 +1,8 @@
 """Review: records what the trainer's prompt code makes of a sample's captions, before training.
 
-A caption that names no region, or is so long that every clause about the face is cut, trains nothing
-of the face, and training gives no error. Here each sample gets metrics of that, and a run fails
-where too many samples are of no use.
+A caption that names no region, or is so long that every clause about the face is cut, trains
+nothing of the face, and training gives no error. Here each sample gets metrics of that, and a run
+fails where too many samples are of no use.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Job:
         return sum(task.shard.inputs for task in self.tasks)
 
     def why(self) -> list[str]:
-        """One line for each kind of task, e.g. "3 shards through caption, from their own samples"."""
+        """One line for each kind of task: "3 shards through caption, from their own samples"."""
         kinds = Counter(map(self._why, self.tasks))
         return [f"{count} shards {why}" for why, count in sorted(kinds.items())]
 

@@ -2,9 +2,9 @@
 
 The log (takedown.jsonl) is written first and decides what stays out. It names keys and digests,
 never a file or a person. Then the shards that hold any of the removed records are written again. A
-row with the key stays in each sidecar, so that the ledger balances. The same files are refused under
-any name for as long as the log exists. plan.parquet keeps their names, because the source still
-lists them: delete them there.
+row with the key stays in each sidecar, so that the ledger balances. The same files are refused
+under any name for as long as the log exists. plan.parquet keeps their names, because the source
+still lists them: delete them there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PERSONAL: Final = ("source", "sha256", "thumbnail", "identity", "caption")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """A record to remove. why: how it was matched, for the person who confirms; it is not stored."""
+    """A record to remove. why: how it was matched, for whoever confirms; it is not stored."""
 
     shard: int
     key: str

@@ -1,6 +1,4 @@
-"""Similarity transforms that carry five facial landmarks onto the templates that networks were
-trained on.
-"""
+"""Similarity transforms from a face's five landmarks to the templates of face networks."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from stages.record import Face
 
 Matrix = npt.NDArray[np.float64]
 
-# The mean landmarks of FFHQ's alignment at 512 × 512, as facexlib's restoration helper uses them.
+# mean landmarks of FFHQ's alignment at 512 × 512, from facexlib's restoration helper
 FFHQ_512 = np.array(
     [
         [192.98138, 239.94708],
@@ -21,7 +19,7 @@ FFHQ_512 = np.array(
         [313.08905, 371.15118],
     ]
 )
-# ArcFace's template at 112 × 112 (insightface.utils.face_align.arcface_dst).
+# ArcFace's template at 112 × 112 (insightface.utils.face_align.arcface_dst)
 ARCFACE_112 = np.array(
     [
         [38.2946, 51.6963],
@@ -33,11 +31,12 @@ ARCFACE_112 = np.array(
 )
 
 
-def similarity(face: Face, template: npt.NDArray[np.float64]) -> Matrix:
-    """2 × 3 matrix of the least-squares similarity (rotation, scale, shift) from the face's
-    landmarks to `template`.
+def similarity_transform(face: Face, template: npt.NDArray[np.float64]) -> Matrix:
+    """Returns the (2, 3) matrix of the least-squares similarity transform (rotation, scale, shift)
+    from the face's landmarks to `template` (5, 2).
 
-    The closed form in complex numbers: minimise |a·p + b - q|² over complex a, b (Umeyama 1991 in the plane).
+    Closed form in complex numbers: minimises |a·p + b - q|² over complex a and b (Umeyama 1991, in
+    the plane).
     """
     points = np.array(face.landmarks, np.float64)
     source = points[:, 0] + 1j * points[:, 1]

@@ -127,7 +127,7 @@ class Stage(ABC):
 
 
 class RecordStage(Stage):
-    """A stage that treats records one by one: `process_one` answers, or raises Dropped or Failed."""
+    """A stage for one record at a time: `process_one` returns it, or raises Dropped or Failed."""
 
     @abstractmethod
     def process_one(self, record: Record) -> Record: ...
@@ -181,7 +181,7 @@ class BackendStage(Stage):
 
 
 def reject(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, ended by `verdict` in `stage`. Payloads are let go: an ended record carries none."""
+    """The record, dropped or failed in `stage`, without image, label map, identity and captions."""
     return replace(
         record,
         status=verdict.status,
@@ -197,7 +197,7 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
 
 
 def quarantine(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, ended by `verdict` in `stage`, its payloads kept: another rule may take it back."""
+    """The record, dropped in `stage`, still complete: another rule may restore it."""
     return replace(
         record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage
     )
@@ -235,9 +235,9 @@ def run_stage(
     """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to
     `seconds[stage.name]`.
 
-    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages: for each
-    record, the names of the stages it needs; None: all of them. Raises AssertionError where the
-    stage broke the contract (another number, order or key of records).
+    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages:
+    for each record, the names of the stages it needs; None: all of them. Raises AssertionError
+    where the stage broke the contract (another number, order or key of records).
     """
     answers = list(records)
     active = [

@@ -1,6 +1,4 @@
-"""build_stages: the five stages with a model behind them. Data sets (pipelines/chain.py) and
-inference share them.
-"""
+"""build_stages: the five stages that data sets (pipelines/chain.py) and inference share."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ from stages.resize import ResizeStage
 
 
 def build_stages(config: DatasetConfig) -> list[Stage]:
-    """The stages, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting
-    that can't be.
+    """Returns resize, detect, parse, embed and caption, in this order; loads no weights yet.
+
+    Raises ConfigError or WeightsError for a setting that isn't possible.
     """
     weights = Weights(config.weights)
     chain: list[Stage] = [

@@ -1,7 +1,9 @@
-"""Detect: every face of the picture, and the one that the sample is about.
+"""Detect: finds all faces of an image and chooses the sample's main face.
 
-SCRFD at its usual 640² misses faces that fill the picture, as portraits do (IP-Adapter #281): the
-picture is padded all round, and smaller detector sizes are tried before "no face" is said.
+SCRFD at its usual input of 640 × 640 misses faces that fill the image, as in portraits (IP-Adapter
+# 81). So the image is padded on all sides, and smaller detector sizes are tried before the record
+# is
+dropped.
 """
 
 from __future__ import annotations
@@ -31,31 +33,27 @@ class DetectStage(BackendStage, RecordStage):
                 "no_face",
                 f"none over score {self.config.min_score} at sizes {list(self.config.scales)}",
             )
-        chosen = (
-            0
-            if self.config.select == "first"
-            else max(range(len(faces)), key=lambda i: faces[i].area)
-        )
-        return replace(record, faces=tuple(faces), face=chosen)
+        main_face = 0
+        if self.config.select == "largest":
+            main_face = max(range(len(faces)), key=lambda i: faces[i].area)
+        return replace(record, faces=tuple(faces), face=main_face)
 
 
 def find_faces(detector: FaceDetector, image: Image, config: DetectConfig) -> list[Face]:
-    """Faces at the first of `config.scales` that has any, in coordinates of `image` (they may reach
-    past its edge).
+    """Returns the faces detected at the first of `config.scales` that detects any, in pixels of
+    `image`; boxes may extend beyond its edges.
     """
     border = round(config.pad * max(image.shape[:2]))
-    padded = (
-        cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT)
-        if border
-        else image
-    )
+    padded = image
+    if border:
+        padded = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT)
     for size in config.scales:
         if faces := detector.detect(padded, size):
             return [_shifted(face, -border) for face in faces]
     return []
 
 
-def _shifted(face: Face, by: int) -> Face:
-    x1, y1, x2, y2 = (round(value + by, 2) for value in face.box)
-    landmarks = tuple((round(x + by, 2), round(y + by, 2)) for x, y in face.landmarks)
+def _shifted(face: Face, offset: int) -> Face:
+    x1, y1, x2, y2 = (round(value + offset, 2) for value in face.box)
+    landmarks = tuple((round(x + offset, 2), round(y + offset, 2)) for x, y in face.landmarks)
     return replace(face, box=(x1, y1, x2, y2), landmarks=landmarks)

@@ -1,5 +1,6 @@
-"""Embed: the ArcFace identity of the chosen face. There is no silent substitute: no embedding, no
-sample.
+"""Embed: computes the ArcFace identity of the main face.
+
+A record without an embedding fails; an embedding of zeros is never used instead.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class EmbedStage(BackendStage):
         images = [decode_jpeg(record.image) for record in records]
         features = self.backend.embed(images, [record.main_face for record in records])
         return [
-            self._answer(record, feature) for record, feature in zip(records, features, strict=True)
+            self._with_identity(record, feature)
+            for record, feature in zip(records, features, strict=True)
         ]
 
-    def _answer(self, record: Record, feature: FloatArray) -> Record:
+    def _with_identity(self, record: Record, feature: FloatArray) -> Record:
         norm = float(np.linalg.norm(feature))
         if feature.shape != (IDENTITY_DIM,) or not 1e-6 < norm < np.inf:
             return reject(

@@ -25,8 +25,8 @@ _ANNOTATION: Final = b"annotation"
 class Metric:
     """How people see a number: as a histogram in the report, as a line in `inspect`.
 
-    scale: what is shown is the number times this, for example 100 for percent. whole: whole numbers.
-    group: the report shows metrics of one group together.
+    scale: what is shown is the number times this, for example 100 for percent. whole: whole
+    numbers. group: the report shows metrics of one group together.
     """
 
     title: str
@@ -175,8 +175,9 @@ def to_plain(annotation: Annotation) -> dict[str, Any]:
 
 
 def from_plain(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
-    """The annotation with these values. A missing field gets its default, or its type's empty value;
-    fields that the class doesn't have are ignored."""
+    """The annotation with these values. A missing field gets its default, or its type's empty
+    value; fields that the class doesn't have are ignored.
+    """
     defaults = {entry.name: entry.default for entry in fields(kind)}  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     for name, entry in stored_fields(kind):

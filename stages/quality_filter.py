@@ -1,7 +1,8 @@
-"""Quality filter: drops samples by rules on recorded metrics. It reads no picture and runs no model.
+"""Quality filter: drops samples by rules on recorded metrics. It reads no picture and runs no
+model.
 
-A rule is a row of RULES; the first one that a record breaks gives the reason. A dropped record stays
-complete (quarantined), so that changed rules can restore it.
+A rule is a row of RULES; the first one that a record breaks gives the reason. A dropped record
+stays complete (quarantined), so that changed rules can restore it.
 """
 
 from __future__ import annotations

@@ -186,7 +186,9 @@ def scaled(face: Face, by: float) -> Face:
 
 
 def key_of(source: str) -> str:
-    """The record's key: the first 20 hex digits of sha256 of the source's name relative to its root."""
+    """The record's key: the first 20 hex digits of sha256 of the source's name relative to its
+    root.
+    """
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:KEY_LENGTH]
 
 

@@ -1,10 +1,9 @@
-"""Labels, facial regions and region masks: the one place that says which labels make an eye, an ear
-or a mouth.
+"""Defines the labels of a label map, the facial regions they form, and the regions' masks.
 
-`legacy` masks repeat the reference (`functions.py`): outer contours filled, so that a mask has no
-holes (the face's covers eyes, nose and mouth), and of every pair only the first part. `corrected`
-masks are the labels themselves, with both eyes, both ears and the whole mouth as one region each.
-Needs numpy and OpenCV only.
+`legacy` masks equal the reference's (`functions.py`): outer contours are filled, so a mask has no
+holes (the face's mask includes eyes, nose and mouth), and of each pair only the first part is used.
+`corrected` masks are the labels themselves; both eyes, both ears and the whole mouth are one region
+each. Depends on numpy and OpenCV only.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ LABEL_IDS: Final = {name: label for label, name in enumerate(LABELS)}
 REGION_WORDS: Final = ("face", "ears", "eyes", "nose", "mouth")
 MAX_REGIONS: Final = len(REGION_WORDS)
 
-# The face is everything inside its outline, as a drawing of it would be; hair, ears and neck are
-# not.
+# The face is all that is inside its outline; hair, ears and neck are not part of it.
 REGION_LABELS: Final[dict[str, tuple[str, ...]]] = {
     "face": (
         "skin",
@@ -66,7 +64,7 @@ REGION_LABELS: Final[dict[str, tuple[str, ...]]] = {
     "mouth": ("mouth", "upper_lip", "lower_lip"),
 }
 
-# The reference's names in label order, which is also the order in which it hands regions to the
+# The reference's region names → labels, in the order in which the reference passes regions to the
 # model.
 LEGACY_REGIONS: Final[dict[str, str]] = {
     "Face": "skin",
@@ -88,10 +86,10 @@ _LEGACY_WORDS: Final = {
 
 
 def word_of(region: str) -> str:
-    """The word of REGION_WORDS that names a region of either mode: "Left_Eye" and "eyes" both give
+    """Returns the word of REGION_WORDS for a region of either mode: "eyes" for "Left_Eye" and
     "eyes".
 
-    Raises ValueError for a name of neither mode.
+    Raises ValueError for a name that neither mode has.
     """
     if region in REGION_WORDS:
         return region
@@ -103,11 +101,11 @@ def word_of(region: str) -> str:
 
 
 def region_masks(label_map: LabelMap, mode: Mode) -> dict[str, Mask]:
-    """The masks (H, W) of the regions that a label map (H, W, uint8) shows, at most five.
+    """Returns region name → mask (H, W), for the at most five regions in a label map (H, W) uint8.
 
-    legacy: Face, one eye, one ear, Nose, one lip, in this order and under the reference's names.
-    corrected: under the words of REGION_WORDS and in their order. A region without a pixel is left
-    out.
+    legacy: Face, one eye, one ear, Nose, one lip, in this order, under the reference's names.
+    corrected: named and ordered as in REGION_WORDS. Regions without pixels are left out. Raises
+    ValueError if it isn't a label map.
     """
     _check(label_map)
     if mode == "legacy":
@@ -120,8 +118,8 @@ def region_masks(label_map: LabelMap, mode: Mode) -> dict[str, Mask]:
 
 
 def filled_masks(label_map: LabelMap) -> dict[str, Mask]:
-    """Every part that the reference knows, both of a pair too, with filled outlines; absent parts
-    are left out.
+    """Returns the reference's region name → mask (H, W) with filled contours, for all parts that
+    are present, both parts of a pair too.
     """
     present = {label: label_map == LABEL_IDS[label] for label in LEGACY_REGIONS.values()}
     return {
@@ -132,17 +130,17 @@ def filled_masks(label_map: LabelMap) -> dict[str, Mask]:
 
 
 def foreground_mask(label_map: LabelMap, mode: Mode) -> Mask:
-    """True on the person (H, W).
+    """Returns (H, W), True on the person.
 
-    legacy: the reference's `WithoutBackground`, the inverse of the *filled* background; where the
-    background runs round the whole person this is False everywhere. corrected: every label but the
+    legacy: the reference's `WithoutBackground`, the inverse of the background with filled contours:
+    False everywhere if the background surrounds the person. corrected: all labels except
     background.
     """
     return ~background_mask(label_map, mode)
 
 
 def background_mask(label_map: LabelMap, mode: Mode) -> Mask:
-    """True on the background (H, W); filled in legacy mode, see `foreground_mask`."""
+    """Returns (H, W), True on the background; legacy: contours filled, see `foreground_mask`."""
     _check(label_map)
     background: Mask = label_map == LABEL_IDS["background"]
     return _fill(background) if mode == "legacy" else background
@@ -156,6 +154,7 @@ def _check(label_map: LabelMap) -> None:
 
 
 def _fill(mask: Mask) -> Mask:
+    """Returns the mask with its outer contours filled."""
     contours, _ = cv2.findContours(
         mask.astype(np.uint8) * 255, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
     )

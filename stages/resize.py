@@ -1,8 +1,8 @@
-"""Resize: any photograph → an upright RGB JPEG of the working size.
+"""Resize: converts any image to an upright RGB JPEG of the working size.
 
-The size a header declares is checked before a pixel is decoded, and so is the number of a JPEG's
-scans: a bomb costs nothing. EXIF orientation is applied, CMYK, 16-bit, palette and alpha pictures
-become plain RGB, an animation its first frame.
+The size that a header declares and the number of a JPEG's scans are checked before pixels are
+decoded, so decompression bombs cost no time or memory. EXIF orientation is applied. CMYK, 16-bit,
+palette and alpha images become RGB; of an animation the first frame is used.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from stages.codec import Image, decode_jpeg, encode_jpeg
 from stages.record import Record
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_BEGINNINGS: Final = {
+_SIGNATURES: Final = {
     b"\xff\xd8": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"GIF8": "GIF",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
 }
-_MOST_SCANS: Final = 500  # libjpeg-turbo's own limit, where it has one; honest files hold about ten
-# of a JPEG: what begins or ends a scan
+# libjpeg-turbo's own limit for untrusted files (TJFLAG_LIMITSCANS); ordinary files have about ten
+_MAX_SCANS: Final = 500
+# a JPEG marker, except for those inside a scan's data (stuffing and restart markers)
 _MARKER: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
-_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+_ORIENTATION: Final = 0x0112  # EXIF tag; 1 is upright
 
 
 class ResizeStage(RecordStage):
@@ -46,8 +48,8 @@ class ResizeStage(RecordStage):
     config: ResizeConfig
 
     def process_one(self, record: Record) -> Record:
-        with _opened(record.image, self.config) as opened:
-            pixels = self._resized(_pixels(opened, record.image, self.config))
+        with _open(record.image, self.config) as opened:
+            pixels = self._resize(_decode(opened, record.image, self.config))
             source_width, source_height = _upright_size(opened)
         height, width = pixels.shape[:2]
         return replace(
@@ -59,7 +61,7 @@ class ResizeStage(RecordStage):
             source_height=source_height,
         )
 
-    def _resized(self, image: Image) -> Image:
+    def _resize(self, image: Image) -> Image:
         height, width = image.shape[:2]
         short, long = sorted((height, width))
         if short < self.config.min_side:
@@ -74,104 +76,108 @@ class ResizeStage(RecordStage):
             target = (round(width * size / short), round(height * size / short))
         if target == (width, height):
             return image
-        shrinks = target[0] * target[1] < width * height
-        method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        is_smaller = target[0] * target[1] < width * height
+        method = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
         return np.asarray(cv2.resize(image, target, interpolation=method), np.uint8)
 
 
 def decode(data: bytes, config: ResizeConfig) -> Image:
-    """Encoded picture → upright RGB (H, W, 3) uint8, at full size or, for a JPEG at least twice as
-    large as needed, at half, a quarter or an eighth of it: libjpeg's own reduction while it
-    decodes, never to under the working size.
+    """Returns the image in encoded `data`, upright RGB (H, W, 3) uint8.
+
+    At full size, except for a JPEG at least twice as large as needed: libjpeg reduces it to a half,
+    a quarter or an eighth while decoding, never below the working size.
 
     Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, too_many_scans,
     truncated, undecodable.
     """
-    with _opened(data, config) as opened:
-        return _pixels(opened, data, config)
+    with _open(data, config) as opened:
+        return _decode(opened, data, config)
 
 
 def as_jpeg(data: bytes, config: ResizeConfig) -> tuple[bytes, int, int]:
-    """(JPEG, width, height) of a picture at its own size, for one whose label map is there already.
+    """Returns (JPEG, width, height) of an image at its own size, for one that has a label map
+    already.
 
-    Its own bytes where they are an upright RGB or grey JPEG, else encoded once. Raises Failed as
-    `decode`.
+    The JPEG is `data` itself if that is an upright RGB or grey JPEG. Raises Failed as `decode`.
     """
-    with _opened(data, config) as opened:
+    with _open(data, config) as opened:
         try:
-            plain = (
+            usable = (
                 opened.format == "JPEG"
                 and opened.mode in ("RGB", "L")
-                and opened.getexif().get(0x0112, 1) == 1
+                and opened.getexif().get(_ORIENTATION, 1) == 1
             )
-            pixels = (
-                decode_jpeg(data)
-                if plain
-                else np.asarray(_to_rgb(ImageOps.exif_transpose(opened)), np.uint8)
-            )
-        except Exception as error:  # noqa: BLE001 - as below
+            if usable:
+                pixels = decode_jpeg(data)
+            else:
+                pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(opened)), np.uint8)
+        except Exception as error:  # noqa: BLE001 - Pillow raises many types for broken data
             raise _undecodable(error, data) from None
     height, width = pixels.shape[:2]
-    return data if plain else encode_jpeg(pixels, config.jpeg_quality), width, height
+    return data if usable else encode_jpeg(pixels, config.jpeg_quality), width, height
 
 
-def _opened(data: bytes, config: ResizeConfig) -> PILImage.Image:
-    """The picture, its header read and checked, not a pixel decoded."""
+def _open(data: bytes, config: ResizeConfig) -> PILImage.Image:
+    """Opens an image: reads and checks its header, without decoding pixels. Raises Failed."""
     if not data:
         raise Failed("empty_file", "the file has no bytes")
     if len(data) > config.max_bytes:
         raise Failed("too_many_bytes", f"{len(data):,} bytes, limit {config.max_bytes:,}")
-    PILImage.init()  # every reader of _FORMATS: Pillow loads only the commonest by itself
+    PILImage.init()  # registers all readers; without it Pillow knows the common ones only
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # our own limit stands in place of Pillow's warning
+        warnings.simplefilter("ignore")  # config.max_pixels replaces Pillow's size warning
         try:
             opened = PILImage.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
             raise _unidentified(data) from None
         except PILImage.DecompressionBombError as error:
             raise Failed("too_many_pixels", str(error)) from None
-        except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever a broken header provokes
+        except Exception as error:  # noqa: BLE001 - Pillow raises many types for broken data
             raise _undecodable(error, data) from None
     width, height = opened.size
     if width * height > config.max_pixels:
         raise Failed(
             "too_many_pixels", f"declares {width}×{height}, limit {config.max_pixels:,} pixels"
         )
-    if opened.format in ("JPEG", "MPO") and _too_many_scans(data):
+    if opened.format in ("JPEG", "MPO") and _has_too_many_scans(data):
         raise Failed(
-            "too_many_scans", f"over {_MOST_SCANS}, each over all of {width}×{height} pixels"
+            "too_many_scans", f"over {_MAX_SCANS}, each over all of {width}×{height} pixels"
         )
     return opened
 
 
 def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
-    """(width, height) of a picture that has been decoded, once EXIF's orientation is applied: from
-    5 on it lies.
-    """
-    lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (opened.height, opened.width) if lies else opened.size
+    """Returns (width, height) after EXIF's orientation is applied; 5 to 8 swap them."""
+    is_rotated = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (opened.height, opened.width) if is_rotated else opened.size
 
 
-def _too_many_scans(data: bytes) -> bool:
-    """True if a JPEG holds more than _MOST_SCANS scans.
+def _has_too_many_scans(data: bytes) -> bool:
+    """True if a JPEG has more than _MAX_SCANS scans.
 
-    Each costs a pass over the whole picture and may take next to no bytes: an hour of work fits
-    into a few megabytes.
+    Decoding a scan takes a pass over the whole image, while the scan may take a few bytes only: a
+    file of a few megabytes can take an hour.
     """
     values = np.frombuffer(data, np.uint8)
-    at_most = np.count_nonzero((values[:-1] == _SCAN[0]) & (values[1:] == _SCAN[1]))
-    if at_most <= _MOST_SCANS:
+    first, second = _START_OF_SCAN
+    upper_bound = np.count_nonzero((values[:-1] == first) & (values[1:] == second))
+    if upper_bound <= _MAX_SCANS:
         return False
-    # what looks like a scan may lie in a profile or a thumbnail, or behind the end
+    # Walk the markers: the same bytes also occur in profiles and thumbnails, and after the end.
     count, place = 0, 2
-    while count <= _MOST_SCANS and (found := _MARKER.search(data, place)) and found[0] != _END:
-        count += found[0] == _SCAN
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return count > _MOST_SCANS
+    while count <= _MAX_SCANS:
+        marker = _MARKER.search(data, place)
+        if marker is None or marker[0] == _END_OF_IMAGE:
+            break
+        count += marker[0] == _START_OF_SCAN
+        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        place = marker.end() + length
+    return count > _MAX_SCANS
 
 
 def _unidentified(data: bytes) -> Failed:
-    kind = next((kind for beginning, kind in _BEGINNINGS.items() if data.startswith(beginning)), "")
+    """Returns the failure of data that Pillow doesn't recognise."""
+    kind = next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "")
     if kind:
         return Failed(
             "undecodable", f"{len(data):,} bytes of a {kind} whose header is cut, broken or unknown"
@@ -179,30 +185,32 @@ def _unidentified(data: bytes) -> Failed:
     return Failed("not_an_image", f"begins with {data[:12]!r}")
 
 
-def _pixels(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
+def _decode(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
+    """See `decode`."""
     try:
-        orientation = opened.getexif().get(0x0112, 1)
+        orientation = opened.getexif().get(_ORIENTATION, 1)
         if opened.format == "JPEG" and opened.mode == "RGB" and orientation == 1:
-            return _fast_jpeg(opened, data, config)
+            return _decode_rgb_jpeg(opened, data, config)
         upright = ImageOps.exif_transpose(opened)
         return np.asarray(_to_rgb(upright), np.uint8)
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - Pillow raises many types for broken data
         raise _undecodable(error, data) from None
 
 
 def _undecodable(error: Exception, data: bytes) -> Failed:
+    """Returns the failure of a decoder's error: `truncated` if data is missing."""
     text = f"{type(error).__name__}: {error}"
-    cut = any(word in text.lower() for word in ("truncated", "premature", "broken"))
-    if data.startswith(b"RIFF"):  # a WebP, whose decoder doesn't say; it begins with its length
-        cut = 8 + int.from_bytes(data[4:8], "little") > len(data)
-    return Failed("truncated" if cut else "undecodable", text)
+    is_truncated = any(word in text.lower() for word in ("truncated", "premature", "broken"))
+    if data.startswith(b"RIFF"):  # WebP: its decoder's error doesn't say, its header has the length
+        is_truncated = 8 + int.from_bytes(data[4:8], "little") > len(data)
+    return Failed("truncated" if is_truncated else "undecodable", text)
 
 
-def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
-    """libjpeg-turbo, straight to RGB, strict about missing data."""
-    least = max(config.size, config.min_side)
+def _decode_rgb_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Image:
+    """Decodes with libjpeg-turbo to RGB, reduced as in `decode`; fails if data is missing."""
+    min_side = max(config.size, config.min_side)
     factor = next(
-        factor for factor in (8, 4, 2, 1) if factor == 1 or min(opened.size) >= factor * least
+        factor for factor in (8, 4, 2, 1) if factor == 1 or min(opened.size) >= factor * min_side
     )
     width, height = (-(-side // factor) for side in opened.size)
     decoded: Image = simplejpeg.decode_jpeg(
@@ -212,16 +220,13 @@ def _fast_jpeg(opened: PILImage.Image, data: bytes, config: ResizeConfig) -> Ima
 
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit: keep the high byte
+    if image.mode.startswith("I") or image.mode == "F":  # 16- or 32-bit: scale to 8 bits
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        return PILImage.fromarray(
-            (values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)
-        ).convert("RGB")
-    # on white, as a browser shows it
+        scaled = (values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)
+        return PILImage.fromarray(scaled).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert(
-            "RGB"
-        )
+        white = PILImage.new("RGBA", rgba.size, "white")  # the background that browsers use
+        return PILImage.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")

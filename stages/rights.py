@@ -1,5 +1,5 @@
-"""Rights: pictures whose licence or consent isn't among those allowed go no further, and nothing of
-them is kept.
+"""Rights: drops records whose license or consent isn't allowed, with everything computed from their
+images.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from stages.record import Record
 
 
 class RightsStage(RecordStage):
-    """Compares what the source states with the patterns allowed; none allowed means that anything
-    is.
-    """
+    """Compares a record's license and consent with the allowed patterns; no patterns allow any."""
 
     name = "rights"
     version = 1
@@ -23,35 +21,29 @@ class RightsStage(RecordStage):
     config: RightsConfig
 
     def process_one(self, record: Record) -> Record:
-        if not allowed(record.license, self.config.license_allow):
-            verdict = Dropped(
-                "license_not_allowed", _said("licence", record.license, self.config.license_allow)
-            )
-        elif not allowed(record.consent, self.config.consent_allow):
-            verdict = Dropped(
-                "consent_missing", _said("consent", record.consent, self.config.consent_allow)
-            )
+        if not is_allowed(record.license, self.config.license_allow):
+            detail = _detail("licence", record.license, self.config.license_allow)
+            rejection = Dropped("license_not_allowed", detail)
+        elif not is_allowed(record.consent, self.config.consent_allow):
+            detail = _detail("consent", record.consent, self.config.consent_allow)
+            rejection = Dropped("consent_missing", detail)
         else:
             return record
-        stated = {
-            name: getattr(record, name)
-            for name in ("key", "source", "sha256", "license", "author", "consent")
-        }
-        # an earlier run may have made more of it: that goes too
-        return reject(Record(**stated), verdict, self.name)
+        # All other fields are removed: an earlier run may have computed some.
+        names = ("key", "source", "sha256", "license", "author", "consent")
+        stated = Record(**{name: getattr(record, name) for name in names})
+        return reject(stated, rejection, self.name)
 
 
-def allowed(stated: str, patterns: Sequence[str]) -> bool:
-    """True if `stated` matches a pattern (* and ? stand for anything), whatever the case; or there
-    is no pattern.
+def is_allowed(value: str, patterns: Sequence[str]) -> bool:
+    """True if `value` matches one of `patterns`, or there are none. Case is ignored; * and ? are
+    wildcards.
     """
-    text = stated.strip().casefold()
+    text = value.strip().casefold()
     return not patterns or any(
         fnmatchcase(text, pattern.strip().casefold()) for pattern in patterns
     )
 
 
-def _said(what: str, stated: str, patterns: Sequence[str]) -> str:
-    return (
-        f"{what} {stated!r}, allowed: {', '.join(patterns)}" if stated else f"no {what} is stated"
-    )
+def _detail(name: str, value: str, patterns: Sequence[str]) -> str:
+    return f"{name} {value!r}, allowed: {', '.join(patterns)}" if value else f"no {name} is stated"

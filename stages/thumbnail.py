@@ -1,8 +1,7 @@
-"""Thumbnail: the picture at a glance, small enough to stand in the sidecar and, by thousands, in
-the report.
+"""Thumbnail: makes a small WebP of the image, for the sidecar and the report.
 
-It is made as soon as there is a picture, and stays with a record that is dropped later: the report
-shows what was lost.
+It is made directly after the image has been decoded and stays in a record that is dropped later, so
+that the report can show it.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class ThumbnailStage(RecordStage):
 
     def process_one(self, record: Record) -> Record:
         small = shrink(decode_jpeg(record.image), THUMBNAIL_SIDE)
-        done, data = cv2.imencode(
+        success, data = cv2.imencode(
             ".webp", small[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, self.config.quality]
         )
-        assert done, "OpenCV encodes any uint8 picture"
+        assert success, "OpenCV encodes any uint8 image"
         return replace(record, thumbnail=data.tobytes())

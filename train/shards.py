@@ -38,7 +38,8 @@ class ShardSet:
         manifests = list(reader.manifests().values())
         if not manifests:
             raise SourceError(
-                f"{data}: no shards there (looked for {data}/shards/*.json). Run make dataset first, "
+                f"{data}: no shards there (looked for {data}/shards/*.json). Run make dataset "
+                "first, "
                 "then give its output here, as in data=runs/dataset."
             )
         with ThreadPoolExecutor(_READERS) as pool:
@@ -47,12 +48,14 @@ class ShardSet:
         chosen = [_chosen(samples, keys) for samples in places]
         if not any(chosen) and any(places):
             raise SourceError(
-                f"{data}: none of its samples is on the side split={split}. Train with split=all, or "
+                f"{data}: none of its samples is on the side split={split}. Train with "
+                "split=all, or "
                 "make the data set again with another global_pass.val_share."
             )
         if not any(chosen):
             raise SourceError(
-                f"{data}: its {len(manifests)} shards hold no sample; the report under {data}/report "
+                f"{data}: its {len(manifests)} shards hold no sample; the report under "
+                f"{data}/report "
                 "says why inputs were dropped. Run make dataset on other pictures."
             )
         used = [m for m, samples in zip(manifests, chosen, strict=True) if samples]
@@ -67,7 +70,9 @@ class ShardSet:
         return len(self.keys)
 
     def records(self, numbers: Sequence[int]) -> list[Record]:
-        """The records of those samples, in that order. Raises ShardError for one that can't be read."""
+        """The records of those samples, in that order. Raises ShardError for one that can't be
+        read.
+        """
         # A new reader: a worker process can't share its parent's connections.
         places = [
             SamplePlace(self.keys[number], str(self._tars[number]), *self._spans[number].tolist())
@@ -92,7 +97,8 @@ def _places(reader: DatasetReader, manifest: Manifest) -> list[SamplePlace]:
     size = reader.store.size(layout.in_shards(tar.name))
     if size != tar.bytes:
         raise ShardError(
-            f"{reader}: {tar.name} holds {size:,} bytes, its manifest says {tar.bytes:,}. {_REBUILD}"
+            f"{reader}: {tar.name} holds {size:,} bytes, its manifest says {tar.bytes:,}. "
+            f"{_REBUILD}"
         )
     if not manifest.written:
         return []
@@ -116,7 +122,8 @@ def _keys_on_side(reader: DatasetReader, split: str) -> frozenset[str]:
     table = reader.identities(["key", "split"])
     if not len(table):
         raise SourceError(
-            f"{reader}: it has no identities.parquet, so it isn't split yet. Run make dataset to its "
+            f"{reader}: it has no identities.parquet, so it isn't split yet. Run make dataset to "
+            "its "
             "end, or train with split=all."
         )
     return frozenset(row["key"] for row in table.to_pylist() if row["split"] == split)

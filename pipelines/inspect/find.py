@@ -1,7 +1,7 @@
 """Find: one input of a data set, by its key or name, with all that is known of it.
 
-Of a tar only the input's own bytes are read. A removed record is found by its key, or by the name it
-had, and shows that alone.
+Of a tar only the input's own bytes are read. A removed record is found by its key, or by the name
+it had, and shows that alone.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _COMPARED: Final = 20_000  # names that a misspelt one is compared with
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """row: of the sidecar. tar: file name of the tar that holds it, "" for none. record: its sample,
-    None for none. person: its row of identities.parquet. config: plain values of OUT/config.yaml. current: False where the shard was
-    made by another configuration than that. columns: of the sidecar.
+    """row: of the sidecar. tar: file name of the tar that holds it, "" for none. record: its
+    sample, None for none. person: its row of identities.parquet. config: plain values of
+    OUT/config.yaml. current: False where the shard was made by another configuration than that.
+    columns: of the sidecar.
     """
 
     shard: str

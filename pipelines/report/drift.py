@@ -54,7 +54,7 @@ def distances(track: Track) -> tuple[float | None, Floats]:
 
 
 def flags(track: Track, shards: list[str]) -> tuple[dict[str, Any], Floats]:
-    """(entry of the stats, distances). An entry's `away` is None where nothing else varies at all."""
+    """(entry of the stats, distances). An entry's `away` is None where nothing else varies."""
     middle, away = distances(track)
     far = np.flatnonzero((np.abs(away) > LIMIT) & (track.counts >= LEAST))
     flagged = [

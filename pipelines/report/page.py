@@ -139,7 +139,7 @@ def _entry(shown: ShownMetric) -> dict[str, Any]:
 
 
 def _groups(metrics: Sequence[ShownMetric]) -> dict[str, list[dict[str, Any]]]:
-    """The metrics by group; those of a group that the page has no section for are with `picture`."""
+    """The metrics by group; those of a group without a section are with `picture`."""
     groups: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
     for shown in metrics:
         groups[shown.metric.group if shown.metric.group in groups else GROUPS[0]].append(

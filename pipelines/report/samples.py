@@ -39,8 +39,9 @@ EXTRA: Final = ("identity_size", "similarity")  # metrics of a sample that its s
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """columns: name → a value for each record, JSON-ready. values: (metrics and EXTRA, records), NaN
-    for none. pictures: (WebP, label PNG) of each record, empty where there is none."""
+    """columns: name → a value for each record, JSON-ready. values: (metrics and EXTRA, records),
+    NaN for none. pictures: (WebP, label PNG) of each record, empty where there is none.
+    """
 
     columns: dict[str, list[Any]]
     values: Floats

@@ -41,9 +41,9 @@ End = tuple[str, str, str]  # status, stage, reason
 class Scan:
     """What one sidecar says.
 
-    counts: how many rows have this status, stage and reason; written ones are ("ok", "", ""). first:
-    numbers of the first such rows. values: (metrics, written). labels: (19, written). tally: counts
-    of ("license", name), ("fused", region), ("unfused", region, reason) and so on.
+    counts: how many rows have this status, stage and reason; written ones are ("ok", "", "").
+    first: numbers of the first such rows. values: (metrics, written). labels: (19, written). tally:
+    counts of ("license", name), ("fused", region), ("unfused", region, reason) and so on.
     """
 
     manifest: Manifest
@@ -73,8 +73,9 @@ def scan(
     shown: Sequence[ShownMetric],
     columns: Mapping[str, Column],
 ) -> Iterator[Scan]:
-    """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or contradicts
-    its manifest."""
+    """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or
+    contradicts its manifest.
+    """
     names = [*_LEDGER, "tar_size", "quarantine_size", *_TALLIED]
     wanted: list[Column | str] = [*names, *metrics.columns_of(shown, columns)]
 

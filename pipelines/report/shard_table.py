@@ -1,4 +1,4 @@
-"""Shard table: report/stats.parquet, a row for each shard, and which shards drift from the others."""
+"""Shard table: report/stats.parquet, a row for each shard; which shards drift from the others."""
 
 from __future__ import annotations
 

@@ -40,9 +40,10 @@ _NAMED: Final = 20  # licences named one by one
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """stats: JSON-ready. shards: a row for each. examples: (status, stage, reason) → (shard's index,
-    row) of its first records. tally: counts over all written samples, see scan.Scan. metrics: those
-    that `stats` and the page show. columns: of the sidecars, by name."""
+    """stats: JSON-ready. shards: a row for each. examples: (status, stage, reason) → (shard's
+    index, row) of its first records. tally: counts over all written samples, see scan.Scan.
+    metrics: those that `stats` and the page show. columns: of the sidecars, by name.
+    """
 
     stats: dict[str, Any]
     shards: pa.Table
@@ -69,7 +70,8 @@ def compute(reader: DatasetReader) -> Report:
     manifests = list(reader.manifests().values())
     if not manifests:
         raise ShardError(
-            f"{reader} holds no committed shard: there is nothing to report. Run the data set first."
+            f"{reader} holds no committed shard: there is nothing to report. Run the data set "
+            "first."
         )
     columns = {**KNOWN, **reader.columns()}
     metrics = shown_metrics(columns.values())

@@ -68,8 +68,8 @@ class SourceFile:
                     stream.seek(0)
             except ValueError:
                 raise SourceError(
-                    f"{self.path} can't be read in parts: its server sends it whole only. Copy it "
-                    "here first."
+                    f"{self.path} can't be read in parts: its server doesn't support range "
+                    "requests. Copy it here first."
                 ) from None
             yield cast(IO[bytes], stream)
 

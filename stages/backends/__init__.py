@@ -1,3 +1,1 @@
-"""Real models behind four small protocols; see registry.py for the names and weights.py for their
-files.
-"""
+"""Models behind four protocols (protocols.py); registry.py lists them, weights.py their files."""

@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 
 from configs.schema import EmbedConfig
-from stages.align import ARCFACE_112, similarity
+from stages.align import ARCFACE_112, similarity_transform
 from stages.backends.runtime import onnx_session
 from stages.backends.weights import Weights
 from stages.codec import Image
 from stages.record import Face, FloatArray
 
-CROP = 112
+CROP = 112  # pixels, side of the network's input
 
 
 class ArcFace:
@@ -26,14 +26,16 @@ class ArcFace:
         self._model: Any = ArcFaceONNX(model_file=str(path), session=onnx_session(path))
 
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        """See protocols.IdentityEmbedder; the whole sequence goes through the network as one batch."""
+        """See protocols.IdentityEmbedder. The whole sequence is one batch of the network."""
         crops = [crop(image, face) for image, face in zip(images, faces, strict=True)]
         return list(np.asarray(self._model.get_feat(crops), np.float32))
 
 
 def crop(image: Image, face: Face) -> Image:
-    """The BGR crop ArcFace was trained on. The reference fed RGB here at inference (REFERENCE.md
-    §7.1); we never do.
+    """Returns the aligned face, BGR (112, 112, 3) uint8, as ArcFace was trained on.
+
+    The reference passed RGB at inference (REFERENCE.md §7.1); this project never does.
     """
-    warped = cv2.warpAffine(image, similarity(face, ARCFACE_112), (CROP, CROP), borderValue=0.0)
+    matrix = similarity_transform(face, ARCFACE_112)
+    warped = cv2.warpAffine(image, matrix, (CROP, CROP), borderValue=0.0)
     return np.ascontiguousarray(warped[:, :, ::-1], np.uint8)

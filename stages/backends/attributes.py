@@ -1,13 +1,12 @@
-"""Captions without a language model: sentences composed from what was measured of the picture, and
-from nothing else.
+"""Composes captions without a language model, from the measured appearance alone.
 
-No sex, age or ethnicity is guessed, and what is too small, ambiguous or unmeasured isn't said (see
-measures.py). Which of several equal phrases is taken depends on the record's key alone, so that a
-caption is the same on every run.
+Sex, age and ethnicity aren't guessed, and what is too small, ambiguous or unknown isn't mentioned
+(see appearance.py). The record's key chooses between phrases of equal meaning, so a caption is the
+same in every run.
 
-The fine description names every visible region once by its word (face, eyes, ears, nose, mouth), in
-lower case and each in a clause of its own, since the facial prompt hangs on those words; "ears" and
-"eyes" stay plural where one is seen.
+The face caption names every visible region once, by its word (face, eyes, ears, nose, mouth), in
+lower case and in a clause of its own, because the trainer finds regions by these words. "ears" and
+"eyes" stay plural even if only one is visible.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ import cv2
 import numpy as np
 
 from configs.captions import AttributesConfig
+from stages.backends.appearance import Appearance, measure_appearance
 from stages.backends.colors import to_lab
-from stages.backends.measures import Measured, measure
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, scaled
 
 if TYPE_CHECKING:
     from stages.backends.weights import Weights
 
-
-_SIDE: Final = 256  # short side, pixels, that pictures are brought near to before they are measured
+# Images are reduced by a whole factor to a short side of at least this many pixels before they are
+# measured: lengths are in units of the face, and captions need no finer detail.
+_SHORT_SIDE: Final = 256
 
 
 class Attributes:
@@ -50,27 +50,24 @@ class Attributes:
         """(coarse, fine) of each record; fine is "" where no region of the face is visible."""
         texts = []
         for record in records:
-            measured = measure_record(record)
-            texts.append((describe(measured, record.key), describe_face(measured, record.key)))
+            appearance, key = _appearance_of(record), record.key
+            texts.append((compose_caption(appearance, key), compose_face_caption(appearance, key)))
         return texts
 
 
-def measure_record(record: Record) -> Measured:
-    """Measured at about half of 512 pixels: every length is in units of the face, and nothing said
-    needs more.
-    """
+def _appearance_of(record: Record) -> Appearance:
     image, labels, face = decode_jpeg(record.image), decode_labels(record.parsing), record.main_face
-    step = max(1, min(labels.shape) // _SIDE)
+    step = max(1, min(labels.shape) // _SHORT_SIDE)
     if step > 1:
         labels = np.ascontiguousarray(labels[::step, ::step])
         size = (labels.shape[1], labels.shape[0])
         image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
         face = scaled(face, 1 / step)
-    return measure(to_lab(image), labels, face)
+    return measure_appearance(to_lab(image), labels, face)
 
 
 class _Phrases:
-    """Chooses among equal phrases by successive digits of the key, which is a hash."""
+    """Chooses between phrases of equal meaning, by successive digits of the key (a hash)."""
 
     def __init__(self, key: str) -> None:
         self._digits = int(key, 16)
@@ -80,30 +77,37 @@ class _Phrases:
         return phrases[index]
 
 
-def describe(measured: Measured, key: str) -> str:
-    """The coarse description: a first sentence that stands by itself, and a second one where there
-    is more to say.
+def compose_caption(appearance: Appearance, key: str) -> str:
+    """Returns the caption: a sentence that is complete by itself, and a second one about pose and
+    background if these are known. key: the record's, hex digits.
     """
     phrases = _Phrases(key)
-    kind = "close-up portrait" if measured.close_up else "portrait"
+    kind = "close-up portrait" if appearance.close_up else "portrait"
     opening = phrases.pick(f"A {kind} of a person", f"A {kind} showing a person")
-    features = [part for part in (_hair(measured), "a fringe" if measured.fringe else "") if part]
+    features = [
+        part for part in (_hair(appearance), "a fringe" if appearance.fringe else "") if part
+    ]
     subject = opening + (f" with {_listed(features)}" if features else "")
-    worn = _worn(measured)
-    clauses = [subject, f"wearing {_listed(worn)}" if worn else "", _expression(measured)]
+    worn = _worn(appearance)
+    clauses = [subject, f"wearing {_listed(worn)}" if worn else "", _expression(appearance)]
     first = ", ".join(clause for clause in clauses if clause) + "."
-    pose = _pose(measured)
-    backdrop = f"the background is mostly {measured.backdrop}" if measured.backdrop else ""
+    pose = _pose(appearance)
+    backdrop = f"the background is mostly {appearance.backdrop}" if appearance.backdrop else ""
     second = _listed([part for part in (f"the head is {pose}" if pose else "", backdrop) if part])
     return f"{first} {second[0].upper()}{second[1:]}." if second else first
 
 
-def describe_face(measured: Measured, key: str) -> str:
-    """The fine description: a sentence with a clause for each visible region, "" if none is."""
+def compose_face_caption(appearance: Appearance, key: str) -> str:
+    """Returns the face caption: a sentence with a clause for each visible region, "" if none is.
+
+    key: the record's, hex digits.
+    """
     phrases = _Phrases(key[::-1])
     clause_of = {"face": _face, "eyes": _eyes, "ears": _ears, "nose": _nose, "mouth": _mouth}
     clauses = [
-        clause(measured, phrases) for word, clause in clause_of.items() if word in measured.regions
+        clause(appearance, phrases)
+        for word, clause in clause_of.items()
+        if word in appearance.regions
     ]
     if not clauses:
         return ""
@@ -111,129 +115,123 @@ def describe_face(measured: Measured, key: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _hair(measured: Measured) -> str:
-    known = [part for part in ("long" if measured.hair_long else "", measured.hair_color) if part]
-    return " ".join([*known, "hair"]) if known else ""
+def _hair(appearance: Appearance) -> str:
+    length = "long" if appearance.hair_long else ""
+    adjectives = [word for word in (length, appearance.hair_color) if word]
+    return " ".join([*adjectives, "hair"]) if adjectives else ""
 
 
-def _worn(measured: Measured) -> list[str]:
+def _worn(appearance: Appearance) -> list[str]:
     worn = []
-    if measured.glasses:
-        worn.append("dark glasses" if measured.dark_glasses else "glasses")
-    if measured.hat:
-        color = measured.hat_color
-        worn.append(
-            f"{color} headwear".strip() if measured.headwear else _with_article(f"{color} hat")
-        )
-    if measured.earrings:
-        worn.append("earrings" if measured.earrings > 1 else "an earring")
-    if measured.necklace:
+    if appearance.glasses:
+        worn.append("dark glasses" if appearance.dark_glasses else "glasses")
+    if appearance.hat:
+        color = appearance.hat_color
+        hat = _with_article(f"{color} hat")
+        worn.append(f"{color} headwear".strip() if appearance.headwear else hat)
+    if appearance.earrings:
+        worn.append("earrings" if appearance.earrings > 1 else "an earring")
+    if appearance.necklace:
         worn.append("a necklace")
-    if measured.cloth_color:
-        worn.append(_with_article(f"{measured.cloth_color} top"))
+    if appearance.cloth_color:
+        worn.append(_with_article(f"{appearance.cloth_color} top"))
     return worn
 
 
-def _expression(measured: Measured) -> str:
-    if not measured.mouth:
+def _expression(appearance: Appearance) -> str:
+    if not appearance.mouth:
         return ""
-    if measured.smile:
-        manner = {
-            "closed": "with the mouth closed",
-            "slightly open": "with the mouth slightly open",
-        }
-        return "smiling " + (
-            "and showing teeth"
-            if measured.teeth
-            else manner.get(measured.mouth, "with an open mouth")
-        )
-    return f"with the mouth {measured.mouth}"
+    if not appearance.smile:
+        return f"with the mouth {appearance.mouth}"
+    if appearance.teeth:
+        return "smiling and showing teeth"
+    if appearance.mouth in ("closed", "slightly open"):
+        return f"smiling with the mouth {appearance.mouth}"
+    return "smiling with an open mouth"
 
 
-def _pose(measured: Measured) -> str:
-    """As it follows "the head is"; "" if there is nothing to say."""
-    side = "left" if measured.turned < 0 else "right"
+def _pose(appearance: Appearance) -> str:
+    """Returns the words that follow "the head is"; "" if the head is straight."""
+    side = "left" if appearance.turned < 0 else "right"
     turned = (
         "",
         f"turned slightly to the {side}",
         f"turned to the {side}",
         f"turned fully to the {side}",
     )
-    tilted = (
-        f"tilted to the {'left' if measured.tilted < 0 else 'right'}" if measured.tilted else ""
-    )
-    pitched = {-1: "lowered", 0: "", 1: "raised"}[measured.pitched]
-    return _listed([part for part in (turned[abs(measured.turned)], tilted, pitched) if part])
+    tilt_side = "left" if appearance.tilted < 0 else "right"
+    tilted = f"tilted to the {tilt_side}" if appearance.tilted else ""
+    pitched = {-1: "lowered", 0: "", 1: "raised"}[appearance.pitched]
+    return _listed([part for part in (turned[abs(appearance.turned)], tilted, pitched) if part])
 
 
-def _face(measured: Measured, phrases: _Phrases) -> str:
-    side = "left" if measured.turned < 0 else "right"
-    if measured.turned == 0:
+def _face(appearance: Appearance, phrases: _Phrases) -> str:
+    side = "left" if appearance.turned < 0 else "right"
+    if appearance.turned == 0:
         view = phrases.pick("the face is seen from the front", "the face is turned to the camera")
-    elif abs(measured.turned) < 3:
-        view = f"the face is turned {'slightly ' if abs(measured.turned) == 1 else ''}to the {side}"
+    elif abs(appearance.turned) < 3:
+        degree = "slightly " if abs(appearance.turned) == 1 else ""
+        view = f"the face is turned {degree}to the {side}"
     else:
         view = phrases.pick(
             f"the face is in profile to the {side}", f"the face is seen from the side facing {side}"
         )
-    if measured.glasses and "eyes" not in measured.regions:
-        return f"{view} behind {'dark ' if measured.dark_glasses else ''}glasses"
-    if measured.fringe:
+    if appearance.glasses and "eyes" not in appearance.regions:
+        return f"{view} behind {'dark ' if appearance.dark_glasses else ''}glasses"
+    if appearance.fringe:
         return f"{view} under a fringe"
-    return f"{view} and framed by long hair" if measured.hair_long else view
+    return f"{view} and framed by long hair" if appearance.hair_long else view
 
 
-def _eyes(measured: Measured, phrases: _Phrases) -> str:
-    # of a frontal face the parser missed the other one
-    if measured.eyes == 1 and abs(measured.turned) >= 2:
+def _eyes(appearance: Appearance, phrases: _Phrases) -> str:
+    # In a frontal face both eyes are visible: if one is missing, the parser didn't find it.
+    if appearance.eyes == 1 and abs(appearance.turned) >= 2:
         return phrases.pick("one of the eyes is visible", "one of the eyes shows")
-    state = "narrowed" if measured.narrowed else "visible"
-    brows = (
-        phrases.pick(" under dark brows", " below dark brows", "") if measured.dark_brows else ""
-    )
-    glasses = " behind glasses" if measured.glasses else ""
-    subject = (
-        phrases.pick("both eyes", "the eyes", "the two eyes") if measured.eyes == 2 else "the eyes"
-    )
+    state = "narrowed" if appearance.narrowed else "visible"
+    brows = glasses = ""
+    if appearance.dark_brows:
+        brows = phrases.pick(" under dark brows", " below dark brows", "")
+    if appearance.glasses:
+        glasses = " behind glasses"
+    subject = "the eyes"
+    if appearance.eyes == 2:
+        subject = phrases.pick("both eyes", "the eyes", "the two eyes")
     return f"{subject} are {state}{glasses or brows}"
 
 
-def _ears(measured: Measured, phrases: _Phrases) -> str:
-    if measured.ears == 2:
+def _ears(appearance: Appearance, phrases: _Phrases) -> str:
+    if appearance.ears == 2:
         clause = phrases.pick("both ears are visible", "the two ears show")
-    elif measured.ears == 1:
+    elif appearance.ears == 1:
         clause = phrases.pick("one of the ears is visible", "one of the ears shows")
     else:
         clause = "the ears are barely visible"
-    if measured.earrings:
-        clause += " with earrings" if measured.earrings > 1 else " with an earring"
+    if appearance.earrings:
+        clause += " with earrings" if appearance.earrings > 1 else " with an earring"
     return clause
 
 
-def _nose(measured: Measured, phrases: _Phrases) -> str:
-    if measured.turned == 0:
+def _nose(appearance: Appearance, phrases: _Phrases) -> str:
+    if appearance.turned == 0:
         return phrases.pick(
             "the nose points straight ahead",
             "the nose is seen head on",
             "the nose points to the camera",
         )
-    side = "left" if measured.turned < 0 else "right"
+    side = "left" if appearance.turned < 0 else "right"
     return phrases.pick(f"the nose points to the {side}", f"the nose faces {side}")
 
 
-def _mouth(measured: Measured, phrases: _Phrases) -> str:
-    if not measured.mouth:
+def _mouth(appearance: Appearance, phrases: _Phrases) -> str:
+    if not appearance.mouth:
         return "the mouth is visible"
-    if measured.smile:
-        smile = phrases.pick("in a smile", "and smiling")
-        return f"the mouth is {measured.mouth} {smile}" + (
-            " with teeth showing" if measured.teeth else ""
-        )
-    return f"the mouth is {measured.mouth}" + (" with teeth showing" if measured.teeth else "")
+    smile = f" {phrases.pick('in a smile', 'and smiling')}" if appearance.smile else ""
+    teeth = " with teeth showing" if appearance.teeth else ""
+    return f"the mouth is {appearance.mouth}{smile}{teeth}"
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """a; a and b; a, b and c."""
+    """Joins as in "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 

@@ -1,7 +1,7 @@
 """BiSeNet face parsing (facexlib's network, torch): 19 CelebAMask-HQ classes.
 
-facexlib's own `__init__` imports its detectors, and so torchvision, which this project does without
-(docs/adr/0002). `bisenet` imports the one module we need past it.
+facexlib's `__init__` imports its detectors, which need torchvision; this project doesn't depend on
+it (docs/adr/0002). So `bisenet` imports the module with the network without running `__init__`.
 """
 
 from __future__ import annotations
@@ -39,38 +39,28 @@ class BiSeNetParser:
 
     @torch.inference_mode()
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        """Each image squashed to size × size (as the network was trained), its labels brought back
-        to its own size.
+        """See protocols.FaceParser. An image is resized to size × size, regardless of its aspect
+        ratio, as in training; its labels are resized back.
         """
         side = (self._size, self._size)
-        squashed = [
+        resized = [
             image
             if image.shape[:2] == side
             else cv2.resize(image, side, interpolation=cv2.INTER_LINEAR)
             for image in images
         ]
-        x = (
-            torch.from_numpy(np.stack(squashed))
-            .permute(0, 3, 1, 2)
-            .to(self._device)
-            .float()
-            .div_(255)
-        )
-        x = (
-            x.sub_(_MEAN.to(self._device))
-            .div_(_STD.to(self._device))
-            .contiguous(memory_format=torch.channels_last)
-        )
-        with torch.autocast(
-            self._device.type, self._dtype, enabled=self._dtype is not torch.float32
-        ):
+        x = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self._device)
+        x = x.float().div_(255).sub_(_MEAN.to(self._device)).div_(_STD.to(self._device))
+        x = x.contiguous(memory_format=torch.channels_last)
+        is_low_precision = self._dtype is not torch.float32
+        with torch.autocast(self._device.type, self._dtype, enabled=is_low_precision):
             logits = self._logits(x)
         labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
         return [_to_size(labels[i], images[i].shape[:2]) for i in range(len(images))]
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The main head alone: the network's own forward also computes and enlarges two
-        training-time heads.
+        """Returns (N, 19, size, size) of the main head alone. The network's own `forward` also
+        computes two heads that only training needs.
         """
         features, context, _ = self._net.cp(x)
         logits, _ = self._net.conv_out(self._net.ffm(features, context))
@@ -83,22 +73,23 @@ def _to_size(labels: LabelMap, size: tuple[int, ...]) -> LabelMap:
     height, width = size
     if labels.shape == (height, width):
         return labels
-    return np.asarray(
-        cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8
-    )
+    resized = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+    return np.asarray(resized, np.uint8)
 
 
 def bisenet(classes: int) -> Any:
-    """facexlib.parsing.bisenet.BiSeNet, with hollow parents in place of facexlib's two `__init__`s
-    while it loads.
+    """Returns an instance of facexlib.parsing.bisenet.BiSeNet.
+
+    While the module is imported, empty modules replace its two parent packages, so that their
+    `__init__` files don't run.
     """
     spec = importlib.util.find_spec("facexlib")
     assert spec is not None and spec.submodule_search_locations is not None, (
         "facexlib is a dependency"
     )
     root = spec.submodule_search_locations[0]
-    hollow = {"facexlib": root, "facexlib.parsing": f"{root}/parsing"}
-    for name, folder in hollow.items():
+    parents = {"facexlib": root, "facexlib.parsing": f"{root}/parsing"}
+    for name, folder in parents.items():
         if name not in sys.modules:
             module = ModuleType(name)
             module.__path__ = [folder]
@@ -106,6 +97,6 @@ def bisenet(classes: int) -> Any:
     try:
         return importlib.import_module("facexlib.parsing.bisenet").BiSeNet(num_class=classes)
     finally:
-        for name in hollow:
-            if getattr(sys.modules[name], "__file__", None) is None:
+        for name in parents:
+            if getattr(sys.modules[name], "__file__", None) is None:  # an empty one from above
                 del sys.modules[name]

@@ -1,7 +1,6 @@
-"""Colour names for a masked part of a picture, or none where the part has no one colour.
+"""Names the colour of a masked part of an image, if the part has a single colour.
 
-A name is given only where most of the part's inner pixels lie near its median colour in CIE Lab
-(D65; L 0-100).
+It has one if most of its inner pixels are close to its median colour in CIE Lab (D65; L 0-100).
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from stages.regions import Mask
 Lab = tuple[float, float, float]
 LabImage = npt.NDArray[np.float32]
 
-# half-axes of "near the median" in L, a, b: light varies more than hue does
+# half-axes in L, a, b of the ellipsoid around the median: lightness varies more than hue
 _NEAR: Final = (22.0, 12.0, 12.0)
-_EDGE: Final = 0.008  # of the picture's short side: border pixels mix with the neighbour's colour
-_SAMPLE: Final = 5000  # pixels are enough for a median
+# Width of a part's border, in short sides of the image: colours of neighbouring parts mix there.
+_EDGE: Final = 0.008
+_MAX_SAMPLE: Final = 5000  # pixels; enough for a median
 
-# name: hue angles in Lab, degrees, of pure and cloth-like colours alike
+# (hue angle in Lab, in degrees, below which the name applies; name)
 _HUES: Final = (
     (20.0, "pink"),
     (48.0, "red"),
@@ -43,28 +43,28 @@ def to_lab(image: Image) -> LabImage:
 
 
 def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> Lab | None:
-    """The median colour of the mask's inside, or None.
+    """Returns the median colour of the mask's inner pixels, None if they have no common colour.
 
-    agreement: share of the inner pixels that must lie near the median. at_least: inner pixels
-    needed to judge at all.
+    agreement: minimum share of the inner pixels that are close to the median. at_least: minimum
+    number of inner pixels.
     """
     edge = max(1, round(_EDGE * min(mask.shape)))
     kernel = np.ones((2 * edge + 1, 2 * edge + 1), np.uint8)
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), edge, edge, edge, edge, cv2.BORDER_REPLICATE)
-    inside = cv2.erode(padded, kernel)[edge:-edge, edge:-edge] > 0
-    pixels = lab[inside]
+    inner = cv2.erode(padded, kernel)[edge:-edge, edge:-edge] > 0
+    pixels = lab[inner]
     if len(pixels) < max(at_least, 1):
         return None
-    pixels = pixels[:: 1 + len(pixels) // _SAMPLE]
+    pixels = pixels[:: 1 + len(pixels) // _MAX_SAMPLE]
     median = np.median(pixels, axis=0)
     near = (((pixels - median) / np.array(_NEAR)) ** 2).sum(axis=1) <= 1
-    return (
-        (float(median[0]), float(median[1]), float(median[2])) if near.mean() >= agreement else None
-    )
+    if near.mean() < agreement:
+        return None
+    return float(median[0]), float(median[1]), float(median[2])
 
 
 def hair_color(color: Lab) -> str:
-    """Name of a hair colour, "" between the names."""
+    """Returns the name of a hair colour, "" if it is between the named ones."""
     light, chroma, hue = _polar(color)
     if light < 9 or (light < 15 and chroma < 6):
         return "black"
@@ -85,20 +85,13 @@ def hair_color(color: Lab) -> str:
 
 
 def fabric_color(color: Lab) -> str:
-    """Name of the colour of clothes, hats and backgrounds."""
+    """Returns the name of a colour of clothes, hats and backgrounds."""
     light, chroma, hue = _polar(color)
     if light < 6 or (light < 20 and chroma < 10):
         return "black"
     if chroma < 11:
-        return (
-            "dark grey"
-            if light < 40
-            else "grey"
-            if light < 66
-            else "light grey"
-            if light < 82
-            else "white"
-        )
+        greys = ((40, "dark grey"), (66, "grey"), (82, "light grey"))
+        return next((name for limit, name in greys if light < limit), "white")
     if 35 <= hue < 95 and chroma < 30 and light >= 62:
         return "beige"
     if 30 <= hue < 90 and chroma < (45 if hue >= 45 else 25) and light < 62:
@@ -106,17 +99,14 @@ def fabric_color(color: Lab) -> str:
     name = next(name for limit, name in _HUES if hue < limit)
     if name == "pink" and light < 50:
         name = "red" if hue < 20 else "purple"
-    shade = (
-        "dark "
-        if light < 27
-        else "light "
-        if light > 70 and name not in ("yellow", "pink", "orange")
-        else ""
-    )
-    return shade + name
+    if light < 27:
+        return f"dark {name}"
+    if light > 70 and name not in ("yellow", "pink", "orange"):
+        return f"light {name}"
+    return name
 
 
 def _polar(color: Lab) -> tuple[float, float, float]:
-    """(lightness 0-100, chroma, hue in degrees)."""
+    """Returns (lightness 0-100, chroma, hue in degrees)."""
     light, a, b = color
     return light, float(np.hypot(a, b)), float(np.degrees(np.arctan2(b, a)) % 360)

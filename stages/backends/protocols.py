@@ -14,20 +14,23 @@ if TYPE_CHECKING:
 
 class FaceDetector(Protocol):
     def detect(self, image: Image, size: int) -> list[Face]:
-        """All faces at detector input size `size`², best score first, coordinates of `image`."""
+        """Returns all faces of the image, highest score first, in pixels of `image`.
+
+        size: side of the detector's square input, pixels.
+        """
         ...
 
 
 class FaceParser(Protocol):
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        """CelebAMask-HQ labels 0-18, each map (h, w) of its image's own size."""
+        """Returns label maps (H, W) of CelebAMask-HQ classes 0-18, of the images' sizes."""
         ...
 
 
 class IdentityEmbedder(Protocol):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        """float32[512] per image, of the face given for it, as the network gives it: not yet of
-        unit norm.
+        """Returns float32[512] for the face in each image, as the network outputs it, not
+        normalised.
         """
         ...
 

@@ -26,12 +26,15 @@ BACKENDS: dict[str, dict[str, str]] = {
 
 
 def backend_class(job: str, name: str) -> type[Any]:
-    """The class of backend `name` for `job`. Raises ConfigError, naming the known ones."""
-    known = BACKENDS[job]
-    if name not in known:
+    """Returns the class of backend `name` for a stage (`job`: the stage's name).
+
+    Raises ConfigError for an unknown name.
+    """
+    backends = BACKENDS[job]
+    if name not in backends:
         raise ConfigError(
-            f"{job}.backend={name!r}: no such backend. Known: {', '.join(sorted(known))}."
+            f"{job}.backend={name!r}: no such backend. Known: {', '.join(sorted(backends))}."
         )
-    module, _, attribute = known[name].partition(":")
-    found: type[Any] = getattr(importlib.import_module(module), attribute)
-    return found
+    module, _, attribute = backends[name].partition(":")
+    backend: type[Any] = getattr(importlib.import_module(module), attribute)
+    return backend

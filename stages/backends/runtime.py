@@ -1,4 +1,4 @@
-"""Threads and devices of the models in this process, in one place."""
+"""Sets the threads and devices of all models in this process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _threads = 0
 
 
 def pin_threads(count: int) -> None:
-    """Let every model of this process use `count` threads. Call before stages are set up.
+    """Make every model of this process use `count` threads. Call it before stages are set up.
 
-    0: as OMP_NUM_THREADS says, else all cores.
+    0: the number in OMP_NUM_THREADS, else one per core.
     """
     global _threads
     import cv2
@@ -24,8 +24,8 @@ def pin_threads(count: int) -> None:
 
 
 def onnx_session(path: Path) -> Any:
-    """An onnxruntime session on the GPU if the installed build has one, else on `pin_threads`'
-    number of cores.
+    """Returns an onnxruntime session, on the GPU if the installed build supports it, else on the
+    CPU with the threads that `pin_threads` set.
     """
     import onnxruntime
 
@@ -33,15 +33,14 @@ def onnx_session(path: Path) -> Any:
     options.intra_op_num_threads = _threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    known = onnxruntime.get_available_providers()
-    providers = [
-        name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known
-    ]
+    available = onnxruntime.get_available_providers()
+    preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in preferred if name in available]
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def torch_device(name: str) -> str:
-    """`auto` → cuda where there is one, else cpu; anything else as given."""
+    """Returns the torch device for a configured name: "auto" is cuda if available, else cpu."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

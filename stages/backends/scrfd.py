@@ -14,9 +14,7 @@ from stages.record import Face
 
 
 class Scrfd:
-    """One session per detector size, made when it is first used. Coordinates are rounded to a
-    hundredth of a pixel.
-    """
+    """Face detector. Rounds coordinates to 0.01 pixels and scores to 0.0001."""
 
     def __init__(self, config: DetectConfig, weights: Weights) -> None:
         from insightface.model_zoo.scrfd import SCRFD
@@ -26,7 +24,8 @@ class Scrfd:
         self._threshold = config.min_score
 
     def detect(self, image: Image, size: int) -> list[Face]:
-        # insightface takes OpenCV's order and swaps it itself
+        """See protocols.FaceDetector."""
+        # insightface expects BGR, as OpenCV reads images, and converts it to RGB itself
         bgr = np.ascontiguousarray(image[:, :, ::-1])
         boxes, landmarks = self._model.detect(
             bgr, input_size=(size, size), det_thresh=self._threshold

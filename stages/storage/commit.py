@@ -1,9 +1,9 @@
 """Commit: writing one shard, so that it exists whole or not at all.
 
 A shard is a tar of samples, a sidecar with a row for every input, and a manifest, which is written
-last: without it the shard doesn't exist. Complete samples that a rule or an exclusion dropped are in
-a tar of their own (quarantine), apart from those that people train on; another rule restores them
-without a model call. Tars and sidecar depend on inputs, signatures and exclusions alone.
+last: without it the shard doesn't exist. Complete samples that a rule or an exclusion dropped are
+in a tar of their own (quarantine), apart from those that people train on; another rule restores
+them without a model call. Tars and sidecar depend on inputs, signatures and exclusions alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stages.storage.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
-    """digest: equal digests mean equal inputs (name, size, version, exact copies) in equal order."""
+    """digest: equal digests mean equal inputs (name, size, version, copies) in equal order."""
 
     index: int
     inputs: int

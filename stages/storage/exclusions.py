@@ -1,5 +1,5 @@
-"""Exclusions: what is known of a record from outside its shard: it is a duplicate of a sample in any
-shard, or its removal was requested.
+"""Exclusions: what is known of a record from outside its shard: it is a duplicate of a sample in
+any shard, or its removal was requested.
 
 Duplicates are in duplicates.parquet (written by the global pass), removals in takedown.jsonl. Only
 `commit` applies them. A shard's bytes depend on its inputs, its signatures and its exclusions; its

@@ -104,7 +104,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes | str, name: str) -> Manifest:
-        """The manifest in file `name`. Raises ShardError unless it is one that this program reads."""
+        """The manifest in file `name`. Raises ShardError unless this program can read it."""
         repair = "Remove that file and run the pipeline again: it makes the shard again."
         try:
             values: dict[str, Any] = json.loads(data)

@@ -198,7 +198,7 @@ class DatasetReader:
         return self.store.read_all([layout.CONFIG]).get(layout.CONFIG, b"").decode()
 
     def config_values(self) -> dict[str, Any]:
-        """The same as plain values, {} where there is none. Keys may be those of an older version."""
+        """The same as plain values, {} for none. Keys may be those of an older version."""
         return _mapping(yaml.safe_load(self.config_text()))
 
     def dataset_info(self) -> dict[str, Any]:

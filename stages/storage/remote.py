@@ -21,18 +21,19 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 _STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _ERRNO: Final = frozenset({errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN})
 _CODES: Final = frozenset(
-    {
-        "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch",  # it arrived damaged
+    (
+        *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),  # it arrived damaged
         "NoSuchUpload",  # the answer to a finished upload was lost, and the request sent again
-    }
-)  # fmt: skip
+    )
+)
 _NAMES: Final = frozenset(
-    {
-        "ClientConnectionError", "ClientPayloadError", "ConnectTimeoutError", "ConnectionClosedError",
-        "EndpointConnectionError", "HTTPClientError", "IncompleteRead", "ReadTimeoutError", "ResponseParserError",
-        "ResponseStreamingError", "ServerDisconnectedError", "ServerTimeoutError", "TransportError",
-    }
-)  # fmt: skip
+    (
+        *("ClientConnectionError", "ClientPayloadError", "ConnectTimeoutError"),
+        *("ConnectionClosedError", "EndpointConnectionError", "HTTPClientError", "IncompleteRead"),
+        *("ReadTimeoutError", "ResponseParserError", "ResponseStreamingError"),
+        *("ServerDisconnectedError", "ServerTimeoutError", "TransportError"),
+    )
+)
 
 
 def refuse_credentials(url: str) -> None:
@@ -40,7 +41,8 @@ def refuse_credentials(url: str) -> None:
     this check before it is printed or written anywhere."""
     if _PASSWORD.search(url):
         raise ConfigError(
-            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept beside "
+            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept "
+            "beside "
             "the data. Take it out, and give it in the environment: AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
         )

@@ -1,8 +1,8 @@
 """Samples: a complete record as members of a tar, and back.
 
-KEY.jpg, KEY.parsing.png, KEY.identity.npy, KEY.txt and KEY.json, as the table of stored fields says.
-The JSON of all samples has one type: no nulls, and no lists of varying length but `faces`, which is
-never empty. So libraries that infer a schema from the first few samples can read the rest.
+KEY.jpg, KEY.parsing.png, KEY.identity.npy, KEY.txt and KEY.json, as the table of stored fields
+says. The JSON of all samples has one type: no nulls, and no lists of varying length but `faces`,
+which is never empty. So libraries that infer a schema from the first few samples can read the rest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def to_members(record: Record, annotations: Sequence[type[Annotation]]) -> dict[
     """
     if not record.complete or not (record.ok or record.quarantined):
         raise ValueError(
-            f"record {record.key} ({record.source}) is not a complete sample: status {record.status}"
+            f"record {record.key} ({record.source}) is not a complete sample: status "
+            f"{record.status}"
         )
     values = {name: _member(getattr(record, name)) for name in _MEMBERS}
     members = {_MEMBERS[name]: data for name, data in values.items()}
@@ -114,8 +115,9 @@ class TarWriter:
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
-        """Appends a sample; returns where it is: `offset` of its first header and `size` with headers
-        and padding, both in bytes, and of each member the name, data offset and size."""
+        """Appends a sample; returns where it is: `offset` of its first header and `size` with
+        headers and padding, both in bytes, and of each member the name, data offset and size.
+        """
         start, places = self.count, []
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")

@@ -161,7 +161,8 @@ def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
     names = [column.name for column in columns]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"two stages record a column called {', '.join(twice)}. Rename the field of one of them."
+            f"two stages record a column called {', '.join(twice)}. Rename the field of one of "
+            "them."
         )
     return columns
 

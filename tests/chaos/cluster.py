@@ -74,9 +74,7 @@ class Cluster:
     )
 
     def __enter__(self) -> Cluster:
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="ray-")
-        )  # a socket path has at most 107 bytes
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a socket path has at most 107 bytes
         self._port = free_port()
         ports = ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", "0"]
         head = [

@@ -24,7 +24,7 @@ NO_COPIES = ("global_pass.max_hash_distance=-1", "global_pass.max_similarity=0")
 
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
-    """The demo's configuration on one thread, four pictures a shard, inline unless said otherwise."""
+    """The demo's configuration on one thread, four inputs a shard, inline by default."""
     given = [
         f"source.path={source}",
         f"output={output}",

@@ -51,7 +51,7 @@ def test_retry_takes_up_what_failed_and_nothing_else(
     (photos / "page.jpg").write_bytes(sorted(portraits.glob("*.jpg"))[2].read_bytes())
 
     unknown = call("retry", output, "--reason", "timeout")
-    assert unknown.exit_code == 2 and "Reasons there are: not_an_image" in unknown.stderr
+    assert unknown.exit_code == 2 and "Reasons: not_an_image" in unknown.stderr
     before = digests(output)
     dry = call("retry", output, "--reason", "not_an_image", "--dry-run")
     assert dry.exit_code == 0 and "tried again (not_an_image)" in dry.output

@@ -11,6 +11,7 @@ from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.run import execute, plan_job
 from pipelines.sources import build_source
 from stages.executors.isolate import Child
+from stages.storage.commit import ChainInfo
 from tests.pipelines.helpers import config
 
 
@@ -24,7 +25,7 @@ def test_another_chain_is_run_and_signed_in_place_of_the_real_one(
         set(manifest.run.stage_seconds) == {"source", "resize", "fill"} for manifest in manifests
     )
     assert all(
-        manifest.signatures == [stage.signature() for stage in resizing(job.config)]
+        manifest.signatures == tuple(stage.signature() for stage in resizing(job.config))
         for manifest in manifests
     )
     assert plan_job(job.config, chain=resizing).tasks == []
@@ -33,7 +34,8 @@ def test_another_chain_is_run_and_signed_in_place_of_the_real_one(
 
 def test_a_chain_rebuilt_by_name_has_the_signatures_of_the_configuration(tmp_path: Path) -> None:
     settings = config("photos", tmp_path, "resize.size=256", "rules.min_sharpness=0.25")
-    job = DatasetJob(config=settings, chain=chain_reference(settings, build_chain), signatures=())
+    info = ChainInfo.of(build_chain(settings))
+    job = DatasetJob(config=settings, chain=chain_reference(settings, build_chain), info=info)
     sent: DatasetJob = pickle.loads(pickle.dumps(job))
     assert sent == job
     rebuilt = [stage.signature() for stage in sent.chain.build()]

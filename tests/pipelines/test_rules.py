@@ -1,4 +1,4 @@
-"""Rules judge from recorded figures: what they drop is held, and comes back without a model call."""
+"""Rules look at recorded metrics: what they drop is restored without a model call."""
 
 from __future__ import annotations
 

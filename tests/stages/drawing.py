@@ -1,6 +1,4 @@
-"""Drawn faces: an image and its label map, part by part, for captions whose every word can be
-foreseen.
-"""
+"""Draws faces part by part, image and label map, so that every word of a caption is predictable."""
 
 from __future__ import annotations
 
@@ -9,41 +7,24 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from stages.backends.attributes import describe, describe_face
+from stages.backends.appearance import Appearance, measure_appearance
+from stages.backends.attributes import compose_caption, compose_face_caption
 from stages.backends.colors import to_lab
-from stages.backends.measures import Measured, measure
 from stages.record import Face
 from stages.regions import LABEL_IDS
 
 SIDE = 512
-SKIN, LIPS, BROWN, BLACK, BLUE, WHITE = (
-    (205, 160, 140),
-    (190, 100, 95),
-    (90, 60, 40),
-    (12, 10, 10),
-    (30, 60, 150),
-    (250,) * 3,
-)
+SKIN, LIPS, BROWN = (205, 160, 140), (190, 100, 95), (90, 60, 40)
+BLACK, BLUE, WHITE = (12, 10, 10), (30, 60, 150), (250, 250, 250)
 ALL_PARTS = frozenset(
-    {
-        "hair",
-        "skin",
-        "neck",
-        "cloth",
-        "left_brow",
-        "right_brow",
-        "left_eye",
-        "right_eye",
-        "left_ear",
-        "right_ear",
-    }
-    | {"nose", "upper_lip", "lower_lip"}
+    {"hair", "skin", "neck", "cloth", "nose", "upper_lip", "lower_lip"}
+    | {f"{side}_{part}" for side in ("left", "right") for part in ("brow", "eye", "ear")}
 )
 
 
 @dataclass
 class Drawing:
-    """A frontal face on grey: an image and its label map, drawn part by part."""
+    """An image with a frontal face on grey, and its label map."""
 
     image: np.ndarray = field(default_factory=lambda: np.full((SIDE, SIDE, 3), 120, np.uint8))
     labels: np.ndarray = field(default_factory=lambda: np.zeros((SIDE, SIDE), np.uint8))
@@ -55,7 +36,7 @@ class Drawing:
         (300, 340),
     )
 
-    def put(self, name: str, mask: np.ndarray, color: tuple[int, int, int]) -> None:
+    def paint(self, name: str, mask: np.ndarray, color: tuple[int, int, int]) -> None:
         self.labels[mask] = LABEL_IDS[name]
         self.image[mask] = color
 
@@ -64,24 +45,25 @@ class Drawing:
     ) -> None:
         mask = np.zeros((SIDE, SIDE), np.uint8)
         cv2.ellipse(mask, center, axes, 0, 0, 360, 1, -1)
-        self.put(name, mask > 0, color)
+        self.paint(name, mask > 0, color)
 
     def box(
         self, name: str, x: tuple[int, int], y: tuple[int, int], color: tuple[int, int, int]
     ) -> None:
         mask = np.zeros((SIDE, SIDE), bool)
         mask[y[0] : y[1], x[0] : x[1]] = True
-        self.put(name, mask, color)
+        self.paint(name, mask, color)
 
     @property
     def face(self) -> Face:
         return Face(box=(140, 120, 372, 410), landmarks=self.landmarks, score=0.9)
 
-    def measured(self) -> Measured:
-        return measure(to_lab(self.image), self.labels, self.face)
+    def appearance(self) -> Appearance:
+        return measure_appearance(to_lab(self.image), self.labels, self.face)
 
     def captions(self, key: str = "0" * 20) -> tuple[str, str]:
-        return describe(self.measured(), key), describe_face(self.measured(), key)
+        appearance = self.appearance()
+        return compose_caption(appearance, key), compose_face_caption(appearance, key)
 
 
 def draw(

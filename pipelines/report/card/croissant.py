@@ -1,16 +1,15 @@
 """Croissant: the data set described for machines, as JSON-LD (mlcommons.org/croissant/1.1, with its
 RAI terms).
 
-Files are named with their sha256, so whoever reads through it reads what was committed. `inputs` and
-`identities` can be read with mlcroissant as they are. `samples` is a description only: mlcroissant
-joins no more than two sources, and follows no JSON path inside a tar; WebDataset reads those.
+Files are listed with their sha256. mlcroissant reads every record set. It joins only two sources at
+a time, so samples are joined in steps: `sample_files` is the images joined with `label_maps`, and
+`samples` is `sample_files` joined with `inputs`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -25,8 +24,8 @@ from pipelines.report.card.texts import (
     PERSONAL,
     USES,
 )
-from stages.fields import Column, stored_fields
-from stages.record import IDENTITY_DIM, Record
+from stages.fields import Column
+from stages.record import IDENTITY_DIM
 from stages.storage.layout import FORMAT_VERSION, IDENTITIES, SHARDS, SIDECARS
 from stages.storage.manifest import FileEntry
 from stages.storage.reader import IDENTITIES_SCHEMA
@@ -66,16 +65,19 @@ _CONTEXT: Final[Node] = {
     },
 }
 
-_MEMBER_SETS: Final = {  # id → (extension, media type)
-    "images": ("jpg", "image/jpeg"),
+# File set → (extension, media type). `images` must be the last one: mlcroissant joins the result of
+# the last operation on the tars.
+_FILE_SETS: Final = {
     "label-maps": ("parsing.png", "image/png"),
-    "embeddings": ("identity.npy", "application/octet-stream"),
-    "metadata": ("json", "application/json"),
+    "images": ("jpg", "image/jpeg"),
 }
+_SHAPES: Final = {"identity": str(IDENTITY_DIM), "box": "4", "landmarks": "10"}
+_TEXT: Final[Node] = {"dataType": "sc:Text"}
+_IMAGE: Final[Node] = {"dataType": "sc:ImageObject"}
 
 
 def croissant_json(summary: Summary) -> str:
-    """croissant.json's text."""
+    """The content of croissant.json."""
     licenses = [name or "not stated" for name in sorted(summary.provenance["license"])]
     description: Node = {
         "@context": _CONTEXT,
@@ -94,6 +96,7 @@ def croissant_json(summary: Summary) -> str:
 
 
 def _responsible(summary: Summary) -> Node:
+    """The properties of the RAI vocabulary."""
     dataset = summary.dataset
     backends: dict[str, str] = dataset.get("backends", {})
     stages = zip(dataset.get("stages", []), dataset.get("signatures", []), strict=False)
@@ -108,33 +111,34 @@ def _responsible(summary: Summary) -> Node:
         "rai:dataBiases": [BIASES],
         "rai:dataLimitations": list(LIMITS),
         "rai:dataUseCases": list(USES),
-        "rai:dataCollection": "Taken from a source of photographs as it lists them; see `inputs` "
-        "for each of them.",
+        "rai:dataCollection": "All images that the source lists. `inputs` has a row for each of "
+        "them, including those that were dropped.",
         "rai:dataPreprocessingProtocol": protocol or ["not recorded"],
-        "rai:dataAnnotationProtocol": ["Annotated by models alone; no person took part."],
+        "rai:dataAnnotationProtocol": ["Annotated by models only, without human annotators."],
         "rai:machineAnnotationTools": tools or ["not recorded"],
         "rai:annotationsPerItem": "one of each kind",
-        "rai:dataReleaseMaintenancePlan": "Pictures and people are removed on request "
-        "(pipelines.cli takedown); the shards that held them are written again, and this file with "
-        "them.",
+        "rai:dataReleaseMaintenancePlan": "Images and people are removed on request (`python -m "
+        "pipelines.cli takedown`). The shards that held them and this file are then written again.",
     }
+
+
+# ------------------------------------------------------------------------------------------- files
 
 
 def _distribution(summary: Summary) -> list[Node]:
     tars = [_file(manifest.tar, "application/x-tar") for manifest in summary.manifests]
     sidecars = [_file(manifest.sidecar, "application/x-parquet") for manifest in summary.manifests]
-    rows = "every shard's rows, one for each input"
+    rows = "the sidecars of all shards, with a row for every input"
+    contained = {"containedIn": [{"@id": tar["@id"]} for tar in tars]}
     nodes = [
         *tars,
         *sidecars,
         _file_set("sidecars", "application/x-parquet", f"{SHARDS}/{SIDECARS}", rows),
+        *(
+            _file_set(name, media_type, f"*.{extension}", MEMBERS[extension]) | contained
+            for name, (extension, media_type) in _FILE_SETS.items()
+        ),
     ]
-    if tars:
-        inside = {"containedIn": [{"@id": tar["@id"]} for tar in tars]}
-        nodes += [
-            _file_set(name, kind, f"*.{extension}", MEMBERS[extension]) | inside
-            for name, (extension, kind) in _MEMBER_SETS.items()
-        ]
     if summary.identities:
         nodes.append(
             {
@@ -172,45 +176,63 @@ def _file_set(name: str, media_type: str, includes: str, description: str) -> No
     }
 
 
+# ------------------------------------------------------------------------------------- record sets
+
+
 def _record_sets(summary: Summary) -> list[Node]:
-    inputs = _table_fields("inputs", {"fileSet": {"@id": "sidecars"}}, summary.columns.values())
-    sets = [_record_set("inputs", "A row for every input.", inputs, "inputs/key")]
-    if summary.manifests:
-        samples = _sample_fields(summary.columns)
-        sets.insert(0, _record_set("samples", "The training samples.", samples, "samples/key"))
+    columns = summary.columns.values()
+    inputs = _table_fields("inputs", {"fileSet": {"@id": "sidecars"}}, columns)
+    sets = [
+        _record_set("samples", "The training samples.", _sample_fields(inputs)),
+        _record_set("inputs", "A row for every input, also dropped and failed ones.", inputs),
+        *_file_record_sets(),
+    ]
     if summary.identities:
-        columns = [Column.from_arrow(field) for field in IDENTITIES_SCHEMA]
-        fields = _table_fields("identities", {"fileObject": {"@id": IDENTITIES}}, columns)
+        identity_columns = [Column.from_arrow(field) for field in IDENTITIES_SCHEMA]
+        file = {"fileObject": {"@id": IDENTITIES}}
+        fields = _table_fields("identities", file, identity_columns)
         split = next(field for field in fields if field["@id"] == "identities/split")
-        split["references"] = {"field": {"@id": "splits/name"}}
-        description = "The identity of each sample, and its side of the split."
-        sets += [_record_set("identities", description, fields, "identities/key"), _splits()]
+        split["references"] = _from_field("splits/name")
+        description = "The identity of each sample, and its side of the train/val split."
+        sets += [_record_set("identities", description, fields), _splits()]
     return sets
 
 
-def _record_set(name: str, description: str, fields: Sequence[Node], key: str) -> Node:
+def _record_set(name: str, description: str, fields: Sequence[Node]) -> Node:
+    """A record set whose first field is its key."""
     return {
         "@type": "cr:RecordSet",
         "@id": name,
         "name": name,
         "description": description,
-        "key": {"@id": key},
+        "key": {"@id": fields[0]["@id"]},
         "field": list(fields),
     }
 
 
+def _field(path: str, description: str, **properties: Any) -> Node:
+    """path: RECORD_SET/NAME."""
+    return {
+        "@type": "cr:Field",
+        "@id": path,
+        "name": path.partition("/")[2],
+        "description": description,
+        **properties,
+    }
+
+
+def _from_field(path: str) -> Node:
+    """A source, or a reference: a field of another record set."""
+    return {"field": {"@id": path}}
+
+
 def _splits() -> Node:
-    fields: list[Node] = [
-        {"@type": "cr:Field", "@id": "splits/name", "name": "name", "dataType": "sc:Text"},
-        {
-            "@type": "cr:Field",
-            "@id": "splits/url",
-            "name": "url",
-            "dataType": ["sc:URL", "cr:Split"],
-        },
+    fields = [
+        _field("splits/name", "name of the side", **_TEXT),
+        _field("splits/url", "what the side is for", dataType=["sc:URL", "cr:Split"]),
     ]
     return {
-        **_record_set("splits", "Sides of the split.", fields, "splits/name"),
+        **_record_set("splits", "The sides of the train/val split.", fields),
         "dataType": "cr:Split",
         "data": [
             {"splits/name": "train", "splits/url": "cr:TrainingSplit"},
@@ -219,85 +241,91 @@ def _splits() -> Node:
     }
 
 
-def _sample_fields(columns: Mapping[str, Column]) -> list[Node]:
-    def content(name: str, member: str, **more: Any) -> Node:
+def _file_record_sets() -> list[Node]:
+    """The label map of each sample; and its image and label map, joined by key."""
+
+    def key(file_set: str) -> Node:
         return {
-            "@type": "cr:Field",
-            "@id": f"samples/{name}",
-            "name": name,
-            "description": MEMBERS[_MEMBER_SETS[member][0]],
-            **more,
-            "source": {"fileSet": {"@id": member}, "extract": {"fileProperty": "content"}},
+            "fileSet": {"@id": file_set},
+            "extract": {"fileProperty": "filename"},
+            # mlcroissant applies it to the file name, and after a join again to the key
+            "transform": {"regex": "^([0-9a-f]+)"},
         }
 
-    def joined(number: int, left: str, right: str) -> Node:
-        """A sample's files are those whose names have the same beginning: every two of them are
-        joined by it."""
-        name = "key" if number == 0 else f"key_of_{left}_and_{right}".replace("-", "_")
-        return {
-            "@type": "cr:Field",
-            "@id": f"samples/{name}",
-            "name": name,
-            "dataType": "sc:Text",
-            "description": f"file name up to its first dot; joins {left} and {right}",
-            "source": _key_of(left),
-            "references": _key_of(right),
-        }
+    def content(file_set: str) -> Node:
+        return {"fileSet": {"@id": file_set}, "extract": {"fileProperty": "content"}}
 
-    scalars = [
-        columns[name]
-        for name, entry in stored_fields(Record)
-        if entry.json and name in columns and name != "key" and not pa.types.is_list(entry.type)
+    key_text, label_text = "the file name up to its first dot", MEMBERS["parsing.png"]
+    label_maps = [
+        _field("label_maps/key", key_text, **_TEXT, source=key("label-maps")),
+        _field("label_maps/label_map", label_text, **_IMAGE, source=content("label-maps")),
+    ]
+    joined = _from_field("label_maps/key")
+    files = [
+        _field("sample_files/key", key_text, **_TEXT, source=key("images"), references=joined),
+        _field("sample_files/image", MEMBERS["jpg"], **_IMAGE, source=content("images")),
+        _field(
+            "sample_files/label_map",
+            label_text,
+            **_IMAGE,
+            source=_from_field("label_maps/label_map"),
+        ),
     ]
     return [
-        *(joined(number, *p) for number, p in enumerate(itertools.combinations(_MEMBER_SETS, 2))),
-        content("image", "images", dataType="sc:ImageObject"),
-        content("label_map", "label-maps", dataType="sc:ImageObject"),
-        content(
-            "identity",
-            "embeddings",
-            dataType="sc:Float",
-            isArray=True,
-            arrayShape=str(IDENTITY_DIM),
-        ),
-        *(
-            {
-                "@type": "cr:Field",
-                "@id": f"samples/{column.name}",
-                "name": column.name,
-                "description": column.description,
-                **_type_of(column.type, column.name),
-                "source": {
-                    "fileSet": {"@id": "metadata"},
-                    "extract": {"jsonPath": f"$.{column.name}"},
-                },
-            }
-            for column in scalars
-        ),
+        _record_set("label_maps", "The label map of each sample.", label_maps),
+        _record_set("sample_files", "The image and the label map of each sample.", files),
     ]
 
 
-def _key_of(file_set: str) -> Node:
-    return {
-        "fileSet": {"@id": file_set},
-        "extract": {"fileProperty": "filename"},
-        "transform": {"regex": r"^([0-9a-f]+)\."},
-    }
+def _sample_fields(inputs: Sequence[Node]) -> list[Node]:
+    """Fields of `sample_files` joined with those of `inputs`, which has all else of a sample."""
+    key, *others = inputs
+    joined = _from_field(key["@id"])
+    return [
+        _field(
+            "samples/key",
+            key["description"],
+            **_TEXT,
+            source=_from_field("sample_files/key"),
+            references=joined,
+        ),
+        *(
+            _field(f"samples/{name}", MEMBERS[extension], **_IMAGE, source=_from_field(path))
+            for name, extension, path in (
+                ("image", "jpg", "sample_files/image"),
+                ("label_map", "parsing.png", "sample_files/label_map"),
+            )
+        ),
+        *(_sample_field(field) for field in others),
+    ]
+
+
+def _sample_field(field: Node) -> Node:
+    """The field of `samples` that has the values of a field of `inputs`."""
+
+    def moved(node: Node, source: Node) -> Node:
+        path = node["@id"].replace("inputs/", "samples/", 1)
+        return {**node, "@id": path, "source": source}
+
+    source = _from_field(field["@id"])
+    if "subField" not in field:
+        return moved(field, source)
+    # mlcroissant gives a struct as a mapping from the ids of its fields to their values
+    parts = [
+        moved(part, {**source, "transform": {"jsonPath": f"$.'{part['@id']}'"}})
+        for part in field["subField"]
+    ]
+    return {**field, "@id": field["@id"].replace("inputs/", "samples/", 1), "subField": parts}
 
 
 def _table_fields(name: str, file: Node, columns: Iterable[Column]) -> list[Node]:
-    """A field for each column of a parquet file, with fields of its own where it holds structs."""
+    """A field for each column of a parquet file. A column of structs has fields of its own."""
 
     def source(column: Column, **more: Any) -> Node:
         return {"source": {**file, "extract": {"column": column.name}, **more}}
 
     def node(column: Column) -> Node:
-        field: Node = {
-            "@type": "cr:Field",
-            "@id": f"{name}/{column.name}",
-            "name": column.name,
-            "description": column.description,
-        }
+        field = _field(f"{name}/{column.name}", column.description)
         kind = column.type
         if not (pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)):
             return field | _type_of(kind, column.name) | source(column)
@@ -327,8 +355,5 @@ def _type_of(kind: pa.DataType, name: str) -> Node:
         return {"dataType": "sc:Integer"}
     if pa.types.is_floating(kind):
         return {"dataType": "sc:Float"}
-    # thumbnails too: some are empty, and no reader opens an empty picture
-    return {"dataType": "sc:Text"}
-
-
-_SHAPES: Final = {"identity": str(IDENTITY_DIM), "box": "4", "landmarks": "10"}
+    # Also thumbnails: some are empty, and mlcroissant can't open an empty image.
+    return _TEXT

@@ -1,8 +1,8 @@
-"""Card: OUT/README.md, a data card in Hugging Face's form, and OUT/croissant.json beside it.
+"""Data card: OUT/README.md, in the form that Hugging Face defines, and OUT/croissant.json.
 
-Licences, authors and reasons come from outside: YAML quotes them in the front matter, and in tables
-every character that Markdown or HTML could interpret is written as an entity. The card names no
-picture and no person.
+Licences, authors and reasons are text from outside the program. The front matter is written as
+YAML, which quotes them; in tables, every character that Markdown or HTML could interpret is written
+as an entity. The card names no image and no person.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
 from stages.storage.samples import MEMBERS
 from stages.storage.store import Store
 
-_MOST: Final = 50  # rows of what the source states; the sidecars have them all
-_LONGEST: Final = 120  # characters of a cell
-_PLAIN: Final = frozenset(" ,.:;/()'\"?=%-…")  # mean nothing inside a cell
+_MAX_ROWS: Final = 50  # of a table of licences, authors or consents
+_MAX_CELL: Final = 120  # characters
+_LITERAL: Final = frozenset(" ,.:;/()'\"?=%-…")  # neither Markdown nor HTML inside a cell
 _SIZES: Final = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
@@ -49,44 +49,46 @@ _SIZES: Final = (
 _LICENSES: Final = re.compile(
     r"cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-(2\.0|2\.5|3\.0|4\.0)|apache-2\.0|mit|odbl|odc-by|pddl|unlicense"
 )
+# section of the configuration → pattern of the settings that are rules
 _RULES: Final = {
     "rights": "",
     "resize": "m(in|ax)_",
     "detect": "m(in|ax)_",
     "rules": "",
     "global_pass": "",
-    "neighbours": "",
+    "neighbours": "",  # the name of global_pass before version 0.2
 }
 
 
 def write_card(store: Store, report: Report) -> None:
     """Writes OUT/README.md and OUT/croissant.json. report: of the same data set."""
     summary = summarise(DatasetReader(store), report)
-    store.write_if_changed(layout.README, card(summary))
+    store.write_if_changed(layout.README, card_text(summary))
     store.write_if_changed(layout.CROISSANT, croissant_json(summary))
 
 
-def card(summary: Summary) -> str:
-    """README.md's text."""
+def card_text(summary: Summary) -> str:
+    """The content of README.md."""
     sections = {
-        "How it was made": _made(summary),
+        "How it was made": _stages(summary),
         "Inputs": _ledger(summary),
-        "Rules in force": _rules(summary),
+        "Rules": _rules(summary),
         "Fields": _fields(summary),
-        "Identities and split": _people(summary),
+        "Identities and split": _identities(summary),
         "Licences, authors, consent": _provenance(summary),
         "Personal data": f"{PERSONAL}\n\n{REMOVAL}\n\n{_takedowns(summary)}",
-        "What it is for": _list(USES),
+        "Uses": _list(USES),
         "Known limits": _limits(summary),
-        "How to read it": READING,
-        "How to make it again": REBUILDING,
+        "Reading": READING,
+        "Reproducing": REBUILDING,
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     head = (
         f"{summary.written:,} samples in {len(summary.manifests):,} shards, made from "
         f"{summary.inputs:,} inputs by the ConsistentID pipeline."
     )
-    return f"---\n{_front_matter(summary)}---\n\n# FGID data set\n\n{DESCRIPTION}\n\n{head}\n\n{body}\n"
+    introduction = f"# FGID data set\n\n{DESCRIPTION}\n\n{head}"
+    return f"---\n{_front_matter(summary)}---\n\n{introduction}\n\n{body}\n"
 
 
 def _front_matter(summary: Summary) -> str:
@@ -112,12 +114,12 @@ def _front_matter(summary: Summary) -> str:
 
 
 def _license(stated: str) -> str:
-    """The identifier that Hugging Face has for a licence."""
+    """Hugging Face's identifier of a licence; `unknown` for "", `other` for one that has none."""
     name = re.sub(r"[\s_]+", "-", stated.strip().lower())
     return "unknown" if not name else name if _LICENSES.fullmatch(name) else "other"
 
 
-def _made(summary: Summary) -> str:
+def _stages(summary: Summary) -> str:
     dataset = summary.dataset
     backends: Mapping[str, str] = dataset.get("backends", {})
     signatures: Sequence[str] = dataset.get("signatures", [])
@@ -125,12 +127,12 @@ def _made(summary: Summary) -> str:
     rows = [(stage, signature, backends.get(stage, "")) for stage, signature in stages]
     text = [_table(("stage", "signature", "backend"), rows)]
     if model := _caption_model(summary.config):
-        text.append(f"Captions are by {_cell(_public(model))}, under its own licence.")
+        text.append(
+            f"The captions were made by {_cell(_public(model))}, which has its own licence."
+        )
     older = sum(list(manifest.signatures) != list(signatures) for manifest in summary.manifests)
     if older:
-        text.append(
-            f"{older:,} shards were made with other signatures, which their manifests name."
-        )
+        text.append(f"{older:,} shards were made with other signatures; their manifests list them.")
     weights = [
         (weight["file"], weight["sha256"], weight["license"], _commercial(weight["name"]))
         for weight in dataset.get("weights", [])
@@ -153,14 +155,14 @@ def _commercial(name: str) -> str:
 
 
 def _public(model: str) -> str:
-    """A model's name on the hub; of one that lies in a folder or behind an address, not where."""
-    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else "a model of the maker's own"
+    """A model's name on the hub. A path or an address is private, and is not named."""
+    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else "a private model"
 
 
 def _ledger(summary: Summary) -> str:
     rows = [("written", "", f"{summary.written:,}")]
     for status in ("dropped", "failed"):
-        counts = [(-n, reason) for (its, reason), n in summary.unwritten.items() if its == status]
+        counts = [(-n, reason) for (of, reason), n in summary.unwritten.items() if of == status]
         rows += [(status, reason, f"{-count:,}") for count, reason in sorted(counts)]
     unwritten = sum(summary.unwritten.values())
     total = f"{summary.inputs:,} = {summary.written:,} written + {unwritten:,} dropped or failed."
@@ -177,7 +179,7 @@ def _rules(summary: Summary) -> str:
         for name, value in summary.config.get(section, {}).items()
         if name != "placement" and re.match(pattern, name)
     ]
-    return f"{_table(('setting', 'value'), rows)}\n\nThe whole configuration is in `config.yaml`."
+    return f"{_table(('setting', 'value'), rows)}\n\nAll settings are in `config.yaml`."
 
 
 def _fields(summary: Summary) -> str:
@@ -190,7 +192,8 @@ def _fields(summary: Summary) -> str:
         (
             f"A sample is the files `KEY.*` of a tar, `{SHARDS}/{TARS}`:",
             _table(("file", "holds"), members),
-            f"Beside each tar, `{SHARDS}/{SIDECARS}` has a row for every input, sample or not:",
+            f"The sidecar of each tar, `{SHARDS}/{SIDECARS}`, has a row for every input, also "
+            "dropped and failed ones:",
             _table(("column", "holds"), columns),
             f"`{layout.IDENTITIES}` has a row for every sample:",
             _table(("column", "holds"), identities),
@@ -198,37 +201,38 @@ def _fields(summary: Summary) -> str:
     )
 
 
-def _people(summary: Summary) -> str:
+def _identities(summary: Summary) -> str:
     if not summary.identities:
-        return "The samples have no identities yet: run the pipeline to its end."
+        return "The samples have no identities yet: the run was not completed."
     rows = [
         (name, f"{side.samples:,}", f"{side.identities:,}") for name, side in summary.sides.items()
     ]
-    promise = (
+    check = (
         f"**{summary.divided:,} identities are on both sides of the split.** Run `python -m "
         "pipelines.cli lint OUT`."
         if summary.divided
-        else "No identity is on both sides. Its side follows from the identity alone: one that "
-        "grows stays where it is."
+        else "No identity is on both sides. The side depends on the identity only, so it doesn't "
+        "change when the identity gets more samples."
     )
     table = _table(("split", "samples", "identities"), rows)
-    return f"Samples are grouped by how alike their faces' embeddings are.\n\n{table}\n\n{promise}"
+    method = "Samples are grouped into identities by the similarity of their identity embeddings."
+    return f"{method}\n\n{table}\n\n{check}"
 
 
 def _provenance(summary: Summary) -> str:
-    text = ["Of the samples, in the source's own words:"]
+    text = ["Numbers of samples, with the texts that the source states:"]
     titles = {"license": "licence"}
     for name in PROVENANCE:
-        rows = _most(summary.provenance[name], f"more, see `{name}` in the sidecars")
+        rows = _most_common(summary.provenance[name], f"others, see `{name}` in the sidecars")
         text.append(_table((titles.get(name, name), "samples"), rows))
     return "\n\n".join(text)
 
 
-def _most(counts: Counter[str], more: str) -> list[tuple[str, str]]:
+def _most_common(counts: Counter[str], others: str) -> list[tuple[str, str]]:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    rows = [(text or "not stated", f"{count:,}") for text, count in ordered[:_MOST]]
-    if rest := ordered[_MOST:]:
-        rows.append((f"{len(rest):,} {more}", f"{sum(count for _, count in rest):,}"))
+    rows = [(text or "not stated", f"{count:,}") for text, count in ordered[:_MAX_ROWS]]
+    if rest := ordered[_MAX_ROWS:]:
+        rows.append((f"{len(rest):,} {others}", f"{sum(count for _, count in rest):,}"))
     return rows
 
 
@@ -236,7 +240,7 @@ def _takedowns(summary: Summary) -> str:
     if not summary.takedowns:
         return "Nothing was taken down so far."
     rows = [(by, f"{times:,}", f"{inputs:,}") for by, (times, inputs) in summary.takedowns.items()]
-    return f"Taken down so far:\n\n{_table(('by', 'times', 'pictures'), rows)}"
+    return f"Taken down so far:\n\n{_table(('by', 'times', 'images'), rows)}"
 
 
 def _limits(summary: Summary) -> str:
@@ -244,9 +248,9 @@ def _limits(summary: Summary) -> str:
     if summary.untrainable:
         share = summary.untrainable / summary.reviewed
         limits.append(
-            f"{summary.untrainable:,} of {summary.reviewed:,} samples ({share:.1%}) train nothing "
-            "of the face: their captions name no region that is shown, or are too long "
-            "(`trainable` in the sidecars)."
+            f"{summary.untrainable:,} of {summary.reviewed:,} samples ({share:.1%}) are not "
+            "trainable: their captions name no region that is shown, or are too long (`trainable` "
+            "in the sidecars)."
         )
     return _list(limits)
 
@@ -258,17 +262,19 @@ def _list(items: Iterable[str]) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [tuple(map(_cell, row)) for row in rows]
     if not lines:
-        return f"No {head[0]} is recorded."
+        return f"No {head[0]} was recorded."
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
 
 
 def _cell(text: str) -> str:
-    """Text from outside as one cell: nothing in it is Markdown, HTML or a new line; an address may
-    become a link."""
+    """Text as one cell of a table, without Markdown, HTML or line breaks. Some readers show an
+    address in it as a link."""
     plain = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in text)
     plain = " ".join(plain.split())
-    plain = plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"
+    plain = plain if len(plain) <= _MAX_CELL else f"{plain[: _MAX_CELL - 1]}…"
     escaped = "".join(
-        letter if letter.isalnum() or letter in _PLAIN else f"&#{ord(letter)};" for letter in plain
+        letter if letter.isalnum() or letter in _LITERAL else f"&#{ord(letter)};"
+        for letter in plain
     )
-    return re.sub(r"(?<=[a-z0-9])&#95;(?=[a-z0-9])", "_", escaped)  # inside a word it means nothing
+    # An underscore inside a word is not Markdown.
+    return re.sub(r"(?<=[a-z0-9])&#95;(?=[a-z0-9])", "_", escaped)

@@ -1,6 +1,6 @@
-"""Summary: what a data set says of itself as a whole, for its README and its Croissant description.
+"""Summary: the numbers and settings of a data set that README.md and croissant.json show.
 
-No clock, no host and no path is part of it: equal outputs have equal summaries, wherever they are.
+Times, hosts and paths are not part of it, so equal data sets have equal summaries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-PROVENANCE: Final = ("license", "author", "consent")  # what a source states of a picture
+PROVENANCE: Final = ("license", "author", "consent")  # what a source states of an image
 _PRIVATE: Final = ("source", "weights")  # sections of the configuration that hold paths
 
 
@@ -36,11 +36,13 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """unwritten: (status, reason) → inputs. provenance: of each of PROVENANCE, text → samples.
+    """What README.md and croissant.json show.
 
-    untrainable: samples of those reviewed. divided: number of identities on both sides of the split.
-    identities: sha256 of identities.parquet, "" where there is none. takedowns: by → (times,
-    inputs). columns: of the sidecars.
+    unwritten: (status, reason) → inputs. provenance: for each of PROVENANCE, text → samples.
+    reviewed: samples with a review; untrainable: those of them that are not trainable. sides: by
+    name of the split's side. divided: identities on both sides. identities: sha256 of
+    identities.parquet, "" without one. takedowns: kind of request → (requests, inputs). config,
+    dataset: values of config.yaml and dataset.json, without paths. columns: of the sidecars.
     """
 
     manifests: Sequence[Manifest]
@@ -60,7 +62,7 @@ class Summary:
 
 
 def summarise(reader: DatasetReader, report: Report) -> Summary:
-    """The summary of a data set from its report, its identities and its own two files."""
+    """The summary of a data set. report: of the same data set."""
     unwritten = Counter[tuple[str, str]]()
     for manifest in report.manifests:
         for status, reasons in (("dropped", manifest.dropped), ("failed", manifest.failed)):
@@ -69,7 +71,7 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
     for key, count in report.tally.items():
         if key[0] in provenance:
             provenance[key[0]][key[1]] += count
-    people = reader.identities(["key", "identity_id", "split"])
+    identities = reader.identities(["key", "identity_id", "split"])
     untrainable = report.tally["trainable", "no"]
     return Summary(
         manifests=report.manifests,
@@ -79,8 +81,8 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         provenance=provenance,
         reviewed=untrainable + report.tally["trainable", "yes"],
         untrainable=untrainable,
-        sides=_sides(people),
-        divided=_divided(people),
+        sides=_sides(identities),
+        divided=_divided(identities),
         identities=_digest(reader.store, layout.IDENTITIES),
         takedowns=_takedowns(reader.store),
         config=_public(reader.config_values(), _PRIVATE),
@@ -93,9 +95,9 @@ def _public(values: Mapping[str, Any], private: Sequence[str]) -> dict[str, Any]
     return {name: value for name, value in values.items() if name not in private}
 
 
-def _sides(people: pa.Table) -> dict[str, Side]:
+def _sides(identities: pa.Table) -> dict[str, Side]:
     aggregates = [("key", "count"), ("identity_id", "count_distinct")]
-    rows = people.group_by("split").aggregate(aggregates).to_pylist()
+    rows = identities.group_by("split").aggregate(aggregates).to_pylist()
     rows.sort(key=lambda row: str(row["split"]))
     return {
         row["split"]: Side(samples=row["key_count"], identities=row["identity_id_count_distinct"])
@@ -103,21 +105,24 @@ def _sides(people: pa.Table) -> dict[str, Side]:
     }
 
 
-def _divided(people: pa.Table) -> int:
-    counts = people.group_by("identity_id").aggregate([("split", "count_distinct")])
+def _divided(identities: pa.Table) -> int:
+    """Number of identities with samples on both sides of the split."""
+    counts = identities.group_by("identity_id").aggregate([("split", "count_distinct")])
     divided = pc.sum(pc.greater(counts.column("split_count_distinct"), 1)).as_py()
     return cast(int, divided or 0)
 
 
 def _takedowns(store: Store) -> dict[str, tuple[int, int]]:
+    """Kind of request (the `by` of the log) → (requests, inputs)."""
     counts: dict[str, tuple[int, int]] = {}
     for entry in read_takedowns(store):
-        times, inputs = counts.get(entry["by"], (0, 0))
-        counts[entry["by"]] = times + 1, inputs + entry["inputs"]
+        requests, inputs = counts.get(entry["by"], (0, 0))
+        counts[entry["by"]] = requests + 1, inputs + entry["inputs"]
     return dict(sorted(counts.items()))
 
 
 def _digest(store: Store, name: str) -> str:
+    """sha256 of a file, "" where it doesn't exist."""
     if not store.exists(name):
         return ""
     with store.open(name) as stream:

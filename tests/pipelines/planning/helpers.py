@@ -40,7 +40,7 @@ def chain(**versions: int) -> list[Stage]:
     links: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("resize", ("image",), ("image", "width")),
         ("detect", ("image",), ("faces",)),
-        ("judge", ("faces",), ()),
+        ("quality_filter", ("faces",), ()),
         ("caption", ("faces",), ("caption",)),
         ("measure", ("image",), ("measures",)),
     )
@@ -88,5 +88,5 @@ class Memory(Source):
         data = self.data[item.source]
         return data if count < 0 else data[:count]
 
-    def gives(self, item: Input) -> frozenset[str]:
+    def provided_fields(self, item: Input) -> frozenset[str]:
         return self.provided

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.planning.exact_copies import mark_copies
+from pipelines.planning.exact_copies import mark_exact_copies
 from pipelines.planning.input_index import InputIndex
 from tests.pipelines.planning.helpers import Memory
 
@@ -14,9 +14,9 @@ def copies(source: Memory) -> dict[str, str]:
     """copy → original."""
     with InputIndex() as index:
         for item in source.list():
-            index.see(item)
-        index.place(3)
-        mark_copies(index, source)
+            index.add_listed(item)
+        index.assign_shards(3)
+        mark_exact_copies(index, source)
         rows = [row for _, rows in index.shards() for row in rows]
     return {row["source"]: row["duplicate_of"] for row in rows if row["duplicate_of"]}
 
@@ -43,7 +43,7 @@ def test_a_file_is_read_whole_only_if_its_beginning_is_another_ones_too() -> Non
 
 def test_empty_and_too_large_files_are_not_compared() -> None:
     source = Memory({"a": b"", "b": b"", "c": b"123", "d": b"123"})
-    source.limit = 2
+    source.max_bytes = 2
     assert copies(source) == {} and source.reads == []
 
 

@@ -15,7 +15,7 @@ def item(source: str, size: int = 1, version: str = "", locator: bytes = b"at") 
     return Input(source=source, locator=locator, size=size, version=version)
 
 
-def known(*shards: list[Input]) -> list[dict[str, Any]]:
+def plan_rows(*shards: list[Input]) -> list[dict[str, Any]]:
     """Rows of an earlier plan."""
     return [
         {
@@ -24,7 +24,7 @@ def known(*shards: list[Input]) -> list[dict[str, Any]]:
             "locator": each.locator,
             "size": each.size,
             "version": each.version,
-            "facts": each.facts,
+            "facts": each.provenance,
             "shard": number,
         }
         for number, inputs in enumerate(shards)
@@ -42,26 +42,26 @@ def placed(index: InputIndex) -> list[list[str]]:
 def test_new_inputs_are_sorted_by_the_bytes_of_their_names_and_cut_into_shards() -> None:
     with InputIndex() as index:
         for name in ("b", "a", "ü", "Z", "c"):
-            index.see(item(name))
-        assert index.place(2) == (5, 0, 0)
+            index.add_listed(item(name))
+        assert index.assign_shards(2) == (5, 0, 0)
         assert placed(index) == [["Z", "a"], ["b", "c"], ["ü"]]
         assert len(index) == 5
 
 
 def test_known_inputs_keep_their_shard_and_order_and_new_ones_start_a_shard() -> None:
     with InputIndex() as index:
-        index.load_known(known([item("c"), item("a")], [item("b")]))
+        index.load_previous_plan(plan_rows([item("c"), item("a")], [item("b")]))
         for name in ("0", "c", "b", "1", "a"):
-            index.see(item(name))
-        assert index.place(2) == (2, 0, 0)
+            index.add_listed(item(name))
+        assert index.assign_shards(2) == (2, 0, 0)
         assert placed(index) == [["c", "a"], ["b"], ["0", "1"]], "shard 1 isn't filled up"
 
 
 def test_a_vanished_input_keeps_its_place() -> None:
     with InputIndex() as index:
-        index.load_known(known([item("a"), item("b")]))
-        index.see(item("b"))
-        assert index.place(2) == (0, 0, 1)
+        index.load_previous_plan(plan_rows([item("a"), item("b")]))
+        index.add_listed(item("b"))
+        assert index.assign_shards(2) == (0, 0, 1)
         assert placed(index) == [["a", "b"]]
 
 
@@ -77,9 +77,9 @@ def test_a_vanished_input_keeps_its_place() -> None:
 )
 def test_an_input_has_changed_if_its_size_or_version_has(now: Input, changed: int) -> None:
     with InputIndex() as index:
-        index.load_known(known([item("a", 7, "v1")]))
-        index.see(now)
-        assert index.place(2) == (0, changed, 0)
+        index.load_previous_plan(plan_rows([item("a", 7, "v1")]))
+        index.add_listed(now)
+        assert index.assign_shards(2) == (0, changed, 0)
         [(_, [row])] = index.shards()
         assert (row["size"], row["version"], row["locator"]) == (
             now.size,
@@ -88,41 +88,41 @@ def test_an_input_has_changed_if_its_size_or_version_has(now: Input, changed: in
         )
 
 
-@pytest.mark.parametrize("rows", [[], known([item("a")])], ids=["new", "known"])
+@pytest.mark.parametrize("rows", [[], plan_rows([item("a")])], ids=["new", "known"])
 def test_two_inputs_of_one_name_are_refused(rows: list[dict[str, Any]]) -> None:
     with InputIndex() as index:
-        index.load_known(rows)
-        index.see(item("a", locator=b"first"))
+        index.load_previous_plan(rows)
+        index.add_listed(item("a", locator=b"first"))
         with pytest.raises(ConfigError, match=r"two inputs are called 'a' .*first.* and .*second"):
-            index.see(item("a", locator=b"second"))
+            index.add_listed(item("a", locator=b"second"))
 
 
 def test_only_sizes_that_occur_twice_and_within_the_limits_are_grouped() -> None:
     sizes = {"a": 5, "b": 9, "c": 5, "d": 7, "e": 0, "f": 0, "g": 99, "h": 99, "i": -1, "j": -1}
     with InputIndex() as index:
         for name, size in sizes.items():
-            index.see(item(name, size))
-        index.see(item("0", 9))
-        index.place(3)
-        groups = [[each.source for each in group] for group in index.same_size(1, 98)]
+            index.add_listed(item(name, size))
+        index.add_listed(item("0", 9))
+        index.assign_shards(3)
+        groups = [[each.source for each in group] for group in index.groups_of_equal_size(1, 98)]
         assert groups == [["a", "c"], ["0", "b"]], "by size, each in the plan's order"
 
 
 def test_groups_of_equal_size_are_in_the_order_of_the_plan_not_of_names() -> None:
     with InputIndex() as index:
-        index.load_known(known([item("z", 3)]))
-        index.see(item("a", 3))
-        index.see(item("z", 3))
-        index.place(5)
-        [group] = index.same_size(1, 10)
+        index.load_previous_plan(plan_rows([item("z", 3)]))
+        index.add_listed(item("a", 3))
+        index.add_listed(item("z", 3))
+        index.assign_shards(5)
+        [group] = index.groups_of_equal_size(1, 10)
         assert [each.source for each in group] == ["z", "a"]
 
 
 def test_a_copy_names_its_original() -> None:
     with InputIndex() as index:
         for name in ("a", "b"):
-            index.see(item(name))
-        index.place(5)
-        index.mark_copy(item("b"), item("a"))
+            index.add_listed(item(name))
+        index.assign_shards(5)
+        index.mark_exact_copy(item("b"), item("a"))
         [(_, rows)] = index.shards()
         assert [row["duplicate_of"] for row in rows] == ["", "a"]

@@ -10,7 +10,8 @@ import pytest
 from pipelines.planning.plan import Plan, ShardTask, pending, stale_stages
 from stages.base import Dropped, Failed, Stage, reject
 from stages.record import Record
-from stages.storage.commit import PlannedShard, ShardRun, commit
+from stages.storage.commit import ChainInfo, PlannedShard, commit
+from stages.storage.manifest import RunInfo
 from stages.storage.store import Store
 from tests.pipelines.planning.helpers import chain, sample, stub
 
@@ -30,8 +31,8 @@ def test_nothing_is_stale_where_nothing_has_changed() -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ("detect", {"detect", "judge", "caption"}),
-        ("judge", {"judge"}),
+        ("detect", {"detect", "quality_filter", "caption"}),
+        ("quality_filter", {"quality_filter"}),
         ("caption", {"caption"}),
         ("measure", {"measure"}),
     ],
@@ -57,7 +58,7 @@ def test_a_change_is_followed_through_several_stages() -> None:
 
 def test_a_new_stage_is_stale_with_what_reads_its_fields() -> None:
     before = [stage for stage in chain() if stage.name != "detect"]
-    assert stale(chain(), before) == {"detect", "judge", "caption"}
+    assert stale(chain(), before) == {"detect", "quality_filter", "caption"}
 
 
 def test_a_changed_stage_that_replaces_what_it_reads_needs_the_source() -> None:
@@ -79,9 +80,6 @@ def test_another_order_of_the_same_stages_makes_nothing_stale() -> None:
     assert stale(chain(), chain()[::-1]) == frozenset()
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path))
@@ -97,7 +95,7 @@ def plan(*shards: PlannedShard) -> Plan:
 
 def committed(store: Store, index: int, records: list[Record], stages: list[Stage]) -> PlannedShard:
     shard = planned(index, len(records))
-    commit(store, shard, records, signatures(stages), ShardRun({}, "inline", started=0.0))
+    commit(store, shard, records, ChainInfo.of(stages), RunInfo(finished=0.0, seconds=0.0))
     return shard
 
 
@@ -112,7 +110,7 @@ def test_a_shard_is_pending_with_the_stages_that_are_stale(store: Store) -> None
     committed(store, 1, [sample("b")], chain(caption=2))
     shards = plan(old, planned(1, 1))
     [task] = pending(shards, store, chain(caption=2))
-    assert task == ShardTask(shard=old, exists=True, again=frozenset({"caption"}))
+    assert task == ShardTask(shard=old, exists=True, stale_stages=frozenset({"caption"}))
 
 
 def test_a_shard_whose_stages_need_the_source_does_not_exist(store: Store) -> None:
@@ -124,8 +122,10 @@ def test_a_shard_of_other_inputs_is_pending_with_no_stage_for_those_that_stay(
     store: Store,
 ) -> None:
     committed(store, 0, [sample("a")], chain())
-    moved = planned(0, 1, "others")
-    assert pending(plan(moved), store, chain()) == [ShardTask(shard=moved, exists=True, moved=True)]
+    changed = planned(0, 1, "others")
+    assert pending(plan(changed), store, chain()) == [
+        ShardTask(shard=changed, exists=True, inputs_changed=True)
+    ]
 
 
 def test_only_shards_that_hold_a_reason_are_tried_again(store: Store) -> None:
@@ -138,8 +138,8 @@ def test_only_shards_that_hold_a_reason_are_tried_again(store: Store) -> None:
     asked = frozenset({"truncated", "timeout"})
     [task] = pending(plan(*shards), store, chain(), retry=asked)
     assert task == ShardTask(shard=shards[0], exists=True, retry=frozenset({"truncated"}))
-    found = pending(plan(*shards), store, chain(), retry=frozenset({"no_face"}))
-    assert [(each.shard.index, each.retry) for each in found] == [
+    tasks = pending(plan(*shards), store, chain(), retry=frozenset({"no_face"}))
+    assert [(each.shard.index, each.retry) for each in tasks] == [
         (0, {"no_face"}),
         (2, {"no_face"}),
     ]

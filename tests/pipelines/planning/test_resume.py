@@ -15,12 +15,14 @@ from pipelines.planning.plan import Plan, ShardTask, make_plan, write_plan
 from pipelines.planning.resume import PendingRecord, load_shard
 from stages.base import Dropped, Failed, Rejection, quarantine, reject
 from stages.record import Record, Status
-from stages.storage.commit import ShardRun, commit
-from stages.storage.exclusions import NEIGHBOURS_STAGE, TAKEDOWN
+from stages.storage.commit import ChainInfo, commit
+from stages.storage.exclusions import GLOBAL_PASS
+from stages.storage.layout import TAKEDOWNS
+from stages.storage.manifest import RunInfo
 from stages.storage.store import Store
 from tests.pipelines.planning.helpers import chain, sample
 
-NAMES = ("resize", "detect", "judge", "caption", "measure")
+NAMES = ("resize", "detect", "quality_filter", "caption", "measure")
 ALL, NONE = frozenset(NAMES), frozenset[str]()
 
 
@@ -44,8 +46,8 @@ class Shard:
 
     def read(self) -> dict[str, Record]:
         """name → record, as the source gives it."""
-        found = load_shard(self.config, self.store, ShardTask(shard=self.plan.shards[0]), chain())
-        return {each.record.source: each.record for each in found}
+        loaded = load_shard(self.config, self.store, ShardTask(shard=self.plan.shards[0]), chain())
+        return {each.record.source: each.record for each in loaded}
 
     def committed(self, *ended: Record) -> None:
         """Commits a sample for every input but those that `ended` names."""
@@ -54,74 +56,74 @@ class Shard:
             given.get(name) or replace(sample(name), sha256=record.sha256)
             for name, record in self.read().items()
         ]
-        run = ShardRun({}, "inline", started=0.0)
-        commit(self.store, self.plan.shards[0], records, [], run)
+        run = RunInfo(finished=0.0, seconds=0.0)
+        commit(self.store, self.plan.shards[0], records, ChainInfo((), ()), run)
 
     def load(
-        self, again: Sequence[str] = (), moved: bool = False, retry: Sequence[str] = ()
+        self, stale: Sequence[str] = (), inputs_changed: bool = False, retry: Sequence[str] = ()
     ) -> dict[str, PendingRecord]:
         task = ShardTask(
             shard=self.plan.shards[0],
             exists=True,
-            again=frozenset(again),
-            moved=moved,
+            stale_stages=frozenset(stale),
+            inputs_changed=inputs_changed,
             retry=frozenset(retry),
         )
-        found = list(load_shard(self.config, self.store, task, chain()))
-        assert [each.record.key for each in found] == [item.key for item in self.plan.inputs_of(0)]
-        return {each.record.source: each for each in found}
+        loaded = list(load_shard(self.config, self.store, task, chain()))
+        assert [each.record.key for each in loaded] == [item.key for item in self.plan.inputs_of(0)]
+        return {each.record.source: each for each in loaded}
 
 
 def remaining(loaded: dict[str, PendingRecord]) -> dict[str, frozenset[str]]:
     return {name: each.remaining_stages for name, each in loaded.items()}
 
 
-def from_source(found: PendingRecord) -> bool:
+def from_source(loaded: PendingRecord) -> bool:
     """True for the source's own bytes, False for what an earlier run made of them."""
-    return found.record.image == found.record.source.encode() and found.record.identity is None
+    return loaded.record.image == loaded.record.source.encode() and loaded.record.identity is None
 
 
 def test_an_uncommitted_shard_takes_every_input_through_every_stage(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg")
     task = ShardTask(shard=shard.plan.shards[0])
-    found = list(load_shard(shard.config, shard.store, task, chain()))
-    assert [each.remaining_stages for each in found] == [ALL, ALL]
-    assert all(from_source(each) for each in found)
+    loaded = list(load_shard(shard.config, shard.store, task, chain()))
+    assert [each.remaining_stages for each in loaded] == [ALL, ALL]
+    assert all(from_source(each) for each in loaded)
 
 
 def test_samples_go_through_the_stale_stages_alone(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg")
     shard.committed()
     (shard.source / "a.jpg").unlink()
-    found = shard.load(again=["caption"])
-    assert remaining(found) == {"a.jpg": {"caption"}, "b.jpg": {"caption"}}
-    assert not any(from_source(each) for each in found.values()), "no source file is read"
+    loaded = shard.load(["caption"])
+    assert remaining(loaded) == {"a.jpg": {"caption"}, "b.jpg": {"caption"}}
+    assert not any(from_source(each) for each in loaded.values()), "no source file is read"
 
 
 FAILED, NO_FACE = Failed("truncated", "at 5"), Dropped("no_face")
 
 
 @pytest.mark.parametrize(
-    ("verdict", "stage", "again", "expected"),
+    ("verdict", "stage", "stale", "expected"),
     [
         (FAILED, "resize", ["caption"], NONE),
-        (NO_FACE, "detect", ["judge", "caption"], NONE),
-        (NO_FACE, "detect", ["detect", "judge", "caption"], ALL),
+        (NO_FACE, "detect", ["quality_filter", "caption"], NONE),
+        (NO_FACE, "detect", ["detect", "quality_filter", "caption"], ALL),
         (Failed("caption_failed"), "caption", ["detect"], ALL),
         (Failed("caption_failed"), "caption", ["measure"], NONE),
         (Failed("unreadable"), "source", ["detect"], NONE),
     ],
 )
 def test_an_ended_record_stays_ended_unless_a_stage_up_to_its_own_is_stale(
-    tmp_path: Path, verdict: Rejection, stage: str, again: list[str], expected: frozenset[str]
+    tmp_path: Path, verdict: Rejection, stage: str, stale: list[str], expected: frozenset[str]
 ) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg")
     shard.committed(reject(sample("a.jpg"), verdict, stage))
-    found = shard.load(again)
-    assert remaining(found) == {"a.jpg": expected, "b.jpg": frozenset(again)}
-    assert from_source(found["a.jpg"]) == (expected == ALL)
+    loaded = shard.load(stale)
+    assert remaining(loaded) == {"a.jpg": expected, "b.jpg": frozenset(stale)}
+    assert from_source(loaded["a.jpg"]) == (expected == ALL)
     if expected == NONE:
-        record = found["a.jpg"].record
+        record = loaded["a.jpg"].record
         assert (record.status, record.reason, record.stage) == (
             verdict.status,
             verdict.reason,
@@ -130,34 +132,36 @@ def test_an_ended_record_stays_ended_unless_a_stage_up_to_its_own_is_stale(
 
 
 @pytest.mark.parametrize(
-    ("again", "expected"),
+    ("stale", "expected"),
     [
         (["measure"], None),
         (["caption"], None),
-        (["judge"], {"judge", "caption", "measure"}),
-        (["detect"], {"detect", "judge", "caption", "measure"}),
+        (["quality_filter"], {"quality_filter", "caption", "measure"}),
+        (["detect"], {"detect", "quality_filter", "caption", "measure"}),
     ],
 )
 def test_a_quarantined_record_is_restored_where_its_rule_is_stale(
-    tmp_path: Path, again: list[str], expected: set[str] | None
+    tmp_path: Path, stale: list[str], expected: set[str] | None
 ) -> None:
     shard = Shard(tmp_path, "a.jpg")
-    shard.committed(quarantine(sample("a.jpg", caption=""), Dropped("blurred", "0.1"), "judge"))
-    found = shard.load(again)["a.jpg"]
-    assert not from_source(found)
+    shard.committed(
+        quarantine(sample("a.jpg", caption=""), Dropped("blurred", "0.1"), "quality_filter")
+    )
+    loaded = shard.load(stale)["a.jpg"]
+    assert not from_source(loaded)
     if expected is None:
-        assert (found.record.reason, found.remaining_stages) == ("blurred", NONE)
+        assert (loaded.record.reason, loaded.remaining_stages) == ("blurred", NONE)
     else:
-        assert found.record.ok and found.record.detail == found.record.stage == ""
-        assert found.remaining_stages == expected
+        assert loaded.record.ok and loaded.record.detail == loaded.record.stage == ""
+        assert loaded.remaining_stages == expected
 
 
 def test_a_quarantined_copy_goes_on_as_a_sample_does(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg")
-    copy = quarantine(sample("a.jpg"), Dropped("near_duplicate"), NEIGHBOURS_STAGE)
+    copy = quarantine(sample("a.jpg"), Dropped("near_duplicate"), GLOBAL_PASS)
     shard.committed(copy)
-    found = shard.load(["caption"])["a.jpg"]
-    assert found.record.ok and found.remaining_stages == {"caption"}
+    loaded = shard.load(["caption"])["a.jpg"]
+    assert loaded.record.ok and loaded.remaining_stages == {"caption"}
 
 
 def test_retry_takes_the_named_reason_alone_from_the_source(tmp_path: Path) -> None:
@@ -165,9 +169,9 @@ def test_retry_takes_the_named_reason_alone_from_the_source(tmp_path: Path) -> N
     shard.committed(
         reject(sample("a.jpg"), FAILED, "resize"), reject(sample("b.jpg"), NO_FACE, "detect")
     )
-    found = shard.load(retry=["truncated"])
-    assert remaining(found) == {"a.jpg": ALL, "b.jpg": NONE, "c.jpg": NONE}
-    assert found["b.jpg"].record.reason == "no_face" and found["c.jpg"].record.ok
+    loaded = shard.load(retry=["truncated"])
+    assert remaining(loaded) == {"a.jpg": ALL, "b.jpg": NONE, "c.jpg": NONE}
+    assert loaded["b.jpg"].record.reason == "no_face" and loaded["c.jpg"].record.ok
 
 
 def test_of_moved_inputs_only_those_of_other_bytes_start_anew(tmp_path: Path) -> None:
@@ -176,11 +180,11 @@ def test_of_moved_inputs_only_those_of_other_bytes_start_anew(tmp_path: Path) ->
     (shard.source / "b.jpg").write_bytes(b"another")
     (shard.source / "c.jpg").unlink()
     shard.plan = shard.planned()
-    found = shard.load(moved=True)
-    assert remaining(found)["a.jpg"] == NONE and remaining(found)["b.jpg"] == ALL
-    assert found["a.jpg"].record.identity is not None
-    assert found["b.jpg"].record.image == b"another"
-    assert found["c.jpg"].record.status == Status.FAILED
+    loaded = shard.load(inputs_changed=True)
+    assert remaining(loaded)["a.jpg"] == NONE and remaining(loaded)["b.jpg"] == ALL
+    assert loaded["a.jpg"].record.identity is not None
+    assert loaded["b.jpg"].record.image == b"another"
+    assert loaded["c.jpg"].record.status == Status.FAILED
 
 
 def test_a_removed_input_stays_out_by_name_and_by_digest(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_a_removed_input_stays_out_by_name_and_by_digest(tmp_path: Path) -> None
         "sha256": [records["a.jpg"].sha256, records["b.jpg"].sha256],
         "removed": {"fgid-000000": [records["a.jpg"].key]},
     }
-    shard.store.write(TAKEDOWN, json.dumps(entry) + "\n")
+    shard.store.write(TAKEDOWNS, json.dumps(entry) + "\n")
     task = ShardTask(shard=shard.plan.shards[0], exists=True, retry=frozenset({"truncated"}))
     first, second, third = load_shard(shard.config, shard.store, task, chain())
     for removed in (first, second):  # the second was read again, and is the same image
@@ -210,15 +214,17 @@ def test_a_stage_whose_fields_come_with_an_input_is_not_needed(
     from pipelines.sources.files import LocalFiles
 
     shard = Shard(tmp_path, "a.jpg")
-    monkeypatch.setattr(LocalFiles, "gives", lambda self, item: frozenset({"caption", "faces"}))
+    monkeypatch.setattr(
+        LocalFiles, "provided_fields", lambda self, item: frozenset({"caption", "faces"})
+    )
     task = ShardTask(shard=shard.plan.shards[0])
     [fresh] = load_shard(shard.config, shard.store, task, chain())
     assert fresh.remaining_stages == ALL - {"caption", "detect"}, (
-        "judge provides nothing, so it runs"
+        "the filter provides nothing, so it runs"
     )
     shard.committed()
-    found = shard.load(["detect", "judge", "caption"])
-    assert remaining(found) == {"a.jpg": {"judge"}}
+    loaded = shard.load(["detect", "quality_filter", "caption"])
+    assert remaining(loaded) == {"a.jpg": {"quality_filter"}}
 
 
 def test_a_plan_that_has_changed_since_is_refused(tmp_path: Path) -> None:

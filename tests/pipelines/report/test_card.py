@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlcroissant
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -34,6 +33,7 @@ from stages.storage.samples import MEMBERS
 from stages.storage.sidecar import KNOWN
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config
+from tests.pipelines.report.helpers import plain, rows_of
 
 EVIL = "CC|BY\n# hi <script>"
 LICENSES = ("CC0-1.0", EVIL, "CC0-1.0", "", "CC BY 4.0", "CC0-1.0")
@@ -79,11 +79,6 @@ def copy(made: Store, tmp_path: Path) -> Store:
     return Store(str(tmp_path / "copy"))
 
 
-def rows_of(store: Store) -> list[dict[str, Any]]:
-    files = sorted(Path(store.root).glob("shards/*.parquet"))
-    return [row for path in files for row in pq.read_table(path).to_pylist()]
-
-
 def card_of(store: Store) -> tuple[dict[str, Any], str]:
     """(front matter, the rest)."""
     _, head, body = store.read("README.md").decode().split("---\n", 2)
@@ -113,7 +108,7 @@ def table(body: str, first: str) -> dict[str, list[str]]:
 
 
 def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
-    rows, (_, body) = rows_of(made), card_of(made)
+    rows, (_, body) = rows_of(Path(made.root)), card_of(made)
     samples = [row for row in rows if row["status"] == "ok"]
     assert 0 < len(samples) < 6, "one must be held, for the card to leave it out"
     assert f"{len(samples)} samples in 2 shards, made from 8 inputs" in body
@@ -144,7 +139,7 @@ def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
 
 def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
     head, body = card_of(made)
-    kept = [row for row in rows_of(made) if row["status"] == "ok"]
+    kept = [row for row in rows_of(Path(made.root)) if row["status"] == "ok"]
     assert EVIL in {row["license"] for row in kept}, "or this tests nothing"
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     assert not [token for token in tokens if token.type.startswith("html")]
@@ -172,7 +167,7 @@ def test_the_front_matter_leads_to_the_samples_and_not_to_what_is_held(made: Sto
 
 
 def test_the_card_names_no_picture_no_path_and_no_host(made: Store) -> None:
-    sources = [row["source"] for row in rows_of(made)]
+    sources = [row["source"] for row in rows_of(Path(made.root))]
     dataset = json.loads(made.read("dataset.json"))
     for name in ("README.md", "croissant.json"):
         text = made.read(name).decode()
@@ -206,33 +201,14 @@ def test_every_field_is_described(made: Store) -> None:
     assert all(text for rows in (files, *columns) for _, text in rows)
 
 
-def plain(value: Any) -> Any:
-    """Bytes as text, arrays as lists, structs by the last part of their fields' names: as pyarrow
-    gives a row.
-    """
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    if isinstance(value, dict):
-        return {key.rsplit("/", 1)[-1]: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    return value
-
-
 def test_croissant_is_valid_and_its_records_are_the_rows(made: Store) -> None:
     dataset = mlcroissant.Dataset(jsonld=made.path("croissant.json"))
     assert not dataset.metadata.ctx.issues.errors
     assert {each.id for each in dataset.metadata.record_sets} == {
-        "samples",
-        "inputs",
-        "identities",
-        "splits",
+        *("samples", "inputs", "label_maps", "sample_files", "identities", "splits"),
     }
     for name, expected in (
-        ("inputs", rows_of(made)),
+        ("inputs", rows_of(Path(made.root))),
         ("identities", pq.read_table(Path(made.root) / "identities.parquet").to_pylist()),
     ):
         found = [plain(record) for record in dataset.records(name)]
@@ -272,7 +248,7 @@ def test_the_snippet_reads_one_side_of_the_split(
 
 
 def test_a_take_down_is_counted_and_leaves_its_digests(copy: Store) -> None:
-    kept = next(row for row in rows_of(copy) if row["status"] == "ok")
+    kept = next(row for row in rows_of(Path(copy.root)) if row["status"] == "ok")
     settings = load_text(DatasetConfig, copy.read("config.yaml").decode(), [f"output={copy.root}"])
     assert "Nothing was taken down" in card_of(copy)[1]
     take_down(copy, settings, by_source(copy, kept["source"]), "source", "asked by person of note")

@@ -21,6 +21,7 @@ from pipelines.report import write_report
 from pipelines.report.palette import PALETTE
 from stages.regions import LABEL_IDS
 from stages.storage.layout import REPORT, STATS
+from tests.pipelines.report.helpers import rows_of
 from tests.pipelines.report.report_data import EVIL, EVIL_IMAGE, EVIL_MORE, Recipe, write_set
 
 CHROMIUM = shutil.which("chromium")
@@ -94,11 +95,6 @@ def open_page(browser: Any, made: Path) -> Iterator[Open]:
         assert context.pages[0].evaluate("window.evil === undefined")
         context.close()
     assert not complaints
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("shards/*.parquet"))
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 
 def count(page: Any) -> str:

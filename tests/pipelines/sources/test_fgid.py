@@ -150,7 +150,7 @@ def test_a_failed_export_leaves_no_json(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_what_comes_with_an_entry_is_not_made_again_when_its_stage_changes(
-    made: Path,
+    dataset: Path,
     exported: Path,
     tmp_path: Path,
     calls: list[str],

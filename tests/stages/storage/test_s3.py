@@ -46,7 +46,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Proxy, Any]]:
-    """The proxy, and a client past it; the environment says where the server is, as a user's would."""
+    """The proxy, and a client past it; the environment names the server, as a user's would."""
     with s3_server() as port, proxy(port) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)

@@ -93,7 +93,7 @@ def test_missing_fields_get_their_defaults() -> None:
 
 
 def test_the_json_of_all_samples_has_one_type() -> None:
-    """Libraries infer it from the first few samples: null, empty or absent values would break it."""
+    """Libraries infer it from the first samples: null, empty or absent values break that."""
     empty = replace(REVIEW, regions=("",) * 5, region_words=(0,) * 5, trainable=False)
     samples = [
         SAMPLE.annotated(MEASURES).annotated(REVIEW),

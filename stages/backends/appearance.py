@@ -1,9 +1,9 @@
-"""What the `attributes` captions rest on: parts, colours, pose and expression, measured from one
-record.
+"""Measures a person's appearance for the `attributes` captions: visible parts, colours, pose and
+expression, from an image and its label map.
 
-Lengths are in units of the face (distances between landmarks), so that nothing depends on the
-picture's size. Every threshold stands here, once. "left" and "right" are the viewer's. A field left
-at its default says "not known", never "not there".
+Lengths are in units of the face (distances between landmarks), so results don't depend on the
+image's size. All thresholds are defined here. "left" and "right" are the viewer's. A field with its
+default value means "unknown", never "absent".
 """
 
 from __future__ import annotations
@@ -20,38 +20,43 @@ from stages.codec import LabelMap
 from stages.record import Face
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS, Mask
 
-MIN_PIXELS: Final = 16  # a part smaller than this, or than MIN_SHARE of the picture, isn't named
+# Shares are of the image's pixels. A part smaller than one of the first two isn't mentioned.
+MIN_PIXELS: Final = 16
 MIN_SHARE: Final = 0.0002
-# the same share for glasses, hats and clothes, which the parser sees where there are none
+# larger for glasses, hats and clothes, which the parser sometimes finds where there are none
 MIN_WORN: Final = 0.001
 MIN_HAIR: Final = 0.005
-MIN_PLAIN: Final = 0.0006  # less of an ear than this isn't counted as plainly seen
+MIN_EAR: Final = 0.0006  # a smaller ear isn't counted
 
-# nose off the eyes' middle, in eye distances: slightly, clearly, in profile
+# horizontal offset of the nose from the middle of the eyes, in eye distances, from which the head
+# is turned slightly, clearly, and in profile
 TURNED: Final = (0.14, 0.34, 0.8)
-TILTED: Final = 11.0  # degrees of the eyes' line
-PITCHED: Final = (0.38, 0.80)  # nose between eyes (0) and mouth (1): raised below, lowered above
+TILTED: Final = 11.0  # degrees between the line through the eyes and the horizontal
+# nose's position between the eyes (0) and the mouth (1): raised below the first, lowered above the
+# second
+PITCHED: Final = (0.38, 0.80)
 
-# L of jewellery: brightest pixel; spread in earrings, in necklaces. Skin is even
+# Jewellery, in L of CIE Lab (0-100): minimum of the brightest pixel, then minimum spread from
+# percentile 5 to 95 for earrings and for necklaces. Skin is darker or more even.
 GLINT: Final = (75.0, 45.0, 30.0)
 MIN_EARRING: Final = 0.0003  # on one side
 MIN_NECKLACE: Final = 0.0012
-# interior's part of the mouth: slightly open, open, wide open from here
+# share of the mouth's area that is its interior, from which it is slightly open, open, wide open
 MOUTH_OPEN: Final = (0.04, 0.2, 0.5)
-LIKE_SKIN: Final = 15.0  # distance in Lab under which hair can't be told from the skin beneath
-TEETH: Final = 0.3  # part of the interior brighter than the lips
-# corners' lift in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
+LIKE_SKIN: Final = 15.0  # Lab distance below which hair can't be distinguished from the scalp
+TEETH: Final = 0.3  # share of the interior that is brighter than the lips
+# lift of the corners in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
 SMILE: Final = 0.08
 SMILE_WIDTH: Final = 0.8
-NARROWED: Final = 0.19  # area of an eye over the square of its width
+NARROWED: Final = 0.19  # an eye's area divided by the square of its width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One face in one picture, in terms a sentence can use."""
+class Appearance:
+    """What can be said of the main face of an image."""
 
     regions: frozenset[str]  # of REGION_WORDS
-    eyes: int = 0  # how many are plainly seen
+    eyes: int = 0  # number clearly visible
     ears: int = 0
     narrowed: bool = False  # the eyes
     dark_brows: bool = False
@@ -61,51 +66,50 @@ class Measured:
     pitched: int = 0  # -1 down, 1 up
     hair: bool = False
     hair_color: str = ""
-    hair_long: bool = False  # falls below the chin
+    hair_long: bool = False  # reaches below the chin
     fringe: bool = False
-    # or other headwear, if it covers the face's sides (a scarf, a hood) or leaves the crown free
-    hat: bool = False
+    hat: bool = False  # a hat or other headwear
+    # not a hat: it covers the sides of the face (a scarf, a hood) or leaves the crown free
     headwear: bool = False
     hat_color: str = ""
     glasses: bool = False
     dark_glasses: bool = False
-    earrings: int = 0  # how many are seen
+    earrings: int = 0  # number visible
     necklace: bool = False
     cloth: bool = False
     cloth_color: str = ""
     backdrop: str = ""  # colour of an even background
-    mouth: str = ""  # closed, slightly open, open, wide open; "" if not known
+    mouth: str = ""  # closed, slightly open, open, wide open; "" if unknown
     teeth: bool = False
     smile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The face's own axes: origin between the eyes, `across` from the viewer's left to right eye,
-    `down` the face.
-    """
+    """A coordinate system of the face, from its landmarks in pixels."""
 
-    origin: npt.NDArray[np.float64]
-    across: npt.NDArray[np.float64]  # unit vectors
-    down: npt.NDArray[np.float64]
-    eye_distance: float
-    eyes_to_mouth: float
+    origin: npt.NDArray[np.float64]  # (2,) middle of the eyes
+    across: npt.NDArray[np.float64]  # (2,) unit vector from the viewer's left to the right eye
+    down: npt.NDArray[np.float64]  # (2,) unit vector from the eyes towards the mouth
+    eye_distance: float  # pixels
+    eyes_to_mouth: float  # pixels
     roll: float  # degrees, clockwise positive
     nose: tuple[float, float]  # (across in eye distances, down in eyes-to-mouth distances)
 
     @property
     def size(self) -> float:
-        """A length that turning the head hardly changes, pixels."""
+        """The face's size in pixels; it hardly changes when the head turns."""
         return max(self.eye_distance, self.eyes_to_mouth)
 
     def coordinates(self, mask: Mask) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """(across, down) of the mask's pixels, in units of `size`."""
+        """Returns (across, down), each (N,), of the mask's N pixels in units of `size`."""
         rows, columns = np.nonzero(mask)
         offset = np.stack([columns, rows], axis=1) - self.origin
         return offset @ self.across / self.size, offset @ self.down / self.size
 
 
 def frame_of(face: Face) -> Frame:
+    """Returns the coordinate system of a face with five landmarks."""
     points = np.array(face.landmarks, np.float64)
     left, right, nose, mouth = points[0], points[1], points[2], points[3:].mean(axis=0)
     across = right - left
@@ -126,9 +130,7 @@ def frame_of(face: Face) -> Frame:
 
 
 class _Parts:
-    """Masks of the label map, kept to the surroundings of one face; parts too small count as
-    absent.
-    """
+    """Masks of a label map's parts around one face. Parts that are too small count as absent."""
 
     def __init__(self, labels: LabelMap, face: Face) -> None:
         self.labels = labels
@@ -140,8 +142,10 @@ class _Parts:
     def near(
         self, *names: str, sides: float, up: float, down: float, share: float = MIN_SHARE
     ) -> Mask:
-        """Where the labels are, within the face's box grown by parts of its width and height; empty
-        if too small.
+        """Returns the mask (H, W) of the labels `names` inside the face's box, enlarged.
+
+        sides, up, down: by which part of its width or height the box is enlarged. Empty if the mask
+        has less than MIN_PIXELS pixels or than `share` of the image.
         """
         x1, y1, x2, y2 = self.box
         rows = _span(y1 - up * self.height, y2 + down * self.height, self.labels.shape[0])
@@ -155,21 +159,23 @@ class _Parts:
     def on_face(self, *names: str, share: float = MIN_SHARE) -> Mask:
         return self.near(*names, sides=0.25, up=0.25, down=0.25, share=share)
 
-    def region(self, word: str) -> bool:
-        """Is the region visible: one of its parts is large enough alone, for a face the skin."""
+    def is_visible(self, word: str) -> bool:
+        """True if a part of the region `word` is large enough by itself; of a face, the skin."""
         names = ("skin",) if word == "face" else REGION_LABELS[word]
         return any(self.on_face(name).any() for name in names)
 
 
-def measure(lab: LabImage, labels: LabelMap, face: Face) -> Measured:
-    """lab: (H, W, 3) as `to_lab` makes it; labels: (H, W), CelebAMask-HQ classes, sides as the
-    viewer sees them.
+def measure_appearance(lab: LabImage, labels: LabelMap, face: Face) -> Appearance:
+    """Returns the appearance of `face`.
+
+    lab: (H, W, 3) from `to_lab`. labels: (H, W), CelebAMask-HQ classes, left and right as the
+    viewer sees them. face: in pixels of the image.
     """
     parts, frame = _Parts(labels, face), frame_of(face)
     mouth = _mouth(lab, parts, frame)
-    ears = sum(bool(parts.on_face(name, share=MIN_PLAIN).any()) for name in REGION_LABELS["ears"])
-    return Measured(
-        regions=frozenset(word for word in REGION_WORDS if parts.region(word)),
+    ears = sum(bool(parts.on_face(name, share=MIN_EAR).any()) for name in REGION_LABELS["ears"])
+    return Appearance(
+        regions=frozenset(word for word in REGION_WORDS if parts.is_visible(word)),
         ears=ears,
         close_up=parts.height >= 0.5 * labels.shape[0],
         **_pose(frame, mouth),
@@ -181,16 +187,16 @@ def measure(lab: LabImage, labels: LabelMap, face: Face) -> Measured:
 
 
 def _pose(frame: Frame, mouth: dict[str, Any]) -> dict[str, Any]:
-    sideways, depth = frame.nose
-    strength = sum(abs(sideways) >= limit for limit in TURNED)
-    # A smile or an open mouth moves the mouth's landmarks, and from the side the ratio says little.
-    level = (
-        strength >= 2 or mouth.get("smile") or mouth.get("mouth") not in ("closed", "slightly open")
-    )
+    across, down = frame.nose
+    turned = sum(abs(across) >= limit for limit in TURNED)
+    # A smile or an open mouth moves the mouth's landmarks, and in a turned face the nose's position
+    # between eyes and mouth says little about pitch.
+    closed = mouth.get("mouth") in ("closed", "slightly open")
+    pitch_unknown = turned >= 2 or mouth.get("smile") or not closed
     return {
-        "turned": int(np.sign(sideways)) * strength,
+        "turned": int(np.sign(across)) * turned,
         "tilted": int(np.sign(frame.roll)) if TILTED <= abs(frame.roll) < 60 else 0,
-        "pitched": 0 if level else int(depth < PITCHED[0]) - int(depth > PITCHED[1]),
+        "pitched": 0 if pitch_unknown else int(down < PITCHED[0]) - int(down > PITCHED[1]),
     }
 
 
@@ -221,8 +227,7 @@ def _hair(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     if color and skin.any() and np.linalg.norm(np.median(lab[skin], axis=0) - color) < LIKE_SKIN:
         color = None  # cropped or thin hair: what is seen through it is the scalp
     across, down = frame.coordinates(hair)
-    # The chin is about 0.75 of a face size below the mouth. Hair below it, beside the neck, is
-    # long.
+    # The chin is about 0.75 face sizes below the mouth. Hair below it, beside the neck, is long.
     below = (down > 2.0) & (np.abs(across) < 2.2)
     # A fringe: hair over the middle of the forehead, down to the brows.
     forehead = (np.abs(across) < 0.45) & (down > -0.62) & (down < -0.22)
@@ -242,8 +247,9 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     if hat.any() and np.median(heights) > -0.3:  # a hat sits above the brows
         hat = np.zeros_like(hat)
     hair = frame.coordinates(parts.near("hair", sides=0.6, up=1.0, down=0.0))[1]
-    other = hat.any() and (
-        (heights > 0.6).mean() > 0.1 or (hair < np.median(heights)).mean() > 0.15
+    headwear = hat.any() and (
+        (heights > 0.6).mean() > 0.1  # covers the sides of the face
+        or (hair < np.median(heights)).mean() > 0.15  # leaves the crown free
     )
     earring = parts.near("earring", sides=0.3, up=0.0, down=0.3)
     sides = frame.coordinates(earring)[0] > 0
@@ -264,9 +270,9 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     )
     return {
         "glasses": bool(glasses.any()),
-        "dark_glasses": bool(shaded and not parts.region("eyes")),
+        "dark_glasses": bool(shaded and not parts.is_visible("eyes")),
         "hat": bool(hat.any()),
-        "headwear": bool(other),
+        "headwear": bool(headwear),
         "hat_color": fabric_color(colors["hat"]) if colors["hat"] else "",
         "earrings": sum(
             _glints(lab, m, GLINT[1]) for m in (left, right) if m.sum() >= MIN_EARRING * m.size
@@ -279,47 +285,37 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
 
 
 def _cloth(parts: _Parts) -> Mask:
-    """Clothes, unless the parser is lost below the face: on half-body pictures it sees skin and
-    hats there.
+    """Returns the mask of the clothes; empty if the parser is unreliable below the face, where it
+    finds skin and hats on half-body images.
     """
     cloth = parts.near("cloth", sides=1.5, up=0.0, down=3.0, share=10 * MIN_WORN)
     _, _, _, chin = parts.box
-    misread = parts.near(
-        "skin",
-        "nose",
-        "mouth",
-        "upper_lip",
-        "lower_lip",
-        "glasses",
-        "hat",
-        sides=1.5,
-        up=0.0,
-        down=3.0,
-    )
-    lost = misread[max(0, round(chin + 0.1 * parts.height)) :].sum() > 0.25 * cloth.sum()
-    return np.zeros_like(cloth) if lost else cloth
+    names = ("skin", "nose", "mouth", "upper_lip", "lower_lip", "glasses", "hat")
+    misread = parts.near(*names, sides=1.5, up=0.0, down=3.0)
+    below_chin = misread[max(0, round(chin + 0.1 * parts.height)) :]
+    return np.zeros_like(cloth) if below_chin.sum() > 0.25 * cloth.sum() else cloth
 
 
 def _on_head(hair: Mask, frame: Frame) -> Mask:
-    """Without the components that lie wholly below the nose: those are collars and fur, not hair."""
+    """Returns `hair` without components entirely below the nose, such as collars and fur."""
     count, components = cv2.connectedComponents(hair.astype(np.uint8))
-    kept = np.zeros_like(hair)
+    on_head = np.zeros_like(hair)
     for index in range(1, count):
         component = components == index
         if frame.coordinates(component)[1].min() < 0.5:
-            kept |= component
-    return kept
+            on_head |= component
+    return on_head
 
 
 def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     interior, upper, lower = (parts.on_face(name) for name in ("mouth", "upper_lip", "lower_lip"))
     if not (upper.any() and lower.any()):
         return {}
-    lips, whole = upper | lower, upper | lower | interior
-    share = interior.sum() / whole.sum()
+    lips, mouth = upper | lower, upper | lower | interior
+    share = interior.sum() / mouth.sum()
     bright = lab[interior][:, 0] > np.median(lab[lips][:, 0]) + 6
     teeth = bool(share >= 0.1 and bright.mean() > TEETH)
-    across, down = frame.coordinates(whole)
+    across, down = frame.coordinates(mouth)
     width = float(max(np.ptp(across), 1e-6))
     off_middle = np.abs(across - (across.min() + across.max()) / 2) / width
     lift = float(down[off_middle < 0.15].mean() - down[off_middle > 0.38].mean()) / width
@@ -329,21 +325,21 @@ def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
             sum(share >= limit for limit in MOUTH_OPEN)
         ],
         "teeth": teeth,
-        # a wide dark mouth may be speaking or shouting
+        # a wide open, dark mouth may be speaking or shouting
         "smile": bool(smiling and (teeth or share < MOUTH_OPEN[1])),
     }
 
 
 def _subset(mask: Mask, chosen: npt.NDArray[np.bool_]) -> Mask:
-    """The mask with only those of its pixels, in row-major order, that are chosen."""
+    """Returns the mask with only the `chosen` (N,) of its N pixels, in row-major order."""
     part = np.zeros_like(mask)
     part[mask] = chosen
     return part
 
 
 def _glints(lab: LabImage, mask: Mask, spread: float) -> bool:
-    """Is it metal or stones: the parser also takes ear lobes for earrings, folds and collars for
-    necklaces.
+    """True if the mask shows metal or stones, by its highlights. The parser also labels ear lobes
+    as earrings, and folds and collars as necklaces.
     """
     if mask.sum() < MIN_PIXELS:
         return False

@@ -1,0 +1,150 @@
+"""Commands that make a data set: run, retry, weights, synthesize."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from configs.errors import PipelineError
+from pipelines.cli.common import (
+    Config,
+    DryRun,
+    Output,
+    Overrides,
+    app,
+    errors,
+    load_config,
+    open_store,
+    stored_config,
+    write_reports,
+)
+
+if TYPE_CHECKING:
+    from configs.schema import DatasetConfig
+    from pipelines.run import Job
+
+
+@app.command()
+def run(
+    config: Config = "",
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the data set: resize, detect, parse, embed, caption, shards, report.
+
+    Example: python -m pipelines.cli run -c configs/dataset/demo.yaml source.path=photos output=OUT
+    """
+    with errors():
+        settings = load_config(config, overrides)
+        _plan_and_run(settings, frozenset(), dry_run)
+
+
+@app.command()
+def retry(
+    output: Output,
+    reason: Annotated[
+        list[str], typer.Option(help="A reason as `status` names it; may be given several times.")
+    ],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Process inputs again that were dropped or failed with --reason, with OUT's configuration.
+
+    Example: python -m pipelines.cli retry runs/mine --reason timeout --reason http_503
+    """
+    with errors():
+        from pipelines.ledger import read_ledger
+
+        store = open_store(output)
+        ledger = read_ledger(store)
+        reasons = {*ledger.failed, *ledger.dropped}
+        if unknown := [name for name in reason if name not in reasons]:
+            raise PipelineError(
+                f"no input of {output} was dropped or failed with {', '.join(unknown)}. Reasons: "
+                f"{', '.join(sorted(reasons)) or 'none'}."
+            )
+        settings = stored_config(store, overrides)
+        _plan_and_run(settings, frozenset(reason), dry_run)
+
+
+def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool) -> None:
+    from pipelines.run import plan_job
+
+    job = plan_job(settings, retry)
+    typer.echo(
+        f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
+        f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
+    )
+    for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
+        typer.echo(f"  {line}")
+    if not dry_run:
+        _run(job)
+
+
+def _run(job: Job) -> None:
+    from pipelines.ledger import read_ledger
+    from pipelines.progress import Progress
+    from pipelines.report import images_per_second
+    from pipelines.review import check_trainable
+    from pipelines.run import execute, fetch_weights
+
+    for weight in fetch_weights(job.config):
+        typer.echo(f"  weights {weight['file']}: {weight['license']}")
+    started, manifests = time.time(), []
+    with Progress(job.pending_inputs) as progress:
+        for manifest in execute(job, progress.advance):
+            manifests.append(manifest)
+            progress.note(manifest)
+    ledger = read_ledger(job.store)
+    for line in ledger.lines():
+        typer.echo(line)
+    report = write_reports(job.store)
+    if manifests:
+        rate = images_per_second(manifests) or 0.0
+        typer.echo(
+            f"{job.pending_inputs:,} images in {time.time() - started:.1f} s; {rate:.2f} "
+            "images/s once "
+            "models were loaded"
+        )
+    typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
+    check_trainable(report, job.config.review.max_untrainable)
+
+
+@app.command()
+def weights(config: Config = "", overrides: Overrides = None) -> None:
+    """Fetch and check the weights of a configuration ahead of a run."""
+    with errors():
+        from pipelines.run import fetch_weights
+
+        for weight in fetch_weights(load_config(config, overrides)):
+            typer.echo(f"{weight['file']}  sha256 {weight['sha256']}  {weight['license']}")
+
+
+@app.command()
+def synthesize(
+    folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
+    count: Annotated[int, typer.Option(min=1, help="How many portraits.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Portrait i depends on the seed and i alone.")
+    ] = 0,
+    poison: Annotated[
+        bool, typer.Option(help="Also every kind of bad file, under poisoned/, and a photograph.")
+    ] = False,
+) -> None:
+    """Make photo-real portraits of nobody (MobileStyleGAN, FFHQ), for demo and tests."""
+    with errors():
+        from rich.progress import track
+
+        from pipelines.demo.synthesize import write_extras, write_portraits
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        for _ in track(write_portraits(folder, count, seed), description="portraits", total=count):
+            pass
+        if poison:
+            write_extras(folder, seed)
+        typer.echo(f"{count} portraits in {folder}")

@@ -1,0 +1,212 @@
+"""Commands on a finished data set: status, info, lint, takedown, report, inspect, export-json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from configs.errors import PipelineError
+from pipelines.cli.common import (
+    DryRun,
+    Output,
+    app,
+    errors,
+    open_store,
+    stored_config,
+    write_reports,
+)
+from stages.storage import layout
+
+if TYPE_CHECKING:
+    from configs.schema import DatasetConfig
+    from pipelines.takedown import Match
+    from stages.storage.store import Store
+
+
+@app.command()
+def status(output: Output) -> None:
+    """How far a data set is: shards committed, and the ledger."""
+    with errors():
+        from pipelines.ledger import read_ledger
+        from pipelines.planning.plan import planned_shards
+
+        store = open_store(output)
+        ledger = read_ledger(store)
+        typer.echo(f"{ledger.shards} of {planned_shards(store)} planned shards are committed")
+        for line in ledger.lines():
+            typer.echo(line)
+
+
+@app.command()
+def info(output: Output) -> None:
+    """What a data set is made of: source, stages, signatures, weights and their licences."""
+    with errors():
+        try:
+            typer.echo(open_store(output).read(layout.DATASET).decode(), nl=False)
+        except FileNotFoundError:
+            raise PipelineError(
+                f"{output} is no data set: it has no {layout.DATASET}. Make one with `run`."
+            ) from None
+
+
+@app.command()
+def lint(output: Output) -> None:
+    """Check every file against its digest, every sample against its row; exit 1 for a fault."""
+    with errors():
+        from pipelines.ledger import read_ledger
+        from pipelines.lint import lint as contradictions
+
+        store = open_store(output)
+        faults = 0
+        for line in contradictions(store):
+            typer.secho(line, fg="red")
+            faults += 1
+        typer.echo(f"{read_ledger(store).shards} shards checked, {faults or 'no'} faults")
+        if faults:
+            raise typer.Exit(1)
+
+
+@app.command()
+def takedown(
+    output: Output,
+    source: Annotated[
+        str, typer.Option(help="A picture's name in its source; * and ? stand for anything.")
+    ] = "",
+    hash_: Annotated[
+        str, typer.Option("--hash", help="sha256 of a picture's file, or such a file.")
+    ] = "",
+    photo: Annotated[
+        Path | None, typer.Option(help="A photograph of the person, who is found by the face.")
+    ] = None,
+    similarity: Annotated[
+        float,
+        typer.Option(
+            help="With --photo: cosine from which a face is the person's; 0: identity_similarity."
+        ),
+    ] = 0.0,
+    note: Annotated[
+        str, typer.Option(help="For the log, such as a ticket's number; nothing personal.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove pictures, or all pictures of a person, for good.
+
+    Example: python -m pipelines.cli takedown runs/mine --photo ada.jpg --dry-run
+    """
+    with errors():
+        from pipelines.inspect.find import printable
+        from pipelines.takedown import By, take_down
+
+        options = {"source": source, "hash": hash_, "photo": str(photo or "")}
+        chosen = [name for name, value in options.items() if value]
+        if len(chosen) != 1:
+            raise PipelineError(
+                f"give one of --source, --hash and --photo; given: {', '.join(chosen) or 'none'}."
+            )
+        store = open_store(output)
+        config = stored_config(store)
+        matches = _matches(store, config, source, hash_, photo, similarity)
+        for match in sorted(matches, key=lambda match: (match.shard, match.source)):
+            name = layout.shard_name(match.shard)
+            typer.echo(f"  {name}  {match.key}  {printable(match.source)}  ({match.why})")
+        shards = len({match.shard for match in matches})
+        would = " would be removed" if dry_run else ""
+        typer.echo(f"{len(matches)} inputs in {shards} shards{would}")
+        if dry_run or not matches:
+            return
+        if not yes:
+            typer.confirm("remove them for good?", abort=True)
+        names = take_down(store, config, matches, cast(By, chosen[0]), note)
+        write_reports(store)
+        typer.echo(
+            f"removed; {len(names)} shards written again, logged in "
+            f"{store.url}/{layout.TAKEDOWNS}\nDelete the files from the source too, and copies of "
+            "old shards. Adapters that were trained on them are not changed."
+        )
+
+
+def _matches(
+    store: Store,
+    config: DatasetConfig,
+    source: str,
+    hash_: str,
+    photo: Path | None,
+    similarity: float,
+) -> list[Match]:
+    """The records that the one option given matches."""
+    from pipelines.takedown import by_hash, by_photo, by_source, digest_of
+
+    if photo is not None:
+        threshold = similarity or config.global_pass.identity_similarity
+        return by_photo(store, config, photo, threshold)
+    return by_hash(store, digest_of(hash_)) if hash_ else by_source(store, source)
+
+
+@app.command()
+def report(output: Output) -> None:
+    """Write report, statistics, data card and Croissant again from the shards."""
+    with errors():
+        store = open_store(output)
+        write_reports(store)
+        typer.echo(f"report: {store.url}/report/index.html")
+
+
+@app.command()
+def inspect(
+    output: Output,
+    key: Annotated[
+        str,
+        typer.Argument(help="A key, at least four digits of its beginning, or a picture's name."),
+    ],
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Write picture, labels and legend there.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --png file.")] = False,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Text only.")] = False,
+) -> None:
+    """Show one input: picture, labels, faces, its reason, and what the trainer makes of it.
+
+    Example: python -m pipelines.cli inspect runs/mine 0c0f
+    """
+    with errors():
+        from pipelines.inspect.find import inspect as find_input
+        from pipelines.inspect.pictures import write_sheet
+        from pipelines.inspect.tables import console_of, show
+
+        inspection = find_input(open_store(output), key)
+        if png is not None:
+            write_sheet(inspection, png, overwrite)
+        show(inspection, console_of(), not no_picture)
+        if png is not None:
+            typer.echo(f"written: {png}")
+
+
+@app.command("export-json")
+def export_json(
+    output: Output,
+    folder: Annotated[Path, typer.Argument(help="Where the layout goes.")],
+    color: Annotated[
+        bool, typer.Option("--color", help="Also each parsing in colours over its picture.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that isn't empty.")
+    ] = False,
+) -> None:
+    """Write the layout that FGID is published in; source.kind=fgid reads it back.
+
+    Example: python -m pipelines.cli export-json runs/mine fgid
+    """
+    with errors():
+        from pipelines.export_fgid import export_json as export
+        from pipelines.ledger import read_ledger
+        from pipelines.progress import Progress
+
+        store = open_store(output)
+        with Progress(read_ledger(store).written) as progress:
+            count = export(
+                store, folder, color=color, overwrite=overwrite, advance=progress.advance
+            )
+        typer.echo(f"{count:,} pictures in {folder}/JSON_all.json")
