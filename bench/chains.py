@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from configs.common import NO_ANSWER, PlacementConfig
+from configs.common import NOT_HASHED, PlacementConfig
 from configs.schema import DatasetConfig
 from stages.base import Stage
 from stages.codec import encode_labels
@@ -38,7 +38,7 @@ class SleepConfig:
     """Settings of a SleepStage. seconds: for an image."""
 
     seconds: float
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 class SleepStage(Stage):

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from pipelines.report import write_report
-from pipelines.report.page import SAMPLES
+from pipelines.report.page import RECORDS
 from pipelines.report.stats import compute
 from stages.storage.layout import REPORT
 from stages.storage.reader import DatasetReader
@@ -62,7 +62,7 @@ def main(
             f"peak {peak:,.0f} MB"
         )
         print(
-            f"page                 {size:6.1f} MB, {min(SAMPLES, stats['inputs']):,} records and "
+            f"page                 {size:6.1f} MB, {min(RECORDS, stats['inputs']):,} records and "
             "examples"
         )
         for view, (ready, first) in time_page(out / REPORT, opens).items():

@@ -1,3 +1,3 @@
-"""Configuration: frozen dataclasses are the only defaults, YAML presets and key=value overrides sit
-on top.
+"""Configuration. Frozen dataclasses state every setting and its only default; YAML presets and
+`key=value` overrides change them.
 """

@@ -1,4 +1,4 @@
-"""Renamed configuration keys. The old ones are read until version 0.3.0, with a warning."""
+"""Renamed configuration keys. Old keys are read until version 0.3.0, with a warning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from configs.schema import DatasetConfig
 _LOG = logging.getLogger(__name__)
 _UNTIL: Final = "0.3.0"
 
-# Configuration class → old key → new keys. A caption setting that version 0.1 had once for all
-# backends goes to every backend that has it, so that it still holds for another caption.backend.
+# Configuration class → old key → new keys. Version 0.1 had one set of caption settings for all
+# backends: an old key sets every backend that has the setting, whichever backend is chosen.
 RENAMED_KEYS: Final[Mapping[type[Any], Mapping[str, tuple[str, ...]]]] = {
     DatasetConfig: {
         "neighbours": ("global_pass",),
@@ -33,10 +33,11 @@ RENAMED_KEYS: Final[Mapping[type[Any], Mapping[str, tuple[str, ...]]]] = {
 
 
 def rename_keys(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, a nested mapping for `kind`, with the values of old keys moved to the new ones.
+    """Moves the values of old keys to the new keys, in place, and returns `values`.
 
-    Changes `values` itself. Logs a warning for each old key, once in a process. Raises ConfigError
-    where a value is given under both names; the message never holds the value, which may be secret.
+    values: a nested mapping for the configuration class `kind`. Logs a warning for each old key,
+    once in a process. Raises ConfigError if a setting is given under both names; the message never
+    shows the value, which may be secret.
     """
     for old, renamed in RENAMED_KEYS.get(kind, {}).items():
         *parents, name = old.split(".")
@@ -53,7 +54,8 @@ def rename_keys(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
                 section = subsection(section, parent, new)
             if name in section:
                 raise ConfigError(
-                    f"{old} and {new} are both given. {old} is the old name: give {new} only."
+                    f"{old} and {new} are both given, and {old} is the old name of {new}. "
+                    f"Give {new} only."
                 )
             section[name] = value
         _warn(old, renamed)

@@ -1,45 +1,45 @@
-"""The errors this project raises for its users.
+"""The errors that this project raises for its users.
 
     PipelineError
-    ├── ConfigError    a configuration that can't be: unknown key, wrong type, impossible value
-    ├── SourceError    inputs that can't be listed or read at all
-    ├── WeightsError   a weights file that is missing, unreachable or not the one it claims to be
-    ├── ServerError    a model's server that can't be reached, refuses, or answers nothing of use
+    ├── ConfigError    invalid configuration: unknown key, wrong type, impossible value
+    ├── SourceError    a source that can't be listed or read at all
+    ├── WeightsError   a weights file that is missing, unreachable, or has another sha256
+    ├── ServerError    a model server that can't be reached or gives no usable response
     ├── LockedError    another run is writing to the same output
-    ├── StoreError     an output that can't be read or written, however often it was tried
-    ├── ShardError     a shard or data set that contradicts its own manifest
-    ├── QualityError   a data set that isn't fit for what it is made for
-    └── FaceError      a reference photograph without a usable face (inference)
+    ├── StoreError     an output that can't be read or written, after all attempts
+    ├── ShardError     a shard or data set that doesn't match its manifest
+    ├── QualityError   a data set that breaks the limits of its configuration
+    └── FaceError      a photograph without a usable face (inference)
 
 Each message says what was given, what was expected, and what to do. Programming errors are not in
-this tree: they propagate. A fault of one picture is no exception to the caller either: it is a
-record's `status` and `reason`.
+this tree: they propagate. A fault of one image is not an exception for the caller: it is recorded
+as the record's `status` and `reason`.
 """
 
 
 class PipelineError(Exception):
-    """Base of every error a user can mend; the command line prints its message without a traceback
-    and exits 2.
+    """Base of all errors that a user can correct. The command line prints the message without a
+    traceback and exits with 2.
     """
 
 
 class ConfigError(PipelineError):
-    """A configuration that can't be."""
+    """Invalid configuration: an unknown key, a value of the wrong type, an impossible value."""
 
 
 class SourceError(PipelineError):
-    """Inputs that can't be listed or read at all."""
+    """A source that can't be listed or read at all."""
 
 
 class WeightsError(PipelineError):
-    """A weights file that is missing, unreachable, refused by licence, or not the one it claims to
-    be.
+    """A weights file that is missing or unreachable, whose license is refused, or that has another
+    sha256 than the table states.
     """
 
 
 class ServerError(PipelineError):
-    """A model's server that can't be reached, refuses the key, doesn't know the model, or answers
-    nothing of use.
+    """A model server that can't be reached, refuses the key, doesn't have the model, or gives no
+    usable response.
     """
 
 
@@ -48,15 +48,15 @@ class LockedError(PipelineError):
 
 
 class StoreError(PipelineError):
-    """An output that can't be read or written, however often it was tried."""
+    """An output that can't be read or written, after all attempts."""
 
 
 class ShardError(PipelineError):
-    """A shard or data set that contradicts its own manifest."""
+    """A shard or data set that doesn't match its manifest."""
 
 
 class QualityError(PipelineError):
-    """A data set that isn't fit for what it is made for, by the limits of its configuration."""
+    """A data set that breaks the limits of its configuration, so that it isn't fit for training."""
 
 
 class FaceError(PipelineError):

@@ -1,8 +1,7 @@
-"""YAML preset + key=value overrides → a frozen dataclass, strictly.
+"""Builds a configuration dataclass from a YAML preset and `key=value` overrides, and writes it.
 
-An unknown key names the closest known one; a value of the wrong type says what was expected; a
-renamed key is read under its old name too (configs/aliases.py). `dump` writes the resolved
-configuration back, so that it can stand beside every output and be loaded again.
+The error for an unknown key names the closest existing one; that for a value of the wrong type says
+what was expected. Renamed keys are read under their old names too (configs/aliases.py).
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ T = TypeVar("T")
 
 
 class _Text(str):
-    """An override's text, not yet parsed: a path named 007 or [a] stays text where text is
-    expected.
+    """The value of an override, not yet parsed as YAML: for a field of type str it stays as it is,
+    so that a path may be named 007 or [a].
     """
 
-    def read(self, hint: Any) -> Any:
+    def parse(self, hint: Any) -> Any:
         if hint is str:
             return str(self)
         try:
@@ -39,11 +38,11 @@ class _Text(str):
 
 
 def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
-    """`kind` from the YAML file at `path` (or from defaults alone) with `a.b=value` overrides,
-    checked throughout.
+    """Returns a `kind`, from the YAML file at `path` (None: defaults only) and `a.b=value`
+    overrides.
 
-    Overrides replace what the file says, whichever of a setting's names either uses. Raises
-    ConfigError for a missing file, a key `kind` doesn't have, or a value that doesn't fit.
+    An override replaces the file's value, also if one of the two uses the setting's old name.
+    Raises ConfigError for a missing file, an unknown key, or a value of the wrong type or range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -57,46 +56,55 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
         except yaml.YAMLError as error:
             raise ConfigError(f"{file} is not valid YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{file} holds a {type(loaded).__name__}; expected keys and values.")
+            raise ConfigError(
+                f"{file} contains a {type(loaded).__name__}; expected keys and values."
+            )
         values = loaded or {}
     return _resolve(kind, values, overrides)
 
 
 def load_text(kind: type[T], text: str, overrides: Iterable[str] = ()) -> T:
-    """`kind` from the YAML that `to_yaml` made of one, with `a.b=value` overrides."""
+    """Returns a `kind` from YAML text, as `to_yaml` writes it, with `a.b=value` overrides."""
     return _resolve(kind, yaml.safe_load(text) or {}, overrides)
 
 
 def dump(config: Any, path: str | Path) -> None:
-    """Write the resolved configuration as YAML, in the order of its fields."""
+    """Writes all settings to a YAML file, in the order of the fields."""
     Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Any) -> str:
+    """Returns all settings as YAML, in the order of the fields."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _resolve(kind: type[T], values: dict[str, Any], overrides: Iterable[str]) -> T:
-    given: dict[str, Any] = {}
+    rename_keys(kind, values)
+    _merge(values, rename_keys(kind, _parse_overrides(overrides)), "")
+    return cast(T, _build(kind, values, ""))
+
+
+def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns a nested mapping with a _Text for each `a.b=value`."""
+    values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(
-                f"override {override!r}: expected key=value, as in shard_size=100 or "
+                f"override {override!r}: expected key=value, for example shard_size=100 or "
                 "detect.min_score=0.6"
             )
         *parents, last = key.split(".")
-        node = given
+        section = values
         for parent in parents:
-            node = subsection(node, parent, f"override {key}")
-        node[last] = _Text(text)
-    rename_keys(kind, values)
-    _merge(values, rename_keys(kind, given), "")
-    return cast(T, _build(kind, values, ""))
+            section = subsection(section, parent, f"override {key}")
+        section[last] = _Text(text)
+    return values
 
 
-def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> None:
-    for name, value in given.items():
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> None:
+    """Replaces values in place by overrides. prefix: the keys of the sections around them."""
+    for name, value in overrides.items():
         if isinstance(value, dict):
             key = f"{prefix}{name}"
             _merge(subsection(values, name, f"override {key}.…"), value, f"{key}.")
@@ -106,25 +114,26 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> Non
 
 def _build(kind: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
-    known = {f.name for f in fields(kind)}
+    names = {f.name for f in fields(kind)}
     for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, 1)
             hint = (
                 f" Did you mean {prefix}{close[0]}?"
                 if close
-                else f" Known: {', '.join(sorted(known))}."
+                else f" Known: {', '.join(sorted(names))}."
             )
             raise ConfigError(f"unknown key {prefix}{key}.{hint}")
-    given = {
+    settings = {
         name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()
     }
-    return kind(**given)
+    return kind(**settings)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Returns the value as the type `hint`. Raises ConfigError, which names the setting `name`."""
     origin = typing.get_origin(hint)
-    value = value.read(hint) if isinstance(value, _Text) else value
+    value = value.parse(hint) if isinstance(value, _Text) else value
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise _mismatch(name, value, "a section of keys and values")

@@ -1,32 +1,32 @@
-"""Settings of what is measured and decided about samples: rights, quality rules, the global pass,
-review of captions.
-"""
+"""Settings of rights, thumbnails, quality rules, the global pass and the review of captions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.common import NO_ANSWER, PlacementConfig, check
+from configs.common import NOT_HASHED, PlacementConfig, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RightsConfig:
-    """Records of any other license or consent are dropped, and nothing of their images is kept."""
+    """Which licenses and consents are allowed. Other inputs are dropped, and nothing of their
+    images is stored.
+    """
 
-    # Patterns, e.g. [CC0*, CC-BY-*]; * and ? are wildcards, case is ignored. Empty: all are
-    # allowed, stated or not.
+    # Patterns, for example [CC0*, CC-BY-*]; * and ? are wildcards, case is ignored. Empty: all are
+    # allowed, also if none is stated.
     license_allow: tuple[str, ...] = ()
     consent_allow: tuple[str, ...] = ()  # the same for the consent that the source states
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThumbnailConfig:
-    """Thumbnails of 96 pixels on the long side, for the report; dropped records have one too."""
+    """Thumbnails for the report, 96 pixels on the long side; dropped records have them too."""
 
     quality: int = 55  # WebP quality, 1 to 100
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
         check(1 <= self.quality <= 100, f"thumbnail.quality={self.quality}: expected 1 to 100")
@@ -34,22 +34,22 @@ class ThumbnailConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureConfig:
-    """Measuring has no settings of its own; the limits of the metrics are in RulesConfig."""
+    """The measure stage. The limits of its metrics are in RulesConfig."""
 
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RulesConfig:
-    """Limits of recorded metrics that a sample must meet; 0 switches a rule off.
+    """Limits on the recorded metrics of a sample; 0 switches a rule off.
 
-    Changing a limit runs no model, since the metrics are recorded. The defaults keep 999 of 1,000
-    synthetic portraits (the other has a second face) and were tried on few photographs: `python -m
-    bench.quality FOLDER` shows the metrics of yours.
+    A changed limit needs no model call, since the metrics are recorded. The defaults accept 999 of
+    1,000 synthetic portraits (the other one has a second face). They were tested on few
+    photographs: `python -m bench.quality FOLDER` shows the metrics of yours.
     """
 
     min_side: int = 256  # short side of the source image, pixels
-    # Only faces with at least a third of the main face's side count: small ones are passers-by.
+    # counts only faces with at least a third of the main face's side: smaller ones are background
     max_faces: int = 1
     min_faces: int = 1
     min_face: float = 64.0  # short side of the main face's box, pixels of the resized image
@@ -67,7 +67,7 @@ class RulesConfig:
     max_occlusion: float = 0.2
     # norm of ArcFace's raw embedding; w600k_mbf: 16 to 26 for faces, 6 to 13 for other images
     min_identity_norm: float = 12.0
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
         for name in ("min_side", "max_faces", "min_faces", "min_face", "min_identity_norm"):
@@ -90,7 +90,8 @@ class RulesConfig:
             fits = not greatest or least <= greatest
             check(
                 fits,
-                f"rules.{low}={least} is over rules.{high}={greatest}: no sample would be left",
+                f"rules.{low}={least} is over rules.{high}={greatest}: every sample would be "
+                "dropped",
             )
 
 
@@ -98,27 +99,27 @@ class RulesConfig:
 class GlobalPassConfig:
     """The global pass: duplicates across shards, identities, and the train/val split."""
 
-    # near_duplicate: bits of 256 in which two perceptual hashes may differ; -1: off. Measured
+    # near_duplicate: two perceptual hashes may differ in this many of 256 bits; -1: off. Measured
     # (docs/benchmarks.md): re-encoded or scaled versions of an image differ in at most 6 bits,
     # images of different people in at least 46; among half a million different images, 0.1 pairs
     # are expected within 10 bits. Cropped versions are found by the face instead.
     max_hash_distance: int = 10
-    # face_duplicate: cosine of two identities from which the image counts as the same; 0: off
+    # face_duplicate: two images with at least this cosine of their embeddings count as one; 0: off
     max_similarity: float = 0.95
-    # Mean cosine from which two groups of samples become one identity. The default was measured on
-    # the hardest case: the demo's embedder on synthetic portraits of different people, where one
-    # pair in a thousand has a cosine of 0.57. Of 300 people, 0.5 merges 132 with others, 0.6 merges
-    # 25. With a better embedder on photographs, different people have cosines near 0; then 0.6
-    # divides people into several identities, and 0.35 merges no two people (simulated). Lower it
-    # for an embedder that you have measured.
+    # Two groups of samples with at least this mean cosine become one identity. The default was
+    # measured on the hardest case: the demo's embedder on synthetic portraits of different people,
+    # where one pair in a thousand has a cosine of 0.57. Of 300 people, 0.5 merges 132 with others,
+    # 0.6 merges 25. With a better embedder on photographs, different people have cosines near 0;
+    # then 0.6 divides people into several identities, and 0.35 merges no two people (simulated).
+    # Lower it for an embedder that you have measured.
     identity_similarity: float = 0.6
     # The same for split groups: identities that may be one person stay on one side of the split.
-    # Where 0.6 divides people into several identities, 0.35 left half a per cent of val's samples
-    # with images of the same person in train, 0.45 left half of them (simulated).
+    # With identities that 0.6 had divided, a value of 0.35 left half a per cent of the val samples
+    # with images of the same person in train; 0.45 left half of them (simulated).
     split_similarity: float = 0.35
-    # nearest neighbours used of each sample; twice as many changed the result by half a per cent
+    # nearest neighbours of each sample; twice as many changed the result by half a per cent
     nearest: int = 16
-    val_share: float = 0.02  # share of the split groups that are val, 0 to 1
+    val_share: float = 0.02  # share of the split groups on the val side, 0 to 1
     seed: int = 0  # of the split
 
     def __post_init__(self) -> None:
@@ -135,21 +136,21 @@ class GlobalPassConfig:
         check(
             0 < self.split_similarity <= self.identity_similarity < 1,
             f"global_pass.split_similarity={self.split_similarity}, "
-            f"identity_similarity={self.identity_similarity}: "
-            "expected over 0, under 1, and the first not over the second",
+            f"global_pass.identity_similarity={self.identity_similarity}: "
+            "expected over 0, under 1, and split_similarity not over identity_similarity",
         )
         check(5 <= self.nearest <= 256, f"global_pass.nearest={self.nearest}: expected 5 to 256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewConfig:
-    """How captions are reviewed: `spec` and `mode` must be those that the trainer will use."""
+    """The review of captions. `spec` and `mode` must be those that the trainer will use."""
 
     spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
     mode: Literal["corrected", "legacy"] = "corrected"
-    # share of samples whose captions can't be trained on, above which a run fails, 0 to 1
-    max_untrainable: float = field(default=0.5, metadata=NO_ANSWER)
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    # a run fails if more than this share of its samples is not trainable, 0 to 1
+    max_untrainable: float = field(default=0.5, metadata=NOT_HASHED)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
         check(

@@ -1,6 +1,6 @@
-"""Annotations that come with this program: what the measure and review stages record.
+"""Annotations of the measure and review stages.
 
-A new stage declares its own annotation in its own file; see CONTRIBUTING.md.
+A new stage defines its annotation in its own file; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ ABSENT = "absent"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measures(Annotation):
-    """Metrics that the quality filter looks at. All are of the chosen face, except `hash`, which is
-    of the whole picture. stages/measurements.py says how each is measured."""
+    """Metrics for the quality filter, of the main face, and the perceptual hash of the whole image.
+    stages/measurements.py describes how each is measured.
+    """
 
     name: ClassVar[str] = "measures"
 
     sharpness: float = stored(
-        "sharpness of the chosen face, normalised for its size, 0 (blurred) to 1",
+        "sharpness of the main face, normalised for its size, 0 (blurred) to 1",
         pa.float64(),
-        metric=Metric(title="Sharpness", note="of the chosen face"),
+        metric=Metric(title="Sharpness", note="of the main face"),
     )
     brightness: float = stored(
         "mean luma of the face's skin, 0 to 1",
@@ -59,14 +60,12 @@ class Measures(Annotation):
         pa.float64(),
         metric=Metric(title="Occlusion", unit="%", note="of the face, covered", scale=100),
     )
-    hash: str = stored(
-        "perceptual hash of the picture: 256-bit DCT hash, 64 hex digits", pa.string()
-    )
+    hash: str = stored("perceptual hash of the image: 256-bit DCT hash, 64 hex digits", pa.string())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Review(Annotation):
-    """What the trainer's prompt code makes of a sample's captions; see pipelines/review.py."""
+    """The result of making a training text of a sample's captions; see pipelines/review.py."""
 
     name: ClassVar[str] = "review"
 
@@ -107,10 +106,10 @@ class Review(Annotation):
         ),
     )
     trainable: bool = stored(
-        "true if training fuses at least one region's picture into its word", pa.bool_()
+        "true if training fuses at least one region's image into its word", pa.bool_()
     )
     regions: tuple[str, ...] = stored(
-        "for each of face, ears, eyes, nose and mouth: fused (training fuses its picture into its "
+        "for each of face, ears, eyes, nose and mouth: fused (training fuses its image into its "
         "word), the reason why not, absent (a caption names it and the label map doesn't show it), "
         "or empty (neither named nor shown)",
         pa.list_(pa.string()),
@@ -124,7 +123,7 @@ class Review(Annotation):
 
     @property
     def fused(self) -> tuple[str, ...]:
-        """Regions whose pictures training fuses into their words."""
+        """Regions whose images training fuses into their words."""
         return fused_words(self.regions)
 
     @property
@@ -139,16 +138,16 @@ class Review(Annotation):
 
 
 def fused_words(statuses: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """The regions whose status (see Review.regions) is `fused`; none where there is no review."""
+    """Returns the regions whose status is `fused`. statuses: as in Review.regions; may be empty."""
     return tuple(w for w, status in zip(REGION_WORDS, statuses, strict=False) if status == FUSED)
 
 
 def absent_words(statuses: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """The regions whose status is `absent`."""
+    """Returns the regions whose status is `absent`."""
     return tuple(w for w, status in zip(REGION_WORDS, statuses, strict=False) if status == ABSENT)
 
 
 def unfused_words(statuses: tuple[str, ...] | list[str]) -> tuple[tuple[str, str], ...]:
-    """(region, reason) of the regions that are shown and not fused."""
+    """Returns (region, reason) for each region that is shown and not fused."""
     pairs = zip(REGION_WORDS, statuses, strict=False)
     return tuple((word, status) for word, status in pairs if status not in (FUSED, ABSENT, ""))

@@ -1,9 +1,9 @@
-"""The stage contract: one record in, one record out, in order.
+"""The stage contract: a stage takes a list of records and returns a record for each, in order.
 
-A stage is one class with `setup` and `process`. It never removes, adds or reorders records: to drop
-one it answers it with `status=dropped` and a reason. What a batch shares, the base owns: which
-records are still ok, batching, errors, timing, and the check that the contract was kept. Stages are
-retry-safe: `process` has no effect but its answer.
+A stage is a class with `setup` and `process`. It never removes, adds or reorders records: to drop
+one, it returns it with `status=dropped` and a reason. `run_stage` does what all stages share: it
+skips records that are no longer ok, makes batches, measures times and checks the contract. Stages
+are retry-safe: `process` has no effects besides its result.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from stages.backends.weights import Weights
 from stages.fields import Annotation
 from stages.record import Record, Status
 
-# fields that every source gives
-GIVEN = ("key", "source", "sha256", "license", "author", "consent", "image")
-# Old name → current name, of stages that were renamed; data sets still hold the old ones.
+# fields that every source sets
+SOURCE_FIELDS = ("key", "source", "sha256", "license", "author", "consent", "image")
+# Old name → current name of each renamed stage. Existing data sets contain the old names.
 RENAMED_STAGES: Final[Mapping[str, str]] = {"judge": "quality_filter", "neighbours": "global_pass"}
-_CHUNK = 8  # records; codec remembers more decoded pictures than this
-StageNames = frozenset[str]  # names of the stages that a record still needs
+_CHUNK = 8  # records; the codec's cache holds more decoded images than this
+StageNames = frozenset[str]
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRecord:
-    """A record and the names of the stages it still needs."""
+    """A record and the names of the stages that it still needs."""
 
     record: Record
     remaining_stages: StageNames
 
 
-class Rejection(Exception):  # noqa: N818 - the two below are verdicts on a record, not faults of the program
-    """Ends one record with a reason (a snake_case name) and an optional detail for people."""
+class Rejection(Exception):  # noqa: N818 - an expected outcome for a record, not a program error
+    """Drops or fails one record, with a reason (a snake_case name) and an optional detail text."""
 
     status: ClassVar[Status]
 
@@ -53,23 +53,24 @@ class Rejection(Exception):  # noqa: N818 - the two below are verdicts on a reco
 
 
 class Dropped(Rejection):
-    """The picture is fine, a rule says it is not wanted."""
+    """The record was processed, and a rule excludes it."""
 
     status = Status.DROPPED
 
 
 class Failed(Rejection):
-    """The picture itself can't be processed."""
+    """The record can't be processed."""
 
     status = Status.FAILED
 
 
 class Stage(ABC):
-    """One link of the chain.
+    """Base of all stages.
 
-    name, version: part of the signature; raise `version` when the same input would give another
-    answer. requires, provides: fields and annotations (by name) read and written; checked over the
-    whole chain before anything starts. annotation: the class of the annotation it records.
+    name, version: parts of the signature. Raise `version` when the same input gives another result.
+    requires, provides: names of the fields and annotations that the stage reads and writes; they
+    are checked over the whole chain before it starts. annotation: the class of the annotation that
+    the stage records.
     """
 
     name: ClassVar[str]
@@ -83,68 +84,74 @@ class Stage(ABC):
 
     @property
     def resources(self) -> PlacementConfig:
-        """CPUs and GPUs one copy holds while it lives, in fractions."""
+        """CPUs, GPUs and batch size of one copy of the stage."""
         placement: PlacementConfig = self.config.placement
         return placement
 
     @property
     def batch_size(self) -> int:
+        """The most records that `process` takes at a time."""
         return self.resources.batch_size
 
     def setup(self) -> None:  # noqa: B027 - a stage without weights has nothing to set up
-        """Load weights. Called once on the worker, before the first `process`; calling it again is
-        harmless.
+        """Loads weights. It is called on the worker, before the first `process`; further calls have
+        no effect.
         """
 
     @abstractmethod
     def process(self, records: list[Record]) -> list[Record]:
-        """Answer each of `records` (all ok, at most `batch_size`), in order."""
+        """Returns the result for each of `records` (all ok, at most `batch_size`), in order."""
 
     def weights(self) -> tuple[str, ...]:
-        """Names in the weights table this stage loads."""
+        """Returns the names, in the weights table, of the files that this stage loads."""
         return ()
 
     def digests(self) -> Mapping[str, str]:
-        """name → sha256 of every weights file the answers depend on."""
+        """Returns name → sha256 of every weights file that results depend on."""
         return {}
 
     def take_counts(self) -> dict[str, int]:
-        """What was counted since the last call, such as tokens; for the manifest of the shard that
-        it was done for.
+        """Returns what was counted since the last call, such as tokens, and resets the counts. The
+        manifest of a shard states the counts of its records.
         """
         return {}
 
     def hashed_settings(self) -> dict[str, Any]:
-        """The settings that the answers depend on, as the signature hashes them."""
+        """Returns the settings that results depend on: those that the signature hashes."""
         return hashed_settings(self.config) if is_dataclass(self.config) else {}
 
     def signature(self) -> str:
-        """NAME-VERSION-HASH, the hash over the name that the stage was introduced with, version,
-        settings and digests of the weights. Equal signatures mean equal answers."""
+        """Returns NAME-VERSION-HASH. Equal signatures mean equal results.
+
+        The hash covers the name that the stage was introduced with, its version, its settings and
+        the digests of its weights.
+        """
         name, weights = introduced_name(self.name), sorted(self.digests().items())
         text = json.dumps([name, self.version, self.hashed_settings(), weights], sort_keys=True)
         return f"{self.name}-{self.version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 class RecordStage(Stage):
-    """A stage for one record at a time: `process_one` returns it, or raises Dropped or Failed."""
+    """A stage that processes one record at a time."""
 
     @abstractmethod
-    def process_one(self, record: Record) -> Record: ...
+    def process_one(self, record: Record) -> Record:
+        """Returns the result for an ok record, or raises Dropped or Failed."""
 
     def process(self, records: list[Record]) -> list[Record]:
-        return [self._guarded(record) for record in records]
+        return [self._process_or_reject(record) for record in records]
 
-    def _guarded(self, record: Record) -> Record:
+    def _process_or_reject(self, record: Record) -> Record:
         try:
             return self.process_one(record)
-        except Rejection as verdict:
-            return reject(record, verdict, self.name)
+        except Rejection as rejection:
+            return reject(record, rejection, self.name)
 
 
 class BackendStage(Stage):
-    """A stage around one backend of the registry, whose job is the stage's name. `setup` builds the
-    backend from `backend_config`, which loads the model."""
+    """A stage that calls a backend of the registry. `setup` builds the backend from
+    `backend_config`, which loads the model.
+    """
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
@@ -153,12 +160,13 @@ class BackendStage(Stage):
 
     @property
     def backend_config(self) -> Any:
-        """The section of the configuration that the backend is built from."""
+        """The part of the configuration that the backend is built from."""
         return self.config
 
     @property
     def backend(self) -> Any:
-        assert self._backend is not None, f"{self.name}: setup() comes before process()"
+        """The backend. `setup` must have been called."""
+        assert self._backend is not None, f"{self.name}: call setup() before process()"
         return self._backend
 
     def setup(self) -> None:
@@ -167,10 +175,10 @@ class BackendStage(Stage):
             self._backend = kind(self.backend_config, self._weights)
 
     def take_counts(self) -> dict[str, int]:
-        counts: Counter[str] = getattr(self._backend, "counts", None) or Counter()
-        taken = dict(counts)
-        counts.clear()
-        return taken
+        counter: Counter[str] = getattr(self._backend, "counts", None) or Counter()
+        counts = dict(counter)
+        counter.clear()
+        return counts
 
     def weights(self) -> tuple[str, ...]:
         name = getattr(self.config, "weights", "")
@@ -180,13 +188,16 @@ class BackendStage(Stage):
         return {name: self._weights.digest(name) for name in self.weights()}
 
 
-def reject(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, dropped or failed in `stage`, without image, label map, identity and captions."""
+def reject(record: Record, rejection: Rejection, stage: str) -> Record:
+    """Returns the record, dropped or failed in `stage`, without image, label map, identity
+    embedding and captions.
+    """
     return replace(
         record,
-        status=verdict.status,
-        reason=verdict.reason,
-        detail=_ADDRESS.sub("0x…", verdict.detail)[:300],  # addresses differ from run to run
+        status=rejection.status,
+        reason=rejection.reason,
+        # memory addresses differ from run to run
+        detail=_ADDRESS.sub("0x…", rejection.detail)[:300],
         stage=stage,
         image=b"",
         parsing=b"",
@@ -196,33 +207,37 @@ def reject(record: Record, verdict: Rejection, stage: str) -> Record:
     )
 
 
-def quarantine(record: Record, verdict: Rejection, stage: str) -> Record:
-    """The record, dropped in `stage`, still complete: another rule may restore it."""
+def quarantine(record: Record, rejection: Rejection, stage: str) -> Record:
+    """Returns the record, dropped in `stage` and still complete, so that changed rules can restore
+    it.
+    """
     return replace(
-        record, status=verdict.status, reason=verdict.reason, detail=verdict.detail, stage=stage
+        record,
+        status=rejection.status,
+        reason=rejection.reason,
+        detail=rejection.detail,
+        stage=stage,
     )
 
 
 def current_stage(name: str) -> str:
-    """The present name of a stage that a data set of any version names."""
+    """Returns the current name of a stage, from its current or its old name."""
     return RENAMED_STAGES.get(name, name)
 
 
 def introduced_name(stage: str) -> str:
-    """The name that a stage was introduced with; digests and signatures hash it."""
+    """Returns the name that a stage was introduced with; digests and signatures hash it."""
     return next((old for old, new in RENAMED_STAGES.items() if new == stage), stage)
 
 
 def current_signature(signature: str) -> str:
-    """A signature of any version, with its stage's current name: judge-1-HASH gives
-    quality_filter-1-HASH.
-    """
+    """Returns a signature with its stage's current name: quality_filter-1-HASH of judge-1-HASH."""
     name, version, digest = signature.rsplit("-", 2)
     return f"{current_stage(name)}-{version}-{digest}"
 
 
 def take_counts(stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
-    """Stage → what it has counted since the last call, where it counts anything."""
+    """Returns stage name → its counts since the last call, without stages that counted nothing."""
     return {stage.name: counts for stage in stages if (counts := stage.take_counts())}
 
 
@@ -232,14 +247,14 @@ def run_stage(
     seconds: dict[str, float] | None = None,
     remaining_stages: Sequence[StageNames] | None = None,
 ) -> list[Record]:
-    """Run `stage` over the ok ones of `records`, keeping the others and the order; adds to
-    `seconds[stage.name]`.
+    """Runs `stage` on those of `records` that are ok and need it. Returns all records, in order.
 
-    The stage is set up if there is anything for it to do, outside its seconds. remaining_stages:
-    for each record, the names of the stages it needs; None: all of them. Raises AssertionError
-    where the stage broke the contract (another number, order or key of records).
+    seconds: the time spent is added to `seconds[stage.name]`, without that of `setup`, which is
+    called if at least one record needs the stage. remaining_stages: for each record, the names of
+    the stages that it needs; None: all. Raises AssertionError if the stage breaks the contract
+    (returns another number, order or keys of records).
     """
-    answers = list(records)
+    results = list(records)
     active = [
         i
         for i, record in enumerate(records)
@@ -249,17 +264,17 @@ def run_stage(
         stage.setup()
     started = time.perf_counter()
     for start in range(0, len(active), stage.batch_size):
-        batch = active[start : start + stage.batch_size]
-        given = [records[index] for index in batch]
-        taken = stage.process(given)
-        assert [r.key for r in taken] == [r.key for r in given], (
-            f"stage {stage.name} must answer each record, in order"
+        indices = active[start : start + stage.batch_size]
+        batch = [records[index] for index in indices]
+        processed = stage.process(batch)
+        assert [r.key for r in processed] == [r.key for r in batch], (
+            f"stage {stage.name} must return each record, in order"
         )
-        for index, record in zip(batch, taken, strict=True):
-            answers[index] = record
+        for index, record in zip(indices, processed, strict=True):
+            results[index] = record
     if seconds is not None:
         seconds[stage.name] = seconds.get(stage.name, 0.0) + time.perf_counter() - started
-    return answers
+    return results
 
 
 def run_chain(
@@ -270,11 +285,12 @@ def run_chain(
     remaining_stages: Sequence[StageNames] | None = None,
     entering: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Run all `stages` over `records`, some at a time, so that what a stage decoded the next still
-    finds in memory.
+    """Runs all `stages` on `records`, `chunk_size` records at a time, so that an image that one
+    stage decoded is still in the codec's cache for the next. Returns all records, in order.
 
-    `advance` is told how many more are done, `entering` each stage's name before its next few
-    records. Which records share a batch depends on `records` and `remaining_stages` alone.
+    advance: called with the number of records of each finished chunk. entering: called with a
+    stage's name before the stage processes a chunk. seconds, remaining_stages: as in `run_stage`.
+    Which records share a batch depends only on `records` and `remaining_stages`.
     """
     chunk = chunk_size(stages)
     done: list[Record] = []
@@ -292,24 +308,23 @@ def run_chain(
 
 
 def chunk_size(stages: Sequence[Stage]) -> int:
-    """How many records `run_chain` takes through all `stages` at a time."""
+    """Returns how many records `run_chain` takes through all `stages` at a time."""
     return max(_CHUNK, *(stage.batch_size for stage in stages)) if stages else _CHUNK
 
 
-def check_chain(stages: Sequence[Stage], given: tuple[str, ...] = GIVEN) -> None:
-    """Raise ConfigError unless every stage's `requires` is provided by what comes before it."""
-    have = set(given)
-    for stage in stages:
-        missing = [field for field in stage.requires if field not in have]
+def check_chain(stages: Sequence[Stage]) -> None:
+    """Raises ConfigError if a stage requires what neither source nor an earlier stage provides."""
+    available = set(SOURCE_FIELDS)
+    for index, stage in enumerate(stages):
+        missing = [field for field in stage.requires if field not in available]
         if missing:
+            earlier = ", ".join(s.name for s in stages[:index]) or "none"
             raise ConfigError(
                 f"stage {stage.name!r} requires {', '.join(missing)}, which no stage before it "
-                "provides "
-                "(before it: "
-                f"{', '.join(s.name for s in stages[: stages.index(stage)]) or 'nothing'}). "
-                "Put the stage that provides it earlier in `stages`."
+                f"provides (stages before it: {earlier}). Move the stage that provides it to an "
+                "earlier place in `stages`."
             )
-        have.update(stage.provides)
+        available.update(stage.provides)
     for stage in stages:
         if stage.annotation is not None:
             assert stage.annotation.name in stage.provides, f"{stage.name} provides its annotation"

@@ -1,6 +1,4 @@
-"""The caption stage: a coarse and a fine description of each picture, by the backend of
-`config.backend`.
-"""
+"""Caption: writes a caption of each image and one of its main face, with `config.backend`."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ from stages.base import BackendStage, Failed, reject
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record
 
-# Version 0.1 hashed one flat set of settings for all backends. A setting that the chosen backend
-# doesn't have is hashed with the default of 0.1: where one of the constants changes, the value that
-# it had goes in here.
+# Version 0.1 hashed one set of settings for all backends. A setting that the chosen backend doesn't
+# have is still hashed, with its default of version 0.1. If one of these constants is changed, its
+# present value must be written here instead.
 _HASHED_IN_0_1: Final = {
     "model": "",
     "prompt": PROMPT,
@@ -29,10 +27,10 @@ _HASHED_IN_0_1: Final = {
 
 
 class CaptionStage(BackendStage):
-    """Captions the records of a batch together; one that can't be captioned fails alone.
+    """Captions the records of a batch together; a record that can't be captioned fails alone.
 
-    Reasons of failure: `bad_input` (image, label map and face don't belong together),
-    `empty_caption`, `caption_failed` (the model's server gave no answer for this picture).
+    Reasons of failure: `bad_input` (image, label map and main face don't fit together),
+    `empty_caption`, `caption_failed` (the model server gave no usable response for this image).
     """
 
     name = "caption"
@@ -42,8 +40,8 @@ class CaptionStage(BackendStage):
     config: CaptionConfig
 
     def hashed_settings(self) -> dict[str, Any]:
-        read = hashed_settings(self.backend_config)
-        return {**_HASHED_IN_0_1, "backend": self.config.backend, **read}
+        settings = hashed_settings(self.backend_config)
+        return {**_HASHED_IN_0_1, "backend": self.config.backend, **settings}
 
     def digests(self) -> Mapping[str, str]:
         digests: Mapping[str, str] = self._captioner.digests(self.backend_config)
@@ -56,7 +54,7 @@ class CaptionStage(BackendStage):
 
     @property
     def backend_config(self) -> Any:
-        """The section of the chosen backend. Raises ConfigError for an unknown one."""
+        """The section of the chosen backend. Raises ConfigError for an unknown backend."""
         backend_class(self.name, self.config.backend)
         return getattr(self.config, self.config.backend)
 
@@ -65,23 +63,23 @@ class CaptionStage(BackendStage):
         return backend_class(self.name, self.config.backend)
 
     def process(self, records: list[Record]) -> list[Record]:
-        sound: list[Record] = []
-        answers: dict[str, Record] = {}
+        valid: list[Record] = []
+        results: dict[str, Record] = {}
         for record in records:
             try:
                 check(record)
-                sound.append(record)
-            except Failed as verdict:
-                answers[record.key] = reject(record, verdict, self.name)
-        texts: Sequence[tuple[str, str] | Failed] = (
-            self.backend.caption(sound, self.resources.batch_size) if sound else []
+                valid.append(record)
+            except Failed as rejection:
+                results[record.key] = reject(record, rejection, self.name)
+        captions: Sequence[tuple[str, str] | Failed] = (
+            self.backend.caption(valid, self.resources.batch_size) if valid else []
         )
-        for record, given in zip(sound, texts, strict=True):
-            if isinstance(given, Failed):
-                answers[record.key] = reject(record, given, self.name)
+        for record, pair in zip(valid, captions, strict=True):
+            if isinstance(pair, Failed):
+                results[record.key] = reject(record, pair, self.name)
             else:
-                answers[record.key] = self._captioned(record, *given)
-        return [answers[record.key] for record in records]
+                results[record.key] = self._captioned(record, *pair)
+        return [results[record.key] for record in records]
 
     def _captioned(self, record: Record, caption: str, face_caption: str) -> Record:
         for kind, text in (("coarse", caption), ("fine", face_caption)):
@@ -93,8 +91,8 @@ class CaptionStage(BackendStage):
 
 
 def check(record: Record) -> None:
-    """Raise Failed unless the image decodes, the label map is of its size, and a face with
-    landmarks is chosen.
+    """Raises Failed unless the image decodes, the label map has the image's size, and the main face
+    has five landmarks.
     """
     if not record.image or not record.parsing:
         raise Failed("bad_input", f"no {'label map' if record.image else 'image'}")

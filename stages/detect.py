@@ -1,9 +1,8 @@
 """Detect: finds all faces of an image and chooses the sample's main face.
 
-SCRFD at its usual input of 640 × 640 misses faces that fill the image, as in portraits (IP-Adapter
-# 81). So the image is padded on all sides, and smaller detector sizes are tried before the record
-# is
-dropped.
+SCRFD at its usual input of 640 × 640 misses faces that fill the image, as in portraits (issue 81 of
+IP-Adapter). So the image is padded on all sides, and smaller detector sizes are tried before the
+record is dropped.
 """
 
 from __future__ import annotations

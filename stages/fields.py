@@ -1,8 +1,8 @@
-"""The table of stored fields: each field of a record or an annotation says here what it holds, its
-Arrow type, and where it is kept.
+"""The table of stored fields. A field of a record or an annotation states its Arrow type, what it
+holds, and where it is stored.
 
-Schemas, sample JSON, the data card, Croissant, the report and `inspect` are derived from these
-entries; none of them lists fields by hand.
+The schemas, the samples' JSON, the data card, Croissant, the report and `inspect` are derived from
+these entries; none of them lists fields by hand.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ANNOTATION: Final = b"annotation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """How people see a number: as a histogram in the report, as a line in `inspect`.
+    """How a number is displayed: as a histogram in the report, as a line in `inspect`.
 
-    scale: what is shown is the number times this, for example 100 for percent. whole: whole
-    numbers. group: the report shows metrics of one group together.
+    scale: the stored number is multiplied by it, for example by 100 for percent. whole: show it as
+    a whole number. group: the report shows metrics of one group together.
     """
 
     title: str
@@ -39,11 +39,11 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """What a field holds and where it is kept.
+    """What a field holds and where it is stored.
 
-    member: extension of the tar member that holds it, "" for none. json: part of the sample's JSON.
-    column: a column of the sidecar. length: of a list; a list in JSON has a fixed length, so that
-    the JSON of all samples has one type.
+    member: extension of the tar member that holds it; "": none. json: whether the sample's JSON
+    holds it. column: whether it is a column of the sidecar. length: number of elements of a list;
+    it is fixed, so that the JSON of all samples has one type.
     """
 
     description: str
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column of a sidecar. annotation: name of the annotation that it belongs to, or ""."""
+    """A column of a sidecar. annotation: name of the annotation that it belongs to; "": none."""
 
     name: str
     type: pa.DataType
@@ -66,7 +66,7 @@ class Column:
     annotation: str = ""
 
     def to_arrow(self) -> pa.Field:
-        """The Arrow field, with description, metric and annotation in its metadata."""
+        """Returns the Arrow field, with description, metric and annotation in its metadata."""
         metadata = {_DESCRIPTION: self.description.encode()}
         if self.metric:
             metadata[_METRIC] = json.dumps(asdict(self.metric), ensure_ascii=False).encode()
@@ -76,13 +76,15 @@ class Column:
 
     @staticmethod
     def from_arrow(field: pa.Field) -> Column:
-        """The inverse of `to_arrow`. Entries that a later program added to a metric are ignored."""
+        """Returns the column of an Arrow field that `to_arrow` made. Ignores entries of a metric
+        that this version doesn't have.
+        """
         metadata = field.metadata or {}
         metric = None
         if _METRIC in metadata:
             values = json.loads(metadata[_METRIC])
-            known = {entry.name for entry in fields(Metric)}
-            metric = Metric(**{name: value for name, value in values.items() if name in known})
+            names = {entry.name for entry in fields(Metric)}
+            metric = Metric(**{name: value for name, value in values.items() if name in names})
         return Column(
             name=field.name,
             type=field.type,
@@ -103,7 +105,7 @@ def stored(
     length: int = 0,
     metric: Metric | None = None,
 ) -> Any:
-    """A dataclass field with its entry in the table; see Stored."""
+    """Returns a dataclass field with its entry in the table; see Stored for the arguments."""
     entry = Stored(
         description=description,
         type=type,
@@ -117,14 +119,14 @@ def stored(
 
 
 def stored_fields(kind: type[Any]) -> Iterator[tuple[str, Stored]]:
-    """(name, entry) of each stored field of a dataclass, in order."""
+    """Yields (name, entry) for each stored field of a dataclass, in order."""
     for entry in fields(kind):
         if _STORED in entry.metadata:
             yield entry.name, entry.metadata[_STORED]
 
 
 def columns_of(kind: type[Any], annotation: str = "") -> list[Column]:
-    """The sidecar columns of a dataclass."""
+    """Returns the sidecar columns of a dataclass. annotation: as in Column."""
     return [
         Column(
             name=name,
@@ -139,8 +141,9 @@ def columns_of(kind: type[Any], annotation: str = "") -> list[Column]:
 
 
 def empty_value(entry: Stored) -> Any:
-    """The plain value of an entry's type that stands for "not recorded": "", 0, 0.0, False, or a
-    list of them."""
+    """Returns the value that means "not recorded" for an entry's type: "", 0, 0.0, False, or a list
+    of `entry.length` of these.
+    """
     if pa.types.is_list(entry.type):
         return [_empty_scalar(entry.type.value_type)] * entry.length
     return _empty_scalar(entry.type)
@@ -155,10 +158,11 @@ def _empty_scalar(kind: pa.DataType) -> Any:
 
 
 class Annotation:
-    """Base of what one stage records of a picture: a frozen dataclass of stored fields.
+    """Base of annotations: frozen dataclasses of what one stage records of an image.
 
-    Its fields are scalars, or tuples of scalars of a fixed length. Records carry its plain values
-    under `name`, so that code which doesn't know the class passes them on unchanged.
+    Its fields are made by `stored`. They are scalars, or tuples of scalars of a fixed length.
+    Records hold an annotation's plain values under its `name`, so that code which doesn't have the
+    class passes them on unchanged.
     """
 
     __slots__ = ()
@@ -169,24 +173,23 @@ Kind = TypeVar("Kind", bound=Annotation)
 
 
 def to_plain(annotation: Annotation) -> dict[str, Any]:
-    """JSON-ready values by field name; tuples become lists."""
+    """Returns field name → JSON-ready value; tuples become lists."""
     values = {name: getattr(annotation, name) for name, _ in stored_fields(type(annotation))}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def from_plain(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
-    """The annotation with these values. A missing field gets its default, or its type's empty
-    value; fields that the class doesn't have are ignored.
+    """Returns the annotation with these values. A missing field gets its default, or the empty
+    value of its type. Fields that the class doesn't have are ignored.
     """
     defaults = {entry.name: entry.default for entry in fields(kind)}  # type: ignore[arg-type]
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, entry in stored_fields(kind):
         if name in values:
-            given[name] = values[name]
+            value = values[name]
         elif defaults[name] is MISSING:
-            given[name] = empty_value(entry)
+            value = empty_value(entry)
         else:
             continue
-        if isinstance(given[name], list):
-            given[name] = tuple(given[name])
-    return kind(**given)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)

@@ -1,5 +1,4 @@
-"""Quality filter: drops samples by rules on recorded metrics. It reads no picture and runs no
-model.
+"""Quality filter: drops samples by rules on recorded metrics. It reads no image and runs no model.
 
 A rule is a row of RULES; the first one that a record breaks gives the reason. A dropped record
 stays complete (quarantined), so that changed rules can restore it.
@@ -82,7 +81,9 @@ def _source_side(record: Record) -> float | None:
 
 
 def _large_faces(record: Record) -> int:
-    """Faces with a side of at least a third of the chosen face's: people far behind don't count."""
+    """Returns the number of faces whose side is at least a third of the main face's: people in the
+    background don't count.
+    """
     return sum(face.side >= record.main_face.side * _BACKGROUND_FACE for face in record.faces)
 
 

@@ -1,7 +1,7 @@
-"""Record: what every stage takes and gives, and its flat Arrow form.
+"""Record: what stages take and return, and its form as an Arrow row.
 
-Payloads stay encoded (JPEG, PNG) and rows flat, so that Ray moves Arrow columns and never a pickle.
-`image` holds the source's own bytes until the resize stage has run, and a JPEG afterwards.
+Images stay encoded (JPEG, PNG) and rows are flat, so that Ray moves Arrow columns, not pickles.
+`image` holds the source's bytes until the resize stage has run, and a JPEG after that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Status(StrEnum):
-    """`ok` goes on; `dropped` is unwanted by a rule; `failed` could not be processed."""
+    """ok: goes on to the next stage; dropped: excluded by a rule; failed: can't be processed."""
 
     OK = "ok"
     DROPPED = "dropped"
@@ -37,8 +37,8 @@ class Status(StrEnum):
 class Face:
     """A detected face, in pixels of the record's `image`.
 
-    landmarks: the viewer's left eye, right eye, nose tip, left and right mouth corner (the order of
-    SCRFD and ArcFace).
+    landmarks: five points (x, y): left eye, right eye, nose tip, left and right mouth corner, left
+    and right as the viewer sees it (the order of SCRFD and ArcFace).
     """
 
     box: tuple[float, float, float, float] = stored(
@@ -53,6 +53,7 @@ class Face:
 
     @property
     def area(self) -> float:
+        """The area of the box, square pixels."""
         x1, y1, x2, y2 = self.box
         return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
@@ -68,15 +69,16 @@ FACE_TYPE: Final = pa.struct([(name, entry.type) for name, entry in stored_field
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Record:
-    """One photograph on its way to a sample; changed only by `dataclasses.replace` and `annotated`.
+    """One input on its way through the stages. It is immutable: `dataclasses.replace` and
+    `annotated` return changed copies.
 
-    annotations: name → plain values of what stages recorded; read one with `annotation`.
+    annotations: name → plain values of each annotation; `annotation` reads one.
     """
 
     key: str = stored(
-        "first 20 hex digits of sha256 of the picture's name relative to its source", pa.string()
+        "first 20 hex digits of sha256 of the input's name relative to its source", pa.string()
     )
-    source: str = stored("the picture's name relative to its source", pa.string())
+    source: str = stored("the input's name relative to its source", pa.string())
     status: Status = stored(
         "ok (a sample), dropped (by a rule) or failed", pa.string(), json=False, default=Status.OK
     )
@@ -92,25 +94,25 @@ class Record:
         "consent of the people shown, as the source states it", pa.string(), default=""
     )
     image: bytes = stored(
-        "the picture: upright, RGB, resized",
+        "the image: upright, RGB, resized",
         pa.large_binary(),
         member="jpg",
         json=False,
         column=False,
         default=b"",
     )
-    width: int = stored("pixels of the resized picture", pa.int32(), default=0)
-    height: int = stored("pixels of the resized picture", pa.int32(), default=0)
-    source_width: int = stored("upright pixels of the source's picture", pa.int32(), default=0)
-    source_height: int = stored("upright pixels of the source's picture", pa.int32(), default=0)
+    width: int = stored("pixels of the resized image", pa.int32(), default=0)
+    height: int = stored("pixels of the resized image", pa.int32(), default=0)
+    source_width: int = stored("pixels of the source's image, upright", pa.int32(), default=0)
+    source_height: int = stored("pixels of the source's image, upright", pa.int32(), default=0)
     faces: tuple[Face, ...] = stored(
-        "every face found: box, five landmarks, detection score; pixels of the resized picture",
+        "all detected faces: box, five landmarks, detection score; pixels of the resized image",
         pa.list_(FACE_TYPE),
         default=(),
     )
-    face: int = stored("index of the chosen face; -1: none", pa.int32(), default=-1)
+    face: int = stored("index of the main face; -1: none", pa.int32(), default=-1)
     parsing: bytes = stored(
-        "label map: 8-bit grey PNG, the picture's size, 19 CelebAMask-HQ classes",
+        "label map: 8-bit grey PNG, of the image's size, 19 CelebAMask-HQ classes",
         pa.large_binary(),
         member="parsing.png",
         json=False,
@@ -118,7 +120,7 @@ class Record:
         default=b"",
     )
     identity: FloatArray | None = stored(
-        "ArcFace embedding of the chosen face: 512 numbers, float32, unit norm",
+        "ArcFace embedding of the main face: 512 numbers, float32, unit norm",
         pa.list_(pa.float32()),
         member="identity.npy",
         json=False,
@@ -126,14 +128,12 @@ class Record:
         default=None,
     )
     identity_norm: float | None = stored(
-        "norm of the embedding before it was made 1; low where a face is hard to recognise",
+        "norm of the embedding before scaling; low where a face is hard to recognise",
         pa.float64(),
         default=None,
-        metric=Metric(
-            title="Embedding norm", note="before it is made unit length", group="identity"
-        ),
+        metric=Metric(title="Embedding norm", note="before scaling", group="identity"),
     )
-    caption: str = stored("description of the whole picture", pa.string(), member="txt", default="")
+    caption: str = stored("description of the whole image", pa.string(), member="txt", default="")
     face_caption: str = stored(
         "description of the face: face, ears, eyes, nose, mouth", pa.string(), default=""
     )
@@ -144,39 +144,41 @@ class Record:
 
     @property
     def ok(self) -> bool:
+        """True if it is neither dropped nor failed."""
         return self.status is Status.OK
 
     @property
     def complete(self) -> bool:
-        """True if it has everything that a sample needs but captions."""
+        """True if it has all that a sample needs except captions."""
         return bool(self.image and self.parsing) and self.identity is not None
 
     @property
     def quarantined(self) -> bool:
-        """True if a rule dropped it and it is complete: another rule may restore it without a model
-        call."""
+        """True if it was dropped and is complete: changed rules can restore it without a model
+        call.
+        """
         return self.status is Status.DROPPED and self.complete
 
     @property
     def main_face(self) -> Face:
-        """The chosen face. Raises ValueError if there is none."""
+        """The main face. Raises ValueError if there is none."""
         if not 0 <= self.face < len(self.faces):
             raise ValueError(f"record {self.key} ({self.source}) has no chosen face")
         return self.faces[self.face]
 
     def annotation(self, kind: type[Kind]) -> Kind | None:
-        """The annotation of this kind; None if no stage has recorded it."""
+        """Returns the annotation of this class; None if no stage has recorded it."""
         values = self.annotations.get(kind.name)
         return None if values is None else from_plain(kind, values)
 
     def annotated(self, annotation: Annotation) -> Record:
-        """This record with an annotation added, or replaced."""
+        """Returns this record with the annotation added; it replaces one of the same name."""
         added = {annotation.name: to_plain(annotation)}
         return replace(self, annotations={**self.annotations, **added})
 
 
 def scaled(face: Face, by: float) -> Face:
-    """The face in a picture `by` times as large."""
+    """Returns the face in pixels of an image whose sides are `by` times as long."""
     x1, y1, x2, y2 = (value * by for value in face.box)
     return Face(
         box=(x1, y1, x2, y2),
@@ -186,9 +188,7 @@ def scaled(face: Face, by: float) -> Face:
 
 
 def key_of(source: str) -> str:
-    """The record's key: the first 20 hex digits of sha256 of the source's name relative to its
-    root.
-    """
+    """Returns the key of the input with this name: the first 20 hex digits of the name's sha256."""
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:KEY_LENGTH]
 
 
@@ -201,7 +201,7 @@ ARROW_SCHEMA: Final = pa.schema(
 
 
 def face_to_dict(face: Face) -> dict[str, Any]:
-    """JSON-ready form, landmarks flattened; the inverse of `face_from_dict`."""
+    """Returns the face as JSON-ready values; landmarks become a list of ten numbers."""
     return {
         "box": list(face.box),
         "landmarks": [value for point in face.landmarks for value in point],
@@ -210,6 +210,7 @@ def face_to_dict(face: Face) -> dict[str, Any]:
 
 
 def face_from_dict(row: Mapping[str, Any]) -> Face:
+    """Returns the face of a mapping that `face_to_dict` made."""
     flat = [float(value) for value in row["landmarks"]]
     x1, y1, x2, y2 = (float(value) for value in row["box"])
     landmarks = tuple(zip(flat[::2], flat[1::2], strict=True))
@@ -217,7 +218,7 @@ def face_from_dict(row: Mapping[str, Any]) -> Face:
 
 
 def to_row(record: Record) -> dict[str, Any]:
-    """A row of ARROW_SCHEMA, as Python values."""
+    """Returns the record as a row of ARROW_SCHEMA, in Python values."""
     row = {entry.name: getattr(record, entry.name) for entry in fields(record)}
     row["faces"] = [face_to_dict(face) for face in record.faces]
     row["status"] = record.status.value
@@ -226,7 +227,7 @@ def to_row(record: Record) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Record:
-    """The record of a row of ARROW_SCHEMA. Raises KeyError on a missing column."""
+    """Returns the record of a row of ARROW_SCHEMA. Raises KeyError if a column is missing."""
     values = {entry.name: row[entry.name] for entry in fields(Record)}
     values["faces"] = tuple(face_from_dict(face) for face in row["faces"])
     values["status"] = Status(row["status"])
@@ -237,8 +238,10 @@ def from_row(row: Mapping[str, Any]) -> Record:
 
 
 def to_table(records: Iterable[Record]) -> pa.Table:
+    """Returns a table of ARROW_SCHEMA, with a row for each record."""
     return pa.Table.from_pylist([to_row(record) for record in records], schema=ARROW_SCHEMA)
 
 
 def from_table(table: pa.Table) -> list[Record]:
+    """Returns the records of a table of ARROW_SCHEMA."""
     return [from_row(row) for row in table.to_pylist()]

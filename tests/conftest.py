@@ -1,5 +1,5 @@
-"""Shared by the tests: pinned threads, eight real synthetic portraits, and a folder of every kind
-of bad file.
+"""Shared by the tests: pinned threads, models loaded once, eight real synthetic portraits, a data
+set of them, and a folder of every kind of bad file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,23 @@ import pytest
 
 from stages.backends.runtime import pin_threads
 from stages.backends.weights import Weights
+from tests import models
+from tests.sharing import shared_folder
+
+pytest_plugins = ["tests.budget"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     pin_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models() -> Iterator[None]:
+    """One copy of each model in this process; see tests/models.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        models.remember(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -32,20 +44,12 @@ def portraits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     In a process of its own: on CPUs with AMX, OpenVINO sets an alternate signal stack, frees it
     with its models, and the next signal (a loader worker's SIGCHLD, say) then kills the process.
     """
-    folder = tmp_path_factory.mktemp("portraits")
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.cli",
-        "synthesize",
-        "--count",
-        "8",
-        "--seed",
-        "7",
-        str(folder),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+    command = [sys.executable, "-m", "pipelines.cli", "synthesize", "--count", "8", "--seed", "7"]
+
+    def make(folder: Path) -> None:
+        subprocess.run([*command, str(folder)], check=True, capture_output=True)
+
+    return shared_folder(tmp_path_factory, "portraits", make)
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +57,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base model in diffusers' layout, random weights from seed 0."""
     from model.tiny import make_tiny_base
 
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    make_tiny_base(folder, Weights().fetch("clip_bpe"), 0)
-    return folder
+    vocabulary = Weights().fetch("clip_bpe")
+    return shared_folder(
+        tmp_path_factory, "base", lambda folder: make_tiny_base(folder, vocabulary, 0)
+    )
 
 
 @pytest.fixture(scope="session")
-def poisoned(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Iterator[Path]:
+def poisoned(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
     """The demo's poisoned set, made from the portraits."""
     from pipelines.demo.poison import write_poisoned
 
-    folder = tmp_path_factory.mktemp("poisoned")
-    write_poisoned(folder, sorted(portraits.glob("*.jpg")))
-    yield folder
+    return shared_folder(
+        tmp_path_factory,
+        "poisoned",
+        lambda folder: write_poisoned(folder, sorted(portraits.glob("*.jpg"))),
+    )

@@ -21,7 +21,6 @@ _NUMBERED = re.compile(r"(data|item|list|obj|object|out|res|result|temp|tmp|val|
 
 # Folders that are not checked yet. An entry doesn't cover the folders below it.
 EXEMPT = (
-    "configs",
     "pipelines",
     "pipelines/dedup",
     "pipelines/inspect",
@@ -30,7 +29,6 @@ EXEMPT = (
     "stages",
     "stages/backends",
     "stages/storage",
-    "tests/configs",
     "tests/docs",
     "tests/pipelines",
     "tests/pipelines/dedup",

@@ -173,7 +173,7 @@ def inspect(
     """
     with errors():
         from pipelines.inspect.find import inspect as find_input
-        from pipelines.inspect.pictures import write_sheet
+        from pipelines.inspect.panes import write_sheet
         from pipelines.inspect.tables import console_of, show
 
         inspection = find_input(open_store(output), key)

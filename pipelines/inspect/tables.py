@@ -1,7 +1,7 @@
-"""Tables: everything known of one input, for a terminal.
+"""Tables: everything that is recorded of one input, for a terminal.
 
-Names, captions and details come from outside: none is read as markup, and no control character
-reaches the terminal.
+Names, captions and details are text from outside the program: they are not read as markup, and
+control characters are escaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.text import Text
 from model.prompt import named_regions
 from model.spec import TOKEN_LIMIT
 from pipelines.inspect.find import Inspection, printable
-from pipelines.inspect.pictures import half_blocks, panes
+from pipelines.inspect.panes import half_blocks, panes
 from pipelines.report.metrics import AREA, WORDS, columns_of, shown_metrics
 from pipelines.report.palette import PALETTE
 from stages.annotations import absent_words, fused_words, unfused_words
@@ -27,33 +27,33 @@ from stages.quality_filter import RULES, Rule
 from stages.reasons import explain
 from stages.record import Status
 from stages.regions import LABELS, REGION_LABELS
-from stages.storage.sidecar import Row, is_quarantined
+from stages.storage.sidecar import Row, is_quarantined, row_to_record
 
 Line = tuple[Text, ...]
 
-_WIDEST: Final = 60  # columns of each picture
-_TALLEST: Final = 64  # pixels of height, two to a line
-_PLAIN_WIDTH: Final = 110  # columns, where there is no terminal to ask
+_MAX_WIDTH: Final = 60  # columns of each pane
+_MAX_HEIGHT: Final = 64  # pixels of each pane; a line shows two
+_PLAIN_WIDTH: Final = 110  # columns, where the output is no terminal
 _STATUS: Final = {Status.OK: "bold green", Status.DROPPED: "bold yellow", Status.FAILED: "bold red"}
-# Limits that no value can break: such a rule is off, as with a limit of 0.
+# Limits that no value can break: as with a limit of 0, such a rule is off.
 _NO_LIMIT: Final = {
     **dict.fromkeys(("max_clipped", "max_occlusion"), 1),
     **dict.fromkeys(("max_yaw", "max_pitch", "max_roll"), 180),
 }
 
 
-def show(found: Inspection, console: Console, picture: bool = True) -> None:
-    """Print it. The picture only where the console is a terminal."""
-    if found.taken_down:
-        console.print(Text(f"{found.row['key']} was taken down."))
+def show(inspection: Inspection, console: Console, image: bool = True) -> None:
+    """Prints the input's tables, and its image where the console is a terminal."""
+    row = inspection.row
+    if inspection.taken_down:
+        console.print(Text(f"{row['key']} was taken down."))
         return
-    if picture and console.is_terminal:
-        row = found.row
-        share = row["height"] / row["width"] if row["width"] else 1.0
-        width = min(_WIDEST, (console.width - 1) // 2, round(_TALLEST / share))
-        if shown := panes(found, max(2, width)):
+    if image and console.is_terminal:
+        ratio = row["height"] / row["width"] if row["width"] else 1.0
+        width = min(_MAX_WIDTH, (console.width - 1) // 2, round(_MAX_HEIGHT / ratio))
+        if shown := panes(inspection, max(2, width)):
             console.print(half_blocks(shown), crop=True)
-    for title, lines in _sections(found):
+    for title, lines in _sections(inspection):
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim", min_width=19, no_wrap=True)
         for line in lines:
@@ -64,23 +64,25 @@ def show(found: Inspection, console: Console, picture: bool = True) -> None:
 
 
 def console_of(width: int = 0) -> Console:
-    """For standard output; wide enough for a table where that is no terminal."""
+    """A console for standard output. width: columns; 0 for those of the terminal, or enough for a
+    table where the output is none."""
     plain = Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
     if plain.is_terminal and not width:
         return plain
     return Console(markup=False, highlight=False, emoji=False, width=width or _PLAIN_WIDTH)
 
 
-def _sections(found: Inspection) -> Iterable[tuple[str, Iterable[Line]]]:
-    row = found.row
+def _sections(inspection: Inspection) -> Iterable[tuple[str, Iterable[Line]]]:
+    row = inspection.row
     yield "Input", _input(row)
-    yield "Provenance", _provenance(found)
+    yield "Provenance", _provenance(inspection)
     yield "Faces", _faces(row)
-    stale = "" if found.current else ", of a configuration that the shard wasn't made by"
-    yield f"Metrics, and the rules{stale}", _metrics(found, found.config.get("rules", {}))
+    stale = "" if inspection.current else " of a configuration that the shard wasn't made with"
+    title = f"Metrics, and the rules{stale}"
+    yield title, _metrics(inspection, inspection.config.get("rules", {}))
     yield "Regions", _regions(row)
-    yield "Identity", _identity(found)
-    yield "Texts", _texts(row)
+    yield "Identity", _identity(inspection)
+    yield "Captions", _captions(row)
     yield "Training", _training(row)
 
 
@@ -89,46 +91,49 @@ def _input(row: Row) -> Iterable[Line]:
     if row["reason"]:
         status.append(f"  {printable(row['reason'])}  (stage {printable(row['stage'])})", "default")
     yield Text("status"), status
-    yield from _said("detail", row["detail"])
-    if known := explain(row["reason"]):
-        yield Text("what to do"), Text(known.action)
+    yield from _optional("detail", row["detail"])
+    if explanation := explain(row["reason"]):
+        yield Text("what to do"), Text(explanation.action)
 
 
-def _provenance(found: Inspection) -> Iterable[Line]:
-    row = found.row
+def _provenance(inspection: Inspection) -> Iterable[Line]:
+    row = inspection.row
     yield Text("key"), Text(row["key"])
     for name in ("source", "sha256", "license", "author", "consent"):
         yield Text(name), _text(row[name]) if row[name] else Text("not stated", "dim")
-    where = f"{found.shard}, in no tar"
-    if found.tar:
+    place = f"{inspection.shard}, in no tar"
+    if inspection.tar:
         kind = "quarantine" if is_quarantined(row) else "tar"
         size, offset = row[f"{kind}_size"], row[f"{kind}_offset"]
-        where = f"{found.tar}, {size:,} bytes from {offset:,} on"
-    yield Text("shard"), Text(where)
+        place = f"{inspection.tar}, {size:,} bytes at {offset:,}"
+    yield Text("shard"), Text(place)
     for name, width, height in (
         ("source", "source_width", "source_height"),
         ("resized", "width", "height"),
     ):
         if row[width]:
             yield Text(f"{name} size"), Text(f"{row[width]} × {row[height]}")
-    yield from _said("perceptual hash", row["hash"] or "")
+    yield from _optional("perceptual hash", row["hash"] or "")
 
 
 def _faces(row: Row) -> Iterable[Line]:
     for index, face in enumerate(row["faces"]):
         x1, y1, x2, y2 = face["box"]
-        chosen = index == row["face"]
-        where = f"{x2 - x1:.0f} × {y2 - y1:.0f} at ({x1:.0f}, {y1:.0f}), score {face['score']:.3f}"
-        yield Text("chosen" if chosen else "another"), Text(where, "green" if chosen else "")
+        is_main = index == row["face"]
+        box = f"{x2 - x1:.0f} × {y2 - y1:.0f} at ({x1:.0f}, {y1:.0f}), score {face['score']:.3f}"
+        name, style = ("main face", "green") if is_main else ("other face", "")
+        yield Text(name), Text(box, style)
 
 
-def _metrics(found: Inspection, limits: Mapping[str, Any]) -> Iterable[Line]:
-    """Each metric that the row has, beside the rules on it."""
-    metrics = shown_metrics(found.columns.values())
-    columns = columns_of(metrics, found.columns)
+def _metrics(inspection: Inspection, limits: Mapping[str, Any]) -> Iterable[Line]:
+    """Each metric of the row, and the rules on it."""
+    metrics = shown_metrics(inspection.columns.values())
+    columns = columns_of(metrics, inspection.columns)
     schema = pa.schema([(column.name, column.type) for column in columns])
-    row = {column.name: found.row.get(column.name) for column in columns}
+    row = {column.name: inspection.row.get(column.name) for column in columns}
     table = pa.Table.from_pylist([row], schema=schema)
+    own_columns = {n: column for n, column in inspection.columns.items() if n in inspection.row}
+    record = row_to_record(inspection.row, own_columns)
     for shown in metrics:
         value = float(shown.values(table)[0])
         if shown.metric.group in (AREA, WORDS) or math.isnan(value):
@@ -138,16 +143,17 @@ def _metrics(found: Inspection, limits: Mapping[str, Any]) -> Iterable[Line]:
             for rule in RULES
             if rule.metric == shown.name and limits.get(rule.setting) and _is_on(rule, limits)
         ]
-        # Rules on angles look at their size: turned left counts as turned right.
-        broken = any(rule.broken_by(abs(value), limit) for rule, limit in rules)
-        words = [f"at {'least' if rule.is_minimum else 'most'} {limit:g}" for rule, limit in rules]
+        # Not the number shown: rules ignore the sign of angles, and small faces in the background.
+        values = [(rule.value(record), rule, limit) for rule, limit in rules]
+        broken = any(v is not None and rule.broken_by(v, limit) for v, rule, limit in values)
+        texts = [f"at {'least' if rule.is_minimum else 'most'} {limit:g}" for rule, limit in rules]
         number = Text(f"{value:g}" if shown.metric.whole else f"{value:.3f}")
         number.stylize("bold red" if broken else "")
         number.justify = "right"
         label = f"{shown.metric.title}, {shown.metric.unit}".removesuffix(", ").lower()
         if shown.metric.scale != 1:
             label = shown.metric.title.lower()
-        yield Text(label), number, Text(", ".join(words) or "no rule", "red" if broken else "dim")
+        yield Text(label), number, Text(", ".join(texts) or "no rule", "red" if broken else "dim")
 
 
 def _is_on(rule: Rule, limits: Mapping[str, Any]) -> bool:
@@ -155,19 +161,20 @@ def _is_on(rule: Rule, limits: Mapping[str, Any]) -> bool:
 
 
 def _regions(row: Row) -> Iterable[Line]:
+    """The area of each region and the labels in it, and the labels of no region."""
     areas: list[float] = row["label_areas"]
     if not areas:
         return
     for word, labels in REGION_LABELS.items():
-        share = sum(areas[LABELS.index(label)] for label in labels)
-        seen = Text(f"{share:.2%}") if share else Text("missing", "bold red")
-        seen.justify = "right"
+        area = sum(areas[LABELS.index(label)] for label in labels)
+        shown_area = Text(f"{area:.2%}") if area else Text("missing", "bold red")
+        shown_area.justify = "right"
         parts = Text()
         for label in labels:
             number = LABELS.index(label)
             parts.append("■ " if areas[number] else "□ ", PALETTE[number])
             parts.append(f"{label.replace('_', ' ')}  ", "" if areas[number] else "dim")
-        yield Text(word), seen, parts
+        yield Text(word), shown_area, parts
     regions = {label for labels in REGION_LABELS.values() for label in labels}
     others = Text()
     for number, label in enumerate(LABELS):
@@ -175,36 +182,32 @@ def _regions(row: Row) -> Iterable[Line]:
             others.append("■ ", PALETTE[number]).append(
                 f"{label.replace('_', ' ')} {areas[number]:.1%}  "
             )
-    yield Text("besides"), Text(""), others
+    yield Text("other labels"), Text(""), others
 
 
-def _identity(found: Inspection) -> Iterable[Line]:
-    row, person = found.row, found.person
+def _identity(inspection: Inspection) -> Iterable[Line]:
+    row, identity = inspection.row, inspection.identity
     if row["identity_norm"] is not None:
         yield Text("norm"), Text(f"{row['identity_norm']:.2f}")
-    if person is None:
+    if identity is None:
         return
-    count = person["identity_size"]
-    yield (
-        Text("identity"),
-        Text(f"{person['identity_id']}, {count} sample{'s' if count > 1 else ''}"),
-    )
-    yield Text("split"), Text(person["split"])
-    for key, cosine in zip(person["nearest"], person["similarity"], strict=True):
-        yield (
-            Text("nearest" if key == person["nearest"][0] else ""),
-            Text(f"{key}  cosine {cosine:.3f}"),
-        )
+    count = identity["identity_size"]
+    samples = f"{count} sample{'s' if count > 1 else ''}"
+    yield Text("identity"), Text(f"{identity['identity_id']}, {samples}")
+    yield Text("split"), Text(identity["split"])
+    for place, key in enumerate(identity["nearest"]):
+        cosine = identity["similarity"][place]
+        yield Text("" if place else "nearest"), Text(f"{key}  cosine {cosine:.3f}")
 
 
-def _texts(row: Row) -> Iterable[Line]:
+def _captions(row: Row) -> Iterable[Line]:
     for name in ("caption", "face_caption"):
         if row[name]:
             yield Text(name.replace("_", " ")), _highlighted(row[name])
 
 
 def _highlighted(caption: str) -> Text:
-    """The words that name a region, in its colour."""
+    """A caption with the words that name a region in the region's colour."""
     text = Text()
     for part in re.split(r"(\w+)", caption):
         named = named_regions(part)
@@ -213,6 +216,7 @@ def _highlighted(caption: str) -> Text:
 
 
 def _color(word: str) -> str:
+    """The colour of a region."""
     labels = REGION_LABELS[word]
     return PALETTE[LABELS.index(labels[-1] if word == "mouth" else labels[0])]
 
@@ -232,8 +236,8 @@ def _training(row: Row) -> Iterable[Line]:
     yield (
         Text("fused"),
         Text(
-            ", ".join(fused_words(regions)) or "nothing: trains nothing of the face",
-            _good(row["trainable"]),
+            ", ".join(fused_words(regions)) or "no region: not trainable",
+            "green" if row["trainable"] else "bold red",
         ),
     )
     for word, reason in unfused_words(regions):
@@ -242,11 +246,8 @@ def _training(row: Row) -> Iterable[Line]:
         yield Text("named, not shown"), Text(", ".join(absent), "yellow")
 
 
-def _good(fine: bool) -> str:
-    return "green" if fine else "bold red"
-
-
-def _said(name: str, text: str) -> Iterable[Line]:
+def _optional(name: str, text: str) -> Iterable[Line]:
+    """A line, unless the text is empty."""
     if text:
         yield Text(name), _text(text)
 

@@ -1,9 +1,9 @@
-"""Spread: how one measured quantity is distributed, as a histogram on round edges and a few exact
-figures.
+"""Distribution of a metric: a histogram with round edges, and exact minimum, quartiles, mean and
+maximum.
 
-Sums are exact: every value is split into whole numbers by its exponent, and whole numbers add
-without error. So the order of the values changes nothing, and sums of shards merge into the sum of
-the set.
+Sums are exact: each value is split into integers and a power of two, and integers add without
+rounding. So sums don't depend on the order of the values, and the sums of shards add up to the sum
+of the data set.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_BINS = 24  # at most about this many
-_DIGITS = 6  # figures are rounded to this many decimals
-_LOWEST: Final = -1080  # below any double's exponent
+_BINS = 24  # a histogram has about this many, or fewer
+_DECIMALS = 6  # statistics are rounded to this many
+_LOWEST: Final = -1080  # less than the exponent of any double
 _EXPONENTS: Final = 2120
-_HIGH: Final = 27  # a double's 53 bits are 27 high and 26 low ones: sums of 2²⁶ of either are exact
+# A double's 53 bits are split into 27 high and 26 low ones: sums of 2²⁶ values of either are exact.
+_HIGH: Final = 27
 _LOW: Final = 53
 
 
 class Sums:
-    """Exact sums of the rows of matrices (F, N); NaN is no value."""
+    """Exact sums of the rows of matrices (rows, N) that are added one after the other. NaN is
+    ignored."""
 
     def __init__(self, rows: int) -> None:
         self._parts = np.zeros((2, rows, _EXPONENTS))
 
     def add(self, values: Floats) -> list[float]:
-        """Takes the values in; returns the sum of each of these rows alone, rounded once."""
+        """Adds the values; returns the sum of each row of this matrix alone, rounded once."""
         rows, present = len(values), ~np.isnan(values)
         if not present.any():
             return [0.0] * rows
@@ -49,6 +51,7 @@ class Sums:
         return _totals(parts, first)
 
     def totals(self) -> list[float]:
+        """The sum of each row over all matrices, rounded once."""
         return _totals(self._parts, _LOWEST)
 
 
@@ -65,11 +68,12 @@ def _totals(parts: Floats, first: int) -> list[float]:
     return [math.fsum(row) for row in terms.tolist()]
 
 
-def spread(values: Floats, total: float, *, whole: bool = False) -> dict[str, Any]:
-    """count, min, quartiles, mean, max; and `counts` of the values in [edges[i], edges[i + 1]).
+def distribution_of(values: Floats, total: float, *, whole: bool = False) -> dict[str, Any]:
+    """count, min, quartiles, median, mean, max, and a histogram: `counts[i]` values are in
+    [edges[i], edges[i + 1]).
 
-    values: sorted, without NaN. total: their exact sum. whole: they are whole numbers, and no bin
-    is narrower than 1. With no values the figures are None and the histogram is empty.
+    values: sorted, without NaN. total: their exact sum. whole: they are whole numbers, and bins are
+    at least 1 wide. Without values the statistics are None and the histogram is empty.
     """
     count = len(values)
     if not count:
@@ -91,7 +95,7 @@ def spread(values: Floats, total: float, *, whole: bool = False) -> dict[str, An
 
 
 def median(values: Floats) -> float:
-    """Of sorted values: the middle one, or the mean of the two in the middle."""
+    """The median of sorted values: the middle one, or the mean of the two in the middle."""
     half = len(values) // 2
     return (
         float(values[half])
@@ -101,9 +105,8 @@ def median(values: Floats) -> float:
 
 
 def quartile(values: Floats, part: int) -> float:
-    """Of sorted values, by linear interpolation between the two around it (statistics.quantiles,
-    inclusive).
-    """
+    """Quartile 1 or 3 of sorted values, interpolated linearly (as statistics.quantiles does with
+    method="inclusive")."""
     at, rest = divmod(part * (len(values) - 1), 4)
     if not rest:
         return float(values[at])
@@ -111,16 +114,16 @@ def quartile(values: Floats, part: int) -> float:
 
 
 def rounded(value: float) -> float:
-    return round(value, _DIGITS)
+    return round(value, _DECIMALS)
 
 
 def _edges(low: float, high: float, whole: bool) -> list[float]:
-    """Multiples of 1, 2 or 5 × 10ⁿ from at or under `low` to over `high`."""
+    """Multiples of 1, 2 or 5 × 10ⁿ; the first is at most `low`, the last greater than `high`."""
     step = _round_step((high - low) / _BINS)
     if whole:
         step = max(1.0, step)
     first, last = math.floor(low / step), math.floor(high / step) + 1
-    # the division may be off by a bit where a value lies on an edge
+    # Where a value is on an edge, the division may be wrong in the last bit.
     first -= _edge(first, step) > low
     last += _edge(last, step) <= high
     return [_edge(index, step) for index in range(first, last + 1)]

@@ -1,10 +1,10 @@
-"""Drift: how far each shard lies from the others, in units that chance alone would rarely exceed.
+"""Drift: the shards whose metrics or rates differ from those of the other shards.
 
-A shard's value is its median of a figure (its mean, of whole numbers; its share, of a rate), and
-its distance that from the middle shard's. A unit is the largest of three: how much the shards
-themselves spread (1.4826 × median absolute deviation), the least that matters (a twentieth of the
-samples' own spread; two hundredths of a rate), and what chance does to a shard of this size. A
-shard of at least 50 that lies more than 5 units away is flagged.
+A shard's value is its median of a metric (its mean, for whole numbers), or a rate. It is compared
+with the median of all shards' values. The distance is in units, and a unit is the largest of:
+the spread of the shards' values (1.4826 × median absolute deviation); the least difference that
+matters (a twentieth of the spread of the samples, or 0.02 of a rate); and the standard error for a
+shard of this size. A shard of at least 50 samples and a distance over 5 units is flagged.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import numpy as np
 
 from pipelines.report.distribution import Floats, median, rounded
 
-LEAST: Final = 50
-LIMIT: Final = 5.0
+MIN_SAMPLES: Final = 50
+MAX_DISTANCE: Final = 5.0  # units
 
 
 @dataclass(frozen=True, slots=True)
-class Track:
-    """One figure over the shards. values: NaN where a shard has none. counts: samples behind each.
-    scale: what the samples themselves spread (interquartile range, standard deviation); None for a
-    rate.
+class Series:
+    """A metric or rate of every shard.
+
+    values: (shards,), NaN where a shard has none. counts: (shards,), samples behind each value.
+    scale: spread of the samples, as interquartile range or, for whole numbers, standard deviation;
+    None for a rate.
     """
 
     name: str
@@ -34,35 +36,34 @@ class Track:
     scale: float | None
 
 
-def distances(track: Track) -> tuple[float | None, Floats]:
-    """(the middle shard's value, each shard's distance from it in units); NaN where there is
-    nothing to compare.
-    """
-    present = np.sort(track.values[~np.isnan(track.values)])
+def distances(series: Series) -> tuple[float | None, Floats]:
+    """(median of the shards' values, distance of each shard from it in units); None and NaN where
+    there is no value. A distance is infinite where all other values are equal."""
+    present = np.sort(series.values[~np.isnan(series.values)])
     if not len(present):
-        return None, np.full(len(track.values), np.nan)
+        return None, np.full(len(series.values), np.nan)
     middle = median(present)
-    apart = track.values - middle
-    shards = 1.4826 * median(np.sort(np.abs(present - middle)))
-    least = 0.02 if track.scale is None else track.scale / 20
-    deviation = math.sqrt(max(0.0, middle * (1 - middle))) if track.scale is None else track.scale
-    unit = np.maximum(max(shards, least), deviation / np.sqrt(np.maximum(track.counts, 1)))
+    differences = series.values - middle
+    spread = 1.4826 * median(np.sort(np.abs(present - middle)))
+    least = 0.02 if series.scale is None else series.scale / 20
+    deviation = series.scale
+    if deviation is None:
+        deviation = math.sqrt(max(0.0, middle * (1 - middle)))
+    unit = np.maximum(max(spread, least), deviation / np.sqrt(np.maximum(series.counts, 1)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        # no spread at all: whatever differs is infinitely far
-        away = np.where(apart == 0, 0.0, apart / unit)
-    return middle, away
+        return middle, np.where(differences == 0, 0.0, differences / unit)
 
 
-def flags(track: Track, shards: list[str]) -> tuple[dict[str, Any], Floats]:
-    """(entry of the stats, distances). An entry's `away` is None where nothing else varies."""
-    middle, away = distances(track)
-    far = np.flatnonzero((np.abs(away) > LIMIT) & (track.counts >= LEAST))
+def flags(series: Series, shards: list[str]) -> tuple[dict[str, Any], Floats]:
+    """(entry of the stats, distances). In the entry, an infinite distance (`away`) is None."""
+    middle, away = distances(series)
+    far = np.flatnonzero((np.abs(away) > MAX_DISTANCE) & (series.counts >= MIN_SAMPLES))
     flagged = [
         {
             "shard": shards[at],
-            "value": rounded(float(track.values[at])),
+            "value": rounded(float(series.values[at])),
             "away": round(float(away[at]), 2) if np.isfinite(away[at]) else None,
-            "count": int(track.counts[at]),
+            "count": int(series.counts[at]),
         }
         for at in far
     ]

@@ -1,7 +1,7 @@
-"""Metrics: numbers of every written sample that the report, and `inspect`, show.
+"""Metrics: the numbers of samples that the report and `inspect` show.
 
-Most are sidecar columns that state how they are shown; whatever stage recorded such a column, it
-appears here. A few are computed from other columns (DERIVED).
+Most are sidecar columns that state a `Metric`, whichever stage recorded them. A few are computed
+from other columns (DERIVED).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GROUPS: Final = ("picture", "pose", "identity", "text", AREA, WORDS)
 
 @dataclass(frozen=True, slots=True)
 class ShownMetric:
-    """A metric and where its values come from. columns: of the sidecar, that `values` reads.
+    """A metric and its values. columns: the sidecar columns that `values` needs.
 
-    values: table with these columns → (rows,) float64, NaN where a row has no such number.
+    values: takes a table with these columns; returns (rows,) float64, NaN where a row has no value.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ShownMetric:
 
 
 def shown_metrics(columns: Iterable[Column]) -> tuple[ShownMetric, ...]:
-    """The metrics of sidecars with these columns, group by group."""
+    """The metrics of sidecars with these columns, ordered by group."""
     stored = [
         ShownMetric(column.name, column.metric, (column.name,), _reader(column.name))
         for column in columns
@@ -55,27 +55,28 @@ def shown_metrics(columns: Iterable[Column]) -> tuple[ShownMetric, ...]:
 
 
 def columns_of(metrics: Sequence[ShownMetric], columns: Mapping[str, Column]) -> list[Column]:
-    """The sidecar columns that these metrics, label areas included, are read from."""
+    """The sidecar columns that these metrics need, and `label_areas`."""
     names = [*(name for shown in metrics for name in shown.columns), "label_areas"]
     return [columns.get(name) or KNOWN[name] for name in dict.fromkeys(names)]
 
 
 def matrix(table: pa.Table, metrics: Sequence[ShownMetric]) -> Floats:
-    """(metrics, rows); NaN where a row has no such number, or a region no pixel."""
+    """Values of the metrics (metrics, rows); NaN where a row has no value, or a region no pixel."""
     return np.stack([shown.values(table) for shown in metrics])
 
 
 def label_matrix(table: pa.Table) -> Floats:
-    """Share of each label (19, rows); a column of NaN where there is no label map."""
+    """Area of each label (19, rows), 0 to 1 of the image; NaN where there is no label map."""
     return _lists(table["label_areas"], len(LABELS))
 
 
 def region_areas(labels: Floats) -> Floats:
-    """Share of each region (5, rows), from that of the labels (19, rows), added in their order."""
+    """Area of each region (5, rows) from the areas of the labels (19, rows)."""
     return np.stack([_region_area(labels, word) for word in REGION_WORDS])
 
 
 def _region_area(labels: Floats, word: str) -> Floats:
+    """Labels are added in a fixed order, so that equal areas give equal sums."""
     total = np.zeros(labels.shape[1])
     for name in REGION_LABELS[word]:
         total = total + labels[LABEL_IDS[name]]
@@ -87,17 +88,15 @@ def _reader(name: str) -> Callable[[pa.Table], Floats]:
 
 
 def _numbers(column: pa.ChunkedArray) -> Floats:
-    values: Floats = pc.cast(column, pa.float64()).to_numpy()  # a null becomes NaN
+    values: Floats = pc.cast(column, pa.float64()).to_numpy()  # nulls become NaN
     return values
 
 
 def _lists(column: pa.ChunkedArray, size: int) -> Floats:
-    """Lists of `size` numbers or none → (size, rows), NaN for none."""
+    """A column of lists with `size` numbers, or without any, as (size, rows) with NaN for none."""
     lengths: npt.NDArray[np.int64] = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     if not set(np.unique(lengths)) <= {0, size}:
-        raise ValueError(
-            f"lists of {sorted(set(lengths.tolist()))} numbers, expected {size} or none"
-        )
+        raise ValueError(f"lists of {sorted(set(lengths.tolist()))} numbers, expected {size} or 0")
     out = np.full((size, len(lengths)), np.nan)
     flat = pc.cast(pc.list_flatten(column), pa.float64()).to_numpy()
     out[:, lengths == size] = flat.reshape(-1, size).T
@@ -114,9 +113,7 @@ def _area(word: str) -> ShownMetric:
         area[area == 0] = np.nan
         return area
 
-    metric = Metric(
-        title=word, unit="%", note="of the picture, where visible", scale=100, group=AREA
-    )
+    metric = Metric(title=word, unit="%", note="of the image, where visible", scale=100, group=AREA)
     return ShownMetric(f"area_{word}", metric, ("label_areas",), values)
 
 
@@ -125,7 +122,8 @@ def _words(place: int, word: str) -> ShownMetric:
         row: Floats = _lists(table["region_words"], len(REGION_WORDS))[place]
         return row
 
-    metric = Metric(title=word, unit="words", note="of its clause", whole=True, group=WORDS)
+    note = "of the clause that names it"
+    metric = Metric(title=word, unit="words", note=note, whole=True, group=WORDS)
     return ShownMetric(f"words_{word}", metric, ("region_words",), values)
 
 

@@ -1,10 +1,10 @@
-"""Page: the stats as one HTML file that needs nothing from anywhere.
+"""Page: the report as one HTML file that loads nothing else.
 
-Captions, file names and details come from outside: Jinja escapes what it writes, the script sets
-text and nothing else, and a content security policy that knows the two scripts by their digests
-stands behind that. Whatever is large is packed (gzip, base64) and unpacked when it is wanted: the
-charting library, the records, and their pictures in chunks. Equal outputs give equal pages: no
-clock, no host, no path.
+Captions, file names and details are text from outside the program. Jinja escapes them, the script
+inserts them as text only, and a content security policy allows two scripts, by their digests. Large
+parts are packed (gzip, base64) and unpacked when they are shown: the charting library, the records,
+and the thumbnails in chunks. The page holds no time of its making, no host and no path, so equal
+data sets give equal pages.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -29,17 +30,17 @@ from plotly.offline import get_plotlyjs
 from configs.errors import ShardError
 from pipelines.report import text
 from pipelines.report.metrics import GROUPS, ShownMetric
+from pipelines.report.page_records import PageRecords, read_page_records
 from pipelines.report.palette import PALETTE
-from pipelines.report.samples import EXTRA, Samples, read_samples
 from pipelines.report.stats import Report, compute
 from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
 from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-SAMPLES: Final = 10_000  # records on the page
-_CHUNK: Final = 200  # records whose pictures are unpacked together
-_HERE: Final = Path(__file__).parent
+RECORDS: Final = 10_000  # on the page
+_CHUNK: Final = 200  # records whose thumbnails are unpacked together
+_FOLDER: Final = Path(__file__).parent
 _SCRIPTS: Final = (
     "base.js",
     "records.js",
@@ -53,19 +54,19 @@ _SCRIPTS: Final = (
 _REGION_COLORS: Final = ("#35b3a2", "#e0557d", "#1f5fd6", "#f4873a", "#e63946")
 
 
-def write_report(output: str | Store, samples: int = SAMPLES) -> Report:
+def write_report(output: str | Store, records: int = RECORDS) -> Report:
     """Writes report/stats.json, stats.parquet and index.html into the data set at `output`.
 
-    samples: how many records the page holds, besides examples of every reason. Raises ShardError if
-    there is no shard, or one that contradicts its manifest.
+    records: how many the page shows, besides examples of every reason. Raises ShardError where
+    there is no shard, or a sidecar contradicts its manifest.
     """
     reader = DatasetReader(output)
     report = compute(reader)
-    records = read_samples(
-        reader, report.manifests, report.examples, samples, report.metrics, report.columns
+    page_records = read_page_records(
+        reader, report.manifests, report.examples, records, report.metrics, report.columns
     )
-    _fill_examples(report, records)
-    page = render(report, records, _dataset_info(reader))
+    _fill_examples(report, page_records)
+    page = render(report, page_records, _dataset_info(reader))
     stats = json.dumps(report.stats, indent=1, ensure_ascii=False)
     reader.store.write(layout.STATS, stats + "\n")
     with io.BytesIO() as table:
@@ -75,23 +76,23 @@ def write_report(output: str | Store, samples: int = SAMPLES) -> Report:
     return report
 
 
-def _fill_examples(report: Report, records: Samples) -> None:
+def _fill_examples(report: Report, records: PageRecords) -> None:
     """Adds the first few records of each reason to the stats."""
     columns = records.columns
-    first: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    ends = zip(columns["status"], columns["stage"], columns["reason"], strict=True)
-    for at, end in enumerate(ends):
-        examples = first.setdefault(end, [])
-        if len(examples) < len(report.examples.get(end, ())):
+    by_outcome: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    outcomes = zip(columns["status"], columns["stage"], columns["reason"], strict=True)
+    for at, outcome in enumerate(outcomes):
+        examples = by_outcome.setdefault(outcome, [])
+        if len(examples) < len(report.examples.get(outcome, ())):
             examples.append({name: columns[name][at] for name in ("key", "source", "detail")})
     for entry in report.stats["data"]["reasons"]:
-        entry["examples"] = first[entry["status"], entry["stage"], entry["reason"]]
+        entry["examples"] = by_outcome[entry["status"], entry["stage"], entry["reason"]]
 
 
-def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
-    """The page. dataset: what dataset.json says, {} if there is none."""
+def render(report: Report, records: PageRecords, dataset: dict[str, Any]) -> str:
+    """The page's HTML. dataset: the content of dataset.json, {} without one."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -101,7 +102,7 @@ def render(report: Report, records: Samples, dataset: dict[str, Any]) -> str:
         name: getattr(text, name) for name in ("number", "percent", "duration", "size", "clock")
     }
     environment.filters.update(filters, query=_query)
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = _script()
     data, runs = report.stats["data"], report.stats["runs"]
     return environment.get_template("page.html.j2").render(
@@ -139,7 +140,7 @@ def _entry(shown: ShownMetric) -> dict[str, Any]:
 
 
 def _groups(metrics: Sequence[ShownMetric]) -> dict[str, list[dict[str, Any]]]:
-    """The metrics by group; those of a group without a section are with `picture`."""
+    """group → its metrics. Metrics of a group that the page doesn't show are in the first one."""
     groups: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
     for shown in metrics:
         groups[shown.metric.group if shown.metric.group in groups else GROUPS[0]].append(
@@ -148,14 +149,14 @@ def _groups(metrics: Sequence[ShownMetric]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def _page_data(report: Report, records: Samples) -> str:
-    """What the script reads at once, as JSON that can't end its element."""
+def _page_data(report: Report, records: PageRecords) -> str:
+    """What the script reads when it starts, as JSON without "<", which could end its element."""
     data = report.stats["data"]
     page_data = {
         "metrics": [
-            _entry(shown) | {"spread": data["metrics"][shown.name]} for shown in report.metrics
+            _entry(shown) | {"distribution": data["metrics"][shown.name]}
+            for shown in report.metrics
         ],
-        "extra": EXTRA,
         "identities": data["identities"],
         "funnel": data["funnel"],
         "inputs": data["inputs"],
@@ -177,13 +178,14 @@ def _page_data(report: Report, records: Samples) -> str:
     return json.dumps(page_data, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _records(records: Samples) -> dict[str, Any]:
-    sizes = [[len(part) for part in pair] for pair in records.pictures]
+def _records(records: PageRecords) -> dict[str, Any]:
+    """The columns, and the sizes of each record's image and label map in its chunk, bytes."""
+    sizes = [[len(part) for part in pair] for pair in records.thumbnails]
     return records.columns | {"sizes": sizes}
 
 
 def _shards(report: Report) -> dict[str, Any]:
-    """The table by shard, and each shard's distance in each metric."""
+    """The rows of the table of shards, and each shard's value and distance in each metric."""
     runs = report.stats["runs"]
     drift = report.stats["data"]["drift"]
     columns = report.shards
@@ -195,10 +197,8 @@ def _shards(report: Report) -> dict[str, Any]:
                 "name": name,
                 "middle": entry["middle"],
                 "flagged": [flag["shard"] for flag in entry["flagged"]],
-                "away": [_short(v, 2) for v in columns[f"{name}_away"].to_pylist()],
-                "values": [
-                    _short(v, 6) for v in columns[_value_column(name, report.metrics)].to_pylist()
-                ],
+                "away": _rounded(columns[f"{name}_away"], 2),
+                "values": _rounded(columns[_value_column(name, report.metrics)], 6),
             }
             for name, entry in drift.items()
         ],
@@ -206,19 +206,20 @@ def _shards(report: Report) -> dict[str, Any]:
 
 
 def _value_column(name: str, metrics: Sequence[ShownMetric]) -> str:
-    """The column of the shard table that drift looks at."""
+    """The column of the shard table that holds the values of a series of `drift`."""
     whole = {shown.name: shown.metric.whole for shown in metrics}
     return name if name not in whole else f"{name}_{'mean' if whole[name] else 'median'}"
 
 
-def _short(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+def _rounded(column: pa.ChunkedArray, decimals: int) -> list[float | None]:
+    return [None if value is None else round(value, decimals) for value in column.to_pylist()]
 
 
-def _chunks(records: Samples) -> Iterator[str]:
-    """Pictures of _CHUNK records each, one after the other."""
+def _chunks(records: PageRecords) -> Iterator[str]:
+    """The thumbnails of _CHUNK records each, as base64: image, label map, image, and so on."""
     for start in range(0, len(records), _CHUNK):
-        data = b"".join(part for pair in records.pictures[start : start + _CHUNK] for part in pair)
+        pairs = records.thumbnails[start : start + _CHUNK]
+        data = b"".join(part for pair in pairs for part in pair)
         yield base64.b64encode(data).decode()
 
 
@@ -234,27 +235,28 @@ def _gzip(data: bytes) -> str:
 
 @cache
 def _plotly() -> tuple[str, str]:
-    """(the charting library, packed; its digest)."""
+    """The charting library, packed, and its digest."""
     script = get_plotlyjs()
     return base64.b64encode(gzip.compress(script.encode(), 9, mtime=0)).decode(), _digest(script)
 
 
 def _script() -> str:
-    parts = [(_HERE / "script" / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    parts = [(_FOLDER / "script" / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
 
 
 def _digest(script: str) -> str:
+    """The digest by which the content security policy allows a script."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _query(count: float | None, **filters: Any) -> str:
-    """The link to the pictures behind a number."""
-    return "#pictures?" + urlencode({**filters, "of": "" if count is None else int(count)})
+    """The link to the records that a number counts."""
+    return "#images?" + urlencode({**filters, "of": "" if count is None else int(count)})
 
 
 def _dataset_info(reader: DatasetReader) -> dict[str, Any]:
-    """What dataset.json says, {} where it is damaged: the report can do without it."""
+    """The content of dataset.json; {} where it is damaged, as the report doesn't need it."""
     try:
         return reader.dataset_info()
     except ShardError:

@@ -1,13 +1,11 @@
-"""Palette: one colour for each label of a label map; sides of a pair differ, to show that left is
-left.
-"""
+"""Palette: a colour for each label of a label map. Left and right parts have different colours."""
 
 from __future__ import annotations
 
 from typing import Final
 
 PALETTE: Final = (
-    "#000000",  # background; drawn as nothing
+    "#000000",  # background, which is not drawn
     "#35b3a2",  # skin
     "#f7d154",  # left_brow
     "#c9930a",  # right_brow

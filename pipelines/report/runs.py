@@ -1,4 +1,5 @@
-"""Runs: what the manifests say of time, and of the plan and the chains that shards were made by."""
+"""What the report states of the runs: times from the manifests, the size of the plan, and the stage
+signatures of the shards."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from stages.storage.store import Store
 
 
 def run_summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """seconds: in which at least one shard was being made; pauses between runs don't count.
+    """Times of each shard's last run, and of all together.
 
-    images_per_second: over those seconds. A shard's time begins once its models are loaded.
+    seconds: time in which at least one shard was being made, without the pauses between runs; the
+    time of a shard begins when its models are loaded. images_per_second: inputs over that time.
     """
     shards = []
     stage_seconds: dict[str, float] = {}
@@ -48,7 +50,7 @@ def run_summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 
 def images_per_second(manifests: Sequence[Manifest]) -> float | None:
-    """Inputs of these shards over the seconds in which at least one of them was being made."""
+    """Inputs of these shards over the time in which at least one of them was being made."""
     return _rate(sum(manifest.inputs for manifest in manifests), _busy_seconds(manifests))
 
 
@@ -61,7 +63,7 @@ def plan_summary(store: Store) -> dict[str, int] | None:
 
 
 def chain_summary(manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
-    """The stage signatures that shards were made with, and by how many."""
+    """The different lists of stage signatures, and how many shards were made with each."""
     chains = Counter(manifest.signatures for manifest in manifests)
     return [{"signatures": list(chain), "shards": count} for chain, count in sorted(chains.items())]
 
@@ -71,7 +73,7 @@ def _rate(images: int, seconds: float) -> float | None:
 
 
 def _busy_seconds(manifests: Sequence[Manifest]) -> float:
-    """Seconds in which at least one of these shards was being made."""
+    """Time in which at least one of these shards was being made: the union of their intervals."""
     runs = [manifest.run for manifest in manifests]
     total, reached = 0.0, float("-inf")
     for start, end in sorted((run.finished - run.seconds, run.finished) for run in runs):

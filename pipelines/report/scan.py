@@ -1,7 +1,7 @@
-"""Scan: one pass over the sidecars, several shards at a time, reading the columns of the report.
+"""Scan: one pass over all sidecars, several at a time, for the numbers of the report.
 
-Pictures, embeddings and captions are not among them; those of the few samples that the page shows
-are read afterwards (`samples.py`). A shard gives a matrix of numbers and a tally.
+Thumbnails, embeddings and captions are not read. Those of the records that the page shows are read
+afterwards (`page_records.py`).
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from stages.regions import REGION_WORDS
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 
-EXAMPLES: Final = 8  # rows noted for each reason
+EXAMPLES: Final = 8  # of each reason
 _THREADS: Final = 4
-_ENDED: Final = (Status.DROPPED, Status.FAILED)
-_LEDGER: Final = ("status", "stage", "reason")
-_NAMED: Final = ("license", "author", "consent")
-_TALLIED: Final = (*_NAMED, "trainable", "width", "height", "regions")
+_UNWRITTEN: Final = (Status.DROPPED, Status.FAILED)
+_OUTCOME: Final = ("status", "stage", "reason")
+_PROVENANCE: Final = ("license", "author", "consent")
+_TALLIED: Final = (*_PROVENANCE, "trainable", "width", "height", "regions")
 
-End = tuple[str, str, str]  # status, stage, reason
+Outcome = tuple[str, str, str]  # status, stage, reason; of samples ("ok", "", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one sidecar says.
+    """The numbers of one shard.
 
-    counts: how many rows have this status, stage and reason; written ones are ("ok", "", "").
-    first: numbers of the first such rows. values: (metrics, written). labels: (19, written). tally:
-    counts of ("license", name), ("fused", region), ("unfused", region, reason) and so on.
+    counts: number of rows by outcome. examples: the first rows of each outcome, by their position.
+    values: metrics of the samples (metrics, written). labels: their label areas (19, written).
+    tally: numbers of samples by ("license", name), ("fused", region), ("unfused", region, reason)
+    and so on.
     """
 
     manifest: Manifest
-    counts: dict[End, int]
-    first: dict[End, list[int]]
+    counts: dict[Outcome, int]
+    examples: dict[Outcome, list[int]]
     tar_bytes: int
     quarantine_bytes: int
     values: Floats
@@ -60,7 +61,8 @@ class Scan:
         return self.manifest.shard
 
     def of(self, status: str) -> int:
-        return sum(count for end, count in self.counts.items() if end[0] == status)
+        """Number of rows with this status."""
+        return sum(count for outcome, count in self.counts.items() if outcome[0] == status)
 
     @property
     def inputs(self) -> int:
@@ -73,15 +75,16 @@ def scan(
     shown: Sequence[ShownMetric],
     columns: Mapping[str, Column],
 ) -> Iterator[Scan]:
-    """In the manifests' order. Raises ShardError for a shard whose sidecar is missing or
-    contradicts its manifest.
+    """The numbers of each shard, in the order of the manifests.
+
+    Raises ShardError where a sidecar is missing, or contradicts its manifest.
     """
-    names = [*_LEDGER, "tar_size", "quarantine_size", *_TALLIED]
+    names = [*_OUTCOME, "tar_size", "quarantine_size", *_TALLIED]
     wanted: list[Column | str] = [*names, *metrics.columns_of(shown, columns)]
 
     def read(manifest: Manifest) -> Scan:
         with reader.sidecar(manifest.index) as file:
-            if missing := [name for name in _LEDGER if name not in file.columns]:
+            if missing := [name for name in _OUTCOME if name not in file.columns]:
                 raise ShardError(
                     f"{manifest.shard}: its sidecar has no column {', '.join(missing)}. Remove its "
                     "manifest and run the pipeline again: it makes the shard again."
@@ -94,14 +97,14 @@ def scan(
 
 
 def _scan(manifest: Manifest, table: pa.Table, shown: Sequence[ShownMetric]) -> Scan:
-    counts, first = _ends(table)
+    counts, examples = _outcomes(table)
     _check(manifest, counts)
     written = table.filter(pc.equal(table["status"], Status.OK.value))
     labels = metrics.label_matrix(written)
     return Scan(
         manifest=manifest,
         counts=counts,
-        first=first,
+        examples=examples,
         tar_bytes=pc.sum(table["tar_size"]).as_py() or 0,
         quarantine_bytes=pc.sum(table["quarantine_size"]).as_py() or 0,
         values=metrics.matrix(written, shown),
@@ -110,34 +113,32 @@ def _scan(manifest: Manifest, table: pa.Table, shown: Sequence[ShownMetric]) -> 
     )
 
 
-def _ends(table: pa.Table) -> tuple[dict[End, int], dict[End, list[int]]]:
-    """How often each (status, stage, reason) occurs, and where first; in the order of their first
-    rows.
-    """
-    code = np.zeros(len(table), np.int64)
-    columns = [_encoded(table[name]) for name in _LEDGER]
+def _outcomes(table: pa.Table) -> tuple[dict[Outcome, int], dict[Outcome, list[int]]]:
+    """(number of rows, first rows) of each outcome, in the order in which they first occur."""
+    codes = np.zeros(len(table), np.int64)  # of each row: one number for its outcome
+    columns = [_encoded(table[name]) for name in _OUTCOME]
     for column in columns:
-        code = code * max(1, len(column.dictionary)) + column.indices.to_numpy()
-    counts: dict[End, int] = {}
-    first: dict[End, list[int]] = {}
-    found, starts = np.unique(code, return_index=True)
-    for value, start in sorted(
-        zip(found.tolist(), starts.tolist(), strict=True), key=lambda pair: pair[1]
-    ):
+        codes = codes * max(1, len(column.dictionary)) + column.indices.to_numpy()
+    counts: dict[Outcome, int] = {}
+    examples: dict[Outcome, list[int]] = {}
+    distinct, starts = np.unique(codes, return_index=True)
+    pairs = zip(starts.tolist(), distinct.tolist(), strict=True)
+    for start, code in sorted(pairs):
         status, stage, reason = (column[start].as_py() for column in columns)
-        rows = np.flatnonzero(code == value)
+        rows = np.flatnonzero(codes == code)
         counts[status, stage, reason] = len(rows)
-        first[status, stage, reason] = rows[:EXAMPLES].tolist()
-    return counts, first
+        examples[status, stage, reason] = rows[:EXAMPLES].tolist()
+    return counts, examples
 
 
-def _check(manifest: Manifest, counts: Mapping[End, int]) -> None:
-    """Raises ShardError unless rows and manifest agree and the ledger balances."""
+def _check(manifest: Manifest, counts: Mapping[Outcome, int]) -> None:
+    """Raises ShardError unless the rows give the numbers that the manifest states."""
     if unknown := {status for status, _, _ in counts} - set(Status):
         raise ShardError(
-            f"{manifest.shard}: the sidecar has rows of status {', '.join(sorted(unknown))}"
+            f"{manifest.shard}: its sidecar has rows of status {', '.join(sorted(unknown))}, "
+            f"expected {', '.join(Status)}. Remove its manifest and run the pipeline again."
         )
-    by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _ENDED}
+    by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _UNWRITTEN}
     written = 0
     for (status, _, reason), count in counts.items():
         if status == Status.OK:
@@ -157,14 +158,14 @@ def _check(manifest: Manifest, counts: Mapping[End, int]) -> None:
     }
     if stated != counted:
         raise ShardError(
-            f"the ledger of {manifest.shard} doesn't balance: its manifest says {stated}, its "
-            f"sidecar {counted}. Remove the manifest and run again."
+            f"the ledger of {manifest.shard} doesn't balance: its manifest states {stated}, its "
+            f"sidecar has {counted}. Remove the manifest and run the pipeline again."
         )
 
 
 def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
     tally: Counter[tuple[str, ...]] = Counter()
-    for name in _NAMED:
+    for name in _PROVENANCE:
         names = pc.fill_null(written[name], "")
         tally.update({(name, value): count for value, count in _value_counts(names)})
     for value, count in _value_counts(written["trainable"]):
@@ -187,7 +188,7 @@ def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
 
 
 def _region_statuses(column: pa.ChunkedArray) -> Iterator[tuple[str, str, int]]:
-    """(region, status, count) of the statuses that are not empty."""
+    """(region, status, count) of Review.regions, without empty statuses."""
     reviewed = column.filter(pc.equal(pc.list_value_length(column), len(REGION_WORDS)))
     for place, word in enumerate(REGION_WORDS):
         for status, count in _value_counts(pc.list_element(reviewed, place)):

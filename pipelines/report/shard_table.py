@@ -1,4 +1,4 @@
-"""Shard table: report/stats.parquet, a row for each shard; which shards drift from the others."""
+"""Shard table: report/stats.parquet, with a row for each shard; and the shards that drift."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.report.distribution import Floats
-from pipelines.report.drift import Track, flags
+from pipelines.report.drift import Series, flags
 from pipelines.report.metrics import ShownMetric
 from pipelines.report.scan import Scan
 from stages.record import Status
@@ -19,7 +19,7 @@ from stages.regions import REGION_WORDS
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The scans of all shards, and of each metric the mean, median and count: (shards, metrics)."""
+    """The numbers of all shards. means, medians, counts: of each metric (shards, metrics)."""
 
     scans: Sequence[Scan]
     metrics: Sequence[ShownMetric]
@@ -29,13 +29,13 @@ class Shards:
 
     @property
     def cut(self) -> list[int]:
-        """Of each shard the samples whose captions are cut."""
+        """Number of samples with cut captions in each shard."""
         place = next(i for i, shown in enumerate(self.metrics) if shown.name == "cut")
         return [int((part.values[place] > 0).sum()) for part in self.scans]
 
 
 def shard_entry(part: Scan) -> dict[str, Any]:
-    """Counts and sizes of one shard, JSON-ready."""
+    """Numbers of inputs and bytes of one shard, JSON-ready."""
     return {
         "shard": part.name,
         "inputs": part.inputs,
@@ -48,11 +48,11 @@ def shard_entry(part: Scan) -> dict[str, Any]:
 
 
 def shard_table(
-    shards: Shards, spreads: Mapping[str, Any], runs: Mapping[str, Any]
+    shards: Shards, distributions: Mapping[str, Any], runs: Mapping[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """(the table; of each metric and rate the shards that drift, JSON-ready).
+    """(the table; for each metric and rate, the shards that drift, JSON-ready).
 
-    spreads: the distribution of each metric over all samples. runs: see runs.run_summary.
+    distributions: of each metric over all samples. runs: see runs.run_summary.
     """
     entries = [shard_entry(part) for part in shards.scans]
     columns: dict[str, Any] = {name: [entry[name] for entry in entries] for name in entries[0]}
@@ -60,8 +60,8 @@ def shard_table(
         columns[name] = [run[name] for run in runs["shards"]]
     for stage in runs["stage_seconds"]:
         columns[f"seconds_{stage}"] = [run["stage_seconds"].get(stage) for run in runs["shards"]]
-    tracks = _rates(shards)
-    columns |= {track.name: _nulls(track.values) for track in tracks}
+    every_series = _rates(shards)
+    columns |= {series.name: _nulls(series.values) for series in every_series}
     for at, shown in enumerate(shards.metrics):
         counts, means, medians = (
             values[:, at] for values in (shards.counts, shards.means, shards.medians)
@@ -69,33 +69,34 @@ def shard_table(
         columns[f"{shown.name}_count"] = counts
         columns[f"{shown.name}_mean"] = _nulls(means)
         columns[f"{shown.name}_median"] = _nulls(medians)
-        spread = spreads[shown.name]
-        if not spread["count"]:
+        whole_set = distributions[shown.name]
+        if not whole_set["count"]:
             continue
         if shown.metric.whole:
-            scale = _deviation(spread["count"], shards.scans, at)
-            tracks.append(Track(shown.name, means, counts, scale))
+            scale = _deviation(whole_set["count"], shards.scans, at)
+            every_series.append(Series(shown.name, means, counts, scale))
         else:
-            tracks.append(Track(shown.name, medians, counts, spread["upper"] - spread["lower"]))
+            scale = whole_set["upper"] - whole_set["lower"]
+            every_series.append(Series(shown.name, medians, counts, scale))
     drift = {}
     names = [part.name for part in shards.scans]
-    for track in tracks:
-        entry, away = flags(track, names)
-        drift[track.name] = entry
-        columns[f"{track.name}_away"] = _nulls(away)
+    for series in every_series:
+        entry, away = flags(series, names)
+        drift[series.name] = entry
+        columns[f"{series.name}_away"] = _nulls(away)
     return pa.table(columns), drift
 
 
 def _deviation(count: int, scans: Sequence[Scan], at: int) -> float:
-    """Standard deviation of whole numbers, from exact sums."""
+    """Standard deviation of a metric of whole numbers over all samples, from exact sums."""
     squares = sum(int(np.nansum(np.square(part.values[at]))) for part in scans)
     total = sum(int(np.nansum(part.values[at])) for part in scans)
     return float(np.sqrt((count * squares - total**2) / count**2))
 
 
-def _rates(shards: Shards) -> list[Track]:
-    """Shares of a shard: of its inputs that were written; of its samples that can be trained on,
-    lose text, or lack a region."""
+def _rates(shards: Shards) -> list[Series]:
+    """Shares of each shard: of its inputs, those written; of its samples, those that are trainable,
+    have cut captions, or lack a region."""
     scans = shards.scans
     inputs = np.array([part.inputs for part in scans], float)
     written = np.array([part.of(Status.OK) for part in scans], float)
@@ -113,11 +114,11 @@ def _rates(shards: Shards) -> list[Track]:
     ]
     with np.errstate(divide="ignore", invalid="ignore"):
         return [
-            Track(name, np.where(whole > 0, np.asarray(some, float) / whole, np.nan), whole, None)
-            for name, some, whole in shares
+            Series(name, np.where(whole > 0, np.asarray(part, float) / whole, np.nan), whole, None)
+            for name, part, whole in shares
         ]
 
 
 def _nulls(values: Floats) -> pa.Array:
-    """NaN and infinity become null: a table has no such numbers."""
+    """A column of numbers, with null in place of NaN and infinity."""
     return pa.array(values, pa.float64(), mask=~np.isfinite(values))

@@ -1,4 +1,4 @@
-"""Values as text, as the page shows them."""
+"""Numbers and times as the page shows them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 
 def number(value: float | None) -> str:
-    """At most three digits behind the point, and none that say nothing."""
+    """At most three decimals, fewer for larger numbers, no trailing zeros. An en dash for None."""
     if value is None:
         return "–"
     if value < 0:
@@ -34,7 +34,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, in powers of ten."""
+    """A number of bytes in B, kB, MB, GB or TB, in powers of ten."""
     if count < 1000:
         return f"{count} B"
     power = min((len(str(count)) - 1) // 3, 4)

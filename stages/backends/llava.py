@@ -1,11 +1,10 @@
-"""Captions by a vision-language model, through transformers' own classes: LLaVA-1.5, LLaVA-NeXT,
-and others by name.
+"""Writes captions with a vision-language model of transformers: LLaVA-1.5, LLaVA-NeXT and others.
 
-Both prompts of a picture begin alike (template, picture, first words), so that prefix is run
-through the model once and its key-value cache serves both. The pictures of a batch go together, and
-batches are made of pictures near in length, since every row is padded to the longest. The answers
-are those of two plain greedy `generate` calls. In half precision the last bits depend on the
-batch's shape, and with them, now and then, a word.
+The two prompts of an image share a prefix (template, image, first words). The model processes it
+once and uses its key-value cache for both prompts. Images go through the model in batches of
+similar length, since every row is padded to the longest. The captions are those of two greedy
+`generate` calls for each image. In half precision the last bits depend on the batch's shape, so
+that a word may differ now and then.
 """
 
 from __future__ import annotations
@@ -25,14 +24,17 @@ from stages.record import Record
 if TYPE_CHECKING:
     from stages.backends.weights import Weights
 
-PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's, for processors that carry none
-_BATCHES = 4  # that a call takes, to sort their pictures by length
-# of a checkpoint: what can change its answers
-_ANSWERING_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+# LLaVA-1.5's, for processors without a chat template
+PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
+_BATCHES = 4  # batches of one call: their images are sorted by length
+# endings of the files of a checkpoint that captions depend on
+_HASHED_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 class Llava:
-    """Loads `config.model` (a folder, a hub id, or ID@REVISION) when built. Raises WeightsError if
+    """A captioner that runs in this process.
+
+    Building it loads `config.model` (a folder, a hub id, or ID@REVISION). Raises WeightsError if
     that fails.
     """
 
@@ -62,7 +64,7 @@ class Llava:
                 "in transformers' layout with safetensors weights, such as "
                 "llava-hf/llava-1.5-7b-hf; caption.backend=attributes needs none."
             ) from error
-        if not quantization:  # a quantized model is where it belongs already, and can't be moved
+        if not quantization:  # a quantized model is on its device already and can't be moved
             self.model.to(self.device)
         self.model.eval()
         self.tokenizer: Any = self.processor.tokenizer
@@ -73,20 +75,20 @@ class Llava:
 
     @staticmethod
     def digests(config: LlavaConfig) -> Mapping[str, str]:
-        """What identifies the checkpoint, without loading it: its commit on the hub, or one sha256
-        over its files.
+        """Returns what identifies the checkpoint, without loading it: its commit on the hub, or a
+        sha256 over its files.
         """
         name, revision = locate(config.model)
         return {"checkpoint": revision or _folder_digest(Path(name))}
 
     @staticmethod
     def window(config: LlavaConfig, batch_size: int) -> int:
-        """Some batches together, so that there are lengths to choose from."""
+        """Returns the size of several batches, so that images can be sorted by length."""
         return batch_size * _BATCHES if batch_size > 1 else 1
 
     def caption(self, records: Sequence[Record], batch_size: int = 1) -> list[tuple[str, str]]:
-        """(coarse, fine) description of each record's image, `batch_size` images at a time, the
-        longest first.
+        """Returns (caption, face caption) for each record. The model gets `batch_size` images at a
+        time, longest first.
         """
         import torch
 
@@ -99,15 +101,16 @@ class Llava:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                answers = self._answers(*self._prefix([images[index] for index in batch]))
-                texts |= zip(batch, zip(answers[::2], answers[1::2], strict=True), strict=True)
+                captions = self._generate(*self._prefix([images[index] for index in batch]))
+                texts |= zip(batch, zip(captions[::2], captions[1::2], strict=True), strict=True)
         return [texts[index] for index in range(len(images))]
 
     def _image_tokens(self, images: Sequence[Any]) -> list[int]:
-        """How many tokens each picture will take: all else of a prompt is of equal length.
+        """Returns the number of tokens of each image. The other parts of a prompt have equal
+        lengths.
 
-        The processor knows without looking at pixels, in a method that all of transformers' have
-        and serving engines rely on.
+        It depends on the image's size only. All processors of transformers have this method, which
+        serving engines use.
         """
         sizes = [image.shape[:2] for image in images]
         counts: list[int] = self.processor._get_num_multimodal_tokens(
@@ -125,11 +128,11 @@ class Llava:
         return text
 
     def _prefix(self, images: Sequence[Any]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Model inputs of what both prompts share (B rows), and the token ids that follow it (2·B,
-        prompts in turn).
+        """Returns the model inputs of the prefix that both prompts share (B rows), and the token
+        ids that follow it (2·B lists: first and second prompt of each image).
 
-        Raises WeightsError if the template puts the picture behind the prompt: then nothing of
-        worth is shared.
+        Raises WeightsError if the template puts the image behind the prompt: then the prompts share
+        no prefix with the image in it.
         """
         from PIL import Image
 
@@ -157,13 +160,13 @@ class Llava:
             if image_id in row[shared:] or image_id in other[shared:] or not shared:
                 raise WeightsError(
                     f"caption.llava.model={self.config.model!r}: its chat template must put the "
-                    "picture before the prompt."
+                    "image before the prompt."
                 )
             tails += [row[shared:], other[shared:]]
             lengths.append(shared)
         cut = max(len(row) - length for row, length in zip(ids, lengths, strict=True))
         assert {len(row) - length for row, length in zip(ids, lengths, strict=True)} == {cut}, (
-            "one tail per prompt"
+            "the first prompt's tail is the same for all images"
         )
         for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
             if name in inputs:
@@ -175,18 +178,18 @@ class Llava:
         }
         return moved, tails
 
-    def _answers(self, inputs: dict[str, Any], tails: list[list[int]]) -> list[str]:
-        """Prefill the prefixes once, then continue each with its two tails; the texts, prompts in
-        turn.
+    def _generate(self, inputs: dict[str, Any], tails: list[list[int]]) -> list[str]:
+        """Processes the prefixes once, then continues each with its two tails. Returns 2·B texts:
+        of the first and the second prompt of each image.
         """
         import torch
 
-        # `generate` itself prefills, so every model's own positions are right
+        # `generate` processes the prefix, so that each model sets the positions in its own way
         greedy = self._greedy(max_new_tokens=1)
         cache = self.model.generate(**inputs, generation_config=greedy).past_key_values
         cache.batch_repeat_interleave(2)
         language_model = getattr(self.model, "model", self.model)
-        # Qwen-VL: picture positions, one row a sequence
+        # Qwen-VL: position offsets of images, one row for each sequence
         if getattr(language_model, "rope_deltas", None) is not None:
             language_model.rope_deltas = language_model.rope_deltas.repeat_interleave(2, dim=0)
         padded = self.tokenizer.pad({"input_ids": tails}, return_tensors="pt").to(self.device)
@@ -205,8 +208,8 @@ class Llava:
         return [text.strip() for text in texts]
 
     def _greedy(self, max_new_tokens: int) -> Any:
-        """Plain greedy decoding, whatever sampling habits the checkpoint's own generation_config
-        carries.
+        """Returns settings for greedy decoding; those of the checkpoint's generation_config that
+        would change it are not used.
         """
         from transformers import GenerationConfig
 
@@ -227,8 +230,8 @@ class Llava:
 
 
 def _quantization(config: LlavaConfig, device: str) -> dict[str, Any]:
-    """Arguments of from_pretrained for `config.quantize`. Raises ConfigError where that can't be
-    had.
+    """Returns arguments of from_pretrained for `config.quantize`. Raises ConfigError if the GPU or
+    the package that it needs is missing.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -236,17 +239,15 @@ def _quantization(config: LlavaConfig, device: str) -> dict[str, Any]:
 
     if config.quantize == "none":
         return {}
-    lacks = (
-        []
-        if device.startswith("cuda") and torch.cuda.is_available()
-        else [f"a GPU (the device here is {device})"]
-    )
+    missing = []
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        missing.append(f"a GPU (the device here is {device})")
     if not is_bitsandbytes_available():
-        lacks.append("the package bitsandbytes (`pip install -U bitsandbytes`)")
-    if lacks:
+        missing.append("the package bitsandbytes (`pip install -U bitsandbytes`)")
+    if missing:
         raise ConfigError(
-            f"caption.llava.quantize={config.quantize!r} needs {' and '.join(lacks)} on every node "
-            "that captions. caption.llava.quantize=none needs neither."
+            f"caption.llava.quantize={config.quantize!r} needs {' and '.join(missing)} on every "
+            "node that captions. caption.llava.quantize=none needs neither."
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -258,11 +259,10 @@ def _quantization(config: LlavaConfig, device: str) -> dict[str, Any]:
 
 
 def _load_processor(name: str, source: Mapping[str, Any]) -> Any:
-    """The checkpoint's processor; where its video half can't be loaded, the same class without it.
+    """Returns the checkpoint's processor, without its video processor if that can't be loaded.
 
-    Processors of Qwen-VL and OneVision insist on a video processor, which needs torchvision
-    (transformers 5.23 fails on that with OSError, ImportError or AttributeError, as it happens).
-    Pictures need neither.
+    Processors of Qwen-VL and OneVision require a video processor, which needs torchvision. Without
+    it, transformers 5.23 raises OSError, ImportError or AttributeError. Images need neither.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -280,13 +280,13 @@ def _load_processor(name: str, source: Mapping[str, Any]) -> Any:
         }
         settings, _ = processor_class.get_processor_dict(name, **source)
         unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
-        pictures_only: Any = type(processor_class.__name__, (processor_class,), unchecked)
+        images_only: Any = type(processor_class.__name__, (processor_class,), unchecked)
         order = processor_class.get_attributes()
-        return pictures_only.from_args_and_dict([parts.get(part) for part in order], settings)
+        return images_only.from_args_and_dict([parts.get(part) for part in order], settings)
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common prefix that leaves each at least one token to continue with."""
+    """Returns the length of the longest common prefix after which each has at least one token."""
     length = 0
     for a, b in zip(one[:-1], other[:-1], strict=False):
         if a != b:
@@ -296,11 +296,11 @@ def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def locate(model: str) -> tuple[str, str]:
-    """(folder, "") of a local checkpoint, or (hub id, commit) of one on the hub.
+    """Returns (folder, "") for a local checkpoint, (hub id, commit) for one on the hub.
 
-    The commit is read from the local cache if a snapshot is there, else asked of the hub, so that
-    what is loaded is what the stage's signature names. Raises ConfigError if `model` is empty,
-    WeightsError if there is no such thing.
+    The commit is that of a snapshot in the local cache, else that which the hub states, so that the
+    loaded checkpoint is the one in the stage's signature. Raises ConfigError if `model` is empty,
+    WeightsError if there is no such checkpoint.
     """
     if not model:
         raise ConfigError(
@@ -311,8 +311,8 @@ def locate(model: str) -> tuple[str, str]:
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise WeightsError(
-                f"caption.llava.model={model!r}: the folder holds no config.json or no "
-                "*.safetensors files."
+                f"caption.llava.model={model!r}: the folder has no config.json or no "
+                "*.safetensors file."
             )
         return str(folder), ""
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
@@ -334,21 +334,20 @@ def _hub_commit(name: str, revision: str) -> tuple[str, str]:
         commit = HfApi().model_info(name, revision=revision or None, timeout=30).sha
     except Exception as error:
         raise WeightsError(
-            f"caption.llava.model={name!r} is no local folder, is not in the hub's local cache, "
-            f"and the hub could not be asked for it: {type(error).__name__}: {error} Give a "
-            "folder with the checkpoint, or download it first with "
-            f"`hf download {name}` where there is a network."
+            f"caption.llava.model={name!r} is not a local folder, is not in the hub's local "
+            f"cache, and the hub could not be reached: {type(error).__name__}: {error} Give a "
+            f"folder with the checkpoint, or download it with `hf download {name}` first."
         ) from error
     return name, str(commit)
 
 
 def _folder_digest(folder: Path) -> str:
-    """sha256 over the names and digests of the files that can change the answers; moving the folder
-    changes nothing.
+    """Returns a sha256 over the relative names and the digests of the files that captions depend
+    on.
     """
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in _ANSWERING_FILES and path.is_file():
+        if path.suffix in _HASHED_FILES and path.is_file():
             stat = path.stat()
             digest = _file_digest(path, stat.st_size, stat.st_mtime_ns)
             total.update(f"{digest}  {path.relative_to(folder).as_posix()}\n".encode())
@@ -357,6 +356,8 @@ def _folder_digest(folder: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """sha256 of a file, remembered while size and time stay: checkpoints weigh gigabytes."""
+    """Returns a file's sha256, cached while its size and time are the same, since checkpoints have
+    gigabytes.
+    """
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,13 +1,14 @@
-"""Captions by a server that speaks OpenAI's chat completions: vLLM, SGLang, `transformers serve`.
+"""Gets captions from a server with OpenAI's chat completions: vLLM, SGLang, `transformers serve`.
 
-Two requests a picture, greedy, `caption.openai.concurrency` of them at a time. The openai package
-tries again what may pass (no connection, no answer in time, 408, 409, 429, 5xx), after growing
-pauses or those that Retry-After asks for. Once a request has failed for good, a picture of our own
-is asked about: where that is answered, the fault was the record's, and it alone fails; where it
-isn't, it is the server's or the configuration's, and the run ends with ServerError.
+For each image there are two requests with greedy decoding, `caption.openai.concurrency` requests at
+a time. The openai package retries failures that may be temporary (no connection, timeout, status
+408, 409, 429 or 5xx), after growing pauses or after that of Retry-After. When all attempts have
+failed, a request with a plain test image is sent. If it succeeds, the fault is the record's, and
+only the record fails. If not, the fault is the server's or the configuration's, and the run ends
+with ServerError.
 
-The signature names the model as the server does. It can't see another checkpoint that goes by the
-same name.
+The signature contains the model's name on the server. It doesn't change if the server loads another
+checkpoint under the same name.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from stages.backends.weights import Weights
 
 _CONNECT: Final = 10.0  # seconds, at most
-_TEXT: Final = 400  # characters of a server's words that are kept: some answer with a page of HTML
+_TEXT: Final = 400  # characters of a server's message that are recorded: some send a page of HTML
 
 
 class Fault(NamedTuple):
-    """Why a request has no answer. status: of HTTP; 200 where the answer is none, 0 where nothing
-    came back.
+    """Why a request failed. status: HTTP status; 200: the response was not a chat completion; 0:
+    there was no response. text: the error, for people.
     """
 
     status: int
@@ -47,8 +48,8 @@ class Fault(NamedTuple):
 
 
 class OpenAICaptioner:
-    """Asks `config.model` on the server at `config.base_url`, with the key that the environment
-    holds.
+    """A captioner that asks `config.model` on the server at `config.base_url`. The key is read from
+    the environment variable `config.api_key_env`.
     """
 
     def __init__(self, config: OpenAIConfig, weights: Weights | None = None) -> None:
@@ -60,63 +61,67 @@ class OpenAICaptioner:
         self._key = os.environ.get(config.api_key_env, "")
         self._client = AsyncOpenAI(
             base_url=config.base_url,
-            # most servers of one's own ask for no key, the package always does
+            # the package requires a key, even if the server needs none
             api_key=self._key or "none",
             max_retries=config.tries - 1,
             timeout=Timeout(config.timeout, connect=min(_CONNECT, config.timeout)),
         )
-        # A loop of its own: connections stay open from call to call, and the caller may have a loop
-        # (a notebook has).
+        # An event loop in a thread: connections stay open between calls, and the caller's thread
+        # may already run a loop, as in a notebook.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="openai", daemon=True).start()
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     @staticmethod
     def digests(config: OpenAIConfig) -> Mapping[str, str]:
-        """None: what the server has loaded can't be seen from here."""
+        """Returns {}: the server doesn't state which checkpoint it has loaded. Raises ConfigError
+        if the base URL or the model is empty.
+        """
         _check(config)
         return {}
 
     @staticmethod
     def window(config: OpenAIConfig, batch_size: int) -> int:
-        """Two requests a picture: enough to keep `concurrency` of them open most of the time."""
+        """Returns enough images to keep `concurrency` requests open most of the time."""
         return max(batch_size, config.concurrency)
 
     def caption(
         self, records: Sequence[Record], batch_size: int = 1
     ) -> list[tuple[str, str] | Failed]:
-        """(coarse, fine) description of each record's image, or Failed(`caption_failed`). Raises
-        ServerError.
+        """Returns (caption, face caption) for each record, or Failed("caption_failed"). Raises
+        ServerError if the server doesn't process a plain test image either.
         """
         return asyncio.run_coroutine_threadsafe(self._captions(records), self._loop).result()
 
     async def _captions(self, records: Sequence[Record]) -> list[tuple[str, str] | Failed]:
         slots = asyncio.Semaphore(self.config.concurrency)
         prompts = (self.config.prompt, self.config.face_prompt)
-        asked = [
+        tasks = [
             asyncio.create_task(self._ask(r.image, prompt, slots))
             for r in records
             for prompt in prompts
         ]
         try:
-            texts = await asyncio.gather(*asked)
+            texts = await asyncio.gather(*tasks)
         finally:
-            for task in asked:
-                # where the server is at fault, the others need not find out for themselves
-                task.cancel()
+            for task in tasks:
+                task.cancel()  # after a ServerError, the other requests are pointless
         return [_pair(coarse, fine) for coarse, fine in zip(texts[::2], texts[1::2], strict=True)]
 
     async def _ask(self, jpeg: bytes, prompt: str, slots: asyncio.Semaphore) -> str | Fault:
-        """The server's answer, or what was wrong with this request. Raises ServerError."""
+        """Returns the text, or why this request failed. Raises ServerError if the request fails
+        with a plain test image too.
+        """
         async with slots:
-            answer = await self._request(jpeg, prompt)
-            if isinstance(answer, Fault):
-                trial = await self._request(_own_picture(), prompt)
-                if isinstance(trial, Fault):
-                    raise ServerError(self._complaint(trial))
-            return answer
+            text = await self._request(jpeg, prompt)
+            if isinstance(text, Fault):
+                test = await self._request(_test_image(), prompt)
+                if isinstance(test, Fault):
+                    raise ServerError(self._error_message(test))
+            return text
 
     async def _request(self, jpeg: bytes, prompt: str) -> str | Fault:
+        """Sends one request, with retries. Returns the text, or why all attempts failed."""
         from openai import APIStatusError, OpenAIError
 
         url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
@@ -126,25 +131,25 @@ class OpenAICaptioner:
         ]
         messages: Any = [{"role": "user", "content": content}]
         try:
-            answer = await self._client.chat.completions.create(
+            response = await self._client.chat.completions.create(
                 model=self.config.model,
                 messages=messages,
                 max_tokens=self.config.max_new_tokens,
                 temperature=0,
-                # said, since `transformers serve` else takes the checkpoint's own habit
+                # `transformers serve` would use the checkpoint's setting without it
                 frequency_penalty=0,
             )
-            text = (answer.choices[0].message.content or "").strip()
-            if answer.usage is not None:
-                self.counts["prompt_tokens"] += answer.usage.prompt_tokens
-                self.counts["completion_tokens"] += answer.usage.completion_tokens
+            text = (response.choices[0].message.content or "").strip()
+            if response.usage is not None:
+                self.counts["prompt_tokens"] += response.usage.prompt_tokens
+                self.counts["completion_tokens"] += response.usage.completion_tokens
         except APIStatusError as error:
             return Fault(
                 error.status_code, self._clean(f"status {error.status_code}: {error.response.text}")
             )
         except OpenAIError as error:
             return Fault(0, self._clean(f"{type(error).__name__}: {error.__cause__ or error}"))
-        # the package doesn't check answers
+        # the package doesn't check the types in a response
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             return Fault(
                 200,
@@ -153,25 +158,25 @@ class OpenAICaptioner:
         return text
 
     def _clean(self, text: str) -> str:
-        """In one line, cut, and without the key: some servers repeat it."""
+        """Returns the text as one short line without the key, which some servers repeat."""
         return " ".join((text.replace(self._key, "…") if self._key else text).split())[:_TEXT]
 
-    def _complaint(self, fault: Fault) -> str:
+    def _error_message(self, fault: Fault) -> str:
         config = self.config
-        given = f"caption.openai.base_url={config.base_url}, caption.openai.model={config.model}"
-        then = "What was committed stays; the same command goes on from there."
-        # in no words of the server's: they may hold parts of the key
+        server = f"caption.openai.base_url={config.base_url}, caption.openai.model={config.model}"
+        resume = "Committed shards are kept; the same command continues from there."
+        # the server's text is left out here: it may contain parts of the key
         if fault.status in (401, 403):
-            held = "holds one that it doesn't take" if self._key else "is empty"
+            problem = "contains one that the server refuses" if self._key else "is empty"
             return (
-                f"{given}: the server refuses the key (status {fault.status}). The environment "
-                "variable "
-                f"{config.api_key_env} {held}. Set it for every process and node. {then}"
+                f"{server}: the server refuses the key (status {fault.status}). The environment "
+                f"variable {config.api_key_env} {problem}. Set it for every process and node. "
+                f"{resume}"
             )
         if fault.status == 0:
             advice = (
-                "Expected a server that answers from here: is it running, and is this its "
-                "address, /v1 included?"
+                "Expected a server that can be reached from this machine: is it running, and is "
+                "this its address, with /v1?"
             )
         elif fault.status == 429:
             advice = (
@@ -180,17 +185,17 @@ class OpenAICaptioner:
             )
         elif fault.status == 200:
             advice = (
-                "Expected OpenAI's chat completions: is this the address of such a server, "
-                "/v1 included?"
+                "Expected OpenAI's chat completions: is this the address of such a server, with "
+                "/v1?"
             )
         else:
             advice = (
-                "Expected a model that takes pictures, under the name it is served by; see "
+                "Expected a model that accepts images, under the name that the server uses; see "
                 "the server's log."
             )
         return (
-            f"{given}: the server doesn't answer even a plain picture of our own: "
-            f"{fault.text} {advice} {then}"
+            f"{server}: a request with a plain test image failed too: {fault.text} {advice} "
+            f"{resume}"
         )
 
 
@@ -203,12 +208,13 @@ def _pair(coarse: str | Fault, fine: str | Fault) -> tuple[str, str] | Failed:
 
 
 @cache
-def _own_picture() -> bytes:
-    """Grey, 256²: nothing that a server could dislike about it."""
+def _test_image() -> bytes:
+    """Returns a grey JPEG of 256 × 256 pixels, which any server should accept."""
     return encode_jpeg(np.full((256, 256, 3), 127, np.uint8), 95)
 
 
 def _check(config: OpenAIConfig) -> None:
+    """Raises ConfigError if a setting without a default is empty."""
     for name, example in (
         ("base_url", "http://127.0.0.1:8000/v1"),
         ("model", "llava-hf/llava-1.5-7b-hf"),

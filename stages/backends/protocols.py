@@ -1,4 +1,4 @@
-"""What a stage asks of a model. Images are RGB uint8 (H, W, 3), coordinates are in their pixels."""
+"""The interfaces of backends. Images are RGB uint8 (H, W, 3), coordinates are in their pixels."""
 
 from __future__ import annotations
 
@@ -36,26 +36,30 @@ class IdentityEmbedder(Protocol):
 
 
 class Captioner(Protocol):
-    """May carry `counts: Counter[str]`, such as tokens: each shard's manifest says what was counted
-    for it. `config` is the backend's own section of CaptionConfig.
+    """Writes captions. `config` is the backend's section of CaptionConfig.
+
+    A captioner may have an attribute `counts: Counter[str]`, for example of tokens. The manifest of
+    a shard states what was counted for the shard.
     """
 
     def caption(
         self, records: Sequence[Record], batch_size: int
     ) -> Sequence[tuple[str, str] | Failed]:
-        """(coarse, fine) description of each record, from its image and what was measured of it; or
-        why there is none. At most `batch_size` images go through a model together.
+        """Returns for each record (caption, face caption), or Failed with the reason.
 
-        Raises PipelineError for what is no record's fault.
+        batch_size: the most images that go through a model together. Raises PipelineError for a
+        fault that isn't a record's.
         """
         ...
 
     @staticmethod
     def digests(config: Any) -> Mapping[str, str]:
-        """name → digest of whatever the answers depend on beside `config`. Loads nothing."""
+        """Returns name → digest of all that results depend on besides `config`, without loading a
+        model.
+        """
         ...
 
     @staticmethod
     def window(config: Any, batch_size: int) -> int:
-        """The most records that one call should be given."""
+        """Returns the most records that one call of `caption` takes."""
         ...

@@ -1,9 +1,8 @@
-"""Name → class of each backend, loaded only when it is asked for. To add one: a file beside this, a
-line here.
+"""The table of backends: name → class. A backend's module is imported when it is first used.
 
-It is built with its section of the configuration and a `Weights` (weights.py):
-`Backend(config, weights)`. The section is its stage's; a caption backend has one of its own, of its
-name in CaptionConfig.
+A backend is built as `Backend(config, weights)`. config: the stage's section of the configuration;
+for a caption backend, the section of CaptionConfig with the backend's name. weights: see
+weights.py. To add a backend, write a module in this folder and add a line here.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ BACKENDS: dict[str, dict[str, str]] = {
 
 
 def backend_class(job: str, name: str) -> type[Any]:
-    """Returns the class of backend `name` for a stage (`job`: the stage's name).
-
-    Raises ConfigError for an unknown name.
+    """Returns the class of backend `name` for the stage named `job`. Raises ConfigError for an
+    unknown backend.
     """
     backends = BACKENDS[job]
     if name not in backends:

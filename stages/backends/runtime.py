@@ -10,9 +10,9 @@ _threads = 0
 
 
 def pin_threads(count: int) -> None:
-    """Make every model of this process use `count` threads. Call it before stages are set up.
+    """Makes all models of this process use `count` threads. Call it before stages are set up.
 
-    0: the number in OMP_NUM_THREADS, else one per core.
+    count: 0 means the number in $OMP_NUM_THREADS, else one for each core.
     """
     global _threads
     import cv2
@@ -40,7 +40,7 @@ def onnx_session(path: Path) -> Any:
 
 
 def torch_device(name: str) -> str:
-    """Returns the torch device for a configured name: "auto" is cuda if available, else cpu."""
+    """Returns the torch device for a configured name; "auto" means cuda if available, else cpu."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

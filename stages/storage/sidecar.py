@@ -144,9 +144,6 @@ _NOWHERE: Final[Row] = {
 }
 
 
-# ---------------------------------------------------------------------------------------- columns
-
-
 def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
     """The columns of a sidecar whose chain records these annotations.
 
@@ -169,9 +166,6 @@ def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
 
 KNOWN: Final = {column.name: column for column in sidecar_columns((Measures, Review))}
 """The columns that this program's own stages write; version 2 sidecars don't describe theirs."""
-
-
-# ---------------------------------------------------------------------------------------- writing
 
 
 def write_sidecar(
@@ -203,9 +197,6 @@ def sidecar_row(record: Record, annotations: Sequence[type[Annotation]]) -> Row:
         values = record.annotations.get(kind.name, {})
         row |= {column.name: values.get(column.name) for column in columns_of(kind)}
     return row
-
-
-# ---------------------------------------------------------------------------------------- reading
 
 
 class SidecarFile:

@@ -16,7 +16,7 @@ from configs.schema import DatasetConfig, TrainConfig
 
 GOLDEN = Path("tests/data/dataset_v2/config.yaml")  # written by version 0.1
 SECRET = "sk-test-5b2d0c9e77"
-# 0.1's caption keys, a value for each, and the sections that have it now
+# caption keys of version 0.1: a value for each, and the sections that have it now
 CAPTIONS = {
     "model": ("someone/model", "llava openai"),
     "prompt": ("Who?", "llava openai"),
@@ -35,7 +35,7 @@ CAPTIONS = {
 
 @pytest.fixture(autouse=True)
 def _warn_again() -> Iterator[None]:
-    """Each test starts as a process does that has warned of nothing."""
+    """Lets each test log every warning, as a new process does."""
     aliases._warn.cache_clear()
     yield
     aliases._warn.cache_clear()
@@ -45,7 +45,7 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
 
 
-@pytest.mark.parametrize("way", ["file", "kept", "override"])
+@pytest.mark.parametrize("way", ["file", "text", "override"])
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_an_old_caption_key_goes_to_every_backend_that_has_it(
     name: str, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -55,7 +55,7 @@ def test_an_old_caption_key_goes_to_every_backend_that_has_it(
     if way == "file":
         (tmp_path / "own.yaml").write_text(text)
         config = load(DatasetConfig, tmp_path / "own.yaml")
-    elif way == "kept":
+    elif way == "text":
         config = load_text(DatasetConfig, text)
     else:
         config = load(DatasetConfig, None, ["caption.backend=llava", f"caption.{name}={value}"])
@@ -72,17 +72,16 @@ def test_an_old_caption_key_goes_to_every_backend_that_has_it(
     ]
 
 
-def test_a_renamed_section_is_read_whole(caplog: pytest.LogCaptureFixture) -> None:
+def test_all_settings_of_a_renamed_section_are_read(caplog: pytest.LogCaptureFixture) -> None:
     text = "neighbours:\n  val_share: 0.5\n  seed: 3\n"
     config = load_text(DatasetConfig, text, ["neighbours.seed=4"])
-    found = config.global_pass
-    assert (found.val_share, found.seed) == (0.5, 4)
+    assert (config.global_pass.val_share, config.global_pass.seed) == (0.5, 4)
     assert warnings(caplog) == [
         "The setting neighbours is now global_pass. The old name is read until version 0.3.0."
     ]
 
 
-def test_what_version_0_1_kept_is_read_and_written_under_the_new_names(
+def test_a_configuration_of_version_0_1_is_read_and_written_under_the_new_names(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = load(DatasetConfig, GOLDEN)
@@ -93,7 +92,7 @@ def test_what_version_0_1_kept_is_read_and_written_under_the_new_names(
     assert len(warnings(caplog)) == len(CAPTIONS) + 1
     load(DatasetConfig, GOLDEN)
     load(DatasetConfig, GOLDEN, ["caption.prompt=Who?"])
-    assert len(warnings(caplog)) == len(CAPTIONS) + 1, "once a key, however often it is read"
+    assert len(warnings(caplog)) == len(CAPTIONS) + 1, "one warning for each key in a process"
     assert load_text(DatasetConfig, to_yaml(config)) == config
     aliases._warn.cache_clear()
     caplog.clear()
@@ -114,7 +113,7 @@ def test_what_version_0_1_kept_is_read_and_written_under_the_new_names(
         ("neighbours", "global_pass", "neighbours: {seed: X}\nglobal_pass: {seed: X}"),
     ],
 )
-def test_a_value_under_both_names_is_refused_and_not_repeated(
+def test_a_value_under_both_names_is_an_error_that_does_not_show_the_value(
     old: str, new: str, text: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "both.yaml"
@@ -139,8 +138,8 @@ def test_an_override_wins_over_the_file_under_either_name() -> None:
     ("override", "message"),
     [
         (f"caption.api_key_env={SECRET}", r"caption\.openai\.api_key_env is not the name"),
-        (f"caption.base_url=http://me:{SECRET}@a/v1", r"caption\.openai\.base_url holds more"),
-        (f"caption.base_url=http://a/v1?key={SECRET}", r"caption\.openai\.base_url holds more"),
+        (f"caption.base_url=http://me:{SECRET}@a/v1", r"caption\.openai\.base_url has more"),
+        (f"caption.base_url=http://a/v1?key={SECRET}", r"caption\.openai\.base_url has more"),
         ("caption.base_url=a:8000", r"caption\.openai\.base_url='a:8000': expected a URL"),
         ("caption.max_new_tokens=0", r"caption\.llava\.max_new_tokens=0"),
         ("caption.dtype=int8", r"caption\.llava\.dtype='int8': expected one of"),
@@ -165,7 +164,7 @@ def test_old_keys_are_checked_like_the_new_ones(
     assert not any(SECRET in text for text in warnings(caplog))
 
 
-def test_a_section_that_is_a_value_says_so_without_the_override() -> None:
+def test_a_value_in_place_of_a_section_is_an_error_that_does_not_show_the_override() -> None:
     with pytest.raises(ConfigError, match=r"override caption\.…: caption is a value") as caught:
         load_text(DatasetConfig, "caption: 1", [f"caption.model={SECRET}"])
     assert SECRET not in str(caught.value)
@@ -173,6 +172,6 @@ def test_a_section_that_is_a_value_says_so_without_the_override() -> None:
         load_text(DatasetConfig, "caption: {model: a, llava: 1}")
 
 
-def test_other_configurations_have_no_such_old_keys() -> None:
+def test_old_keys_of_one_configuration_are_unknown_to_others() -> None:
     with pytest.raises(ConfigError, match="unknown key neighbours"):
         load(TrainConfig, None, ["neighbours.seed=1"])

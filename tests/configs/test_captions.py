@@ -1,4 +1,4 @@
-"""Settings of captions are checked when they are given, and a key among them is not repeated."""
+"""Settings of captions: impossible values are errors, which never show a key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = "sk-test-5b2d0c9e77"
         ({"max_new_tokens": 0}, r"caption\.openai\.max_new_tokens=0"),
     ],
 )
-def test_impossible_settings_are_refused_and_a_key_among_them_is_not_repeated(
+def test_impossible_settings_are_errors_that_do_not_show_a_key(
     changes: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -34,6 +34,6 @@ def test_impossible_settings_are_refused_and_a_key_among_them_is_not_repeated(
     assert KEY not in str(caught.value)
 
 
-def test_llava_writes_at_least_one_token() -> None:
+def test_zero_tokens_for_llava_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"caption\.llava\.max_new_tokens=0"):
         LlavaConfig(max_new_tokens=0)

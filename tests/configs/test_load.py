@@ -1,4 +1,4 @@
-"""Configuration is strict: what can't be is said when it is given."""
+"""Loading configurations: presets, overrides, and errors for wrong keys and values."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PRESETS = [
 
 
 @pytest.mark.parametrize(("path", "kind"), PRESETS, ids=lambda value: str(value))
-def test_every_preset_loads_and_survives_being_written(path: Path, kind: type) -> None:
+def test_every_preset_loads_and_is_equal_after_writing_and_reading(path: Path, kind: type) -> None:
     config = load(kind, path)
     assert load_text(kind, to_yaml(config)) == config
 
 
-def test_the_production_presets_name_the_real_weights() -> None:
+def test_the_production_preset_has_the_production_weights() -> None:
     fgid = load(DatasetConfig, "configs/dataset/fgid.yaml")
     assert (fgid.detect.weights, fgid.embed.weights, fgid.parse.weights) == (
         "det_10g",
@@ -42,23 +42,23 @@ def test_the_production_presets_name_the_real_weights() -> None:
     [
         ("detct.min_score=1", "Did you mean detect"),
         ("detect.min_scor=1", "Did you mean detect.min_score"),
-        ("detect.min_score=2", "between 0 and 1"),
+        ("detect.min_score=2", "over 0, under 1"),
         ("executor=spark", "one of ray, inline"),
         ("shard_size=many", "whole number"),
         ("shard_size=0", "1 to 100000"),
         ("shard_size", "key=value"),
         ("shard_size.x=1", "expected a whole number"),
         ("detect=1", "section"),
-        ("source.extensions=[JPG]", "lower-case"),
+        ("source.extensions=[JPG]", "lower case"),
         ("detect.scales=[100]", "multiples of 32"),
     ],
 )
-def test_what_cannot_be_says_what_was_expected(override: str, message: str) -> None:
+def test_the_error_for_a_wrong_override_says_what_was_expected(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(DatasetConfig, None, [override])
 
 
-def test_text_stays_text_and_numbers_become_numbers() -> None:
+def test_overrides_are_parsed_by_the_type_of_their_field() -> None:
     config = load(
         DatasetConfig,
         None,
@@ -68,7 +68,7 @@ def test_text_stays_text_and_numbers_become_numbers() -> None:
     assert (config.detect.min_score, config.detect.scales) == (0.6, (320,))
 
 
-def test_a_missing_or_broken_file_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_missing_or_malformed_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no configuration at"):
         load(DatasetConfig, tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")

@@ -5,57 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from configs.schema import InferConfig
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity
 from infer.load import load_generator
-from model.checkpoint import save_adapter
-from model.consistentid import ConsistentID, load_base
-from model.spec import SPECS
-from stages.regions import Mode
-
-
-def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
-    """Writes an adapter with random weights, also in the half of the LoRA that starts at zero.
-
-    So every part of it changes the result.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
-        model = ConsistentID(SPECS["tiny"], load_base(SPECS["tiny"], base).unet, mode)
-        for name, value in model.named_parameters():
-            if name.endswith("up.weight"):
-                torch.nn.init.normal_(value, std=0.05)
-    return save_adapter(model, folder, {"step": 0})
+from tests.infer.helpers import small, write_adapter
 
 
 @pytest.fixture(scope="session")
-def adapter(tiny_base: Path) -> Path:
-    """An adapter in OUT/final with its base in OUT/base, as a training run writes them."""
-    return write_adapter(tiny_base, tiny_base.parent / "final", "corrected")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """OUT of a training run, with the base that it made."""
+    output = tmp_path_factory.mktemp("trained")
+    (output / "base").symlink_to(tiny_base)
+    return output
 
 
 @pytest.fixture(scope="session")
-def legacy_adapter(tiny_base: Path) -> Path:
-    return write_adapter(tiny_base, tiny_base.parent / "legacy", "legacy")
+def adapter(trained: Path) -> Path:
+    return write_adapter(trained / "base", trained / "final", "corrected")
 
 
-def small(adapter: Path, **changes: object) -> InferConfig:
-    """Returns settings for four steps at 64 pixels."""
-    values: dict[str, object] = {
-        "adapter": str(adapter),
-        "num_inference_steps": 4,
-        "start_merge_step": 2,
-        "height": 64,
-        "width": 64,
-        "guidance_scale": 2.0,
-        "negative_prompt": "blurry",
-        "merge_lora": False,
-        "seed": 5,
-    }
-    return InferConfig(**{**values, **changes})  # type: ignore[arg-type]
+@pytest.fixture(scope="session")
+def legacy_adapter(trained: Path) -> Path:
+    return write_adapter(trained / "base", trained / "legacy", "legacy")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from infer.cli import app
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity
 from infer.sheet import contact_sheet
-from tests.infer.conftest import small
+from tests.infer.helpers import small
 
 PRESETS = sorted(Path("configs/infer").glob("*.yaml"))
 

@@ -21,7 +21,7 @@ from infer.portrait import portrait_seed
 from infer.schedulers import known_schedulers, merge_position
 from model.conditions import collate
 from model.consistentid import encode_frozen
-from tests.infer.conftest import small
+from tests.infer.helpers import small
 
 Pixels = npt.NDArray[np.uint8]
 

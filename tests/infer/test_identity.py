@@ -22,7 +22,7 @@ from stages.chain import build_stages
 from stages.codec import encode_jpeg
 from stages.record import Record, from_table, key_of, to_table
 from stages.storage.samples import from_members, to_members
-from tests.infer.conftest import small
+from tests.infer.helpers import small
 
 
 def differing(one: Conditions, other: Conditions) -> list[str]:

@@ -7,9 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
-import torch
 
 from configs.load import load
 from configs.schema import DatasetConfig
@@ -64,8 +62,14 @@ def hears_ctrl_c() -> None:
 
 def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
     """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
-    parser on torch.
+    parser on torch. Stages that are set up from now on remember no answers.
     """
+    import onnxruntime
+    import torch
+
+    from tests import models
+
+    models.forget(patch)
     ran: list[str] = []
     session, module = onnxruntime.InferenceSession.run, torch.nn.Module.__call__
     patch.setattr(

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from configs.common import NO_ANSWER, PlacementConfig
+from configs.common import NOT_HASHED, PlacementConfig
 from configs.schema import DatasetConfig
 from pipelines.chain import build_chain
 from stages.base import RecordStage, Stage
@@ -24,7 +24,7 @@ from stages.regions import LABEL_IDS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkinToneConfig:
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

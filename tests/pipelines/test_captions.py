@@ -18,7 +18,7 @@ from stages.base import Stage
 from stages.caption import CaptionStage
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_COPIES, config, digests
-from tests.stages.chat_server import Asked, ChatServer, Reply, completion, refusal
+from tests.stages.chat_server import ChatServer, Reply, Request, completion, refusal
 
 KEY = "sk-test-c0ffee0ddba11"
 
@@ -46,7 +46,7 @@ def test_executors_write_the_same_and_the_manifests_count_tokens(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     pictures: list[bytes] = []
 
-    def decide(asked: Asked) -> Reply:
+    def decide(asked: Request) -> Reply:
         pictures.append(asked.jpeg)
         refused = asked.jpeg == pictures[0] and "facial features" in asked.prompt
         return refusal(400, f"not for {KEY}") if refused else completion(asked)

@@ -1,8 +1,7 @@
-"""A small HTTP server on loopback that speaks enough of OpenAI's chat completions to say what went
-over the wire.
+"""A small HTTP server on loopback with OpenAI's chat completions, which records all requests.
 
-By itself it answers a request with the picture's digest and the prompt. `decide` may have it answer
-anything else.
+By default the text of a response is the image's digest and the prompt. `decide` can return any
+other reply.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One request as it arrived; number: how many came before it."""
+class Request:
+    """A request that the server got. number: how many requests it got earlier."""
 
     number: int
     body: dict[str, Any]
@@ -44,41 +43,46 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
+    """A response. seconds: delay before it is sent."""
+
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0  # before it is sent
+    seconds: float = 0.0
 
 
-def words(jpeg: bytes, prompt: str) -> str:
+def caption_of(jpeg: bytes, prompt: str) -> str:
+    """Returns the text with which the server responds by default."""
     return f"{hashlib.sha256(jpeg).hexdigest()[:12]}: {prompt}"
 
 
-def completion(asked: Asked, seconds: float = 0.0) -> Reply:
-    message = {"role": "assistant", "content": words(asked.jpeg, asked.prompt)}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    told = {
+def completion(request: Request, seconds: float = 0.0) -> Reply:
+    """Returns a chat completion for the request."""
+    message = {"role": "assistant", "content": caption_of(request.jpeg, request.prompt)}
+    body = {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
-        "model": asked.body["model"],
+        "model": request.body["model"],
         "usage": USAGE,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }
-    return Reply(200, json.dumps(told | {"choices": [choice]}).encode(), seconds=seconds)
+    return Reply(200, json.dumps(body).encode(), seconds=seconds)
 
 
 def refusal(status: int, message: str, **headers: str) -> Reply:
+    """Returns an error response with OpenAI's JSON."""
     return Reply(status, json.dumps({"error": {"message": message}}).encode(), headers)
 
 
 class ChatServer:
-    """Listens while it is entered. `asked`: every request; `most`: how many were open at the same
-    time.
+    """A context in which the server listens. requests: all requests; most_open: the highest number
+    of requests that were open at the same time.
     """
 
-    def __init__(self, decide: Callable[[Asked], Reply] = completion) -> None:
-        self.asked: list[Asked] = []
-        self.most = 0
+    def __init__(self, decide: Callable[[Request], Reply] = completion) -> None:
+        self.requests: list[Request] = []
+        self.most_open = 0
         self._decide, self._open, self._lock = decide, 0, threading.Lock()
         self._connections: list[socket.socket] = []
 
@@ -93,18 +97,18 @@ class ChatServer:
                 server._connections.append(self.connection)
 
             def do_POST(self) -> None:
-                given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                reply = server._answer(self.path, given, self.headers["Authorization"])
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                reply = server._reply(self.path, body, self.headers["Authorization"])
                 self.send_response(reply.status)
                 for name, value in {"Content-Type": "application/json", **reply.headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(reply.body)))
-                with suppress(BrokenPipeError, ConnectionResetError):  # who asked may have given up
+                with suppress(BrokenPipeError, ConnectionResetError):  # after the client's timeout
                     self.end_headers()
                     self.wfile.write(reply.body)
 
             def log_message(self, *_: Any) -> None:
-                """Nothing on the tests' screen."""
+                """Logs nothing."""
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
@@ -124,15 +128,15 @@ class ChatServer:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self._http.server_port}/v1"
 
-    def _answer(self, path: str, body: dict[str, Any], authorization: str) -> Reply:
+    def _reply(self, path: str, body: dict[str, Any], authorization: str) -> Reply:
         if path != "/v1/chat/completions":
             return refusal(404, f"no {path} here")
         with self._lock:
-            asked = Asked(len(self.asked), body, authorization.removeprefix("Bearer "))
-            self.asked.append(asked)
+            request = Request(len(self.requests), body, authorization.removeprefix("Bearer "))
+            self.requests.append(request)
             self._open += 1
-            self.most = max(self.most, self._open)
-        reply = self._decide(asked)
+            self.most_open = max(self.most_open, self._open)
+        reply = self._decide(request)
         time.sleep(reply.seconds)
         with self._lock:
             self._open -= 1

@@ -1,4 +1,4 @@
-"""Draws faces part by part, image and label map, so that every word of a caption is predictable."""
+"""Draws faces from parts, with label maps, so that all words of their captions are predictable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL_PARTS = frozenset(
 
 @dataclass
 class Drawing:
-    """An image with a frontal face on grey, and its label map."""
+    """An image with a frontal face on a grey background, and its label map."""
 
     image: np.ndarray = field(default_factory=lambda: np.full((SIDE, SIDE, 3), 120, np.uint8))
     labels: np.ndarray = field(default_factory=lambda: np.zeros((SIDE, SIDE), np.uint8))

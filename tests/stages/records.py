@@ -1,4 +1,4 @@
-"""Records for tests: a Hypothesis strategy for any record."""
+"""Records for tests: a Hypothesis strategy for any record, and records of drawn faces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import fields
 import numpy as np
 from hypothesis import strategies as st
 
+from stages.codec import encode_jpeg, encode_labels
 from stages.record import Face, Record, key_of
+from tests.stages.drawing import ALL_PARTS, draw
 
 number = st.floats(-1e4, 1e4)
 faces = st.builds(
@@ -43,8 +45,23 @@ records = st.builds(
 )
 
 
+def drawn_record(name: str, parts: frozenset[str] = ALL_PARTS) -> Record:
+    """Returns a record of a drawn face, as the caption stage gets it."""
+    drawing = draw(parts)
+    return Record(
+        key=key_of(name),
+        source=name,
+        image=encode_jpeg(drawing.image, 95),
+        width=512,
+        height=512,
+        faces=(drawing.face,),
+        face=0,
+        parsing=encode_labels(drawing.labels),
+    )
+
+
 def same_record(one: Record, two: Record) -> bool:
-    """True if all fields are equal."""
+    """Returns whether all fields are equal."""
     plain = [f.name for f in fields(Record) if f.name != "identity"]
     return all(getattr(one, n) == getattr(two, n) for n in plain) and np.array_equal(
         one.identity, two.identity

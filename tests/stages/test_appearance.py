@@ -1,5 +1,5 @@
-"""The appearance that `attributes` captions are composed from, measured on drawn faces; and the
-words for it.
+"""The appearance that `attributes` captions are composed from, on drawn faces, and the words for
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["left_eye", "nose", "upper_lip", "right_ear", "skin"])
-def test_a_part_counts_from_the_minimum_size_on(name: str) -> None:
+def test_a_part_is_visible_if_it_has_the_minimum_size(name: str) -> None:
     minimum = int(np.ceil(MIN_SHARE * SIDE * SIDE))
     small_regions = ("eyes", "ears", "nose", "mouth")
     region = next((word for word in small_regions if name in REGION_LABELS[word]), "face")
@@ -158,7 +158,7 @@ def test_glasses_and_dark_glasses() -> None:
     assert "glasses" not in draw().captions()[0]
 
 
-def test_a_hat_is_on_the_head_and_other_headwear_is_no_hat() -> None:
+def test_a_hat_is_on_top_of_the_head_and_other_headwear_is_not_called_a_hat() -> None:
     hat = draw()
     hat.box("hat", (110, 402), (40, 165), (150, 30, 30))
     assert "a red hat" in hat.captions()[0]
@@ -204,7 +204,7 @@ def test_a_necklace_has_highlights_and_a_fold_of_the_neck_has_none() -> None:
         (230, "slightly to the left"),
     ],
 )
-def test_the_nose_shows_where_the_head_is_turned(nose_x: int, word: str | None) -> None:
+def test_the_head_is_turned_to_the_side_of_the_nose(nose_x: int, word: str | None) -> None:
     drawing = draw()
     drawing.landmarks = (*drawing.landmarks[:2], (nose_x, 290), *drawing.landmarks[3:])
     coarse, fine = drawing.captions()

@@ -1,4 +1,4 @@
-"""Captions of the `attributes` backend: every word must follow from a drawn label map and image."""
+"""Captions of the `attributes` backend, for drawn faces and for real portraits."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def words(text: str) -> list[str]:
 @given(
     parts=st.sets(st.sampled_from(sorted(ALL_PARTS)), min_size=1), key=st.integers(0, 16**20 - 1)
 )
-def test_each_visible_region_is_named_once_in_a_clause_of_its_own(
-    parts: set[str], key: int
-) -> None:
+def test_each_visible_region_is_named_once_in_a_separate_clause(parts: set[str], key: int) -> None:
     drawing = draw(frozenset(parts))
     _, fine = drawing.captions(f"{key:020x}")
     labels_of = {

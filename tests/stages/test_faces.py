@@ -30,7 +30,7 @@ def record_of(data: bytes, name: str = "a.jpg") -> Record:
 
 @pytest.fixture(scope="module")
 def records(portraits: Path) -> list[Record]:
-    """The portraits and, last, the astronaut after resize, detect, parse and embed."""
+    """The portraits and, last, the astronaut, each after resize, detect, parse and embed."""
     chain = build_stages(DatasetConfig())[:4]
     for stage in chain:
         stage.setup()
@@ -48,7 +48,7 @@ def test_every_portrait_has_a_plausible_face(records: list[Record]) -> None:
         assert x1 < left[0] < nose[0] + 40 and nose[0] - 40 < right[0] < x2
 
 
-def test_identities_resist_shrinking_and_differ_between_people(
+def test_embeddings_hardly_change_with_size_and_differ_between_people(
     records: list[Record], portraits: Path
 ) -> None:
     chain = build_stages(DatasetConfig())[:4]
@@ -89,11 +89,13 @@ def test_brows_and_eyes_of_a_half_body_photograph_come_from_the_aligned_crop(
     (without_crop,) = stage.process([replace(astronaut, parsing=b"")])
     whole = set(np.unique(decode_labels(without_crop.parsing)).tolist())
     assert {2, 3, 4, 5, 10, 12, 13} <= aligned
-    assert len(whole & {2, 3, 4, 5}) < 4, "if these are found without it, the crop isn't needed"
-    assert 16 in aligned, "clothes come from the whole picture"
+    assert len(whole & {2, 3, 4, 5}) < 4, "else the aligned crop would not be needed"
+    assert 16 in aligned, "clothes come from the whole image"
 
 
-def test_sides_are_assigned_by_position_whatever_the_parser_says(records: list[Record]) -> None:
+def test_left_and_right_are_assigned_by_position_and_not_by_the_parsers_labels(
+    records: list[Record],
+) -> None:
     for record in records:
         labels = decode_labels(record.parsing)
         swapped = labels.copy()
@@ -121,7 +123,7 @@ def test_close_ups_need_padding_or_the_smaller_detector_size(portraits: Path) ->
         stage.setup()
         detected[name] = sum(record.ok for record in stage.process(resized))
     assert detected["padded"] == detected["smaller"] == len(resized)
-    assert detected["plain"] < len(resized), "if 640 pixels find all faces, neither is needed"
+    assert detected["plain"] < len(resized), "else neither would be needed"
 
 
 def test_the_main_face_is_the_largest(poisoned: Path) -> None:
@@ -163,7 +165,7 @@ def test_the_short_side_becomes_the_working_size(
     assert (record.width, record.height) == size == decode_jpeg(record.image).shape[1::-1]
 
 
-def test_squash_ignores_the_aspect_ratio_as_the_reference_does() -> None:
+def test_squash_ignores_the_aspect_ratio_as_in_the_reference() -> None:
     data = encode_jpeg(np.zeros((200, 300, 3), np.uint8), 90)
     record = ResizeStage(ResizeConfig(mode="squash")).process_one(record_of(data))
     assert (record.width, record.height) == (512, 512)
@@ -192,7 +194,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "undecodable"),
     ],
 )
-def test_data_that_is_no_image_fails_with_a_reason(data: bytes, reason: str) -> None:
+def test_data_that_is_not_an_image_fails_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(Failed) as caught:
         decode(data, ResizeConfig())
     assert caught.value.reason == reason
@@ -232,4 +234,4 @@ def test_a_large_jpeg_is_decoded_reduced_but_never_below_the_working_size(
     assert reduced.shape == (decoded[1], decoded[0], 3)
     averaged = cv2.resize(image, decoded, interpolation=cv2.INTER_AREA)
     error = np.square(reduced.astype(float) - averaged).mean()
-    assert 10 * np.log10(255**2 / error) > 40, "as if it were reduced after decoding"
+    assert 10 * np.log10(255**2 / error) > 40, "nearly equal to reducing after decoding"

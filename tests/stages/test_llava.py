@@ -1,6 +1,4 @@
-"""The `llava` backend on a tiny real checkpoint: what it answers must be what plain greedy
-`generate` answers.
-"""
+"""The `llava` backend on a tiny checkpoint: its captions must equal those of greedy `generate`."""
 
 from __future__ import annotations
 
@@ -42,23 +40,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
-    """Three pictures, one of them tall and one wide."""
-    pictures = (astronaut(), cat()[:, :150], coffee()[:300])
+    """Three images: a square one, a tall one and a wide one."""
+    images = (astronaut(), cat()[:, :150], coffee()[:300])
     return [
-        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95))
-        for n, p in enumerate(pictures)
+        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(image, 95))
+        for n, image in enumerate(images)
     ]
 
 
 def config_of(model: Path | str, **changes: Any) -> LlavaConfig:
-    given: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, **changes}
-    return LlavaConfig(model=str(model), **given)
+    settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, **changes}
+    return LlavaConfig(model=str(model), **settings)
 
 
-def plainly(backend: Llava, record: Record, prompt: str) -> str:
-    """The reference answer: one picture, one prompt, no cache kept, the processor doing all of the
-    text.
-    """
+def expected_caption(backend: Llava, record: Record, prompt: str) -> str:
+    """Returns what `generate` writes for one image and one prompt, without a shared cache."""
     image = Image.fromarray(np.asarray(decode_jpeg(record.image)))
     inputs = backend.processor(images=[image], text=[prompt], return_tensors="pt")
     tokens = backend.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
@@ -68,71 +64,71 @@ def plainly(backend: Llava, record: Record, prompt: str) -> str:
     return text.strip()
 
 
-def all_plainly(backend: Llava, records: list[Record]) -> list[tuple[str, ...]]:
+def expected_captions(backend: Llava, records: list[Record]) -> list[tuple[str, ...]]:
     return [
-        tuple(plainly(backend, record, prompt) for prompt in backend.prompts) for record in records
+        tuple(expected_caption(backend, record, prompt) for prompt in backend.prompts)
+        for record in records
     ]
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl"])
-def test_batched_answers_with_a_shared_prefix_are_those_of_plain_generate(
+def test_batched_captions_with_a_shared_prefix_equal_those_of_generate(
     kind: Any, tmp_path: Path, records: list[Record]
 ) -> None:
     backend = Llava(config_of(make_checkpoint(tmp_path, kind)))
-    expected = all_plainly(backend, records)
+    expected = expected_captions(backend, records)
     assert len({text for pair in expected for text in pair}) == 6, (
-        "pictures and prompts must matter, or this is void"
+        "the test needs captions that depend on image and prompt"
     )
     assert backend.caption(records, BATCH) == expected
     assert [pair for record in records for pair in backend.caption([record])] == expected
 
 
-def test_a_row_that_ends_early_does_not_disturb_the_others(
+def test_a_row_that_ends_early_does_not_change_the_others(
     checkpoint: Path, tmp_path: Path, records: list[Record]
 ) -> None:
     long = Llava(config_of(checkpoint))
-    tokens = long.tokenizer(plainly(long, records[0], long.prompts[1]), add_special_tokens=False)[
-        "input_ids"
-    ]
+    # the fifth generated token becomes another end-of-text token
+    tokens = long.tokenizer(
+        expected_caption(long, records[0], long.prompts[1]), add_special_tokens=False
+    )["input_ids"]
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     settings = json.loads((model / "generation_config.json").read_text())
-    # several, as newer checkpoints have
+    # newer checkpoints have several
     settings["eos_token_id"] = [settings["eos_token_id"], tokens[4]]
     (model / "generation_config.json").write_text(json.dumps(settings))
     backend = Llava(config_of(model))
-    expected = all_plainly(backend, records)
+    expected = expected_captions(backend, records)
     assert len({len(text) for pair in expected for text in pair}) > 1
-    assert expected != all_plainly(long, records)
+    assert expected != expected_captions(long, records)
     assert backend.caption(records, BATCH) == expected
 
 
-def test_each_picture_is_encoded_once_for_both_prompts(
+def test_each_image_is_encoded_once_for_both_prompts(
     checkpoint: Path, records: list[Record]
 ) -> None:
     backend = Llava(config_of(checkpoint))
     encoded: list[int] = []
-    fed: list[tuple[int, ...]] = []
+    inputs: list[tuple[int, ...]] = []
     vision, language = backend.model.model.vision_tower, backend.model.model.language_model
     vision.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
     language.register_forward_pre_hook(
-        lambda _, __, kw: fed.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True
+        lambda _, __, kw: inputs.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True
     )
     backend.caption(records, BATCH)
     assert encoded == [len(records)]
-    (rows, prefix), (both, tail) = fed[0], fed[1]
+    (rows, prefix), (both, tail) = inputs[0], inputs[1]
     assert (rows, both) == (len(records), 2 * len(records))
     whole = backend.processor(images=[np.zeros((28, 28, 3), np.uint8)], text=[backend.prompts[0]])[
         "input_ids"
     ][0]
-    assert prefix > 16, "the prefix holds the picture's 16 tokens"
-    assert prefix + tail <= len(whole) + 20, (
-        "and the tail is only the prompt's own words (the longer prompt's)"
-    )
-    assert all(shape == (2 * len(records), 1) for shape in fed[2:])
+    assert prefix > 16, "the prefix contains the image's 16 tokens"
+    assert prefix + tail <= len(whole) + 20, "the tail contains only words of the longer prompt"
+    assert all(shape == (2 * len(records), 1) for shape in inputs[2:])
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_5_vl"])
-def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(
+def test_images_of_equal_length_share_a_batch_and_captions_keep_the_order(
     kind: Any, tmp_path: Path
 ) -> None:
     shapes = ((56, 112), (84, 84), (56, 112), (84, 84))
@@ -147,21 +143,21 @@ def test_pictures_of_a_length_go_together_and_answers_come_back_in_order(
     prefixes: list[torch.Tensor] = []
     prefix = backend._prefix
 
-    def watched(images: Any) -> Any:
+    def recording(images: Any) -> Any:
         inputs, tails = prefix(images)
         prefixes.append(inputs["attention_mask"])
         return inputs, tails
 
-    backend._prefix = watched  # type: ignore[method-assign]
-    answers = backend.caption(records, 2)
+    backend._prefix = recording  # type: ignore[method-assign]
+    captions = backend.caption(records, 2)
     (rows, longest), (others, length) = (mask.shape for mask in prefixes)
-    assert rows == others == 2 and longest > length, "lengths must differ, or this is void"
+    assert rows == others == 2 and longest > length, "the test needs different lengths"
     assert all(bool(mask.all()) for mask in prefixes), "no row is padded"
-    assert answers == [pair for record in records for pair in backend.caption([record])]
-    assert len(set(answers)) == len(records)
+    assert captions == [pair for record in records for pair in backend.caption([record])]
+    assert len(set(captions)) == len(records)
 
 
-def test_a_call_takes_several_batches_so_that_there_is_something_to_sort(checkpoint: Path) -> None:
+def test_a_call_takes_several_batches_of_records(checkpoint: Path) -> None:
     for size, window in ((8, 32), (1, 1)):
         config = CaptionConfig(
             backend="llava",
@@ -171,7 +167,7 @@ def test_a_call_takes_several_batches_so_that_there_is_something_to_sort(checkpo
         assert CaptionStage(config, Weights()).batch_size == window
 
 
-def test_four_bits_without_what_they_need_say_so(checkpoint: Path) -> None:
+def test_the_error_for_4bit_names_what_is_missing(checkpoint: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"caption\.llava\.quantize='4bit' needs a GPU \(the device here is cpu\)"
     ) as caught:
@@ -181,7 +177,7 @@ def test_four_bits_without_what_they_need_say_so(checkpoint: Path) -> None:
     )
 
 
-def test_sampling_habits_of_a_checkpoint_are_ignored(
+def test_sampling_settings_of_a_checkpoint_are_ignored(
     checkpoint: Path, tmp_path: Path, records: list[Record]
 ) -> None:
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
@@ -193,7 +189,7 @@ def test_sampling_habits_of_a_checkpoint_are_ignored(
     )
 
 
-def test_a_processor_without_chat_template_gets_the_one_of_llava_1_5(
+def test_a_processor_without_chat_template_gets_that_of_llava_1_5(
     tmp_path: Path, records: list[Record]
 ) -> None:
     backend = Llava(
@@ -205,24 +201,26 @@ def test_a_processor_without_chat_template_gets_the_one_of_llava_1_5(
         "USER: <image>\nWho? ASSISTANT:",
         "USER: <image>\nWhich eyes? ASSISTANT:",
     )
-    assert backend.caption(records, BATCH) == all_plainly(backend, records)
+    assert backend.caption(records, BATCH) == expected_captions(backend, records)
 
 
-def test_equal_prompts_get_equal_answers(checkpoint: Path, records: list[Record]) -> None:
+def test_equal_prompts_give_equal_captions(checkpoint: Path, records: list[Record]) -> None:
     backend = Llava(config_of(checkpoint, prompt="Describe.", face_prompt="Describe."))
     coarse, fine = backend.caption(records[:1])[0]
-    assert coarse == fine == plainly(backend, records[0], backend.prompts[0])
+    assert coarse == fine == expected_caption(backend, records[0], backend.prompts[0])
 
 
-def test_half_precision_loads_as_asked(checkpoint: Path, records: list[Record]) -> None:
+def test_dtype_is_that_of_the_loaded_model(checkpoint: Path, records: list[Record]) -> None:
     backend = Llava(config_of(checkpoint, dtype="bfloat16"))
     assert backend.model.dtype == torch.bfloat16
     assert all(text for text in backend.caption(records[:1])[0])
 
 
-def test_the_digest_follows_the_weights_not_the_place(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_weights_and_not_on_the_folder(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     moved = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
-    (moved / "README.md").write_text("no part of the answers")
+    (moved / "README.md").write_text("captions don't depend on it")
     assert Llava.digests(config_of(moved)) == Llava.digests(config_of(checkpoint))
     data = bytearray((moved / "model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -231,7 +229,7 @@ def test_the_digest_follows_the_weights_not_the_place(checkpoint: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(
+def test_a_snapshot_in_the_hub_cache_is_identified_by_its_commit_and_loaded(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -244,15 +242,15 @@ def test_a_snapshot_in_the_hub_cache_is_named_and_loaded_by_its_commit(
         "config = LlavaConfig(model='someone/tiny', device='cpu')\n"
         "print(Llava.digests(config)['checkpoint'], type(Llava(config).model).__name__)"
     )
-    # the cache's place is read at import
+    # huggingface_hub reads these variables at import
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == [commit, "LlavaForConditionalGeneration"], done.stderr
+    assert process.stdout.split() == [commit, "LlavaForConditionalGeneration"], process.stderr
 
 
-def test_a_missing_model_says_what_was_given_and_what_to_do(
+def test_a_missing_model_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"caption\.llava\.model is empty"):
@@ -262,13 +260,13 @@ def test_a_missing_model_says_what_was_given_and_what_to_do(
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match="safetensors"):
         Llava(config_of(tmp_path))
-    # nobody listens there
+    # no server listens on this port
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match="hf download someone/absent"):
         Llava(config_of("someone/absent"))
 
 
-def test_a_folder_of_another_kind_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_kind_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     (model / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(WeightsError, match="image-text-to-text"):

@@ -34,7 +34,7 @@ class ParsedImage:
         return measure(self.image, self.labels, self.face)
 
     def with_image(self, image: object) -> ParsedImage:
-        """The same face and label map with other pixels, whose parts must be where they were."""
+        """Returns the same face and label map with another image; its regions must not move."""
         return replace(self, image=np.asarray(image).clip(0, 255).round().astype(np.uint8))
 
 
@@ -212,15 +212,13 @@ def test_exposure_depends_on_the_faces_pixels_only(clean: list[ParsedImage]) -> 
 
 @pytest.mark.parametrize("yaw", [-60, -35, -10, 0, 20, 45, 60])
 @pytest.mark.parametrize(("pitch", "roll"), [(0, 0), (-25, 30), (20, -40), (10, 90)])
-def test_known_angles_are_recovered_from_a_camera_at_arms_length(
-    yaw: float, pitch: float, roll: float
-) -> None:
+def test_angles_of_a_face_at_70_cm_are_recovered(yaw: float, pitch: float, roll: float) -> None:
     posed = FACE_MM @ rotation_matrix(yaw, pitch, roll).T
     points = 800 * posed[:, :2] / (700 + posed[:, 2:]) + [300, 200]  # perspective: 70 cm away
     assert np.allclose(angles_of(rotation_of(face_at(points))), (yaw, pitch, roll), atol=4)
 
 
-def test_the_signs_of_the_angles_are_the_viewers() -> None:
+def test_the_signs_of_the_angles_are_as_the_viewer_sees_them() -> None:
     frontal = FACE_MM[:, :2] * 2 + [200, 200]
     to_the_right, upwards, clockwise = frontal.copy(), frontal.copy(), frontal.copy()
     to_the_right[2, 0] += 20  # the nose tip
@@ -253,7 +251,7 @@ def test_an_image_rotated_before_detection_has_roll(portraits: Path) -> None:
 
 
 def covered(parsed: ParsedImage, part: str, pattern: str) -> Image:
-    """The image with a rectangle over the face's lower or upper half."""
+    """Returns the image with a rectangle over the face's lower half, mouth or upper half."""
     x1, y1, x2, y2 = parsed.face.box
     _, _, nose, *corners = (y for _, y in parsed.face.landmarks)
     top, bottom = {
@@ -304,8 +302,10 @@ def test_hair_over_the_eyes_counts_as_occlusion_and_a_beard_does_not(
 
 
 @pytest.mark.parametrize("label", [0, 14, 16, 18])
-def test_a_hand_beside_the_nose_counts_by_its_area(clean: list[ParsedImage], label: int) -> None:
-    """Half of eyes, nose and mouth stays visible, so only the labels of other things count."""
+def test_occlusion_is_the_area_of_other_labels_inside_the_face(
+    clean: list[ParsedImage], label: int
+) -> None:
+    """Half of eyes, nose and mouth stays visible, so only the labels inside the face count."""
     for parsed in clean[:8]:
         labels = parsed.labels.copy()
         side = labels[:, : round(parsed.face.landmarks[2][0])]
@@ -318,7 +318,9 @@ def test_a_label_map_without_a_face_is_fully_occluded(clean: list[ParsedImage], 
     assert replace(clean[0], labels=np.full_like(clean[0].labels, label)).measure().occlusion == 1
 
 
-def test_hashes_are_close_for_copies_and_far_apart_for_people(clean: list[ParsedImage]) -> None:
+def test_hashes_of_changed_copies_are_close_and_those_of_different_people_are_not(
+    clean: list[ParsedImage],
+) -> None:
     hashes = [imagehash.hex_to_hash(parsed.measure().hash) for parsed in clean]
     for parsed, whole in zip(clean, hashes, strict=True):
         for copy in (resized(parsed, 0.75), parsed.with_image(parsed.image * 0.8)):

@@ -1,6 +1,4 @@
-"""The `openai` backend against real servers: one of transformers' own, and one that says what it
-was asked.
-"""
+"""The `openai` backend with real servers: `transformers serve`, and one that records requests."""
 
 from __future__ import annotations
 
@@ -33,8 +31,16 @@ from stages.base import Failed
 from stages.caption import CaptionStage
 from stages.codec import encode_jpeg
 from stages.record import Record
-from tests.stages.chat_server import USAGE, Asked, ChatServer, Reply, completion, refusal, words
-from tests.stages.test_caption import record_of
+from tests.stages.chat_server import (
+    USAGE,
+    ChatServer,
+    Reply,
+    Request,
+    caption_of,
+    completion,
+    refusal,
+)
+from tests.stages.records import drawn_record
 from tests.stages.tiny_llava import make_checkpoint
 
 TOKENS = 24
@@ -42,8 +48,8 @@ KEY = "sk-test-5b2d0c9e77"
 
 
 def config_of(base_url: str, model: Path | str = "someone/model", **changes: Any) -> OpenAIConfig:
-    given: dict[str, Any] = {"max_new_tokens": TOKENS, "tries": 2, "timeout": 20.0, **changes}
-    return OpenAIConfig(base_url=base_url, model=str(model), **given)
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "tries": 2, "timeout": 20.0, **changes}
+    return OpenAIConfig(base_url=base_url, model=str(model), **settings)
 
 
 def stage_of(config: OpenAIConfig, **changes: Any) -> CaptionStage:
@@ -52,10 +58,10 @@ def stage_of(config: OpenAIConfig, **changes: Any) -> CaptionStage:
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
-    pictures = (astronaut(), cat()[:, :150], coffee()[:300], rocket())
+    images = (astronaut(), cat()[:, :150], coffee()[:300], rocket())
     return [
-        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(p, 95))
-        for n, p in enumerate(pictures)
+        Record(key=f"{n:020x}", source=str(n), image=encode_jpeg(image, 95))
+        for n, image in enumerate(images)
     ]
 
 
@@ -64,12 +70,9 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-# ------------------------------------------------------------------------------------------- transf
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With habits of its own in sampling, which greedy decoding has to override on both ways."""
+    """A checkpoint with sampling settings, which both ways must override by greedy decoding."""
     torch.set_num_threads(1)
     folder = make_checkpoint(tmp_path_factory.mktemp("llava"))
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -79,8 +82,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`transformers serve` with that checkpoint, as a process of its own; its base URL."""
+def base_url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a `transformers serve` process with the checkpoint."""
     port = free_port()
     program = Path(sys.executable).with_name("transformers")
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
@@ -90,9 +93,9 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         command = [str(program), "serve", str(checkpoint), *options]
         server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
     try:
-        until = time.monotonic() + 400  # it imports for seconds, on a busy machine for minutes
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < until, log.read_text()
+        deadline = time.monotonic() + 400  # imports take seconds, on a busy machine minutes
+        while not is_ready(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -100,10 +103,10 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         server.wait(timeout=30)
 
 
-def answers(url: str) -> bool:
+def is_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
     except OSError:
         return False
 
@@ -117,41 +120,36 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_a_server_and_the_model_in_this_process_give_the_same_captions(
-    served: str, checkpoint: Path, records: list[Record]
+    base_url: str, checkpoint: Path, records: list[Record]
 ) -> None:
-    here = Llava(LlavaConfig(model=str(checkpoint), device="cpu", max_new_tokens=TOKENS)).caption(
+    local = Llava(LlavaConfig(model=str(checkpoint), device="cpu", max_new_tokens=TOKENS)).caption(
         records, batch_size=4
     )
-    assert len({text for pair in here for text in pair}) == 2 * len(records), (
-        "all must differ, or this is void"
+    assert len({text for pair in local for text in pair}) == 2 * len(records), (
+        "the test needs captions that all differ"
     )
-    captioner = OpenAICaptioner(config_of(served, checkpoint, concurrency=3))
-    assert captioner.caption(records) == here
-    assert captioner.caption(records[::-1]) == here[::-1], (
-        "from call to call, on connections that are open"
-    )
+    captioner = OpenAICaptioner(config_of(base_url, checkpoint, concurrency=3))
+    assert captioner.caption(records) == local
+    assert captioner.caption(records[::-1]) == local[::-1], "a second call, on open connections"
     assert captioner.counts["completion_tokens"] == 2 * 2 * len(records) * TOKENS, (
-        "no answer ends before its time"
+        "each caption has max_new_tokens"
     )
     assert captioner.counts["prompt_tokens"] > 2 * 2 * len(records) * 16, (
-        "pictures count as 16 tokens each"
+        "each image counts as 16 tokens"
     )
 
 
 @pytest.mark.slow
 def test_a_model_that_the_server_does_not_have_ends_the_run(
-    served: str, records: list[Record]
+    base_url: str, records: list[Record]
 ) -> None:
     with pytest.raises(
         ServerError, match=r"caption\.openai\.model=someone/other: .*status 400.*someone/other"
     ):
-        OpenAICaptioner(config_of(served, "someone/other")).caption(records[:1])
+        OpenAICaptioner(config_of(base_url, "someone/other")).caption(records[:1])
 
 
-# ---------------------------------------------------------------------------------------- what goes
-
-
-def test_a_request_is_greedy_and_holds_the_jpeg_as_it_is_before_the_prompt(
+def test_a_request_asks_for_greedy_decoding_and_has_the_jpeg_unchanged_before_the_prompt(
     records: list[Record],
 ) -> None:
     with ChatServer() as server:
@@ -159,26 +157,26 @@ def test_a_request_is_greedy_and_holds_the_jpeg_as_it_is_before_the_prompt(
         captioner = OpenAICaptioner(config)
         texts = captioner.caption(records)
     prompts = (config.prompt, config.face_prompt)
-    assert texts == [tuple(words(r.image, prompt) for prompt in prompts) for r in records]
-    assert {(a.jpeg, a.prompt) for a in server.asked} == {
+    assert texts == [tuple(caption_of(r.image, prompt) for prompt in prompts) for r in records]
+    assert {(request.jpeg, request.prompt) for request in server.requests} == {
         (r.image, prompt) for r in records for prompt in prompts
     }
-    for asked in server.asked:
-        wanted = {"model": "someone/model", "temperature": 0, "max_tokens": TOKENS}
-        assert asked.body | wanted == asked.body and asked.key == KEY
+    for request in server.requests:
+        settings = {"model": "someone/model", "temperature": 0, "max_tokens": TOKENS}
+        assert request.body | settings == request.body and request.key == KEY
     assert captioner.counts == {
         name: 2 * len(records) * USAGE[name] for name in ("prompt_tokens", "completion_tokens")
     }
 
 
-def test_no_more_requests_are_open_than_asked_for(records: list[Record]) -> None:
+def test_concurrency_limits_the_open_requests(records: list[Record]) -> None:
     for limit in (1, 3):
-        with ChatServer(lambda asked: completion(asked, seconds=0.1)) as server:
+        with ChatServer(lambda request: completion(request, seconds=0.1)) as server:
             OpenAICaptioner(config_of(server.base_url, concurrency=limit)).caption(records)
-        assert server.most == limit and len(server.asked) == 2 * len(records)
+        assert server.most_open == limit and len(server.requests) == 2 * len(records)
 
 
-def test_a_call_takes_enough_pictures_to_keep_the_requests_open() -> None:
+def test_a_call_takes_at_least_as_many_records_as_requests_may_be_open() -> None:
     for concurrency, size, window in ((1, 1, 1), (16, 1, 16), (16, 64, 64)):
         stage = stage_of(
             config_of("http://127.0.0.1:9", concurrency=concurrency),
@@ -187,47 +185,43 @@ def test_a_call_takes_enough_pictures_to_keep_the_requests_open() -> None:
         assert stage.batch_size == window
 
 
-# --------------------------------------------------------------------------------------------------
+def test_temporary_failures_are_retried_after_retry_after(records: list[Record]) -> None:
+    times: list[float] = []
 
-
-def test_what_may_pass_is_tried_again_when_the_server_says(records: list[Record]) -> None:
-    arrived: list[float] = []
-
-    def decide(asked: Asked) -> Reply:
-        arrived.append(time.monotonic())
-        first = [refusal(429, "too many", **{"Retry-After": "1"}), refusal(500, "out of breath")]
-        return first[asked.number] if asked.number < len(first) else completion(asked)
+    def decide(request: Request) -> Reply:
+        times.append(time.monotonic())
+        first = [refusal(429, "too many", **{"Retry-After": "1"}), refusal(500, "overloaded")]
+        return first[request.number] if request.number < len(first) else completion(request)
 
     with ChatServer(decide) as server:
         config = config_of(server.base_url, tries=3, concurrency=1)
         texts = OpenAICaptioner(config).caption(records[:1])
     assert texts == [
-        (words(records[0].image, config.prompt), words(records[0].image, config.face_prompt))
+        (
+            caption_of(records[0].image, config.prompt),
+            caption_of(records[0].image, config.face_prompt),
+        )
     ]
-    assert len(arrived) == 4, "three for the first prompt, one for the second"
-    assert arrived[1] - arrived[0] >= 1, (
-        "Retry-After; a first pause of the package's own is half of that at most"
-    )
-    assert arrived[2] - arrived[1] > 0.3
+    assert len(times) == 4, "three for the first prompt, one for the second"
+    assert times[1] - times[0] >= 1, "without Retry-After, the first pause is at most 0.5 s"
+    assert times[2] - times[1] > 0.3
 
 
-def test_pauses_grow_where_the_server_says_nothing(records: list[Record]) -> None:
-    arrived: list[float] = []
+def test_pauses_grow_without_retry_after(records: list[Record]) -> None:
+    times: list[float] = []
 
-    def decide(asked: Asked) -> Reply:
-        arrived.append(time.monotonic())
-        return refusal(503, "loading") if asked.number < 3 else completion(asked)
+    def decide(request: Request) -> Reply:
+        times.append(time.monotonic())
+        return refusal(503, "loading") if request.number < 3 else completion(request)
 
     with ChatServer(decide) as server:
         OpenAICaptioner(config_of(server.base_url, tries=4, concurrency=1)).caption(records[:1])
-    first, second, third = np.diff(arrived[:4])
+    first, second, third = np.diff(times[:4])
     assert 0.3 < first < second < third
 
 
-# ------------------------------------------------------------------------------------------------ a
-
-GARBAGE = {
-    "a page": Reply(200, b"<html>welcome</html>", {"Content-Type": "text/html"}),
+NOT_COMPLETIONS = {
+    "HTML": Reply(200, b"<html>welcome</html>", {"Content-Type": "text/html"}),
     "no JSON": Reply(200, b'{"choices": ['),
     "other JSON": Reply(200, b'{"choices": []}'),
     "a list": Reply(200, b"[1, 2]"),
@@ -235,24 +229,27 @@ GARBAGE = {
 }
 RECORDS_FAULT: dict[str, tuple[Reply, str]] = {
     "refused": (
-        refusal(400, f"the picture is no good, {KEY}"),
-        "status 400: .*the picture is no good, …",
+        refusal(400, f"bad image, {KEY}"),
+        "status 400: .*bad image, …",
     ),
-    "breaks it": (refusal(500, "CUDA error"), "status 500: .*CUDA error"),
+    "error": (refusal(500, "CUDA error"), "status 500: .*CUDA error"),
     "too slow": (Reply(seconds=5), "APITimeoutError"),
-    **{name: (reply, "the answer is no chat completion") for name, reply in GARBAGE.items()},
+    **{
+        name: (reply, "the answer is no chat completion") for name, reply in NOT_COMPLETIONS.items()
+    },
 }
 
 
-def only(image: bytes, reply: Reply) -> Callable[[Asked], Reply]:
-    return lambda asked: reply if asked.jpeg == image else completion(asked)
+def reply_to(image: bytes, reply: Reply) -> Callable[[Request], Reply]:
+    """Returns a `decide` with this reply for one image, and completions for others."""
+    return lambda request: reply if request.jpeg == image else completion(request)
 
 
 @pytest.mark.parametrize("name", RECORDS_FAULT)
-def test_a_picture_that_gets_no_answer_fails_alone(name: str, records: list[Record]) -> None:
+def test_a_record_whose_requests_fail_fails_alone(name: str, records: list[Record]) -> None:
     reply, expected = RECORDS_FAULT[name]
     bad = records[1]
-    with ChatServer(only(bad.image, reply)) as server:
+    with ChatServer(reply_to(bad.image, reply)) as server:
         config = config_of(server.base_url, timeout=2.0)
         texts = OpenAICaptioner(config).caption(records)
     failed = texts[1]
@@ -261,28 +258,27 @@ def test_a_picture_that_gets_no_answer_fails_alone(name: str, records: list[Reco
     assert KEY not in failed.detail
     others = [record for record in records if record is not bad]
     assert [t for t in texts if t is not failed] == [
-        (words(r.image, config.prompt), words(r.image, config.face_prompt)) for r in others
+        (caption_of(r.image, config.prompt), caption_of(r.image, config.face_prompt))
+        for r in others
     ]
 
 
-def test_the_stage_records_the_reason_and_goes_on() -> None:
-    good, bad = record_of("good.jpg"), record_of("bad.jpg")
+def test_the_stage_records_reason_and_detail_of_a_failed_record() -> None:
+    good, bad = drawn_record("good.jpg"), drawn_record("bad.jpg")
     bad = replace(bad, image=encode_jpeg(np.zeros((512, 512, 3), np.uint8), 95))
-    with ChatServer(only(bad.image, refusal(400, "no"))) as server:
+    with ChatServer(reply_to(bad.image, refusal(400, "no"))) as server:
         stage = stage_of(config_of(server.base_url))
         stage.setup()
-        answers = stage.process([good, bad])
-    assert [(a.ok, a.reason, a.stage) for a in answers] == [
+        results = stage.process([good, bad])
+    assert [(r.ok, r.reason, r.stage) for r in results] == [
         (True, "", ""),
         (False, "caption_failed", "caption"),
     ]
-    assert "status 400" in answers[1].detail
-    # and one of our own
-    assert stage.take_counts() == {"prompt_tokens": 3 * 7 + 7, "completion_tokens": 3 * 3 + 3}
+    assert "status 400" in results[1].detail
+    # two requests of the good record, and two with the test image
+    assert stage.take_counts() == {"prompt_tokens": 4 * 7, "completion_tokens": 4 * 3}
     assert stage.take_counts() == {}
 
-
-# ---------------------------------------------------------------------------------------------- the
 
 SERVERS_FAULT: dict[str, tuple[Reply, str]] = {
     "wrong key": (
@@ -294,39 +290,41 @@ SERVERS_FAULT: dict[str, tuple[Reply, str]] = {
         refusal(404, "The model `someone/model` does not exist"),
         "status 404: .*does not exist",
     ),
-    "too busy": (
+    "overloaded": (
         refusal(429, "quota", **{"Retry-After": "0.1"}),
         r"Lower caption\.openai\.concurrency=8",
     ),
-    "broken": (refusal(500, f"CUDA error {KEY}"), "status 500: .*CUDA error …"),
+    "error": (refusal(500, f"CUDA error {KEY}"), "status 500: .*CUDA error …"),
     "hangs": (Reply(seconds=3), "APITimeoutError: .*is it running"),
     **{
         name: (reply, "no chat completion.*Expected OpenAI's chat completions")
-        for name, reply in GARBAGE.items()
+        for name, reply in NOT_COMPLETIONS.items()
     },
 }
 
 
 @pytest.mark.parametrize("name", SERVERS_FAULT)
-def test_what_is_no_pictures_fault_ends_the_run(name: str, records: list[Record]) -> None:
+def test_a_fault_of_the_server_or_the_configuration_ends_the_run(
+    name: str, records: list[Record]
+) -> None:
     reply, expected = SERVERS_FAULT[name]
     with (
-        ChatServer(lambda asked: reply) as server,
+        ChatServer(lambda request: reply) as server,
         pytest.raises(ServerError, match=expected) as caught,
     ):
         OpenAICaptioner(config_of(server.base_url, timeout=0.5)).caption(records)
-    said = "".join(traceback.format_exception(caught.value))
-    assert KEY not in said and KEY[-6:] not in said
-    assert server.base_url in said and "the same command goes on" in said
+    printed = "".join(traceback.format_exception(caught.value))
+    assert KEY not in printed and KEY[-6:] not in printed
+    assert server.base_url in printed and "the same command continues" in printed
 
 
-def test_nobody_there_ends_the_run_and_says_where(records: list[Record]) -> None:
+def test_a_missing_server_ends_the_run_with_its_url(records: list[Record]) -> None:
     base_url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(ServerError, match=rf"{base_url}.*APIConnectionError.*is it running"):
         OpenAICaptioner(config_of(base_url)).caption(records)
 
 
-def test_a_server_that_goes_away_in_between_ends_the_run(records: list[Record]) -> None:
+def test_a_server_that_stops_during_a_run_ends_the_run(records: list[Record]) -> None:
     with ChatServer() as server:
         captioner = OpenAICaptioner(config_of(server.base_url))
         assert len(captioner.caption(records)) == len(records)
@@ -334,60 +332,57 @@ def test_a_server_that_goes_away_in_between_ends_the_run(records: list[Record]) 
         captioner.caption(records)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def test_a_server_without_keys_is_asked_without_one(
+def test_requests_without_a_key_and_the_error_if_the_server_needs_one(
     records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with ChatServer() as server:
         OpenAICaptioner(config_of(server.base_url)).caption(records[:1])
-    assert {asked.key for asked in server.asked} == {"none"}
-    reply = refusal(401, "who are you?")
+    assert {request.key for request in server.requests} == {"none"}
+    reply = refusal(401, "a key is required")
     with (
-        ChatServer(lambda asked: reply) as server,
+        ChatServer(lambda request: reply) as server,
         pytest.raises(ServerError, match="OPENAI_API_KEY is empty"),
     ):
         OpenAICaptioner(config_of(server.base_url)).caption(records[:1])
 
 
-def test_the_key_is_taken_from_the_variable_that_is_named(
+def test_the_key_is_read_from_the_configured_environment_variable(
     records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAPTION_KEY", "another")
     with ChatServer() as server:
         OpenAICaptioner(config_of(server.base_url, api_key_env="CAPTION_KEY")).caption(records[:1])
-    assert {asked.key for asked in server.asked} == {"another"}
+    assert {request.key for request in server.requests} == {"another"}
 
 
-def test_what_is_missing_is_said_before_anything_starts() -> None:
+def test_a_missing_setting_is_an_error_before_the_run_starts() -> None:
     with pytest.raises(ConfigError, match=r"caption\.openai\.base_url is empty"):
         stage_of(config_of("")).signature()
     with pytest.raises(ConfigError, match=r"caption\.openai\.model is empty"):
         stage_of(config_of("http://127.0.0.1:9/v1", "")).signature()
 
 
-def test_the_signature_follows_what_changes_answers_not_how_they_are_fetched() -> None:
+def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
     def signature(**changes: Any) -> str:
         return stage_of(replace(config_of("http://127.0.0.1:9/v1"), **changes)).signature()
 
-    fetched = {
+    connection = {
         "base_url": "http://elsewhere/v1",
         "api_key_env": "X",
         "concurrency": 1,
         "tries": 9,
         "timeout": 1.0,
     }
-    for name, value in fetched.items():
+    for name, value in connection.items():
         assert signature(**{name: value}) == signature(), name
-    own = config_of("http://127.0.0.1:9/v1")
-    others: dict[str, Any] = {
+    config = config_of("http://127.0.0.1:9/v1")
+    other_settings: dict[str, Any] = {
         "placement": PlacementConfig(cpus=2),
         "llava": LlavaConfig(model="c", prompt="Who?", dtype="float16", device="cuda:1"),
     }
-    for name, value in others.items():
-        assert stage_of(own, **{name: value}).signature() == signature(), name
+    for name, value in other_settings.items():
+        assert stage_of(config, **{name: value}).signature() == signature(), name
     for name, value in {
         "model": "b",
         "prompt": "Who?",

@@ -1,4 +1,4 @@
-"""The quality filter: each rule with its reason, both sides of its limit, and off at 0."""
+"""The quality filter: each rule's reason and detail, its limit, and that 0 switches it off."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ FINE = Measures(
     occlusion=0.0,
     hash="0" * 64,
 )
-
-
 WITHOUT_MEASURES = Record(
     key="0" * 20,
     source="a.jpg",
@@ -99,7 +97,7 @@ BROKEN = {
 }
 
 
-def test_a_good_record_breaks_no_rule_and_an_unmeasured_one_none_on_measures() -> None:
+def test_a_good_record_and_one_without_metrics_break_no_rule() -> None:
     assert broken_rule(RECORD, RulesConfig()) is None
     unmeasured = replace(WITHOUT_MEASURES, identity_norm=None, source_width=0, source_height=0)
     assert broken_rule(unmeasured, RulesConfig()) is None
@@ -118,7 +116,7 @@ def test_each_rule_gives_its_reason_and_both_numbers(setting: str) -> None:
     assert broken_rule(record, RulesConfig()) == (reason, detail)
 
 
-def test_a_small_face_in_the_background_doesn_t_count() -> None:
+def test_a_small_face_in_the_background_does_not_count() -> None:
     far, near = (replace(FACE, box=(0.0, 0.0, side, side)) for side in (30.0, 40.0))
     assert broken_rule(replace(RECORD, faces=(FACE, far)), RulesConfig()) is None
     assert broken_rule(replace(RECORD, faces=(FACE, near)), RulesConfig()) == (
@@ -167,6 +165,6 @@ def test_a_metric_that_is_not_a_number_breaks_its_rule() -> None:
         {"min_brightness": 0.9, "max_brightness": 0.5},
     ],
 )
-def test_impossible_rules_are_refused_when_given(settings: dict[str, float]) -> None:
+def test_impossible_limits_are_configuration_errors(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         RulesConfig(**settings)  # type: ignore[arg-type]

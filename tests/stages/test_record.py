@@ -36,7 +36,7 @@ def test_pixels_round_trip() -> None:
 
 
 class Odd(RecordStage):
-    """Drops every other record, by its source."""
+    """Drops records whose source is an odd number."""
 
     name = "odd"
 
@@ -46,52 +46,57 @@ class Odd(RecordStage):
         return replace(record, caption="even")
 
 
-def test_a_stage_answers_each_record_in_order_and_skips_ended_ones() -> None:
-    given_records = [Record(key=key_of(str(i)), source=str(i), image=b"x") for i in range(5)]
-    given_records[2] = reject(given_records[2], Dropped("before"), "earlier")
-    done = run_stage(Odd(ResizeConfig()), given_records)
-    assert [r.source for r in done] == ["0", "1", "2", "3", "4"]
-    assert [(r.status, r.reason) for r in done] == [
+def test_run_stage_keeps_the_order_and_skips_dropped_records() -> None:
+    inputs = [Record(key=key_of(str(i)), source=str(i), image=b"x") for i in range(5)]
+    inputs[2] = reject(inputs[2], Dropped("before"), "earlier")
+    results = run_stage(Odd(ResizeConfig()), inputs)
+    assert [r.source for r in results] == ["0", "1", "2", "3", "4"]
+    assert [(r.status, r.reason) for r in results] == [
         (Status.OK, ""),
         (Status.DROPPED, "odd"),
         (Status.DROPPED, "before"),
         (Status.DROPPED, "odd"),
         (Status.OK, ""),
     ]
-    assert done[1].detail == "at 0x…" and done[1].image == b"" and done[1].stage == "odd"
+    dropped = results[1]
+    assert (dropped.detail, dropped.image, dropped.stage) == ("at 0x…", b"", "odd")
 
 
-def test_a_stage_that_loses_a_record_is_a_programming_error() -> None:
-    class Loses(Odd):
+def test_a_stage_that_returns_too_few_records_is_a_programming_error() -> None:
+    class Incomplete(Odd):
         def process(self, batch: list[Record]) -> list[Record]:
             return batch[1:]
 
-    with pytest.raises(AssertionError, match="must answer each record"):
-        run_stage(Loses(ResizeConfig()), [Record(key=key_of("1"), source="1")])
+    with pytest.raises(AssertionError, match="must return each record"):
+        run_stage(Incomplete(ResizeConfig()), [Record(key=key_of("1"), source="1")])
 
 
-def test_a_chain_is_checked_before_it_starts() -> None:
+def test_a_chain_in_which_no_stage_provides_a_required_field_is_an_error() -> None:
     chain = build_stages(DatasetConfig())
     check_chain(chain)
     with pytest.raises(ConfigError, match=r"'caption' requires .*parsing"):
         check_chain([stage for stage in chain if stage.name != "parse"])
 
 
-def test_signatures_change_with_what_changes_answers_only() -> None:
+def test_signatures_depend_on_settings_that_change_results_only() -> None:
     def signature(stage: int, *overrides: str) -> str:
         from configs.load import load
 
         return build_stages(load(DatasetConfig, None, overrides))[stage].signature()
 
-    asked = ("caption.backend=openai", "caption.openai.model=a", "caption.openai.base_url=http://a")
-    assert signature(4) != signature(4, *asked)
-    assert signature(4, *asked) != signature(4, *asked, "caption.openai.prompt=another")
-    assert signature(1) == signature(1, *asked, "caption.openai.prompt=another")
+    openai = (
+        "caption.backend=openai",
+        "caption.openai.model=a",
+        "caption.openai.base_url=http://a",
+    )
+    assert signature(4) != signature(4, *openai)
+    assert signature(4, *openai) != signature(4, *openai, "caption.openai.prompt=another")
+    assert signature(1) == signature(1, *openai, "caption.openai.prompt=another")
     assert signature(1) != signature(1, "detect.weights=det_10g")
     assert signature(2) == signature(2, "parse.placement.batch_size=8", "parse.device=cuda:1")
 
 
-def test_a_backend_is_asked_for_only_after_setup() -> None:
+def test_using_a_backend_before_setup_is_a_programming_error() -> None:
     stage: Any = build_stages(DatasetConfig())[1]
     assert isinstance(stage, BackendStage) and isinstance(stage, Stage)
     with pytest.raises(AssertionError, match="setup"):

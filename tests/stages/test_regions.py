@@ -86,7 +86,7 @@ def test_every_region_has_a_word() -> None:
         word_of("Left_Brow")
 
 
-def test_an_array_that_is_no_label_map_is_refused() -> None:
+def test_an_array_that_is_not_a_label_map_is_an_error() -> None:
     with pytest.raises(ValueError, match="uint8"):
         region_masks(np.zeros((4, 4), np.int64), "corrected")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="uint8"):

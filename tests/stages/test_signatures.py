@@ -1,4 +1,4 @@
-"""Signatures stay what they were in version 0.1: a data set of that version is not made again."""
+"""Signatures equal those of version 0.1, so that its data sets are not processed again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.common import NO_ANSWER, PlacementConfig, hashed_settings, introduced
+from configs.common import NOT_HASHED, PlacementConfig, hashed_settings, introduced
 from configs.load import load
 from configs.schema import DatasetConfig
 from pipelines.chain import build_chain
@@ -78,7 +78,7 @@ CAPTIONS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
     (OPENAI, ("openai.max_new_tokens=64",), "7093be1af2e19959"),
     (OPENAI, ("openai.model=other",), "98510a1c616c3c0a"),
     (OPENAI, ("openai.tries=9", "openai.timeout=5", "openai.api_key_env=X"), "6a04f2ea11844921"),
-    # What the chosen backend doesn't read is hashed with 0.1's defaults.
+    # Settings that the chosen backend doesn't read are hashed with the defaults of version 0.1.
     (OPENAI, ("llava.dtype=float16", "llava.quantize=4bit", "llava.prompt=a"), "6a04f2ea11844921"),
     ((), ("llava.prompt=a", "openai.model=b", "llava.max_new_tokens=9"), "1bc2b81f201736b0"),
 ]
@@ -89,24 +89,24 @@ def signatures(config: DatasetConfig) -> list[str]:
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [((), DEMO), (CHANGES, CHANGED)])
-def test_the_demos_chain_has_the_signatures_of_version_0_1(
+def test_the_chain_of_the_demo_has_the_signatures_of_version_0_1(
     overrides: tuple[str, ...], expected: list[str]
 ) -> None:
-    found = signatures(load(DatasetConfig, "configs/dataset/demo.yaml", overrides))
-    assert found == [current_signature(signature) for signature in expected]
+    config = load(DatasetConfig, "configs/dataset/demo.yaml", overrides)
+    assert signatures(config) == [current_signature(signature) for signature in expected]
 
 
-def test_the_kept_data_set_of_version_0_1_was_made_by_todays_signatures() -> None:
-    found = signatures(load(DatasetConfig, DATA / "config.yaml"))
+def test_a_data_set_of_version_0_1_has_the_signatures_of_its_configuration_today() -> None:
+    expected = signatures(load(DatasetConfig, DATA / "config.yaml"))
     manifests = sorted(DATA.glob("shards/*.json"))
     assert len(manifests) == 2
     for path in (*manifests, DATA / "dataset.json"):
-        kept = json.loads(path.read_text())["signatures"]
-        assert [current_signature(signature) for signature in kept] == found
+        stored = json.loads(path.read_text())["signatures"]
+        assert [current_signature(signature) for signature in stored] == expected
 
 
 @pytest.mark.parametrize(("backend", "changes", "expected"), CAPTIONS)
-def test_a_caption_signature_holds_what_its_backend_reads_as_version_0_1_hashed_it(
+def test_a_caption_signature_covers_the_settings_of_its_backend_as_in_version_0_1(
     backend: tuple[str, ...],
     changes: tuple[str, ...],
     expected: str,
@@ -136,16 +136,16 @@ def test_a_renamed_stage_is_hashed_under_the_name_it_was_introduced_with() -> No
     assert Renamed(None).signature() == current_signature(Stage(None).signature())
 
 
-def test_old_stage_names_in_signatures_are_mapped_to_todays() -> None:
+def test_old_stage_names_in_signatures_are_replaced_by_current_ones() -> None:
     assert current_signature("judge-1-597a1f934f6729ea") == "quality_filter-1-597a1f934f6729ea"
-    for same in ("quality_filter-1-0f", "caption-12-0f", "skin-tone-1-0f"):
-        assert current_signature(same) == same
+    for signature in ("quality_filter-1-0f", "caption-12-0f", "skin-tone-1-0f"):
+        assert current_signature(signature) == signature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     used: int = 1
-    device: str = field(default="auto", metadata=NO_ANSWER)
+    device: str = field(default="auto", metadata=NOT_HASHED)
     added: int = field(default=3, metadata=introduced(2))  # its default has changed since
 
 
@@ -153,21 +153,21 @@ class Part:
 class Whole:
     """A configuration to which `since`, `new_part` and `part.added` were added later."""
 
-    kept: tuple[int, ...] = (1, 2)
+    original: tuple[int, ...] = (1, 2)
     part: Part = field(default_factory=Part)
     since: int = field(default=0, metadata=introduced(0))
     new_part: Part = field(default_factory=Part, metadata=introduced(Part()))
-    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NO_ANSWER)
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 def test_a_setting_is_hashed_unless_it_has_the_value_it_was_introduced_with() -> None:
     before = Whole(part=Part(added=2))
-    assert hashed_settings(before) == {"kept": (1, 2), "part": {"used": 1}}
-    for quiet in (
+    assert hashed_settings(before) == {"original": (1, 2), "part": {"used": 1}}
+    for unhashed_change in (
         replace(before, placement=PlacementConfig(cpus=9)),
         replace(before, part=replace(before.part, device="cpu")),
     ):
-        assert hashed_settings(quiet) == hashed_settings(before)
+        assert hashed_settings(unhashed_change) == hashed_settings(before)
     assert hashed_settings(Whole())["part"] == {"used": 1, "added": 3}
     assert hashed_settings(replace(before, since=1))["since"] == 1
     other = replace(before, new_part=Part(used=5, added=2))

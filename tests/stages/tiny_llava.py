@@ -1,10 +1,8 @@
-"""A LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL checkpoint of some hundred kilobytes, made
-locally: real classes, real image processing, a tokenizer trained on the spot, seeded random
-weights.
+"""Makes a LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL checkpoint of some hundred
+kilobytes: the real classes and image processors, a small trained tokenizer, seeded random weights.
 
-It is loaded from disk like any other checkpoint. Its words mean nothing, but they depend on the
-picture and on the prompt, which is what the tests need. Run `python -m tests.stages.tiny_llava
-FOLDER` to look at one.
+It is loaded from disk like any other checkpoint. The generated words have no meaning, but depend on
+the image and on the prompt. `python -m tests.stages.tiny_llava FOLDER` writes one.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ Kind = Literal["llava", "llava_next", "llava_onevision", "qwen2_5_vl"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Of a checkpoint (of qwen2_5_vl: of its text half). The default, 4 × 4 image tokens, just
-    tells pictures apart.
+    """Sizes of a checkpoint (of qwen2_5_vl: of its text model). With the default of 4 × 4 image
+    tokens, captions of different images differ.
     """
 
-    image: int = 28  # pixels, square
-    patch: int = 7
+    image: int = 28  # side, pixels
+    patch: int = 7  # side, pixels
     hidden: int = 48
     layers: int = 3
     heads: int = 4
@@ -35,7 +33,7 @@ class Size:
 
     @property
     def tilings(self) -> list[list[int]]:
-        """llava_next, llava_onevision: (height, width) a picture may be spread over."""
+        """(height, width) of the tilings that llava_next and llava_onevision choose from."""
         one, two = self.image, 2 * self.image
         return [[one, two], [two, one], [two, two]]
 
@@ -62,7 +60,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(image_token: str = "<image>") -> Any:
-    """Byte-level BPE, trained on TRAINING_TEXT; `<s>` comes first, as in Llama's tokenizer."""
+    """Returns a byte-level BPE tokenizer, trained on TRAINING_TEXT; `<s>` comes first, as in
+    Llama's tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -91,11 +91,10 @@ def make_tokenizer(image_token: str = "<image>") -> Any:
 def make_checkpoint(
     folder: Path, kind: Kind = "llava", seed: int = 0, chat_template: bool = True, size: Size = TINY
 ) -> Path:
-    """Write processor and model to `folder` and return it.
+    """Writes processor and model to `folder`, and returns it.
 
-    llava_next and llava_onevision cut a picture into as many tiles as fit it. qwen2_5_vl has
-    another picture token and positions in three dimensions. The processors of the last two can't be
-    loaded whole without torchvision.
+    llava_next and llava_onevision divide an image into tiles. qwen2_5_vl has another image token,
+    and positions in three dimensions. The video processors of the last two need torchvision.
     """
     import torch
 
@@ -103,7 +102,7 @@ def make_checkpoint(
     torch.manual_seed(seed)
     model, processor_parts = _MAKERS[kind](tokenizer, size)
     with torch.no_grad():
-        # far from nought, or picture and prompt hardly sway the next word
+        # with smaller weights, the next word would hardly depend on image and prompt
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
@@ -111,9 +110,9 @@ def make_checkpoint(
     for part in processor_parts:
         part.save_pretrained(folder)
     if kind == "qwen2_5_vl":
-        _lay_out(folder, "Qwen2_5_VLProcessor")
+        _write_settings(folder, "Qwen2_5_VLProcessor")
     if kind == "llava_onevision":
-        _lay_out(
+        _write_settings(
             folder, "LlavaOnevisionProcessor", num_image_tokens=(size.image // size.patch) ** 2
         )
     if chat_template:
@@ -122,9 +121,9 @@ def make_checkpoint(
     return folder
 
 
-def _lay_out(folder: Path, processor_class: str, **settings: Any) -> None:
-    """The processor of separately saved parts, as on the hub: its class beside the image
-    processor's settings.
+def _write_settings(folder: Path, processor_class: str, **settings: Any) -> None:
+    """Writes the settings of a processor whose parts are already saved, as on the hub: its class is
+    stated in the image processor's settings.
     """
     images = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(

@@ -12,7 +12,7 @@ import torch
 from configs.schema import ModelConfig
 from model.conditions import training_pixels
 from model.spec import SPECS
-from tests.train.conftest import small
+from tests.train.helpers import small
 from train.base import ensure_base, fit_vae
 from train.shards import ShardSet
 

@@ -8,22 +8,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner, Result
 
 from configs.load import dump
-from tests.train.conftest import small
+from tests.train.helpers import small
+from train.cli import app
 from train.history import read_history
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "train.cli"]
 
 
-def call(*arguments: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def call(*arguments: object) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def start(*command: object) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own."""
+    given = [sys.executable, *(str(word) for word in command)]
+    return subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -34,13 +42,11 @@ def preset(data: Path, tiny_base: Path, tmp_path: Path) -> Path:
 
 def test_help_shows_examples_and_does_not_load_torch() -> None:
     started = time.monotonic()
-    process = call("--help")
+    process = start("-m", "train.cli", "--help")
     seconds = time.monotonic() - started
     assert process.returncode == 0
     assert "accelerate launch" in process.stdout and "data=" in process.stdout
-    imported = call(
-        "-c", "import sys, train.cli; print('torch' in sys.modules)", command=[sys.executable]
-    )
+    imported = start("-c", "import sys, train.cli; print('torch' in sys.modules)")
     assert imported.stdout.strip() == "False"
     assert seconds < 5  # about half a second on an idle machine
 
@@ -58,9 +64,9 @@ def test_help_shows_examples_and_does_not_load_torch() -> None:
 def test_a_users_error_is_a_line_without_a_traceback(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    process = call(*arguments)
-    assert process.returncode == 2
-    assert message in process.stderr and "Traceback" not in process.stderr
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert not (ROOT / "x").exists()
 
 
@@ -68,17 +74,11 @@ def test_a_users_error_is_a_line_without_a_traceback(
 def test_ctrl_c_writes_a_checkpoint_from_which_the_same_command_resumes(
     preset: Path, tmp_path: Path
 ) -> None:
-    command = [
-        *COMMAND,
-        "--config",
-        str(preset),
-        "max_train_steps=400",
-        "num_workers=2",
-        "log_every=1",
-    ]
+    command = [sys.executable, "-m", "train.cli", "--config", str(preset)]
+    settings = ["max_train_steps=400", "num_workers=2", "log_every=1"]
     output = tmp_path / "out"
     running = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while running.poll() is None and len(read_history(output / "losses.jsonl")) < 3:
         time.sleep(0.1)
@@ -87,8 +87,8 @@ def test_ctrl_c_writes_a_checkpoint_from_which_the_same_command_resumes(
     assert running.returncode == 130, stderr
     assert "the same command resumes" in stderr and "Traceback" not in stderr
     last = len(read_history(output / "losses.jsonl"))
-    resumed = call("--config", str(preset), f"max_train_steps={last + 2}")
-    assert resumed.returncode == 0
+    resumed = call("--config", preset, f"max_train_steps={last + 2}")
+    assert resumed.exit_code == 0
     assert f"at step {last}" in resumed.stderr and "noise loss" in resumed.stdout
     steps = [line["step"] for line in read_history(output / "losses.jsonl")]
     assert steps == list(range(1, last + 3))
@@ -98,21 +98,12 @@ def test_ctrl_c_writes_a_checkpoint_from_which_the_same_command_resumes(
 def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path) -> None:
     # On a CPU, accelerate launch doesn't start several processes. Torch's launcher does, with the
     # same environment variables.
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "train.cli",
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = [f"output={tmp_path / 'two'}", "train_batch_size=1", "checkpointing_steps=5"]
-    two = call("--config", str(preset), *settings, command=launch)
+    two = start(*launcher, "-m", "train.cli", "--config", preset, *settings)
     assert two.returncode == 0, two.stderr
-    one = call("--config", str(preset), f"output={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
+    one = call("--config", preset, f"output={tmp_path / 'one'}")
+    assert one.exit_code == 0, one.stderr
     histories = [read_history(tmp_path / name / "losses.jsonl") for name in ("one", "two")]
     assert len(histories[0]) == len(histories[1]) == 10
     # the same samples, noise and masks at every step
@@ -122,14 +113,22 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (10, 20)
     # resumed by a single process
-    third = call("--config", str(preset), f"output={tmp_path / 'two'}", "max_train_steps=12")
-    assert third.returncode == 0 and "at step 10" in third.stderr
+    third = call("--config", preset, f"output={tmp_path / 'two'}", "max_train_steps=12")
+    assert third.exit_code == 0 and "at step 10" in third.stderr
 
 
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("other_precision")
 def test_bf16_trains(preset: Path, tmp_path: Path) -> None:
-    process = call(
-        "--config", str(preset), "mixed_precision=bf16", "max_train_steps=2", "train_base=true"
-    )
-    assert process.returncode == 0, process.stderr
+    settings = ("mixed_precision=bf16", "max_train_steps=2", "train_base=true")
+    result = call("--config", preset, *settings)
+    assert result.exit_code == 0, result.stderr
     lines = read_history(tmp_path / "out/losses.jsonl")
     assert len(lines) == 2 and all(0 < line["noise_loss"] < 3 for line in lines)

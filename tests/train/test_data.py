@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.conditions import build_conditions, training_pixels
 from model.spec import SPECS
-from tests.train.conftest import Parts, small
+from tests.train.helpers import Parts, small
 from train.data import SampleOrder, TrainBatch, micro_batches
 from train.shards import ShardSet
 

@@ -15,7 +15,7 @@ import pytest
 from configs.errors import ConfigError, PipelineError, ShardError, SourceError
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.train.conftest import run, small
+from tests.train.helpers import run, small
 from train.shards import ShardSet
 
 

@@ -14,7 +14,7 @@ from configs.errors import ConfigError
 from configs.schema import LossConfig
 from model.conditions import collate, drop_conditions
 from model.consistentid import encode_frozen
-from tests.train.conftest import Parts
+from tests.train.helpers import Parts
 from train import draws
 from train.data import TrainBatch
 from train.step import freeze, frozen_features, noised_latents, snr_weights, step_losses

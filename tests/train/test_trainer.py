@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from configs.errors import ConfigError, WeightsError
 from configs.load import load
 from configs.schema import DatasetConfig, ModelConfig, OptimConfig, TrainConfig
-from tests.train.conftest import Listener, run, small
+from tests.train.helpers import Listener, run, small
 from train.history import read_history
 from train.state import checkpoints
 

@@ -1,12 +1,12 @@
-// Charts, drawn by plotly.js when they come into view. What a bar stands for is a link to its pictures.
+// Charts, drawn by plotly.js when they come into view. A click on a bar shows the records that it counts.
 const library = once(() => unpacked("plotly"));
 const plotly = once(async () => {
   const script = el("script");
-  script.textContent = new TextDecoder().decode(await library()); // its digest is in the policy
+  script.textContent = new TextDecoder().decode(await library()); // the content security policy allows it
   document.head.append(script);
   return window.Plotly;
 });
-const drawn = new Map(); // element → how to draw it again
+const drawn = new Map(); // element → function that draws it
 const font = () => ({ family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("soft") });
 const title = (text) => ({ text, font: { size: 12 }, standoff: 8 });
 
@@ -32,31 +32,31 @@ async function show(element, traces, layout, clicked) {
   element.dataset.drawn = "yes";
 }
 
-const address = (query) => `#pictures?${new URLSearchParams(query)}`;
+const address = (query) => `#images?${new URLSearchParams(query)}`;
 
-// [label, count, address] of each bin.
-function bins(figure, spread, extra = { status: "ok" }) {
-  return spread.counts.map((count, at) => {
-    const [low, high] = [spread.edges[at], spread.edges[at + 1]];
-    const unit = figure.unit ? ` ${figure.unit}` : "";
-    const label = figure.whole && high - low === 1 ? `${number(low)}${unit}` : `${number(low * figure.scale)} to ${number(high * figure.scale)}${unit}`;
-    return [label, count, address({ ...extra, [figure.name]: `${low}~${high}`, of: count })];
+// [label, count, address of its records] of each bin.
+function bins(metric, distribution) {
+  return distribution.counts.map((count, at) => {
+    const [low, high] = [distribution.edges[at], distribution.edges[at + 1]];
+    const unit = metric.unit ? ` ${metric.unit}` : "";
+    const label = metric.whole && high - low === 1 ? `${number(low)}${unit}` : `${number(low * metric.scale)} to ${number(high * metric.scale)}${unit}`;
+    return [label, count, address({ status: "ok", [metric.name]: `${low}~${high}`, of: count })];
   });
 }
 
-function spreadOf(name) {
-  return name === "similarity" ? pageData.identities.similarity : figureOf.get(name).spread;
+function distributionOf(name) {
+  return name === "similarity" ? pageData.identities.similarity : metricOf.get(name).distribution;
 }
 
 function histogram(element) {
-  const figure = figureOf.get(element.dataset.figure), spread = spreadOf(figure.name), rows = bins(figure, spread);
-  const whole = figure.whole && spread.edges[1] - spread.edges[0] === 1, small = element.classList.contains("small");
-  const middle = (at) => (whole ? spread.edges[at] : ((spread.edges[at] + spread.edges[at + 1]) / 2) * figure.scale);
+  const metric = metricOf.get(element.dataset.metric), distribution = distributionOf(metric.name), rows = bins(metric, distribution);
+  const whole = metric.whole && distribution.edges[1] - distribution.edges[0] === 1, small = element.classList.contains("small");
+  const middle = (at) => (whole ? distribution.edges[at] : ((distribution.edges[at] + distribution.edges[at + 1]) / 2) * metric.scale);
   const trace = {
     type: "bar", x: rows.map((_, at) => middle(at)), y: rows.map(([, count]) => count), customdata: rows.map(([, , to]) => to), hovertext: rows.map(([label, count]) => `${label}: <b>${number(count)}</b>`),
     hoverinfo: "text", marker: { color: colour("bar") }, width: whole ? 0.9 : undefined,
   };
-  const rule = { type: "line", xref: "x", yref: "paper", y0: 0, y1: 1, x0: spread.median * figure.scale, x1: spread.median * figure.scale, line: { color: colour("ink"), width: 1, dash: "dot" } };
+  const rule = { type: "line", xref: "x", yref: "paper", y0: 0, y1: 1, x0: distribution.median * metric.scale, x1: distribution.median * metric.scale, line: { color: colour("ink"), width: 1, dash: "dot" } };
   const layout = frame(small ? 120 : 170, { shapes: [rule], bargap: whole ? 0.1 : 0.04 });
   layout.margin = { l: 40, r: 6, t: 6, b: 26 };
   if (whole && rows.length < 14) layout.xaxis.dtick = 1;
@@ -75,8 +75,8 @@ function funnel(element) {
 }
 
 function stages(element) {
-  const tones = stageTones(), names = Object.keys(pageData.stage_seconds).toReversed(), values = names.map((name) => pageData.stage_seconds[name]);
-  const trace = { type: "bar", orientation: "h", y: names, x: values, marker: { color: names.map((_, at) => tones[(names.length - 1 - at) % 8]) }, hovertext: values.map((v, i) => `${names[i]} <b>${seconds(v)}</b>`), hoverinfo: "text" };
+  const colours = stageColours(), names = Object.keys(pageData.stage_seconds).toReversed(), values = names.map((name) => pageData.stage_seconds[name]);
+  const trace = { type: "bar", orientation: "h", y: names, x: values, marker: { color: names.map((_, at) => colours[(names.length - 1 - at) % 8]) }, hovertext: values.map((v, i) => `${names[i]} <b>${seconds(v)}</b>`), hoverinfo: "text" };
   const layout = frame(34 + 24 * names.length, { bargap: 0.3, yaxis: axis({ showline: false, ticks: "", ticklabelstandoff: 6 }), xaxis: axis({ title: title("seconds, all shards") }) });
   layout.margin = { l: 90, r: 10, t: 4, b: 44 };
   return show(element, [trace], layout, false);
@@ -93,7 +93,7 @@ function sizes(element) {
   return show(element, [trace], layout, true);
 }
 
-const stageTones = () => ["s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8"].map(colour); // as in the table of stages
+const stageColours = () => ["s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8"].map(colour); // as in the table of stages
 
 async function rates(element) {
   const { rows, runs } = await shards();
@@ -106,32 +106,33 @@ async function rates(element) {
 
 async function perShard(element) {
   const { rows, runs } = await shards(), names = Object.keys(pageData.stage_seconds);
-  const tones = stageTones();
+  const colours = stageColours();
   const traces = names.map((name, at) => ({
-    type: "bar", name, x: rows.map((_, i) => i), y: rows.map((row, i) => (1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs), marker: { color: tones[at % tones.length] },
-    hovertext: rows.map((row, i) => `${row.shard} ${name} <b>${number((1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs)}</b> ms an image`), hoverinfo: "text", customdata: rows.map(({ shard, inputs }) => address({ shard, of: inputs })),
+    type: "bar", name, x: rows.map((_, i) => i), y: rows.map((row, i) => (1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs), marker: { color: colours[at % colours.length] },
+    hovertext: rows.map((row, i) => `${row.shard} ${name} <b>${number((1000 * (runs[i].stage_seconds[name] ?? 0)) / row.inputs)}</b> ms per input`), hoverinfo: "text", customdata: rows.map(({ shard, inputs }) => address({ shard, of: inputs })),
   }));
   if (rows.length > 120) for (const trace of traces) Object.assign(trace, { type: "scatter", mode: "lines", line: { width: 0, color: trace.marker.color }, fillcolor: trace.marker.color, stackgroup: "all" });
   const layout = frame(220, { barmode: "stack", bargap: 0.15, xaxis: axis({ title: title("shard") }) });
-  layout.yaxis.title = title("ms an image");
+  layout.yaxis.title = title("ms per input");
   return show(element, traces, layout, true);
 }
 
-const spoken = (name) => {
-  const figure = figureOf.get(name);
-  if (figure) return name.startsWith("area_") ? `area of ${figure.title}` : name.startsWith("words_") ? `words on ${figure.title}` : figure.title.toLowerCase();
-  return name.replace(/^missing_(.*)_share$/, "$1 missing").replace("_share", " share").replace("cut share", "share of cut texts");
+// The title of a metric or a rate.
+const seriesTitle = (name) => {
+  const metric = metricOf.get(name);
+  if (metric) return fullTitle(metric);
+  return name.replace(/^missing_(.*)_share$/, "$1 missing").replace("_share", " share").replace("cut share", "share of cut captions");
 };
 
 async function drift(element) {
-  const { rows, drift: tracks } = await shards(), shown = tracks.filter(({ away }) => away.some((z) => z !== null)).toReversed();
+  const { rows, drift: everySeries } = await shards(), shown = everySeries.filter(({ away }) => away.some((z) => z !== null)).toReversed();
   const trace = {
-    type: "heatmap", x: rows.map((_, at) => at), y: shown.map(({ name }) => spoken(name)), z: shown.map(({ away }) => away), zmin: -8, zmax: 8, xgap: rows.length > 120 ? 0 : 1, ygap: 1, hoverinfo: "text",
+    type: "heatmap", x: rows.map((_, at) => at), y: shown.map(({ name }) => seriesTitle(name)), z: shown.map(({ away }) => away), zmin: -8, zmax: 8, xgap: rows.length > 120 ? 0 : 1, ygap: 1, hoverinfo: "text",
     colorscale: [[0, colour("cold")], [0.5, colour("card")], [1, colour("warm")]], showscale: true, colorbar: { thickness: 8, outlinewidth: 0, len: 0.6, tickvals: [-5, 0, 5] },
-    hovertext: shown.map((track) => track.away.map((z, at) => `${rows[at].shard}, ${spoken(track.name)}: <b>${number(track.values[at])}</b>, ${number(z)} units`)), customdata: shown.map(() => rows.map(({ shard, inputs }) => address({ shard, of: inputs }))),
+    hovertext: shown.map((one) => one.away.map((z, at) => `${rows[at].shard}, ${seriesTitle(one.name)}: <b>${number(one.values[at])}</b>, ${number(z)} units`)), customdata: shown.map(() => rows.map(({ shard, inputs }) => address({ shard, of: inputs }))),
   };
-  const flagged = shown.flatMap((track) => track.flagged.map((shard) => [rows.findIndex((row) => row.shard === shard), spoken(track.name)]));
-  const marks = { // a cell may be narrower than a pixel
+  const flagged = shown.flatMap((one) => one.flagged.map((shard) => [rows.findIndex((row) => row.shard === shard), seriesTitle(one.name)]));
+  const marks = { // around the flagged cells, which may be narrower than a pixel
     type: "scatter", mode: "markers", x: flagged.map(([at]) => at), y: flagged.map(([, name]) => name), hoverinfo: "text", marker: { symbol: "circle-open", size: 9, color: colour("ink"), line: { width: 1.5 } },
     hovertext: flagged.map(([at, name]) => `${rows[at].shard}, ${name}`), customdata: flagged.map(([at]) => address({ shard: rows[at].shard, of: rows[at].inputs })),
   };
@@ -140,10 +141,10 @@ async function drift(element) {
   return show(element, [trace, marks], layout, true);
 }
 
-async function track(element) {
-  const { rows, drift: tracks } = await shards(), chosen = tracks.find(({ name }) => name === $("track").value) ?? tracks[0];
-  const figure = figureOf.get(chosen.name), scale = figure ? figure.scale : 100, out = new Set(chosen.flagged);
-  const unit = figure ? figure.unit : "%";
+async function series(element) {
+  const { rows, drift: everySeries } = await shards(), chosen = everySeries.find(({ name }) => name === $("series").value) ?? everySeries[0];
+  const metric = metricOf.get(chosen.name), scale = metric ? metric.scale : 100, out = new Set(chosen.flagged);
+  const unit = metric ? metric.unit : "%";
   const trace = {
     type: "scatter", mode: "markers", x: rows.map((_, at) => at), y: chosen.values.map((v) => (v === null ? null : v * scale)), hoverinfo: "text",
     marker: { size: rows.length > 200 ? 4 : 7, color: rows.map(({ shard }) => (out.has(shard) ? colour("failed") : colour("bar"))) },
@@ -154,7 +155,7 @@ async function track(element) {
   return show(element, [trace], frame(240, { shapes: [line], xaxis: axis({ title: title("shard") }), yaxis: axis({ showgrid: true, gridcolor: colour("grid"), showline: false, title: title(unit) }) }), true);
 }
 
-const CHARTS = { histogram, funnel, stages, sizes, rates, perShard, drift, track };
+const CHARTS = { histogram, funnel, stages, sizes, rates, perShard, drift, series };
 const seen = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
@@ -168,12 +169,12 @@ function redraw() {
   for (const [element, draw] of drawn) draw(element);
 }
 
-// The bins of a chart as a list, for those who can't or won't point at bars.
+// The bins of a histogram as a list, for those who can't use the chart.
 for (const details of document.querySelectorAll("details.bins")) {
   details.addEventListener("toggle", () => {
     if (details.querySelector("ul")) return;
-    const figure = figureOf.get(details.dataset.figure), list = el("ul");
-    for (const [label, count, to] of bins(figure, spreadOf(figure.name))) if (count) list.append(el("li", {}, el("span", {}, label), el("a", { class: "count", href: to }, number(count))));
+    const metric = metricOf.get(details.dataset.metric), list = el("ul");
+    for (const [label, count, to] of bins(metric, distributionOf(metric.name))) if (count) list.append(el("li", {}, el("span", {}, label), el("a", { class: "count", href: to }, number(count))));
     details.append(list);
   });
 }

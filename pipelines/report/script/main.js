@@ -1,20 +1,20 @@
-// Which of the two views is shown, keys, light and dark; and the pictures in the ledger.
-let figuresAt = 0;
+// Start: shows one of the two views, handles keys and the colour scheme, and fills the examples of the ledger.
+let statisticsScroll = 0; // where the statistics were scrolled to
 
 function route() {
   const [name, query = ""] = location.hash.slice(1).split("?");
-  const toPictures = name === "pictures", wasPictures = !$("pictures").hidden;
-  if (toPictures && !wasPictures) figuresAt = scrollY;
-  $("pictures").hidden = !toPictures;
-  $("figures-view").hidden = toPictures;
-  for (const tab of document.querySelectorAll("[data-view]")) tab.toggleAttribute("aria-current", (tab.dataset.view === "pictures") === toPictures);
-  if (toPictures) {
-    if (!wasPictures || !query.includes("at=")) scrollTo(0, 0);
-    showPictures(new URLSearchParams(query));
+  const toImages = name === "images", wasImages = !$("images").hidden;
+  if (toImages && !wasImages) statisticsScroll = scrollY;
+  $("images").hidden = !toImages;
+  $("statistics-view").hidden = toImages;
+  for (const tab of document.querySelectorAll("[data-view]")) tab.toggleAttribute("aria-current", (tab.dataset.view === "images") === toImages);
+  if (toImages) {
+    if (!wasImages || !query.includes("at=")) scrollTo(0, 0);
+    showImages(new URLSearchParams(query));
   } else {
     closeDetail();
     if (name && $(name)) $(name).scrollIntoView();
-    else if (wasPictures) scrollTo(0, figuresAt);
+    else if (wasImages) scrollTo(0, statisticsScroll);
   }
 }
 
@@ -26,6 +26,7 @@ function key(event) {
   if (act(event)) event.preventDefault();
 }
 
+// True if the key has a meaning here.
 function act(event) {
   if ($("help").open) return event.key === "?" && ($("help").close(), true);
   const part = PARTS[Number(event.key) - 1];
@@ -35,8 +36,8 @@ function act(event) {
   if (event.key === "?") return $("help").showModal(), true;
   if (event.key === "/") {
     closeDetail();
-    if ($("pictures").hidden) {
-      history.pushState(null, "", "#pictures");
+    if ($("images").hidden) {
+      history.pushState(null, "", "#images");
       route();
     }
     search.focus();
@@ -46,41 +47,42 @@ function act(event) {
     const by = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key];
     return by ? (step(by), true) : false;
   }
-  return !$("pictures").hidden && !event.target.matches("a, #pictures button:not(.sample)") && gridKey(event);
+  return !$("images").hidden && !event.target.matches("a, #images button:not(.record)") && gridKey(event);
 }
 
-function theme() {
+function switchColourScheme() {
   const root = document.documentElement, dark = getComputedStyle(root).colorScheme === "dark" || (root.style.colorScheme === "" && matchMedia("(prefers-color-scheme: dark)").matches);
   root.style.colorScheme = dark ? "light" : "dark";
   redraw();
 }
 
-async function examples() {
+// Thumbnails of the examples of each reason.
+async function fillExamples() {
   const all = await records();
   for (const place of document.querySelectorAll("[data-examples]")) {
     const places = place.dataset.examples.split(" ").map((key) => all.place.get(key)).filter((at) => at !== undefined && all.sizes[at][0]);
-    place.append(...places.map((at) => el("button", { type: "button", class: "example", "aria-label": all.source[at], title: all.source[at], onclick: () => { found = places; openDetail(at); } }, lazyCanvas(at, ""))));
+    place.append(...places.map((at) => el("button", { type: "button", class: "example", "aria-label": all.source[at], title: all.source[at], onclick: () => { matches = places; openDetail(at); } }, lazyCanvas(at, ""))));
   }
 }
 
-$("theme").addEventListener("click", theme);
+$("theme").addEventListener("click", switchColourScheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 $("help-open").addEventListener("click", () => $("help").showModal());
 for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
 $("previous").addEventListener("click", () => step(-1));
 $("next").addEventListener("click", () => step(1));
-$("track").addEventListener("change", () => { if (drawn.has($("track-chart"))) track($("track-chart")); });
+$("series").addEventListener("change", () => { if (drawn.has($("series-chart"))) series($("series-chart")); });
 addEventListener("hashchange", route);
 document.addEventListener("keydown", key);
 for (const place of document.querySelectorAll("[data-toggles]")) place.append(...toggles());
 $("strength").addEventListener("input", () => { overlay.strength = $("strength").value / 100; repaint(); });
 repaint();
 
-// The records lie behind this script: they are read once the page is whole.
+// The records come after this script in the page, so they are read when the page is complete.
 async function start() {
   route();
-  if ($("pictures").hidden) library(); // unpacked beside the rest
-  await Promise.all([examples(), fillShards()]);
+  if ($("images").hidden) library(); // unpacks the charting library while the rest is filled
+  await Promise.all([fillExamples(), fillShards()]);
   document.documentElement.dataset.ready = "yes";
   for (const element of document.querySelectorAll("[data-chart]")) seen.observe(element);
 }

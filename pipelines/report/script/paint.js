@@ -1,39 +1,42 @@
-// A picture on its canvas: the photograph, the chosen parts of its label map in colours, the boxes of its faces.
+// Draws a record's thumbnail on a canvas: the image, the selected parts of its label map in colours, the face boxes.
 const PARTS = [
   ["face", ["skin", "left_brow", "right_brow"]], ["ears", ["left_ear", "right_ear"]], ["eyes", ["left_eye", "right_eye"]],
   ["nose", ["nose"]], ["mouth", ["mouth", "upper_lip", "lower_lip"]], ["hair", ["hair"]], ["neck", ["neck"]],
-  ["clothes", ["cloth"]], ["worn", ["glasses", "earring", "necklace", "hat"]],
+  ["clothes", ["cloth"]], ["accessories", ["glasses", "earring", "necklace", "hat"]],
 ];
 const rgb = pageData.palette.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 const overlay = { on: true, strength: 0.4, boxes: false, parts: new Set(PARTS.slice(0, 5).map(([name]) => name)) };
-const painted = new Set(); // canvases on the page that show a record
+const painted = new Set(); // canvases that were drawn
 
-function shown() {
+// For each label 1 if it is drawn, else 0.
+function shownLabels() {
   const labels = new Uint8Array(pageData.labels.length);
   if (overlay.on) for (const [name, members] of PARTS) if (overlay.parts.has(name)) for (const m of members) labels[pageData.labels.indexOf(m)] = 1;
   return labels;
 }
 
+// at: position of the record. scale: canvas pixels for each pixel of the thumbnail.
 async function paint(canvas, at, scale = 1) {
   canvas.dataset.at = at;
-  const all = await records(), found = await picture(all, at);
-  if (!found || Number(canvas.dataset.at) !== at) return; // it shows another record by now
-  const width = found.photo.width * scale, height = found.photo.height * scale;
+  const all = await records(), pixels = await thumbnail(all, at);
+  if (!pixels || Number(canvas.dataset.at) !== at) return; // the canvas was given another record meanwhile
+  const width = pixels.image.width * scale, height = pixels.image.height * scale;
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(found.photo, 0, 0, width, height);
-  const labels = shown();
-  if (found.labels && labels.some(Boolean) && !("plain" in canvas.dataset)) {
+  context.drawImage(pixels.image, 0, 0, width, height);
+  const labels = shownLabels();
+  if (pixels.labels && labels.some(Boolean) && !("plain" in canvas.dataset)) {
     context.globalAlpha = overlay.strength;
-    context.drawImage(coloured(found, labels), 0, 0, width, height);
+    context.drawImage(coloured(pixels, labels), 0, 0, width, height);
     context.globalAlpha = 1;
   }
-  if (overlay.boxes && !("plain" in canvas.dataset)) boxes(context, all.faces[at], all.face[at], width, height);
-  canvas.dataset.labels = found.labels ? labels.join("") : "";
+  if (overlay.boxes && !("plain" in canvas.dataset)) drawBoxes(context, all.faces[at], all.face[at], width, height);
+  canvas.dataset.labels = pixels.labels ? labels.join("") : "";
   painted.add(canvas);
 }
 
+// The label map in the colours of its labels; transparent where a label is not wanted.
 function coloured({ labels, width, height }, wanted) {
   const image = new ImageData(width, height);
   for (let i = 0; i < labels.length; i++) {
@@ -45,7 +48,7 @@ function coloured({ labels, width, height }, wanted) {
   return canvas;
 }
 
-function boxes(context, faces, chosen, width, height) {
+function drawBoxes(context, faces, chosen, width, height) {
   faces.forEach(([x, y, w, h], index) => {
     for (const [style, line] of [["rgb(0 0 0 / 0.6)", 3], ["#fff", 1]]) {
       context.strokeStyle = style;
@@ -92,7 +95,7 @@ function toggleBoxes() {
   repaint();
 }
 
-// Draw a canvas when it comes into view.
+// Draws canvases when they come into view.
 const waiting = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;

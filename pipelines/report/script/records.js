@@ -1,4 +1,5 @@
-// The records and their pictures, unpacked when they are wanted; and what the filters mean.
+// The records and their thumbnails, unpacked when they are first used; and the filters.
+// A record is addressed by its position, `at`, in the columns of `records()`.
 const records = once(async () => {
   const [columns, values] = await Promise.all([unpacked("records"), unpacked("values")]);
   const all = JSON.parse(new TextDecoder().decode(columns));
@@ -8,9 +9,10 @@ const records = once(async () => {
   return all;
 });
 
-const value = (all, name, at) => all.values[figureOf.get(name).row * all.count + at];
+// A record's value of a metric.
+const value = (all, name, at) => all.values[metricOf.get(name).row * all.count + at];
 
-// Bytes of a chunk's pictures, and where each begins; the last few chunks are kept.
+// The bytes of the chunk that holds a record's thumbnail, and where each thumbnail starts; the last chunks are cached.
 const chunks = new Map();
 function chunkOf(all, at) {
   const number = Math.floor(at / pageData.chunk);
@@ -27,23 +29,23 @@ function chunkOf(all, at) {
   return chunks.get(number);
 }
 
-// {photo: ImageBitmap, labels: bytes or null} of a record, or null where there is no picture.
-const pictures = new Map();
-function picture(all, at) {
-  if (!pictures.has(at)) {
-    pictures.set(at, decode(all, at));
-    if (pictures.size > 500) pictures.delete(pictures.keys().next().value);
+// {image: ImageBitmap, labels: bytes or null} of a record, or null where it has no thumbnail.
+const thumbnails = new Map();
+function thumbnail(all, at) {
+  if (!thumbnails.has(at)) {
+    thumbnails.set(at, decode(all, at));
+    if (thumbnails.size > 500) thumbnails.delete(thumbnails.keys().next().value);
   }
-  return pictures.get(at);
+  return thumbnails.get(at);
 }
 
 async function decode(all, at) {
-  const [photoSize, labelSize] = all.sizes[at];
-  if (!photoSize) return null;
+  const [imageSize, labelSize] = all.sizes[at];
+  if (!imageSize) return null;
   const { data, starts } = chunkOf(all, at), start = starts[at % pageData.chunk];
-  const photo = await createImageBitmap(new Blob([data.subarray(start, start + photoSize)]));
-  if (!labelSize) return { photo, labels: null };
-  const png = new Blob([data.subarray(start + photoSize, start + photoSize + labelSize)]);
+  const image = await createImageBitmap(new Blob([data.subarray(start, start + imageSize)]));
+  if (!labelSize) return { image, labels: null };
+  const png = new Blob([data.subarray(start + imageSize, start + imageSize + labelSize)]);
   const map = await createImageBitmap(png, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   const canvas = new OffscreenCanvas(map.width, map.height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -51,13 +53,14 @@ async function decode(all, at) {
   const pixels = context.getImageData(0, 0, map.width, map.height).data;
   const labels = new Uint8Array(map.width * map.height);
   for (let i = 0; i < labels.length; i++) labels[i] = pixels[4 * i];
-  return { photo, labels, width: map.width, height: map.height };
+  return { image, labels, width: map.width, height: map.height };
 }
 
-// Filters are the parameters of the address: one value each, all of which must hold.
+// A filter is a parameter of the address, with one value; a record must pass all of them. TESTS: name → function
+// that takes all records and the value, and returns the test of one record.
 const labelsOf = new Map(pageData.regions.map(({ word, labels }) => [word, labels]));
 const lacks = (mask, labels) => mask >= 0 && labels.every((label) => mask & (1 << label));
-const order = pageData.funnel.map((step) => step.stage);
+const stageOrder = pageData.funnel.map((step) => step.stage);
 const EXACT = ["status", "reason", "stage", "split", "license", "author", "consent"];
 const TESTS = {
   shard: (all, name) => (at) => shardName(all.shard[at]) === name,
@@ -67,33 +70,36 @@ const TESTS = {
   fused: (all, word) => (at) => all.fused[at].includes(word),
   unfused: (all, pair) => (at) => all.unfused[at].includes(pair),
   absent: (all, word) => (at) => all.absent[at].includes(word),
-  trainable: (all, said) => (at) => ({ true: "yes", false: "no" })[all.trainable[at]] === said || (all.trainable[at] === null && said === "unknown"),
-  past: (all, stage) => (at) => all.status[at] === "ok" || order.indexOf(all.stage[at]) > order.indexOf(stage),
+  trainable: (all, answer) => (at) => ({ true: "yes", false: "no" })[all.trainable[at]] === answer || (all.trainable[at] === null && answer === "unknown"),
+  past: (all, stage) => (at) => all.status[at] === "ok" || stageOrder.indexOf(all.stage[at]) > stageOrder.indexOf(stage),
   size: (all, size) => (at) => `${all.width[at]}x${all.height[at]}` === size,
   q: (all, text) => {
-    const words = text.toLowerCase().split(/\s+/).filter(Boolean), hay = haystack(all);
-    return (at) => words.every((word) => hay[at].includes(word));
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean), texts = searchTexts(all);
+    return (at) => words.every((word) => texts[at].includes(word));
   },
 };
 
-let stack = null;
+let cachedTexts = null;
 const SEARCHED = ["caption", "face_caption", "source", "key", "license", "author", "reason", "detail", "identity_id"];
-function haystack(all) {
-  stack ??= all.key.map((_, at) => SEARCHED.map((name) => all[name][at]).join("\n").toLowerCase());
-  return stack;
+// For each record the text that a search looks through.
+function searchTexts(all) {
+  cachedTexts ??= all.key.map((_, at) => SEARCHED.map((name) => all[name][at]).join("\n").toLowerCase());
+  return cachedTexts;
 }
 
+// The test of a filter, or null for a name that is no filter. A metric's value is LOW~HIGH.
 function test(all, name, wanted) {
   if (EXACT.includes(name)) return (at) => all[name][at] === wanted;
   if (Object.hasOwn(TESTS, name)) return TESTS[name](all, wanted);
-  if (!figureOf.has(name)) return null;
-  const [low, high] = wanted.split("~").map(Number), first = figureOf.get(name).row * all.count;
-  return (at) => all.values[first + at] >= low && all.values[first + at] < high; // NaN is never in
+  if (!metricOf.has(name)) return null;
+  const [low, high] = wanted.split("~").map(Number), first = metricOf.get(name).row * all.count;
+  return (at) => all.values[first + at] >= low && all.values[first + at] < high; // false for NaN
 }
 
+// Positions of the records that pass all filters. `of` and `at` are none: a number that a link states, and a key.
 function matching(all, filters) {
   const tests = [...filters].filter(([name]) => name !== "of" && name !== "at").map((pair) => test(all, ...pair)).filter(Boolean);
-  const found = [];
-  for (let at = 0; at < all.count; at++) if (tests.every((holds) => holds(at))) found.push(at);
-  return found;
+  const passing = [];
+  for (let at = 0; at < all.count; at++) if (tests.every((passes) => passes(at))) passing.push(at);
+  return passing;
 }

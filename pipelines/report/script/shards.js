@@ -1,29 +1,29 @@
-// The table of shards: sorted by any column, a page at a time.
+// The table of shards, which can be sorted by each column and is shown in pages.
 const shards = once(async () => JSON.parse(new TextDecoder().decode(await unpacked("shards-data"))));
 const PAGE = 25;
-const table = { by: "shard", down: false, page: 0 };
+const table = { by: "shard", descending: false, page: 0 };
 const COLUMNS = [
-  ["shard", "shard"], ["inputs", "inputs"], ["written", "written"], ["dropped", "dropped"], ["failed", "failed"], ["samples", "tar_bytes"], ["quarantine", "quarantine_bytes"],
+  ["shard", "shard"], ["inputs", "inputs"], ["written", "written"], ["dropped", "dropped"], ["failed", "failed"], ["tar", "tar_bytes"], ["quarantine tar", "quarantine_bytes"],
   ["time", "seconds"], ["images/s", "images_per_second"], ["executor", "executor"], ["attempt", "attempt"], ["flags", "flags"],
 ];
 
 async function fillShards() {
-  const { rows, runs, drift: tracks } = await shards();
-  const flags = rows.map(({ shard }) => tracks.filter(({ flagged }) => flagged.includes(shard)).length);
+  const { rows, runs, drift: everySeries } = await shards();
+  const flags = rows.map(({ shard }) => everySeries.filter(({ flagged }) => flagged.includes(shard)).length);
   const all = rows.map((row, at) => ({ ...row, ...runs[at], flags: flags[at] }));
-  const sign = table.down ? -1 : 1;
+  const sign = table.descending ? -1 : 1;
   all.sort((a, b) => sign * (a[table.by] > b[table.by] ? 1 : a[table.by] < b[table.by] ? -1 : 0));
   const pages = Math.ceil(all.length / PAGE);
   table.page = Math.min(Math.max(0, table.page), pages - 1);
   $("shard-head").replaceChildren(...COLUMNS.map(([name, key]) => {
-    const sorted = table.by === key ? (table.down ? "descending" : "ascending") : "none";
-    return el("th", { scope: "col", "aria-sort": sorted, class: ["shard", "executor"].includes(key) ? "" : "n" }, el("button", { type: "button", class: "plain", onclick: () => sortBy(key) }, name, sorted === "none" ? "" : table.down ? " ↓" : " ↑"));
+    const sorted = table.by === key ? (table.descending ? "descending" : "ascending") : "none";
+    return el("th", { scope: "col", "aria-sort": sorted, class: ["shard", "executor"].includes(key) ? "" : "n" }, el("button", { type: "button", class: "plain", onclick: () => sortBy(key) }, name, sorted === "none" ? "" : table.descending ? " ↓" : " ↑"));
   }));
   $("shard-rows").replaceChildren(...all.slice(table.page * PAGE, (table.page + 1) * PAGE).map(shardRow));
   $("shard-pages").replaceChildren(...(pages > 1 ? [
-    el("button", { type: "button", disabled: table.page === 0, onclick: () => turn(-1) }, "previous"),
+    el("button", { type: "button", disabled: table.page === 0, onclick: () => turnPage(-1) }, "previous"),
     el("span", {}, `${table.page * PAGE + 1}–${Math.min(all.length, (table.page + 1) * PAGE)} of ${whole.format(all.length)}`),
-    el("button", { type: "button", disabled: table.page === pages - 1, onclick: () => turn(1) }, "next"),
+    el("button", { type: "button", disabled: table.page === pages - 1, onclick: () => turnPage(1) }, "next"),
   ] : []));
 }
 
@@ -38,12 +38,12 @@ function shardRow(row) {
 }
 
 function sortBy(key) {
-  table.down = table.by === key ? !table.down : key !== "shard";
+  table.descending = table.by === key ? !table.descending : key !== "shard";
   Object.assign(table, { by: key, page: 0 });
   fillShards();
 }
 
-function turn(by) {
+function turnPage(by) {
   table.page += by;
   fillShards();
 }

@@ -1,6 +1,4 @@
-"""Inspect: any input is found and shown whole, from its own bytes, and nothing it says reaches the
-terminal raw.
-"""
+"""Inspect: any input is found and shown from its own bytes, and its texts are escaped."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from configs.load import load_text
 from configs.schema import DatasetConfig
 from pipelines.cli import app
 from pipelines.inspect.find import Inspection, inspect
-from pipelines.inspect.pictures import COLORS, half_blocks, panes
+from pipelines.inspect.panes import COLORS, half_blocks, panes
 from pipelines.inspect.tables import show
 from pipelines.run import run
 from pipelines.takedown import by_source, take_down
@@ -35,14 +33,13 @@ from stages.storage.store import Store
 from tests.pipelines.helpers import config
 
 EVIL = "evil\x1b[31m[red] ünï\u202e.jpg"
-LEAST = 265  # pixels of a face: one of the four portraits is under it
+MIN_FACE = 265  # pixels; the face of one of the four portraits is smaller
 
 
 @pytest.fixture(scope="module")
 def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Four portraits, two of one base name and one of an evil name; one is held. A picture of
-    nobody, and a page.
-    """
+    """Four portraits, two with the same base name, one with a hostile name, one quarantined for a
+    small face; an image without a face; and an HTML page."""
     folder = tmp_path_factory.mktemp("in")
     names = ("a/one.jpg", EVIL, "b/one.jpg", "small.jpg")
     for name, path in zip(names, sorted(portraits.glob("*.jpg")), strict=False):
@@ -55,7 +52,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         config(
             folder,
             output,
-            f"rules.min_face={LEAST}",
+            f"rules.min_face={MIN_FACE}",
             "global_pass.max_hash_distance=-1",
             "source.author=[bold]Ada",
         )
@@ -69,11 +66,11 @@ def call(store: Store, *arguments: object) -> Result:
     )
 
 
-def printed(found: Inspection, width: int = 100, terminal: bool = False) -> str:
+def printed(inspection: Inspection, width: int = 100, terminal: bool = False) -> str:
     out = io.StringIO()
     colors: Literal["truecolor"] | None = "truecolor" if terminal else None
     show(
-        found,
+        inspection,
         Console(file=out, width=width, force_terminal=terminal, color_system=colors, markup=False),
     )
     return out.getvalue()
@@ -91,12 +88,12 @@ def test_a_key_its_beginning_and_a_name_find_the_same(made: Store) -> None:
 
 def test_several_are_listed_and_none_gives_the_closest(made: Store) -> None:
     several = call(made, "one.jpg")
-    assert several.exit_code == 2 and "may be 2 inputs" in several.stderr
+    assert several.exit_code == 2 and "may mean 2 inputs" in several.stderr
     assert all(key_of(f"{folder}/one.jpg") in several.stderr for folder in "ab")
     none = call(made, "smal.jpg")
     assert none.exit_code == 2 and "closest names are small.jpg" in none.stderr
     short = call(made, key_of("small.jpg")[:3])
-    assert short.exit_code == 2 and "at least 4 digits" in short.stderr
+    assert short.exit_code == 2 and "at least its first 4 digits" in short.stderr
 
 
 def test_at_most_ten_are_listed(tmp_path: Path) -> None:
@@ -108,12 +105,12 @@ def test_at_most_ten_are_listed(tmp_path: Path) -> None:
     ]
     shard = PlannedShard(index=0, inputs=len(records), bytes=0, digest="")
     commit(store, shard, records, ChainInfo((), ()), RunInfo(finished=0.0, seconds=0.0))
-    with pytest.raises(PipelineError, match="may be 13 inputs") as caught:
+    with pytest.raises(PipelineError, match="may mean 13 inputs") as caught:
         inspect(store, "same.jpg")
     assert str(caught.value).count("http_404") == 10 and "and 3 more" in str(caught.value)
 
 
-def test_a_missing_sidecar_is_said(made: Store, tmp_path: Path) -> None:
+def test_a_missing_sidecar_is_named(made: Store, tmp_path: Path) -> None:
     shutil.copytree(made.root, tmp_path / "copy")
     (tmp_path / "copy/shards/fgid-000000.parquet").unlink()
     done = call(Store(str(tmp_path / "copy")), "page.jpg")
@@ -123,26 +120,26 @@ def test_a_missing_sidecar_is_said(made: Store, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_is_told_whole(made: Store) -> None:
-    found = inspect(made, "a/one.jpg")
-    row, person = found.row, found.person
-    assert person is not None and row["status"] == "ok"
-    text = " ".join(printed(found).split())
-    for told in (
+def test_everything_recorded_of_a_sample_is_shown(made: Store) -> None:
+    inspection = inspect(made, "a/one.jpg")
+    row, identity = inspection.row, inspection.identity
+    assert identity is not None and row["status"] == "ok"
+    text = " ".join(printed(inspection).split())
+    for text_part in (
         row["key"],
         row["sha256"],
         "[bold]Ada",
         "not stated",
-        person["identity_id"],
-        person["split"],
+        identity["identity_id"],
+        identity["split"],
     ):
-        assert told in text
-    assert f"{found.shard}.tar, {row['tar_size']:,} bytes from {row['tar_offset']:,} on" in text
+        assert text_part in text
+    assert f"{inspection.shard}.tar, {row['tar_size']:,} bytes at {row['tar_offset']:,}" in text
     assert f"source size {row['source_width']} × {row['source_height']}" in text
-    assert f"face size, px {row['face_side']:.3f} at least {LEAST}" in text
+    assert f"face size, px {row['face_side']:.3f} at least {MIN_FACE}" in text
     for name in ("sharpness", "brightness", "clipped", "occlusion"):
         assert f"{name} {row[name]:.3f}" in text
-    for key, cosine in zip(person["nearest"], person["similarity"], strict=True):
+    for key, cosine in zip(identity["nearest"], identity["similarity"], strict=True):
         assert f"{key} cosine {cosine:.3f}" in text
     nose = row["label_areas"][LABEL_IDS["nose"]]
     assert f"nose {nose:.2%}" in text and "□ glasses" in text
@@ -154,15 +151,31 @@ def test_a_sample_is_told_whole(made: Store) -> None:
     assert f"fused {', '.join(fused)}" in text and fused
 
 
-def test_a_region_that_is_missing_is_told_with_what_the_trainer_makes_of_it(made: Store) -> None:
-    found = inspect(made, "a/one.jpg")
-    areas = list(found.row["label_areas"])
+def test_missing_regions_and_how_training_uses_the_others_are_shown(made: Store) -> None:
+    inspection = inspect(made, "a/one.jpg")
+    areas = list(inspection.row["label_areas"])
     areas[LABEL_IDS["left_ear"]] = areas[LABEL_IDS["right_ear"]] = 0.0
     regions = ["", "absent", "", "caption_too_long", ""]  # face, ears, eyes, nose, mouth
-    found.row.update(label_areas=areas, regions=regions, trainable=False)
-    text = " ".join(printed(found).split())
+    inspection.row.update(label_areas=areas, regions=regions, trainable=False)
+    text = " ".join(printed(inspection).split())
     assert "ears missing □ left ear □ right ear" in text and "named, not shown ears" in text
-    assert "not fused nose: caption too long" in text and "trains nothing of the face" in text
+    assert "not fused nose: caption too long" in text and "not trainable" in text
+
+
+def test_metrics_are_red_where_the_quality_filter_would_drop(made: Store) -> None:
+    inspection = inspect(made, "a/one.jpg")
+    main_face = inspection.row["faces"][inspection.row["face"]]
+    red, small = "\x1b[1;31m", {**main_face, "box": [0.0, 0.0, 20.0, 20.0]}
+
+    def line(name: str) -> str:
+        lines = printed(inspection, terminal=True).splitlines()
+        return next(line for line in lines if name in line)
+
+    inspection.row.update(faces=[main_face, small], face=0, face_count=2, yaw=-70.0)
+    assert "2" in line("faces per image") and red not in line("faces per image")
+    assert "-70" in line("yaw") and red in line("yaw") and red not in line("pitch")
+    inspection.row.update(faces=[main_face, main_face])
+    assert red in line("faces per image")
 
 
 def test_words_that_name_a_region_stand_out(made: Store) -> None:
@@ -176,11 +189,13 @@ def test_words_that_name_a_region_stand_out(made: Store) -> None:
         ), word
 
 
-def test_what_is_held_failed_or_dropped_is_told(made: Store) -> None:
-    held = inspect(made, "small.jpg")
-    text = " ".join(printed(held).split())
-    assert held.record is not None and "dropped face_too_small (stage quality_filter)" in text
-    assert f"{held.shard}.quarantine.tar" in text and held.row["face_side"] < LEAST
+def test_quarantined_failed_and_dropped_inputs_are_shown(made: Store) -> None:
+    quarantined = inspect(made, "small.jpg")
+    text = " ".join(printed(quarantined).split())
+    assert (
+        quarantined.record is not None and "dropped face_too_small (stage quality_filter)" in text
+    )
+    assert f"{quarantined.shard}.quarantine.tar" in text and quarantined.row["face_side"] < MIN_FACE
     failed = " ".join(printed(inspect(made, "page.jpg")).split())
     assert "failed not_an_image (stage resize)" in failed and "in no tar" in failed
     assert "dropped no_face (stage detect)" in " ".join(
@@ -188,24 +203,26 @@ def test_what_is_held_failed_or_dropped_is_told(made: Store) -> None:
     )
 
 
-def test_another_configuration_than_the_shards_is_said(made: Store, tmp_path: Path) -> None:
-    assert "wasn't made by" not in printed(inspect(made, "a/one.jpg"))
+def test_another_configuration_than_the_shards_is_stated(made: Store, tmp_path: Path) -> None:
+    assert "wasn't made with" not in printed(inspect(made, "a/one.jpg"))
     shutil.copytree(made.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
     changed = store.read("dataset.json").decode().replace("quality_filter-1-", "quality_filter-0-")
     store.write("dataset.json", changed)
-    assert "of a configuration that the shard wasn't made by" in printed(
+    assert "of a configuration that the shard wasn't made with" in printed(
         inspect(store, "a/one.jpg")
     )
 
 
-def test_names_and_captions_reach_no_terminal_raw(made: Store) -> None:
+def test_names_and_captions_are_escaped(made: Store) -> None:
     done = call(made, EVIL)
     assert done.exit_code == 0 and "evil\\x1b[31m[red] ünï\\u202e.jpg" in done.stdout
     assert "\x1b" not in done.stdout and "\u202e" not in done.stdout and "▀" not in done.stdout
-    found = inspect(made, EVIL)
-    found.row.update(caption="a \x1b]0;owned\x07 nose\r\n[red]x", detail="\x9b31m", license="\x00")
-    text = printed(found, terminal=True)
+    inspection = inspect(made, EVIL)
+    inspection.row.update(
+        caption="a \x1b]0;owned\x07 nose\r\n[red]x", detail="\x9b31m", license="\x00"
+    )
+    text = printed(inspection, terminal=True)
     assert "\\x1b]0;owned\\x07" in text and "\\r\\n[red]x" in text and "\\x9b31m" in text
     assert not {"\x07", "\x9b", "\x00", "\r"} & set(text) and "\x1b]" not in text
     missing = call(made, "evil\x1b[31m[red] ünï.jpg")
@@ -216,7 +233,7 @@ def test_names_and_captions_reach_no_terminal_raw(made: Store) -> None:
     )
 
 
-def test_what_was_taken_down_says_so_and_nothing_else(made: Store, tmp_path: Path) -> None:
+def test_of_a_removed_record_only_the_removal_is_shown(made: Store, tmp_path: Path) -> None:
     shutil.copytree(made.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
     settings = load_text(
@@ -233,43 +250,47 @@ def test_what_was_taken_down_says_so_and_nothing_else(made: Store, tmp_path: Pat
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_comes_from_its_own_bytes_of_the_tar(made: Store, tmp_path: Path) -> None:
+def test_the_image_is_read_from_its_own_bytes_of_the_tar(made: Store, tmp_path: Path) -> None:
     shutil.copytree(made.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
     for name in ("b/one.jpg", "small.jpg"):
-        found = inspect(store, name)
+        inspection = inspect(store, name)
         kind = "quarantine" if name == "small.jpg" else "tar"
-        path = Path(store.path(f"shards/{found.tar}"))
-        assert path.name == f"{found.shard}{'.quarantine' if kind == 'quarantine' else ''}.tar"
-        start, size = found.row[f"{kind}_offset"], found.row[f"{kind}_size"]
+        path = Path(store.path(f"shards/{inspection.tar}"))
+        assert path.name == f"{inspection.shard}{'.quarantine' if kind == 'quarantine' else ''}.tar"
+        start, size = inspection.row[f"{kind}_offset"], inspection.row[f"{kind}_size"]
         data = path.read_bytes()
         path.write_bytes(b"\xff" * start + data[start : start + size])
         again = inspect(store, name)
-        assert again.record is not None and found.record is not None
-        assert again.record.image == found.record.image
+        assert again.record is not None and inspection.record is not None
+        assert again.record.image == inspection.record.image
 
 
 def test_the_overlay_lies_on_its_pixels_and_the_chosen_face_is_marked(made: Store) -> None:
-    found = inspect(made, "a/one.jpg")
-    assert found.record is not None
-    photo, overlay = panes(found)
-    image, labels = decode_jpeg(found.record.image), decode_labels(found.record.parsing)
+    inspection = inspect(made, "a/one.jpg")
+    assert inspection.record is not None
+    photo, overlay = panes(inspection)
+    image, labels = decode_jpeg(inspection.record.image), decode_labels(inspection.record.parsing)
     assert photo.shape == overlay.shape == image.shape
     for name in ("nose", "skin", "hair"):
         here = labels == LABEL_IDS[name]
         expected = 0.45 * image[here].astype(float) + 0.55 * COLORS[LABEL_IDS[name]]
         assert np.abs(overlay[here].astype(float) - expected).max() <= 1
-    x1, y1, x2, y2 = (round(value) for value in found.row["faces"][found.row["face"]]["box"])
+    x1, y1, x2, y2 = (
+        round(value) for value in inspection.row["faces"][inspection.row["face"]]["box"]
+    )
     for x, y in ((x1, (y1 + y2) // 2), (x2, (y1 + y2) // 2), ((x1 + x2) // 2, y1)):
         assert tuple(photo[y, x]) == (0, 255, 90)
-    left_eye = [round(value) for value in found.row["faces"][found.row["face"]]["landmarks"][:2]]
+    left_eye = [
+        round(value) for value in inspection.row["faces"][inspection.row["face"]]["landmarks"][:2]
+    ]
     assert tuple(photo[left_eye[1], left_eye[0]]) == (255, 40, 80)
 
 
-def test_a_thumbnail_stands_in_for_a_picture_that_is_gone(made: Store) -> None:
-    found = inspect(made, "nobody.jpg")
-    [photo] = panes(found)
-    assert found.record is None and max(photo.shape) == 96
+def test_an_input_without_a_sample_is_shown_by_its_thumbnail(made: Store) -> None:
+    inspection = inspect(made, "nobody.jpg")
+    [photo] = panes(inspection)
+    assert inspection.record is None and max(photo.shape) == 96
     assert panes(inspect(made, "page.jpg")) == []
 
 
@@ -288,8 +309,8 @@ def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path:
     path = tmp_path / "one.png"
     assert call(made, "a/one.jpg", "--png", path).exit_code == 0
     image = np.asarray(Image.open(path))
-    found = inspect(made, "a/one.jpg")
-    photo, overlay = panes(found)
+    inspection = inspect(made, "a/one.jpg")
+    photo, overlay = panes(inspection)
     height, width = photo.shape[:2]
     assert np.array_equal(image[:height, :width], photo)
     assert np.array_equal(image[:height, width : 2 * width], overlay)
@@ -304,7 +325,7 @@ def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path:
         and path.read_bytes() != before
     )
     none = call(made, "page.jpg", "--png", tmp_path / "none.png")
-    assert none.exit_code == 2 and "there is no picture: not_an_image" in none.stderr
+    assert none.exit_code == 2 and "has no image, because of not_an_image" in none.stderr
     assert not (tmp_path / "none.png").exists()
 
 

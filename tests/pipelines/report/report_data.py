@@ -1,8 +1,8 @@
-"""Data sets for the report's tests: sidecars, manifests, identities and takedowns of any size, from
-a seed.
+"""Synthetic data sets for the tests of the report: sidecars, manifests, identities and take-downs,
+of any size, from a seed.
 
-The files have the schemas that the pipeline writes; the pictures in them are crops of one
-photograph, tinted so that no two are equal. There are no tars: the report reads none.
+The files have the schemas that the pipeline writes. Thumbnails are crops of one photograph in
+different tints. There are no tars, as the report doesn't read them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ EVIL = "<script>window.evil = 1; alert(1)</script>"
 EVIL_IMAGE = '"><img src=x onerror="window.evil = 2">'
 EVIL_MORE = "</script><!-- ]]> {{ 7 * 7 }} \u2028 ' & \\ ${window.evil = 3} \u202e"
 
-# status, stage, reason, its share, and how far the record came: 0 nothing, 1 a picture, 2 measured,
-# 3 captioned
-_ENDS = (
+# status, stage, reason, its share, and the progress of the record: 0 not read, 1 has an image,
+# 2 measured, 3 captioned
+_OUTCOMES = (
     ("ok", "", "", 0.8, 3),
     ("dropped", "source", "duplicate", 0.02, 0),
     ("dropped", "rights", "license_not_allowed", 0.01, 0),
@@ -62,8 +62,8 @@ _STAGES = ("source", "resize", "detect", "parse", "embed", "measure", "caption",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What to make. odd: shards that differ from the others (darker, blurred). hostile: words that
-    would be markup.
+    """A data set to make. odd: shards that differ from the others (darker, blurred). hostile: with
+    texts that would be markup, if they were not escaped.
     """
 
     shards: int = 3
@@ -71,16 +71,14 @@ class Recipe:
     seed: int = 0
     odd: tuple[int, ...] = ()
     hostile: bool = False
-    dim: int = 8  # of the identity: 512 where its weight on the disk matters
+    dim: int = 8  # numbers of an embedding: 512 where the size of the files matters
     variants: int = 64  # different thumbnails
-    # square portraits, aligned as FFHQ's are
-    pictures: Sequence[np.ndarray] = field(default_factory=tuple)
 
 
 def write_set(folder: Path, recipe: Recipe) -> Path:
     """A whole output folder, ready for the report."""
     rng = np.random.default_rng(recipe.seed)
-    thumbnails = _thumbnails(recipe.pictures or (_astronaut(),), recipe.variants, rng)
+    thumbnails = [_thumbnail(rng) for _ in range(recipe.variants)]
     (folder / "shards").mkdir(parents=True)
     written: list[tuple[str, int]] = []
     for index in range(recipe.shards):
@@ -147,68 +145,108 @@ def write_shard(folder: Path, index: int, table: pa.Table, rng: np.random.Genera
 def _sidecar(
     index: int, recipe: Recipe, pool: Sequence[tuple[bytes, bytes]], rng: np.random.Generator
 ) -> pa.Table:
-    n, odd = recipe.rows, index in recipe.odd
-    ends = rng.choice(
-        len(_ENDS), n, p=[end[3] for end in _ENDS] / np.sum([end[3] for end in _ENDS])
-    )
-    ends[: min(n, len(_ENDS))] = np.arange(len(_ENDS))[:n] if index == 0 else 0
-    far = np.asarray([end[4] for end in _ENDS])[ends]
-    ok = ends == 0
+    n = recipe.rows
+    shares = np.array([outcome[3] for outcome in _OUTCOMES])
+    outcomes = rng.choice(len(_OUTCOMES), n, p=shares / shares.sum())
+    # The first shard has every outcome; the first rows of the others are samples.
+    outcomes[: min(n, len(_OUTCOMES))] = np.arange(len(_OUTCOMES))[:n] if index == 0 else 0
+    progress = np.array([outcome[4] for outcome in _OUTCOMES])[outcomes]
+    ok = outcomes == 0
     sources = [f"people/{index:04d}/portrait-{row:05d}.jpg" for row in range(n)]
+    offsets, sizes = np.where(ok, np.arange(n) * 51200, -1), np.where(ok, 51200, 0)
     chosen = rng.integers(len(pool), size=n)
-    faces = np.where(far >= 2, rng.choice([1, 2, 3], n, p=[0.8, 0.15, 0.05]), 0)
-    sides = rng.gamma(9, 24, n) + 48
-    scores = rng.beta(18, 3, n)
-    areas = _areas(n, rng)
-    measures = {
-        "sharpness": rng.gamma(4, 0.12 if not odd else 0.03, n), "brightness": rng.beta(12, 12 if not odd else 30, n),
-        "clipped": rng.beta(1, 40, n), "yaw": rng.normal(0, 16, n), "pitch": rng.normal(0, 9, n),
-        "roll": rng.normal(0, 7, n), "occlusion": rng.beta(1, 14, n),
-    }  # fmt: skip
-    captions = [_caption(rng) for _ in range(n)]
-    tokens = rng.integers(14, 60, (2, n))
-    cut = np.maximum(0, tokens.sum(0) - 75) / tokens.sum(0)
-    fused = rng.random((n, 5)) < 0.8
     columns: dict[str, Any] = {
-        "key": [key_of(source) for source in sources], "source": sources,
-        **{name: [_ENDS[end][i] for end in ends] for i, name in enumerate(("status", "stage", "reason"))},
+        "key": [key_of(source) for source in sources],
+        "source": sources,
+        **{
+            name: [_OUTCOMES[outcome][place] for outcome in outcomes]
+            for place, name in enumerate(("status", "stage", "reason"))
+        },
         "detail": [f"measured {value:.3f}" if value > 0.5 else "" for value in rng.random(n)],
         "sha256": [key_of(source) * 3 + "abcd" for source in sources],
-        "tar_offset": np.where(ok, np.arange(n) * 51200, -1), "tar_size": np.where(ok, 51200, 0),
-        "quarantine_offset": np.full(n, -1), "quarantine_size": np.zeros(n, int), "members": [[]] * n,
-        "license": rng.choice(_LICENSES, n).tolist(), "author": [f"A. Uthor {v}" for v in rng.integers(0, 40, n)],
+        "tar_offset": offsets,
+        "tar_size": sizes,
+        "quarantine_offset": np.full(n, -1),
+        "quarantine_size": np.zeros(n, int),
+        "members": [[]] * n,
+        "license": rng.choice(_LICENSES, n).tolist(),
+        "author": [f"A. Uthor {number}" for number in rng.integers(0, 40, n)],
         "consent": rng.choice(["", "given"], n).tolist(),
-        "width": np.where(far >= 1, 512, 0), "height": np.where(far >= 1, 512, 0),
-        "source_width": np.where(far >= 1, rng.integers(512, 4000, n), 0),
-        "source_height": np.where(far >= 1, rng.integers(512, 4000, n), 0),
-        "faces": [_faces(*given, rng) for given in zip(faces, sides, scores, strict=True)],
-        "face": np.where(faces > 0, 0, -1), "face_count": faces,
-        "score": pa.array(scores, pa.float64(), mask=far < 2), "face_side": pa.array(sides, pa.float64(), mask=far < 2),
-        "label_areas": [list(row) if f >= 2 else [] for row, f in zip(areas, far, strict=True)],
-        **{name: pa.array(values.astype(np.float32), mask=far < 2) for name, values in measures.items()},
-        "hash": [f"{v:064x}" if f >= 2 else "" for v, f in zip(rng.integers(1 << 62, size=n), far, strict=True)],
-        "identity": _vectors(n, recipe.dim, far < 2, rng),
-        "identity_norm": pa.array(rng.normal(21, 3, n).astype(np.float32), mask=far < 2),
-        "caption": [pair[0] if f == 3 else "" for pair, f in zip(captions, far, strict=True)],
-        "face_caption": [pair[1] if f == 3 else "" for pair, f in zip(captions, far, strict=True)],
-        "caption_tokens": pa.array(tokens[0], pa.int32(), mask=far < 3),
-        "face_caption_tokens": pa.array(tokens[1], pa.int32(), mask=far < 3),
-        "text_tokens": pa.array(np.minimum(75, tokens.sum(0)), pa.int32(), mask=far < 3),
-        "cut": pa.array(cut.astype(np.float32), mask=far < 3),
-        "trainable": pa.array(fused.any(1), mask=far < 3),
-        "regions": [_statuses(row, rng) if f == 3 else None for row, f in zip(fused, far, strict=True)],
-        "region_words": [list(row) if f == 3 else None for row, f in zip(rng.integers(0, 14, (n, 5)), far, strict=True)],
-        "thumbnail": [pool[i][0] if f else b"" for i, f in zip(chosen, far, strict=True)],
-        "thumbnail_labels": [pool[i][1] if f >= 2 else b"" for i, f in zip(chosen, far, strict=True)],
-    }  # fmt: skip
+        **_faces_and_labels(n, progress, rng),
+        **_measures(n, index in recipe.odd, progress >= 2, rng),
+        "identity": _vectors(n, recipe.dim, progress < 2, rng),
+        "identity_norm": _known(rng.normal(21, 3, n).astype(np.float32), progress >= 2),
+        **_texts(n, progress == 3, rng),
+        "thumbnail": [pool[at][0] if p else b"" for at, p in zip(chosen, progress, strict=True)],
+        "thumbnail_labels": [
+            pool[at][1] if p >= 2 else b"" for at, p in zip(chosen, progress, strict=True)
+        ],
+    }
     if recipe.hostile:
-        _spoil(columns, np.flatnonzero(ok), np.flatnonzero(far == 0))
+        _spoil(columns, np.flatnonzero(ok), np.flatnonzero(progress == 0))
     known = sidecar_columns(ANNOTATIONS)
     return pa.table({column.name: pa.array(columns[column.name], column.type) for column in known})
 
 
+def _known(values: Any, known: np.ndarray) -> list[Any]:
+    """The values, None where they are not known."""
+    return [value if is_known else None for value, is_known in zip(values, known, strict=True)]
+
+
+def _faces_and_labels(n: int, progress: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    counts = np.where(progress >= 2, rng.choice([1, 2, 3], n, p=[0.8, 0.15, 0.05]), 0)
+    sides, scores = rng.gamma(9, 24, n) + 48, rng.beta(18, 3, n)
+    read = progress >= 1
+    return {
+        "width": np.where(read, 512, 0),
+        "height": np.where(read, 512, 0),
+        "source_width": np.where(read, rng.integers(512, 4000, n), 0),
+        "source_height": np.where(read, rng.integers(512, 4000, n), 0),
+        "faces": [_faces(*values, rng) for values in zip(counts, sides, scores, strict=True)],
+        "face": np.where(counts > 0, 0, -1),
+        "face_count": counts,
+        "score": _known(scores, progress >= 2),
+        "face_side": _known(sides, progress >= 2),
+        "label_areas": [areas or [] for areas in _known(_areas(n, rng).tolist(), progress >= 2)],
+    }
+
+
+def _measures(n: int, odd: bool, known: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    values = {
+        "sharpness": rng.gamma(4, 0.03 if odd else 0.12, n),
+        "brightness": rng.beta(12, 30 if odd else 12, n),
+        "clipped": rng.beta(1, 40, n),
+        "yaw": rng.normal(0, 16, n),
+        "pitch": rng.normal(0, 9, n),
+        "roll": rng.normal(0, 7, n),
+        "occlusion": rng.beta(1, 14, n),
+    }
+    hashes = [f"{value:064x}" for value in rng.integers(1 << 62, size=n)]
+    numbers = {name: _known(row.astype(np.float32), known) for name, row in values.items()}
+    return {**numbers, "hash": _known(hashes, known)}
+
+
+def _texts(n: int, known: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Captions, and what the review records of them."""
+    captions = [_caption(rng) for _ in range(n)]
+    tokens = rng.integers(14, 60, (2, n))
+    cut = np.maximum(0, tokens.sum(0) - 75) / tokens.sum(0)
+    fused = rng.random((n, 5)) < 0.8
+    return {
+        "caption": [pair[0] if k else "" for pair, k in zip(captions, known, strict=True)],
+        "face_caption": [pair[1] if k else "" for pair, k in zip(captions, known, strict=True)],
+        "caption_tokens": _known(tokens[0], known),
+        "face_caption_tokens": _known(tokens[1], known),
+        "text_tokens": _known(np.minimum(75, tokens.sum(0)), known),
+        "cut": _known(cut.astype(np.float32), known),
+        "trainable": _known(fused.any(1), known),
+        "regions": _known([_statuses(row, rng) for row in fused], known),
+        "region_words": _known(rng.integers(0, 14, (n, 5)).tolist(), known),
+    }
+
+
 def _spoil(columns: dict[str, Any], ok: np.ndarray, lost: np.ndarray) -> None:
-    """Words that would be markup, everywhere a stranger's words may stand."""
+    """Puts markup into every column that holds text from outside the program."""
     texts = (("caption", EVIL), ("face_caption", EVIL_IMAGE), ("author", EVIL_MORE))
     for row in ok[:4]:
         for name, word in texts:
@@ -253,28 +291,32 @@ def _statuses(fused: np.ndarray, rng: np.random.Generator) -> list[str]:
 
 
 def _caption(rng: np.random.Generator) -> tuple[str, str]:
+    """(caption, face caption)."""
+
     def one(*words: str) -> str:
         return words[int(rng.integers(len(words)))]
 
     who = one("woman", "man", "young woman", "young man", "person")
-    coarse = (
-        f"A {who} with {one('brown', 'black', 'blond', 'grey', 'red')} hair, "
-        f"{one('smiling', 'serious', 'calm')}"
+    hair = one("brown", "black", "blond", "grey", "red")
+    mood = one("smiling", "serious", "calm")
+    where = one("outdoors", "in a room", "before a wall", "in the street")
+    shape, eyes, lids = (
+        one("oval", "round", "narrow"),
+        one("brown", "blue", "green"),
+        one("wide", "narrow", "tired"),
     )
-    coarse += f", {one('outdoors', 'in a room', 'before a wall', 'in the street')}, number {rng.integers(1_000_000)}."
-    face = (
-        f"The face is {one('oval', 'round', 'narrow')}; the eyes are "
-        f"{one('brown', 'blue', 'green')} and "
-    )
-    face += f"{one('wide', 'narrow', 'tired')}; the nose is {one('straight', 'broad', 'small')}; the ears are "
+    nose, ears = one("straight", "broad", "small"), one("covered", "small", "large")
+    mouth = one("closed", "open", "full")
     return (
-        coarse,
-        f"{face}{one('covered', 'small', 'large')}; the mouth is {one('closed', 'open', 'full')}.",
+        f"A {who} with {hair} hair, {mood}, {where}, number {rng.integers(1_000_000)}.",
+        f"The face is {shape}; the eyes are {eyes} and {lids}; the nose is {nose}; the ears are "
+        f"{ears}; the mouth is {mouth}.",
     )
 
 
 def _identities(written: Sequence[tuple[str, int]], rng: np.random.Generator) -> pa.Table:
-    """Groups of 1 to 12 samples in order; the nearest are of the same group first."""
+    """Identities of 1 to 12 consecutive samples. The nearest samples are first those of the same
+    identity, then others."""
     keys = [key for key, _ in written]
     rows: list[dict[str, Any]] = []
     while len(rows) < len(keys):
@@ -302,48 +344,51 @@ def _identities(written: Sequence[tuple[str, int]], rng: np.random.Generator) ->
     return pa.Table.from_pylist(rows, schema=IDENTITIES_SCHEMA)
 
 
-# ------------------------------------------------------------------------------------------------ t
-
-
 @lru_cache(maxsize=1)
 def _astronaut() -> np.ndarray:
-    """Cut so that the face lies where FFHQ's portraits have it."""
+    """A crop with the face at the place where FFHQ's portraits have it."""
     return np.asarray(Image.fromarray(skimage.data.astronaut()[22:212, 130:320]).resize((256, 256)))
+
+
+_PARTS = (
+    ("hair", (46, 16, 210, 180)),
+    ("cloth", (20, 224, 236, 290)),
+    ("neck", (92, 190, 164, 240)),
+    ("left_ear", (52, 116, 72, 164)),
+    ("right_ear", (184, 116, 204, 164)),
+    ("skin", (62, 58, 194, 230)),
+    ("left_brow", (78, 96, 118, 106)),
+    ("right_brow", (138, 96, 178, 106)),
+    ("left_eye", (84, 112, 114, 128)),
+    ("right_eye", (142, 112, 172, 128)),
+    ("nose", (112, 126, 144, 166)),
+    ("upper_lip", (98, 178, 158, 192)),
+    ("lower_lip", (98, 190, 158, 206)),
+    ("mouth", (104, 186, 152, 196)),
+)
 
 
 @lru_cache(maxsize=1)
 def _label_map() -> Image.Image:
-    """256 × 256, drawn: where FFHQ's alignment puts the parts of a face."""
+    """256 × 256, with the parts of a face drawn where FFHQ's alignment puts them."""
     image = Image.new("L", (256, 256), 0)
     draw = ImageDraw.Draw(image)
-    for name, box in (
-        ("hair", (46, 16, 210, 180)), ("cloth", (20, 224, 236, 290)), ("neck", (92, 190, 164, 240)),
-        ("left_ear", (52, 116, 72, 164)), ("right_ear", (184, 116, 204, 164)), ("skin", (62, 58, 194, 230)),
-        ("left_brow", (78, 96, 118, 106)), ("right_brow", (138, 96, 178, 106)), ("left_eye", (84, 112, 114, 128)),
-        ("right_eye", (142, 112, 172, 128)), ("nose", (112, 126, 144, 166)), ("upper_lip", (98, 178, 158, 192)),
-        ("lower_lip", (98, 190, 158, 206)), ("mouth", (104, 186, 152, 196)),
-    ):  # fmt: skip
+    for name, box in _PARTS:
         draw.ellipse(box, fill=LABEL_IDS[name])
     return image
 
 
-def _thumbnails(
-    pictures: Sequence[np.ndarray], count: int, rng: np.random.Generator
-) -> list[tuple[bytes, bytes]]:
-    """(WebP, label PNG) of `count` crops, no two alike."""
-    return [_thumbnail(pictures[index % len(pictures)], rng) for index in range(count)]
-
-
-def _thumbnail(picture: np.ndarray, rng: np.random.Generator) -> tuple[bytes, bytes]:
+def _thumbnail(rng: np.random.Generator) -> tuple[bytes, bytes]:
+    """(WebP image, PNG label map) of a random crop."""
     left, top, right, bottom = rng.uniform(0, 0.12, 4)
     box = (left, top, 1 - right, 1 - bottom)
     width, height = box[2] - box[0], box[3] - box[1]
     size = tuple(max(1, round(96 * side / max(width, height))) for side in (width, height))
-    tint = np.clip(picture * rng.uniform(0.75, 1.15, 3), 0, 255).astype(np.uint8)
-    photo, labels = Image.fromarray(tint), _label_map()
-    photo = photo.resize(size, Image.Resampling.BOX, [v * photo.width for v in box])
+    tint = np.clip(_astronaut() * rng.uniform(0.75, 1.15, 3), 0, 255).astype(np.uint8)
+    image, labels = Image.fromarray(tint), _label_map()
+    image = image.resize(size, Image.Resampling.BOX, [v * image.width for v in box])
     labels = labels.resize(size, Image.Resampling.NEAREST, [v * labels.width for v in box])
-    return _encoded(photo, "WEBP", quality=70, method=4), _encoded(labels, "PNG", optimize=True)
+    return _encoded(image, "WEBP", quality=70, method=4), _encoded(labels, "PNG", optimize=True)
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

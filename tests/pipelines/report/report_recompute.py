@@ -1,4 +1,4 @@
-"""The report's figures once more, row by row in plain Python: what its numbers are held against."""
+"""The report's numbers, computed again row by row in plain Python, to check the report."""
 
 from __future__ import annotations
 
@@ -17,39 +17,17 @@ from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
 
 Row = dict[str, Any]
 ORDER = [
-    *(
-        "source",
-        "rights",
-        "resize",
-        "thumbnail",
-        "detect",
-        "parse",
-        "embed",
-        "measure",
-        "quality_filter",
-        "caption",
-        "review",
-    ),
-    *("global_pass", "takedown"),
+    *("source", "rights", "resize", "thumbnail", "detect", "parse", "embed", "measure"),
+    *("quality_filter", "caption", "review", "global_pass", "takedown"),
 ]
 PLAIN = [
-    *(
-        "score",
-        "face_count",
-        "face_side",
-        "sharpness",
-        "brightness",
-        "clipped",
-        "occlusion",
-        "yaw",
-        "pitch",
-        "roll",
-    ),
-    *("identity_norm", "caption_tokens", "face_caption_tokens", "text_tokens", "cut"),
+    *("score", "face_count", "face_side", "sharpness", "brightness", "clipped", "occlusion"),
+    *("yaw", "pitch", "roll", "identity_norm"),
+    *("caption_tokens", "face_caption_tokens", "text_tokens", "cut"),
 ]
 WHOLE = {"face_count", "source_side", "caption_tokens", "face_caption_tokens", "text_tokens"}
 WHOLE |= {f"words_{word}" for word in REGION_WORDS}
-FIGURES = [
+METRICS = [
     *PLAIN,
     "source_side",
     *(f"{kind}_{word}" for kind in ("area", "words") for word in REGION_WORDS),
@@ -64,21 +42,21 @@ def shard_rows(folder: Path) -> dict[str, list[Row]]:
     }
 
 
-def value(row: Row, figure: str) -> float | None:
-    """What `figure` is of one row, None where it has none."""
-    kind, _, word = figure.partition("_")
-    if figure == "source_side":
+def value(row: Row, metric: str) -> float | None:
+    """A row's value of a metric, None where it has none."""
+    kind, _, word = metric.partition("_")
+    if metric == "source_side":
         return min(row["source_width"], row["source_height"])
     if kind == "area" and word in REGION_WORDS:
         return area(row, REGION_LABELS[word]) or None
     if kind == "words" and word in REGION_WORDS:
         return row["region_words"][REGION_WORDS.index(word)] if row["region_words"] else None
-    number: float | None = row[figure]
+    number: float | None = row[metric]
     return number
 
 
 def status_of(row: Row, word: str) -> str:
-    """What the review says of a region: fused, a reason why not, absent, or nothing."""
+    """The status of a region, see Review.regions."""
     return row["regions"][REGION_WORDS.index(word)] if row["regions"] else ""
 
 
@@ -90,16 +68,16 @@ def area(row: Row, labels: Iterable[str]) -> float:
     )
 
 
-def values(rows: Iterable[Row], figure: str) -> list[float]:
-    return [found for row in rows if (found := value(row, figure)) is not None]
+def values(rows: Iterable[Row], metric: str) -> list[float]:
+    return [found for row in rows if (found := value(row, metric)) is not None]
 
 
 def written(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "ok"]
 
 
-def check_spread(found: dict[str, Any], numbers: Sequence[float]) -> None:
-    """`found` is exactly the spread of `numbers`, and no value is in no bin or in two."""
+def check_distribution(found: dict[str, Any], numbers: Sequence[float]) -> None:
+    """Checks that `found` is exactly the distribution of `numbers`, each of them in one bin."""
     assert found["count"] == len(numbers)
     if not numbers:
         assert found["edges"] == found["counts"] == [] and found["mean"] is None
@@ -122,7 +100,7 @@ def check_spread(found: dict[str, Any], numbers: Sequence[float]) -> None:
 
 
 def check_data(data: dict[str, Any], folder: Path) -> None:
-    """Every entry of the stats' data, and that there are no others. Takes `data` apart."""
+    """Checks every entry of the stats' `data`, and that there are no others. Empties `data`."""
     shards = shard_rows(folder)
     rows = [row for part in shards.values() for row in part]
     ok = written(rows)
@@ -137,14 +115,18 @@ def check_data(data: dict[str, Any], folder: Path) -> None:
     for entry, (name, part) in zip(data.pop("shards"), shards.items(), strict=True):
         states = Counter(row["status"] for row in part)
         assert entry == {
-            "shard": name, "inputs": len(part), "written": states["ok"], "dropped": states["dropped"],
-            "failed": states["failed"], "tar_bytes": sum(row["tar_size"] for row in part),
+            "shard": name,
+            "inputs": len(part),
+            "written": states["ok"],
+            "dropped": states["dropped"],
+            "failed": states["failed"],
+            "tar_bytes": sum(row["tar_size"] for row in part),
             "quarantine_bytes": sum(row["quarantine_size"] for row in part),
-        }  # fmt: skip
-    spreads = data.pop("metrics")
-    assert sorted(spreads) == sorted(FIGURES)
-    for figure in FIGURES:
-        check_spread(spreads[figure], values(ok, figure))
+        }
+    distributions = data.pop("metrics")
+    assert sorted(distributions) == sorted(METRICS)
+    for metric in METRICS:
+        check_distribution(distributions[metric], values(ok, metric))
     _check_regions(data.pop("regions"), data.pop("labels"), ok)
     sizes = {(entry["width"], entry["height"]): entry["count"] for entry in data.pop("image_sizes")}
     assert sizes == Counter((row["width"], row["height"]) for row in ok)
@@ -169,7 +151,7 @@ def check_data(data: dict[str, Any], folder: Path) -> None:
         for e in lines
     ]
     check_drift(data.pop("drift"), shards)
-    assert not data, f"figures that nothing recomputes: {list(data)}"
+    assert not data, f"not recomputed: {list(data)}"
 
 
 def _check_funnel(funnel: list[Row], rows: list[Row]) -> None:
@@ -223,7 +205,7 @@ def _check_regions(regions: Row, labels: Row, ok: list[Row]) -> None:
         assert labels[label]["missing_rate"] == (
             round(missing / len(shares), 6) if shares else None
         )
-        check_spread(labels[label]["area"], present)
+        check_distribution(labels[label]["area"], present)
 
 
 def _check_identities(found: Row | None, folder: Path) -> None:
@@ -242,7 +224,9 @@ def _check_identities(found: Row | None, folder: Path) -> None:
         people = len({row["identity_id"] for row in some})
         assert found["splits"].pop(split) == {"samples": len(some), "identities": people}
     assert not found["splits"]
-    check_spread(found["similarity"], [row["similarity"][0] for row in rows if row["similarity"]])
+    check_distribution(
+        found["similarity"], [row["similarity"][0] for row in rows if row["similarity"]]
+    )
 
 
 def rates(rows: list[Row]) -> dict[str, tuple[int, int]]:
@@ -265,28 +249,28 @@ def rates(rows: list[Row]) -> dict[str, tuple[int, int]]:
 
 
 def check_drift(drift: Row, shards: dict[str, list[Row]]) -> None:
-    """Middles, and which shards are flagged and how far away, by the rule that the page states."""
+    """Middles, and which shards are flagged and how far away, by the rule that drift.py states."""
     everything = written(row for part in shards.values() for row in part)
-    tracks: dict[str, tuple[dict[str, float], dict[str, int], float | None]] = {}
+    series: dict[str, tuple[dict[str, float], dict[str, int], float | None]] = {}
     for name in rates([]):
         parts = {shard: rates(rows)[name] for shard, rows in shards.items()}
         shares = {shard: some / whole for shard, (some, whole) in parts.items() if whole}
-        tracks[name] = shares, {shard: whole for shard, (_, whole) in parts.items()}, None
-    for figure in FIGURES:
-        if not (numbers := values(everything, figure)):
+        series[name] = shares, {shard: whole for shard, (_, whole) in parts.items()}, None
+    for metric in METRICS:
+        if not (numbers := values(everything, metric)):
             continue
-        found = {shard: values(written(rows), figure) for shard, rows in shards.items()}
-        middle = statistics.fmean if figure in WHOLE else statistics.median
+        found = {shard: values(written(rows), metric) for shard, rows in shards.items()}
+        middle = statistics.fmean if metric in WHOLE else statistics.median
         lower, _, upper = (
             statistics.quantiles(numbers, n=4, method="inclusive")
             if len(numbers) > 1
             else (0, 0, 0)
         )
-        scale = statistics.pstdev(numbers) if figure in WHOLE else upper - lower
+        scale = statistics.pstdev(numbers) if metric in WHOLE else upper - lower
         some = {shard: middle(part) for shard, part in found.items() if part}
-        tracks[figure] = some, {shard: len(part) for shard, part in found.items()}, scale
-    assert sorted(drift) == sorted(tracks)
-    for name, (own, counts, spread) in tracks.items():
+        series[metric] = some, {shard: len(part) for shard, part in found.items()}, scale
+    assert sorted(drift) == sorted(series)
+    for name, (own, counts, scale) in series.items():
         if not own:
             assert drift[name] == {"middle": None, "flagged": []}
             continue
@@ -294,7 +278,7 @@ def check_drift(drift: Row, shards: dict[str, list[Row]]) -> None:
         assert drift[name]["middle"] == round(centre, 6)
         expected = {}
         for shard, number in own.items():
-            away = _units(number, centre, list(own.values()), counts[shard], spread)
+            away = _units(number, centre, list(own.values()), counts[shard], scale)
             if abs(away) > 5 and counts[shard] >= 50:
                 expected[shard] = (round(number, 6), counts[shard], away)
         assert {

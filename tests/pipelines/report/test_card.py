@@ -1,5 +1,5 @@
-"""The data card and its Croissant description: every figure recomputes, and nothing from outside is
-more than text.
+"""The data card and its Croissant description: every number recomputes, and text from outside the
+program stays text.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def write_card(store: Store) -> None:
 
 @pytest.fixture(scope="module")
 def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Six portraits from a table, one without a face and one that is no picture; one is held for a
-    small face.
-    """
+    """A table of six portraits, an image without a face and an HTML page. One portrait is
+    quarantined for a small face."""
     folder = tmp_path_factory.mktemp("table")
     grey = io.BytesIO()
     Image.new("RGB", (300, 300), "grey").save(grey, "JPEG")
@@ -107,10 +106,10 @@ def table(body: str, first: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
+def test_every_number_recomputes_from_the_sidecars(made: Store) -> None:
     rows, (_, body) = rows_of(Path(made.root)), card_of(made)
     samples = [row for row in rows if row["status"] == "ok"]
-    assert 0 < len(samples) < 6, "one must be held, for the card to leave it out"
+    assert 0 < len(samples) < 6, "one must be quarantined, for the card to leave it out"
     assert f"{len(samples)} samples in 2 shards, made from 8 inputs" in body
     [ledger] = [found[1:] for found in tables(body) if found[0] == ["status", "reason", "inputs"]]
     expected = Counter((row["status"], row["reason"]) for row in rows if row["status"] != "ok")
@@ -120,13 +119,13 @@ def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
     licenses = Counter(" ".join((row["license"] or "not stated").split()) for row in samples)
     assert {name: int(count) for name, [count] in table(body, "licence").items()} == licenses
     assert sum(int(count) for [count] in table(body, "author").values()) == len(samples)
-    people = pq.read_table(Path(made.root) / "identities.parquet").to_pylist()
+    identities = pq.read_table(Path(made.root) / "identities.parquet").to_pylist()
     sides = {
         side: [
-            str(sum(row["split"] == side for row in people)),
-            str(len({row["identity_id"] for row in people if row["split"] == side})),
+            str(sum(row["split"] == side for row in identities)),
+            str(len({row["identity_id"] for row in identities if row["split"] == side})),
         ]
-        for side in {row["split"] for row in people}
+        for side in {row["split"] for row in identities}
     }
     assert table(body, "split") == sides
     assert table(body, "setting")["rules.min_face"][0] in ("265", "265.0")
@@ -139,8 +138,8 @@ def test_every_figure_recomputes_from_the_sidecars(made: Store) -> None:
 
 def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
     head, body = card_of(made)
-    kept = [row for row in rows_of(Path(made.root)) if row["status"] == "ok"]
-    assert EVIL in {row["license"] for row in kept}, "or this tests nothing"
+    samples = [row for row in rows_of(Path(made.root)) if row["status"] == "ok"]
+    assert EVIL in {row["license"] for row in samples}, "or this tests nothing"
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     assert not [token for token in tokens if token.type.startswith("html")]
     headings = [
@@ -149,7 +148,7 @@ def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
     assert not [title for title in headings if "hi" in title.split()]
     assert "CC|BY # hi <script>" in table(body, "licence")
     authors = table(body, "author")
-    for row in kept:
+    for row in samples:
         assert (" ".join(row["author"].replace("\u202e", " ").split()) or "not stated") in authors
     assert "\u202e" not in body
     assert (
@@ -157,16 +156,16 @@ def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
     )
 
 
-def test_the_front_matter_leads_to_the_samples_and_not_to_what_is_held(made: Store) -> None:
+def test_the_front_matter_names_the_samples_and_not_the_quarantine(made: Store) -> None:
     [entry] = card_of(made)[0]["configs"][0]["data_files"]
     found = {path.name for path in Path(made.root).glob(entry["path"])}
     assert found == {"fgid-000000.tar", "fgid-000001.tar"}
     assert list(Path(made.root).glob("shards/*.quarantine.tar")), (
-        "nothing was held: the pattern proves nothing"
+        "nothing is quarantined, so the pattern proves nothing"
     )
 
 
-def test_the_card_names_no_picture_no_path_and_no_host(made: Store) -> None:
+def test_the_card_names_no_image_no_path_and_no_host(made: Store) -> None:
     sources = [row["source"] for row in rows_of(Path(made.root))]
     dataset = json.loads(made.read("dataset.json"))
     for name in ("README.md", "croissant.json"):
@@ -217,55 +216,45 @@ def test_croissant_is_valid_and_its_records_are_the_rows(made: Store) -> None:
             assert record == plain(row)
 
 
-def test_croissant_knows_every_file_by_its_digest(made: Store) -> None:
-    told = json.loads(made.read("croissant.json"))
-    objects = {
-        node["contentUrl"]: node["sha256"] for node in told["distribution"] if "contentUrl" in node
-    }
-    root = Path(made.root)
+def check_digests(store: Store) -> None:
+    """Checks that croissant.json lists every file with its digest."""
+    distribution = json.loads(store.read("croissant.json"))["distribution"]
+    root = Path(store.root)
     files = [
         *root.glob("shards/fgid-??????.tar"),
         *root.glob("shards/*.parquet"),
         root / "identities.parquet",
     ]
-    assert objects == {
+    assert {n["contentUrl"]: n["sha256"] for n in distribution if "contentUrl" in n} == {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }
 
 
-def test_the_snippet_reads_one_side_of_the_split(
-    made: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = card_of(made)[1].split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(made.root)
-    space: dict[str, Any] = {}
-    exec(code, space)
-    people = pq.read_table("identities.parquet").to_pylist()
-    assert {row["split"] for row in people} == {"train", "val"}, "or there is nothing to choose"
-    assert {sample["__key__"] for sample in space["samples"]} == {
-        r["key"] for r in people if r["split"] == "train"
-    }
+def test_croissant_lists_every_file_with_its_digest(made: Store) -> None:
+    check_digests(made)
 
 
-def test_a_take_down_is_counted_and_leaves_its_digests(copy: Store) -> None:
-    kept = next(row for row in rows_of(Path(copy.root)) if row["status"] == "ok")
+def test_a_take_down_is_counted_and_the_digests_are_updated(copy: Store) -> None:
+    sample = next(row for row in rows_of(Path(copy.root)) if row["status"] == "ok")
     settings = load_text(DatasetConfig, copy.read("config.yaml").decode(), [f"output={copy.root}"])
     assert "Nothing was taken down" in card_of(copy)[1]
-    take_down(copy, settings, by_source(copy, kept["source"]), "source", "asked by person of note")
+    take_down(
+        copy, settings, by_source(copy, sample["source"]), "source", "asked by person of note"
+    )
     write_card(copy)
     body = card_of(copy)[1]
     assert table(body, "by") == {"source": ["1", "1"]}
     assert "person of note" not in body and ["dropped", "taken_down", "1"] in [
         r for t in tables(body) for r in t
     ]
-    test_croissant_knows_every_file_by_its_digest(copy)
+    check_digests(copy)
 
 
-def test_an_identity_on_both_sides_breaks_the_promise_loudly(copy: Store) -> None:
+def test_an_identity_on_both_sides_is_stated(copy: Store) -> None:
     assert "No identity is on both sides" in card_of(copy)[1]
     path = Path(copy.root) / "identities.parquet"
-    people = pq.read_table(path)
-    one = people.set_column(2, "identity_id", pa.array(["id-1"] * len(people)))
+    identities = pq.read_table(path)
+    one = identities.set_column(2, "identity_id", pa.array(["id-1"] * len(identities)))
     pq.write_table(one, path)
     write_card(copy)
     body = card_of(copy)[1]

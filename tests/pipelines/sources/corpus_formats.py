@@ -27,9 +27,6 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
     return encoded(image, "JPEG", **{"quality": 90, **options})
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -92,9 +89,6 @@ def sixteen_bit(pixels: Pixels) -> bytes:
     """An RGB PNG of 16 bits a channel."""
     lines = b"".join(b"\0" + line.tobytes() for line in (pixels.astype(">u2") * 257).astype(">u2"))
     return png(pixels.shape[1], pixels.shape[0], zlib.compress(lines), depth=16)
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:

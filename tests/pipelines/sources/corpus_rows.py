@@ -50,9 +50,6 @@ class Rows(NamedTuple):
     expected: dict[str, Outcome]
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 class Member(NamedTuple):
     name: str
     expected: Outcome
@@ -127,9 +124,6 @@ def _header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def tables(folder: Path, faces: Faces) -> Rows:
     whole = jpeg(faces[2])
     cells: dict[bytes | None, Outcome] = {
@@ -176,9 +170,6 @@ def _damaged_table(path: Path, image: bytes) -> None:
     with pq.ParquetFile(path) as written:
         start = written.metadata.row_group(1).column(0).data_page_offset
     path.write_bytes(formats.patched(path.read_bytes(), start, b"\xff" * 40))
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 class TouchesFile:
@@ -253,9 +244,6 @@ def _png(labels: Any) -> bytes:
     return data.tobytes()
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def refused_urls(folder: Path, faces: Faces) -> Rows:
     """URLs that must be refused before any request is sent."""
     expected = {
@@ -322,9 +310,6 @@ def endless(handler: BaseHTTPRequestHandler) -> None:
     handler.end_headers()
     while True:
         handler.wfile.write(b"x" * 4096)
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def unusable_sources() -> Iterator[tuple[str, bytes, str, str]]:

@@ -1,4 +1,4 @@
-"""A shard as an Arrow table: nothing is lost, and anything but one whole shard is refused."""
+"""A shard as an Arrow table: it is read back unchanged, and other tables are errors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def block(task: ToyTask) -> Block:
 
 @pytest.mark.parametrize("inputs", [1, 3])
 def test_round_trip(inputs: int) -> None:
-    given = block(ToyTask(5, inputs, 123))
-    table = given.to_arrow()
+    original = block(ToyTask(5, inputs, 123))
+    table = original.to_arrow()
     assert table.schema.equals(BLOCK_SCHEMA) and table.num_rows == inputs
-    read = Block.from_arrow(table)
-    assert [record.key for record in read.records] == [record.key for record in given.records]
-    assert read.remaining_stages == given.remaining_stages
-    assert (read.task, read.run) == (given.task, given.run)
+    decoded = Block.from_arrow(table)
+    assert [record.key for record in decoded.records] == [record.key for record in original.records]
+    assert decoded.remaining_stages == original.remaining_stages
+    assert (decoded.task, decoded.run) == (original.task, original.run)
 
 
-def test_anything_but_one_whole_shard_is_an_error() -> None:
+def test_a_table_that_is_not_exactly_one_shard_is_an_error() -> None:
     whole = block(ToyTask(5, 3)).to_arrow()
     wrong = {
         "a missing row": whole.slice(0, 2),

@@ -1,4 +1,4 @@
-"""What remote workers are sent."""
+"""The runtime environment of remote workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attempts at each shard, and progress from the counter to the caller."""
+"""The counter of attempts, and the relay of progress from the counter to the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stages.executors.counter import Counter, Progress, ProgressRelay
 from stages.executors.watchdog import Stuck
 
 
-def test_attempts_are_counted_for_each_shard_and_group_until_they_end() -> None:
+def test_attempts_are_counted_for_each_shard_and_group_until_one_ends() -> None:
     counter = Counter()
     assert [counter.begin(1, 0), counter.begin(1, 0), counter.begin(1, 0)] == [1, 2, 3]
     assert (counter.begin(2, 0), counter.begin(1, 3)) == (1, 1)
@@ -35,19 +35,19 @@ def test_a_shard_is_stuck_until_it_begins_again_or_ends() -> None:
     assert counter.progress(5.0) == Progress(9, [])
 
 
-def test_the_relay_advances_by_what_is_new_and_logs_a_stuck_shard_once(
+def test_the_relay_advances_by_new_records_and_logs_a_stuck_shard_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    answers = [
+    reports = [
         Progress(3, []),
         None,
         Progress(3, [Stuck(1, "parse", "a", 9.0)]),
         Progress(10, [Stuck(1, "parse", "a", 9.5), Stuck(1, "parse", "b", 9.5)]),
     ]
     advanced: list[int] = []
-    relay = ProgressRelay(iter(answers).__next__, advanced.append)
+    relay = ProgressRelay(iter(reports).__next__, advanced.append)
     with caplog.at_level(logging.WARNING):
-        for _ in answers:
+        for _ in reports:
             relay.relay()
     assert advanced == [3, 7]
     assert [record.getMessage()[:40] for record in caplog.records] == [
@@ -56,7 +56,7 @@ def test_the_relay_advances_by_what_is_new_and_logs_a_stuck_shard_once(
     ], "once for each worker that hangs"
 
 
-def test_what_finished_before_the_end_is_relayed() -> None:
+def test_records_that_finish_last_are_relayed_at_the_end() -> None:
     advanced: list[int] = []
     with ProgressRelay(lambda: Progress(5, []), advanced.append):
         pass

@@ -19,25 +19,26 @@ from tests.pipelines.helpers import DEMO, config, digests, hears_ctrl_c
 
 
 @pytest.fixture(scope="module")
-def undisturbed(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    output = tmp_path_factory.mktemp("undisturbed")
+def expected(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """File name → digest, of an uninterrupted run on the inline executor."""
+    output = tmp_path_factory.mktemp("expected")
     run(config(portraits, output, "shard_size=2"))
     return digests(output)
 
 
 @pytest.mark.slow
-def test_ray_gives_the_bytes_of_inline(
-    portraits: Path, undisturbed: dict[str, str], tmp_path: Path
+def test_ray_writes_the_bytes_of_inline(
+    portraits: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     advanced: list[int] = []
     ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), advanced.append)
-    assert digests(tmp_path) == undisturbed
+    assert digests(tmp_path) == expected
     assert ledger.inputs == sum(advanced) == 8
 
 
 def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int, str]:
-    """Runs `command` and stops it by the signal `how` when its first shard is committed; returns
-    its exit status and standard error.
+    """Runs `command` and sends it the signal `how` when its first shard is committed. Returns its
+    exit status and standard error.
     """
     driver = subprocess.Popen(
         command,
@@ -62,8 +63,8 @@ def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int
 @pytest.mark.slow
 # Ray's driver is killed by `make chaos`.
 @pytest.mark.parametrize(("executor", "how"), [("inline", signal.SIGKILL), ("ray", signal.SIGINT)])
-def test_stopping_the_driver_mid_run_and_running_again_gives_the_same_bytes(
-    executor: str, how: signal.Signals, portraits: Path, undisturbed: dict[str, str], tmp_path: Path
+def test_a_stopped_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
+    executor: str, how: signal.Signals, portraits: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     overrides = [
         f"source.path={portraits}",
@@ -80,7 +81,7 @@ def test_stopping_the_driver_mid_run_and_running_again_gives_the_same_bytes(
         if len(list(shards.glob("*.json"))) < 4:
             break
     else:
-        pytest.fail("three times the run ended before it was stopped")
+        pytest.fail("the run ended before it was stopped, three times")
     if how is signal.SIGINT:
         assert code == 130, errors
         assert "The same command goes on" in errors and "Traceback" not in errors
@@ -88,6 +89,6 @@ def test_stopping_the_driver_mid_run_and_running_again_gives_the_same_bytes(
     else:
         assert code == -signal.SIGKILL, "the run ended before it could be killed"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert digests(tmp_path) == undisturbed
+    assert digests(tmp_path) == expected
     assert list(lint(Store(str(tmp_path)))) == []
     assert not [path.name for path in shards.iterdir() if ".tmp-" in path.name]

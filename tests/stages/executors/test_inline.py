@@ -1,4 +1,4 @@
-"""The inline executor runs any job: order, progress, times, and only the stages a record needs."""
+"""The inline executor: order, progress, times, and only the stages that a record needs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from stages.executors.inline import run_inline
 from tests.stages.executors.toy import ToyJob, ToyTask, expected_texts
 
 
-def test_a_job_that_is_no_data_set() -> None:
+def test_results_progress_and_times_of_a_job() -> None:
     tasks = [ToyTask(3, 20), ToyTask(1, 1)]
     advanced: list[int] = []
     results = list(run_inline(ToyJob(), tasks, advanced.append))
     assert [(result.index, result.texts) for result in results] == [
         (task.index, expected_texts(task)) for task in tasks
     ]
-    assert sum(advanced) == 21 and len(advanced) > 2, "progress comes within a shard too"
+    assert sum(advanced) == 21 and len(advanced) > 2, "progress is reported within a shard too"
     for result in results:
         assert set(result.run.seconds) == {"source", "coarse", "fine"}
         assert (result.run.executor, result.run.attempt) == ("inline", 1)

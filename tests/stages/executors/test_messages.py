@@ -1,4 +1,4 @@
-"""Messages over a pipe: whole, and one at a time."""
+"""Messages over a pipe: they are read one at a time, and a truncated one is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.record import Record, key_of
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Both ends: to read, to write."""
+    """A pipe's reading and its writing end."""
     read, write = os.pipe()
     with os.fdopen(read, "rb") as reader, os.fdopen(write, "wb") as writer:
         yield reader, writer
@@ -33,7 +33,7 @@ def test_a_second_message_stays_in_the_pipe_where_select_sees_it(
     assert not select.select([reader], [], [], 0)[0]
 
 
-def test_a_message_cut_off_is_the_end(pipe: tuple[IO[bytes], IO[bytes]]) -> None:
+def test_a_truncated_message_is_the_end_of_the_stream(pipe: tuple[IO[bytes], IO[bytes]]) -> None:
     reader, writer = pipe
     send(writer, b"whole")
     writer.write(b"\x08\0\0\0\0\0\0\0half")
@@ -43,9 +43,13 @@ def test_a_message_cut_off_is_the_end(pipe: tuple[IO[bytes], IO[bytes]]) -> None
         receive(reader)
 
 
-def test_a_packed_record_is_read_back_and_no_other_kind_of_message() -> None:
+def test_a_packed_record_is_unpacked_unchanged_and_differs_from_other_messages() -> None:
     record = Record(key=key_of("a"), source="a", image=b"\xff\xd8", caption="ä")
     data = pack(record)
-    back = unpack(data)
-    assert (back.key, back.image, back.caption) == (record.key, record.image, record.caption)
+    unpacked = unpack(data)
+    assert (unpacked.key, unpacked.image, unpacked.caption) == (
+        record.key,
+        record.image,
+        record.caption,
+    )
     assert not data.startswith((READY, STAGE, ERROR))

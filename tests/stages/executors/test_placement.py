@@ -1,4 +1,4 @@
-"""Workers leave room for read and write tasks, and impossible clusters are refused."""
+"""Placement of workers: they leave room for read and write tasks; too small clusters are errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chain(*needs: tuple[float, float]) -> list[Stage]:
     ]
 
 
-def test_workers_leave_room_for_tasks_and_impossible_gpus_are_refused() -> None:
+def test_workers_leave_room_for_tasks_and_missing_gpus_are_an_error() -> None:
     stages = build_stages(DatasetConfig())
     for cpus in (1, 2, 4, 64):
         groups = plan_groups(stages, [Resources(cpus, 0)])
@@ -71,7 +71,7 @@ def test_a_setting_lowers_the_number_of_workers_and_never_raises_it() -> None:
     assert [plan_groups(stages, nodes, workers)[0].workers for workers in (0, 3, 9)] == [4, 3, 4]
 
 
-def test_workers_are_shrunk_where_no_node_holds_a_whole_chain() -> None:
+def test_workers_get_fewer_cpus_if_no_node_has_room_for_a_whole_chain() -> None:
     groups = plan_groups(chain((2, 0), (2, 0.5)), [Resources(1, 1), Resources(1, 0)])
     assert [(group.cpus, group.gpus, group.workers) for group in groups] == [
         (0.75, 0, 1),
@@ -79,7 +79,7 @@ def test_workers_are_shrunk_where_no_node_holds_a_whole_chain() -> None:
     ]
 
 
-def test_a_cluster_without_room_for_workers_is_refused() -> None:
+def test_a_cluster_without_room_for_workers_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"has 0\.5 CPUs, expected more than 0\.5"):
         plan_groups(chain((1, 0)), [Resources(0.5, 0)])
     with pytest.raises(ConfigError, match=r"0\.75 GPUs \(detect: 0\.25, parse: 0\.5\).* has 0\.5"):

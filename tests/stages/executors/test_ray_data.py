@@ -1,4 +1,4 @@
-"""On a real local Ray cluster: the results of inline, and records that end their worker."""
+"""Ray on a local cluster: it has the results of inline, also if records kill their workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_index(results: list[Result]) -> dict[int, list[tuple[str, str]]]:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_no_data_set_has_the_results_of_inline() -> None:
+def test_a_job_on_ray_has_the_results_of_inline() -> None:
     tasks = [ToyTask(index, 1 + index) for index in range(4)]
     advanced: list[int] = []
     results = list(run_ray(ToyJob(), tasks, advanced.append))
@@ -33,7 +33,7 @@ def test_a_job_that_is_no_data_set_has_the_results_of_inline() -> None:
 
 
 @pytest.mark.slow
-def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
+def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
     portraits: Path, tmp_path: Path
 ) -> None:
     photos = Path(shutil.copytree(portraits, tmp_path / "photos"))
@@ -45,7 +45,7 @@ def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
         "executor=ray",
         "stuck_after=4",
         "ray.deaths=1",
-        "neighbours.max_similarity=0",
+        "global_pass.max_similarity=0",
     ]
     job = plan_job(config(photos, tmp_path / "out", *overrides), chain=trapped)
     manifests = list(execute(job, lambda count: None))
@@ -65,5 +65,5 @@ def test_images_that_kill_or_hang_their_worker_are_lost_and_nothing_else_is(
     }
     assert sum(manifest.written for manifest in manifests) == len(others) == 6
     assert max(manifest.run.attempt for manifest in manifests) == 2, (
-        "the first in a worker, the second in a child process"
+        "the first attempt in a worker, the second in a child process"
     )

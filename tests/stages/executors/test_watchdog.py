@@ -1,4 +1,4 @@
-"""The watchdog reports shards in which nothing has moved for too long, and no others."""
+"""The watchdog reports shards without progress for too long, and no others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_stuck_shards_longest_first() -> None:
     assert watchdog.stuck(7.0) == [Stuck(1, "detect", "a", 10.0)]
     assert watchdog.stuck(3.0) == [Stuck(1, "detect", "a", 10.0), Stuck(2, "parse", "b", 5.0)]
     watchdog.enter(1, "detect", "a")
-    assert watchdog.stuck(3.0) == [Stuck(2, "parse", "b", 5.0)], "the next chunk is a move"
+    assert watchdog.stuck(3.0) == [Stuck(2, "parse", "b", 5.0)], "the next chunk is progress"
 
 
 def test_message_names_shard_stage_time_and_place() -> None:

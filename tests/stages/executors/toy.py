@@ -1,4 +1,4 @@
-"""A job that is no data set: a few records a task, two stages that write texts."""
+"""A job without a data set: a few records for each task, and two stages that write texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Fine(SleepStage):
 
 
 def build(seconds: str) -> list[Stage]:
-    """seconds: of each record in each stage."""
+    """Returns both stages. seconds: time that a record takes in each stage."""
     return [Coarse(SleepConfig(float(seconds))), Fine(SleepConfig(float(seconds)))]
 
 
@@ -58,7 +58,7 @@ _CHAIN = ChainReference("tests.stages.executors.toy:build", "0")
 
 @dataclass(frozen=True)
 class ToyJob:
-    """Each task's first record has been through `coarse` before."""
+    """The first record of each task has its result of `coarse` already."""
 
     settings: ExecutorSettings = _SETTINGS
     chain: ChainReference = _CHAIN
@@ -79,6 +79,6 @@ def toy_record(task: ToyTask, number: int) -> Record:
 
 
 def expected_texts(task: ToyTask) -> list[tuple[str, str]]:
-    """What ToyJob commits for the task."""
+    """Returns the texts that ToyJob commits for the task."""
     captions = ["known", *(f"a {task.index}-{number}" for number in range(1, task.inputs))]
     return [(caption, f"{caption}, fine") for caption in captions]

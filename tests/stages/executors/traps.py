@@ -1,4 +1,4 @@
-"""Chains with a stage that records can kill, or hold up for ever, by their names."""
+"""Chains with a stage in which records kill the process, hang or raise, by their names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stages.record import Record
 
 
 class Trap(SleepStage):
-    """killer*: the process dies of a segmentation fault. sleeper*: never ends. lonely*: raises
-    ServerError.
+    """killer*: the process dies of a segmentation fault. sleeper*: takes an hour. serverless*:
+    raises ServerError.
     """
 
     name = "trap"
@@ -26,17 +26,17 @@ class Trap(SleepStage):
                 ctypes.string_at(0)
             if record.source.startswith("sleeper"):
                 time.sleep(3600)
-            if record.source.startswith("lonely"):
-                raise ServerError("nobody answers")
+            if record.source.startswith("serverless"):
+                raise ServerError("no server")
         return records
 
 
 def trap_alone(text: str) -> list[Stage]:
-    """For a ChainReference; the text is not used."""
+    """Returns the trap, for a ChainReference. The text is not used."""
     return [Trap(SleepConfig(0.0))]
 
 
 def trapped(config: DatasetConfig) -> list[Stage]:
-    """A Chain: resize, the trap, and constants for the rest."""
+    """Returns resize, the trap, and a stage that sets the other fields to constants."""
     resize, fill = resizing(config)
     return [resize, Trap(SleepConfig(0.0, config.resize.placement)), fill]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import random
 import subprocess
 import sys
@@ -34,6 +33,8 @@ CODES = {
     "403": b"AccessDenied",
     "404": b"NoSuchUpload",
 }
+
+from stages.storage.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,13 +235,13 @@ class Bucket:
         return self.proxy.changes(f"/{self.name}/out/shards/")
 
     def torn(self) -> list[str]:
-        """Manifests there are whose files aren't those they tell of."""
+        """Names of the manifests that describe other files than those that are there."""
         found = []
         there = self.stamps()
         for name in self.manifests():
-            for file in json.loads(self.read(f"out/shards/{name}"))["files"].values():
-                key = f"out/shards/{file['name']}"
-                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file["sha256"]:
+            for file in Manifest.from_json(self.read(f"out/shards/{name}"), name).files:
+                key = f"out/shards/{file.name}"
+                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file.sha256:
                     found.append(name)
         return found
 

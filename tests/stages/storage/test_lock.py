@@ -14,15 +14,7 @@ import pytest
 from configs.errors import LockedError
 from stages.storage.lock import NAME, RunLock
 from stages.storage.store import Store
-
-HOLDER = """
-import sys, time
-from stages.storage.lock import RunLock
-from stages.storage.store import Store
-with RunLock(Store(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+from tests.stages.storage.helpers import HOLDER
 
 
 def test_the_second_run_stops_with_who_holds_it_and_the_lock_goes_with_the_run(

@@ -31,8 +31,8 @@ from stages.storage.lock import NAME, RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests, new_captions
+from tests.stages.storage.helpers import HOLDER
 from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
-from tests.stages.storage.test_lock import HOLDER
 from train.shards import ShardSet
 
 SECRET = "not-to-be-seen-anywhere"
@@ -102,9 +102,6 @@ def made(served: tuple[Proxy, Any], faces: Path) -> Made:
 def command(source: Path | str, output: str, *overrides: str) -> list[str]:
     given = [f"source.path={source}", f"output={output}", "shard_size=1", "threads=1", *overrides]
     return [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_nothing(
@@ -247,9 +244,6 @@ def test_names_over_several_pages_and_files_that_are_missing(bucket: Bucket) -> 
         store.read("shards/03.json")
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 def test_the_lock_refuses_a_second_run_and_knows_a_dead_one(bucket: Bucket) -> None:
     store = Store(bucket.out)
     holder = subprocess.Popen(
@@ -305,9 +299,6 @@ def test_ray_from_s3_into_s3_with_keys_from_the_environment_that_are_kept_nowher
         for key, data in {**kept, "said": said.stdout + said.stderr}.items()
         if SECRET.encode() in data
     ] == []
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:

@@ -1,0 +1,94 @@
+"""Reported data sets that the tests of the report share, and a browser to open their pages in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.report import write_report
+from pipelines.run import run
+from stages.storage.layout import REPORT
+from stages.storage.store import Store
+from tests.pipelines.helpers import config
+from tests.pipelines.report.helpers import Open
+from tests.pipelines.report.report_data import Recipe, write_set
+
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Five shards of 120 inputs, one of them dark and blurred, with hostile texts in them."""
+    folder = tmp_path_factory.mktemp("synthetic") / "out"
+    store = Store(str(write_set(folder, Recipe(shards=5, rows=120, odd=(3,), hostile=True))))
+    write_report(store)
+    return store
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory, poisoned: Path) -> Store:
+    """The poisoned set through the real stages, in shards of four."""
+    output = tmp_path_factory.mktemp("real")
+    run(config(poisoned, output))
+    write_report(str(output))
+    return Store(str(output))
+
+
+@pytest.fixture(scope="session")
+def browsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards of 90 inputs, one of them dark and blurred, with hostile texts in them."""
+    folder = tmp_path_factory.mktemp("browsed") / "out"
+    write_report(str(write_set(folder, Recipe(shards=4, rows=90, odd=(2,), hostile=True))))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, browsed: Path) -> Iterator[Open]:
+    """Opens the page of a data set at a hash, without a network. Fails afterwards if there was a
+    console message, an error, a dialog, or a request other than for the page."""
+    complaints: list[str] = []
+    contexts = []
+
+    def opened(at: str = "", folder: Path = browsed, **options: Any) -> Any:
+        viewport = {"width": 1300, "height": 900}
+        context = browser.new_context(offline=True, **({"viewport": viewport} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        url = (folder / REPORT).as_uri()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "dialog",
+            lambda dialog: complaints.append(f"dialog {dialog.message}") or dialog.dismiss(),
+        )
+        page.on(
+            "request",
+            lambda request: request.url.split("#")[0] == url or complaints.append(request.url),
+        )
+        page.goto(url + at)
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    yield opened
+    for context in contexts:
+        assert context.pages[0].evaluate("window.evil === undefined")
+        context.close()
+    assert not complaints
