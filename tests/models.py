@@ -1,8 +1,8 @@
-"""The real detector, parser and embedder, each loaded once per process and asked once for the same
-pixels.
+"""Caches of the detector, the parser and the embedder, to make tests faster.
 
-An answer is always the model's own. Child processes and Ray's workers load their own models, so a
-test that compares their bytes with this process's compares answers that were made separately.
+Each model is loaded once in a process, and its outputs for the same images are cached. Child
+processes and Ray's workers load and run their own models, so a test that compares their bytes with
+this process's compares outputs that were computed separately.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from stages.record import Face, FloatArray
 
 _NAMES: Final = (("detect", "scrfd"), ("parse", "bisenet"), ("embed", "arcface"))
 _REAL: Final = {job: BACKENDS[job][name] for job, name in _NAMES}
-_MOST: Final = 256  # answers of one model
+_CACHE_SIZE: Final = 256  # outputs of one model
 
 
 def remember(patch: pytest.MonkeyPatch) -> None:
-    """Stages that are set up from now on share one copy of each model, and its answers."""
+    """Lets stages that are set up from now on share the models and the caches of this module."""
     for job, name in _NAMES:
         patch.setitem(BACKENDS[job], name, f"{__name__}:{job}")
 
 
 def forget(patch: pytest.MonkeyPatch) -> None:
-    """Stages that are set up from now on load their own models, and run them each time."""
+    """Lets stages that are set up from now on load their own models, without a cache."""
     for job, name in _NAMES:
         patch.setitem(BACKENDS[job], name, _REAL[job])
 
@@ -67,34 +67,38 @@ def _embedder(config: EmbedConfig, weights: WeightsConfig) -> Embedder:
     return Embedder(ArcFace(config, Weights(weights)))
 
 
-class _Remembering:
+class _CachingModel:
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._answers: dict[Hashable, Any] = {}
+        self._outputs: dict[Hashable, Any] = {}
 
-    def _once(self, images: Sequence[Image], given: Hashable, ask: Callable[[], Any]) -> Any:
-        """What `ask` answers for exactly these images, together: a batch's rounding is its own."""
-        key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), given)
-        if key not in self._answers:
-            if len(self._answers) == _MOST:
-                self._answers.clear()
-            self._answers[key] = ask()
-        return self._answers[key]
+    def _cached(
+        self, images: Sequence[Image], arguments: Hashable, compute: Callable[[], Any]
+    ) -> Any:
+        """Returns the cached output for a batch with these arguments, or computes it.
+
+        The key is the whole batch, because rounding depends on the batch.
+        """
+        key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), arguments)
+        if key not in self._outputs:
+            if len(self._outputs) == _CACHE_SIZE:
+                self._outputs.clear()
+            self._outputs[key] = compute()
+        return self._outputs[key]
 
 
-class Detector(_Remembering):
+class Detector(_CachingModel):
     def detect(self, image: Image, size: int) -> list[Face]:
-        return list(self._once([image], size, lambda: self._model.detect(image, size)))
+        return list(self._cached([image], size, lambda: self._model.detect(image, size)))
 
 
-class Parser(_Remembering):
+class Parser(_CachingModel):
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        found = self._once(images, None, lambda: self._model.parse(images))
-        return [labels.copy() for labels in found]
+        label_maps = self._cached(images, None, lambda: self._model.parse(images))
+        return [labels.copy() for labels in label_maps]
 
 
-class Embedder(_Remembering):
+class Embedder(_CachingModel):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
-        given = tuple(faces)
-        found = self._once(images, given, lambda: self._model.embed(images, faces))
-        return [vector.copy() for vector in found]
+        vectors = self._cached(images, tuple(faces), lambda: self._model.embed(images, faces))
+        return [vector.copy() for vector in vectors]

@@ -23,11 +23,7 @@ _NUMBERED = re.compile(r"(data|item|list|obj|object|out|res|result|temp|tmp|val|
 EXEMPT = (
     "pipelines",
     "pipelines/dedup",
-    "pipelines/inspect",
     "pipelines/planning",
-    "pipelines/report",
-    "stages",
-    "stages/backends",
     "stages/storage",
     "tests/docs",
     "tests/pipelines",
@@ -35,8 +31,6 @@ EXEMPT = (
     "tests/pipelines/inspect",
     "tests/pipelines/planning",
     "tests/pipelines/report",
-    "tests/stages",
-    "tests/stages/executors",
     "tests/stages/storage",
 )
 

@@ -24,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments: object) -> Result:
-    """The command in this process."""
+    """Runs the command in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own."""
-    given = [sys.executable, *(str(word) for word in command)]
-    return subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+    """Runs Python in another process."""
+    arguments = [sys.executable, *(str(word) for word in command)]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

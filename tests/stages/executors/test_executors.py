@@ -84,7 +84,7 @@ def test_a_stopped_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
         pytest.fail("the run ended before it was stopped, three times")
     if how is signal.SIGINT:
         assert code == 130, errors
-        assert "The same command goes on" in errors and "Traceback" not in errors
+        assert "The same command continues" in errors and "Traceback" not in errors
         assert not (tmp_path / "run.lock").exists()
     else:
         assert code == -signal.SIGKILL, "the run ended before it could be killed"
