@@ -1,5 +1,6 @@
-# ConsistentID, whole: photographs → FGID shards + report → adapter → portraits. `make help` lists what there is.
-# Everything installs itself into .venv on first use; nothing outside this folder and the weights' cache is touched.
+# ConsistentID, whole: photographs → FGID shards and report → adapter → portraits.
+# `make help` lists all targets. The first one that is run installs the project into .venv. Nothing is
+# written outside this folder and the cache of weights.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -12,7 +13,8 @@ COUNT ?= 64
 STEPS ?=
 ARGS ?=
 
-# uv reads its own variables, not pip's: hand on where wheels lie (a CPU torch, say) and which index is configured.
+# uv doesn't read pip's configuration, so pass on pip's index and find-links (for example, a folder
+# with a CPU build of torch).
 pip_config = $$($(PYTHON) -m pip config get global.$(1) 2>/dev/null)
 UV_INSTALL = \
 	links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$(call pip_config,find-links)}}"; \
@@ -25,12 +27,12 @@ UV_INSTALL = \
 .PHONY: help install demo dataset train infer report inspect weights test golden chaos quality lint format bench \
 	bench-scale clean
 
-help: ## this list
+help: ## list all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo
-	@echo '  CONFIG=FILE names a preset of configs/, ARGS="key=value …" overrides any setting of it.'
+	@echo '  CONFIG=FILE chooses a preset in configs/; ARGS="key=value …" overrides its settings.'
 
-install: $(VENV)/.installed ## set up .venv (done by itself before the others)
+install: $(VENV)/.installed ## install the project into .venv; other targets do this first
 
 $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,10 +41,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	@$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
 	@touch $@
 
-demo: install ## everything once, on real faces: portraits → shards + report → training → portraits
+demo: install ## all steps: synthetic portraits → shards and report → training → portraits. COUNT=64 STEPS=
 	$(RUN) -m pipelines.demo.run --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
-dataset: install ## photographs → shards + report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
+dataset: install ## photographs → shards and report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
 	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)
 
 train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… output=…"
@@ -51,28 +53,28 @@ train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… ou
 infer: install ## a photograph and a prompt → portraits. CONFIG=configs/infer/… ARGS="--photo … --prompt …"
 	$(RUN) -m infer.cli --config $(or $(CONFIG),configs/infer/demo.yaml) $(ARGS)
 
-report: install ## write the report of OUT=… again
+report: install ## write the report of the data set OUT again. OUT=…
 	$(RUN) -m pipelines.cli report $(OUT)
 
-inspect: install ## one sample in the terminal or as PNG. OUT=… KEY=… ARGS="--png FILE"
+inspect: install ## show one input in the terminal or as PNG. OUT=… KEY=… ARGS="--png FILE"
 	$(RUN) -m pipelines.cli inspect $(OUT) $(KEY) $(ARGS)
 
-weights: install ## fetch weights ahead of a run. PRESET=demo or fgid
+weights: install ## fetch weights before a run. PRESET=demo or fgid
 	$(RUN) -m pipelines.cli weights --config configs/dataset/$(PRESET).yaml $(ARGS)
 
-test: install ## all tests, two files at a time
+test: install ## run all tests, in two processes
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-golden: install ## compare the model with the reference's answers
+golden: install ## compare the model with the reference's recorded outputs
 	$(RUN) -m tests.golden.check tests/golden
 
-chaos: install ## kill workers, actors, nodes and the driver of a Ray cluster, and compare every byte. ROUNDS=5
+chaos: install ## kill workers, actors, nodes and the driver of a Ray cluster, then compare all bytes. ROUNDS=5
 	$(RUN) -m tests.chaos --rounds $(or $(ROUNDS),5) $(ARGS)
 
-quality: install ## plant faults among COUNT portraits; the rules must drop these and few others. ARGS="--each 20"
+quality: install ## plant faults in portraits; the rules must drop these and few others. COUNT=… ARGS="--each 20"
 	$(RUN) -m tests.quality --count $(COUNT) $(ARGS)
 
-lint: install ## style, types, import layers, sizes, names
+lint: install ## check style, types, import layers, sizes and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -84,12 +86,12 @@ format: install ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## speed of the bare models, of the inline executor and of Ray, side by side. ARGS="--against reference" or img2dataset
+bench: install ## speed of the models in a loop, of inline and of Ray. ARGS="--against reference" or img2dataset
 	$(RUN) -m bench.dataset $(ARGS)
 
-bench-scale: install ## the Ray executor with 1 to 32 simulated workers, and the driver's memory at 1k to 1M inputs
+bench-scale: install ## speed of Ray with 1 to 32 simulated workers, and the driver's memory at 1k to 1M inputs
 	$(RUN) -m bench.scale $(ARGS)
 
-clean: ## remove what was made here (runs, caches); .venv and fetched weights stay
+clean: ## remove runs and caches; not .venv and weights
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -52,10 +52,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         bad = [e for e in self.extensions if not e.startswith(".") or e != e.lower()]
-        _check(
-            not bad,
-            f"source.extensions: {bad}: expected lower case with a dot in front, for example .jpg",
-        )
+        _check(not bad, f"source.extensions: {bad}: expected lower case, with a dot, as in .jpg")
         _check(self.tries >= 1, f"source.tries={self.tries}: expected at least 1")
         _check(self.backoff >= 0, f"source.backoff={self.backoff}: expected at least 0 seconds")
         _check(self.timeout > 0, f"source.timeout={self.timeout}: expected more than 0 seconds")

@@ -1,8 +1,7 @@
-"""build_chain: the readable list of what makes a data set.
+"""build_chain: the stages of a data set, in order.
 
-Its models are those of stages.chain, which inference runs too. What stands round them here
-measures, judges and shows pictures that are meant for training, and is of no use to a single
-photograph.
+Its models are those of stages.chain, which inference runs too. The other stages here check rights,
+measure, filter, review and make thumbnails, which only training data needs.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from stages.quality_filter import QualityFilterStage
 from stages.rights import RightsStage
 from stages.thumbnail import ThumbnailStage
 
+# A function at the top level of a module that builds a chain. Worker processes import it by name.
 Chain = Callable[[DatasetConfig], list[Stage]]
-"""A function at the top of a module that builds a chain. Worker processes import it by its name."""
 
 
 def build_chain(config: DatasetConfig) -> list[Stage]:
-    """The chain, in order; nothing is loaded yet. Raises ConfigError or WeightsError for a setting
-    that can't be.
+    """Returns the stages in order, without loading models. Raises ConfigError or WeightsError for
+    an impossible setting.
 
-    Captions come last, since they cost most: what a rule drops is never captioned, unless another
-    rule takes it back.
+    Captions come after the quality filter, since they cost most: a dropped record is captioned only
+    if changed rules restore it.
     """
     resize, detect, parse, embed, caption = build_stages(config)
     chain: list[Stage] = [

@@ -1,4 +1,4 @@
-"""DatasetJob: how an executor loads, processes and commits the shards of a data set."""
+"""DatasetJob: lets an executor load, process and commit the shards of a data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from stages.storage.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetJob:
-    """A stages.executors.job.ShardJob. info: of the chain, as the driver built it."""
+    """A stages.executors.job.ShardJob for a data set. info: of the chain that the driver built, for
+    the manifests.
+    """
 
     config: DatasetConfig
     chain: ChainReference
@@ -42,13 +44,15 @@ class DatasetJob:
 
 
 def chain_reference(config: DatasetConfig, chain: Chain) -> ChainReference:
-    """The text is the chain's name on the first line, and the configuration as YAML after it."""
+    """Returns a reference from which workers build the chain. Its text is the name of the chain
+    function on the first line, then the configuration as YAML.
+    """
     name = f"{chain.__module__}:{chain.__qualname__}"
     return ChainReference("pipelines.dataset_job:build_from_text", f"{name}\n{to_yaml(config)}")
 
 
 def build_from_text(text: str) -> list[Stage]:
-    """Builds the stages of the text that `chain_reference` writes."""
+    """Returns the stages of a chain, from the text that `chain_reference` makes."""
     name, _, config = text.partition("\n")
     chain: Chain = resolve_name(name)
     return chain(load_text(DatasetConfig, config))

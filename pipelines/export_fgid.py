@@ -47,16 +47,16 @@ def export_json(
     overwrite: bool = False,
     advance: Callable[[int], object],
 ) -> int:
-    """Write every written sample of `store` to `folder`; returns their number.
+    """Writes all written samples of `store` to `folder`. Returns their number.
 
-    JSON_all.json appears last, when all other files are complete. color: also write the label map
-    in colours over the image. overwrite: replace files of the same names and leave others; without
-    it a folder that isn't empty raises ConfigError. advance: called with 1 after each sample.
+    JSON_all.json appears last, when all other files are complete. color: also write images with the
+    label map in colours over them. overwrite: replace files with the same names; without it, a
+    folder that isn't empty raises ConfigError. advance: called with 1 after each sample.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise ConfigError(f"{folder} is there and not empty. Give another folder, or --overwrite.")
+        raise ConfigError(f"{folder} is not empty. Give another folder, or --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
-    # Also temporary files of an export that was killed.
+    # also temporary files of an export that was killed
     for stale in (folder / JSON_ALL, *folder.glob(f".{JSON_ALL}.tmp-*")):
         stale.unlink(missing_ok=True)
     count = 0
@@ -73,7 +73,7 @@ def export_json(
 
 
 def _write(record: Record, folder: Path, color: bool) -> dict[str, Any]:
-    """Write the record's files, named by its key only; returns its entry of JSON_all.json."""
+    """Writes the record's files, named by its key only. Returns its entry for JSON_all.json."""
     if not _KEY.fullmatch(record.key):
         raise ShardError(
             f"sample {record.key!r} ({record.source}): its key is not {KEY_LENGTH} hex digits"

@@ -1,4 +1,4 @@
-"""Ledger: inputs = written + dropped (by reason) + failed (by reason), per shard and in all."""
+"""Ledger: counts inputs = written + dropped (by reason) + failed (by reason) of a data set."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Ledger:
     failed: Counter[str] = field(default_factory=Counter)
 
     def add(self, manifest: Manifest) -> None:
-        """Raises ShardError for a manifest that doesn't balance."""
+        """Adds a shard's counts. Raises ShardError if they don't add up to its inputs."""
         dropped, failed = Counter(manifest.dropped), Counter(manifest.failed)
         if manifest.inputs != manifest.written + dropped.total() + failed.total():
             raise ShardError(
-                f"{manifest.shard}: its manifest says {manifest.inputs} inputs, but written, "
-                "dropped "
-                "and failed don't add up to that"
+                f"{manifest.shard}: {manifest.inputs} inputs in its manifest, but "
+                f"{manifest.written} written, {dropped.total()} dropped and {failed.total()} "
+                "failed. Remove the manifest and run the pipeline again: it writes the shard again."
             )
         self.shards += 1
         self.inputs += manifest.inputs
@@ -37,7 +37,7 @@ class Ledger:
         self.failed += failed
 
     def lines(self) -> list[str]:
-        """The ledger for people."""
+        """Returns the ledger as lines of text."""
         lines = [
             f"{self.inputs:>8,} inputs in {self.shards} shards",
             f"{self.written:>8,} written",
@@ -49,7 +49,7 @@ class Ledger:
 
 
 def read_ledger(store: Store) -> Ledger:
-    """The ledger of every committed shard."""
+    """Returns the ledger of all committed shards."""
     ledger = Ledger()
     for manifest in DatasetReader(store).manifests().values():
         ledger.add(manifest)

@@ -1,4 +1,4 @@
-"""Lint: every contradiction in a data set, as lines for people."""
+"""Lint: checks that the files of a data set are complete and match each other."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from stages.storage.store import Store
 
 
 def lint(store: Store) -> Iterator[str]:
-    """Contradictions between manifests, files, sidecars, samples, exclusions and identities. No
-    line means that the data set is sound.
+    """Yields a line for each contradiction between manifests, files, sidecars, samples, exclusions
+    and identities; none if the data set is correct.
     """
     reader = DatasetReader(store)
     for manifest in stale_shards(store):
-        yield f"{manifest.shard}: duplicates or removals are not applied yet. Run again."
+        yield (
+            f"{manifest.shard}: duplicates or removals are not applied yet. Run the pipeline again."
+        )
     for manifest in reader.manifests().values():
         problems = list(_lint_files(store, manifest))
         yield from problems or _lint_samples(reader, manifest)
@@ -33,6 +35,7 @@ def lint(store: Store) -> Iterator[str]:
 
 
 def _lint_files(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Compares a shard's files with their digests in the manifest."""
     for file in manifest.files:
         try:
             with store.open(layout.in_shards(file.name)) as stream:
@@ -48,6 +51,7 @@ def _lint_files(store: Store, manifest: Manifest) -> Iterator[str]:
 
 
 def _lint_samples(reader: DatasetReader, manifest: Manifest) -> Iterator[str]:
+    """Compares a shard's samples with the rows of its sidecar."""
     rows = reader.rows(manifest.index).to_pylist()
     if len(rows) != manifest.inputs:
         yield f"{manifest.shard}: {len(rows)} rows for {manifest.inputs} inputs"
@@ -57,7 +61,7 @@ def _lint_samples(reader: DatasetReader, manifest: Manifest) -> Iterator[str]:
         if not chosen:
             continue
         if file is None:
-            yield f"{manifest.shard}: {len(chosen)} rows point into a tar that its manifest lacks"
+            yield f"{manifest.shard}: {len(chosen)} rows are in a tar that is not in its manifest"
             continue
         with reader.store.open(layout.in_shards(file.name)) as tar:
             for row in chosen:
@@ -68,4 +72,4 @@ def _lint_samples(reader: DatasetReader, manifest: Manifest) -> Iterator[str]:
                     continue
                 names = ("source", "sha256", "caption", "license")
                 if any(getattr(record, name) != row[name] for name in names):
-                    yield f"{manifest.shard}: sample {row['key']} contradicts its row"
+                    yield f"{manifest.shard}: sample {row['key']} differs from its row"

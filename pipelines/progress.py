@@ -1,4 +1,4 @@
-"""Progress: how far a run is, on a terminal and elsewhere."""
+"""Progress: shows the progress of a run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stages.storage.manifest import Manifest
 
 
 class Progress:
-    """A bar with images/s and ETA on a terminal, a line every few seconds elsewhere; failures by
-    reason on both.
+    """A context that shows progress: on a terminal a bar with images/s and ETA, elsewhere a line
+    every few seconds; both with the most frequent reasons of dropped and failed inputs.
     """
 
     def __init__(self, total: int) -> None:
@@ -27,14 +27,14 @@ class Progress:
             TextColumn("{task.fields[rate]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[ended]}"),
+            TextColumn("{task.fields[reasons]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._plain = not console.is_terminal
-        self._task = self._bar.add_task("images", total=total, rate="", ended="")
-        self._total, self._done, self._started, self._said = total, 0, 0.0, time.time()
-        self._ended: Counter[str] = Counter()
+        self._prints_lines = not console.is_terminal
+        self._task = self._bar.add_task("images", total=total, rate="", reasons="")
+        self._total, self._done, self._started, self._last_line = total, 0, 0.0, time.time()
+        self._reason_counts: Counter[str] = Counter()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -44,14 +44,15 @@ class Progress:
         self._bar.stop()
 
     def advance(self, count: int) -> None:
+        """Adds `count` processed images."""
         now = time.time()
-        # the clock starts with the first picture, once models are loaded
+        # time is measured from the first images on, when models are loaded
         self._started = self._started or now
         self._done += count
         rate = self._done / max(now - self._started, 1e-9) if now - self._started > 1 else 0.0
         self._bar.update(self._task, advance=count, rate=f"{rate:.1f}/s" if rate else "")
-        if self._plain and now - self._said > 5:
-            self._said = now
+        if self._prints_lines and now - self._last_line > 5:
+            self._last_line = now
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
             typer.echo(
                 f"  {self._done:,}/{self._total:,} images, {rate:.1f}/s{left}{self._reasons()}",
@@ -59,10 +60,12 @@ class Progress:
             )
 
     def note(self, manifest: Manifest) -> None:
-        """Count what a committed shard lost, by reason."""
-        self._ended.update(manifest.dropped)
-        self._ended.update(manifest.failed)
-        self._bar.update(self._task, ended=self._reasons())
+        """Adds the dropped and failed inputs of a committed shard, by reason."""
+        self._reason_counts.update(manifest.dropped)
+        self._reason_counts.update(manifest.failed)
+        self._bar.update(self._task, reasons=self._reasons())
 
     def _reasons(self) -> str:
-        return "".join(f"  {reason} {count}" for reason, count in self._ended.most_common(4))
+        return "".join(
+            f"  {reason} {count}" for reason, count in self._reason_counts.most_common(4)
+        )

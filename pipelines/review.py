@@ -1,8 +1,8 @@
-"""Review: records what the trainer's prompt code makes of a sample's captions, before training.
+"""Review: makes the training text of each sample's captions, and records what it contains.
 
-A caption that names no region, or is so long that every clause about the face is cut, trains
-nothing of the face, and training gives no error. Here each sample gets metrics of that, and a run
-fails where too many samples are of no use.
+If a caption names no region, or is so long that all clauses about the face are cut, the trainer
+fuses no region, without an error. This stage records metrics of that, and a run fails if too many
+samples are not trainable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipelines.report.stats import Report
 
 _VOCABULARY = "clip_bpe"
-_SCAFFOLD = ("Detail:", "Caption:")  # the trainer's own words, two tokens each
+_ADDED_WORDS = ("Detail:", "Caption:")  # the trainer adds them; two tokens each
 
 
 class ReviewStage(RecordStage):
@@ -71,7 +71,7 @@ class ReviewStage(RecordStage):
         tokens, fused, unfused = fused_regions(text, self._tokenizer, mode)
         lengths = [self._length(caption) for caption in captions]
         used = min(self._length(without_marks(text.text)), len(tokens.ids) - 2)
-        added = sum(2 for w in _SCAFFOLD if w in text.text and w not in record.caption)
+        added = sum(2 for w in _ADDED_WORDS if w in text.text and w not in record.caption)
         share = 1 - (used - added) / sum(lengths) if sum(lengths) else 0.0
         shown = {word_of(region) for region in regions}
         named = {word for caption in captions for word in named_regions(caption)}
@@ -92,13 +92,14 @@ class ReviewStage(RecordStage):
         )
 
     def _length(self, text: str) -> int:
-        """CLIP tokens, without BOS and EOS."""
+        """Returns the number of CLIP tokens, without BOS and EOS."""
         return len(self._tokenizer.encode(text, verbose=False)) - 2
 
 
 def check_trainable(report: Report, limit: float) -> None:
-    """Raises QualityError, with the reasons, where more than the share `limit` of the reviewed and
-    other samples trains nothing of the face."""
+    """Raises QualityError, with the reasons, if more than the share `limit` (0 to 1) of all samples
+    is not trainable.
+    """
     untrainable = report.tally["trainable", "no"]
     samples = untrainable + report.tally["trainable", "yes"] + report.tally["trainable", "unknown"]
     if not samples or untrainable <= limit * samples:
@@ -106,10 +107,11 @@ def check_trainable(report: Report, limit: float) -> None:
     reasons = Counter(
         {key[1]: n for key, n in report.tally.items() if key[0] == "untrainable_because"}
     )
-    named = ", ".join(f"{reason} of {count} regions" for reason, count in reasons.most_common())
+    regions = ", ".join(f"{reason} of {count} regions" for reason, count in reasons.most_common())
     raise QualityError(
-        f"{untrainable:,} of {samples:,} samples ({untrainable / samples:.0%}) would train nothing "
-        f"of the face: {named or 'no region is seen'}. At most {limit:.0%} may "
-        "(review.max_untrainable). The shards are kept; look at their captions in the report, and "
-        "change caption.face_prompt or caption.model: only captions are made again."
+        f"{untrainable:,} of {samples:,} samples ({untrainable / samples:.0%}) are not trainable, "
+        f"since none of their regions is fused: {regions or 'no region is visible'}. At most "
+        f"{limit:.0%} may be (review.max_untrainable). The shards are kept. Look at the captions "
+        "in the report, and change the face prompt or the model of the caption backend: the next "
+        "run makes captions only."
     )

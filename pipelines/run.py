@@ -1,4 +1,4 @@
-"""One run of the data set pipeline: plan, find the pending shards, execute, global pass."""
+"""A run of the data set pipeline: plan, pending shards, execution, global pass."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from stages.storage import layout
 from stages.storage.commit import ChainInfo
 from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
+from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Job:
-    """A planned run: its stages, its plan, and the shards that are still to be made."""
+    """A planned run: its stages, its plan, and a task for each pending shard."""
 
     config: DatasetConfig
     store: Store
@@ -43,10 +44,13 @@ class Job:
 
     @property
     def pending_inputs(self) -> int:
+        """The number of inputs in the pending shards."""
         return sum(task.shard.inputs for task in self.tasks)
 
     def why(self) -> list[str]:
-        """One line for each kind of task: "3 shards through caption, from their own samples"."""
+        """Returns a line for each kind of task, such as "3 shards through caption, from their own
+        samples".
+        """
         kinds = Counter(map(self._why, self.tasks))
         return [f"{count} shards {why}" for why, count in sorted(kinds.items())]
 
@@ -58,9 +62,9 @@ class Job:
             stale = [stage.name for stage in self.stages if stage.name in task.stale_stages]
             reasons.append(f"through {', '.join(stale)}, from their own samples")
         if task.inputs_changed:
-            reasons.append("with inputs that may have changed: those that have are made again")
+            reasons.append("with inputs that may have changed: those are processed again")
         if task.retry:
-            reasons.append(f"with inputs to be tried again ({', '.join(sorted(task.retry))})")
+            reasons.append(f"with inputs to retry ({', '.join(sorted(task.retry))})")
         return "; ".join(reasons)
 
 
@@ -69,7 +73,7 @@ def plan_job(
 ) -> Job:
     """Checks the configuration, lists the source and finds the pending shards. Writes nothing.
 
-    retry: reasons; inputs that were dropped or failed with one of them are tried again. Raises
+    retry: reasons; inputs that were dropped or failed with one of them are processed again. Raises
     SourceError, ShardError or WeightsError.
     """
     store = Store(config.output)
@@ -80,8 +84,9 @@ def plan_job(
 
 
 def fetch_weights(config: DatasetConfig, chain: Chain = build_chain) -> list[dict[str, str]]:
-    """Fetches and checks every weights file of the chain; returns name, file, sha256 and license of
-    each."""
+    """Fetches and checks all weights files of the chain. Returns name, file, sha256 and license of
+    each.
+    """
     weights = Weights(config.weights)
     names = sorted({name for stage in chain(config) for name in stage.weights()})
     for name in names:
@@ -98,17 +103,26 @@ def fetch_weights(config: DatasetConfig, chain: Chain = build_chain) -> list[dic
 
 
 def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
-    """Makes the pending shards; yields each manifest as it is committed, then runs the global pass.
-    Stopped at any point, the same call resumes."""
+    """Processes the pending shards and yields the manifest of each when it is committed. Then runs
+    the global pass.
+
+    If it is stopped, the same call continues. advance: called with the number of processed records.
+    """
     store, config = job.store, job.config
+    settings = to_yaml(config)
     planned = planned_shards(store) == len(job.plan.shards)
-    if not job.tasks and planned and is_global_pass_current(store, config.global_pass):
+    # A run with other settings may have been killed after it stored them.
+    stored = DatasetReader(store).config_text() == settings
+    done = not job.tasks and planned and stored
+    if done and is_global_pass_current(store, config.global_pass):
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
         store.sweep(layout.SHARDS)
+        # Another run may be trying to create the lock at this moment.
+        store.sweep(spare=layout.LOCK)
         write_plan(job.plan, store)
-        store.write_if_changed(layout.CONFIG, to_yaml(config))
+        store.write_if_changed(layout.CONFIG, settings)
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)
         store.write_if_changed(layout.DATASET, info + "\n")
         if job.tasks:
@@ -119,6 +133,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
 
 
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:
+    """Returns the contents of dataset.json."""
     path = job.config.source.path
     return {
         "version": layout.FORMAT_VERSION,
@@ -135,8 +150,9 @@ def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:
 
 
 def throughput(manifests: Sequence[Manifest]) -> float:
-    """Images per second from the first shard's commit to the last's, without start-up and the
-    loading of models. 0.0 for fewer than two shards; of few shards it is not exact."""
+    """Returns images per second between the first and the last commit, which leaves out start-up
+    and the loading of models. Returns 0.0 for fewer than two shards; it is inexact for few.
+    """
     if len(manifests) < 2:
         return 0.0
     first, *rest = sorted(manifests, key=lambda manifest: manifest.run.finished)
@@ -147,8 +163,9 @@ def throughput(manifests: Sequence[Manifest]) -> float:
 def run(
     config: DatasetConfig, advance: Advance = lambda count: None, chain: Chain = build_chain
 ) -> Ledger:
-    """Plans and executes without a progress bar: the whole pipeline as one call, for tests and
-    notebooks."""
+    """Plans and executes a run without a progress bar, for tests and notebooks. Returns the data
+    set's ledger.
+    """
     job = plan_job(config, chain=chain)
     started = time.time()
     manifests = list(execute(job, advance))

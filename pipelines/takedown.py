@@ -1,10 +1,10 @@
-"""Take-down: removes pictures, or all pictures of a person, for good, and keeps a log of it.
+"""Take-down: removes images, or all images of a person, from a data set, and logs it.
 
-The log (takedown.jsonl) is written first and decides what stays out. It names keys and digests,
-never a file or a person. Then the shards that hold any of the removed records are written again. A
-row with the key stays in each sidecar, so that the ledger balances. The same files are refused
-under any name for as long as the log exists. plan.parquet keeps their names, because the source
-still lists them: delete them there.
+The log (takedown.jsonl) is written first: it states which inputs must never be processed again. It
+contains keys and digests, but no names of files or people. Then the shards with removed records are
+rewritten. A row with the key remains in the sidecar, so that the ledger still adds up. The same
+files are refused under any name while the log exists. plan.parquet still has their names, since the
+source still lists them: delete them from the source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stages.base import run_chain
 from stages.chain import build_stages
 from stages.record import IDENTITY_DIM, FloatArray, Record, Status, key_of
 from stages.storage import exclusions, layout
-from stages.storage.commit import ChainInfo
+from stages.storage.commit import ChainInfo, remove_uncommitted
 from stages.storage.exclusions import TAKEN_DOWN
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
@@ -43,7 +43,7 @@ _PERSONAL: Final = ("source", "sha256", "thumbnail", "identity", "caption")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """A record to remove. why: how it was matched, for whoever confirms; it is not stored."""
+    """A record to remove. why: how it was matched, for the user who confirms; it is not stored."""
 
     shard: int
     key: str
@@ -53,7 +53,7 @@ class Match:
 
 
 def by_source(store: Store, pattern: str) -> list[Match]:
-    """Records whose source is `pattern`, or matches it where it holds * or ?."""
+    """Returns the records whose source is `pattern` or matches it; * and ? are wildcards."""
 
     def why(row: Mapping[str, Any]) -> str:
         matches = row["source"] == pattern or fnmatchcase(row["source"], pattern)
@@ -63,17 +63,17 @@ def by_source(store: Store, pattern: str) -> list[Match]:
 
 
 def by_hash(store: Store, sha256: str) -> list[Match]:
-    """Records of the picture with this digest."""
+    """Returns the records of the image file with this digest."""
     return _with_duplicates(store, lambda row: "digest" if row["sha256"] == sha256 else "")
 
 
 def by_photo(
     store: Store, config: DatasetConfig, photo: Path, min_similarity: float
 ) -> list[Match]:
-    """Records whose face has a cosine of at least `min_similarity` to the largest face in a
-    photograph, and all other records of the identities that these belong to.
+    """Returns the records whose embedding has a cosine of at least `min_similarity` with that of
+    the largest face in a photograph, and all other records of their identities.
 
-    Raises SourceError or FaceError for a photograph that can't be used.
+    Raises SourceError for a missing photograph, FaceError for one without a usable face.
     """
     reader = DatasetReader(store)
     query = _identity_of(config, photo)
@@ -110,11 +110,15 @@ def take_down(
     note: str,
     chain: Chain = build_chain,
 ) -> list[str]:
-    """Removes `matches`; returns the names of the shards that held them. Stopped at any point, the
-    same call, or the next run, completes it."""
+    """Removes `matches` from the data set. Returns the names of the shards that had them.
+
+    If it is stopped, the same call or the next run completes it. by, note: for the log.
+    """
     info = ChainInfo.of(chain(config))
     with RunLock(store):
         store.sweep(layout.SHARDS)
+        store.sweep(spare=layout.LOCK)  # another run may be writing its lock file now
+        remove_uncommitted(store)
         removed: dict[str, list[str]] = {}
         for match in matches:
             removed.setdefault(layout.shard_name(match.shard), []).append(match.key)
@@ -136,7 +140,7 @@ def take_down(
 
 
 def lint_removals(store: Store) -> Iterator[str]:
-    """Whatever is left of removed records, as a line for people."""
+    """Yields a line for each trace of a removed record that is still in the data set."""
     keys = exclusions.removed_keys(store)
     if not keys:
         return
@@ -147,13 +151,14 @@ def lint_removals(store: Store) -> Iterator[str]:
             with store.open(layout.in_shards(name)) as tar:
                 members = [m for m in member_names(tar) if m.partition(".")[0] in keys]
             for member in members:
-                yield f"{name}: {member} was taken down, and is still there"
+                yield f"{name}: {member} was taken down, but is still in the tar"
     for row in reader.identities(["key", "nearest"]).to_pylist():
         if keys & {row["key"], *row["nearest"]}:
-            yield f"{layout.IDENTITIES}: {row['key']} was taken down, or is next to one that was"
+            yield f"{layout.IDENTITIES}: the row of {row['key']} has a key that was taken down"
 
 
 def _rows_left(reader: DatasetReader, keys: frozenset[str]) -> Iterator[str]:
+    """Yields a line for each sidecar row with data of a removed record."""
     digests = exclusions.removed_digests(reader.store)
     columns = ("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset")
     for index, manifest in reader.manifests().items():
@@ -161,13 +166,13 @@ def _rows_left(reader: DatasetReader, keys: frozenset[str]) -> Iterator[str]:
             in_tar = max(row["tar_offset"], row["quarantine_offset"]) >= 0
             personal = in_tar or any(row[name] for name in _PERSONAL)
             if row["sha256"] in digests:
-                yield f"{manifest.shard}: {row['key']} is of a picture that was taken down"
+                yield f"{manifest.shard}: {row['key']} has the digest of a removed image"
             elif row["key"] in keys and (personal or row["reason"] != TAKEN_DOWN):
-                yield f"{manifest.shard}: {row['key']} was taken down, and something of it is left"
+                yield f"{manifest.shard}: {row['key']} was taken down, but its row still has data"
 
 
 def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> list[Match]:
-    """The records for which `why` gives a reason, and the duplicates of these."""
+    """Returns the records for which `why` returns a text, and the duplicates of these."""
     reader = DatasetReader(store)
     rows = [
         {"shard": index, **row}
@@ -177,8 +182,16 @@ def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> l
     ]
     reasons = {row["key"]: reason for row in rows if (reason := why(row))}
     originals = _originals(store)
-    duplicates = [row["key"] for row in rows if originals.get(row["key"]) in reasons]
-    reasons = dict.fromkeys(duplicates, "a copy of one of these") | reasons
+    count = -1
+    while len(reasons) != count:  # copies of copies too
+        count = len(reasons)
+        digests = {row["sha256"] for row in rows if row["key"] in reasons} - {""}
+        reasons |= {
+            row["key"]: "a copy of one of these"
+            for row in rows
+            if row["key"] not in reasons
+            and (originals.get(row["key"]) in reasons or row["sha256"] in digests)
+        }
     return [
         Match(
             **{name: row[name] for name in ("shard", "key", "source", "sha256")},
@@ -190,7 +203,7 @@ def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> l
 
 
 def _originals(store: Store) -> dict[str, str]:
-    """key of each exact copy and duplicate → key of its original."""
+    """Returns key → key of its original, for all exact copies and other duplicates."""
     originals: dict[str, str] = {}
     if store.exists(layout.PLAN):
         plan = store.table(layout.PLAN, ["key", "duplicate_of"])
@@ -203,8 +216,9 @@ def _originals(store: Store) -> dict[str, str]:
 
 
 def _identity_of(config: DatasetConfig, photo: Path) -> FloatArray:
+    """Returns float32[512], the embedding of the largest face in a photograph."""
     if not photo.is_file():
-        raise SourceError(f"no photograph at {photo}. Give the path of a picture of the person.")
+        raise SourceError(f"no photograph at {photo}. Give the path of an image of the person.")
     data = photo.read_bytes()
     record = Record(
         key=key_of(photo.name),
@@ -218,19 +232,20 @@ def _identity_of(config: DatasetConfig, photo: Path) -> FloatArray:
     if record.status is not Status.OK or record.identity is None:
         raise FaceError(
             f"{photo}: {record.reason.replace('_', ' ')} ({record.detail}). Give a photograph "
-            "that shows the person's "
-            "face from the front."
+            "that shows the person's face from the front."
         )
     return record.identity
 
 
 def digest_of(text: str) -> str:
-    """The sha256 that `text` is, or that of the file it names. Raises PipelineError for neither."""
+    """Returns `text` if it is a sha256, else the sha256 of the file with this path. Raises
+    PipelineError if it is neither.
+    """
     if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text.lower()):
         return text.lower()
     if Path(text).is_file():
         with Path(text).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     raise PipelineError(
-        f"--hash {text!r} is neither 64 hex digits nor a file whose digest could be taken."
+        f"--hash {text!r}: expected a sha256 (64 hex digits) or the path of a file."
     )

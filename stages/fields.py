@@ -173,9 +173,13 @@ Kind = TypeVar("Kind", bound=Annotation)
 
 
 def to_plain(annotation: Annotation) -> dict[str, Any]:
-    """Returns field name → JSON-ready value; tuples become lists."""
-    values = {name: getattr(annotation, name) for name, _ in stored_fields(type(annotation))}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    """Returns field name → JSON-ready value of the field's type: an int in a float field becomes a
+    float, tuples become lists.
+    """
+    return {
+        name: pa.scalar(getattr(annotation, name), entry.type).as_py()
+        for name, entry in stored_fields(type(annotation))
+    }
 
 
 def from_plain(kind: type[Kind], values: Mapping[str, Any]) -> Kind:

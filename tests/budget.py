@@ -113,6 +113,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"over budget: {line}", red=True)
     if over(_used):
         terminalreporter.write_line(
-            "Make the tests of these files cheaper, or raise their budgets in tests/budget.toml and "
-            "say why. On a slow machine, TEST_BUDGET=2 doubles all budgets."
+            "Make the tests of these files cheaper, or raise their budgets in tests/budget.toml "
+            "and say why. On a slow machine, TEST_BUDGET=2 doubles all budgets."
         )

@@ -1,8 +1,7 @@
-"""Caches of the detector, the parser and the embedder, to make tests faster.
+"""The real detector, parser and embedder, each loaded once in a process, with a cache of results.
 
-Each model is loaded once in a process, and its outputs for the same images are cached. Child
-processes and Ray's workers load and run their own models, so a test that compares their bytes with
-this process's compares outputs that were computed separately.
+Results always come from the model. Child processes and Ray workers load their own models, so a test
+that compares their bytes with those of this process compares results that were computed separately.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from stages.record import Face, FloatArray
 
 _NAMES: Final = (("detect", "scrfd"), ("parse", "bisenet"), ("embed", "arcface"))
 _REAL: Final = {job: BACKENDS[job][name] for job, name in _NAMES}
-_CACHE_SIZE: Final = 256  # outputs of one model
+_MOST: Final = 256  # cached results of one model
 
 
 def remember(patch: pytest.MonkeyPatch) -> None:
-    """Lets stages that are set up from now on share the models and the caches of this module."""
+    """Lets stages that are set up from now on share one copy of each model, and cached results."""
     for job, name in _NAMES:
         patch.setitem(BACKENDS[job], name, f"{__name__}:{job}")
 
 
 def forget(patch: pytest.MonkeyPatch) -> None:
-    """Lets stages that are set up from now on load their own models, without a cache."""
+    """Lets stages that are set up from now on load their own models and not cache results."""
     for job, name in _NAMES:
         patch.setitem(BACKENDS[job], name, _REAL[job])
 
@@ -67,38 +66,35 @@ def _embedder(config: EmbedConfig, weights: WeightsConfig) -> Embedder:
     return Embedder(ArcFace(config, Weights(weights)))
 
 
-class _CachingModel:
+class _Cached:
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._outputs: dict[Hashable, Any] = {}
+        self._results: dict[Hashable, Any] = {}
 
-    def _cached(
-        self, images: Sequence[Image], arguments: Hashable, compute: Callable[[], Any]
-    ) -> Any:
-        """Returns the cached output for a batch with these arguments, or computes it.
-
-        The key is the whole batch, because rounding depends on the batch.
+    def _cached(self, images: Sequence[Image], options: Hashable, run: Callable[[], Any]) -> Any:
+        """Returns `run()`, cached for these images as one batch, since rounding depends on the
+        batch.
         """
-        key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), arguments)
-        if key not in self._outputs:
-            if len(self._outputs) == _CACHE_SIZE:
-                self._outputs.clear()
-            self._outputs[key] = compute()
-        return self._outputs[key]
+        key = (*((image.shape, hashlib.sha256(image).digest()) for image in images), options)
+        if key not in self._results:
+            if len(self._results) == _MOST:
+                self._results.clear()
+            self._results[key] = run()
+        return self._results[key]
 
 
-class Detector(_CachingModel):
+class Detector(_Cached):
     def detect(self, image: Image, size: int) -> list[Face]:
         return list(self._cached([image], size, lambda: self._model.detect(image, size)))
 
 
-class Parser(_CachingModel):
+class Parser(_Cached):
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        label_maps = self._cached(images, None, lambda: self._model.parse(images))
-        return [labels.copy() for labels in label_maps]
+        results = self._cached(images, None, lambda: self._model.parse(images))
+        return [labels.copy() for labels in results]
 
 
-class Embedder(_CachingModel):
+class Embedder(_Cached):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
         vectors = self._cached(images, tuple(faces), lambda: self._model.embed(images, faces))
         return [vector.copy() for vector in vectors]

@@ -1,8 +1,7 @@
 """Rejects vague names of variables, arguments, attributes, functions and classes.
 
 Run as `python -m tests.names`, part of `make lint`. Only definitions are checked, so that names of
-libraries can be imported and called. Folders in EXEMPT still have such names; an exemption that is
-no longer needed is a fault too.
+libraries can be imported and called.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.sizes import FOLDERS
@@ -18,21 +17,6 @@ from tests.sizes import FOLDERS
 PARTICIPLES = frozenset(["found", "given", "got", "held", "kept", "known", "made", "said", "told"])
 FILLERS = frozenset(["facts", "misc", "stuff", "thing", "things", "todo", "todos"])
 _NUMBERED = re.compile(r"(data|item|list|obj|object|out|res|result|temp|tmp|val|value|var)_?\d+")
-
-# Folders that are not checked yet. An entry doesn't cover the folders below it.
-EXEMPT = (
-    "pipelines",
-    "pipelines/dedup",
-    "pipelines/planning",
-    "stages/storage",
-    "tests/docs",
-    "tests/pipelines",
-    "tests/pipelines/dedup",
-    "tests/pipelines/inspect",
-    "tests/pipelines/planning",
-    "tests/pipelines/report",
-    "tests/stages/storage",
-)
 
 
 def advice(name: str) -> str:
@@ -59,24 +43,16 @@ def definitions(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, node.name
 
 
-def faults(root: Path, exempt: Sequence[str] = EXEMPT) -> Iterator[str]:
-    """Yields a line for each vague name, and for each exemption that isn't needed."""
-    exempt_and_vague: set[str] = set()
+def faults(root: Path) -> Iterator[str]:
+    """Yields a line for each vague name."""
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("*.py")):
-            relative = path.relative_to(root)
             for line, name in definitions(ast.parse(path.read_text(encoding="utf-8"))):
-                reason = advice(name)
-                if reason and relative.parent.as_posix() in exempt:
-                    exempt_and_vague.add(relative.parent.as_posix())
-                elif reason:
-                    yield f"{relative}:{line} {name}: {reason}"
-    for entry in exempt:
-        if entry not in exempt_and_vague:
-            yield f"tests/names.py: {entry} has no vague names; remove it from EXEMPT"
+                if reason := advice(name):
+                    yield f"{path.relative_to(root)}:{line} {name}: {reason}"
 
 
 if __name__ == "__main__":
     lines = list(faults(Path()))
-    print("\n".join(lines) or f"no vague names outside the {len(EXEMPT)} exempt folders")
+    print("\n".join(lines) or "no vague names")
     sys.exit(bool(lines))

@@ -1,6 +1,6 @@
-"""`python -m pipelines.cli`: photographs → FGID shards and a report.
+"""The command line of the data set pipeline: `python -m pipelines.cli`.
 
-Heavy imports wait until a command needs them: --help answers at once.
+Commands import large libraries only when they run, so that --help is fast.
 """
 
 from pipelines.cli import create, datasets

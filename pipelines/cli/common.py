@@ -1,4 +1,4 @@
-"""What the commands share: the application, its options, errors and logging."""
+"""Parts that all commands use: the application, options, errors and logging."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ if TYPE_CHECKING:
     from stages.storage.store import Store
 
 app = typer.Typer(
-    help="Photographs → FGID shards with stats and a report. The same command again resumes.",
+    help="Makes FGID shards and a report from photographs. A stopped command continues when it is "
+    "run again.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Config = Annotated[
-    str, typer.Option("--config", "-c", help="A preset, e.g. configs/dataset/demo.yaml.")
+    str, typer.Option("--config", "-c", help="A preset, for example configs/dataset/demo.yaml.")
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="e.g. source.path=photos output=runs/mine detect.min_score=0.6",
+        help="For example source.path=photos output=runs/mine detect.min_score=0.6.",
     ),
 ]
 Output = Annotated[
     str, typer.Argument(metavar="OUT", help="The output of `run`: a folder or fsspec URL.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be done and why; change nothing.")
+    bool, typer.Option("--dry-run", help="Print what would be done and why; change nothing.")
 ]
 
+# libraries of which only warnings are logged
 _QUIET: Final = (
     *("httpx", "httpx2", "openai", "urllib3", "fsspec", "ray", "botocore", "aiobotocore", "s3fs"),
     "faiss",
@@ -51,7 +53,9 @@ _QUIET: Final = (
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Prints a user's error as one message, exit status 2; Ctrl-C says how to continue, 130."""
+    """A context that prints a PipelineError as one message and exits with 2. After Ctrl-C, prints
+    how to continue and exits with 130.
+    """
     try:
         yield
     except PipelineError as error:
@@ -66,18 +70,18 @@ def errors() -> Iterator[None]:
         traceback.clear_frames(stopped.__traceback__)  # deletes temporary files held by frames
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)  # a thread may be waiting for a server, and Python would wait for the thread
+        os._exit(130)  # sys.exit would wait for threads, which may wait for a server
 
 
 def log() -> None:
-    """Progress and notices go to stderr, without those of libraries."""
+    """Logs to stderr; of libraries only warnings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def load_config(config: str, overrides: list[str] | None) -> DatasetConfig:
-    """The configuration of a preset and overrides."""
+    """Returns the configuration of a preset with overrides."""
     from configs.load import load
     from configs.schema import DatasetConfig
 
@@ -86,7 +90,7 @@ def load_config(config: str, overrides: list[str] | None) -> DatasetConfig:
 
 
 def stored_config(store: Store, overrides: list[str] | None = None) -> DatasetConfig:
-    """The configuration that is kept in a data set, with overrides."""
+    """Returns the configuration of a data set's last run, with overrides."""
     from configs.load import load_text
     from configs.schema import DatasetConfig
     from stages.storage.reader import DatasetReader
@@ -97,20 +101,20 @@ def stored_config(store: Store, overrides: list[str] | None = None) -> DatasetCo
 
 
 def open_store(output: str) -> Store:
-    """The store of a data set. Raises PipelineError where there is none."""
+    """Returns the store of a data set. Raises PipelineError if it has no shards."""
     from stages.storage import layout
     from stages.storage.store import Store
 
     store = Store(output)
     if not store.names(layout.SHARDS):
         raise PipelineError(
-            f"{output} holds no shards. Make some with `run`, or give the right folder."
+            f"{output} has no shards. Make some with `run`, or give the folder of a data set."
         )
     return store
 
 
 def write_reports(store: Store) -> Report:
-    """Writes report, statistics, data card and Croissant description."""
+    """Writes report, statistics and data card. Returns the report's numbers."""
     from pipelines.report import write_report
     from pipelines.report.card.readme import write_card
 

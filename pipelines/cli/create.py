@@ -35,7 +35,7 @@ def run(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Make the data set: resize, detect, parse, embed, caption, shards, report.
+    """Make a data set: resize, detect, parse, embed and caption images; write shards and a report.
 
     Example: python -m pipelines.cli run -c configs/dataset/demo.yaml source.path=photos output=OUT
     """
@@ -48,7 +48,7 @@ def run(
 def retry(
     output: Output,
     reason: Annotated[
-        list[str], typer.Option(help="A reason as `status` names it; may be given several times.")
+        list[str], typer.Option(help="A reason that `status` shows; may be given several times.")
     ],
     overrides: Overrides = None,
     dry_run: DryRun = False,
@@ -73,6 +73,7 @@ def retry(
 
 
 def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool) -> None:
+    """Prints the plan and, unless dry_run, executes it."""
     from pipelines.run import plan_job
 
     job = plan_job(settings, retry)
@@ -87,6 +88,7 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
 
 
 def _run(job: Job) -> None:
+    """Executes a planned run, prints the ledger, and writes the reports."""
     from pipelines.ledger import read_ledger
     from pipelines.progress import Progress
     from pipelines.report import images_per_second
@@ -107,9 +109,8 @@ def _run(job: Job) -> None:
     if manifests:
         rate = images_per_second(manifests) or 0.0
         typer.echo(
-            f"{job.pending_inputs:,} images in {time.time() - started:.1f} s; {rate:.2f} "
-            "images/s once "
-            "models were loaded"
+            f"{job.pending_inputs:,} images in {time.time() - started:.1f} s; {rate:.2f} images/s "
+            "after models were loaded"
         )
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
     check_trainable(report, job.config.review.max_untrainable)
@@ -117,7 +118,7 @@ def _run(job: Job) -> None:
 
 @app.command()
 def weights(config: Config = "", overrides: Overrides = None) -> None:
-    """Fetch and check the weights of a configuration ahead of a run."""
+    """Fetch and check the weights of a configuration before a run."""
     with errors():
         from pipelines.run import fetch_weights
 
@@ -127,16 +128,17 @@ def weights(config: Config = "", overrides: Overrides = None) -> None:
 
 @app.command()
 def synthesize(
-    folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
-    count: Annotated[int, typer.Option(min=1, help="How many portraits.")] = 64,
+    folder: Annotated[Path, typer.Argument(help="The folder for the images.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of portraits.")] = 64,
     seed: Annotated[
-        int, typer.Option(min=0, help="Portrait i depends on the seed and i alone.")
+        int, typer.Option(min=0, help="Portrait i depends only on the seed and i.")
     ] = 0,
     poison: Annotated[
-        bool, typer.Option(help="Also every kind of bad file, under poisoned/, and a photograph.")
+        bool,
+        typer.Option(help="Also write all kinds of bad files to poisoned/, and a photograph."),
     ] = False,
 ) -> None:
-    """Make photo-real portraits of nobody (MobileStyleGAN, FFHQ), for demo and tests."""
+    """Make synthetic portraits (MobileStyleGAN, FFHQ), for the demo and tests."""
     with errors():
         from rich.progress import track
 

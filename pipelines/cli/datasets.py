@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def status(output: Output) -> None:
-    """How far a data set is: shards committed, and the ledger."""
+    """Print the number of committed shards, and the ledger."""
     with errors():
         from pipelines.ledger import read_ledger
         from pipelines.planning.plan import planned_shards
@@ -41,26 +41,28 @@ def status(output: Output) -> None:
 
 @app.command()
 def info(output: Output) -> None:
-    """What a data set is made of: source, stages, signatures, weights and their licences."""
+    """Print a data set's source, stages, signatures, weights and their licences."""
     with errors():
         try:
             typer.echo(open_store(output).read(layout.DATASET).decode(), nl=False)
         except FileNotFoundError:
             raise PipelineError(
-                f"{output} is no data set: it has no {layout.DATASET}. Make one with `run`."
+                f"{output} is not a data set: it has no {layout.DATASET}. Make one with `run`."
             ) from None
 
 
 @app.command()
 def lint(output: Output) -> None:
-    """Check every file against its digest, every sample against its row; exit 1 for a fault."""
+    """Compare all files with their digests and all samples with their rows. Exits with 1 if there
+    are faults.
+    """
     with errors():
         from pipelines.ledger import read_ledger
-        from pipelines.lint import lint as contradictions
+        from pipelines.lint import lint as lint_dataset
 
         store = open_store(output)
         faults = 0
-        for line in contradictions(store):
+        for line in lint_dataset(store):
             typer.secho(line, fg="red")
             faults += 1
         typer.echo(f"{read_ledger(store).shards} shards checked, {faults or 'no'} faults")
@@ -72,27 +74,28 @@ def lint(output: Output) -> None:
 def takedown(
     output: Output,
     source: Annotated[
-        str, typer.Option(help="A picture's name in its source; * and ? stand for anything.")
+        str, typer.Option(help="An image's name in its source; * and ? are wildcards.")
     ] = "",
     hash_: Annotated[
-        str, typer.Option("--hash", help="sha256 of a picture's file, or such a file.")
+        str, typer.Option("--hash", help="The sha256 of an image file, or the path of the file.")
     ] = "",
     photo: Annotated[
-        Path | None, typer.Option(help="A photograph of the person, who is found by the face.")
+        Path | None,
+        typer.Option(help="A photograph of a person: removes all images with a similar face."),
     ] = None,
     similarity: Annotated[
         float,
         typer.Option(
-            help="With --photo: cosine from which a face is the person's; 0: identity_similarity."
+            help="With --photo: the least cosine of similar faces; 0: identity_similarity."
         ),
     ] = 0.0,
     note: Annotated[
-        str, typer.Option(help="For the log, such as a ticket's number; nothing personal.")
+        str, typer.Option(help="For the log, such as a ticket number; no personal data.")
     ] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask for confirmation.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove pictures, or all pictures of a person, for good.
+    """Remove images, or all images of a person, permanently.
 
     Example: python -m pipelines.cli takedown runs/mine --photo ada.jpg --dry-run
     """
@@ -118,13 +121,13 @@ def takedown(
         if dry_run or not matches:
             return
         if not yes:
-            typer.confirm("remove them for good?", abort=True)
+            typer.confirm("remove them permanently?", abort=True)
         names = take_down(store, config, matches, cast(By, chosen[0]), note)
         write_reports(store)
         typer.echo(
-            f"removed; {len(names)} shards written again, logged in "
-            f"{store.url}/{layout.TAKEDOWNS}\nDelete the files from the source too, and copies of "
-            "old shards. Adapters that were trained on them are not changed."
+            f"removed; {len(names)} shards rewritten, logged in {store.url}/{layout.TAKEDOWNS}\n"
+            "Delete the files from the source too, and copies of old shards. Adapters that were "
+            "trained on them are not changed."
         )
 
 
@@ -136,7 +139,7 @@ def _matches(
     photo: Path | None,
     similarity: float,
 ) -> list[Match]:
-    """The records that the one option given matches."""
+    """Returns the records that match the given option; exactly one is given."""
     from pipelines.takedown import by_hash, by_photo, by_source, digest_of
 
     if photo is not None:
@@ -147,7 +150,7 @@ def _matches(
 
 @app.command()
 def report(output: Output) -> None:
-    """Write report, statistics, data card and Croissant again from the shards."""
+    """Write report, statistics and data card again, from the shards."""
     with errors():
         store = open_store(output)
         write_reports(store)
@@ -159,15 +162,16 @@ def inspect(
     output: Output,
     key: Annotated[
         str,
-        typer.Argument(help="A key, at least four digits of its beginning, or a picture's name."),
+        typer.Argument(help="A key, its first digits (at least four), or an image's name."),
     ],
     png: Annotated[
-        Path | None, typer.Option("--png", help="Write picture, labels and legend there.")
+        Path | None,
+        typer.Option("--png", help="Write image, label map and legend to this file."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --png file.")] = False,
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Text only.")] = False,
 ) -> None:
-    """Show one input: picture, labels, faces, its reason, and what the trainer makes of it.
+    """Show one input: image, label map, faces, metrics, reason, and its training text.
 
     Example: python -m pipelines.cli inspect runs/mine 0c0f
     """
@@ -187,15 +191,15 @@ def inspect(
 @app.command("export-json")
 def export_json(
     output: Output,
-    folder: Annotated[Path, typer.Argument(help="Where the layout goes.")],
+    folder: Annotated[Path, typer.Argument(help="The folder for the export.")],
     color: Annotated[
-        bool, typer.Option("--color", help="Also each parsing in colours over its picture.")
+        bool, typer.Option("--color", help="Also write images with the label map over them.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write into a folder that isn't empty.")
     ] = False,
 ) -> None:
-    """Write the layout that FGID is published in; source.kind=fgid reads it back.
+    """Export all samples in the layout that FGID is published in. source.kind=fgid reads it.
 
     Example: python -m pipelines.cli export-json runs/mine fgid
     """
@@ -209,4 +213,4 @@ def export_json(
             count = export(
                 store, folder, color=color, overwrite=overwrite, advance=progress.advance
             )
-        typer.echo(f"{count:,} pictures in {folder}/JSON_all.json")
+        typer.echo(f"{count:,} samples in {folder}/JSON_all.json")

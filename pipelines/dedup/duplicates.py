@@ -128,12 +128,12 @@ class _KeptRows:
         hash_row, bits = int(block.nearest_hash[0][place]), int(block.nearest_hash[1][place])
         face_row, cosine = int(block.nearest_face[0][place]), float(block.nearest_face[1][place])
         if block.has_near[place]:
-            kept = np.flatnonzero(is_kept[:place])
-            if len(kept):
-                nearest = kept[block.bits[place, kept].argmin()]
+            places = np.flatnonzero(is_kept[:place])
+            if len(places):
+                nearest = places[block.bits[place, places].argmin()]
                 if block.bits[place, nearest] < bits:
                     hash_row, bits = start + int(nearest), int(block.bits[place, nearest])
-                nearest = kept[block.cosines[place, kept].argmax()]
+                nearest = places[block.cosines[place, places].argmax()]
                 if block.cosines[place, nearest] > cosine:
                     face_row, cosine = start + int(nearest), float(block.cosines[place, nearest])
         if bits <= self._max_distance:

@@ -1,9 +1,9 @@
 """Global pass: cross-shard deduplication, identity clustering, train/val split.
 
-Reads every sidecar once, compares every sample with every other (pipelines/dedup), writes
-duplicates.parquet, and has the shards that hold duplicates written again. The samples that stay get
-identities and sides of the split in identities.parquet, which is written last and holds a digest of
-all it was made from: a second pass over the same data does nothing.
+It reads all sidecars, compares all samples with each other (pipelines/dedup), writes
+duplicates.parquet, and rewrites the shards with duplicates. Then it writes the identities and the
+split of the other samples to identities.parquet, with a digest of all that the result depends on:
+a second pass over the same data does nothing.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from stages.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-_VERSION: Final = 1  # raise it where the same samples would give another result
-_MADE_FROM: Final = b"made_from"
+_VERSION: Final = 1  # raise it if the same samples give another result
+_DIGEST: Final = b"made_from"  # metadata of identities.parquet; see _input_digest
 _SPLIT: Final = b"split"
-_NEAREST: Final = 5  # neighbours of each sample that are kept for the report
-_MIN_SIMILARITY: Final = 0.2  # cosine from which a neighbour is worth keeping
+_NEAREST: Final = 5  # neighbours of each sample that are stored for the report
+_MIN_SIMILARITY: Final = 0.2  # least cosine of stored neighbours
 _HASH_BYTES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The samples to compare, N of them, in the plan's order.
+    """The N samples to compare, in the plan's order.
 
     vectors: (N, 512) float32, unit norm, a memory map. hashes: (N, 32) uint8.
     """
@@ -57,13 +57,13 @@ class Pool:
 
 
 def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) -> None:
-    """Finds duplicates, has them quarantined, and gives the samples that stay identities and sides.
+    """Finds and quarantines duplicates, and writes identities and split of the other samples.
 
-    Call it while holding the run lock. Stopped at any point, the next call gives the same result.
+    Call it while holding the run lock. If it is stopped, the next call gives the same result.
     """
     if is_global_pass_current(store, config):
         return
-    rewritten = apply_exclusions(store, chain)  # removed samples must not be compared any more
+    rewritten = apply_exclusions(store, chain)  # first, so that removed samples aren't compared
     pool = read_pool(store)
     duplicates = find_duplicates(
         pool.sha256, pool.hashes, pool.vectors, config.max_hash_distance, config.max_similarity
@@ -76,29 +76,30 @@ def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) ->
         "%s samples compared: %s%s",
         f"{len(pool.keys):,}",
         reasons or "no duplicates",
-        f"; {rewritten} shards written again" if rewritten else "",
+        f"; {rewritten} shards rewritten" if rewritten else "",
     )
     dropped = np.fromiter(duplicates, np.int64, len(duplicates))
     table = _identities(pool, np.setdiff1d(np.arange(len(pool.keys)), dropped), config)
     people = len(table.column("identity_id").unique())
     logger.info("%s identities among %s samples", f"{people:,}", f"{len(table):,}")
     split = json.dumps({"val_share": config.val_share, "seed": config.seed})
-    metadata = {_MADE_FROM: _made_from(store, config).encode(), _SPLIT: split.encode()}
+    metadata = {_DIGEST: _input_digest(store, config).encode(), _SPLIT: split.encode()}
     store.write_table_if_changed(layout.IDENTITIES, table.replace_schema_metadata(metadata))
 
 
 def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
-    """True if every shard has its exclusions applied, and the identities were made from these
-    shards by this configuration."""
+    """Returns whether all shards have their exclusions applied, and the identities are those of
+    these shards and this configuration.
+    """
     if stale_shards(store) or not store.exists(layout.IDENTITIES):
         return False
     with store.parquet(layout.IDENTITIES) as file:
         metadata = file.schema_arrow.metadata or {}
-    return metadata.get(_MADE_FROM) == _made_from(store, config).encode()
+    return metadata.get(_DIGEST) == _input_digest(store, config).encode()
 
 
 def apply_exclusions(store: Store, chain: ChainInfo) -> int:
-    """Writes those shards again whose exclusions have changed; returns how many there were."""
+    """Rewrites the shards whose exclusions have changed. Returns their number."""
     stale = stale_shards(store)
     for manifest in stale:
         commit_exclusions(store, manifest, chain)
@@ -106,7 +107,7 @@ def apply_exclusions(store: Store, chain: ChainInfo) -> int:
 
 
 def stale_shards(store: Store) -> list[Manifest]:
-    """Manifests of the shards that don't have their present exclusions applied."""
+    """Returns the manifests of the shards whose exclusions have changed since their commit."""
     excluded = exclusions.of_all(store)
     return [
         manifest
@@ -116,12 +117,12 @@ def stale_shards(store: Store) -> list[Manifest]:
 
 
 def read_pool(store: Store) -> Pool:
-    """Every written sample, and those that are quarantined as duplicates."""
+    """Returns all written samples, and those that are quarantined as duplicates."""
     reader = DatasetReader(store)
     columns = {name: list[Any]() for name in ("key", "source", "sha256", "hash", "shard")}
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the memory map
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it open
     for index in reader.manifests():
-        table = _compared(reader, index)
+        table = _rows_to_compare(reader, index)
         for name in ("key", "source", "sha256", "hash"):
             columns[name] += table.column(name).to_pylist()
         columns["shard"] += [index] * len(table)
@@ -143,8 +144,8 @@ def read_pool(store: Store) -> Pool:
     )
 
 
-def _compared(reader: DatasetReader, index: int) -> pa.Table:
-    """The rows of a shard that take part: samples, and quarantined duplicates."""
+def _rows_to_compare(reader: DatasetReader, index: int) -> pa.Table:
+    """Returns the rows of a shard's written samples and quarantined duplicates."""
     names = ("key", "source", "sha256", "hash", "identity", "status", "stage", "quarantine_offset")
     table = reader.rows(index, names)
     quarantined = pc.greater_equal(table.column("quarantine_offset"), 0)
@@ -153,7 +154,7 @@ def _compared(reader: DatasetReader, index: int) -> pa.Table:
 
 
 def lint_identities(store: Store) -> Iterator[str]:
-    """Every contradiction between identities, split and samples, as a line for people."""
+    """Yields a line for each contradiction between identities, split and samples."""
     reader = DatasetReader(store)
     table = reader.identities()
     if not len(table):
@@ -163,12 +164,12 @@ def lint_identities(store: Store) -> Iterator[str]:
     keys = {*counts}
     samples = {key for index in reader.manifests() for key in _sample_keys(reader, index)}
     for problem, affected in (
-        ("has a row twice", {key for key, count in counts.items() if count > 1}),
-        ("is no sample", keys - samples),
-        ("is a sample and has no row", samples - keys),
+        ("has more than one row", {key for key, count in counts.items() if count > 1}),
+        ("is not a sample", keys - samples),
+        ("is a sample without a row", samples - keys),
     ):
         if affected:
-            more = f", as {len(affected) - 1} more" if len(affected) > 1 else ""
+            more = f", and {len(affected) - 1} more" if len(affected) > 1 else ""
             yield f"{layout.IDENTITIES}: {min(affected)} {problem}{more}"
     split = json.loads(table.schema.metadata[_SPLIT])
     for column in ("identity_id", "split_group"):
@@ -189,7 +190,9 @@ def _sample_keys(reader: DatasetReader, index: int) -> Sequence[str]:
     return keys
 
 
-def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
+def _duplicates(pool: Pool, duplicates: Mapping[int, Duplicate]) -> pa.Table:
+    """Returns duplicates.parquet. duplicates: row of the pool → what it duplicates."""
+
     def detail(duplicate: Duplicate) -> str:
         other = pool.sources[duplicate.of]
         if duplicate.reason == "duplicate":
@@ -207,27 +210,27 @@ def _duplicates(pool: Pool, copies: Mapping[int, Duplicate]) -> pa.Table:
             "value": duplicate.metric,
             "detail": detail(duplicate),
         }
-        for row, duplicate in sorted(copies.items())
+        for row, duplicate in sorted(duplicates.items())
     ]
     return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
 
 
-def _identities(pool: Pool, stay: Any, config: GlobalPassConfig) -> pa.Table:
-    """A row for each of the samples `stay`."""
-    vectors = pool.vectors[stay] if len(stay) < len(pool.keys) else pool.vectors
+def _identities(pool: Pool, rows: Any, config: GlobalPassConfig) -> pa.Table:
+    """Returns identities.parquet. rows: those of the pool that are not duplicates."""
+    vectors = pool.vectors[rows] if len(rows) < len(pool.keys) else pool.vectors
     near = near_by_identity(vectors, min(_MIN_SIMILARITY, config.split_similarity), config.nearest)
     labels = cluster(vectors, near, config.identity_similarity)
-    # The rows of an identity take its earliest member's group: no identity can be in two.
-    together = cluster(vectors, near, config.split_similarity)[labels]
-    keys = [pool.keys[row] for row in stay]
+    # All samples of an identity get the group of its earliest member, so that it is in one group.
+    group_labels = cluster(vectors, near, config.split_similarity)[labels]
+    keys = [pool.keys[row] for row in rows]
     names = [f"id-{keys[label][:12]}" for label in labels]
-    groups = [f"group-{keys[label][:12]}" for label in together]
+    groups = [f"group-{keys[label][:12]}" for label in group_labels]
     sizes = Counter(names)
     sides = {group: split_of(group, config.val_share, config.seed) for group in set(groups)}
     closest = [[place for place in row if place >= 0][:_NEAREST] for row in near.row.tolist()]
     columns = {
         "key": keys,
-        "shard": [pool.shards[row] for row in stay],
+        "shard": [pool.shards[row] for row in rows],
         "identity_id": names,
         "identity_size": [sizes[name] for name in names],
         "split_group": groups,
@@ -241,8 +244,8 @@ def _identities(pool: Pool, stay: Any, config: GlobalPassConfig) -> pa.Table:
     return pa.table(columns, schema=IDENTITIES_SCHEMA)
 
 
-def _made_from(store: Store, config: GlobalPassConfig) -> str:
-    """A digest of the settings and of every sidecar."""
+def _input_digest(store: Store, config: GlobalPassConfig) -> str:
+    """Returns a digest of all that the result depends on: the settings and all sidecars."""
     manifests = DatasetReader(store).manifests()
     sidecars = [(index, manifest.sidecar.sha256) for index, manifest in manifests.items()]
     text = json.dumps([_VERSION, asdict(config), sidecars], sort_keys=True)

@@ -14,13 +14,12 @@ from typing import Any, Final
 import pyarrow.compute as pc
 
 from configs.errors import PipelineError
-from stages.base import current_signature
 from stages.fields import Column
 from stages.record import KEY_LENGTH, Record, key_of
 from stages.storage.exclusions import TAKEN_DOWN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
-from stages.storage.sidecar import KNOWN, Row, is_quarantined
+from stages.storage.sidecar import STANDARD_COLUMNS, Row, is_quarantined
 from stages.storage.store import Store
 
 _MIN_DIGITS: Final = 4  # of a key, in place of all of them
@@ -69,7 +68,7 @@ def inspect(store: Store, text: str) -> Inspection:
         identity=_identity(reader, key),
         config=reader.config_values(),
         current=_is_current(reader, manifests[index].signatures),
-        columns={**KNOWN, **columns},
+        columns={**STANDARD_COLUMNS, **columns},
     )
 
 
@@ -82,7 +81,7 @@ def _tar(manifest: Manifest, row: Row) -> str:
 def _is_current(reader: DatasetReader, signatures: Sequence[str]) -> bool:
     """True if the signatures are those of the last run (dataset.json)."""
     last_run = reader.dataset_info().get("signatures", [])
-    return [current_signature(signature) for signature in last_run] == list(signatures)
+    return list(last_run) == list(signatures)
 
 
 def find(reader: DatasetReader, shards: Sequence[int], text: str) -> tuple[int, str]:

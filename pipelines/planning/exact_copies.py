@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from pipelines.planning.input_index import InputIndex
@@ -17,11 +17,15 @@ from stages.base import Rejection
 _PREFIX = 4096  # bytes
 
 
-def mark_exact_copies(index: InputIndex, source: Source) -> None:
-    """Mark each input that has the same bytes as an earlier one, in the plan's order."""
+def mark_exact_copies(index: InputIndex, source: Source, removed_keys: Set[str]) -> None:
+    """Marks each input that has the same bytes as an earlier one, in the plan's order.
+
+    removed_keys: of removed inputs; no other record may name them as its original.
+    """
     copies: list[list[Input]] = []
     for group in index.groups_of_equal_size(1, source.max_bytes):
-        by_prefix = _split([group], lambda item: _digest(source, item, _PREFIX))
+        allowed = [item for item in group if item.key not in removed_keys]
+        by_prefix = _split([allowed], lambda item: _digest(source, item, _PREFIX))
         copies += _split(by_prefix, lambda item: _digest(source, item, -1))
     for original, *others in copies:
         for item in others:

@@ -1,6 +1,6 @@
-"""InputIndex: sorts and compares the inputs in a temporary SQLite file.
+"""InputIndex: sorts and compares the inputs of a source in a temporary SQLite file.
 
-Memory use doesn't grow with the number of inputs, which may be millions.
+Its memory use doesn't grow with the number of inputs, which may be millions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Final
 from configs.errors import ConfigError
 from pipelines.sources import Input
 
-# Column of plan.parquet and of the index → attribute of Input. The column `facts` holds the
-# provenance; it keeps its first name, so that existing plans can be read.
+# Column of plan.parquet and of the index → attribute of Input. The column of the provenance keeps
+# its first name, `facts`, so that existing plans can be read.
 _ATTRIBUTE_BY_COLUMN: Final = {
     "source": "source",
     "locator": "locator",
@@ -24,12 +24,13 @@ _ATTRIBUTE_BY_COLUMN: Final = {
     "facts": "provenance",
     "duplicate_of": "duplicate_of",
 }
-COLUMNS: Final = ("key", *_ATTRIBUTE_BY_COLUMN)  # of plan.parquet, except for `shard`
+COLUMNS: Final = ("key", *_ATTRIBUTE_BY_COLUMN)  # of plan.parquet, except `shard`
 _TABLE: Final = """
 CREATE TABLE inputs (
     key TEXT PRIMARY KEY, source TEXT, locator BLOB, size INTEGER, version TEXT, facts TEXT,
     duplicate_of TEXT NOT NULL DEFAULT '', shard INTEGER, position INTEGER,
-    -- vanished: in the previous plan, and not listed (yet); unchanged, changed: in both; new
+    -- vanished: in the previous plan and not listed (yet); unchanged, changed: in the previous plan
+    -- and listed; new: listed only
     state TEXT
 ) WITHOUT ROWID
 """
@@ -37,14 +38,16 @@ CREATE TABLE inputs (
 
 def input_from_row(row: Mapping[str, Any]) -> Input:
     """Returns the Input that a row of plan.parquet describes."""
-    return Input(**{name: row[column] for column, name in _ATTRIBUTE_BY_COLUMN.items()})
+    values = {name: row[column] for column, name in _ATTRIBUTE_BY_COLUMN.items()}
+    return Input(**values, vanished=bool(row.get("vanished")))
 
 
 class InputIndex:
-    """Call `load_previous_plan`, then `add_listed` for every listed input, then `assign_shards`;
-    after that, `shards` yields the inputs in order.
+    """The inputs of a previous plan and of the source.
 
-    The file has no name, so it disappears with the process, however that ends.
+    Call `load_previous_plan`, then `add_listed` for every listed input, then `assign_shards`; after
+    that, `shards` yields the inputs in order. The file has no name, so that it is removed when the
+    process ends in any way.
     """
 
     def __init__(self) -> None:
@@ -74,7 +77,7 @@ class InputIndex:
         return int(self._db.execute("SELECT count(*) FROM inputs").fetchone()[0])
 
     def load_previous_plan(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Insert the rows of an earlier plan, given in its order."""
+        """Inserts the rows of an earlier plan. rows: in the plan's order."""
         names = ("key", "source", "locator", "size", "version", "facts")
         values = (
             (*(row[name] for name in names), row["shard"], position)
@@ -87,7 +90,7 @@ class InputIndex:
         )
 
     def add_listed(self, item: Input) -> None:
-        """Insert an input that the source lists, or compare it with the previous plan's.
+        """Inserts an input that the source lists, or compares it with that of the previous plan.
 
         Raises ConfigError if another listed input has the same name.
         """
@@ -105,8 +108,8 @@ class InputIndex:
         if state != "vanished":
             raise ConfigError(
                 f"two inputs are called {item.source!r} ({locator[:200]!r} and "
-                f"{item.locator[:200]!r}). Names must be unique: rename one, or name rows by "
-                "another source.name_column."
+                f"{item.locator[:200]!r}). Names must be unique: rename one, or give a "
+                "source.name_column with unique names."
             )
         state = "unchanged" if (size, version) == (item.size, item.version) else "changed"
         self._db.execute(
@@ -116,7 +119,7 @@ class InputIndex:
         )
 
     def assign_shards(self, shard_size: int) -> tuple[int, int, int]:
-        """Divide the new inputs, sorted by name, into shards behind the existing ones.
+        """Divides the new inputs, sorted by name, into new shards after the existing ones.
 
         Returns the numbers of (new, changed, vanished) inputs.
         """
@@ -137,15 +140,15 @@ class InputIndex:
         return counts.get("new", 0), counts.get("changed", 0), counts.get("vanished", 0)
 
     def groups_of_equal_size(self, min_size: int, max_size: int) -> Iterator[list[Input]]:
-        """Yields the inputs of each size that several have, in the plan's order.
+        """Yields the listed inputs of each size that several have, in the plan's order.
 
-        Sizes in bytes, both limits included.
+        min_size, max_size: in bytes, both inclusive.
         """
         self._db.execute("CREATE INDEX by_size ON inputs (size, position)")
         rows = self._db.execute(
             f"SELECT {', '.join(COLUMNS)} FROM inputs WHERE size IN ("  # noqa: S608
             "  SELECT size FROM inputs WHERE size BETWEEN ? AND ? GROUP BY size HAVING count(*) > 1"
-            ") ORDER BY size, position",
+            ") AND state <> 'vanished' ORDER BY size, position",
             (min_size, max_size),
         )
         items = (input_from_row(dict(zip(COLUMNS, row, strict=True))) for row in rows)
@@ -153,14 +156,19 @@ class InputIndex:
             yield list(group)
 
     def mark_exact_copy(self, item: Input, original: Input) -> None:
-        """Record that `item` has the same bytes as the earlier input `original`."""
+        """Records that `item` has the same bytes as the earlier input `original`."""
         self._db.execute(
             "UPDATE inputs SET duplicate_of = ? WHERE key = ?", (original.source, item.key)
         )
 
     def shards(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yields (shard number, its rows as column → value), in order."""
-        query = f"SELECT shard, {', '.join(COLUMNS)} FROM inputs ORDER BY position"  # noqa: S608
+        """Yields (shard number, its rows as column → value, `vanished` among them), in order."""
+        query = (
+            f"SELECT shard, state = 'vanished', {', '.join(COLUMNS)} "  # noqa: S608
+            "FROM inputs ORDER BY position"
+        )
+        names = ("vanished", *COLUMNS)
         by_shard = itertools.groupby(self._db.execute(query), lambda row: row[0])
         for number, rows in by_shard:
-            yield number, [dict(zip(COLUMNS, row[1:], strict=True)) for row in rows]
+            shard = [dict(zip(names, row[1:], strict=True)) for row in rows]
+            yield number, [{**row, "vanished": bool(row["vanished"])} for row in shard]

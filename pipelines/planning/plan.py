@@ -1,10 +1,9 @@
-"""Plan: which input belongs to which shard, kept for good; and what each shard still needs.
+"""Plan: assigns inputs to shards, and finds the shards that must be processed.
 
-The sorted inputs are cut into shards once. A known input keeps its shard for ever, new ones are cut
-into new shards behind; one that has vanished keeps its place. The plan is `plan.parquet`, one row
-group for each shard, so that a worker reads its own shard's rows only. It is made in an SQLite file
-on local disk: millions of inputs are sorted and compared there, and the driver's memory doesn't
-grow with their number.
+The sorted inputs are divided into shards once. An input never changes its shard, also if the source
+no longer lists it; new inputs go into new shards. The plan is stored as plan.parquet with one row
+group for each shard, so that a worker reads only the rows of its shard. It is made in an SQLite
+file on local disk, so that the driver's memory doesn't grow with the number of inputs.
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
 from pipelines.sources import Input, build_source
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
+from stages.storage.exclusions import removed_keys
 from stages.storage.layout import PLAN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ROOM_SQLITE: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_SQLITE: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 _SCHEMA = pa.schema(
     [
@@ -46,17 +46,19 @@ _SCHEMA = pa.schema(
         ("version", pa.string()),
         ("facts", pa.string()),
         ("duplicate_of", pa.string()),
+        ("vanished", pa.bool_()),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """A shard to be made.
+    """A shard to process.
 
-    exists: it is committed, and what its samples hold can be reused. stale_stages: stages whose
-    answers would be different now. inputs_changed: its inputs aren't all those it was made from.
-    retry: reasons; records that were dropped or failed with one are made again from the source.
+    exists: it is committed, and its samples can be reused. stale_stages: names of the stages whose
+    results may differ now. inputs_changed: some of its inputs may have changed since the commit.
+    retry: reasons; records that were dropped or failed with one of them are read from the source
+    and processed again.
     """
 
     shard: PlannedShard
@@ -80,8 +82,8 @@ class ShardTask:
 
 @dataclass(kw_only=True)
 class Plan:
-    """file: the plan on local disk, without a name. new, changed, vanished: inputs, against the
-    plan kept.
+    """A plan. file: plan.parquet as an unnamed file on local disk. new, changed, vanished: numbers
+    of inputs, compared with the plan in the output.
     """
 
     file: IO[bytes]
@@ -92,31 +94,34 @@ class Plan:
 
     @property
     def inputs(self) -> int:
+        """The number of all inputs."""
         return sum(shard.inputs for shard in self.shards)
 
     def inputs_of(self, shard: int) -> list[Input]:
+        """Returns the inputs of one shard, in order."""
         return _read_group(pq.ParquetFile(self.file), shard)
 
 
 def make_plan(config: DatasetConfig, store: Store) -> Plan:
-    """List the source and place every input; the output is left alone. Raises SourceError if there
-    is none at all, ShardError where another version of this program kept the plan, StoreError where
-    local disk has no room for it.
+    """Lists the source and assigns its inputs to shards. Writes nothing to the output.
+
+    Raises SourceError if the source lists no input, ShardError if another version of this program
+    wrote the plan in the output, StoreError if the local disk is full.
     """
     try:
         return _make_plan(config, store)
     except (sqlite3.OperationalError, OSError) as error:
         if isinstance(error, OSError):
-            no_room = error.errno in _NO_ROOM
+            is_full = error.errno in _DISK_FULL
         else:
-            # its low byte is the kind
-            no_room = getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM_SQLITE
-        if not no_room:
+            # the low byte of the code is the primary code
+            is_full = getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK_FULL_SQLITE
+        if not is_full:
             raise
         raise StoreError(
-            f"there is no room for the plan on local disk: {error}. Make room in the folder for "
-            "temporary files (/tmp, /var/tmp), or name a folder elsewhere in TMPDIR; then run the "
-            "same command again."
+            f"there is no room for the plan on local disk: {error}. Free space in the folder for "
+            "temporary files (/tmp, /var/tmp), or set TMPDIR to another folder; then run the same "
+            "command again."
         ) from error
 
 
@@ -129,12 +134,12 @@ def _make_plan(config: DatasetConfig, store: Store) -> Plan:
         if not len(index):
             raise SourceError(
                 f"source.path={config.source.path!r} holds no "
-                f"{', '.join(config.source.extensions)} files, at any "
-                "depth. Give another folder, or other source.extensions."
+                f"{', '.join(config.source.extensions)} files, in the folder or in its subfolders. "
+                "Give another folder, or other source.extensions."
             )
         new, changed, vanished = index.assign_shards(config.shard_size)
         if config.source.find_copies:
-            mark_exact_copies(index, source)
+            mark_exact_copies(index, source, removed_keys(store))
         file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file))
         file.flush()
@@ -142,6 +147,7 @@ def _make_plan(config: DatasetConfig, store: Store) -> Plan:
 
 
 def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
+    """Writes the plan as parquet, and yields each shard."""
     with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
         for number, rows in index.shards():
             lines = (
@@ -158,8 +164,9 @@ def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
 def pending(
     plan: Plan, store: Store, stages: Sequence[Stage], retry: frozenset[str] = frozenset()
 ) -> list[ShardTask]:
-    """The shards that aren't committed with these inputs and signatures, or that hold records to be
-    tried again."""
+    """Returns a task for each shard that isn't committed with the plan's inputs and the stages'
+    signatures, or that has records to retry. retry: reasons.
+    """
     signatures = tuple(stage.signature() for stage in stages)
     manifests = DatasetReader(store).manifests()
     tasks = (
@@ -192,30 +199,31 @@ def _task(
 
 
 def stale_stages(
-    stages: Sequence[Stage], signatures: Sequence[str], made_with: Sequence[str]
+    stages: Sequence[Stage], signatures: Sequence[str], shard_signatures: Sequence[str]
 ) -> frozenset[str] | None:
-    """The stages whose answers would be different now, in a shard made with the signatures
-    `made_with`: stages that are new or changed, and those that read what these provide.
+    """Returns the names of the stages whose results in a shard may differ now: new and changed
+    stages, and those that read what a stale stage provides.
 
-    None where the shard must be made from its sources: a stage that replaces what it reads, as
-    resize does, has changed, or one is gone.
+    Returns None if the shard must be processed from the source, because a stage that replaces what
+    it reads (such as resize) is stale, or because the chain no longer has one of the shard's
+    stages. signatures: of `stages`. shard_signatures: of the shard's manifest.
     """
     names = {stage.name for stage in stages}
-    if not {signature.rsplit("-", 2)[0] for signature in made_with} <= names:
+    if not {signature.rsplit("-", 2)[0] for signature in shard_signatures} <= names:
         return None
     stale: set[str] = set()
-    remade: set[str] = set()
+    stale_fields: set[str] = set()
     for stage, signature in zip(stages, signatures, strict=True):
-        if signature not in made_with or remade & {*stage.requires}:
+        if signature not in shard_signatures or stale_fields & {*stage.requires}:
             stale.add(stage.name)
-            remade |= {*stage.provides}
+            stale_fields |= {*stage.provides}
             if {*stage.requires} & {*stage.provides}:
                 return None
     return frozenset(stale)
 
 
 def planned_shards(store: Store) -> int:
-    """How many shards the plan kept in the output has."""
+    """Returns the number of shards in the output's plan; 0 if it has no plan."""
     if not store.exists(PLAN):
         return 0
     with store.parquet(PLAN) as file:
@@ -223,46 +231,48 @@ def planned_shards(store: Store) -> int:
 
 
 def read_inputs(store: Store, shard: int) -> list[Input]:
-    """The inputs of one shard, in order, from the plan kept in the output."""
+    """Returns the inputs of one shard, in order, from the output's plan."""
     with store.parquet(PLAN) as file:
         return _read_group(file, shard)
 
 
 def write_plan(plan: Plan, store: Store) -> None:
-    """Keep the plan in the output; nothing is written where it is there already."""
-    if store.exists(PLAN) and _same(plan.file, store):
+    """Writes the plan to the output unless the output has the same plan."""
+    if store.exists(PLAN) and _is_stored(plan.file, store):
         return
     plan.file.seek(0)
     with store.writer(PLAN) as target:
         shutil.copyfileobj(plan.file, target, 1 << 20)
 
 
-def _same(file: IO[bytes], store: Store) -> bool:
-    """True if the plan kept is this file, byte for byte; read a little at a time, since plans have
-    no upper size.
+def _is_stored(file: IO[bytes], store: Store) -> bool:
+    """Returns whether the output's plan has the same bytes as `file`. Reads both in parts, since
+    plans may be large.
     """
     file.seek(0)
-    with store.open(PLAN) as kept:
-        while (part := file.read(1 << 20)) == kept.read(1 << 20):
+    with store.open(PLAN) as stored:
+        while (part := file.read(1 << 20)) == stored.read(1 << 20):
             if not part:
                 return True
     return False
 
 
 def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the output's plan; none if it has no plan."""
     if not store.exists(PLAN):
         return
     with store.parquet(PLAN) as file:
         if missing := {"shard", *COLUMNS} - {*file.schema_arrow.names}:
             raise ShardError(
-                f"{store.url}: {PLAN} has no column {', '.join(sorted(missing))}: another "
-                "version of this program "
-                "wrote it. Use another output, or the version that wrote it."
+                f"{store.url}: {PLAN} has no column {', '.join(sorted(missing))}: another version "
+                "of this program wrote it. Use another output, or the version that wrote it."
             )
         for group in range(file.num_row_groups):
             yield from file.read_row_group(group, columns=["shard", *COLUMNS]).to_pylist()
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:
-    rows = file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
+    # Plans of version 0.1 have no column `vanished`.
+    names = [name for name in file.schema_arrow.names if name in (*COLUMNS, "vanished")]
+    rows = file.read_row_group(group, columns=names).to_pylist()
     return [input_from_row(row) for row in rows]

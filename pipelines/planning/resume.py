@@ -1,7 +1,6 @@
-"""Resume: the records that go into a shard's stages, and which stages each of them still needs.
+"""Resume: loads the records of a shard, with the stages that each of them still needs.
 
-Records come from the source, or from the shard's own samples. What an earlier run has made of an
-input is kept wherever the same would be made again.
+A record comes from the source, or from the shard's own samples if its results can be reused.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Final
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.planning.plan import ShardTask, read_inputs
-from pipelines.sources import build_source
+from pipelines.sources import STAGE, build_source
 from stages.base import PendingRecord, Stage, StageNames
 from stages.record import Record, Status
 from stages.storage import exclusions
@@ -26,16 +25,15 @@ NO_STAGES: Final[StageNames] = frozenset()
 def load_shard(
     config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]
 ) -> Iterator[PendingRecord]:
-    """The records of a shard's inputs, in order, each as soon as it has been read: a source that
-    reads several inputs at a time goes on meanwhile.
+    """Yields the records of a shard's inputs, in order, each as soon as it has been read.
 
-    Raises ShardError if the plan in the output is another one than the task's.
+    Raises ShardError if the output's plan of this shard isn't that of the task.
     """
     items = read_inputs(store, task.shard.index)
     if len(items) != task.shard.inputs:
         raise ShardError(
-            f"{store.url}: the plan of shard {task.shard.index} has changed under this run. Run it "
-            "again."
+            f"{store.url}: the plan of shard {task.shard.index} was changed during this run. Run "
+            "the same command again."
         )
     source = build_source(config)
     removed_digests = exclusions.removed_digests(store)
@@ -65,7 +63,11 @@ def load_shard(
         )
         old = reusable.get(item.key)
         new = next(arriving) if item.key in read_keys else None
-        if old is not None and (new is None or source.is_unchanged(earlier[item.key], new)):
+        # A vanished input can't be compared, so its earlier result is reused.
+        vanished = item.vanished and old is not None and earlier[item.key].stage != STAGE
+        if old is not None and (
+            new is None or vanished or source.is_unchanged(earlier[item.key], new)
+        ):
             yield PendingRecord(old.record, old.remaining_stages - provided)
         elif new is None:
             raise AssertionError("an input is reused or read")
@@ -79,13 +81,13 @@ def load_shard(
 def continued_record(
     record: Record, task: ShardTask, stages: Sequence[Stage]
 ) -> PendingRecord | None:
-    """What an earlier run made of an input, with the stages that must run again; None where the
-    input must be read from its source again.
+    """Returns the record of an earlier run with the stages that it still needs; None if the input
+    must be read from the source and processed by all stages.
 
-    A dropped or failed record stays as it is, unless a stage up to the one that dropped it is
-    stale. Then a quarantined record is restored and needs the stages from there on. A quarantined
-    duplicate is as complete as a sample; if it still is a duplicate, the commit quarantines it
-    again.
+    A dropped or failed record is unchanged, unless the stage that dropped it or an earlier one is
+    stale. In that case, a quarantined record is restored, and needs the stages from that one on. A
+    quarantined duplicate is treated as a sample: the commit quarantines it again if it still is a
+    duplicate.
     """
     if record.reason in task.retry:
         return None
@@ -103,7 +105,7 @@ def continued_record(
 def _pending(
     record: Record, remaining_stages: StageNames, stages: Sequence[Stage]
 ) -> PendingRecord:
-    """The record as ok, without the annotations that the remaining stages will record."""
+    """Returns the record as ok, without the annotations that the remaining stages will record."""
     outdated = {
         stage.annotation.name
         for stage in stages

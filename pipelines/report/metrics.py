@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipelines.report.distribution import Floats
 from stages.fields import Column, Metric
 from stages.regions import LABEL_IDS, LABELS, REGION_LABELS, REGION_WORDS
-from stages.storage.sidecar import KNOWN
+from stages.storage.sidecar import STANDARD_COLUMNS
 
 AREA: Final = "area"
 WORDS: Final = "words"
@@ -57,7 +57,7 @@ def shown_metrics(columns: Iterable[Column]) -> tuple[ShownMetric, ...]:
 def columns_of(metrics: Sequence[ShownMetric], columns: Mapping[str, Column]) -> list[Column]:
     """The sidecar columns that these metrics need, and `label_areas`."""
     names = [*(name for shown in metrics for name in shown.columns), "label_areas"]
-    return [columns.get(name) or KNOWN[name] for name in dict.fromkeys(names)]
+    return [columns.get(name) or STANDARD_COLUMNS[name] for name in dict.fromkeys(names)]
 
 
 def matrix(table: pa.Table, metrics: Sequence[ShownMetric]) -> Floats:

@@ -29,7 +29,7 @@ from stages.regions import LABELS, REGION_WORDS
 from stages.storage.exclusions import GLOBAL_PASS, TAKEDOWN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
-from stages.storage.sidecar import KNOWN
+from stages.storage.sidecar import STANDARD_COLUMNS
 
 _UNWRITTEN: Final = (Status.DROPPED, Status.FAILED)
 _THREADS: Final = 4
@@ -67,7 +67,7 @@ def compute(reader: DatasetReader) -> Report:
             f"{reader} has no committed shard, so there is nothing to report. Run the pipeline "
             "first."
         )
-    columns = {**KNOWN, **reader.columns()}
+    columns = {**STANDARD_COLUMNS, **reader.columns()}
     metrics = shown_metrics(columns.values())
     sums, label_sums = Sums(len(metrics)), Sums(len(LABELS))
     scans, means, medians, counts = [], [], [], []

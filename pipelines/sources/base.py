@@ -40,6 +40,7 @@ class Input:
         "" if unknown.
     provenance: a JSON object with those of PROVENANCE_FIELDS that the source states; "" if none.
     duplicate_of: the `source` of an earlier input with the same bytes; "" if there is none.
+    vanished: the source no longer lists it, so its locator may lead to another input's bytes.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Input:
     version: str = ""
     provenance: str = ""
     duplicate_of: str = ""
+    vanished: bool = False
 
     @property
     def key(self) -> str:
@@ -137,6 +139,8 @@ class Source(ABC):
             },
         )
         try:
+            if item.vanished:
+                raise Failed("not_a_file", "the source no longer lists it")
             if item.duplicate_of:
                 raise Dropped("duplicate", f"same bytes as {item.duplicate_of}")
             data = self._retrying(read, item) if read else self.read_with_retries(item)

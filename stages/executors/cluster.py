@@ -1,9 +1,11 @@
-"""The Ray cluster that a run uses: a local one of its own, or one that is running."""
+"""The Ray cluster of a run: an existing one, or a new local one."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +19,25 @@ PACKAGES: Final = ("configs", "stages", "model", "pipelines", "train", "infer")
 _IDLE_MS: Final = 60_000
 
 
-def start_ray(settings: RayConfig) -> None:
-    """Connects to `settings.address` or $RAY_ADDRESS; if there is none, starts a local cluster."""
+@contextmanager
+def ray_cluster(settings: RayConfig) -> Iterator[None]:
+    """A context with a Ray cluster: the one that this process is connected to, else that at
+    `settings.address` or $RAY_ADDRESS, else a new local one. Disconnects at the end, except from
+    the first.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _start_ray(settings)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(settings: RayConfig) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from configs.errors import PipelineError
 from stages.executors.block import BLOCK_SCHEMA, Block
-from stages.executors.cluster import list_nodes, start_ray
+from stages.executors.cluster import list_nodes, ray_cluster
 from stages.executors.counter import ProgressRelay, poll_counter, start_counter
 from stages.executors.job import Advance, ResultT, ShardJob, Task, TaskT
 from stages.executors.placement import TASK_CPUS, Group, plan_groups
@@ -37,25 +37,23 @@ def run_ray(
     import ray
 
     settings = job.settings
-    start_ray(settings.ray)
     try:
-        groups = plan_groups(job.chain.build(), list_nodes(), settings.ray.workers, len(tasks))
-        for group in groups:
-            logger.info(
-                "ray: %d × (%s), each %g CPU, %g GPU",
-                group.workers,
-                "+".join(group.names),
-                group.cpus,
-                group.gpus,
-            )
-        counter = start_counter()
-        with ProgressRelay(partial(poll_counter, counter, settings.stuck_after), advance):
-            yield from _stream(job, tasks, groups, counter)
+        with ray_cluster(settings.ray):
+            groups = plan_groups(job.chain.build(), list_nodes(), settings.ray.workers, len(tasks))
+            for group in groups:
+                logger.info(
+                    "ray: %d × (%s), each %g CPU, %g GPU",
+                    group.workers,
+                    "+".join(group.names),
+                    group.cpus,
+                    group.gpus,
+                )
+            counter = start_counter()
+            with ProgressRelay(partial(poll_counter, counter, settings.stuck_after), advance):
+                yield from _stream(job, tasks, groups, counter)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, PipelineError) else error) from None
-    finally:
-        ray.shutdown()
 
 
 def _stream(

@@ -1,9 +1,9 @@
-"""Commit: writing one shard, so that it exists whole or not at all.
+"""Commit: writes one shard, so that it exists completely or not at all.
 
 A shard is a tar of samples, a sidecar with a row for every input, and a manifest, which is written
-last: without it the shard doesn't exist. Complete samples that a rule or an exclusion dropped are
-in a tar of their own (quarantine), apart from those that people train on; another rule restores
-them without a model call. Tars and sidecar depend on inputs, signatures and exclusions alone.
+last: a shard without a manifest doesn't exist. Complete samples that a rule or an exclusion dropped
+are in a second tar (quarantine), so that nobody trains on them; changed rules restore them without
+a model call. Tars and sidecar depend only on inputs, signatures and exclusions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from stages.storage.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
-    """digest: equal digests mean equal inputs (name, size, version, copies) in equal order."""
+    """A shard of the plan. inputs: their number. bytes: their total size. digest: equal digests
+    mean equal inputs (name, size, version, exact copies) in equal order.
+    """
 
     index: int
     inputs: int
@@ -38,13 +40,16 @@ class PlannedShard:
 
 @dataclass(frozen=True, slots=True)
 class ChainInfo:
-    """What a shard's files say of the stages that made it."""
+    """What a shard's files record about the chain: signatures of its stages, in order, and classes
+    of their annotations.
+    """
 
     signatures: tuple[str, ...]
     annotations: tuple[type[Annotation], ...]
 
     @staticmethod
     def of(stages: Sequence[Stage]) -> ChainInfo:
+        """Returns what to record about these stages."""
         kinds = [stage.annotation for stage in stages]
         return ChainInfo(
             signatures=tuple(stage.signature() for stage in stages),
@@ -55,17 +60,17 @@ class ChainInfo:
 def commit(
     store: Store, shard: PlannedShard, records: Sequence[Record], chain: ChainInfo, run: RunInfo
 ) -> Manifest:
-    """Writes `shard` from all its records, in input order; returns its manifest.
+    """Writes `shard` and returns its manifest.
 
-    Applies the exclusions that the output holds on the shard. The old manifest is removed first and
-    the new one written last: between the two the shard doesn't exist. Raises ShardError if two
-    records have the same key.
+    records: of all inputs of the shard, in input order; the shard's exclusions are applied to them.
+    The old manifest is removed first and the new one is written last: between the two, the shard
+    doesn't exist. Raises ShardError if two records have the same key.
     """
     keys = Counter(record.key for record in records)
-    if twice := [key for key, count in keys.items() if count > 1]:
+    if repeated := [key for key, count in keys.items() if count > 1]:
         raise ShardError(
-            f"{layout.shard_name(shard.index)}: {len(twice)} keys occur twice, the first is "
-            f"{twice[0]}"
+            f"{layout.shard_name(shard.index)}: {len(repeated)} keys occur more than once, the "
+            f"first is {repeated[0]}"
         )
     excluded = exclusions.of_shard(store, shard.index)
     records = [exclusions.apply(excluded.get(record.key), record) for record in records]
@@ -114,21 +119,33 @@ def commit(
 
 
 def commit_exclusions(store: Store, manifest: Manifest, chain: ChainInfo) -> Manifest:
-    """Writes a shard again from its own samples, because the exclusions on it have changed.
+    """Rewrites a shard from its own samples with the present exclusions. Returns its manifest.
 
-    No stage runs; signatures and run stay those of the shard. chain: for the annotations.
+    No stage runs; signatures and run information stay as they are. chain: for its annotations.
     """
     shard = PlannedShard(
         index=manifest.index, inputs=manifest.inputs, bytes=0, digest=manifest.inputs_digest
     )
     records = DatasetReader(store).records(manifest.index)
     restored = [exclusions.restored(record) for record in records]
-    own = ChainInfo(manifest.signatures, chain.annotations)
-    return commit(store, shard, restored, own, manifest.run)
+    unchanged = ChainInfo(manifest.signatures, chain.annotations)
+    return commit(store, shard, restored, unchanged, manifest.run)
+
+
+def remove_uncommitted(store: Store) -> None:
+    """Removes the files of shards without a manifest, which a killed commit has written. Call it
+    while holding the run lock.
+    """
+    committed = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
+    for name in store.names(layout.SHARDS):
+        if name.partition(".")[0] not in committed:
+            store.remove(layout.in_shards(name))
 
 
 def _remove(store: Store, index: int) -> None:
-    """Removes a shard's manifest, and those of its files that a new commit may not replace."""
+    """Removes a shard's manifest and all its tars except that of the samples, which the commit
+    replaces.
+    """
     name = layout.shard_name(index)
     store.remove(layout.in_shards(layout.manifest(index)))
     for file in store.names(layout.SHARDS):
@@ -137,12 +154,13 @@ def _remove(store: Store, index: int) -> None:
 
 
 def _reasons(records: Sequence[Record], status: Status) -> Mapping[str, int]:
+    """Returns reason → number of the records with this status, sorted by reason."""
     counts = Counter(record.reason for record in records if record.status is status)
     return dict(sorted(counts.items()))
 
 
 def _write(store: Store, name: str, write: Callable[[IO[bytes]], None]) -> FileEntry:
-    """Writes a file of a shard; returns its entry in the manifest."""
+    """Writes a file of a shard and returns its entry for the manifest."""
     with store.writer(layout.in_shards(name)) as stream:
         hashed = _HashedStream(stream)
         write(hashed)  # type: ignore[arg-type]
@@ -150,7 +168,9 @@ def _write(store: Store, name: str, write: Callable[[IO[bytes]], None]) -> FileE
 
 
 class _HashedStream:
-    """Counts and digests what is written through it. Closing it leaves the stream open."""
+    """Passes data on to a stream, and computes its size and sha256. `close` doesn't close the
+    stream.
+    """
 
     closed = False
 

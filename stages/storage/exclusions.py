@@ -1,10 +1,10 @@
-"""Exclusions: what is known of a record from outside its shard: it is a duplicate of a sample in
-any shard, or its removal was requested.
+"""Exclusions: records that are excluded for a cause outside their shard. Either they are duplicates
+of a sample in any shard, or their removal was requested.
 
 Duplicates are in duplicates.parquet (written by the global pass), removals in takedown.jsonl. Only
-`commit` applies them. A shard's bytes depend on its inputs, its signatures and its exclusions; its
-manifest holds a digest of those that were applied, and a shard whose exclusions have changed is
-written again from its own samples, without running a stage.
+`commit` applies them. A shard's bytes depend on its inputs, signatures and exclusions. Its manifest
+holds a digest of the applied exclusions; a shard whose exclusions have changed is rewritten from
+its own samples, without running a stage.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ from stages.record import Record, Status
 from stages.storage import layout
 from stages.storage.store import Store
 
-GLOBAL_PASS: Final = "global_pass"  # noqa: S105 - no password
-"""`stage` of a record that the global pass dropped."""
-TAKEDOWN: Final = "takedown"
-"""`stage` of a removed record."""
-TAKEN_DOWN: Final = "taken_down"
-"""`reason` of a removed record."""
+# `stage` of a record that the global pass dropped
+GLOBAL_PASS: Final = "global_pass"  # noqa: S105 - not a password
+TAKEDOWN: Final = "takedown"  # `stage` of a removed record
+TAKEN_DOWN: Final = "taken_down"  # `reason` of a removed record
 
 DUPLICATES_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("key", pa.string()),
         ("reason", pa.string()),
-        ("of", pa.string()),  # key of the sample that stays
-        ("value", pa.float64()),  # bits of the hash that differ, or the cosine
+        ("of", pa.string()),  # key of the sample that is not excluded
+        ("value", pa.float64()),  # number of different bits of the hashes, or the cosine
         ("detail", pa.string()),
     ]
 )
@@ -46,13 +44,15 @@ DUPLICATES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exclusion:
+    """Why a record is excluded; the values become those of the record."""
+
     stage: str
     reason: str
     detail: str
 
     @property
     def is_removal(self) -> bool:
-        """True if nothing may be made of the input again."""
+        """True if the input must never be processed again."""
         return self.stage == TAKEDOWN
 
 
@@ -60,7 +60,9 @@ Exclusions = Mapping[str, Exclusion]  # by key
 
 
 def apply(exclusion: Exclusion | None, record: Record) -> Record:
-    """A duplicate that is ok gets quarantined; of a removed record only the key stays."""
+    """Returns the record with its exclusion: a duplicate that is ok is quarantined, and a removed
+    record keeps only its key.
+    """
     if exclusion is None:
         return record
     if exclusion.is_removal:
@@ -71,20 +73,24 @@ def apply(exclusion: Exclusion | None, record: Record) -> Record:
 
 
 def restored(record: Record) -> Record:
-    """The record as it was before it was quarantined as a duplicate; any other as it is."""
+    """Returns the record as it was before it was quarantined as a duplicate. Other records are
+    returned unchanged.
+    """
     if record.quarantined and record.stage == GLOBAL_PASS:
         return replace(record, status=Status.OK, reason="", detail="", stage="")
     return record
 
 
 def removed_record(key: str) -> Record:
-    """What is kept of a record whose removal was requested: neither its name nor its digest."""
+    """Returns the record that replaces a removed one: it has a key, and neither name nor digest."""
     return Record(key=key, source="", status=Status.DROPPED, reason=TAKEN_DOWN, stage=TAKEDOWN)
 
 
 def digest(exclusions: Exclusions) -> str:
-    """Equal digests mean equal exclusions; "" for none. Stages count under the names they were
-    introduced with, so that the digests of existing data sets stay valid."""
+    """Returns a digest: equal digests mean equal exclusions; "" means none.
+
+    It hashes the names that stages were introduced with, so that existing digests stay valid.
+    """
     if not exclusions:
         return ""
     entries = [
@@ -95,7 +101,7 @@ def digest(exclusions: Exclusions) -> str:
 
 
 def of_shard(store: Store, index: int) -> Exclusions:
-    """The exclusions on one shard's records."""
+    """Returns the exclusions of one shard's records."""
     duplicates: dict[str, Exclusion] = {}
     if store.exists(layout.DUPLICATES):
         table = store.table(layout.DUPLICATES)
@@ -106,7 +112,7 @@ def of_shard(store: Store, index: int) -> Exclusions:
 
 
 def of_all(store: Store) -> dict[int, Exclusions]:
-    """shard → the exclusions on its records, for shards that have any."""
+    """Returns shard number → its exclusions, for shards that have any."""
     duplicates: dict[int, dict[str, Exclusion]] = {}
     if store.exists(layout.DUPLICATES):
         duplicates = _duplicates(store.table(layout.DUPLICATES))
@@ -116,7 +122,9 @@ def of_all(store: Store) -> dict[int, Exclusions]:
 
 
 def read_takedowns(store: Store) -> list[dict[str, Any]]:
-    """The log of removals, oldest first. Raises ShardError for a line that isn't an entry of it."""
+    """Returns the entries of the removal log, oldest first. Raises ShardError for a line that isn't
+    an entry.
+    """
     if not store.exists(layout.TAKEDOWNS):
         return []
     entries = []
@@ -129,25 +137,26 @@ def read_takedowns(store: Store) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(
                 f"{store.url}: line {number} of {layout.TAKEDOWNS} is not an entry of the removal "
-                f"log ({error!r}). The log says what must stay out: restore it from a copy, don't "
-                "delete it."
+                f"log ({error!r}). Without the log, removed inputs would be processed again: "
+                "restore it from a copy, don't delete it."
             ) from error
         entries.append(entry)
     return entries
 
 
 def removed_digests(store: Store) -> frozenset[str]:
-    """sha256 of removed pictures: they are refused under any name."""
+    """Returns the sha256 of all removed images; such images are refused under any name."""
     return frozenset(digest for entry in read_takedowns(store) for digest in entry["sha256"])
 
 
 def removed_keys(store: Store) -> frozenset[str]:
-    """Keys of all removed records."""
+    """Returns the keys of all removed records."""
     entries = read_takedowns(store)
     return frozenset(key for e in entries for keys in e["removed"].values() for key in keys)
 
 
 def _duplicates(table: pa.Table) -> dict[int, dict[str, Exclusion]]:
+    """Returns shard number → key → exclusion, from a table of DUPLICATES_SCHEMA."""
     by_shard: dict[int, dict[str, Exclusion]] = defaultdict(dict)
     for row in table.to_pylist():
         exclusion = Exclusion(stage=GLOBAL_PASS, reason=row["reason"], detail=row["detail"])
@@ -156,6 +165,7 @@ def _duplicates(table: pa.Table) -> dict[int, dict[str, Exclusion]]:
 
 
 def _removals(store: Store) -> dict[int, dict[str, Exclusion]]:
+    """Returns shard number → key → exclusion, from the removal log."""
     by_shard: dict[int, dict[str, Exclusion]] = defaultdict(dict)
     exclusion = Exclusion(stage=TAKEDOWN, reason=TAKEN_DOWN, detail="")
     for entry in read_takedowns(store):

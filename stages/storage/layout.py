@@ -1,4 +1,4 @@
-"""Layout: every file name of a data set under OUT. No other module spells one out.
+"""Layout: all file names of a data set under OUT. Other modules use these names.
 
 OUT/dataset.json  config.yaml  plan.parquet  duplicates.parquet  identities.parquet
 OUT/takedown.jsonl  run.lock  README.md  croissant.json
@@ -15,10 +15,9 @@ from typing import Final
 
 from configs.errors import ShardError
 
+# Of tars, sidecars and manifests. It rises only for a change that older programs can't read.
 FORMAT_VERSION: Final = 3
-"""Of tars, sidecars and manifests. It rises only for a change that older programs can't read."""
-READABLE: Final = (2, 3)
-"""Versions that this program reads."""
+READABLE: Final = (2, 3)  # versions that this program reads
 
 DATASET: Final = "dataset.json"
 CONFIG: Final = "config.yaml"
@@ -34,20 +33,21 @@ STATS: Final = "report/stats.json"
 STATS_TABLE: Final = "report/stats.parquet"
 
 SHARDS: Final = "shards"
-TARS: Final = "fgid-??????.tar"  # six characters: no quarantine tars among them
+TARS: Final = "fgid-??????.tar"  # a glob that doesn't match quarantine tars
 SIDECARS: Final = "fgid-??????.parquet"
 _PREFIX: Final = "fgid-"
 
 
 def shard_name(index: int) -> str:
+    """Returns the name of shard number `index`, such as fgid-000012."""
     return f"{_PREFIX}{index:06d}"
 
 
 def shard_index(name: str) -> int:
-    """The inverse of `shard_name`. Raises ShardError for another name."""
+    """Returns the number of the shard with this name. Raises ShardError for an invalid name."""
     number = name.removeprefix(_PREFIX)
     if not name.startswith(_PREFIX) or not number.isdecimal():
-        raise ShardError(f"{name!r} is not a shard's name, such as {shard_name(12)}")
+        raise ShardError(f"{name!r} is not a shard's name: expected a name like {shard_name(12)}")
     return int(number)
 
 
@@ -68,10 +68,10 @@ def manifest(index: int) -> str:
 
 
 def is_manifest(name: str) -> bool:
-    """True of a manifest's file name."""
+    """Returns whether this is the file name of a manifest."""
     return name.startswith(_PREFIX) and name.endswith(".json")
 
 
 def in_shards(name: str) -> str:
-    """The path of a shard's file, relative to OUT."""
+    """Returns the path, relative to OUT, of a shard's file."""
     return f"{SHARDS}/{name}"

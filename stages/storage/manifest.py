@@ -1,6 +1,6 @@
-"""Manifest: what a committed shard says of itself. Without it a shard doesn't exist.
+"""Manifest: describes a committed shard. A shard without a manifest doesn't exist.
 
-What varies from run to run (times, host, attempts) is in `run` and nowhere else in a shard.
+What differs between equal runs (times, host, attempts) is in `run`, and nowhere else in a shard.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """The run that made a shard. finished: Unix time. seconds: from loaded models to the commit.
+    """The run that made a shard. finished: Unix time. seconds: from the start of the shard, with
+    models loaded, to its commit.
 
-    stage_seconds, stage_counts: by stage; counts are what a stage counts itself, such as tokens.
-    attempt: 1, or more where workers died of the shard.
+    stage_seconds, stage_counts: by stage; the counts are what a stage counts, such as tokens.
+    attempt: 1; more if workers died of the shard before.
     """
 
     finished: float
@@ -45,7 +46,9 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardRun:
-    """A shard in the making. seconds, counts: by stage, see RunInfo. started: Unix time."""
+    """A shard that is being processed. seconds, counts: by stage (see RunInfo). started: Unix
+    time.
+    """
 
     seconds: dict[str, float]
     executor: str
@@ -54,7 +57,7 @@ class ShardRun:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def finish(self) -> RunInfo:
-        """The run as the manifest records it; it ends now."""
+        """Returns what the manifest records, with the present time as the end."""
         now = time.time()
         return RunInfo(
             finished=round(now, 3),
@@ -69,11 +72,11 @@ class ShardRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """inputs = written + dropped (by reason) + failed (by reason).
+    """A shard's numbers and files; inputs = written + dropped + failed.
 
-    inputs_digest: equal digests mean equal inputs in equal order. signatures: of the stages that
-    made the shard, in order. exclusions: digest of the exclusions that were applied, "" for none.
-    quarantine: None where nothing is quarantined.
+    dropped, failed: reason → number of records. inputs_digest: equal digests mean equal inputs in
+    equal order. signatures: of the stages that made the shard, in order. exclusions: digest of the
+    applied exclusions; "": none. quarantine: None if nothing is quarantined.
     """
 
     shard: str
@@ -92,10 +95,12 @@ class Manifest:
 
     @property
     def index(self) -> int:
+        """The shard's number."""
         return layout.shard_index(self.shard)
 
     @property
     def files(self) -> list[FileEntry]:
+        """All files of the shard except the manifest."""
         files = (self.tar, self.quarantine, self.sidecar)
         return [entry for entry in files if entry is not None]
 
@@ -104,8 +109,10 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes | str, name: str) -> Manifest:
-        """The manifest in file `name`. Raises ShardError unless this program can read it."""
-        repair = "Remove that file and run the pipeline again: it makes the shard again."
+        """Returns the manifest with this JSON. name: its file, for error messages. Raises
+        ShardError if it is no manifest or has a version that this program can't read.
+        """
+        repair = "Remove that file and run the pipeline again: it writes the shard again."
         try:
             values: dict[str, Any] = json.loads(data)
             version = values.get("version", values.get("schema"))

@@ -1,4 +1,4 @@
-"""DatasetReader: everything that is read of a data set, local or at an fsspec URL."""
+"""DatasetReader: reads data sets, from a folder or an fsspec URL."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ import yaml
 from configs.errors import ShardError
 from stages.fields import Column
 from stages.record import Record, Status
-from stages.storage import layout
+from stages.storage import layout, version2
 from stages.storage.manifest import FileEntry, Manifest
 from stages.storage.samples import parse_sample, read_sample
 from stages.storage.sidecar import Row, SidecarFile, is_quarantined, row_to_record
 from stages.storage.store import Store
 
+# The columns of identities.parquet, which has a row for each sample. identity_id is "id-" and the
+# beginning of the key of the identity's earliest member.
 IDENTITIES_SCHEMA = pa.schema(
     [
         pa.field(name, kind, metadata={"description": description})
         for name, kind, description in (
             ("key", pa.string(), "key of the sample"),
-            ("shard", pa.int32(), "number of the shard that holds it"),
+            ("shard", pa.int32(), "number of the sample's shard"),
             (
                 "identity_id",
                 pa.string(),
-                "whom it shows: samples with equal ids are taken for one person",
+                "the person shown: samples with equal ids are taken for one person",
             ),
-            ("identity_size", pa.int32(), "samples of that identity"),
+            ("identity_size", pa.int32(), "number of samples of that identity"),
             (
                 "split_group",
                 pa.string(),
@@ -49,14 +51,12 @@ IDENTITIES_SCHEMA = pa.schema(
         )
     ]
 )
-"""identities.parquet: a row for each sample. identity_id is "id-" and the beginning of the key of
-the identity's earliest member."""
 
 Value = TypeVar("Value")
 
 
 class SamplePlace(NamedTuple):
-    """Where a written sample is. tar: file name in the shards folder; offset, size: bytes."""
+    """Where a written sample is. tar: file name in the shards folder. offset, size: in bytes."""
 
     key: str
     tar: str
@@ -67,9 +67,9 @@ class SamplePlace(NamedTuple):
 class DatasetReader:
     """Reads manifests, sidecar rows, samples, identities and configuration of a data set.
 
-    Nothing is cached: a data set may change while a run is at work on it. Files of an older format
-    version are read as those of this one. Methods raise ShardError for a file that is missing,
-    damaged, or contradicts its manifest.
+    Nothing is cached, since a run may change the data set. Files of older format versions are
+    converted to this one. Methods raise ShardError for a file that is missing or damaged, or that
+    doesn't match its manifest.
     """
 
     def __init__(self, output: str | Store) -> None:
@@ -78,10 +78,8 @@ class DatasetReader:
     def __str__(self) -> str:
         return self.store.url
 
-    # ------------------------------------------------------------------------------------- shards
-
     def manifests(self) -> dict[int, Manifest]:
-        """index → manifest of every committed shard, in order."""
+        """Returns number → manifest of every committed shard, in order."""
         names = self.store.names(layout.SHARDS)
         paths = [layout.in_shards(name) for name in names if layout.is_manifest(name)]
         files = self.store.read_all(paths)
@@ -92,15 +90,15 @@ class DatasetReader:
 
     @contextmanager
     def sidecar(self, index: int) -> Iterator[SidecarFile]:
-        """A shard's sidecar, to be read in parts."""
+        """Opens a shard's sidecar, so that parts of it can be read."""
         name = layout.in_shards(layout.sidecar(index))
         try:
             with self.store.parquet(name) as file:
                 yield SidecarFile(file)
         except FileNotFoundError as error:
             raise ShardError(
-                f"{self.store.url}/{name} is missing, and its shard has a manifest. Remove that "
-                "manifest and run the pipeline again: it makes the shard again."
+                f"{self.store.url}/{name} is missing, but its shard has a manifest. Remove that "
+                "manifest and run the pipeline again: it writes the shard again."
             ) from error
 
     def rows(
@@ -109,7 +107,9 @@ class DatasetReader:
         columns: Sequence[Column | str] | None = None,
         status: Status | None = None,
     ) -> pa.Table:
-        """A shard's sidecar rows, in input order; those of one status only where it is given."""
+        """Returns a shard's sidecar rows, in input order. columns: None means all. status: only
+        rows with this status; None: all rows.
+        """
         names = None if columns is None else [c if isinstance(c, str) else c.name for c in columns]
         hidden = status is not None and names is not None and "status" not in names
         with self.sidecar(index) as file:
@@ -119,8 +119,9 @@ class DatasetReader:
         return table.drop_columns(["status"]) if hidden else table
 
     def columns(self) -> dict[str, Column]:
-        """name → column of the sidecars. Shards that were made by different chains may differ: a
-        column that any of them has is here."""
+        """Returns name → column, for all columns that at least one shard has. Shards of different
+        chains may have different columns.
+        """
         columns: dict[str, Column] = {}
         chains = {(m.version, m.signatures): index for index, m in self.manifests().items()}
         for index in chains.values():
@@ -128,11 +129,11 @@ class DatasetReader:
                 columns = file.columns | columns
         return columns
 
-    # ------------------------------------------------------------------------------------ samples
-
     def records(self, index: int) -> list[Record]:
-        """The record of every input of a shard, in order: samples and quarantined ones complete,
-        dropped and failed ones with their reason and without payloads."""
+        """Returns the records of all inputs of a shard, in order. Written and quarantined ones are
+        complete; other dropped and failed ones have their reason, but no image, label map,
+        embedding and captions.
+        """
         manifest = self._manifest(index)
         with self.sidecar(index) as file:
             columns, rows = file.columns, file.read().to_pylist()
@@ -149,7 +150,7 @@ class DatasetReader:
             ]
 
     def samples(self, index: int) -> Iterator[Record]:
-        """The written samples of a shard, one at a time, in the order of its tar."""
+        """Yields the written samples of a shard, in the order of its tar."""
         rows = self.rows(index, ("key", "source", "members"), Status.OK).to_pylist()
         if rows:
             with self._open(self._manifest(index).tar) as tar:
@@ -157,59 +158,65 @@ class DatasetReader:
                     yield read_sample(tar, row)
 
     def sample(self, index: int, row: Row) -> Record | None:
-        """The sample of a complete sidecar row, by one ranged read; None where it has none."""
+        """Returns the sample of a sidecar row with all columns, read by one range request; None if
+        the row has no sample.
+        """
         if not _has_sample(row):
             return None
         manifest = self._manifest(index)
         quarantined = is_quarantined(row)
         file, kind = (manifest.quarantine, "quarantine") if quarantined else (manifest.tar, "tar")
         if file is None:
-            raise ShardError(f"{manifest.shard}: a row is quarantined, the manifest names no tar")
+            raise ShardError(
+                f"{manifest.shard}: a row is quarantined, but the manifest has no quarantine tar"
+            )
         start = row[f"{kind}_offset"]
-        data = self._found(
+        data = self._with_file(
             file, lambda name: self.store.read(name, start, start + row[f"{kind}_size"])
         )
         members = [member | {"offset": member["offset"] - start} for member in row["members"]]
         return _restored(read_sample(io.BytesIO(data), {**row, "members": members}), row)
 
     def samples_at(self, places: Sequence[SamplePlace]) -> list[Record]:
-        """The samples at these places, in that order; their bytes are fetched together."""
+        """Returns the samples at these places, in that order. Requests to a remote store are sent
+        together.
+        """
         ranges = [(layout.in_shards(p.tar), p.offset, p.offset + p.size) for p in places]
         try:
             parts = self.store.read_ranges(ranges)
         except FileNotFoundError as error:
-            raise ShardError(f"{self.store.url}: a tar has vanished: {error}") from error
+            raise ShardError(f"{self.store.url}: a tar is missing: {error}") from error
         return [
             parse_sample(part, place.key, f"{self.store.url}/{layout.SHARDS}/{place.tar}")
             for part, place in zip(parts, places, strict=True)
         ]
 
-    # ------------------------------------------------------------------------------ the whole set
-
     def identities(self, columns: list[str] | None = None) -> pa.Table:
-        """The rows of identities.parquet, none where the global pass hasn't run yet."""
+        """Returns the rows of identities.parquet; none if the global pass hasn't run yet."""
         if not self.store.exists(layout.IDENTITIES):
             schema = IDENTITIES_SCHEMA
             return pa.schema([schema.field(n) for n in columns or schema.names]).empty_table()
         return self.store.table(layout.IDENTITIES, columns)
 
     def config_text(self) -> str:
-        """The configuration of the last run, as YAML; "" where there is none."""
+        """Returns the configuration of the last run, as YAML; "" if there is none."""
         return self.store.read_all([layout.CONFIG]).get(layout.CONFIG, b"").decode()
 
     def config_values(self) -> dict[str, Any]:
-        """The same as plain values, {} for none. Keys may be those of an older version."""
+        """Returns the configuration of the last run as plain values; {} if there is none. Keys may
+        be those of an older version.
+        """
         return _mapping(yaml.safe_load(self.config_text()))
 
     def dataset_info(self) -> dict[str, Any]:
-        """What dataset.json says: source, stages, signatures, weights; {} where there is none."""
+        """Returns the contents of dataset.json (source, stages, signatures, weights), with the
+        current names of stages; {} if it doesn't exist.
+        """
         data = self.store.read_all([layout.DATASET]).get(layout.DATASET, b"{}")
         try:
-            return _mapping(json.loads(data))
+            return version2.dataset_info(_mapping(json.loads(data)))
         except ValueError as error:
             raise ShardError(f"{self.store.url}/{layout.DATASET} is not JSON: {error}") from error
-
-    # -------------------------------------------------------------------------------------- parts
 
     def _manifest(self, index: int) -> Manifest:
         name = layout.in_shards(layout.manifest(index))
@@ -219,15 +226,16 @@ class DatasetReader:
             raise ShardError(f"{self.store.url}: shard {index} is not committed") from error
 
     def _open(self, file: FileEntry) -> Any:
-        return self._found(file, self.store.open)
+        return self._with_file(file, self.store.open)
 
-    def _found(self, file: FileEntry, read: Callable[[str], Value]) -> Value:
+    def _with_file(self, file: FileEntry, read: Callable[[str], Value]) -> Value:
+        """Returns `read(path)`. Raises ShardError if the file is missing."""
         try:
             return read(layout.in_shards(file.name))
         except FileNotFoundError as error:
             raise ShardError(
-                f"{self.store.url}/{layout.SHARDS}/{file.name} is missing. Run `lint`, then the "
-                "pipeline again."
+                f"{self.store.url}/{layout.SHARDS}/{file.name} is missing, but its shard has a "
+                "manifest. Run `lint`, then run the pipeline again."
             ) from error
 
 
@@ -236,7 +244,7 @@ def _has_sample(row: Mapping[str, Any]) -> bool:
 
 
 def _restored(sample: Record, row: Mapping[str, Any]) -> Record:
-    """A sample with what only its row holds: thumbnail, and why it was dropped."""
+    """Returns a sample with the fields that only its row has: thumbnail, and why it was dropped."""
     values = {name: row[name] for name in ("reason", "detail", "stage", "thumbnail")}
     return replace(sample, status=Status(row["status"]), **values)
 

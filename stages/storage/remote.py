@@ -1,6 +1,4 @@
-"""File systems behind fsspec URLs, and what is worth trying again when one has answered with an
-error.
-"""
+"""File systems of fsspec URLs: credentials are refused in URLs, and temporary errors recognised."""
 
 from __future__ import annotations
 
@@ -15,15 +13,15 @@ from configs.errors import ConfigError
 
 _PASSWORD: Final = re.compile(r"(?<=://)[^/@]*:[^/]*@")
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
-    # parts of 50 MiB in memory at a time: s3fs's own 10 are a gigabyte in each writer
+    # parts of 50 MiB in memory at a time; s3fs's default of 10 would take a gigabyte a writer
     "s3": {"max_concurrency": 2}
 }
 _STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _ERRNO: Final = frozenset({errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN})
 _CODES: Final = frozenset(
     (
-        *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),  # it arrived damaged
-        "NoSuchUpload",  # the answer to a finished upload was lost, and the request sent again
+        *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),  # damaged on the way
+        "NoSuchUpload",  # a retry, after the response to a finished upload was lost
     )
 )
 _NAMES: Final = frozenset(
@@ -37,22 +35,23 @@ _NAMES: Final = frozenset(
 
 
 def refuse_credentials(url: str) -> None:
-    """Raises ConfigError for a URL with a password in it. Every URL of a configuration goes through
-    this check before it is printed or written anywhere."""
+    """Raises ConfigError for a URL with a password in it. All URLs of a configuration are checked
+    before they are printed or written.
+    """
     if _PASSWORD.search(url):
         raise ConfigError(
-            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be kept "
-            "beside "
-            "the data. Take it out, and give it in the environment: AWS_ACCESS_KEY_ID and "
+            f"{_PASSWORD.sub('…@', url)} was given with a password in it, which would be written "
+            "to the output. Give credentials in the environment instead: AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or FSSPEC_*."
         )
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system behind a folder or fsspec URL, its listings never cached, and the path on it.
+    """Returns the file system of a folder or fsspec URL, without a cache of listings, and the path
+    on it.
 
     Keys and endpoints come from the environment of each process, never from the URL. Raises
-    ConfigError.
+    ConfigError for a URL with a password, of an unknown protocol, or without a path.
     """
     refuse_credentials(url)
     try:
@@ -66,18 +65,19 @@ def file_system(url: str) -> tuple[Any, str]:
         ) from error
     if "://" in url and not str(path).strip("/"):
         raise ConfigError(
-            f"{url!r} names no place. Give a bucket and a folder, as in s3://bucket/folder."
+            f"{url!r} has no path. Give a bucket and a folder, as in s3://bucket/folder."
         )
     return fs, str(path)
 
 
 def is_local(fs: Any) -> bool:
+    """Returns whether this is the local file system."""
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def is_transient(error: BaseException) -> bool:
-    """True where the same request may succeed in a moment: timeouts, cut connections, 408, 429 and
-    the 5xx kind.
+    """Returns whether the same request may succeed later: after a timeout, a broken connection, or
+    status 408, 425, 429, 500, 502, 503 or 504.
     """
     status = next(
         filter(None, (getattr(error, name, None) for name in ("status", "status_code", "code"))),

@@ -1,8 +1,9 @@
-"""Samples: a complete record as members of a tar, and back.
+"""Samples: writes complete records as members of a tar, and reads them.
 
-KEY.jpg, KEY.parsing.png, KEY.identity.npy, KEY.txt and KEY.json, as the table of stored fields
-says. The JSON of all samples has one type: no nulls, and no lists of varying length but `faces`,
-which is never empty. So libraries that infer a schema from the first few samples can read the rest.
+The members are KEY.jpg, KEY.parsing.png, KEY.identity.npy, KEY.txt and KEY.json, by the table of
+stored fields (stages/fields.py). The JSON of all samples has one type: it has no nulls, and no
+lists of varying length except `faces`, which is never empty. So libraries that infer a schema from
+the first samples can read the rest.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ _IDENTITY: Final = "identity"
 _MEMBERS: Final = {name: entry.member for name, entry in stored_fields(Record) if entry.member}
 _JSON: Final = {name: entry for name, entry in stored_fields(Record) if entry.json}
 
+# extension → description of each member of a sample
 MEMBERS: Final[Mapping[str, str]] = {
     **{entry.member: entry.description for _, entry in stored_fields(Record) if entry.member},
-    "json": "everything else that is known of it: provenance, faces, captions, annotations",
+    "json": "all other fields: provenance, faces, captions, annotations",
 }
-"""Extension → description of each member of a sample."""
 
 
 def to_members(record: Record, annotations: Sequence[type[Annotation]]) -> dict[str, bytes]:
-    """extension → bytes of a complete record, in the order they are written.
+    """Returns extension → bytes of a complete record, in the order of the tar.
 
-    annotations: of the chain. One that the record lacks is written with empty values, and the
+    annotations: of the chain. One that the record doesn't have is written with empty values; the
     JSON's `annotations` names those that it has. Raises ValueError if the record is not complete.
     """
     if not record.complete or not (record.ok or record.quarantined):
@@ -60,6 +61,7 @@ def _member(value: Any) -> bytes:
 
 
 def _metadata(record: Record, annotations: Sequence[type[Annotation]]) -> dict[str, Any]:
+    """Returns the values of a sample's JSON."""
     values = {name: getattr(record, name) for name in _JSON}
     values["faces"] = [face_to_dict(face) for face in record.faces]
     plain = {n: empty_value(_JSON[n]) if value is None else value for n, value in values.items()}
@@ -78,9 +80,10 @@ def _metadata(record: Record, annotations: Sequence[type[Annotation]]) -> dict[s
 
 
 def from_members(members: Mapping[str, bytes]) -> Record:
-    """The record of a sample's members, status ok. Fields that are missing get their defaults.
+    """Returns the record of a sample, with status ok. Missing fields get their defaults.
 
-    Raises KeyError on a missing member, ValueError on a format version that can't be read.
+    members: extension → bytes. Raises KeyError for a missing member, ValueError for a format
+    version that this program can't read.
     """
     meta: dict[str, Any] = json.loads(members["json"])
     version = meta.get("version", meta.get("schema"))
@@ -95,7 +98,7 @@ def from_members(members: Mapping[str, bytes]) -> Record:
     values = {name: meta[name] for name in _JSON if name in meta}
     values |= {n: members[m] for n, m in _MEMBERS.items() if n not in (*_JSON, _IDENTITY)}
     values["faces"] = tuple(face_from_dict(face) for face in meta["faces"])
-    values["identity_norm"] = values.get("identity_norm") or None  # 0: not known
+    values["identity_norm"] = values.get("identity_norm") or None  # 0 means not recorded
     return Record(
         **values,
         identity=np.asarray(identity, np.float32),
@@ -105,9 +108,9 @@ def from_members(members: Mapping[str, bytes]) -> Record:
 
 
 class TarWriter:
-    """Writes samples to a stream as a tar. Nothing in it depends on the time or the user.
+    """Writes samples to a stream, as a tar that doesn't depend on the time or the user.
 
-    stream: has `write`; `count` is the number of bytes written to it so far.
+    count: the number of bytes written so far.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -115,8 +118,8 @@ class TarWriter:
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
-        """Appends a sample; returns where it is: `offset` of its first header and `size` with
-        headers and padding, both in bytes, and of each member the name, data offset and size.
+        """Appends a sample and returns its place in bytes: the `offset` of its first header, its
+        `size` with headers and padding, and in `members` the name, data offset and size of each.
         """
         start, places = self.count, []
         for extension, data in members.items():
@@ -139,9 +142,9 @@ class TarWriter:
 
 
 def read_sample(tar: IO[bytes], row: Mapping[str, Any]) -> Record:
-    """The sample that a sidecar row (key, source, members) points at in an open tar, status ok.
+    """Returns the sample of a sidecar row (key, source, members) from an open tar, with status ok.
 
-    Raises ShardError if the tar holds something else there.
+    Raises ShardError if the tar has something else at this place.
     """
     members = {}
     for member in row["members"]:
@@ -151,9 +154,9 @@ def read_sample(tar: IO[bytes], row: Mapping[str, Any]) -> Record:
 
 
 def parse_sample(data: bytes, key: str, place: str) -> Record:
-    """The sample `key` from the bytes of its part of a tar, headers included.
+    """Returns the sample `key` from the bytes of its part of a tar, with headers.
 
-    place: for the error message. Raises ShardError if it is not that sample.
+    place: for error messages. Raises ShardError if it is not that sample.
     """
     members: dict[str, bytes] = {}
     try:
@@ -162,7 +165,7 @@ def parse_sample(data: bytes, key: str, place: str) -> Record:
                 owner, _, extension = member.name.partition(".")
                 stream = tar.extractfile(member)
                 if owner != key or stream is None:
-                    raise ShardError(f"{place}: sample {key} expected, {member.name!r} is there")
+                    raise ShardError(f"{place}: expected sample {key}, got {member.name!r}")
                 members[extension] = stream.read()
     except tarfile.TarError as error:
         raise ShardError(f"{place}: sample {key} can't be read: {error}") from error
@@ -175,12 +178,12 @@ def _checked(members: Mapping[str, bytes], key: str, place: str) -> Record:
     except (KeyError, ValueError, TypeError) as error:
         raise ShardError(f"{place} can't be read: {type(error).__name__}: {error}") from error
     if record.key != key:
-        raise ShardError(f"{place}: the tar holds {record.key} there")
+        raise ShardError(f"{place}: the tar has sample {record.key} at its place")
     return record
 
 
 def member_names(tar: IO[bytes]) -> Iterable[str]:
-    """The member names of an open tar, in order."""
+    """Yields the member names of an open tar, in order."""
     with tarfile.open(fileobj=tar, mode="r:") as archive:
         for member in archive:
             yield member.name

@@ -1,8 +1,8 @@
 """Sidecar: a shard's parquet file, with a row for every input.
 
-Metrics are flat columns, so that those of a million samples are read without touching a nested one.
-Each column's description, and how it is shown, is in the file's own schema: whoever displays a data
-set needs no list of columns, and shows columns that a later program wrote.
+Metrics are flat columns, so that they can be read without reading nested ones. The file's schema
+holds each column's description and how to display it: programs that display a data set need no list
+of columns, and also display columns that a later version wrote.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ from stages.storage.layout import FORMAT_VERSION
 
 Row = dict[str, Any]
 
-ROW_GROUP: Final = 250  # rows: a few thumbnails are read without reading all of a shard's
+ROW_GROUP: Final = 250  # rows; so that a few thumbnails can be read without all of a shard's
 _UNIQUE: Final = ("key", "sha256", "hash", "thumbnail", "thumbnail_labels", "identity")
 _VERSION: Final = b"format_version"
 
 
 @dataclass(frozen=True, slots=True)
 class _Derived:
-    """A column that is computed from a record and its label map (H, W) or None."""
+    """A column that is computed from a record and its label map (H, W), which may be None."""
 
     column: Column
     value: Callable[[Record, LabelMap | None], Any]
 
 
 def _label_areas(labels: LabelMap | None) -> list[float]:
-    """Counted by runs of equal labels: there are few runs, of many pixels."""
+    """Returns the share of each label, 0 to 1; [] without a label map."""
     if labels is None:
         return []
+    # counts runs of equal labels, of which there are far fewer than pixels
     flat = labels.ravel()
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
     pixels = np.bincount(flat[starts], np.diff(starts, append=flat.size), len(LABELS))
     return list(pixels / flat.size)
 
 
-def _small_labels(record: Record, labels: LabelMap | None) -> bytes:
+def _thumbnail_labels(record: Record, labels: LabelMap | None) -> bytes:
     if labels is None or not record.thumbnail:
         return b""
     small = shrink(labels, THUMBNAIL_SIDE)
@@ -68,8 +69,8 @@ _DERIVED: Final = (
         Column(
             name="face_count",
             type=pa.int32(),
-            description="how many faces were found",
-            metric=Metric(title="Faces per image", note="all faces found", whole=True),
+            description="number of detected faces",
+            metric=Metric(title="Faces per image", note="all detected faces", whole=True),
         ),
         lambda record, _: len(record.faces),
     ),
@@ -77,8 +78,8 @@ _DERIVED: Final = (
         Column(
             name="score",
             type=pa.float64(),
-            description="detection score of the chosen face, 0 to 1; null where there is none",
-            metric=Metric(title="Detection score", note="of the chosen face"),
+            description="detection score of the main face, 0 to 1; null if there is none",
+            metric=Metric(title="Detection score", note="of the main face"),
         ),
         lambda record, _: record.main_face.score if _has_face(record) else None,
     ),
@@ -86,7 +87,7 @@ _DERIVED: Final = (
         Column(
             name="face_side",
             type=pa.float64(),
-            description="short side of the chosen face's box, pixels",
+            description="short side of the main face's box, pixels",
             metric=Metric(title="Face size", unit="px", note="short side of the box"),
         ),
         lambda record, _: record.main_face.side if _has_face(record) else None,
@@ -95,7 +96,7 @@ _DERIVED: Final = (
         Column(
             name="label_areas",
             type=pa.list_(pa.float32()),
-            description="share of the picture for each of the 19 labels",
+            description="share of the image, 0 to 1, of each of the 19 labels",
         ),
         lambda _, labels: _label_areas(labels),
     ),
@@ -105,7 +106,7 @@ _DERIVED: Final = (
             type=pa.binary(),
             description="label map of the thumbnail: 8-bit grey PNG",
         ),
-        _small_labels,
+        _thumbnail_labels,
     ),
 )
 
@@ -114,7 +115,7 @@ _PLACES: Final = (
     Column(
         name="tar_offset",
         type=pa.int64(),
-        description="where the sample begins in the shard's tar, bytes; -1: not there",
+        description="where the sample begins in the shard's tar, bytes; -1: it isn't in it",
     ),
     Column(
         name="tar_size", type=pa.int64(), description="bytes of the sample in the tar, with headers"
@@ -122,20 +123,21 @@ _PLACES: Final = (
     Column(
         name="quarantine_offset",
         type=pa.int64(),
-        description="where it begins in the quarantine tar, which holds complete samples that were "
-        "dropped; -1: not there",
+        description="where the sample begins in the quarantine tar, which has complete dropped "
+        "samples, bytes; -1: it isn't in it",
     ),
     Column(
-        name="quarantine_size", type=pa.int64(), description="bytes of it in the quarantine tar"
+        name="quarantine_size",
+        type=pa.int64(),
+        description="bytes of the sample in the quarantine tar, with headers",
     ),
     Column(
         name="members",
         type=pa.list_(_MEMBER),
-        description="name, data offset and size of each of the sample's files, in the tar that "
-        "holds it",
+        description="name, data offset and size of each of the sample's files, in its tar",
     ),
 )
-_NOWHERE: Final[Row] = {
+_IN_NO_TAR: Final[Row] = {
     "tar_offset": -1,
     "tar_size": 0,
     "quarantine_offset": -1,
@@ -145,9 +147,9 @@ _NOWHERE: Final[Row] = {
 
 
 def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
-    """The columns of a sidecar whose chain records these annotations.
+    """Returns the columns of a sidecar whose chain records these annotations.
 
-    Raises ConfigError where two of them have the same name.
+    Raises ConfigError if two columns have the same name.
     """
     columns = [
         *columns_of(Record),
@@ -156,21 +158,23 @@ def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
         *(column for kind in annotations for column in columns_of(kind, kind.name)),
     ]
     names = [column.name for column in columns]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"two stages record a column called {', '.join(twice)}. Rename the field of one of "
+            f"two stages record a column called {', '.join(repeated)}. Rename the field of one of "
             "them."
         )
     return columns
 
 
-KNOWN: Final = {column.name: column for column in sidecar_columns((Measures, Review))}
-"""The columns that this program's own stages write; version 2 sidecars don't describe theirs."""
+# name → column, of the columns that this program's stages write. Sidecars of version 2 have no
+# descriptions of their columns.
+STANDARD_COLUMNS: Final = {column.name: column for column in sidecar_columns((Measures, Review))}
 
 
 def write_sidecar(
     rows: Sequence[Row], annotations: Sequence[type[Annotation]], stream: IO[bytes]
 ) -> None:
+    """Writes rows as parquet. annotations: of the chain."""
     columns = sidecar_columns(annotations)
     schema = pa.schema(
         [column.to_arrow() for column in columns], metadata={_VERSION: str(FORMAT_VERSION)}
@@ -186,12 +190,14 @@ def write_sidecar(
 
 
 def sidecar_row(record: Record, annotations: Sequence[type[Annotation]]) -> Row:
-    """A record's row. The commit fills in where its sample is."""
+    """Returns a record's row, without the place of its sample, which the commit adds. annotations:
+    of the chain.
+    """
     labels = decode_labels(record.parsing) if record.parsing else None
     row: Row = {column.name: getattr(record, column.name) for column in columns_of(Record)}
     row["status"] = record.status.value
     row["faces"] = [face_to_dict(face) for face in record.faces]
-    row |= _NOWHERE
+    row |= _IN_NO_TAR
     row |= {derived.column.name: derived.value(record, labels) for derived in _DERIVED}
     for kind in annotations:
         values = record.annotations.get(kind.name, {})
@@ -200,62 +206,68 @@ def sidecar_row(record: Record, annotations: Sequence[type[Annotation]]) -> Row:
 
 
 class SidecarFile:
-    """An open sidecar of any readable version, seen as one of this version."""
+    """An open sidecar. A file of version 2 is converted to the present version."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
         self._file = file
-        self._old = _VERSION not in (file.schema_arrow.metadata or {})
+        self._is_version2 = _VERSION not in (file.schema_arrow.metadata or {})
 
     @property
     def columns(self) -> dict[str, Column]:
         """name → column, in the file's order."""
         schema = self._file.schema_arrow
-        if self._old:
+        if self._is_version2:
             names = version2.table(schema.empty_table()).column_names
-            return {name: KNOWN[name] for name in names if name in KNOWN}
+            return {name: STANDARD_COLUMNS[name] for name in names if name in STANDARD_COLUMNS}
         return {field.name: Column.from_arrow(field) for field in schema}
 
     @property
     def group_sizes(self) -> list[int]:
-        """Rows of each row group."""
+        """The number of rows of each row group."""
         metadata = self._file.metadata
         return [metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
 
     def read(
         self, columns: Sequence[Column | str] | None = None, groups: Sequence[int] | None = None
     ) -> pa.Table:
-        """Rows in input order, of all row groups or some. A column that the file lacks is null.
+        """Returns rows in input order. A column that the file doesn't have is null.
 
-        columns: all that the file has if None. Raises KeyError for a name that is neither in the
-        file nor one of this program's.
+        columns: None means all of the file. groups: numbers of row groups; None means all. Raises
+        KeyError for a column that neither the file nor STANDARD_COLUMNS has.
         """
-        own = self.columns
-        wanted = [c if isinstance(c, Column) else own.get(c) or KNOWN[c] for c in columns or own]
-        present = [column.name for column in wanted if column.name in own]
-        names = version2.physical_columns(present) if self._old else present
+        in_file = self.columns
+        requested = [
+            c if isinstance(c, Column) else in_file.get(c) or STANDARD_COLUMNS[c]
+            for c in columns or in_file
+        ]
+        present = [column.name for column in requested if column.name in in_file]
+        names = version2.physical_columns(present) if self._is_version2 else present
         every = range(self._file.num_row_groups)
         table = self._file.read_row_groups(
             list(every if groups is None else groups), names, use_threads=False
         )
-        if self._old:
+        if self._is_version2:
             table = version2.table(table)
         arrays = [
             table.column(column.name)
-            if column.name in own
+            if column.name in in_file
             else pa.nulls(table.num_rows, column.type)
-            for column in wanted
+            for column in requested
         ]
-        return pa.table(arrays, names=[column.name for column in wanted])
+        return pa.table(arrays, names=[column.name for column in requested])
 
 
 def is_quarantined(row: Mapping[str, Any]) -> bool:
-    """True of a row whose sample is in the quarantine tar."""
+    """Returns whether the row's sample is in the quarantine tar."""
     return bool(row["quarantine_offset"] >= 0)
 
 
 def row_to_record(row: Mapping[str, Any], columns: Mapping[str, Column]) -> Record:
-    """The record of a row without a sample: why it was dropped or failed, what was measured before,
-    its thumbnail, and no other payload. columns: of the file that the row is from."""
+    """Returns the record of a dropped or failed row without a sample. It has the reason, earlier
+    measurements and the thumbnail, but no image, label map, embedding and captions.
+
+    columns: of the row's file.
+    """
     names = [column.name for column in columns_of(Record) if column.name in row]
     values = {
         name: row[name] for name in names if name not in ("identity", "caption", "face_caption")
@@ -268,7 +280,7 @@ def row_to_record(row: Mapping[str, Any], columns: Mapping[str, Column]) -> Reco
 def _annotations(
     row: Mapping[str, Any], columns: Mapping[str, Column]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Those whose first column is not null: the others were never recorded for this row."""
+    """Yields (name, values) of the row's annotations: those whose first column is not null."""
     by_annotation: dict[str, list[str]] = {}
     for column in columns.values():
         if column.annotation:

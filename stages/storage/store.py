@@ -1,6 +1,7 @@
-"""Store: files under one output folder or fsspec URL, written whole or not at all.
+"""Store: reads and writes files under one output, a folder or fsspec URL.
 
-On a remote store every call is tried again, with growing pauses, while its failure may pass.
+A file is written completely or not at all. Calls to a remote store are retried, with growing
+pauses, if their failure may be temporary.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ from configs.errors import ConfigError, StoreError
 from stages.storage.remote import file_system, is_local, is_transient
 
 _TEMPORARY: Final = ".tmp-"
-TRIES: Final = 8  # of each call to a remote store
-# people mend it
+TRIES: Final = 8  # attempts for each call to a remote store
+# errors that the user can correct
 _UNWRITABLE: Final = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
-_AT_ONCE: Final = 64  # files
+_AT_ONCE: Final = 64  # files requested together
 _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 
 
 class Store:
-    """Names are relative, with forward slashes. On a file system a file appears by rename, on an
-    object store when its upload is complete: no reader ever sees half of one. Raises StoreError
-    where the store doesn't do as it is told.
+    """The files under one output. Names are relative, with forward slashes.
+
+    A file appears by a rename on a file system, and when its upload is complete on an object store:
+    no reader ever sees a part of it. Methods raise StoreError if the store fails.
     """
 
     def __init__(self, url: str) -> None:
         if not url:
-            raise ConfigError("no output given. Say where the data set goes: output=FOLDER")
+            raise ConfigError("no output given. Give a folder or an fsspec URL: output=FOLDER")
         self.url = url
         self._fs: Any
         self._fs, self.root = file_system(url)
@@ -51,20 +53,25 @@ class Store:
         self.local = is_local(self._fs)
 
     def path(self, name: str) -> str:
+        """Returns the file's path on its file system. Raises ValueError for a name outside the
+        store.
+        """
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"{name!r} would leave the store")
         return f"{self.root}/{name}"
 
     @contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
-        """A binary stream; the file appears under `name` when the block ends without an error."""
+        """Opens a binary stream; the file appears under `name` when the block ends without an
+        error.
+        """
         if not self.local:
             with tempfile.NamedTemporaryFile(prefix="store-") as scratch:
                 yield cast(IO[bytes], scratch)
                 scratch.flush()
                 try:
                     self._call(self._fs.put_file, scratch.name, self.path(name))
-                # of the bucket: the file was written a moment ago
+                # the bucket is missing: the local file exists
                 except FileNotFoundError as error:
                     raise self._failure(error) from error
             return
@@ -80,9 +87,9 @@ class Store:
         except OSError as error:
             if errno.errorcode.get(error.errno or 0) in _UNWRITABLE:
                 raise StoreError(
-                    f"{target} can't be written: {error.strerror}. Make room, or mend the folder "
-                    "or its rights; then "
-                    "run the same command again: what is committed is kept."
+                    f"{target} can't be written: {error.strerror}. Free disk space, or correct the "
+                    "folder or its permissions; then run the same command again: committed shards "
+                    "are kept."
                 ) from error
             raise
         finally:
@@ -90,22 +97,23 @@ class Store:
                 temporary.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes | str) -> None:
+        """Writes a file; replaces one that exists."""
         with self.writer(name) as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
 
     def create(self, name: str, data: str) -> None:
-        """Write unless `name` is there already. Of two that try at once one does, and on an object
-        store that knows no conditional writes the last one.
+        """Writes a file unless it exists. If two processes call it at the same time, one of them
+        writes; on an object store without conditional writes, the last one.
         """
         if self.local:
-            whole = f"{name}{_TEMPORARY}{uuid4().hex[:8]}"
-            self.write(whole, data)
+            temporary = f"{name}{_TEMPORARY}{uuid4().hex[:8]}"
+            self.write(temporary, data)
             try:
-                os.link(self.path(whole), self.path(name))  # unlike a rename, this replaces nothing
+                os.link(self.path(temporary), self.path(name))  # a rename would replace the file
             except FileExistsError:
                 return
             finally:
-                Path(self.path(whole)).unlink()
+                Path(self.path(temporary)).unlink()
             return
         try:
             self._call(self._fs.pipe_file, self.path(name), data.encode(), mode="create")
@@ -115,64 +123,66 @@ class Store:
             self.write(name, data)
 
     def write_if_changed(self, name: str, data: bytes | str) -> None:
-        """Writes a file, unless it is there with the very same bytes."""
+        """Writes a file unless it exists with the same bytes."""
         data = data.encode() if isinstance(data, str) else data
         if self.read_all([name]).get(name) != data:
             self.write(name, data)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The file's bytes, or those from `start` to `end`. Raises FileNotFoundError."""
+        """Returns the file's bytes, or those from `start` up to `end`. Raises FileNotFoundError."""
         data: bytes = self._call(self._fs.cat_file, self.path(name), start=start, end=end)
         return data
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """name → bytes of those that exist, many at a time where the store is remote."""
+        """Returns name → bytes of the files that exist. Requests to a remote store are sent
+        together.
+        """
         if self.local:
             return {name: self.read(name) for name in names if self.exists(name)}
-        found: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
-            answers = self._fs.cat_ranges(
+            responses = self._fs.cat_ranges(
                 [self.path(name) for name in part], None, None, on_error="return"
             )
-            for name, answer in zip(part, answers, strict=True):
-                if isinstance(answer, bytes):
-                    found[name] = answer
-                elif not isinstance(answer, FileNotFoundError):
+            for name, response in zip(part, responses, strict=True):
+                if isinstance(response, bytes):
+                    contents[name] = response
+                elif not isinstance(response, FileNotFoundError):
                     with suppress(FileNotFoundError):
-                        found[name] = self.read(name)
-        return found
+                        contents[name] = self.read(name)
+        return contents
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """The bytes of each (name, start, end), many at a time where the store is remote. Raises
-        FileNotFoundError."""
+        """Returns the bytes of each (name, start, end). Requests to a remote store are sent
+        together. Raises FileNotFoundError.
+        """
         if self.local:
             return [self.read(*each) for each in ranges]
         paths = [self.path(name) for name, _, _ in ranges]
         starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
-        answers = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+        responses = self._fs.cat_ranges(paths, starts, ends, on_error="return")
         return [
-            answer if isinstance(answer, bytes) else self.read(*each)
-            for answer, each in zip(answers, ranges, strict=True)
+            response if isinstance(response, bytes) else self.read(*each)
+            for response, each in zip(responses, ranges, strict=True)
         ]
 
     def open(self, name: str) -> IO[bytes]:
-        """Seekable, for reading. Raises FileNotFoundError."""
+        """Opens a file for reading; the stream is seekable. Raises FileNotFoundError."""
         if self.local:
             return Path(self.path(name)).open("rb")
         if self._call(self._fs.size, self.path(name)) <= _IN_MEMORY:
             return io.BytesIO(self.read(name))
-        scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is the answer
+        scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is returned
         self._call(self._fs.get_file, self.path(name), scratch.name)
         return cast(IO[bytes], scratch)
 
     @contextmanager
     def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A parquet file, to be read in parts. Raises FileNotFoundError.
+        """Opens a parquet file, so that parts of it can be read. Raises FileNotFoundError.
 
-        Not by pyarrow's data sets, as pq.read_table does: their threads may hold a Python stream
-        for longer than Python lives, and then abort the process at its end. A local file is read
-        without Python.
+        pq.read_table isn't used: threads of pyarrow's data sets may still have a Python stream when
+        the interpreter ends, and then abort the process. Local files are read without Python.
         """
         if self.local:
             with pq.ParquetFile(self.path(name)) as file:
@@ -182,73 +192,76 @@ class Store:
                 yield file
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A parquet file's rows. Raises FileNotFoundError."""
+        """Returns the rows of a parquet file. Raises FileNotFoundError."""
         with self.parquet(name) as file:
             return file.read(columns)
 
     def write_table_if_changed(self, name: str, table: pa.Table) -> None:
-        """Writes a parquet file, unless it is there with the very same bytes."""
+        """Writes a parquet file unless it exists with the same bytes."""
         with io.BytesIO() as out:
             pq.write_table(table, out, compression="zstd")
             self.write_if_changed(name, out.getvalue())
 
     def exists(self, name: str) -> bool:
+        """Returns whether the file exists."""
         try:
-            # fsspec's own `exists` is False for some on any error
+            # `exists` of some file systems is False after any error
             self._call(self._fs.info, self.path(name))
         except FileNotFoundError:
             return False
         return True
 
     def size(self, name: str) -> int:
-        """The file's size in bytes. Raises FileNotFoundError."""
+        """Returns the file's size in bytes. Raises FileNotFoundError."""
         return int(self._call(self._fs.info, self.path(name))["size"])
 
     def remove(self, name: str) -> None:
+        """Removes a file if it exists."""
         if self.exists(name):
-            with suppress(FileNotFoundError):  # an earlier try did it, and its answer was lost
+            # an earlier attempt may have removed it although its response was lost
+            with suppress(FileNotFoundError):
                 self._call(self._fs.rm_file, self.path(name))
 
     def names(self, folder: str) -> list[str]:
-        """Base names in `folder`, sorted, without the traces of a killed writer; empty if it
-        doesn't exist.
+        """Returns the base names of the files in `folder`, sorted, without temporary files of
+        writers; [] if the folder doesn't exist.
         """
         return [name for name in self._all(folder) if _TEMPORARY not in name]
 
-    def sweep(self, folder: str) -> None:
-        """Remove what killed writers left in `folder`. Only while no other run writes there."""
+    def sweep(self, folder: str = "", spare: str = "") -> None:
+        """Removes the temporary files of killed writers from `folder` ("": the store's top folder),
+        except those of the file `spare`. Call it only while no other run writes there.
+        """
         for name in self._all(folder):
-            if _TEMPORARY in name:
-                self.remove(f"{folder}/{name}")
+            if _TEMPORARY in name and not (spare and name.lstrip(".").startswith(spare)):
+                self.remove(f"{folder}/{name}" if folder else name)
 
     def _all(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            found = self._call(self._fs.ls, self.path(folder), detail=False)
+            paths = self._call(self._fs.ls, self.path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(
             str(path).rsplit("/", 1)[-1]
-            for path in found
-            if str(path).rstrip("/") != self.path(folder)
+            for path in paths
+            if str(path).rstrip("/") != self.path(folder).rstrip("/")
         )
 
-    def _call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """What `function` gives, in the end. Raises FileNotFoundError, FileExistsError or
-        StoreError.
+    def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Calls `function` with retries and returns its result. Raises FileNotFoundError,
+        FileExistsError or StoreError.
         """
         try:
-            return self._retrying(function, *given, **options)
+            return self._retrying(function, *arguments, **options)
         except (FileNotFoundError, FileExistsError):
             raise
-        except Exception as error:  # each file system raises its own
+        except Exception as error:  # each file system has its own exceptions
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> StoreError:
         return StoreError(
-            f"{self.url} doesn't answer as it should: {type(error).__name__}: {error}. Check "
-            "that it exists, that its "
-            "keys and endpoint are in the environment and allow reading, writing, listing and "
-            "deleting; then run the "
-            "same command again: what is committed is kept."
+            f"a request to {self.url} failed: {type(error).__name__}: {error}. Check that it "
+            "exists, and that the keys and the endpoint in the environment allow reading, writing, "
+            "listing and deleting; then run the same command again: committed shards are kept."
         )

@@ -1,7 +1,7 @@
-"""Version 2 of the format, read as version 3. Nothing writes version 2 any more.
+"""Converts what is read of version 2 of the format to version 3. Version 2 is no longer written.
 
-What differs: names of stages, manifest entries, and the review of a sample, which had three lists
-of regions (`fused`, `unfused`, `absent`) in place of one status for each region.
+The differences are names of stages, of columns and of manifest entries, and the review of a sample,
+which had three lists of regions (`fused`, `unfused`, `absent`) instead of a status for each region.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LISTS: Final = ("fused", "unfused", "absent")
 
 
 def manifest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a version 2 manifest under their names of version 3; `version` stays 2."""
+    """Returns a version 2 manifest with the names of version 3. Its `version` stays 2."""
     files, run = values["files"], dict(values["run"])
     for name in ("stage_seconds", "stage_counts"):
         run[name] = {current_stage(stage): value for stage, value in run.get(name, {}).items()}
@@ -36,20 +36,31 @@ def manifest(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def dataset_info(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the contents of dataset.json with the current names of the stages."""
+    backends: Mapping[str, str] = values.get("backends", {})
+    names = {
+        "stages": [current_stage(name) for name in values.get("stages", [])],
+        "signatures": [current_signature(each) for each in values.get("signatures", [])],
+        "backends": {current_stage(stage): backend for stage, backend in backends.items()},
+    }
+    return {name: names.get(name, value) for name, value in values.items()}
+
+
 def sample(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a version 2 sample in the form of version 3."""
+    """Returns the JSON of a version 2 sample as that of version 3."""
     annotations = {name: meta[name] for name in ("measures", "review") if meta.get(name)}
     if review := annotations.get("review"):
-        kept = {name: value for name, value in review.items() if name not in _LISTS}
+        unchanged = {name: value for name, value in review.items() if name not in _LISTS}
         statuses = region_statuses(review["fused"], review["unfused"], review["absent"])
-        annotations["review"] = {**kept, "regions": statuses}
+        annotations["review"] = {**unchanged, "regions": statuses}
     return {**meta, **annotations, "annotations": " ".join(sorted(annotations))}
 
 
 def region_statuses(
     fused: Sequence[str], unfused: Sequence[Sequence[str]], absent: Sequence[str]
 ) -> list[str]:
-    """Review.regions from the three lists; unfused: (region, reason)."""
+    """Returns Review.regions from the three lists. unfused: (region, reason) pairs."""
     statuses = dict.fromkeys(absent, ABSENT)
     statuses.update({region: reason for region, reason in unfused})  # noqa: C416 - lists of two
     statuses |= dict.fromkeys(fused, FUSED)
@@ -57,30 +68,30 @@ def region_statuses(
 
 
 def physical_columns(names: Sequence[str]) -> list[str]:
-    """The columns of a version 2 sidecar that hold what version 3 calls `names`."""
+    """Returns the columns of a version 2 sidecar from which `table` makes the columns `names`."""
     columns: list[str] = []
     for name in names:
         columns += _LISTS if name == "regions" else (_COLUMNS.get(name, name),)
     return [*dict.fromkeys(columns)]
 
 
-def table(read: pa.Table) -> pa.Table:
-    """Columns of a version 2 sidecar under their names, and with the contents, of version 3."""
-    if set(_LISTS) <= set(read.column_names):
-        columns = [read.column(name).to_pylist() for name in _LISTS]
+def table(rows: pa.Table) -> pa.Table:
+    """Returns columns of a version 2 sidecar with the names and values of version 3."""
+    if set(_LISTS) <= set(rows.column_names):
+        columns = [rows.column(name).to_pylist() for name in _LISTS]
         statuses = [
             region_statuses(fused, [(u["region"], u["reason"]) for u in unfused], absent)
             if (fused or unfused or absent)
             else []
             for fused, unfused, absent in zip(*columns, strict=True)
         ]
-        at = read.column_names.index(_LISTS[0])
-        read = read.drop_columns(list(_LISTS))
-        read = read.add_column(at, "regions", pa.array(statuses, pa.list_(pa.string())))
-    if "stage" in read.column_names:
-        stages = [current_stage(stage) for stage in read.column("stage").to_pylist()]
-        read = read.set_column(
-            read.column_names.index("stage"), "stage", pa.array(stages, pa.string())
+        at = rows.column_names.index(_LISTS[0])
+        rows = rows.drop_columns(list(_LISTS))
+        rows = rows.add_column(at, "regions", pa.array(statuses, pa.list_(pa.string())))
+    if "stage" in rows.column_names:
+        stages = [current_stage(stage) for stage in rows.column("stage").to_pylist()]
+        rows = rows.set_column(
+            rows.column_names.index("stage"), "stage", pa.array(stages, pa.string())
         )
     names = {old: new for new, old in _COLUMNS.items()}
-    return read.rename_columns([names.get(name, name) for name in read.column_names])
+    return rows.rename_columns([names.get(name, name) for name in rows.column_names])

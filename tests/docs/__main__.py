@@ -1,4 +1,4 @@
-"""`python -m tests.docs`: write docs/reasons.md from stages/reasons.py."""
+"""Writes docs/reasons.md from stages/reasons.py: `python -m tests.docs`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _HEAD: Final = """\
 Every input ends as *written*, *dropped* (a rule excludes it) or *failed* (it can't be processed).
 A dropped or failed record has a reason, the stage that gave it, and a detail with the numbers.
 `python -m pipelines.cli status OUT` counts the reasons, the report shows examples,
-`inspect OUT KEY` shows one record, and `retry OUT --reason REASON` makes just those inputs again.
+`inspect OUT KEY` shows one record, and `retry OUT --reason REASON` processes only those inputs
+again.
 
 Records dropped by the quality filter or the global pass are *quarantined*: their samples stay in
-`fgid-000012.quarantine.tar`, and a changed rule restores them without a model call. A changed
-`resize.*` setting makes every shard again from its source.
+`fgid-000012.quarantine.tar`, and a changed rule restores them without a model call. After a change
+of a `resize.*` setting, all shards are processed again from the source.
 
 This page is generated from `stages/reasons.py` by `python -m tests.docs`.
 """
@@ -27,7 +28,7 @@ _TABLE: Final = "| reason | status | meaning | what to do |\n| --- | --- | --- |
 
 
 def reasons_page() -> str:
-    """The text of docs/reasons.md: a table for each stage, in the order of the chain."""
+    """Returns the text of docs/reasons.md: a table for each stage, in the order of the chain."""
     stages: dict[str, list[str]] = {}
     for name, reason in REASONS.items():
         stages.setdefault(reason.stages[0], []).append(_row(name, reason))

@@ -1,4 +1,4 @@
-"""What the documentation names exists: linked files and headings, make targets, commands, keys."""
+"""The documentation names only files, headings, make targets, commands and keys that exist."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative
 
 
 def code(path: Path) -> str:
-    """Inline code and code blocks of a page."""
+    """Returns the inline code and code blocks of a page."""
     return "\n".join(CODE.findall(path.read_text(encoding="utf-8")))
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Returns GitHub's anchors of a page's headings."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", title.lower()) for title in titles)
     return {title.strip().replace(" ", "-") for title in plain}
 
 
 def sections() -> dict[str, list[type[Any]]]:
-    """Name of a section → its classes in the data set, training and inference configurations."""
-    found: dict[str, list[type[Any]]] = {}
+    """Returns section name → its classes in the data set, training and inference configurations."""
+    classes: dict[str, list[type[Any]]] = {}
     for config in (DatasetConfig, TrainConfig, InferConfig):
         for name, kind in typing.get_type_hints(config).items():
             if is_dataclass(kind):
-                found.setdefault(name, []).append(typing.cast(type[Any], kind))
-    return found
+                classes.setdefault(name, []).append(typing.cast(type[Any], kind))
+    return classes
 
 
 def has_key(kind: type[Any], names: list[str]) -> bool:
+    """Returns whether a configuration class has the key `names`, joined by dots."""
     hints = typing.get_type_hints(kind)
     if names[0] not in {field.name for field in fields(kind)}:
         return False
@@ -60,15 +61,16 @@ def has_key(kind: type[Any], names: list[str]) -> bool:
 
 
 def unknown_keys(text: str) -> Iterator[str]:
-    known = sections()
+    """Yields the keys in a text that name a section and no setting of it."""
+    classes = sections()
     for key in KEY.findall(text):
         section, *names = key.split(".")
-        if section in known and not any(has_key(kind, names) for kind in known[section]):
+        if section in classes and not any(has_key(kind, names) for kind in classes[section]):
             yield key
 
 
 @page
-def test_every_relative_link_leads_somewhere(path: Path) -> None:
+def test_every_relative_link_leads_to_an_existing_file_and_heading(path: Path) -> None:
     for target in LINK.findall(path.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
             continue
@@ -103,7 +105,7 @@ def test_every_configuration_key_exists(path: Path) -> None:
     assert not list(unknown_keys(code(path)))
 
 
-def test_a_wrong_key_would_be_found() -> None:
+def test_unknown_keys_are_found() -> None:
     text = "`rules.min_sharpnes=1` `source.kind` `stages/backends/weights.py` `model.spec` `ray.x`"
     assert list(unknown_keys(text)) == ["rules.min_sharpnes", "ray.x"]
 

@@ -1,4 +1,4 @@
-"""What the pipeline's tests share: a small configuration, and a data set's files by digest."""
+"""Helpers for tests of the pipeline: a small configuration, and digests of a data set's files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from stages.storage.reader import DatasetReader
 
 DEMO = "configs/dataset/demo.yaml"
 NO_RULES = tuple(f"rules.{rule.setting}=0" for rule in RULES)
-NO_COPIES = ("global_pass.max_hash_distance=-1", "global_pass.max_similarity=0")
+NO_DEDUPLICATION = ("global_pass.max_hash_distance=-1", "global_pass.max_similarity=0")
 
 
 def config(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
-    """The demo's configuration on one thread, four inputs a shard, inline by default."""
-    given = [
+    """Returns the demo's configuration, by default with one thread, four inputs a shard, inline."""
+    defaults = [
         f"source.path={source}",
         f"output={output}",
         "shard_size=4",
         "threads=1",
         "executor=inline",
     ]
-    return load(DatasetConfig, DEMO, [*given, *overrides])
+    return load(DatasetConfig, DEMO, [*defaults, *overrides])
 
 
 def new_captions(patch: pytest.MonkeyPatch) -> None:
-    """Gives the caption stage another version: its captions are stale, whatever the backend."""
+    """Gives the caption stage another version, so that all captions are stale."""
     patch.setattr(CaptionStage, "version", CaptionStage.version + 1)
 
 
 def digests(output: Path) -> dict[str, str]:
-    """name → sha256 of every tar and sidecar, of copies and identities: all that must not differ
-    between two runs.
+    """Returns file name → sha256 of all that must not differ between equal runs: tars, sidecars,
+    duplicates and identities.
     """
     files = [path for path in (output / "shards").iterdir() if path.suffix in (".tar", ".parquet")]
     files += [output / name for name in (DUPLICATES, IDENTITIES)]
@@ -48,21 +48,21 @@ def digests(output: Path) -> dict[str, str]:
 
 
 def stamps(output: Path) -> dict[str, tuple[int, int]]:
-    """name → (inode, mtime) of every file in the shards folder."""
-    found = {path.name: path.stat() for path in sorted((output / "shards").iterdir())}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+    """Returns file name → (inode, mtime) of all files in the shards folder."""
+    stats = {path.name: path.stat() for path in sorted((output / "shards").iterdir())}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def hears_ctrl_c() -> None:
-    """For Popen's preexec_fn: shells start what runs in the background, this test perhaps, deaf to
-    SIGINT.
+def restore_sigint() -> None:
+    """Restores the default action of SIGINT, for Popen's preexec_fn: shells ignore SIGINT in
+    processes that they start in the background, such as this test.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
-    """Gets an entry whenever a network runs, whoever calls it: detector and embedder on ONNX, the
-    parser on torch. Stages that are set up from now on remember no answers.
+    """Returns a list that gets an entry for each call of a network: "onnx" for detector and
+    embedder, "torch" for the parser. Stages that are set up from now on don't cache results.
     """
     import onnxruntime
     import torch
@@ -84,6 +84,6 @@ def count_model_calls(patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
-    """Every row of the sidecars of a data set, in the order of its shards."""
+    """Returns all sidecar rows of a data set, in the order of its shards."""
     reader = DatasetReader(str(output))
     return [row for index in reader.manifests() for row in reader.rows(index).to_pylist()]

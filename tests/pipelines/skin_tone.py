@@ -1,6 +1,6 @@
-"""A stage as a newcomer adds one: its annotation, its settings and itself in one file.
+"""An example of a new stage: annotation, settings and stage in one file.
 
-tests/pipelines/test_new_stage.py adds it to the chain by one line, and finds its metric everywhere.
+tests/pipelines/test_new_stage.py adds it to a chain and checks that its metric is shown everywhere.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SkinToneStage(RecordStage):
 
 
 def chain_with_skin_tone(config: DatasetConfig) -> list[Stage]:
-    """The pipeline's chain with the new stage before the quality filter."""
+    """Returns the pipeline's chain with the new stage before the quality filter."""
     chain = build_chain(config)
     place = [stage.name for stage in chain].index("quality_filter")
     return [*chain[:place], SkinToneStage(SkinToneConfig()), *chain[place:]]

@@ -1,4 +1,4 @@
-"""How executors are given a data set: its own chain, or another one, rebuilt by name."""
+"""DatasetJob: executors run its chain, which processes rebuild from a reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.storage.commit import ChainInfo
 from tests.pipelines.helpers import config
 
 
-def test_another_chain_is_run_and_signed_in_place_of_the_real_one(
+def test_a_run_with_another_chain_records_that_chains_signatures(
     portraits: Path, tmp_path: Path
 ) -> None:
     job = plan_job(config(portraits, tmp_path), chain=resizing)
@@ -29,20 +29,20 @@ def test_another_chain_is_run_and_signed_in_place_of_the_real_one(
         for manifest in manifests
     )
     assert plan_job(job.config, chain=resizing).tasks == []
-    assert len(plan_job(job.config).tasks) == 2, "the real chain has everything still to do"
+    assert len(plan_job(job.config).tasks) == 2, "no shard is made with the default chain"
 
 
-def test_a_chain_rebuilt_by_name_has_the_signatures_of_the_configuration(tmp_path: Path) -> None:
+def test_a_rebuilt_chain_has_the_signatures_of_the_configuration(tmp_path: Path) -> None:
     settings = config("photos", tmp_path, "resize.size=256", "rules.min_sharpness=0.25")
     info = ChainInfo.of(build_chain(settings))
     job = DatasetJob(config=settings, chain=chain_reference(settings, build_chain), info=info)
-    sent: DatasetJob = pickle.loads(pickle.dumps(job))
-    assert sent == job
-    rebuilt = [stage.signature() for stage in sent.chain.build()]
+    unpickled: DatasetJob = pickle.loads(pickle.dumps(job))
+    assert unpickled == job
+    rebuilt = [stage.signature() for stage in unpickled.chain.build()]
     assert rebuilt == [stage.signature() for stage in build_chain(settings)]
 
 
-def test_a_child_process_builds_the_chain_it_is_given(portraits: Path, tmp_path: Path) -> None:
+def test_a_child_process_builds_the_chain_of_its_reference(portraits: Path, tmp_path: Path) -> None:
     job = plan_job(config(portraits, tmp_path), chain=resizing)
     record = build_source(job.config).record(job.plan.inputs_of(0)[0])
     names = ["resize", "fill"]

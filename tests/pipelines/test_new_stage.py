@@ -1,5 +1,6 @@
-"""A new stage with a metric of its own, on a data set of version 2: it runs alone, from the data
-set's own samples, and its metric is shown wherever metrics are shown."""
+"""A new stage with a new metric, on a data set of version 2: only this stage runs, on the existing
+samples, and its metric is shown everywhere.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +35,16 @@ DATASET_V2 = Path("tests/data/dataset_v2")
 
 
 def settings(source: Path, output: Path) -> DatasetConfig:
-    """The configuration that the data set keeps, its source and output elsewhere."""
+    """Returns the data set's configuration with another source and output."""
     overrides = [f"source.path={source}", f"output={output}"]
     return load_text(DatasetConfig, (output / layout.CONFIG).read_text(), overrides)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files with the names, sizes and times that the plan holds, and no usable content: whoever
-    reads one makes another sample, or none."""
+    """Files with the names, sizes and times in the plan, and zeros as contents: a run that reads
+    one fails it.
+    """
     folder = tmp_path_factory.mktemp("photos")
     rows = Store(str(DATASET_V2)).table(layout.PLAN, ["source", "size", "version"]).to_pylist()
     for row in rows:
@@ -61,7 +63,7 @@ def old(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def upgraded(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The data set after a run with the new stage, which alone has run."""
+    """The data set after a run with the new stage."""
     output = Path(shutil.copytree(DATASET_V2, tmp_path_factory.mktemp("upgraded") / "out"))
     with pytest.MonkeyPatch.context() as patch:
         networks, stages = count_model_calls(patch), list[str]()
@@ -76,12 +78,12 @@ def upgraded(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert job.why() == ["2 shards through skin_tone, from their own samples"]
         list(execute(job, lambda count: None))
     assert networks == []
-    assert set(stages) == {"skin_tone", "quality_filter"}, "the filter looks at restored samples"
+    assert set(stages) == {"skin_tone", "quality_filter"}, "restored samples are filtered again"
     write_card(Store(str(output)), write_report(str(output)))
     yield output
 
 
-def test_version_2_is_read_as_it_is(old: Path) -> None:
+def test_a_data_set_of_version_2_is_read(old: Path) -> None:
     reader = DatasetReader(str(old))
     records = [record for index in reader.manifests() for record in reader.records(index)]
     reasons = {record.source: record.reason for record in records if record.reason}
@@ -118,13 +120,13 @@ def test_an_unchanged_run_on_version_2_reads_no_source_and_runs_no_model(
     assert networks == [] and stamps(old) == before
 
 
-def test_the_report_on_version_2_has_its_metrics(old: Path) -> None:
+def test_the_report_of_version_2_has_its_metrics(old: Path) -> None:
     data = write_report(str(old)).stats["data"]
     assert (data["inputs"], data["written"]) == (12, 7)
     assert data["metrics"]["sharpness"]["count"] == data["metrics"]["text_tokens"]["count"] == 7
 
 
-def test_a_new_stage_upgrades_version_2_alone(upgraded: Path) -> None:
+def test_a_new_stage_upgrades_version_2_without_other_changes(upgraded: Path) -> None:
     reader = DatasetReader(str(upgraded))
     assert {manifest.version for manifest in reader.manifests().values()} == {layout.FORMAT_VERSION}
     assert not list(upgraded.rglob("*.held.tar"))
@@ -144,7 +146,7 @@ def test_a_new_stage_upgrades_version_2_alone(upgraded: Path) -> None:
             assert (now.annotation(SkinTone) is not None) == now.complete
 
 
-def test_a_new_metric_is_in_sidecar_report_inspect_card_and_croissant(upgraded: Path) -> None:
+def test_a_new_metric_is_shown_in_sidecar_report_inspect_card_and_croissant(upgraded: Path) -> None:
     reader = DatasetReader(str(upgraded))
     column = reader.columns()["skin_lightness"]
     assert column.annotation == "skin_tone" and column.metric and column.metric.unit == "L*"
@@ -162,7 +164,7 @@ def test_a_new_metric_is_in_sidecar_report_inspect_card_and_croissant(upgraded: 
 
     key = reader.rows(0, ("key",), Status.OK).column(0)[0].as_py()
     console = Console(record=True, width=120, file=io.StringIO())
-    show(inspect(reader.store, key), console, picture=False)
+    show(inspect(reader.store, key), console, image=False)
     [line] = [x for x in console.export_text().splitlines() if x.startswith("skin lightness")]
     assert line.split()[-3:] == [f"{values[0]:.3f}", "no", "rule"]
 

@@ -1,4 +1,4 @@
-"""Rules look at recorded metrics: what they drop is restored without a model call."""
+"""Quality rules: a changed rule drops and restores samples without a model call; and rights."""
 
 from __future__ import annotations
 
@@ -17,30 +17,28 @@ from stages.storage.store import Store
 from tests.pipelines.helpers import config, count_model_calls, digests, rows_of
 
 LENIENT = "rules.min_sharpness=0"
-STRICT = "rules.min_sharpness=0.36"  # some of the eight are over it, and some are not
+STRICT = "rules.min_sharpness=0.36"  # drops some of the eight portraits, and not all
 
 
 @pytest.fixture(scope="module")
-def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("rules") / "out"
     run(config(portraits, output, LENIENT))
     return output
 
 
-def test_another_rule_judges_without_a_model_and_back_again(
-    portraits: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_rule_drops_and_restores_samples_without_a_model_call(
+    portraits: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = Path(shutil.copytree(made, tmp_path / "out"))
+    output = Path(shutil.copytree(dataset, tmp_path / "out"))
     before = digests(output)
     ran = count_model_calls(monkeypatch)
     ledger = run(config(portraits, output, STRICT))
-    lost = ledger.dropped["blurred"]
-    assert 0 < lost < 8 and ledger.written == 8 - lost
+    count = ledger.dropped["blurred"]
+    assert 0 < count < 8 and ledger.written == 8 - count
     rows = rows_of(output)
     for row in rows:
-        assert (row["reason"] == "blurred") == (row["sharpness"] < 0.36), (
-            "each verdict follows from its figure"
-        )
+        assert (row["reason"] == "blurred") == (row["sharpness"] < 0.36)
     [first, *_] = [row for row in rows if row["reason"]]
     assert (
         f"sharpness {first['sharpness']:.2f}"[:13] in first["detail"]
@@ -49,60 +47,55 @@ def test_another_rule_judges_without_a_model_and_back_again(
     assert first["tar_offset"] == -1 and first["quarantine_offset"] >= 0 and first["thumbnail"]
     assert list(lint(Store(str(output)))) == []
     run(config(portraits, output, LENIENT))
-    assert ran == [], "neither there nor back"
+    assert ran == []
     assert digests(output) == before
 
 
-def test_a_rule_from_the_start_gives_the_same_bytes_but_for_captions_never_made(
-    portraits: Path, made: Path, tmp_path: Path
+def test_samples_that_were_dropped_in_the_first_run_are_captioned_when_they_are_restored(
+    portraits: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """What a rule drops at once is never captioned; taken back, it is, and then nothing tells the
-    two apart.
-    """
     output = tmp_path / "out"
     run(config(portraits, output, STRICT))
-    held = [
+    quarantined = [
         record
         for index in range(2)
         for record in DatasetReader(Store(str(output))).records(index)
         if record.quarantined
     ]
-    assert held and {record.caption for record in held} == {""}
+    assert quarantined and {record.caption for record in quarantined} == {""}
     run(config(portraits, output, LENIENT))
-    assert digests(output) == digests(made)
+    assert digests(output) == digests(dataset)
 
 
-def test_a_changed_stage_before_the_judge_judges_anew(
-    portraits: Path, made: Path, tmp_path: Path
+def test_the_quality_filter_is_stale_after_a_change_of_an_earlier_stage(
+    portraits: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    output = Path(shutil.copytree(made, tmp_path / "out"))
+    output = Path(shutil.copytree(dataset, tmp_path / "out"))
     run(config(portraits, output, STRICT))
     job = plan_job(config(portraits, output, STRICT, "parse.align_below=0.2"))
     assert {task.stale_stages for task in job.tasks} == {
         frozenset({"parse", "measure", "quality_filter", "caption", "review"})
     }
     job = plan_job(config(portraits, output, STRICT, "resize.jpeg_quality=90"))
-    assert {task.exists for task in job.tasks} == {False}, (
-        "a picture made anew comes from its source"
-    )
+    assert {task.exists for task in job.tasks} == {False}, "resize needs the source's images"
 
 
-def test_a_held_tar_that_is_damaged_or_gone_is_found(
-    portraits: Path, made: Path, tmp_path: Path
+def test_lint_finds_a_damaged_and_a_missing_quarantine_tar(
+    portraits: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    output = Path(shutil.copytree(made, tmp_path / "out"))
+    output = Path(shutil.copytree(dataset, tmp_path / "out"))
     run(config(portraits, output, STRICT))
-    held = next((output / "shards").glob("*.quarantine.tar"))
-    held.write_bytes(held.read_bytes()[:-1])
+    tar = next((output / "shards").glob("*.quarantine.tar"))
+    tar.write_bytes(tar.read_bytes()[:-1])
     assert [line for line in lint(Store(str(output))) if "is not the file" in line]
-    held.unlink()
+    tar.unlink()
     assert [line for line in lint(Store(str(output))) if "is missing" in line]
 
 
-def test_rights_are_judged_first_and_nothing_is_kept(
-    portraits: Path, made: Path, tmp_path: Path
+def test_rights_are_checked_first_and_nothing_of_dropped_images_is_stored(
+    portraits: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    output = Path(shutil.copytree(made, tmp_path / "out"))
+    output = Path(shutil.copytree(dataset, tmp_path / "out"))
     ledger = run(config(portraits, output, LENIENT, "rights.license_allow=[CC-BY-*, CC0*]"))
     assert ledger.dropped == {"license_not_allowed": 8}
     for row in rows_of(output):
@@ -114,7 +107,7 @@ def test_rights_are_judged_first_and_nothing_is_kept(
             portraits, fresh, LENIENT, "rights.license_allow=[cc-by-*]", "source.license=CC-BY-4.0"
         )
     )
-    assert {row["status"] for row in rows_of(fresh)} == {"ok"}, "whatever the case"
+    assert {row["status"] for row in rows_of(fresh)} == {"ok"}, "patterns ignore case"
     fresh = tmp_path / "consent"
     ledger = run(
         config(portraits, fresh, LENIENT, "rights.consent_allow=[signed*]", "source.consent=none")
@@ -122,17 +115,17 @@ def test_rights_are_judged_first_and_nothing_is_kept(
     assert ledger.dropped == {"consent_missing": 8}
 
 
-def test_a_run_of_untrainable_samples_fails_with_the_reasons(made: Path) -> None:
-    store = Store(str(made))
+def test_a_run_of_untrainable_samples_fails_with_the_reasons(dataset: Path) -> None:
+    store = Store(str(dataset))
     check_trainable(write_report(store), 0.0)
-    rows = rows_of(made)
+    rows = rows_of(dataset)
     assert all(row["trainable"] and row["text_tokens"] <= 75 for row in rows)
     with pytest.raises(QualityError, match=r"of 8 samples .* word_not_in_caption of"):
         check_trainable(write_report(_with_captions(store, "Nobody. Nothing.")), 0.5)
 
 
 def _with_captions(store: Store, text: str) -> Store:
-    """A copy of the data set whose captions say `text`, reviewed as ever."""
+    """Returns a copy of the data set in which all captions are `text`, with their review."""
     from dataclasses import replace
 
     from configs.schema import ReviewConfig

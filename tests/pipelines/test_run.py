@@ -1,4 +1,4 @@
-"""The data set run: ledger, resume, and what a second run does."""
+"""Runs of the pipeline: ledger, resume, changed inputs, retry, lint."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tests.pipelines.helpers import config, count_model_calls, digests, new_capt
 
 
 @pytest.fixture(scope="module")
-def made(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("made")
+def dataset(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("dataset")
     run(config(poisoned, output))
     return output
 
 
-def test_every_poisoned_file_has_its_reason_and_the_ledger_balances(made: Path) -> None:
-    store = Store(str(made))
-    found = {}
+def test_every_poisoned_file_has_its_reason_and_the_ledger_adds_up(dataset: Path) -> None:
+    store = Store(str(dataset))
+    outcomes = {}
     for index, manifest in enumerate(DatasetReader(store).manifests().values()):
         rows = DatasetReader(store).rows(index).to_pylist()
         assert len(rows) == manifest.inputs
-        found.update({row["source"]: (row["status"], row["reason"]) for row in rows})
-    assert found == {
+        outcomes.update({row["source"]: (row["status"], row["reason"]) for row in rows})
+    assert outcomes == {
         name: (expected.status, expected.reason) for name, expected in EXPECTED.items()
     }
     ledger = read_ledger(store)
@@ -48,9 +48,9 @@ def test_every_poisoned_file_has_its_reason_and_the_ledger_balances(made: Path) 
     assert list(lint(store)) == []
 
 
-def test_pictures_turned_by_exif_or_in_other_colour_spaces_come_out_upright_rgb(made: Path) -> None:
+def test_images_rotated_by_exif_or_in_other_colour_spaces_become_upright_rgb(dataset: Path) -> None:
     records = {
-        r.source: r for index in range(4) for r in DatasetReader(Store(str(made))).records(index)
+        r.source: r for index in range(4) for r in DatasetReader(Store(str(dataset))).records(index)
     }
     for name in ("exif.rotated.jpg", "cmyk.jpg", "sixteen bit.png", "ünïcode/alpha.png"):
         left_eye, right_eye = records[name].main_face.landmarks[:2]
@@ -60,16 +60,16 @@ def test_pictures_turned_by_exif_or_in_other_colour_spaces_come_out_upright_rgb(
 
 
 def test_a_second_run_makes_no_model_call_and_writes_nothing(
-    made: Path, poisoned: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, poisoned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = stamps(made)
+    before = stamps(dataset)
     calls: list[str] = []
-    for stage in plan_job(config(poisoned, made)).stages:
+    for stage in plan_job(config(poisoned, dataset)).stages:
         _count(stage, calls, monkeypatch)
-    job = plan_job(config(poisoned, made))
+    job = plan_job(config(poisoned, dataset))
     assert job.tasks == []
     assert list(execute(job, lambda count: None)) == []
-    assert calls == [] and stamps(made) == before
+    assert calls == [] and stamps(dataset) == before
 
 
 def _count(stage: Stage, calls: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -83,11 +83,11 @@ def _count(stage: Stage, calls: list[str], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kind, "process", counted)
 
 
-def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratch(
-    poisoned: Path, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_change_of_a_late_stage_runs_stale_stages_only_and_gives_the_bytes_of_a_new_run(
+    poisoned: Path, tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "copy"
-    shutil.copytree(made, output)
+    shutil.copytree(dataset, output)
     new_captions(monkeypatch)
     job = plan_job(config(poisoned, output))
     assert {task.stale_stages for task in job.tasks} == {frozenset({"caption", "review"})}
@@ -100,11 +100,11 @@ def test_a_later_stages_change_runs_that_stage_only_and_equals_a_run_from_scratc
     assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
     run(config(poisoned, fresh))
-    assert set(ran) == {"onnx", "torch"}, "what counts the models must see them"
+    assert set(ran) == {"onnx", "torch"}, "the test needs a counter that counts all models"
     assert digests(output) == digests(fresh)
 
 
-def test_new_inputs_make_new_shards_and_leave_the_old_alone(
+def test_new_inputs_go_into_new_shards_and_do_not_change_others(
     portraits: Path, tmp_path: Path
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -114,7 +114,7 @@ def test_new_inputs_make_new_shards_and_leave_the_old_alone(
         shutil.copy2(path, source)
     run(config(source, output, "shard_size=2"))
     before = digests(output)
-    shutil.copy2(files[0], source)  # sorts before all the others
+    shutil.copy2(files[0], source)  # its name is before those of the others
     job = plan_job(config(source, output, "shard_size=2"))
     assert [task.shard.index for task in job.tasks] == [2] and job.plan.new == 1
     list(execute(job, lambda count: None))
@@ -123,7 +123,7 @@ def test_new_inputs_make_new_shards_and_leave_the_old_alone(
     assert {name: after[name] for name in shards} == shards and len(after) == len(before) + 2
 
 
-def test_a_changed_input_is_noticed(portraits: Path, tmp_path: Path) -> None:
+def test_a_changed_input_makes_its_shard_pending(portraits: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     one, two = sorted(portraits.glob("*.jpg"))[:2]
@@ -134,35 +134,35 @@ def test_a_changed_input_is_noticed(portraits: Path, tmp_path: Path) -> None:
     assert job.plan.changed == 1 and [task.inputs_changed for task in job.tasks] == [True]
 
 
-def test_a_shard_without_a_manifest_does_not_exist_and_traces_of_a_kill_go(
-    made: Path, poisoned: Path, tmp_path: Path
+def test_a_shard_without_a_manifest_is_written_again_and_temporary_files_are_removed(
+    dataset: Path, poisoned: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "copy"
-    shutil.copytree(made, output)
+    shutil.copytree(dataset, output)
     (output / "shards" / "fgid-000001.json").unlink()
-    (output / "shards" / ".fgid-000001.tar.tmp-12345678").write_bytes(b"half")
+    (output / "shards" / ".fgid-000001.tar.tmp-12345678").write_bytes(b"partial")
     job = plan_job(config(poisoned, output))
     assert [task.shard.index for task in job.tasks] == [1]
     list(execute(job, lambda count: None))
-    assert digests(output) == digests(made)
+    assert digests(output) == digests(dataset)
     assert not [path for path in (output / "shards").iterdir() if ".tmp-" in path.name]
 
 
-def test_a_plan_kept_by_another_version_is_a_clear_error(
-    made: Path, poisoned: Path, tmp_path: Path
+def test_a_plan_of_another_program_version_is_an_error(
+    dataset: Path, poisoned: Path, tmp_path: Path
 ) -> None:
-    output = Path(shutil.copytree(made, tmp_path / "copy"))
-    kept = pq.read_table(output / "plan.parquet")
-    pq.write_table(kept.drop_columns(["locator"]), output / "plan.parquet")
+    output = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    plan = pq.read_table(output / "plan.parquet")
+    pq.write_table(plan.drop_columns(["locator"]), output / "plan.parquet")
     with pytest.raises(
         ShardError, match="no column locator: another version of this program wrote it"
     ):
         plan_job(config(poisoned, output))
 
 
-def test_lint_finds_a_flipped_byte(made: Path, tmp_path: Path) -> None:
+def test_lint_finds_a_changed_byte(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "copy"
-    shutil.copytree(made, output)
+    shutil.copytree(dataset, output)
     tar = output / "shards" / "fgid-000000.tar"
     data = bytearray(tar.read_bytes())
     data[5000] ^= 1
@@ -170,7 +170,7 @@ def test_lint_finds_a_flipped_byte(made: Path, tmp_path: Path) -> None:
     assert [line for line in lint(Store(str(output))) if "fgid-000000.tar" in line]
 
 
-def test_an_empty_or_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
+def test_an_empty_or_missing_source_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="holds no"):
         plan_job(config(tmp_path / "empty", tmp_path / "out"))
@@ -178,7 +178,7 @@ def test_an_empty_or_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
         plan_job(config(tmp_path / "missing", tmp_path / "out"))
 
 
-def test_retry_makes_just_those_inputs_again(
+def test_retry_processes_inputs_with_the_reason_and_no_others(
     portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -189,17 +189,18 @@ def test_retry_makes_just_those_inputs_again(
     files[6].write_bytes(b"<html>")
     stamp = files[1].stat()
     run(config(source, output))
-    files[1].write_bytes(whole)  # mended; a mount that was away comes back with the very same times
+    # complete again with its old times, as after a network folder was unavailable
+    files[1].write_bytes(whole)
     os.utime(files[1], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     job = plan_job(config(source, output), frozenset({"truncated"}))
     [task] = job.tasks
     assert (task.shard.index, task.stale_stages, task.retry) == (0, NO_STAGES, {"truncated"})
-    assert _remade(job, monkeypatch) == {key_of(files[1].name)}
+    assert _processed_keys(job, monkeypatch) == {key_of(files[1].name)}
     assert digests(output) == _from_scratch(source, tmp_path)
     assert read_ledger(Store(str(output))).failed == {"not_an_image": 1}
 
 
-def test_one_changed_picture_is_made_again_and_its_neighbours_are_not(
+def test_a_changed_image_is_processed_again_and_others_of_its_shard_are_not(
     portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -208,15 +209,15 @@ def test_one_changed_picture_is_made_again_and_its_neighbours_are_not(
     run(config(source, output))
     files[2].write_bytes(files[2].read_bytes() + b"\0")
     for path in files[:4]:
-        os.utime(path)  # touched, as by a copy that keeps no times
+        os.utime(path)  # another time of change, as after copying
     job = plan_job(config(source, output))
     assert job.plan.changed == 4 and [task.shard.index for task in job.tasks] == [0]
-    assert _remade(job, monkeypatch) == {key_of(files[2].name)}
+    assert _processed_keys(job, monkeypatch) == {key_of(files[2].name)}
     assert digests(output) == _from_scratch(source, tmp_path)
     assert plan_job(config(source, output)).tasks == []
 
 
-def test_what_has_vanished_from_the_source_stays_in_its_shard(
+def test_an_input_that_the_source_no_longer_lists_stays_in_its_shard(
     portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -226,7 +227,7 @@ def test_what_has_vanished_from_the_source_stays_in_its_shard(
     sorted(source.glob("*.jpg"))[3].unlink()
     job = plan_job(config(source, output))
     assert (job.plan.vanished, job.tasks) == (1, [])
-    # from the shards: the picture isn't needed
+    # captions are made from the shard's samples, so the source's file isn't needed
     new_captions(monkeypatch)
     assert run(config(source, output)).written == 8
     assert set(digests(output)) == set(before)
@@ -237,21 +238,21 @@ def _from_scratch(source: Path, folder: Path) -> dict[str, str]:
     return digests(folder / "fresh")
 
 
-def _remade(job: Job, patch: pytest.MonkeyPatch) -> set[str]:
-    """Executes the job; the keys that any of its stages was given."""
-    seen: set[str] = set()
+def _processed_keys(job: Job, patch: pytest.MonkeyPatch) -> set[str]:
+    """Executes the job. Returns the keys of all records that a stage processed."""
+    keys: set[str] = set()
 
-    def watch(kind: type[Stage]) -> None:
+    def record_keys(kind: type[Stage]) -> None:
         real = kind.process
 
-        def watched(self: Stage, records: list[Record]) -> list[Record]:
-            seen.update(record.key for record in records)
+        def process(self: Stage, records: list[Record]) -> list[Record]:
+            keys.update(record.key for record in records)
             return real(self, records)
 
-        patch.setattr(kind, "process", watched)
+        patch.setattr(kind, "process", process)
 
     for stage in job.stages:
-        watch(type(stage))
+        record_keys(type(stage))
     list(execute(job, lambda count: None))
     patch.undo()
-    return seen
+    return keys

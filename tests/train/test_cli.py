@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments: object) -> Result:
-    """Runs the command in this process."""
+    """The command in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

@@ -56,7 +56,6 @@ _RULES: Final = {
     "detect": "m(in|ax)_",
     "rules": "",
     "global_pass": "",
-    "neighbours": "",  # the name of global_pass before version 0.2
 }
 
 
@@ -142,10 +141,10 @@ def _stages(summary: Summary) -> str:
 
 
 def _caption_model(config: Mapping[str, Any]) -> str:
-    """The model of the caption backend; configurations before version 0.2 have one `model` key."""
+    """The model of the caption backend, "" where it has none."""
     caption = config.get("caption", {})
     section = caption.get(caption.get("backend", ""), {}) or {}
-    return str(section.get("model", "") or caption.get("model", ""))
+    return str(section.get("model", ""))
 
 
 def _commercial(name: str) -> str:

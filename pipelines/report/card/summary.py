@@ -14,6 +14,8 @@ from typing import Any, Final, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from configs.aliases import rename_keys
+from configs.schema import DatasetConfig
 from pipelines.report.stats import Report
 from stages.fields import Column
 from stages.storage import layout
@@ -85,7 +87,7 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         divided=_divided(identities),
         identities=_digest(reader.store, layout.IDENTITIES),
         takedowns=_takedowns(reader.store),
-        config=_public(reader.config_values(), _PRIVATE),
+        config=_public(rename_keys(DatasetConfig, reader.config_values()), _PRIVATE),
         dataset=_public(reader.dataset_info(), ("source",)),
         columns=reader.columns(),
     )

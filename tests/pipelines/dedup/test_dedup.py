@@ -1,5 +1,5 @@
-"""Duplicates, identities and the split: compared with brute force, and on inputs that are hard for
-clustering: many equal samples, and chains of similar ones.
+"""Duplicates, identities and the split: compared with brute force, and with many equal samples and
+chains of similar samples, which are hard for clustering.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def test_a_vector_of_zeros_has_no_neighbours() -> None:
     assert (row[[2, 5]] == -1).all() and not np.isin(row, [2, 5]).any()
 
 
-def test_a_minimum_similarity_of_zero_is_refused() -> None:
+def test_a_minimum_similarity_of_zero_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected over 0"):
         near_by_identity(np.eye(3, dtype=np.float32), 0, 1)
 
@@ -204,13 +204,13 @@ def test_a_chain_is_not_one_identity(degrees: float) -> None:
         assert not len(pairs) or pairs.mean() >= min_similarity - 1e-4
 
 
-def test_clusters_merge_though_all_neighbours_are_in_their_own_cluster() -> None:
+def test_clusters_merge_even_if_all_neighbours_are_in_the_same_cluster() -> None:
     rng = np.random.default_rng(0)
     sessions = unit(np.array([[1, 0.6], [1, -0.6]]) @ np.eye(2, 64))
     vectors = unit(np.repeat(sessions, 60, 0) + 0.03 * rng.standard_normal((120, 64)))
     near = near_by_identity(vectors, 0.4, 8)
     same_session = (near.row < 60) == (np.arange(120) < 60)[:, None]
-    assert same_session.all(), "the neighbours connect the sessions, so the test proves nothing"
+    assert same_session.all(), "the test needs neighbours that don't connect the sessions"
     assert not cluster(vectors, near, 0.4).any()
 
 
@@ -257,19 +257,19 @@ PINNED = [82, 120, 160, 178]
 def brute_force(
     digests: list[str], hashes: Hashes, vectors: Floats, max_distance: int, max_similarity: float
 ) -> dict[int, Duplicate]:
-    """What the docstring of `find_duplicates` says, one row at a time."""
-    kept: list[int] = []
+    """Returns what `find_duplicates` returns, by comparing each row with all earlier ones."""
+    unique_rows: list[int] = []
     duplicates = {}
     for row, digest in enumerate(digests):
-        equal = [other for other in kept if digest and digests[other] == digest]
+        equal = [other for other in unique_rows if digest and digests[other] == digest]
         distances = [
             (int(bits(hashes[[row]], hashes[[other]])[0, 0]), other)
-            for other in kept
+            for other in unique_rows
             if hashes[other].any()
         ]
         cosines = [
             (float(similarities(vectors, np.array([row]), np.array([other]))[0]), -other)
-            for other in kept
+            for other in unique_rows
         ]
         nearest_hash, nearest_face = min(distances, default=None), max(cosines, default=None)
         if equal:
@@ -279,7 +279,7 @@ def brute_force(
         elif max_similarity and nearest_face and nearest_face[0] >= max_similarity:
             duplicates[row] = Duplicate("face_duplicate", -nearest_face[1], nearest_face[0])
         else:
-            kept.append(row)
+            unique_rows.append(row)
     return duplicates
 
 
@@ -321,7 +321,7 @@ def test_every_reason_occurs() -> None:
 
 
 @pytest.mark.parametrize("exact_rows", [30_000, 300], ids=["exact", "index"])
-def test_samples_added_behind_change_no_result(exact_rows: int) -> None:
+def test_later_samples_do_not_change_earlier_results(exact_rows: int) -> None:
     rng = np.random.default_rng(3)
     pairs = unit(np.repeat(crowd(700, 1, 0, dim=128)[0], 2, 0))
     vectors = unit(pairs + 0.15 * rng.standard_normal(pairs.shape) / np.sqrt(128))

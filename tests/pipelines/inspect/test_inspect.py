@@ -37,7 +37,7 @@ MIN_FACE = 265  # pixels; the face of one of the four portraits is smaller
 
 
 @pytest.fixture(scope="module")
-def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def dataset(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Four portraits, two with the same base name, one with a hostile name, one quarantined for a
     small face; an image without a face; and an HTML page."""
     folder = tmp_path_factory.mktemp("in")
@@ -47,7 +47,7 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         shutil.copy(path, folder / name)
     Image.new("RGB", (400, 300), "grey").save(folder / "nobody.jpg")
     (folder / "page.jpg").write_bytes(b"<!doctype html>")
-    output = tmp_path_factory.mktemp("made") / "out"
+    output = tmp_path_factory.mktemp("dataset") / "out"
     run(
         config(
             folder,
@@ -79,20 +79,20 @@ def printed(inspection: Inspection, width: int = 100, terminal: bool = False) ->
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_key_its_beginning_and_a_name_find_the_same(made: Store) -> None:
+def test_a_key_its_beginning_and_a_name_find_the_same(dataset: Store) -> None:
     key = key_of("small.jpg")
     for text in (key, key.upper(), key[:6], "small.jpg"):
-        assert inspect(made, text).row["source"] == "small.jpg"
-    assert inspect(made, "a/one.jpg").row["key"] == key_of("a/one.jpg")
+        assert inspect(dataset, text).row["source"] == "small.jpg"
+    assert inspect(dataset, "a/one.jpg").row["key"] == key_of("a/one.jpg")
 
 
-def test_several_are_listed_and_none_gives_the_closest(made: Store) -> None:
-    several = call(made, "one.jpg")
+def test_several_are_listed_and_none_gives_the_closest(dataset: Store) -> None:
+    several = call(dataset, "one.jpg")
     assert several.exit_code == 2 and "may mean 2 inputs" in several.stderr
     assert all(key_of(f"{folder}/one.jpg") in several.stderr for folder in "ab")
-    none = call(made, "smal.jpg")
+    none = call(dataset, "smal.jpg")
     assert none.exit_code == 2 and "closest names are small.jpg" in none.stderr
-    short = call(made, key_of("small.jpg")[:3])
+    short = call(dataset, key_of("small.jpg")[:3])
     assert short.exit_code == 2 and "at least its first 4 digits" in short.stderr
 
 
@@ -110,8 +110,8 @@ def test_at_most_ten_are_listed(tmp_path: Path) -> None:
     assert str(caught.value).count("http_404") == 10 and "and 3 more" in str(caught.value)
 
 
-def test_a_missing_sidecar_is_named(made: Store, tmp_path: Path) -> None:
-    shutil.copytree(made.root, tmp_path / "copy")
+def test_a_missing_sidecar_is_named(dataset: Store, tmp_path: Path) -> None:
+    shutil.copytree(dataset.root, tmp_path / "copy")
     (tmp_path / "copy/shards/fgid-000000.parquet").unlink()
     done = call(Store(str(tmp_path / "copy")), "page.jpg")
     assert done.exit_code == 2 and "fgid-000000.parquet is missing" in done.stderr
@@ -120,8 +120,8 @@ def test_a_missing_sidecar_is_named(made: Store, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_everything_recorded_of_a_sample_is_shown(made: Store) -> None:
-    inspection = inspect(made, "a/one.jpg")
+def test_everything_recorded_of_a_sample_is_shown(dataset: Store) -> None:
+    inspection = inspect(dataset, "a/one.jpg")
     row, identity = inspection.row, inspection.identity
     assert identity is not None and row["status"] == "ok"
     text = " ".join(printed(inspection).split())
@@ -151,8 +151,8 @@ def test_everything_recorded_of_a_sample_is_shown(made: Store) -> None:
     assert f"fused {', '.join(fused)}" in text and fused
 
 
-def test_missing_regions_and_how_training_uses_the_others_are_shown(made: Store) -> None:
-    inspection = inspect(made, "a/one.jpg")
+def test_missing_regions_and_how_training_uses_the_others_are_shown(dataset: Store) -> None:
+    inspection = inspect(dataset, "a/one.jpg")
     areas = list(inspection.row["label_areas"])
     areas[LABEL_IDS["left_ear"]] = areas[LABEL_IDS["right_ear"]] = 0.0
     regions = ["", "absent", "", "caption_too_long", ""]  # face, ears, eyes, nose, mouth
@@ -162,8 +162,8 @@ def test_missing_regions_and_how_training_uses_the_others_are_shown(made: Store)
     assert "not fused nose: caption too long" in text and "not trainable" in text
 
 
-def test_metrics_are_red_where_the_quality_filter_would_drop(made: Store) -> None:
-    inspection = inspect(made, "a/one.jpg")
+def test_metrics_are_red_where_the_quality_filter_would_drop(dataset: Store) -> None:
+    inspection = inspect(dataset, "a/one.jpg")
     main_face = inspection.row["faces"][inspection.row["face"]]
     red, small = "\x1b[1;31m", {**main_face, "box": [0.0, 0.0, 20.0, 20.0]}
 
@@ -178,8 +178,8 @@ def test_metrics_are_red_where_the_quality_filter_would_drop(made: Store) -> Non
     assert red in line("faces per image")
 
 
-def test_words_that_name_a_region_stand_out(made: Store) -> None:
-    lines = printed(inspect(made, "a/one.jpg"), terminal=True).splitlines()
+def test_words_that_name_a_region_stand_out(dataset: Store) -> None:
+    lines = printed(inspect(dataset, "a/one.jpg"), terminal=True).splitlines()
     [start] = [
         at for at, line in enumerate(lines) if "face caption" in line and "tokens" not in line
     ]
@@ -189,23 +189,23 @@ def test_words_that_name_a_region_stand_out(made: Store) -> None:
         ), word
 
 
-def test_quarantined_failed_and_dropped_inputs_are_shown(made: Store) -> None:
-    quarantined = inspect(made, "small.jpg")
+def test_quarantined_failed_and_dropped_inputs_are_shown(dataset: Store) -> None:
+    quarantined = inspect(dataset, "small.jpg")
     text = " ".join(printed(quarantined).split())
     assert (
         quarantined.record is not None and "dropped face_too_small (stage quality_filter)" in text
     )
     assert f"{quarantined.shard}.quarantine.tar" in text and quarantined.row["face_side"] < MIN_FACE
-    failed = " ".join(printed(inspect(made, "page.jpg")).split())
+    failed = " ".join(printed(inspect(dataset, "page.jpg")).split())
     assert "failed not_an_image (stage resize)" in failed and "in no tar" in failed
     assert "dropped no_face (stage detect)" in " ".join(
-        printed(inspect(made, "nobody.jpg")).split()
+        printed(inspect(dataset, "nobody.jpg")).split()
     )
 
 
-def test_another_configuration_than_the_shards_is_stated(made: Store, tmp_path: Path) -> None:
-    assert "wasn't made with" not in printed(inspect(made, "a/one.jpg"))
-    shutil.copytree(made.root, tmp_path / "copy")
+def test_another_configuration_than_the_shards_is_stated(dataset: Store, tmp_path: Path) -> None:
+    assert "wasn't made with" not in printed(inspect(dataset, "a/one.jpg"))
+    shutil.copytree(dataset.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
     changed = store.read("dataset.json").decode().replace("quality_filter-1-", "quality_filter-0-")
     store.write("dataset.json", changed)
@@ -214,18 +214,18 @@ def test_another_configuration_than_the_shards_is_stated(made: Store, tmp_path: 
     )
 
 
-def test_names_and_captions_are_escaped(made: Store) -> None:
-    done = call(made, EVIL)
+def test_names_and_captions_are_escaped(dataset: Store) -> None:
+    done = call(dataset, EVIL)
     assert done.exit_code == 0 and "evil\\x1b[31m[red] ünï\\u202e.jpg" in done.stdout
     assert "\x1b" not in done.stdout and "\u202e" not in done.stdout and "▀" not in done.stdout
-    inspection = inspect(made, EVIL)
+    inspection = inspect(dataset, EVIL)
     inspection.row.update(
         caption="a \x1b]0;owned\x07 nose\r\n[red]x", detail="\x9b31m", license="\x00"
     )
     text = printed(inspection, terminal=True)
     assert "\\x1b]0;owned\\x07" in text and "\\r\\n[red]x" in text and "\\x9b31m" in text
     assert not {"\x07", "\x9b", "\x00", "\r"} & set(text) and "\x1b]" not in text
-    missing = call(made, "evil\x1b[31m[red] ünï.jpg")
+    missing = call(dataset, "evil\x1b[31m[red] ünï.jpg")
     assert (
         missing.exit_code == 2
         and "\x1b[31m[" not in missing.stderr
@@ -233,8 +233,8 @@ def test_names_and_captions_are_escaped(made: Store) -> None:
     )
 
 
-def test_of_a_removed_record_only_the_removal_is_shown(made: Store, tmp_path: Path) -> None:
-    shutil.copytree(made.root, tmp_path / "copy")
+def test_of_a_removed_record_only_the_removal_is_shown(dataset: Store, tmp_path: Path) -> None:
+    shutil.copytree(dataset.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
     settings = load_text(
         DatasetConfig, store.read("config.yaml").decode(), [f"output={store.root}"]
@@ -250,8 +250,8 @@ def test_of_a_removed_record_only_the_removal_is_shown(made: Store, tmp_path: Pa
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_image_is_read_from_its_own_bytes_of_the_tar(made: Store, tmp_path: Path) -> None:
-    shutil.copytree(made.root, tmp_path / "copy")
+def test_the_image_is_read_from_its_own_bytes_of_the_tar(dataset: Store, tmp_path: Path) -> None:
+    shutil.copytree(dataset.root, tmp_path / "copy")
     store = Store(str(tmp_path / "copy"))
     for name in ("b/one.jpg", "small.jpg"):
         inspection = inspect(store, name)
@@ -266,8 +266,8 @@ def test_the_image_is_read_from_its_own_bytes_of_the_tar(made: Store, tmp_path: 
         assert again.record.image == inspection.record.image
 
 
-def test_the_overlay_lies_on_its_pixels_and_the_chosen_face_is_marked(made: Store) -> None:
-    inspection = inspect(made, "a/one.jpg")
+def test_the_overlay_lies_on_its_pixels_and_the_chosen_face_is_marked(dataset: Store) -> None:
+    inspection = inspect(dataset, "a/one.jpg")
     assert inspection.record is not None
     photo, overlay = panes(inspection)
     image, labels = decode_jpeg(inspection.record.image), decode_labels(inspection.record.parsing)
@@ -287,53 +287,53 @@ def test_the_overlay_lies_on_its_pixels_and_the_chosen_face_is_marked(made: Stor
     assert tuple(photo[left_eye[1], left_eye[0]]) == (255, 40, 80)
 
 
-def test_an_input_without_a_sample_is_shown_by_its_thumbnail(made: Store) -> None:
-    inspection = inspect(made, "nobody.jpg")
+def test_an_input_without_a_sample_is_shown_by_its_thumbnail(dataset: Store) -> None:
+    inspection = inspect(dataset, "nobody.jpg")
     [photo] = panes(inspection)
     assert inspection.record is None and max(photo.shape) == 96
-    assert panes(inspect(made, "page.jpg")) == []
+    assert panes(inspect(dataset, "page.jpg")) == []
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_half_blocks_fit_the_terminal(made: Store, width: int) -> None:
-    text = printed(inspect(made, "a/one.jpg"), width, terminal=True)
+def test_half_blocks_fit_the_terminal(dataset: Store, width: int) -> None:
+    text = printed(inspect(dataset, "a/one.jpg"), width, terminal=True)
     blocks = [line for line in text.splitlines() if "▀" in line]
     assert blocks and "\x1b[38;2;" in blocks[0]
-    shown = half_blocks(panes(inspect(made, "a/one.jpg"), 20)).plain.splitlines()
+    shown = half_blocks(panes(inspect(dataset, "a/one.jpg"), 20)).plain.splitlines()
     assert len(shown) == 10 and {cell_len(line) for line in shown} == {41}
     assert all(line.count("▀") <= width for line in blocks)
-    assert "▀" not in printed(inspect(made, "a/one.jpg"), width)
+    assert "▀" not in printed(inspect(dataset, "a/one.jpg"), width)
 
 
-def test_png_is_of_full_size_and_replaces_nothing_unasked(made: Store, tmp_path: Path) -> None:
+def test_png_is_of_full_size_and_replaces_nothing_unasked(dataset: Store, tmp_path: Path) -> None:
     path = tmp_path / "one.png"
-    assert call(made, "a/one.jpg", "--png", path).exit_code == 0
+    assert call(dataset, "a/one.jpg", "--png", path).exit_code == 0
     image = np.asarray(Image.open(path))
-    inspection = inspect(made, "a/one.jpg")
+    inspection = inspect(dataset, "a/one.jpg")
     photo, overlay = panes(inspection)
     height, width = photo.shape[:2]
     assert np.array_equal(image[:height, :width], photo)
     assert np.array_equal(image[:height, width : 2 * width], overlay)
     assert image.shape[1] > 2 * width and np.ptp(image[:, 2 * width :]) > 100, "the legend is drawn"
     before = path.read_bytes()
-    refused = call(made, "small.jpg", "--png", path)
+    refused = call(dataset, "small.jpg", "--png", path)
     assert (
         refused.exit_code == 2 and "--overwrite" in refused.stderr and path.read_bytes() == before
     )
     assert (
-        call(made, "small.jpg", "--png", path, "--overwrite").exit_code == 0
+        call(dataset, "small.jpg", "--png", path, "--overwrite").exit_code == 0
         and path.read_bytes() != before
     )
-    none = call(made, "page.jpg", "--png", tmp_path / "none.png")
+    none = call(dataset, "page.jpg", "--png", tmp_path / "none.png")
     assert none.exit_code == 2 and "has no image, because of not_an_image" in none.stderr
     assert not (tmp_path / "none.png").exists()
 
 
-def test_every_input_can_be_shown(made: Store) -> None:
+def test_every_input_can_be_shown(dataset: Store) -> None:
     rows = [
         row
         for index in (0, 1)
-        for row in DatasetReader(made).rows(index, ["key", "reason"]).to_pylist()
+        for row in DatasetReader(dataset).rows(index, ["key", "reason"]).to_pylist()
     ]
     assert len(rows) == 6 and {row["reason"] for row in rows} == {
         "",
@@ -342,5 +342,5 @@ def test_every_input_can_be_shown(made: Store) -> None:
         "not_an_image",
     }
     for row in rows:
-        done = call(made, row["key"], "--no-picture")
+        done = call(dataset, row["key"], "--no-picture")
         assert done.exit_code == 0 and row["key"] in done.stdout

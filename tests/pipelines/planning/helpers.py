@@ -1,4 +1,4 @@
-"""Stages without models, a source in memory, and records that a shard can hold."""
+"""Helpers for tests of planning: stages without models, a source in memory, complete records."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def stub(
     provides: tuple[str, ...] = (),
     version: int = 1,
 ) -> Stage:
+    """Returns a stage that must not be run."""
     values = {"name": name, "requires": requires, "provides": provides, "version": version}
     return type(name, (Stub,), values)(None)
 
 
 def chain(**versions: int) -> list[Stage]:
-    """Five stages: each reads what the one before provides, except the last, which reads the image.
-
-    versions: of the stages that aren't at version 1.
+    """Returns five stages. Each requires what the one before provides, except the last, which
+    requires the image. versions: of stages whose version isn't 1.
     """
     links: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("resize", ("image",), ("image", "width")),
@@ -48,7 +48,7 @@ def chain(**versions: int) -> list[Stage]:
 
 
 def sample(source: str, **changes: Any) -> Record:
-    """A complete record, as all stages leave it."""
+    """Returns a complete record, as after all stages."""
     values: dict[str, Any] = {
         "key": key_of(source),
         "source": source,
@@ -62,9 +62,8 @@ def sample(source: str, **changes: Any) -> Record:
 
 
 class Memory(Source):
-    """Inputs by name. `reads` lists every read: the name, and how many bytes were asked for.
-
-    unreadable: names that are listed and can't be read. provided: the fields that come with each.
+    """A source in memory. data: name → bytes. unreadable: names of inputs that can't be read.
+    provided: the fields that each input provides. reads: (name, number of bytes) of each read.
     """
 
     def __init__(

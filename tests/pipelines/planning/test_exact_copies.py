@@ -1,4 +1,4 @@
-"""Exact copies: found by their bytes, with as little reading as can be."""
+"""Exact copies: they are found by their bytes, and few files are read completely."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ LARGE = bytes(range(256)) * 40  # longer than the prefix that is compared first
 
 
 def copies(source: Memory) -> dict[str, str]:
-    """copy → original."""
+    """Returns name of a copy → name of its original."""
     with InputIndex() as index:
         for item in source.list():
             index.add_listed(item)
         index.assign_shards(3)
-        mark_exact_copies(index, source)
+        mark_exact_copies(index, source, frozenset())
         rows = [row for _, rows in index.shards() for row in rows]
     return {row["source"]: row["duplicate_of"] for row in rows if row["duplicate_of"]}
 
 
-def test_each_copy_names_the_first_of_its_bytes() -> None:
+def test_each_copy_names_the_first_input_with_its_bytes() -> None:
     source = Memory({"d": b"one", "a": b"one", "c": b"two", "b": b"two", "e": b"one", "f": b"six"})
     assert copies(source) == {"d": "a", "e": "a", "c": "b"}
 
 
-def test_a_size_that_occurs_once_is_never_read() -> None:
+def test_an_input_with_a_unique_size_is_not_read() -> None:
     source = Memory({"a": b"1", "b": b"22", "c": b"333"})
     assert copies(source) == {} and source.reads == []
 
 
-def test_a_file_is_read_whole_only_if_its_beginning_is_another_ones_too() -> None:
+def test_a_file_is_read_completely_only_if_another_has_the_same_beginning() -> None:
     other = b"x" + LARGE[1:]
     source = Memory({"a": LARGE, "b": LARGE, "c": other, "d": LARGE[:-1] + b"x"})
     assert copies(source) == {"b": "a"}
@@ -47,6 +47,6 @@ def test_empty_and_too_large_files_are_not_compared() -> None:
     assert copies(source) == {} and source.reads == []
 
 
-def test_an_input_that_can_not_be_read_is_no_copy_and_stops_nothing() -> None:
-    same = {"a": b"one", "b": b"one", "c": b"one", "d": b"one"}
-    assert copies(Memory(same, unreadable=frozenset({"a", "d"}))) == {"c": "b"}
+def test_an_unreadable_input_is_neither_copy_nor_original() -> None:
+    equal = {"a": b"one", "b": b"one", "c": b"one", "d": b"one"}
+    assert copies(Memory(equal, unreadable=frozenset({"a", "d"}))) == {"c": "b"}

@@ -1,4 +1,4 @@
-"""InputIndex: known inputs keep their place, new ones follow, and a name occurs once."""
+"""InputIndex: planned inputs keep their place, new ones follow, and names must be unique."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def item(source: str, size: int = 1, version: str = "", locator: bytes = b"at") 
 
 
 def plan_rows(*shards: list[Input]) -> list[dict[str, Any]]:
-    """Rows of an earlier plan."""
+    """Returns the rows of an earlier plan with these shards."""
     return [
         {
             "key": each.key,
@@ -33,13 +33,13 @@ def plan_rows(*shards: list[Input]) -> list[dict[str, Any]]:
 
 
 def placed(index: InputIndex) -> list[list[str]]:
-    """The names in each shard."""
+    """Returns the names in each shard."""
     shards = list(index.shards())
     assert [number for number, _ in shards] == list(range(len(shards)))
     return [[row["source"] for row in rows] for _, rows in shards]
 
 
-def test_new_inputs_are_sorted_by_the_bytes_of_their_names_and_cut_into_shards() -> None:
+def test_new_inputs_are_sorted_by_the_bytes_of_their_names_and_divided_into_shards() -> None:
     with InputIndex() as index:
         for name in ("b", "a", "ü", "Z", "c"):
             index.add_listed(item(name))
@@ -48,13 +48,13 @@ def test_new_inputs_are_sorted_by_the_bytes_of_their_names_and_cut_into_shards()
         assert len(index) == 5
 
 
-def test_known_inputs_keep_their_shard_and_order_and_new_ones_start_a_shard() -> None:
+def test_planned_inputs_keep_shard_and_order_and_new_ones_go_into_new_shards() -> None:
     with InputIndex() as index:
         index.load_previous_plan(plan_rows([item("c"), item("a")], [item("b")]))
         for name in ("0", "c", "b", "1", "a"):
             index.add_listed(item(name))
         assert index.assign_shards(2) == (2, 0, 0)
-        assert placed(index) == [["c", "a"], ["b"], ["0", "1"]], "shard 1 isn't filled up"
+        assert placed(index) == [["c", "a"], ["b"], ["0", "1"]], "shard 1 gets no new inputs"
 
 
 def test_a_vanished_input_keeps_its_place() -> None:
@@ -73,9 +73,9 @@ def test_a_vanished_input_keeps_its_place() -> None:
         (item("a", 7, "v2"), 1),
         (item("a", 7, "v1", b"elsewhere"), 0),
     ],
-    ids=["same", "size", "version", "only moved"],
+    ids=["same", "size", "version", "locator"],
 )
-def test_an_input_has_changed_if_its_size_or_version_has(now: Input, changed: int) -> None:
+def test_an_input_is_changed_if_its_size_or_version_differs(now: Input, changed: int) -> None:
     with InputIndex() as index:
         index.load_previous_plan(plan_rows([item("a", 7, "v1")]))
         index.add_listed(now)
@@ -88,8 +88,8 @@ def test_an_input_has_changed_if_its_size_or_version_has(now: Input, changed: in
         )
 
 
-@pytest.mark.parametrize("rows", [[], plan_rows([item("a")])], ids=["new", "known"])
-def test_two_inputs_of_one_name_are_refused(rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("rows", [[], plan_rows([item("a")])], ids=["new", "planned"])
+def test_two_inputs_with_one_name_are_an_error(rows: list[dict[str, Any]]) -> None:
     with InputIndex() as index:
         index.load_previous_plan(rows)
         index.add_listed(item("a", locator=b"first"))
@@ -97,7 +97,7 @@ def test_two_inputs_of_one_name_are_refused(rows: list[dict[str, Any]]) -> None:
             index.add_listed(item("a", locator=b"second"))
 
 
-def test_only_sizes_that_occur_twice_and_within_the_limits_are_grouped() -> None:
+def test_inputs_are_grouped_by_sizes_that_repeat_and_are_within_the_limits() -> None:
     sizes = {"a": 5, "b": 9, "c": 5, "d": 7, "e": 0, "f": 0, "g": 99, "h": 99, "i": -1, "j": -1}
     with InputIndex() as index:
         for name, size in sizes.items():
@@ -108,7 +108,7 @@ def test_only_sizes_that_occur_twice_and_within_the_limits_are_grouped() -> None
         assert groups == [["a", "c"], ["0", "b"]], "by size, each in the plan's order"
 
 
-def test_groups_of_equal_size_are_in_the_order_of_the_plan_not_of_names() -> None:
+def test_groups_of_equal_size_are_in_the_order_of_the_plan_and_not_of_names() -> None:
     with InputIndex() as index:
         index.load_previous_plan(plan_rows([item("z", 3)]))
         index.add_listed(item("a", 3))
@@ -118,7 +118,7 @@ def test_groups_of_equal_size_are_in_the_order_of_the_plan_not_of_names() -> Non
         assert [each.source for each in group] == ["z", "a"]
 
 
-def test_a_copy_names_its_original() -> None:
+def test_an_exact_copy_is_recorded_with_its_original() -> None:
     with InputIndex() as index:
         for name in ("a", "b"):
             index.add_listed(item(name))

@@ -1,4 +1,4 @@
-"""Which shards a run makes again, and through which stages."""
+"""Stale stages, and which shards are pending with which stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stale(now: list[Stage], before: list[Stage]) -> frozenset[str] | None:
     return stale_stages(now, signatures(now), signatures(before))
 
 
-def test_nothing_is_stale_where_nothing_has_changed() -> None:
+def test_no_stage_is_stale_without_a_change() -> None:
     assert stale(chain(), chain()) == frozenset()
 
 
@@ -37,18 +37,18 @@ def test_nothing_is_stale_where_nothing_has_changed() -> None:
         ("measure", {"measure"}),
     ],
 )
-def test_a_changed_stage_makes_stale_what_reads_its_fields(
+def test_stages_that_read_fields_of_a_changed_stage_are_stale(
     changed: str, expected: set[str]
 ) -> None:
     assert stale(chain(**{changed: 2}), chain()) == expected
 
 
-def test_a_change_is_followed_through_several_stages() -> None:
+def test_stages_that_read_fields_of_a_stale_stage_are_stale() -> None:
     def links(version: int) -> list[Stage]:
         return [
             stub("one", (), ("a",), version),
             stub("two", ("a",), ("b",)),
-            stub("apart", ("image",), ("z",)),
+            stub("independent", ("image",), ("z",)),
             stub("three", ("b",), ("c",)),
             stub("four", ("c", "z"), ("d",)),
         ]
@@ -56,7 +56,7 @@ def test_a_change_is_followed_through_several_stages() -> None:
     assert stale(links(2), links(1)) == {"one", "two", "three", "four"}
 
 
-def test_a_new_stage_is_stale_with_what_reads_its_fields() -> None:
+def test_a_new_stage_and_the_stages_that_read_its_fields_are_stale() -> None:
     before = [stage for stage in chain() if stage.name != "detect"]
     assert stale(chain(), before) == {"detect", "quality_filter", "caption"}
 
@@ -67,16 +67,16 @@ def test_a_changed_stage_that_replaces_what_it_reads_needs_the_source() -> None:
 
 def test_a_stage_that_replaces_its_input_and_reads_a_stale_field_needs_the_source() -> None:
     def links(version: int) -> list[Stage]:
-        return [stub("one", (), ("a",), version), stub("mend", ("a", "image"), ("image",))]
+        return [stub("one", (), ("a",), version), stub("two", ("a", "image"), ("image",))]
 
     assert stale(links(2), links(1)) is None
 
 
-def test_a_shard_of_a_stage_that_is_gone_needs_the_source() -> None:
+def test_a_shard_with_a_stage_that_the_chain_no_longer_has_needs_the_source() -> None:
     assert stale([stage for stage in chain() if stage.name != "caption"], chain()) is None
 
 
-def test_another_order_of_the_same_stages_makes_nothing_stale() -> None:
+def test_no_stage_is_stale_after_a_change_of_order() -> None:
     assert stale(chain(), chain()[::-1]) == frozenset()
 
 
@@ -99,13 +99,13 @@ def committed(store: Store, index: int, records: list[Record], stages: list[Stag
     return shard
 
 
-def test_a_shard_without_a_manifest_is_made_from_its_source(store: Store) -> None:
-    done = committed(store, 1, [sample("a")], chain())
+def test_a_shard_without_a_manifest_is_pending_from_the_source(store: Store) -> None:
+    complete = committed(store, 1, [sample("a")], chain())
     missing = planned(0, 3)
-    assert pending(plan(missing, done), store, chain()) == [ShardTask(shard=missing)]
+    assert pending(plan(missing, complete), store, chain()) == [ShardTask(shard=missing)]
 
 
-def test_a_shard_is_pending_with_the_stages_that_are_stale(store: Store) -> None:
+def test_a_shard_is_pending_with_its_stale_stages(store: Store) -> None:
     old = committed(store, 0, [sample("a")], chain())
     committed(store, 1, [sample("b")], chain(caption=2))
     shards = plan(old, planned(1, 1))
@@ -113,12 +113,12 @@ def test_a_shard_is_pending_with_the_stages_that_are_stale(store: Store) -> None
     assert task == ShardTask(shard=old, exists=True, stale_stages=frozenset({"caption"}))
 
 
-def test_a_shard_whose_stages_need_the_source_does_not_exist(store: Store) -> None:
+def test_a_shard_that_needs_the_source_is_pending_as_if_it_did_not_exist(store: Store) -> None:
     shard = committed(store, 0, [sample("a")], chain())
     assert pending(plan(shard), store, chain(resize=2)) == [ShardTask(shard=shard)]
 
 
-def test_a_shard_of_other_inputs_is_pending_with_no_stage_for_those_that_stay(
+def test_a_shard_with_changed_inputs_is_pending_without_stale_stages(
     store: Store,
 ) -> None:
     committed(store, 0, [sample("a")], chain())
@@ -128,15 +128,15 @@ def test_a_shard_of_other_inputs_is_pending_with_no_stage_for_those_that_stay(
     ]
 
 
-def test_only_shards_that_hold_a_reason_are_tried_again(store: Store) -> None:
+def test_retry_makes_shards_pending_that_have_records_with_the_reason(store: Store) -> None:
     failed = reject(sample("a"), Failed("truncated"), "resize")
     dropped = reject(sample("b"), Dropped("no_face"), "detect")
     shards = [
         committed(store, index, records, chain())
         for index, records in enumerate([[failed, dropped], [sample("c")], [dropped]])
     ]
-    asked = frozenset({"truncated", "timeout"})
-    [task] = pending(plan(*shards), store, chain(), retry=asked)
+    reasons = frozenset({"truncated", "timeout"})
+    [task] = pending(plan(*shards), store, chain(), retry=reasons)
     assert task == ShardTask(shard=shards[0], exists=True, retry=frozenset({"truncated"}))
     tasks = pending(plan(*shards), store, chain(), retry=frozenset({"no_face"}))
     assert [(each.shard.index, each.retry) for each in tasks] == [
@@ -145,7 +145,7 @@ def test_only_shards_that_hold_a_reason_are_tried_again(store: Store) -> None:
     ]
 
 
-def test_a_manifest_of_another_order_of_stages_is_written_again_without_a_stage(
+def test_a_shard_with_another_order_of_stages_is_pending_without_stale_stages(
     store: Store,
 ) -> None:
     shard = committed(store, 0, [sample("a")], chain()[::-1])

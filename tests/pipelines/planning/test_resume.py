@@ -1,4 +1,4 @@
-"""What a run takes over from an earlier one, input by input, and which stages each still needs."""
+"""Which records a run reuses from an earlier one, and which stages each record still needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs.schema import DatasetConfig, SourceConfig
 from pipelines.planning.plan import Plan, ShardTask, make_plan, write_plan
 from pipelines.planning.resume import PendingRecord, load_shard
 from stages.base import Dropped, Failed, Rejection, quarantine, reject
-from stages.record import Record, Status
+from stages.record import Record
 from stages.storage.commit import ChainInfo, commit
 from stages.storage.exclusions import GLOBAL_PASS
 from stages.storage.layout import TAKEDOWNS
@@ -27,7 +27,7 @@ ALL, NONE = frozenset(NAMES), frozenset[str]()
 
 
 class Shard:
-    """One shard of the files in a folder, and what an earlier run made of them."""
+    """A shard of the files in a folder, and an output with the results of an earlier run."""
 
     def __init__(self, folder: Path, *names: str) -> None:
         self.source, self.store = folder / "in", Store(str(folder / "out"))
@@ -45,15 +45,15 @@ class Shard:
         return plan
 
     def read(self) -> dict[str, Record]:
-        """name → record, as the source gives it."""
+        """Returns name → record, as read from the source."""
         loaded = load_shard(self.config, self.store, ShardTask(shard=self.plan.shards[0]), chain())
         return {each.record.source: each.record for each in loaded}
 
-    def committed(self, *ended: Record) -> None:
-        """Commits a sample for every input but those that `ended` names."""
-        given = {record.source: record for record in ended}
+    def committed(self, *rejected: Record) -> None:
+        """Commits these records, and a sample for each other input."""
+        by_source = {record.source: record for record in rejected}
         records = [
-            given.get(name) or replace(sample(name), sha256=record.sha256)
+            by_source.get(name) or replace(sample(name), sha256=record.sha256)
             for name, record in self.read().items()
         ]
         run = RunInfo(finished=0.0, seconds=0.0)
@@ -79,11 +79,11 @@ def remaining(loaded: dict[str, PendingRecord]) -> dict[str, frozenset[str]]:
 
 
 def from_source(loaded: PendingRecord) -> bool:
-    """True for the source's own bytes, False for what an earlier run made of them."""
+    """Returns whether the record was read from the source, and not from the shard."""
     return loaded.record.image == loaded.record.source.encode() and loaded.record.identity is None
 
 
-def test_an_uncommitted_shard_takes_every_input_through_every_stage(tmp_path: Path) -> None:
+def test_all_inputs_of_an_uncommitted_shard_need_all_stages(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg")
     task = ShardTask(shard=shard.plan.shards[0])
     loaded = list(load_shard(shard.config, shard.store, task, chain()))
@@ -91,7 +91,7 @@ def test_an_uncommitted_shard_takes_every_input_through_every_stage(tmp_path: Pa
     assert all(from_source(each) for each in loaded)
 
 
-def test_samples_go_through_the_stale_stages_alone(tmp_path: Path) -> None:
+def test_samples_need_only_the_stale_stages_and_not_the_source(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg")
     shard.committed()
     (shard.source / "a.jpg").unlink()
@@ -104,7 +104,7 @@ FAILED, NO_FACE = Failed("truncated", "at 5"), Dropped("no_face")
 
 
 @pytest.mark.parametrize(
-    ("verdict", "stage", "stale", "expected"),
+    ("rejection", "stage", "stale", "expected"),
     [
         (FAILED, "resize", ["caption"], NONE),
         (NO_FACE, "detect", ["quality_filter", "caption"], NONE),
@@ -114,19 +114,19 @@ FAILED, NO_FACE = Failed("truncated", "at 5"), Dropped("no_face")
         (Failed("unreadable"), "source", ["detect"], NONE),
     ],
 )
-def test_an_ended_record_stays_ended_unless_a_stage_up_to_its_own_is_stale(
-    tmp_path: Path, verdict: Rejection, stage: str, stale: list[str], expected: frozenset[str]
+def test_a_dropped_or_failed_record_is_unchanged_unless_its_stage_or_an_earlier_one_is_stale(
+    tmp_path: Path, rejection: Rejection, stage: str, stale: list[str], expected: frozenset[str]
 ) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg")
-    shard.committed(reject(sample("a.jpg"), verdict, stage))
+    shard.committed(reject(sample("a.jpg"), rejection, stage))
     loaded = shard.load(stale)
     assert remaining(loaded) == {"a.jpg": expected, "b.jpg": frozenset(stale)}
     assert from_source(loaded["a.jpg"]) == (expected == ALL)
     if expected == NONE:
         record = loaded["a.jpg"].record
         assert (record.status, record.reason, record.stage) == (
-            verdict.status,
-            verdict.reason,
+            rejection.status,
+            rejection.reason,
             stage,
         )
 
@@ -140,7 +140,7 @@ def test_an_ended_record_stays_ended_unless_a_stage_up_to_its_own_is_stale(
         (["detect"], {"detect", "quality_filter", "caption", "measure"}),
     ],
 )
-def test_a_quarantined_record_is_restored_where_its_rule_is_stale(
+def test_a_quarantined_record_is_restored_if_its_stage_or_an_earlier_one_is_stale(
     tmp_path: Path, stale: list[str], expected: set[str] | None
 ) -> None:
     shard = Shard(tmp_path, "a.jpg")
@@ -156,15 +156,15 @@ def test_a_quarantined_record_is_restored_where_its_rule_is_stale(
         assert loaded.remaining_stages == expected
 
 
-def test_a_quarantined_copy_goes_on_as_a_sample_does(tmp_path: Path) -> None:
+def test_a_quarantined_duplicate_needs_the_stages_that_a_sample_needs(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg")
-    copy = quarantine(sample("a.jpg"), Dropped("near_duplicate"), GLOBAL_PASS)
-    shard.committed(copy)
+    duplicate = quarantine(sample("a.jpg"), Dropped("near_duplicate"), GLOBAL_PASS)
+    shard.committed(duplicate)
     loaded = shard.load(["caption"])["a.jpg"]
     assert loaded.record.ok and loaded.remaining_stages == {"caption"}
 
 
-def test_retry_takes_the_named_reason_alone_from_the_source(tmp_path: Path) -> None:
+def test_retry_reads_inputs_with_the_reason_from_the_source_and_no_others(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     shard.committed(
         reject(sample("a.jpg"), FAILED, "resize"), reject(sample("b.jpg"), NO_FACE, "detect")
@@ -174,7 +174,7 @@ def test_retry_takes_the_named_reason_alone_from_the_source(tmp_path: Path) -> N
     assert loaded["b.jpg"].record.reason == "no_face" and loaded["c.jpg"].record.ok
 
 
-def test_of_moved_inputs_only_those_of_other_bytes_start_anew(tmp_path: Path) -> None:
+def test_of_changed_inputs_only_those_with_other_bytes_need_all_stages(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     shard.committed()
     (shard.source / "b.jpg").write_bytes(b"another")
@@ -184,10 +184,10 @@ def test_of_moved_inputs_only_those_of_other_bytes_start_anew(tmp_path: Path) ->
     assert remaining(loaded)["a.jpg"] == NONE and remaining(loaded)["b.jpg"] == ALL
     assert loaded["a.jpg"].record.identity is not None
     assert loaded["b.jpg"].record.image == b"another"
-    assert loaded["c.jpg"].record.status == Status.FAILED
+    assert loaded["c.jpg"].record.ok and remaining(loaded)["c.jpg"] == NONE, "it has vanished"
 
 
-def test_a_removed_input_stays_out_by_name_and_by_digest(tmp_path: Path) -> None:
+def test_removed_inputs_are_recognised_by_key_and_by_digest(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     records = shard.read()
     shard.committed(reject(records["b.jpg"], FAILED, "resize"))
@@ -202,13 +202,13 @@ def test_a_removed_input_stays_out_by_name_and_by_digest(tmp_path: Path) -> None
     shard.store.write(TAKEDOWNS, json.dumps(entry) + "\n")
     task = ShardTask(shard=shard.plan.shards[0], exists=True, retry=frozenset({"truncated"}))
     first, second, third = load_shard(shard.config, shard.store, task, chain())
-    for removed in (first, second):  # the second was read again, and is the same image
+    for removed in (first, second):  # the second is read again and has a removed digest
         assert (removed.record.reason, removed.remaining_stages) == ("taken_down", NONE)
         assert removed.record.source == removed.record.sha256 == ""
     assert third.record.ok and third.record.source == "c.jpg"
 
 
-def test_a_stage_whose_fields_come_with_an_input_is_not_needed(
+def test_a_stage_is_not_needed_if_the_source_provides_its_fields(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.sources.files import LocalFiles
@@ -220,15 +220,15 @@ def test_a_stage_whose_fields_come_with_an_input_is_not_needed(
     task = ShardTask(shard=shard.plan.shards[0])
     [fresh] = load_shard(shard.config, shard.store, task, chain())
     assert fresh.remaining_stages == ALL - {"caption", "detect"}, (
-        "the filter provides nothing, so it runs"
+        "the filter provides no field, so it is still needed"
     )
     shard.committed()
     loaded = shard.load(["detect", "quality_filter", "caption"])
     assert remaining(loaded) == {"a.jpg": {"quality_filter"}}
 
 
-def test_a_plan_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+def test_a_plan_that_changed_during_the_run_is_an_error(tmp_path: Path) -> None:
     shard = Shard(tmp_path, "a.jpg")
     task = ShardTask(shard=replace(shard.plan.shards[0], inputs=2))
-    with pytest.raises(ShardError, match="has changed under this run"):
+    with pytest.raises(ShardError, match="was changed during this run"):
         list(load_shard(shard.config, shard.store, task, chain()))

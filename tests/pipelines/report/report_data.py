@@ -175,7 +175,7 @@ def _sidecar(
         **_faces_and_labels(n, progress, rng),
         **_measures(n, index in recipe.odd, progress >= 2, rng),
         "identity": _vectors(n, recipe.dim, progress < 2, rng),
-        "identity_norm": _known(rng.normal(21, 3, n).astype(np.float32), progress >= 2),
+        "identity_norm": _optional(rng.normal(21, 3, n).astype(np.float32), progress >= 2),
         **_texts(n, progress == 3, rng),
         "thumbnail": [pool[at][0] if p else b"" for at, p in zip(chosen, progress, strict=True)],
         "thumbnail_labels": [
@@ -184,13 +184,13 @@ def _sidecar(
     }
     if recipe.hostile:
         _spoil(columns, np.flatnonzero(ok), np.flatnonzero(progress == 0))
-    known = sidecar_columns(ANNOTATIONS)
-    return pa.table({column.name: pa.array(columns[column.name], column.type) for column in known})
+    every = sidecar_columns(ANNOTATIONS)
+    return pa.table({each.name: pa.array(columns[each.name], each.type) for each in every})
 
 
-def _known(values: Any, known: np.ndarray) -> list[Any]:
-    """The values, None where they are not known."""
-    return [value if is_known else None for value, is_known in zip(values, known, strict=True)]
+def _optional(values: Any, present: np.ndarray) -> list[Any]:
+    """The values, None where `present` is False."""
+    return [value if p else None for value, p in zip(values, present, strict=True)]
 
 
 def _faces_and_labels(n: int, progress: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
@@ -205,13 +205,13 @@ def _faces_and_labels(n: int, progress: np.ndarray, rng: np.random.Generator) ->
         "faces": [_faces(*values, rng) for values in zip(counts, sides, scores, strict=True)],
         "face": np.where(counts > 0, 0, -1),
         "face_count": counts,
-        "score": _known(scores, progress >= 2),
-        "face_side": _known(sides, progress >= 2),
-        "label_areas": [areas or [] for areas in _known(_areas(n, rng).tolist(), progress >= 2)],
+        "score": _optional(scores, progress >= 2),
+        "face_side": _optional(sides, progress >= 2),
+        "label_areas": [areas or [] for areas in _optional(_areas(n, rng).tolist(), progress >= 2)],
     }
 
 
-def _measures(n: int, odd: bool, known: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+def _measures(n: int, odd: bool, present: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     values = {
         "sharpness": rng.gamma(4, 0.03 if odd else 0.12, n),
         "brightness": rng.beta(12, 30 if odd else 12, n),
@@ -222,26 +222,26 @@ def _measures(n: int, odd: bool, known: np.ndarray, rng: np.random.Generator) ->
         "occlusion": rng.beta(1, 14, n),
     }
     hashes = [f"{value:064x}" for value in rng.integers(1 << 62, size=n)]
-    numbers = {name: _known(row.astype(np.float32), known) for name, row in values.items()}
-    return {**numbers, "hash": _known(hashes, known)}
+    numbers = {name: _optional(row.astype(np.float32), present) for name, row in values.items()}
+    return {**numbers, "hash": _optional(hashes, present)}
 
 
-def _texts(n: int, known: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+def _texts(n: int, present: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     """Captions, and what the review records of them."""
     captions = [_caption(rng) for _ in range(n)]
     tokens = rng.integers(14, 60, (2, n))
     cut = np.maximum(0, tokens.sum(0) - 75) / tokens.sum(0)
     fused = rng.random((n, 5)) < 0.8
     return {
-        "caption": [pair[0] if k else "" for pair, k in zip(captions, known, strict=True)],
-        "face_caption": [pair[1] if k else "" for pair, k in zip(captions, known, strict=True)],
-        "caption_tokens": _known(tokens[0], known),
-        "face_caption_tokens": _known(tokens[1], known),
-        "text_tokens": _known(np.minimum(75, tokens.sum(0)), known),
-        "cut": _known(cut.astype(np.float32), known),
-        "trainable": _known(fused.any(1), known),
-        "regions": _known([_statuses(row, rng) for row in fused], known),
-        "region_words": _known(rng.integers(0, 14, (n, 5)).tolist(), known),
+        "caption": [pair[0] if k else "" for pair, k in zip(captions, present, strict=True)],
+        "face_caption": [pair[1] if k else "" for pair, k in zip(captions, present, strict=True)],
+        "caption_tokens": _optional(tokens[0], present),
+        "face_caption_tokens": _optional(tokens[1], present),
+        "text_tokens": _optional(np.minimum(75, tokens.sum(0)), present),
+        "cut": _optional(cut.astype(np.float32), present),
+        "trainable": _optional(fused.any(1), present),
+        "regions": _optional([_statuses(row, rng) for row in fused], present),
+        "region_words": _optional(rng.integers(0, 14, (n, 5)).tolist(), present),
     }
 
 

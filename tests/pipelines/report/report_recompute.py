@@ -69,23 +69,27 @@ def area(row: Row, labels: Iterable[str]) -> float:
 
 
 def values(rows: Iterable[Row], metric: str) -> list[float]:
-    return [found for row in rows if (found := value(row, metric)) is not None]
+    return [number for row in rows if (number := value(row, metric)) is not None]
 
 
 def written(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "ok"]
 
 
-def check_distribution(found: dict[str, Any], numbers: Sequence[float]) -> None:
-    """Checks that `found` is exactly the distribution of `numbers`, each of them in one bin."""
-    assert found["count"] == len(numbers)
+def check_distribution(distribution: dict[str, Any], numbers: Sequence[float]) -> None:
+    """Checks every statistic of `numbers`, and that each of them is in one bin."""
+    assert distribution["count"] == len(numbers)
     if not numbers:
-        assert found["edges"] == found["counts"] == [] and found["mean"] is None
+        assert (
+            distribution["edges"] == distribution["counts"] == [] and distribution["mean"] is None
+        )
         return
     lower, _, upper = (
         statistics.quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else numbers * 3
     )
-    assert {name: found[name] for name in ("min", "lower", "median", "upper", "mean", "max")} == {
+    assert {
+        name: distribution[name] for name in ("min", "lower", "median", "upper", "mean", "max")
+    } == {
         "min": round(min(numbers), 6),
         "lower": round(lower, 6),
         "median": round(statistics.median(numbers), 6),
@@ -93,10 +97,10 @@ def check_distribution(found: dict[str, Any], numbers: Sequence[float]) -> None:
         "mean": round(math.fsum(numbers) / len(numbers), 6),
         "max": round(max(numbers), 6),
     }
-    edges = found["edges"]
+    edges = distribution["edges"]
     bins = Counter(bisect_right(edges, number) - 1 for number in numbers)
-    assert found["counts"] == [bins[at] for at in range(len(edges) - 1)]
-    assert sum(found["counts"]) == len(numbers)
+    assert distribution["counts"] == [bins[at] for at in range(len(edges) - 1)]
+    assert sum(distribution["counts"]) == len(numbers)
 
 
 def check_data(data: dict[str, Any], folder: Path) -> None:
@@ -130,8 +134,8 @@ def check_data(data: dict[str, Any], folder: Path) -> None:
     _check_regions(data.pop("regions"), data.pop("labels"), ok)
     sizes = {(entry["width"], entry["height"]): entry["count"] for entry in data.pop("image_sizes")}
     assert sizes == Counter((row["width"], row["height"]) for row in ok)
-    said = Counter({True: "yes", False: "no", None: "unknown"}[row["trainable"]] for row in ok)
-    assert data.pop("trainable") == {name: said[name] for name in ("yes", "no", "unknown")}
+    answers = Counter({True: "yes", False: "no", None: "unknown"}[row["trainable"]] for row in ok)
+    assert data.pop("trainable") == {name: answers[name] for name in ("yes", "no", "unknown")}
     assert data.pop("cut") == sum((row["cut"] or 0) > 0 for row in ok)
     for kind, name in (("licenses", "license"), ("consents", "consent")):
         entry = data.pop(kind)
@@ -208,24 +212,24 @@ def _check_regions(regions: Row, labels: Row, ok: list[Row]) -> None:
         check_distribution(labels[label]["area"], present)
 
 
-def _check_identities(found: Row | None, folder: Path) -> None:
+def _check_identities(summary: Row | None, folder: Path) -> None:
     if not (folder / "identities.parquet").exists():
-        assert found is None
+        assert summary is None
         return
-    assert found is not None
+    assert summary is not None
     rows = pq.read_table(folder / "identities.parquet").to_pylist()
     sizes = Counter(row["identity_id"] for row in rows)
-    assert (found["count"], found["samples"]) == (len(sizes), len(rows))
-    assert found["sizes"] == {str(size): count for size, count in Counter(sizes.values()).items()}
+    assert (summary["count"], summary["samples"]) == (len(sizes), len(rows))
+    assert summary["sizes"] == {str(size): count for size, count in Counter(sizes.values()).items()}
     largest = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:12]
-    assert found["largest"] == [{"identity": name, "count": count} for name, count in largest]
+    assert summary["largest"] == [{"identity": name, "count": count} for name, count in largest]
     for split in {row["split"] for row in rows}:
         some = [row for row in rows if row["split"] == split]
         people = len({row["identity_id"] for row in some})
-        assert found["splits"].pop(split) == {"samples": len(some), "identities": people}
-    assert not found["splits"]
+        assert summary["splits"].pop(split) == {"samples": len(some), "identities": people}
+    assert not summary["splits"]
     check_distribution(
-        found["similarity"], [row["similarity"][0] for row in rows if row["similarity"]]
+        summary["similarity"], [row["similarity"][0] for row in rows if row["similarity"]]
     )
 
 
@@ -259,7 +263,7 @@ def check_drift(drift: Row, shards: dict[str, list[Row]]) -> None:
     for metric in METRICS:
         if not (numbers := values(everything, metric)):
             continue
-        found = {shard: values(written(rows), metric) for shard, rows in shards.items()}
+        by_shard = {shard: values(written(rows), metric) for shard, rows in shards.items()}
         middle = statistics.fmean if metric in WHOLE else statistics.median
         lower, _, upper = (
             statistics.quantiles(numbers, n=4, method="inclusive")
@@ -267,8 +271,8 @@ def check_drift(drift: Row, shards: dict[str, list[Row]]) -> None:
             else (0, 0, 0)
         )
         scale = statistics.pstdev(numbers) if metric in WHOLE else upper - lower
-        some = {shard: middle(part) for shard, part in found.items() if part}
-        series[metric] = some, {shard: len(part) for shard, part in found.items()}, scale
+        some = {shard: middle(part) for shard, part in by_shard.items() if part}
+        series[metric] = some, {shard: len(part) for shard, part in by_shard.items()}, scale
     assert sorted(drift) == sorted(series)
     for name, (own, counts, scale) in series.items():
         if not own:

@@ -154,7 +154,7 @@ def test_a_record_shows_everything_recorded_of_it(open_page: Open, browsed: Path
     page = open_page(f"#images?at={key}")
     page.wait_for_selector("#detail[open]")
     text = page.inner_text("#detail-words")
-    for known in (
+    for expected in (
         row["caption"],
         row["face_caption"],
         row["sha256"],
@@ -162,7 +162,7 @@ def test_a_record_shows_everything_recorded_of_it(open_page: Open, browsed: Path
         key,
         near[key]["identity_id"],
     ):
-        assert re.sub(r"\s+", " ", known).strip() in re.sub(r"\s+", " ", text)
+        assert re.sub(r"\s+", " ", expected).strip() in re.sub(r"\s+", " ", text)
     marks = page.eval_on_selector_all("#detail-words mark", "all => all.map(m => m.textContent)")
     words = re.findall(
         r"\b(?:face|ears?|eyes?|nose|mouth)\b", f"{row['caption']} {row['face_caption']}"

@@ -30,9 +30,9 @@ from pipelines.run import run
 from pipelines.takedown import by_source, take_down
 from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
 from stages.storage.samples import MEMBERS
-from stages.storage.sidecar import KNOWN
+from stages.storage.sidecar import STANDARD_COLUMNS
 from stages.storage.store import Store
-from tests.pipelines.helpers import NO_COPIES, config
+from tests.pipelines.helpers import NO_DEDUPLICATION, config
 from tests.pipelines.report.helpers import plain, rows_of
 
 EVIL = "CC|BY\n# hi <script>"
@@ -45,7 +45,7 @@ def write_card(store: Store) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A table of six portraits, an image without a face and an HTML page. One portrait is
     quarantined for a small face."""
     folder = tmp_path_factory.mktemp("table")
@@ -59,12 +59,12 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         "name": [*(f"person of note {number}.jpg" for number in range(6)), "grey.jpg", "page.jpg"],
     }
     pq.write_table(pa.table(rows), folder / "in.parquet")
-    output = tmp_path_factory.mktemp("made") / "out"
+    output = tmp_path_factory.mktemp("store") / "out"
     more = (
         "rules.min_face=265",
         "global_pass.val_share=0.4",
         "global_pass.split_similarity=0.6",
-        *NO_COPIES,
+        *NO_DEDUPLICATION,
     )
     run(config(folder / "in.parquet", output, "source.name_column=name", *more))
     store = Store(str(output))
@@ -73,8 +73,8 @@ def made(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture
-def copy(made: Store, tmp_path: Path) -> Store:
-    shutil.copytree(made.root, tmp_path / "copy")
+def copy(store: Store, tmp_path: Path) -> Store:
+    shutil.copytree(store.root, tmp_path / "copy")
     return Store(str(tmp_path / "copy"))
 
 
@@ -106,12 +106,12 @@ def table(body: str, first: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_every_number_recomputes_from_the_sidecars(made: Store) -> None:
-    rows, (_, body) = rows_of(Path(made.root)), card_of(made)
+def test_every_number_recomputes_from_the_sidecars(store: Store) -> None:
+    rows, (_, body) = rows_of(Path(store.root)), card_of(store)
     samples = [row for row in rows if row["status"] == "ok"]
     assert 0 < len(samples) < 6, "one must be quarantined, for the card to leave it out"
     assert f"{len(samples)} samples in 2 shards, made from 8 inputs" in body
-    [ledger] = [found[1:] for found in tables(body) if found[0] == ["status", "reason", "inputs"]]
+    [ledger] = [rows[1:] for rows in tables(body) if rows[0] == ["status", "reason", "inputs"]]
     expected = Counter((row["status"], row["reason"]) for row in rows if row["status"] != "ok")
     assert {
         (how, reason): int(count) for how, reason, count in ledger if how != "written"
@@ -119,7 +119,7 @@ def test_every_number_recomputes_from_the_sidecars(made: Store) -> None:
     licenses = Counter(" ".join((row["license"] or "not stated").split()) for row in samples)
     assert {name: int(count) for name, [count] in table(body, "licence").items()} == licenses
     assert sum(int(count) for [count] in table(body, "author").values()) == len(samples)
-    identities = pq.read_table(Path(made.root) / "identities.parquet").to_pylist()
+    identities = pq.read_table(Path(store.root) / "identities.parquet").to_pylist()
     sides = {
         side: [
             str(sum(row["split"] == side for row in identities)),
@@ -129,16 +129,16 @@ def test_every_number_recomputes_from_the_sidecars(made: Store) -> None:
     }
     assert table(body, "split") == sides
     assert table(body, "setting")["rules.min_face"][0] in ("265", "265.0")
-    dataset = json.loads(made.read("dataset.json"))
+    dataset = json.loads(store.read("dataset.json"))
     assert [row[0] for row in table(body, "stage").values()] == dataset["signatures"]
     for weight in dataset["weights"]:
         assert table(body, "weights")[weight["file"]][:2] == [weight["sha256"], weight["license"]]
     assert table(body, "weights")["w600k_mbf.onnx"][2] == "no"
 
 
-def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
-    head, body = card_of(made)
-    samples = [row for row in rows_of(Path(made.root)) if row["status"] == "ok"]
+def test_text_from_outside_stays_in_its_cell(store: Store) -> None:
+    head, body = card_of(store)
+    samples = [row for row in rows_of(Path(store.root)) if row["status"] == "ok"]
     assert EVIL in {row["license"] for row in samples}, "or this tests nothing"
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     assert not [token for token in tokens if token.type.startswith("html")]
@@ -156,63 +156,69 @@ def test_text_from_outside_stays_in_its_cell(made: Store) -> None:
     )
 
 
-def test_the_front_matter_names_the_samples_and_not_the_quarantine(made: Store) -> None:
-    [entry] = card_of(made)[0]["configs"][0]["data_files"]
-    found = {path.name for path in Path(made.root).glob(entry["path"])}
-    assert found == {"fgid-000000.tar", "fgid-000001.tar"}
-    assert list(Path(made.root).glob("shards/*.quarantine.tar")), (
+def test_the_front_matter_names_the_samples_and_not_the_quarantine(store: Store) -> None:
+    [entry] = card_of(store)[0]["configs"][0]["data_files"]
+    names = {path.name for path in Path(store.root).glob(entry["path"])}
+    assert names == {"fgid-000000.tar", "fgid-000001.tar"}
+    assert list(Path(store.root).glob("shards/*.quarantine.tar")), (
         "nothing is quarantined, so the pattern proves nothing"
     )
 
 
-def test_the_card_names_no_image_no_path_and_no_host(made: Store) -> None:
-    sources = [row["source"] for row in rows_of(Path(made.root))]
-    dataset = json.loads(made.read("dataset.json"))
+def test_the_card_names_no_image_no_path_and_no_host(store: Store) -> None:
+    sources = [row["source"] for row in rows_of(Path(store.root))]
+    dataset = json.loads(store.read("dataset.json"))
     for name in ("README.md", "croissant.json"):
-        text = made.read(name).decode()
-        for private in (*sources, "person of note", dataset["source"], made.root, str(Path.home())):
+        text = store.read(name).decode()
+        for private in (
+            *sources,
+            "person of note",
+            dataset["source"],
+            store.root,
+            str(Path.home()),
+        ):
             assert private not in text, f"{name} holds {private}"
         assert not platform.node() or f'"{platform.node()}"' not in text
 
 
-def test_equal_outputs_give_equal_bytes(made: Store, copy: Store) -> None:
+def test_equal_outputs_give_equal_bytes(store: Store, copy: Store) -> None:
     for path in Path(copy.root).glob("shards/*.json"):
         manifest = json.loads(path.read_text())
         manifest["run"] |= {"finished": 1.0, "host": "elsewhere", "seconds": 9.0}
         path.write_text(json.dumps(manifest))
     for name in ("README.md", "croissant.json"):
-        before = made.read(name)
+        before = store.read(name)
         copy.remove(name)
         write_card(copy)
         assert copy.read(name) == before
 
 
-def test_every_field_is_described(made: Store) -> None:
-    body = card_of(made)[1]
+def test_every_field_is_described(store: Store) -> None:
+    body = card_of(store)[1]
     [files] = [rows[1:] for rows in tables(body) if rows[0] == ["file", "holds"]]
     assert [name for name, _ in files] == [f"KEY.{extension}" for extension in MEMBERS]
     columns = [rows[1:] for rows in tables(body) if rows[0] == ["column", "holds"]]
     assert [[name for name, _ in rows] for rows in columns] == [
-        pq.read_schema(Path(made.root) / "shards/fgid-000000.parquet").names,
+        pq.read_schema(Path(store.root) / "shards/fgid-000000.parquet").names,
         IDENTITIES_SCHEMA.names,
     ]
-    assert {*KNOWN} == {name for name, _ in columns[0]}
+    assert {*STANDARD_COLUMNS} == {name for name, _ in columns[0]}
     assert all(text for rows in (files, *columns) for _, text in rows)
 
 
-def test_croissant_is_valid_and_its_records_are_the_rows(made: Store) -> None:
-    dataset = mlcroissant.Dataset(jsonld=made.path("croissant.json"))
+def test_croissant_is_valid_and_its_records_are_the_rows(store: Store) -> None:
+    dataset = mlcroissant.Dataset(jsonld=store.path("croissant.json"))
     assert not dataset.metadata.ctx.issues.errors
     assert {each.id for each in dataset.metadata.record_sets} == {
         *("samples", "inputs", "label_maps", "sample_files", "identities", "splits"),
     }
     for name, expected in (
-        ("inputs", rows_of(Path(made.root))),
-        ("identities", pq.read_table(Path(made.root) / "identities.parquet").to_pylist()),
+        ("inputs", rows_of(Path(store.root))),
+        ("identities", pq.read_table(Path(store.root) / "identities.parquet").to_pylist()),
     ):
-        found = [plain(record) for record in dataset.records(name)]
-        assert len(found) == len(expected) > 0
-        for record, row in zip(found, expected, strict=True):
+        records = [plain(record) for record in dataset.records(name)]
+        assert len(records) == len(expected) > 0
+        for record, row in zip(records, expected, strict=True):
             assert record == plain(row)
 
 
@@ -230,8 +236,8 @@ def check_digests(store: Store) -> None:
     }
 
 
-def test_croissant_lists_every_file_with_its_digest(made: Store) -> None:
-    check_digests(made)
+def test_croissant_lists_every_file_with_its_digest(store: Store) -> None:
+    check_digests(store)
 
 
 def test_a_take_down_is_counted_and_the_digests_are_updated(copy: Store) -> None:
@@ -248,6 +254,18 @@ def test_a_take_down_is_counted_and_the_digests_are_updated(copy: Store) -> None
         r for t in tables(body) for r in t
     ]
     check_digests(copy)
+
+
+def test_the_card_of_a_version_2_data_set_has_current_names(tmp_path: Path) -> None:
+    shutil.copytree("tests/data/dataset_v2", tmp_path / "out")
+    store = Store(str(tmp_path / "out"))
+    write_card(store)
+    body = card_of(store)[1]
+    assert "quality_filter-1-" in body and "global_pass.val_share" in body
+    assert "judge" not in body and "neighbours" not in body
+    assert "other signatures" not in body, "both shards were made by the last run"
+    described = store.read("croissant.json").decode()
+    assert "quality_filter" in described and "judge" not in described
 
 
 def test_an_identity_on_both_sides_is_stated(copy: Store) -> None:

@@ -97,9 +97,9 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shards with quarantined and failed inputs; the last one has no sample."""
-    store = Store(str(tmp_path_factory.mktemp("made") / "out"))
+    store = Store(str(tmp_path_factory.mktemp("output") / "out"))
     rng = np.random.default_rng(0)
     samples = [record(number, rng) for number in range(SAMPLES)]
     dropped = {"status": Status.DROPPED, "reason": "blurred", "stage": "quality_filter"}
@@ -135,9 +135,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(store.root)
 
 
-def run_code(made: Path, library: str, result: str, scratch: Path) -> Any:
+def run_code(output: Path, library: str, result: str, scratch: Path) -> Any:
     """Runs the card's code that imports `library`; returns the value of the expression `result`."""
-    blocks = re.findall(r"```python\n(.*?)```", (made / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
     [code] = [block for block in blocks if re.search(rf"^(import|from) {library}\b", block, re.M)]
     script, answer = scratch / "code.py", scratch / "answer.pickle"
     script.write_text(
@@ -147,7 +147,7 @@ def run_code(made: Path, library: str, result: str, scratch: Path) -> Any:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(scratch / "hf")}
     done = subprocess.run(
         [sys.executable, str(script)],
-        cwd=made,
+        cwd=output,
         env={**os.environ, **offline, "TMPDIR": str(scratch)},
         capture_output=True,
         text=True,
@@ -180,20 +180,20 @@ def json_types(values: Iterator[dict[str, Any]]) -> set[pa.Schema]:
 # ------------------------------------------------------------------------------------------------
 
 
-def test_webdataset_reads_the_training_side(made: Path, tmp_path: Path) -> None:
-    keys = run_code(made, "webdataset", "[sample['__key__'] for sample in samples]", tmp_path)
-    identities = pq.read_table(made / "identities.parquet").to_pylist()
+def test_webdataset_reads_the_training_side(output: Path, tmp_path: Path) -> None:
+    keys = run_code(output, "webdataset", "[sample['__key__'] for sample in samples]", tmp_path)
+    identities = pq.read_table(output / "identities.parquet").to_pylist()
     expected = [row["key"] for row in identities if row["split"] == "train"]
     assert sorted(keys) == sorted(expected) and 0 < len(keys) < SAMPLES
 
 
-def test_datasets_reads_every_sample_in_both_ways(made: Path, tmp_path: Path) -> None:
+def test_datasets_reads_every_sample_in_both_ways(output: Path, tmp_path: Path) -> None:
     result = (
         "[[{**row, 'jpg': row['jpg'].size, 'parsing.png': row['parsing.png'].tobytes()} "
         "for row in data] for data in (by_files, by_card)]"
     )
-    expected = samples_of(made)
-    for rows in run_code(made, "datasets", result, tmp_path):
+    expected = samples_of(output)
+    for rows in run_code(output, "datasets", result, tmp_path):
         assert [row["__key__"] for row in rows] == list(expected)
         for row in rows:
             sample = expected[row["__key__"]]
@@ -205,15 +205,15 @@ def test_datasets_reads_every_sample_in_both_ways(made: Path, tmp_path: Path) ->
             assert row["json"] == json.loads(members["json"])
 
 
-def test_mlcroissant_reads_every_sample_and_every_input(made: Path, tmp_path: Path) -> None:
+def test_mlcroissant_reads_every_sample_and_every_input(output: Path, tmp_path: Path) -> None:
     result = (
         "[[{name.split('/', 1)[1]: value for name, value in record.items()} for record in records]"
         " for records in (list(samples), list(inputs))]"
     )
-    samples, inputs = run_code(made, "mlcroissant", result, tmp_path)
-    rows = rows_of(made)
+    samples, inputs = run_code(output, "mlcroissant", result, tmp_path)
+    rows = rows_of(output)
     assert [plain(row) for row in inputs] == [plain(row) for row in rows]
-    expected, by_key = samples_of(made), {row["key"]: row for row in rows}
+    expected, by_key = samples_of(output), {row["key"]: row for row in rows}
     assert {sample["key"].decode() for sample in samples} == {*expected}
     assert len(samples) == SAMPLES
     for sample in samples:
@@ -227,8 +227,8 @@ def test_mlcroissant_reads_every_sample_and_every_input(made: Path, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------
 
 
-def test_the_json_of_all_samples_has_one_type(made: Path) -> None:
-    values = list(json_of(made))
+def test_the_json_of_all_samples_has_one_type(output: Path) -> None:
+    values = list(json_of(output))
     assert len(values) == SAMPLES + 4
     for name in ("annotations", "license", "caption", "identity_norm"):
         assert len({bool(value[name]) for value in values}) == 2, f"{name} doesn't vary"

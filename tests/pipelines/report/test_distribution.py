@@ -17,8 +17,8 @@ from pipelines.report.distribution import Sums, distribution_of
 )
 def test_a_histogram_holds_every_value_once(numbers: list[float], whole: bool) -> None:
     numbers = [float(round(value)) for value in numbers] if whole else numbers
-    found = distribution_of(np.sort(numbers), math.fsum(numbers), whole=whole)
-    edges, counts = found["edges"], found["counts"]
+    distribution = distribution_of(np.sort(numbers), math.fsum(numbers), whole=whole)
+    edges, counts = distribution["edges"], distribution["counts"]
     assert edges == sorted(set(edges))
     assert edges[0] <= min(numbers) <= max(numbers) < edges[-1]
     assert sum(counts) == len(numbers) and len(counts) <= 26

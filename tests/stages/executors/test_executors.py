@@ -1,94 +1,61 @@
-"""A data set through both executors: the same bytes, also after a run that was stopped."""
+"""The inline executor with data sets: equal bytes after a kill, and captions from a server."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from configs.errors import ServerError
+from pipelines.cli import app
+from pipelines.ledger import read_ledger
 from pipelines.lint import lint
-from pipelines.run import run
+from pipelines.run import execute, plan_job
 from stages.storage.store import Store
-from tests.pipelines.helpers import DEMO, config, digests, hears_ctrl_c
-
-
-@pytest.fixture(scope="module")
-def expected(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """File name → digest, of an uninterrupted run on the inline executor."""
-    output = tmp_path_factory.mktemp("expected")
-    run(config(portraits, output, "shard_size=2"))
-    return digests(output)
+from tests.pipelines.helpers import digests
+from tests.stages.chat_server import ChatServer, Reply, Request, completion, refusal
+from tests.stages.executors.captioned import KEY, captioned, mentions_key, settings
+from tests.stages.executors.stopped import arguments, stopped
 
 
 @pytest.mark.slow
-def test_ray_writes_the_bytes_of_inline(
+def test_a_killed_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
     portraits: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    advanced: list[int] = []
-    ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), advanced.append)
-    assert digests(tmp_path) == expected
-    assert ledger.inputs == sum(advanced) == 8
-
-
-def _stopped(command: list[str], shards: Path, how: signal.Signals) -> tuple[int, str]:
-    """Runs `command` and sends it the signal `how` when its first shard is committed. Returns its
-    exit status and standard error.
-    """
-    driver = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hears_ctrl_c,
-    )
-    try:
-        while driver.poll() is None and not list(shards.glob("*.json")):
-            time.sleep(0.02)
-    finally:
-        if how is signal.SIGINT:
-            os.killpg(driver.pid, how)  # as a terminal does: to every process of the group
-        else:
-            driver.kill()
-    _, errors = driver.communicate(timeout=60)
-    return driver.returncode, errors
-
-
-@pytest.mark.slow
-# Ray's driver is killed by `make chaos`.
-@pytest.mark.parametrize(("executor", "how"), [("inline", signal.SIGKILL), ("ray", signal.SIGINT)])
-def test_a_stopped_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
-    executor: str, how: signal.Signals, portraits: Path, expected: dict[str, str], tmp_path: Path
-) -> None:
-    overrides = [
-        f"source.path={portraits}",
-        f"output={tmp_path}",
-        "shard_size=2",
-        "threads=1",
-        f"executor={executor}",
-    ]
-    command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *overrides]
-    shards = tmp_path / "shards"
-    for _ in range(3):  # the run may end before the signal arrives
-        shutil.rmtree(tmp_path)
-        code, errors = _stopped(command, shards, how)
-        if len(list(shards.glob("*.json"))) < 4:
-            break
-    else:
-        pytest.fail("the run ended before it was stopped, three times")
-    if how is signal.SIGINT:
-        assert code == 130, errors
-        assert "The same command continues" in errors and "Traceback" not in errors
-        assert not (tmp_path / "run.lock").exists()
-    else:
-        assert code == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = arguments(portraits, tmp_path, "inline")
+    code, _ = stopped(command, tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL, "the run ended before it could be killed"
+    assert CliRunner().invoke(app, command).exit_code == 0
     assert digests(tmp_path) == expected
     assert list(lint(Store(str(tmp_path)))) == []
-    assert not [path.name for path in shards.iterdir() if ".tmp-" in path.name]
+    assert not [path.name for path in (tmp_path / "shards").iterdir() if ".tmp-" in path.name]
+
+
+def test_a_refused_caption_fails_alone_and_no_file_contains_the_key(
+    portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    images: list[bytes] = []
+
+    def decide(request: Request) -> Reply:
+        images.append(request.jpeg)
+        refused = request.jpeg == images[0] and "facial features" in request.prompt
+        return refusal(400, f"not for {KEY}") if refused else completion(request)
+
+    with ChatServer(decide) as server:
+        job = plan_job(settings(portraits, tmp_path, server, "inline"), chain=captioned)
+        list(execute(job, lambda count: None))
+    ledger = read_ledger(Store(str(tmp_path)))
+    assert (ledger.written, dict(ledger.failed)) == (7, {"caption_failed": 1})
+    assert not mentions_key(tmp_path)
+
+
+def test_a_server_that_refuses_the_key_ends_the_run(portraits: Path, tmp_path: Path) -> None:
+    reply = refusal(401, "no")
+    with ChatServer(lambda request: reply) as server:
+        job = plan_job(settings(portraits, tmp_path, server, "inline"), chain=captioned)
+        with pytest.raises(ServerError, match="refuses the key"):
+            list(execute(job, lambda count: None))
+    assert read_ledger(job.store).inputs == 0, "nothing is committed"

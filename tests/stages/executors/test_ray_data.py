@@ -1,27 +1,51 @@
-"""Ray on a local cluster: it has the results of inline, also if records kill their workers."""
+"""Ray on a local cluster: it has the results of inline, also if a run is stopped or records kill
+their workers.
+
+All tests of this file share a cluster, except for a run in a separate process.
+"""
 
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelines.run import execute, plan_job
+from configs.errors import ServerError
+from configs.schema import RayConfig
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.run import execute, plan_job, run
+from stages.executors.cluster import ray_cluster
 from stages.executors.inline import run_inline
 from stages.executors.ray_data import run_ray
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.pipelines.helpers import config
+from tests.pipelines.helpers import config, digests
+from tests.stages.chat_server import ChatServer, refusal
+from tests.stages.executors.captioned import KEY, captioned, mentions_key, settings
+from tests.stages.executors.stopped import arguments, stopped
 from tests.stages.executors.toy import Result, ToyJob, ToyTask
 from tests.stages.executors.traps import trapped
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster that is started with the key in the environment, which its workers copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        with ray_cluster(RayConfig()):
+            yield
 
 
 def by_index(results: list[Result]) -> dict[int, list[tuple[str, str]]]:
     return {result.index: result.texts for result in results}
 
 
-@pytest.mark.slow
 def test_a_job_on_ray_has_the_results_of_inline() -> None:
     tasks = [ToyTask(index, 1 + index) for index in range(4)]
     advanced: list[int] = []
@@ -32,7 +56,23 @@ def test_a_job_on_ray_has_the_results_of_inline() -> None:
     assert all(set(result.run.seconds) == {"source", "coarse", "fine"} for result in results)
 
 
-@pytest.mark.slow
+def test_a_stopped_and_resumed_run_on_ray_writes_the_bytes_of_inline(
+    portraits: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    code, errors = stopped(arguments(portraits, tmp_path, "ray"), tmp_path, signal.SIGINT)
+    assert code == 130, errors
+    assert "The same command continues" in errors and "Traceback" not in errors
+    assert not (tmp_path / "run.lock").exists()
+    remaining = 8 - 2 * len(list(shards.glob("*.json")))
+    advanced: list[int] = []
+    ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), advanced.append)
+    assert digests(tmp_path) == expected
+    assert ledger.inputs == 8 and sum(advanced) == remaining > 0
+    assert list(lint(Store(str(tmp_path)))) == []
+    assert not [path.name for path in shards.iterdir() if ".tmp-" in path.name]
+
+
 def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
     portraits: Path, tmp_path: Path
 ) -> None:
@@ -45,6 +85,7 @@ def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
         "executor=ray",
         "stuck_after=4",
         "ray.deaths=1",
+        "ray.workers=1",
         "global_pass.max_similarity=0",
     ]
     job = plan_job(config(photos, tmp_path / "out", *overrides), chain=trapped)
@@ -67,3 +108,29 @@ def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
     assert max(manifest.run.attempt for manifest in manifests) == 2, (
         "the first attempt in a worker, the second in a child process"
     )
+
+
+def test_captions_from_a_server_equal_those_of_inline_and_manifests_count_tokens(
+    portraits: Path, tmp_path: Path
+) -> None:
+    written: dict[str, dict[str, str]] = {}
+    for executor in ("inline", "ray"):
+        output = tmp_path / executor
+        with ChatServer() as server:
+            job = plan_job(settings(portraits, output, server, executor), chain=captioned)
+            manifests = list(execute(job, lambda count: None))
+        tokens = {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}
+        assert [manifest.run.stage_counts for manifest in manifests] == [{"caption": tokens}] * 2
+        assert {request.key for request in server.requests} == {KEY}
+        written[executor] = digests(output)
+        assert not mentions_key(output)
+    assert written["inline"] == written["ray"]
+
+
+def test_a_server_that_refuses_the_key_ends_the_run(portraits: Path, tmp_path: Path) -> None:
+    reply = refusal(401, "no")
+    with ChatServer(lambda request: reply) as server:
+        job = plan_job(settings(portraits, tmp_path, server, "ray"), chain=captioned)
+        with pytest.raises(ServerError, match="refuses the key"):
+            list(execute(job, lambda count: None))
+    assert read_ledger(job.store).inputs == 0, "nothing is committed"

@@ -1,5 +1,6 @@
-"""A program that holds the lock of the output that it is given, until it is killed."""
+"""Helpers for tests of storage."""
 
+# a program that holds the lock of the output in its argument until it is killed
 HOLDER = """
 import sys, time
 from stages.storage.lock import RunLock

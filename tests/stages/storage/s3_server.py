@@ -1,7 +1,6 @@
-"""A real S3 server on loopback (moto's), in a process of its own, and a proxy before it that spoils
-some answers.
+"""An S3 server (moto's) on loopback in a separate process, and a proxy that injects faults.
 
-The server: `python -m tests.stages.storage.s3_server` says its port and serves until it is killed.
+`python -m tests.stages.storage.s3_server` prints the server's port and serves until it is killed.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from stages.storage.layout import DUPLICATES, IDENTITIES
+from stages.storage.manifest import Manifest
 
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
@@ -34,14 +34,10 @@ CODES = {
     "404": b"NoSuchUpload",
 }
 
-from stages.storage.manifest import Manifest
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as it came: fault is "" where it was passed on and answered, status what the
-    server answered.
-    """
+    """A request that the proxy got. status: of the response. fault: injected one; "": none."""
 
     method: str
     path: str
@@ -52,37 +48,37 @@ class Request:
 
 @dataclass
 class Faults:
-    """Which requests to spoil: a share of all, by `seed`, yet never three in a row of one kind at
-    one place; or all that `always` picks.
+    """The faults to inject: into a random share of all requests, but never into three in a row with
+    one method and target; or those that `always` returns for a method and a target.
 
-    500, 503, 403, 404: an error, nothing is done. slow: answered late. cut: half an answer. lost:
-    done, never answered.
+    500, 503, 403, 404: an error response; the request isn't passed on. slow: a late response. cut:
+    half a response. lost: the request is passed on, and the connection closed without a response.
     """
 
     share: float = 0.0
     seed: int = 0
     always: Callable[[str, str], str] = lambda method, target: ""
-    _row: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _in_a_row: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._random, self._lock = random.Random(self.seed), threading.Lock()
 
     def draw(self, method: str, target: str) -> str:
-        """The kind of fault for a request to `target` (path and query), "" for none."""
+        """Returns the fault for a request to `target` (path and query); "": none."""
         with self._lock:
-            if kind := self.always(method, target):
-                return kind
-            place = method, target
-            if self._random.random() >= self.share or self._row[place] == 2:
-                self._row[place] = 0
+            if fault := self.always(method, target):
+                return fault
+            request = method, target
+            if self._random.random() >= self.share or self._in_a_row[request] == 2:
+                self._in_a_row[request] = 0
                 return ""
-            self._row[place] += 1
+            self._in_a_row[request] += 1
             return self._random.choice(KINDS)
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the server at `upstream`, spoils what `faults` draws, and writes down
-    each one.
+    """Passes requests on to the server at port `upstream`, injects `faults`, and records all
+    requests.
     """
 
     daemon_threads = True
@@ -100,20 +96,25 @@ class Proxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def reset(self, faults: Faults | None = None) -> None:
+        """Sets the faults (None: no faults), and deletes the recorded requests."""
         self.faults, self.changed = faults or Faults(), lambda: None
         self.requests.clear()
 
     def changes(self, folder: str) -> list[tuple[str, str]]:
-        """(method, path below `folder`) of every request that changed something there, in order."""
-        done = [
+        """Returns (method, path below `folder`) of each request that changed something there, in
+        order.
+        """
+        changes = [
             r
             for r in self.requests
             if r.method in ("PUT", "DELETE", "POST") and 200 <= r.status < 300
         ]
-        return [(r.method, r.path.removeprefix(folder)) for r in done if r.path.startswith(folder)]
+        return [
+            (r.method, r.path.removeprefix(folder)) for r in changes if r.path.startswith(folder)
+        ]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has hung up is no news."""
+        """Prints nothing if a client has closed its connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -126,18 +127,18 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.faults.draw(self.command, f"{path}?{parts.query}")
         if fault in CODES:
-            self._note(path, parts.query, int(fault), fault)
-            self._answer(int(fault), {"Content-Type": "application/xml"}, ERROR % CODES[fault], -1)
+            self._record(path, parts.query, int(fault), fault)
+            self._send(int(fault), {"Content-Type": "application/xml"}, ERROR % CODES[fault], -1)
             return
         if fault == "slow":
             time.sleep(0.3)
         with self.server.lock if self.command in ("PUT", "DELETE", "POST") else threading.Lock():
-            status, headers, answer = self._forward(body)
-            self._note(path, parts.query, status, fault)
+            status, headers, data = self._forward(body)
+            self._record(path, parts.query, status, fault)
             if self.command in ("PUT", "DELETE", "POST"):
                 self.server.changed()
-        cut = {"cut": len(answer) // 2, "lost": 0}.get(fault, -1)
-        self._answer(status, headers, answer, cut, silent=fault == "lost")
+        cut = {"cut": len(data) // 2, "lost": 0}.get(fault, -1)
+        self._send(status, headers, data, cut, silent=fault == "lost")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815 - http.server's names
 
@@ -148,40 +149,43 @@ class _Handler(BaseHTTPRequestHandler):
                 name: value for name, value in self.headers.items() if name.lower() != "expect"
             }
             upstream.request(self.command, self.path, body or None, headers)
-            answer = upstream.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
+            response = upstream.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
         finally:
             upstream.close()
 
-    def _note(self, path: str, query: str, status: int, fault: str) -> None:
+    def _record(self, path: str, query: str, status: int, fault: str) -> None:
         self.server.requests.append(Request(self.command, path, query, status, fault))
 
-    def _answer(
+    def _send(
         self, status: int, headers: dict[str, str], body: bytes, cut: int, silent: bool = False
     ) -> None:
-        """cut: bytes of the body to send before hanging up; -1 for all of them."""
+        """Sends a response. cut: bytes of the body to send before closing the connection; -1: all.
+        silent: close the connection without a response.
+        """
         if cut >= 0:
             self.close_connection = True
         if silent:
             return
         self.send_response(status)
-        dropped = {"connection", "transfer-encoding", "server", "date"}
-        kept = {name: value for name, value in headers.items() if name.lower() not in dropped}
+        excluded = {"connection", "transfer-encoding", "server", "date"}
         if self.command != "HEAD":
-            kept = {name: value for name, value in kept.items() if name.lower() != "content-length"}
-            kept["Content-Length"] = str(len(body))
-        for name, value in kept.items():
-            self.send_header(name, value)
+            excluded.add("content-length")
+        for name, value in headers.items():
+            if name.lower() not in excluded:
+                self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body if cut < 0 else body[:cut])
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent."""
+        """Logs nothing."""
 
 
 class Bucket:
-    """A new bucket, written through the proxy and looked into past it."""
+    """A new bucket. The pipeline uses it through the proxy; these methods connect directly."""
 
     def __init__(self, client: Any, through: Proxy) -> None:
         self.name, self.proxy, self._client = f"b-{uuid.uuid4().hex[:12]}", through, client
@@ -192,6 +196,7 @@ class Bucket:
         return f"s3://{self.name}/out"
 
     def upload(self, folder: Path, to: str = "in") -> str:
+        """Uploads all files of a folder and returns its URL in the bucket."""
         for path in sorted(folder.iterdir()):
             self.put(f"{to}/{path.name}", path.read_bytes())
         return f"s3://{self.name}/{to}"
@@ -208,13 +213,13 @@ class Bucket:
         return data
 
     def stamps(self) -> dict[str, tuple[str, Any]]:
-        """key → (ETag, time of change) of every object."""
+        """Returns key → (ETag, time of change) of every object."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
-        found = [item for page in pages for item in page.get("Contents", ())]
-        return {item["Key"]: (item["ETag"], item["LastModified"]) for item in found}
+        objects = [item for page in pages for item in page.get("Contents", ())]
+        return {item["Key"]: (item["ETag"], item["LastModified"]) for item in objects}
 
     def digests(self) -> dict[str, str]:
-        """As helpers.digests, of out/."""
+        """Returns what helpers.digests returns, for out/."""
         tables = (f"out/{DUPLICATES}", f"out/{IDENTITIES}")
         keys = [
             key
@@ -234,21 +239,21 @@ class Bucket:
     def changes(self) -> list[tuple[str, str]]:
         return self.proxy.changes(f"/{self.name}/out/shards/")
 
-    def torn(self) -> list[str]:
-        """Names of the manifests that describe other files than those that are there."""
-        found = []
-        there = self.stamps()
+    def inconsistent(self) -> list[str]:
+        """Returns the names of the manifests whose files are missing or have another sha256."""
+        names = []
+        stamps = self.stamps()
         for name in self.manifests():
             for file in Manifest.from_json(self.read(f"out/shards/{name}"), name).files:
                 key = f"out/shards/{file.name}"
-                if key not in there or hashlib.sha256(self.read(key)).hexdigest() != file.sha256:
-                    found.append(name)
-        return found
+                if key not in stamps or hashlib.sha256(self.read(key)).hexdigest() != file.sha256:
+                    names.append(name)
+        return names
 
 
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """The port of an empty S3 server, which lists three keys a page."""
+    """Starts an empty S3 server, whose listings have three keys a page. Yields its port."""
     command = [sys.executable, "-m", "tests.stages.storage.s3_server"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -261,6 +266,7 @@ def s3_server() -> Iterator[int]:
 
 @contextmanager
 def proxy(upstream: int) -> Iterator[Proxy]:
+    """Starts a proxy of the server at port `upstream`."""
     with Proxy(upstream) as server:
         thread = threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
@@ -276,7 +282,7 @@ def proxy(upstream: int) -> Iterator[Proxy]:
 def _serve() -> None:
     import os
 
-    os.environ["MOTO_S3_DEFAULT_MAX_KEYS"] = "3"  # so that a handful of keys takes several pages
+    os.environ["MOTO_S3_DEFAULT_MAX_KEYS"] = "3"  # so that listings have several pages
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

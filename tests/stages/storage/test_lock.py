@@ -1,4 +1,4 @@
-"""Two runs at once, a run that was killed, and a lock from another machine."""
+"""The lock of an output: two runs at once, a killed run, and a lock of another host."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from pathlib import Path
 import pytest
 
 from configs.errors import LockedError
-from stages.storage.lock import NAME, RunLock
+from stages.storage.layout import LOCK
+from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.stages.storage.helpers import HOLDER
 
 
-def test_the_second_run_stops_with_who_holds_it_and_the_lock_goes_with_the_run(
+def test_the_error_of_a_second_run_names_the_first_and_the_end_of_a_run_removes_the_lock(
     tmp_path: Path,
 ) -> None:
     store = Store(str(tmp_path))
     with RunLock(store):
-        said = r"being written by process \d+ on .* since 20.*give another output"
-        with pytest.raises(LockedError, match=said), RunLock(store):
+        message = r"being written by process \d+ on .* since 20.*give another output"
+        with pytest.raises(LockedError, match=message), RunLock(store):
             pass
-        assert store.exists(NAME)
-    assert not store.exists(NAME)
+        assert store.exists(LOCK)
+    assert not store.exists(LOCK)
 
 
-def test_a_killed_runs_lock_is_recognised_at_once(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_run_is_replaced_at_once(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -41,36 +42,36 @@ def test_a_killed_runs_lock_is_recognised_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     with RunLock(Store(str(tmp_path))):
         assert time.monotonic() - started < 10
-        assert json.loads((tmp_path / NAME).read_text())["pid"] != holder.pid
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] != holder.pid
 
 
-def test_a_process_number_that_was_given_away_again_holds_nothing(tmp_path: Path) -> None:
+def test_the_lock_is_stale_if_its_process_id_was_reused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with RunLock(store):
-        text = json.loads(store.read(NAME))
-    store.write(NAME, json.dumps({**text, "process_started": text["process_started"] - 1000}))
+        text = json.loads(store.read(LOCK))
+    store.write(LOCK, json.dumps({**text, "process_started": text["process_started"] - 1000}))
     with RunLock(store):
         pass
 
 
-def test_another_hosts_lock_is_watched_not_dated(tmp_path: Path) -> None:
+def test_a_lock_of_another_host_is_replaced_only_if_it_is_not_renewed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with RunLock(store):
-        text = json.loads(store.read(NAME))
-    far = {**text, "host": "elsewhere/1", "id": "x"}
-    store.write(NAME, json.dumps(far))
-    with RunLock(store, watch=1.0):  # nobody renews it
+        text = json.loads(store.read(LOCK))
+    other = {**text, "host": "elsewhere/1", "id": "x"}
+    store.write(LOCK, json.dumps(other))
+    with RunLock(store, watch=1.0):  # it isn't renewed
         pass
-    store.write(NAME, json.dumps(far))
-    renewal = threading.Timer(0.5, lambda: store.write(NAME, json.dumps({**far, "beats": 7})))
+    store.write(LOCK, json.dumps(other))
+    renewal = threading.Timer(0.5, lambda: store.write(LOCK, json.dumps({**other, "beats": 7})))
     renewal.start()
     with pytest.raises(LockedError, match="elsewhere"), RunLock(store, watch=5.0):
         pass
     renewal.join()
 
 
-def test_a_lock_that_no_run_wrote_is_no_lock(tmp_path: Path) -> None:
-    (tmp_path / NAME).write_text('{"id": "')
+def test_a_malformed_lock_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text('{"id": "')
     with RunLock(Store(str(tmp_path))):
         pass
     assert [path.name for path in tmp_path.iterdir()] == []

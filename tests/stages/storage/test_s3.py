@@ -1,5 +1,5 @@
-"""On a real S3 server behind a proxy that spoils answers: the same bytes, manifests last, clear
-ends, and resume.
+"""Data sets on an S3 server behind a proxy that injects faults: equal bytes, the order of commits,
+errors, and resume.
 """
 
 from __future__ import annotations
@@ -10,24 +10,28 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import fsspec
 import pytest
+import tenacity
 
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
 from pipelines.ledger import read_ledger
 from pipelines.lint import lint
 from pipelines.run import execute, plan_job, run
 from pipelines.sources import build_source
-from stages.storage.lock import NAME, RunLock
+from stages.storage.layout import LOCK
+from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests, new_captions
@@ -40,13 +44,15 @@ ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "somebody",
     "AWS_SECRET_ACCESS_KEY": SECRET,
     "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "1",  # botocore leaves trying again to us
+    "AWS_MAX_ATTEMPTS": "1",  # Store retries, botocore doesn't
 }
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Proxy, Any]]:
-    """The proxy, and a client past it; the environment names the server, as a user's would."""
+def server_and_client() -> Iterator[tuple[Proxy, Any]]:
+    """The proxy, and a client that connects to the server directly. Environment variables name the
+    proxy and the keys, as for a user.
+    """
     with s3_server() as port, proxy(port) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -56,16 +62,25 @@ def served() -> Iterator[tuple[Proxy, Any]]:
         yield server, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_pauses() -> Iterator[None]:
+    """Makes pauses before retries in this process twenty times shorter."""
+    shorter = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tenacity.nap, "time", shorter)
+        yield
+
+
 @pytest.fixture
-def bucket(served: tuple[Proxy, Any]) -> Bucket:
-    server, client = served
+def bucket(server_and_client: tuple[Proxy, Any]) -> Bucket:
+    server, client = server_and_client
     server.reset()
     return Bucket(client, server)
 
 
 @pytest.fixture(scope="module")
 def faces(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two portraits, which the runs below make into two shards."""
+    """Two portraits, for two shards."""
     folder = tmp_path_factory.mktemp("faces")
     for path in sorted(portraits.glob("*.jpg"))[:2]:
         shutil.copy2(path, folder)
@@ -73,44 +88,46 @@ def faces(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    output = tmp_path_factory.mktemp("undisturbed")
+def expected(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """File name → digest, of a run to a local folder."""
+    output = tmp_path_factory.mktemp("expected")
     run(config(faces, output, "shard_size=1"))
     return digests(output)
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a run into a bucket left there; how it came there; and what was torn at any moment of
-    it.
+class FinishedRun:
+    """A bucket after a run; the changes to it, in order; and the manifests that were inconsistent
+    after any of these changes.
     """
 
     bucket: Bucket
     changes: list[tuple[str, str]]
-    torn: list[str]
+    inconsistent: list[str]
 
 
 @pytest.fixture(scope="module")
-def made(served: tuple[Proxy, Any], faces: Path) -> Made:
-    server, client = served
-    bucket, torn = Bucket(client, server), list[str]()
-    server.changed = lambda: torn.extend(bucket.torn())
+def finished(server_and_client: tuple[Proxy, Any], faces: Path) -> FinishedRun:
+    server, client = server_and_client
+    bucket, inconsistent = Bucket(client, server), list[str]()
+    server.changed = lambda: inconsistent.extend(bucket.inconsistent())
     run(config(faces, bucket.out, "shard_size=1"))
-    return Made(bucket, bucket.changes(), torn)
+    return FinishedRun(bucket, bucket.changes(), inconsistent)
 
 
 def command(source: Path | str, output: str, *overrides: str) -> list[str]:
-    given = [f"source.path={source}", f"output={output}", "shard_size=1", "threads=1", *overrides]
-    return [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO, *given]
+    arguments = [f"source.path={source}", f"output={output}", "shard_size=1", "threads=1"]
+    run_command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO]
+    return [*run_command, *arguments, *overrides]
 
 
-def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_nothing(
-    made: Made, faces: Path, undisturbed: dict[str, str]
+def test_a_run_to_s3_writes_the_bytes_of_a_local_run_and_a_second_run_writes_nothing(
+    finished: FinishedRun, faces: Path, expected: dict[str, str]
 ) -> None:
-    bucket = made.bucket
-    assert bucket.digests() == undisturbed
+    bucket = finished.bucket
+    assert bucket.digests() == expected
     assert list(lint(Store(bucket.out))) == []
-    assert f"out/{NAME}" not in bucket.stamps()
+    assert f"out/{LOCK}" not in bucket.stamps()
     before = bucket.stamps()
     bucket.proxy.reset()
     run(config(faces, bucket.out, "shard_size=1"))
@@ -118,38 +135,38 @@ def test_a_run_into_s3_gives_the_bytes_of_a_local_one_and_a_second_run_writes_no
     assert bucket.proxy.changes(f"/{bucket.name}/") == []
 
 
-def test_the_trainer_reads_it_in_place(made: Made) -> None:
-    data = ShardSet(made.bucket.out)
+def test_the_trainer_reads_samples_from_s3(finished: FinishedRun) -> None:
+    data = ShardSet(finished.bucket.out)
     records = [
         record
         for index in (0, 1)
-        for record in DatasetReader(Store(made.bucket.out)).records(index)
+        for record in DatasetReader(Store(finished.bucket.out)).records(index)
     ]
     assert data.keys == [record.key for record in records]
     assert [record.image for record in data.records([1, 0])] == [records[1].image, records[0].image]
-    assert data.dataset_config() == made.bucket.read("out/config.yaml").decode()
+    assert data.dataset_config() == finished.bucket.read("out/config.yaml").decode()
 
 
-def test_a_manifest_comes_last_goes_first_and_never_tells_of_half_a_shard(
-    made: Made, bucket: Bucket, faces: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_manifest_is_written_last_removed_first_and_always_matches_its_files(
+    finished: FinishedRun, bucket: Bucket, faces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = [
         [("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)
     ]
-    assert made.changes == [*written[0], *written[1]]
-    assert made.torn == []
-    bucket.copy_of(made.bucket)
-    torn: list[str] = []
-    bucket.proxy.changed = lambda: torn.extend(bucket.torn())
+    assert finished.changes == [*written[0], *written[1]]
+    assert finished.inconsistent == []
+    bucket.copy_of(finished.bucket)
+    inconsistent: list[str] = []
+    bucket.proxy.changed = lambda: inconsistent.extend(bucket.inconsistent())
     new_captions(monkeypatch)
     run(config(faces, bucket.out, "shard_size=1"))
-    gone = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
-    assert bucket.changes() == [*gone[0], *written[0], *gone[1], *written[1]]
-    assert torn == []
+    removed = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
+    assert bucket.changes() == [*removed[0], *written[0], *removed[1], *written[1]]
+    assert inconsistent == []
 
 
-def test_the_same_bytes_while_answers_fail_are_late_cut_or_lost(
-    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+def test_a_run_writes_the_same_bytes_if_responses_are_errors_late_cut_or_lost(
+    bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
     source = bucket.upload(faces)
     bucket.proxy.reset(Faults(share=0.3, seed=1))
@@ -163,46 +180,44 @@ def test_the_same_bytes_while_answers_fail_are_late_cut_or_lost(
         "lost",
     }
     assert (ledger.written, faults) == (2, [])
-    assert bucket.digests() == undisturbed
+    assert bucket.digests() == expected
 
 
-def test_an_upload_that_fails_for_good_says_so_and_the_next_run_completes(
-    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+def test_an_upload_that_always_fails_is_an_error_and_the_next_run_completes_the_data_set(
+    bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
     bucket.proxy.reset(
         Faults(always=lambda method, target: "500" if method == "PUT" and "1.tar" in target else "")
     )
     with pytest.raises(
         StoreError,
-        match=rf"{bucket.out} doesn't answer .*out of order.* run the same command again",
+        match=rf"a request to {bucket.out} failed: .*out of order.* run the same command again",
     ):
         run(config(faces, bucket.out, "shard_size=1"))
     assert bucket.manifests() == ["fgid-000000.json"]
     assert len([r for r in bucket.proxy.requests if r.fault]) == TRIES
     bucket.proxy.reset()
     run(config(faces, bucket.out, "shard_size=1"))
-    assert bucket.digests() == undisturbed
+    assert bucket.digests() == expected
 
 
-def test_what_will_not_pass_is_not_tried_again(bucket: Bucket) -> None:
+def test_a_permanent_error_is_not_retried(bucket: Bucket) -> None:
     bucket.proxy.reset(Faults(always=lambda method, target: "403"))
     with pytest.raises(StoreError, match="allow reading, writing"):
         Store(bucket.out).write("a", b"")
     assert [(r.method, r.fault) for r in bucket.proxy.requests] == [("PUT", "403")]
 
 
-def test_a_bucket_that_is_not_there_and_urls_that_cannot_be_are_clear_errors(
-    bucket: Bucket,
-) -> None:
+def test_a_missing_bucket_and_invalid_urls_are_errors(bucket: Bucket) -> None:
     with pytest.raises(StoreError, match=r"s3://nobodys/out .*bucket does not exist"):
         Store("s3://nobodys/out").write("a", b"")
-    with pytest.raises(ConfigError, match="names no place"):
+    with pytest.raises(ConfigError, match="has no path"):
         Store("s3://")
     with pytest.raises(ConfigError, match="Protocol not known"):
         Store("s4://bucket/out")
-    with pytest.raises(ConfigError, match="https://…@host/out was given with a password") as told:
+    with pytest.raises(ConfigError, match="https://…@host/out was given with a password") as caught:
         Store(f"https://me:{SECRET}@host/out")
-    assert SECRET not in str(told.value)
+    assert SECRET not in str(caught.value)
 
 
 def test_a_writer_that_raises_uploads_nothing(bucket: Bucket) -> None:
@@ -213,22 +228,22 @@ def test_a_writer_that_raises_uploads_nothing(bucket: Bucket) -> None:
     assert bucket.stamps() == {} and bucket.proxy.requests == []
 
 
-def test_a_large_file_is_uploaded_in_parts_though_the_last_answer_is_lost(bucket: Bucket) -> None:
-    ends = ["lost", "404"]  # S3's own answer to finishing what it has finished
+def test_an_upload_in_parts_succeeds_if_the_last_response_is_lost(bucket: Bucket) -> None:
+    faults = ["lost", "404"]  # S3 responds with 404 if a finished upload is finished again
 
-    def spoil_the_end(method: str, target: str) -> str:
-        return ends.pop(0) if method == "POST" and "uploadId=" in target and ends else ""
+    def fail_at_the_end(method: str, target: str) -> str:
+        return faults.pop(0) if method == "POST" and "uploadId=" in target and faults else ""
 
     data = b"".join(bytes([number]) * (1 << 20) for number in range(101))
-    bucket.proxy.reset(Faults(always=spoil_the_end))
+    bucket.proxy.reset(Faults(always=fail_at_the_end))
     store = Store(bucket.out)
     store.write("large", data)
-    assert ends == [] and [r for r in bucket.proxy.requests if "partNumber=3" in r.query]
-    with store.open("large") as stream:  # by way of a local copy
+    assert faults == [] and [r for r in bucket.proxy.requests if "partNumber=3" in r.query]
+    with store.open("large") as stream:  # from a local copy
         assert hashlib.file_digest(stream, "sha256").digest() == hashlib.sha256(data).digest()
 
 
-def test_names_over_several_pages_and_files_that_are_missing(bucket: Bucket) -> None:
+def test_listings_of_several_pages_and_missing_files(bucket: Bucket) -> None:
     store = Store(f"{bucket.out}[1] *")
     names = [f"{number:02}.json" for number in range(10)]
     for name in names:
@@ -238,13 +253,13 @@ def test_names_over_several_pages_and_files_that_are_missing(bucket: Bucket) -> 
         f"shards/{name}": name.encode() for name in names
     }
     store.remove("shards/03.json")
-    # nothing is remembered
+    # listings are not cached
     assert not store.exists("shards/03.json") and len(store.names("shards")) == 9
     with pytest.raises(FileNotFoundError):
         store.read("shards/03.json")
 
 
-def test_the_lock_refuses_a_second_run_and_knows_a_dead_one(bucket: Bucket) -> None:
+def test_the_lock_refuses_a_second_run_and_is_replaced_after_a_dead_one(bucket: Bucket) -> None:
     store = Store(bucket.out)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, bucket.out], stdout=subprocess.PIPE, text=True
@@ -257,18 +272,18 @@ def test_the_lock_refuses_a_second_run_and_knows_a_dead_one(bucket: Bucket) -> N
         holder.kill()
         holder.wait()
     with RunLock(store):
-        assert json.loads(bucket.read(f"out/{NAME}"))["pid"] == os.getpid()
-        store.create(NAME, "another's")
-        assert json.loads(bucket.read(f"out/{NAME}"))["pid"] == os.getpid()
+        assert json.loads(bucket.read(f"out/{LOCK}"))["pid"] == os.getpid()
+        store.create(LOCK, "another's")
+        assert json.loads(bucket.read(f"out/{LOCK}"))["pid"] == os.getpid()
     assert bucket.stamps() == {}
 
 
 @pytest.mark.slow
-def test_killing_the_driver_mid_upload_and_running_again_gives_the_same_bytes(
-    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
+    bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
-    given = command(faces, bucket.out, "executor=inline")
-    driver = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = command(faces, bucket.out, "executor=inline")
+    driver = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill_within_a_shard() -> None:
         if bucket.changes()[-1:] == [("PUT", "fgid-000001.tar")]:
@@ -276,32 +291,29 @@ def test_killing_the_driver_mid_upload_and_running_again_gives_the_same_bytes(
 
     bucket.proxy.changed = kill_within_a_shard
     assert driver.wait(timeout=120) == -9, "the run ended before it could be killed"
-    assert bucket.manifests() == ["fgid-000000.json"] and f"out/{NAME}" in bucket.stamps()
+    assert bucket.manifests() == ["fgid-000000.json"] and f"out/{LOCK}" in bucket.stamps()
     bucket.proxy.reset()
     run(config(faces, bucket.out, "shard_size=1"))
-    assert bucket.digests() == undisturbed and f"out/{NAME}" not in bucket.stamps()
+    assert bucket.digests() == expected and f"out/{LOCK}" not in bucket.stamps()
     assert [path for _, path in bucket.changes() if "000000" in path] == []
     assert list(lint(Store(bucket.out))) == []
 
 
 @pytest.mark.slow
-def test_ray_from_s3_into_s3_with_keys_from_the_environment_that_are_kept_nowhere(
-    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
+    bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
     source = bucket.upload(faces)
-    given = command(source, bucket.out, "executor=ray")
-    said = subprocess.run(given, check=True, capture_output=True)
-    assert bucket.digests() == undisturbed
-    kept = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
-    assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(kept)
-    assert [
-        key
-        for key, data in {**kept, "said": said.stdout + said.stderr}.items()
-        if SECRET.encode() in data
-    ] == []
+    arguments = command(source, bucket.out, "executor=ray", "ray.workers=1")
+    process = subprocess.run(arguments, check=True, capture_output=True)
+    assert bucket.digests() == expected
+    files = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
+    assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(files)
+    files["printed"] = process.stdout + process.stderr
+    assert [key for key, data in files.items() if SECRET.encode() in data] == []
 
 
-def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
+def test_a_source_on_s3_is_listed_completely_with_unusual_names(bucket: Bucket) -> None:
     names = [
         "a.jpg",
         "b/c/d.JPG",
@@ -319,10 +331,10 @@ def test_a_source_on_s3_is_listed_whole_under_odd_names(bucket: Bucket) -> None:
     bucket.put("in/empty.jpg", b"")
     source = build_source(config(f"s3://{bucket.name}/in/", bucket.out))
     bucket.proxy.reset(Faults(share=0.3, seed=3))
-    found = {item.source: source.read_with_retries(item) for item in source.list()}
-    assert found == {name: name.encode() for name in names} | {"empty.jpg": b""}
+    contents = {item.source: source.read_with_retries(item) for item in source.list()}
+    assert contents == {name: name.encode() for name in names} | {"empty.jpg": b""}
     bucket.put("in/new.jpg", b"")
-    assert "new.jpg" in {item.source for item in source.list()}  # no listing is remembered
+    assert "new.jpg" in {item.source for item in source.list()}  # listings are not cached
     glob = build_source(config(f"s3://{bucket.name}/in/b/**/*.JPG", bucket.out))
     assert [item.source for item in glob.list()] == ["c/d.JPG"]
 
@@ -339,8 +351,8 @@ def test_a_listing_that_fails_is_an_error_not_an_empty_folder(bucket: Bucket) ->
         list(build_source(config(f"s3://{bucket.name}/missing", bucket.out)).list())
 
 
-def test_what_was_unreachable_is_mended_by_retry(
-    bucket: Bucket, faces: Path, undisturbed: dict[str, str]
+def test_inputs_that_were_unreachable_are_processed_by_retry(
+    bucket: Bucket, faces: Path, expected: dict[str, str]
 ) -> None:
     source = bucket.upload(faces)
     second = sorted(faces.iterdir())[1].name
@@ -350,14 +362,14 @@ def test_what_was_unreachable_is_mended_by_retry(
     )
     ledger = run(settings)
     assert (ledger.written, dict(ledger.failed)) == (1, {"unreachable": 1})
-    assert len([r for r in bucket.proxy.requests if r.fault]) == 2  # as often as source.tries says
+    assert len([r for r in bucket.proxy.requests if r.fault]) == 2  # source.tries
     bucket.proxy.reset()
     assert plan_job(settings).tasks == []
     job = plan_job(settings, frozenset({"unreachable"}))
     assert [task.shard.index for task in job.tasks] == [1]
     list(execute(job, lambda count: None))
     assert read_ledger(job.store).written == 2
-    assert bucket.digests() == undisturbed
+    assert bucket.digests() == expected
 
 
 def test_a_folder_on_a_web_server_is_a_source(tmp_path: Path) -> None:
@@ -375,9 +387,9 @@ def test_a_folder_on_a_web_server_is_a_source(tmp_path: Path) -> None:
         source = build_source(
             config(f"http://127.0.0.1:{server.server_port}/in/", tmp_path / "out")
         )
-        found = {item.source: source.read_with_retries(item) for item in source.list()}
-        assert found == {name: name.encode() for name in ("a b.jpg", "deep/er/ü.jpg")}
-        # though the server knows no parts
+        contents = {item.source: source.read_with_retries(item) for item in source.list()}
+        assert contents == {name: name.encode() for name in ("a b.jpg", "deep/er/ü.jpg")}
+        # although the server doesn't support range requests
         assert source.read_with_retries(next(iter(source.list())), 2) in (b"a ", b"de")
     finally:
         server.shutdown()

@@ -1,4 +1,4 @@
-"""Samples: a record becomes tar members and comes back; the JSON of all samples has one type."""
+"""Samples: records as tar members are read back unchanged; all samples' JSON has one type."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def test_members_round_trip(record: Record) -> None:
     assert same_record(from_members(to_members(record, ())), record)
 
 
-def test_an_incomplete_record_has_no_members() -> None:
+def test_writing_an_incomplete_record_is_an_error() -> None:
     with pytest.raises(ValueError, match="not a complete sample"):
         to_members(Record(key="0" * 20, source="a.jpg", image=b"x"), ())
 
 
-def test_another_format_version_is_refused() -> None:
+def test_reading_an_unknown_format_version_is_an_error() -> None:
     members = to_members(SAMPLE, ())
     version = f'"version": {FORMAT_VERSION}'.encode()
     assert version in members["json"]
@@ -73,12 +73,12 @@ def test_another_format_version_is_refused() -> None:
         from_members(members)
 
 
-def test_a_pickled_identity_is_refused() -> None:
+def test_a_pickled_identity_is_not_loaded() -> None:
     members = to_members(SAMPLE, ())
-    sink = io.BytesIO()
-    np.save(sink, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    stream = io.BytesIO()
+    np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
-        from_members({**members, "identity.npy": sink.getvalue()})
+        from_members({**members, "identity.npy": stream.getvalue()})
 
 
 def test_missing_fields_get_their_defaults() -> None:
@@ -93,7 +93,9 @@ def test_missing_fields_get_their_defaults() -> None:
 
 
 def test_the_json_of_all_samples_has_one_type() -> None:
-    """Libraries infer it from the first samples: null, empty or absent values break that."""
+    """Libraries infer the type from the first samples, so there must be no nulls and no missing
+    values.
+    """
     empty = replace(REVIEW, regions=("",) * 5, region_words=(0,) * 5, trainable=False)
     samples = [
         SAMPLE.annotated(MEASURES).annotated(REVIEW),
@@ -108,23 +110,23 @@ def test_the_json_of_all_samples_has_one_type() -> None:
     ]
     assert all(schema == schemas[0] for schema in schemas)
     assert "null" not in str(schemas[0])
-    read = [from_members(to_members(sample, KINDS)) for sample in samples]
-    assert [sorted(record.annotations) for record in read] == [
+    records_read = [from_members(to_members(sample, KINDS)) for sample in samples]
+    assert [sorted(record.annotations) for record in records_read] == [
         *[["measures", "review"]] * 2,
         ["measures"],
         [],
         [],
     ]
-    assert [record.identity_norm for record in read] == [None] * 4 + [12.5]
+    assert [record.identity_norm for record in records_read] == [None] * 4 + [12.5]
 
 
-def test_an_annotation_of_an_unknown_class_is_passed_on() -> None:
+def test_an_annotation_of_an_unknown_class_is_kept() -> None:
     sample = replace(SAMPLE, annotations={"of_a_later_program": {"value": 3}})
-    again = from_members(to_members(from_members(to_members(sample, KINDS)), KINDS))
-    assert again.annotations == {"of_a_later_program": {"value": 3}}
+    rewritten = from_members(to_members(from_members(to_members(sample, KINDS)), KINDS))
+    assert rewritten.annotations == {"of_a_later_program": {"value": 3}}
 
 
-def test_a_sample_is_read_by_its_place_and_by_its_bytes(tmp_path: Path) -> None:
+def test_a_sample_is_read_from_its_place_in_a_tar_and_from_its_bytes(tmp_path: Path) -> None:
     with (tmp_path / "a.tar").open("wb") as stream:
         tar = TarWriter(stream)
         first = tar.add("0" * 20, to_members(SAMPLE, ()))
@@ -134,9 +136,9 @@ def test_a_sample_is_read_by_its_place_and_by_its_bytes(tmp_path: Path) -> None:
     assert len(data) == tar.count
     with (tmp_path / "a.tar").open("rb") as stream:
         assert read_sample(stream, {**second, "key": "1" * 20, "source": "a"}).caption == "b"
-        with pytest.raises(ShardError, match=r"the tar holds 1{20} there"):
+        with pytest.raises(ShardError, match=r"the tar has sample 1{20} at its place"):
             read_sample(stream, {**second, "key": "0" * 20, "source": "a"})
     part = data[first["offset"] : first["offset"] + first["size"]]
     assert parse_sample(part, "0" * 20, "a.tar").key == "0" * 20
-    with pytest.raises(ShardError, match=r"sample 1{20} expected"):
+    with pytest.raises(ShardError, match=r"expected sample 1{20}"):
         parse_sample(part, "1" * 20, "a.tar")

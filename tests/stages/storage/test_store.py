@@ -1,4 +1,4 @@
-"""The store on a file system: files whole or not at all, and what it says where it can't write."""
+"""The store on a file system: no partial files, and errors for files that can't be written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from configs.errors import StoreError
 from stages.storage.store import Store
 
-_FILLS = """
+# writes a file that is too large for its limit on file sizes, and prints the error
+_WRITER = """
 import resource, sys
 from stages.storage.store import Store
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -24,17 +25,17 @@ except Exception as error:
 """
 
 
-def test_a_file_with_no_room_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FILLS, str(tmp_path)], capture_output=True, text=True, check=True
+def test_a_file_that_is_too_large_is_an_error_and_leaves_no_partial_file(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", _WRITER, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith(
-        f"StoreError: {tmp_path}/large can't be written: File too large. Make room"
+    assert process.stdout.startswith(
+        f"StoreError: {tmp_path}/large can't be written: File too large. Free disk space"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_an_output_that_is_a_file_is_said(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(StoreError, match=r"out/dataset\.json can't be written: File exists"):
         Store(str(tmp_path / "out")).write("dataset.json", "{}")

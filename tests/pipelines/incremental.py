@@ -1,0 +1,382 @@
+"""A data set over its life, and the fresh run that it must equal.
+
+`IncrementalDataSet` does to a source folder and an output what a user does over months: inputs
+come, change and vanish, settings change, runs are killed, inputs are taken down. After each run
+that completes, the output is compared with that of one fresh run with the same source, settings and
+removal requests (docs/adr/0004, 0007, 0009 to 0011): the same bytes, except where `compare` says
+otherwise. Three things depend on the past, and the fresh run is told of them:
+
+- Which shard an input is in follows from the order in which inputs came. So the fresh run starts
+  from a plan that the planner alone has made, in an output of its own, of the same new inputs in
+  the same order.
+- An input that has vanished from the source keeps its sample. So the fresh run plans without the
+  input, and then finds the bytes that its record was made of; none where the record says
+  `not_a_file`. A sample may only be lost where its shard starts from the source again, or where it
+  is tried again itself.
+- A record whose captioning failed stays so until it is tried again or made again. So the fresh
+  run's captioner fails for the same records. Without an outage no others may fail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs.load import load_text
+from configs.schema import DatasetConfig
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
+from pipelines.planning.plan import Plan, make_plan, write_plan
+from pipelines.run import execute, plan_job
+from pipelines.takedown import by_hash, by_source, take_down
+from stages.record import key_of
+from stages.storage.exclusions import TAKEN_DOWN, read_takedowns
+from stages.storage.layout import CONFIG, DUPLICATES, IDENTITIES, PLAN, TAKEDOWNS
+from stages.storage.reader import DatasetReader
+from stages.storage.sidecar import Row, is_quarantined
+from stages.storage.store import Store
+from tests.pipelines.compare import compare
+from tests.pipelines.helpers import NO_RULES, config, rows_of
+from tests.pipelines.sigkill import killed
+from tests.pipelines.stub_chain import OUTAGE, StubResize, stub_chain
+
+SHARD_SIZE: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user changes between two runs."""
+
+    min_sharpness: float = 0.0
+    prompt: str = "A"
+    min_score: float = 0.5
+    jpeg_quality: int = 95  # of the resize stage: with another one all starts from the source again
+    max_hash_distance: int = 10
+
+    @lru_cache(maxsize=1000)  # noqa: B019 - a few settings and folders
+    def config(self, folder: Path) -> DatasetConfig:
+        """Of the source and output that lie in `folder`."""
+        return config(
+            folder / "source",
+            folder / "output",
+            *NO_RULES,
+            f"shard_size={SHARD_SIZE}",
+            f"rules.min_sharpness={self.min_sharpness}",
+            f"caption.llava.prompt={self.prompt}",
+            f"detect.min_score={self.min_score}",
+            f"resize.jpeg_quality={self.jpeg_quality}",
+            f"global_pass.max_hash_distance={self.max_hash_distance}",
+            "global_pass.val_share=0.5",
+        )
+
+
+class File(NamedTuple):
+    """mtime: seconds; never the same for two contents of one file."""
+
+    data: bytes
+    mtime: int
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(self.data)
+        os.utime(path, (self.mtime, self.mtime))
+
+
+@dataclass
+class IncrementalDataSet:
+    """files: what the source holds. planned: each input as it was last listed, in the plan's order.
+    outage: while it lasts, the captioner fails for about every second input.
+    """
+
+    folder: Path
+    settings: Settings = field(default_factory=Settings)
+    files: dict[str, File] = field(default_factory=dict)
+    planned: dict[str, File] = field(default_factory=dict)
+    outage: bool = False
+    _shards: list[list[str]] = field(default_factory=list)  # inputs
+    _contents: dict[str, bytes] = field(default_factory=dict)  # by sha256: all there ever were
+    _clock: int = 1_000_000_000  # seconds
+
+    def __post_init__(self) -> None:
+        self.source.mkdir(parents=True)
+        self.store = Store(str(self.output))
+        self.reader = DatasetReader(self.store)
+        self._read()
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def config(self) -> DatasetConfig:
+        return self.settings.config(self.folder)
+
+    # What a user does.
+
+    def put(self, name: str, data: bytes) -> None:
+        """Add an input, or give it other bytes."""
+        self._clock += 1
+        self.files[name] = File(data, self._clock)
+        self.files[name].write(self.source / name)
+        self._contents[sha256(data).hexdigest()] = data
+
+    def touch(self, name: str) -> None:
+        """Another time, the same bytes."""
+        self.put(name, self.files[name].data)
+
+    def remove(self, name: str) -> None:
+        (self.source / name).unlink()
+        del self.files[name]
+
+    def change(self, **settings: Any) -> None:
+        """Of what the next run is given."""
+        self.settings = replace(self.settings, **settings)
+
+    def run(self, *retry: str, kill_at: int = 0) -> bool:
+        """A run that is killed at moment `kill_at` (see `sigkill`); with 0, or where it ends before
+        that, it completes and is checked. retry: reasons. Returns True if it completed.
+        """
+        whole, failed = self._whole_samples(retry), self.keys("caption_failed")
+        keys = sorted(map(key_of, {*self.files, *self.planned}))
+        failing = [key for key in keys if self.outage and int(key[0], 16) % 2]
+        (self.folder / OUTAGE).write_text(json.dumps(failing))
+        complete = self._call(kill_at, run, self.config, frozenset(retry))
+        self._check_plan(complete)
+        self._check_vanished(whole)
+        if not complete:
+            return False
+        if not self.outage:
+            again = "caption_failed" in retry
+            assert self.keys("caption_failed") <= (frozenset() if again else failed)
+        self.check()
+        return True
+
+    def take_down(self, by: str, value: str, kill_at: int = 0) -> None:
+        """by: source, a name; or hash, a sha256. Does nothing while there is no configuration."""
+        if not self.store.exists(CONFIG):
+            return
+        whole, log = self._whole_samples(), read_takedowns(self.store)
+        complete = self._call(kill_at, remove, self.output, by, value)
+        self._check_vanished(whole)
+        if complete and read_takedowns(self.store) != log:  # else nothing matched
+            self._check_removed()
+            assert list(lint(self.store)) == []
+
+    # What there is.
+
+    def row(self, name: str) -> Row:
+        """An input's row of its sidecar."""
+        [row] = [row for row in self._rows if row["key"] == key_of(name)]
+        return row
+
+    def keys(self, reason: str) -> frozenset[str]:
+        """Of the records that ended for this reason."""
+        return frozenset(row["key"] for row in self._rows if row["reason"] == reason)
+
+    # What must be so.
+
+    def check(self) -> None:
+        """Call after a run that completed. Raises AssertionError where a promise is broken."""
+        self._check_second_run()
+        assert list(lint(self.store)) == []
+        ledger = read_ledger(self.store)  # raises where a shard's doesn't balance
+        assert ledger.inputs == len(self.planned)
+        assert [row["key"] for row in self._rows] == [*map(key_of, self.planned)]
+        self._check_removed()
+        traces = [path.name for path in self.output.rglob("*") if ".tmp-" in path.name]
+        samples = (".fgid", f".{DUPLICATES}", f".{IDENTITIES}")
+        assert not [name for name in traces if name.startswith(samples)], "left by a killed run"
+        fresh = self.folder / "fresh"
+        compare(self.store, self._run_fresh(fresh), self.folder, fresh)
+
+    def _check_second_run(self) -> None:
+        before = _stamps(self.output)
+        job = plan_job(self.config, chain=stub_chain)
+        assert (job.tasks, job.plan.new, job.plan.changed) == ([], 0, 0)
+        assert list(execute(job, _ignore)) == []
+        assert _stamps(self.output) == before, "a second run writes nothing"
+
+    def _check_removed(self) -> None:
+        """Of what the log names nothing is left but its key, in any file but the plan, which lists
+        the source.
+        """
+        entries = read_takedowns(self.store)
+        keys = {key for entry in entries for part in entry["removed"].values() for key in part}
+        digests = {digest for entry in entries for digest in entry["sha256"]}
+        names = {name for name in self.planned if key_of(name) in keys}
+        assert {row["reason"] for row in self._rows if row["key"] in keys} <= {TAKEN_DOWN}
+        tables = [self.store.table(n) for n in (DUPLICATES, IDENTITIES) if self.store.exists(n)]
+        text = json.dumps([self._rows, [table.to_pylist() for table in tables]], default=repr)
+        for path in self.output.rglob("*"):
+            if path.is_file() and PLAN not in path.name and TAKEDOWNS not in path.name:
+                text += path.read_bytes().decode("latin-1")
+        for trace in names | digests:
+            assert trace not in text, f"{trace} was taken down"
+
+    def _whole_samples(self, retry: Sequence[str] = ()) -> dict[str, str]:
+        """Key → sha256 of the source of each sample, quarantined ones too, whose input has
+        vanished, in shards that don't start from the source again.
+        """
+        [resize] = [s for s in stub_chain(self.config) if isinstance(s, StubResize)]
+        current = {
+            row["key"]
+            for index, manifest in self.reader.manifests().items()
+            if resize.signature() in manifest.signatures
+            for row in self.reader.rows(index, ["key"]).to_pylist()
+        }
+        return {
+            row["key"]: row["sha256"]
+            for row in self._rows
+            if row["key"] in current
+            and _is_whole(row)
+            and row["source"] not in self.files
+            and row["reason"] not in retry
+        }
+
+    def _check_vanished(self, before: Mapping[str, str]) -> None:
+        for row in self._rows:
+            if row["key"] in before and row["reason"] != TAKEN_DOWN:
+                same = _is_whole(row) and row["sha256"] == before[row["key"]]
+                assert same, f"{row['source']} has vanished, and keeps its sample"
+
+    def _check_plan(self, complete: bool) -> None:
+        """Take over what a run planned: a known input keeps its shard, new ones are sorted and cut
+        into shards behind. A run that was killed may not have got so far.
+        """
+        new = sorted({*self.files} - {*self.planned})
+        added = [new[place : place + SHARD_SIZE] for place in range(0, len(new), SHARD_SIZE)]
+        shards = [*self._shards, *added]
+        inputs = {**self.planned, **self.files}
+        planned = {name: inputs[name] for shard in shards for name in shard}
+        rows = self._plan_rows()
+        if rows == _plan_rows(shards, planned):
+            self.planned, self._shards = planned, shards
+            self._plan_fresh(new)
+        else:
+            assert not complete and rows == _plan_rows(self._shards, self.planned)
+
+    def _plan_rows(self) -> list[Row]:
+        if not self.store.exists(PLAN):
+            return []
+        table = self.store.table(PLAN, ["shard", "source", "size", "version"])
+        rows: list[Row] = table.to_pylist()
+        return rows
+
+    # The fresh run.
+
+    def _plan_fresh(self, new: Sequence[str]) -> None:
+        """Let the planner, and nothing else, see new inputs."""
+        folder = self.folder / "planner"
+        shutil.rmtree(folder / "source", ignore_errors=True)
+        (folder / "source").mkdir(parents=True)
+        for name in new:
+            self.planned[name].write(folder / "source" / name)
+        if new:
+            store = Store(str(folder / "output"))
+            write_plan(make_plan(self.settings.config(folder), store), store)
+
+    def _run_fresh(self, folder: Path) -> Store:
+        """One run with the current settings, in another folder. Returns its output."""
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "source").mkdir(parents=True)
+        store = Store(str(folder / "output"))
+        store.write(PLAN, (self.folder / "planner" / "output" / PLAN).read_bytes())
+        if self.store.exists(TAKEDOWNS):
+            store.write(TAKEDOWNS, self.store.read(TAKEDOWNS))
+        for name, file in self.files.items():
+            file.write(folder / "source" / name)
+        job = plan_job(self.settings.config(folder), chain=stub_chain)
+        restored = set()
+        for name in {*self.planned} - {*self.files}:
+            if (data := self._made_of(name)) is not None:
+                (folder / "source" / name).write_bytes(data)
+                restored.add(name)
+        (folder / OUTAGE).write_text(json.dumps(sorted(self.keys("caption_failed"))))
+        list(execute(replace(job, plan=_without_vanished(job.plan, restored)), _ignore))
+        return store
+
+    def _made_of(self, name: str) -> bytes | None:
+        """What a vanished input's record was made of; None for nothing."""
+        row = self.row(name)
+        if row["sha256"]:
+            return self._contents[row["sha256"]]
+        taken = [digest for entry in read_takedowns(self.store) for digest in entry["sha256"]]
+        return self._contents[taken[0]] if row["reason"] == TAKEN_DOWN and taken else None
+
+    def _call(self, kill_at: int, *call: Any) -> bool:
+        """Calls a function. Returns False if it was killed."""
+        try:
+            if kill_at:
+                return not killed(kill_at, self.folder / "errors", *call)
+            call[0](*call[1:])
+            return True
+        finally:
+            self._read()
+
+    def _read(self) -> None:
+        self._rows = rows_of(self.output)
+
+
+def run(settings: DatasetConfig, retry: frozenset[str]) -> None:
+    list(execute(plan_job(settings, retry, stub_chain), _ignore))
+
+
+def remove(output: Path, by: str, value: str) -> None:
+    """As the command does it: with the configuration kept in the output."""
+    store = Store(str(output))
+    stored = load_text(DatasetConfig, store.read(CONFIG).decode())
+    if matches := by_source(store, value) if by == "source" else by_hash(store, value):
+        take_down(store, stored, matches, "source" if by == "source" else "hash", "", stub_chain)
+
+
+def _ignore(count: int) -> None:
+    """Progress is shown to nobody."""
+
+
+def _is_whole(row: Row) -> bool:
+    return row["status"] == "ok" or is_quarantined(row)
+
+
+def _plan_rows(shards: Sequence[Sequence[str]], planned: Mapping[str, File]) -> list[Row]:
+    return [
+        {
+            "shard": index,
+            "source": name,
+            "size": len(planned[name].data),
+            "version": str(planned[name].mtime * 10**9),
+        }
+        for index, names in enumerate(shards)
+        for name in names
+    ]
+
+
+def _without_vanished(plan: Plan, names: Set[str]) -> Plan:
+    """The plan, but the inputs `names` haven't vanished."""
+    rows = pq.read_table(plan.file).to_pylist()
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
+    with pq.ParquetWriter(file, pq.read_schema(plan.file)) as writer:
+        for _, shard in itertools.groupby(rows, lambda row: row["shard"]):
+            changed = [{**r, "vanished": r["vanished"] and r["source"] not in names} for r in shard]
+            writer.write_table(pa.Table.from_pylist(changed, schema=writer.schema))
+    return replace(plan, file=file)
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name → inode and mtime of every file at any depth."""
+    stats = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}

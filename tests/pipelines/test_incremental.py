@@ -1,0 +1,180 @@
+"""Short histories of a data set that once led to another output than a fresh run, or left something
+of what was taken down. `IncrementalDataSet` compares after each run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configs.load import to_yaml
+from stages.record import key_of
+from stages.storage.exclusions import read_takedowns
+from stages.storage.sidecar import Row
+from tests.pipelines import incremental
+from tests.pipelines.helpers import rows_of
+from tests.pipelines.incremental import IncrementalDataSet
+from tests.pipelines.stub_chain import OUTAGE, Picture
+
+ANN = Picture(person="ann").encode()
+ANN_AGAIN = Picture(person="ann", saved=1).encode()
+BLURRED = Picture(person="ann", sharpness=0.2).encode()
+BOB = Picture(person="bob").encode()
+CAT = Picture(person="cat").encode()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> IncrementalDataSet:
+    return IncrementalDataSet(tmp_path / "data")
+
+
+def taken_down(data: IncrementalDataSet) -> set[str]:
+    keys = {
+        key
+        for entry in read_takedowns(data.store)
+        for part in entry["removed"].values()
+        for key in part
+    }
+    return {name for name in data.planned if key_of(name) in keys}
+
+
+def test_a_vanished_input_keeps_its_sample_where_another_of_its_shard_changes(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-a.jpg", ANN)
+    data.put("photo-b.jpg", BOB)
+    data.run()
+    data.remove("photo-a.jpg")
+    data.put("photo-b.jpg", CAT)
+    data.run()
+    assert data.row("photo-a.jpg")["status"] == "ok"
+
+
+def test_a_vanished_input_keeps_its_sample_where_its_copy_is_a_copy_no_more(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-a.jpg", ANN)
+    data.put("photo-b.jpg", ANN)
+    data.run()
+    assert data.row("photo-b.jpg")["stage"] == "source", "planning found the copy"
+    data.remove("photo-a.jpg")
+    data.run()
+    assert data.row("photo-a.jpg")["status"] == "ok"
+    assert (data.row("photo-b.jpg")["reason"], bool(data.row("photo-b.jpg")["sha256"])) == (
+        "duplicate",
+        True,
+    )
+
+
+def test_a_vanished_row_of_a_table_is_not_given_another_rows_picture(tmp_path: Path) -> None:
+    table = tmp_path / "table.parquet"
+    (tmp_path / OUTAGE).write_text("[]")
+    output = tmp_path / "output"
+    settings = incremental.Settings().config(tmp_path)
+    source = replace(settings.source, path=str(table), name_column="id", kind="parquet")
+    settings = replace(settings, source=source)
+
+    def write(**pictures: bytes) -> dict[str, Row]:
+        rows = [{"id": name, "image": data} for name, data in pictures.items()]
+        pq.write_table(pa.Table.from_pylist(rows), table)
+        incremental.run(settings, frozenset())
+        return {row["source"]: row for row in rows_of(output)}
+
+    before = write(ann=ANN, bob=BOB, cat=CAT)
+    after = write(ann=ANN, cat=CAT)
+    assert after["bob"] == before["bob"]
+
+
+def test_a_copy_of_what_was_taken_down_does_not_name_it(data: IncrementalDataSet) -> None:
+    data.put("photo-a.jpg", ANN)
+    data.run()
+    data.take_down("source", "photo-a.jpg")
+    data.put("photo-b.jpg", ANN)
+    data.run()
+    assert data.row("photo-b.jpg")["reason"] == "taken_down"
+
+
+def test_a_copy_of_another_picture_that_was_taken_down_by_name_is_made(
+    data: IncrementalDataSet,
+) -> None:
+    """Nothing is made of an input that was taken down, whatever bytes it has by now."""
+    data.put("photo-a.jpg", ANN)
+    data.run()
+    data.take_down("source", "photo-a.jpg")
+    data.put("photo-a.jpg", BOB)
+    data.put("photo-b.jpg", BOB)
+    data.run()
+    assert (data.row("photo-a.jpg")["reason"], data.row("photo-b.jpg")["status"]) == (
+        "taken_down",
+        "ok",
+    )
+
+
+def test_copies_of_copies_go_with_their_original(data: IncrementalDataSet) -> None:
+    data.put("photo-a.jpg", ANN)
+    data.put("photo-b.jpg", ANN_AGAIN)
+    data.put("photo-c.jpg", ANN_AGAIN)
+    data.put("photo-d.jpg", BOB)
+    data.run()
+    assert [data.row(name)["reason"] for name in ("photo-b.jpg", "photo-c.jpg")] == [
+        "near_duplicate",
+        "duplicate",
+    ]
+    data.take_down("source", "photo-a.jpg")
+    assert taken_down(data) == {"photo-a.jpg", "photo-b.jpg", "photo-c.jpg"}
+
+
+def test_the_same_bytes_go_too_where_nothing_was_compared(data: IncrementalDataSet) -> None:
+    """A vanished input isn't compared by planning, nor a quarantined one by the global pass."""
+    data.change(min_sharpness=0.3)
+    data.put("photo-a.jpg", BLURRED)
+    data.put("photo-z.jpg", BOB)
+    data.run()
+    data.remove("photo-a.jpg")
+    data.put("photo-b.jpg", BLURRED)
+    data.run()
+    assert {data.row(name)["reason"] for name in ("photo-a.jpg", "photo-b.jpg")} == {"blurred"}
+    data.take_down("source", "photo-a.jpg")
+    assert taken_down(data) == {"photo-a.jpg", "photo-b.jpg"}
+    data.run()
+
+
+def test_a_take_down_leaves_nothing_of_what_a_killed_run_wrote(data: IncrementalDataSet) -> None:
+    for name, picture in (
+        ("photo-a.jpg", ANN),
+        ("photo-b.jpg", BOB),
+        ("photo-c.jpg", CAT),
+        ("photo-d.jpg", ANN),
+    ):
+        data.put(name, picture)
+    data.run()
+    (data.output / "shards" / "fgid-000001.json").unlink()
+    (data.output / ".duplicates.parquet.tmp-12345678").write_bytes(b"photo-a.jpg")
+    data.take_down("source", "photo-a.jpg")
+    data.run()
+
+
+def test_the_kept_settings_are_those_of_the_output_after_a_killed_run_with_others(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-a.jpg", ANN)
+    data.run()
+    others = replace(data.settings, prompt="B").config(data.folder)
+    data.store.write("config.yaml", to_yaml(others))  # and then it was killed
+    data.run()
+
+
+def test_a_run_that_is_killed_again_and_again(data: IncrementalDataSet) -> None:
+    for name, picture in (("a", ANN), ("b", ANN_AGAIN), ("c", BLURRED), ("d", BOB), ("e", ANN)):
+        data.put(f"photo-{name}.jpg", picture)
+    for changes in ({"min_sharpness": 0.3}, {"min_sharpness": 0.0, "prompt": "B"}):
+        data.change(**changes)
+        moment = 3
+        while not data.run(kill_at=moment):
+            moment += 3
+        assert moment > 20
+        data.put("photo-f.jpg", CAT)
