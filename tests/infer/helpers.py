@@ -1,4 +1,4 @@
-"""An adapter of random weights, and settings of few steps and small portraits."""
+"""An adapter with random weights, and settings for few steps and small portraits."""
 
 from __future__ import annotations
 

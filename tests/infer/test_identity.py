@@ -52,7 +52,7 @@ def from_shard(photo: Path) -> Record:
     for stage in build_stages(DatasetConfig()):
         stage.setup()
         [record] = from_table(to_table(run_stage(stage, [record])))
-    return from_members(to_members(record))
+    return from_members(to_members(record, ()))
 
 
 @pytest.mark.parametrize("prompt", ["a person in a garden", "", "a very long story, " * 40])

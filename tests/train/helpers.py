@@ -1,4 +1,4 @@
-"""Small training runs, and their models and batches without a run around them."""
+"""Small training runs, and their models and batches without a Trainer."""
 
 from __future__ import annotations
 
