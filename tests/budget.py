@@ -26,7 +26,7 @@ _TIMES: Final = float(os.environ.get("TEST_BUDGET", "1"))
 
 _used: Counter[str] = Counter()  # in the process that reports: seconds by file or fixture
 _spent: dict[str, float] = {}  # in a process that runs tests: since the last report
-_clock = 0.0
+_clock, _running = 0.0, ""  # the file of the running test
 
 
 def allowed(name: str) -> float:
@@ -63,25 +63,32 @@ def _file(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    global _clock
-    _clock = _cpu()
+    global _clock, _running
+    _clock, _running = _cpu(), _file(item)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
-    if fixturedef.scope != "session":
-        return (yield)
-    _charge(_file(request._pyfuncitem))
+def pytest_fixture_setup(fixturedef: Any) -> Generator[None, Any, Any]:
+    _charge(_running)
     try:
         return (yield)
     finally:
-        _charge(f"fixture {fixturedef.argname}")
+        _charge(_owner(fixturedef))
+
+
+def pytest_fixture_post_finalizer(fixturedef: Any) -> None:
+    _charge(_owner(fixturedef))
+
+
+def _owner(fixturedef: Any) -> str:
+    shared = fixturedef.scope == "session"
+    return f"fixture {fixturedef.argname}" if shared else _running
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     report = yield
-    _charge(_file(item))
+    _charge(_running)
     report.cpu_seconds = dict(_spent)
     _spent.clear()
     return report

@@ -15,10 +15,7 @@ import pytest
 
 from configs.common import WeightsConfig
 from configs.schema import DetectConfig, EmbedConfig, ParseConfig
-from stages.backends.arcface import ArcFace
-from stages.backends.bisenet import BiSeNetParser
 from stages.backends.registry import BACKENDS
-from stages.backends.scrfd import Scrfd
 from stages.backends.weights import Weights
 from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray
@@ -54,16 +51,22 @@ def embed(config: EmbedConfig, weights: Weights) -> Embedder:
 
 @cache
 def _detector(config: DetectConfig, weights: WeightsConfig) -> Detector:
+    from stages.backends.scrfd import Scrfd
+
     return Detector(Scrfd(config, Weights(weights)))
 
 
 @cache
 def _parser(config: ParseConfig, weights: WeightsConfig) -> Parser:
+    from stages.backends.bisenet import BiSeNetParser
+
     return Parser(BiSeNetParser(config, Weights(weights)))
 
 
 @cache
 def _embedder(config: EmbedConfig, weights: WeightsConfig) -> Embedder:
+    from stages.backends.arcface import ArcFace
+
     return Embedder(ArcFace(config, Weights(weights)))
 
 

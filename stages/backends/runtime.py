@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ def pin_threads(count: int) -> None:
     """
     global _threads
     import cv2
-    import torch
 
     _threads = count or int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count() or 1
-    torch.set_num_threads(_threads)
     cv2.setNumThreads(_threads)
+    # torch takes seconds to import; a process without a torch model does without it
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(_threads)
 
 
 def onnx_session(path: Path) -> Any:
@@ -40,7 +42,12 @@ def onnx_session(path: Path) -> Any:
 
 
 def torch_device(name: str) -> str:
-    """Returns the torch device for a configured name; "auto" means cuda if available, else cpu."""
+    """Returns the torch device for a configured name; "auto" means cuda if available, else cpu.
+
+    Models call it before they load, so torch has the threads that `pin_threads` set.
+    """
     import torch
 
+    if _threads:
+        torch.set_num_threads(_threads)
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
