@@ -1,11 +1,11 @@
-"""Parts that all configuration modules use: checks, placement, and which settings a signature
-hashes.
+"""Parts that several configuration modules use: checks, placement, weights, and which settings a
+signature hashes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from configs.errors import ConfigError
 
@@ -71,3 +71,13 @@ class PlacementConfig:
             f"cpus={self.cpus}, gpus={self.gpus}: expected cpus over 0 and gpus at least 0",
         )
         check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """Where weights files come from, and which licenses are allowed."""
+
+    paths: tuple[str, ...] = ()  # NAME=FILE: use this file for that name in the weights table
+    cache: str = ""  # "": $CONSISTENTID_CACHE, else ~/.cache/consistentid
+    # commercial: refuse weights whose license doesn't allow commercial use
+    allow: Literal["any", "commercial"] = "any"

@@ -21,7 +21,7 @@ import typer
 from configs.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
-    from configs.schema import InferConfig
+    from configs.portraits import InferConfig
     from infer.generator import ConsistentIDGenerator
     from infer.identity import Identity
     from infer.portrait import Portrait
@@ -123,7 +123,7 @@ def _settings(
     Raises ConfigError without a person, a prompt or an output.
     """
     from configs.load import load
-    from configs.schema import InferConfig
+    from configs.portraits import InferConfig
 
     settings = load(InferConfig, config or None, overrides or ())
     if photo and identity:

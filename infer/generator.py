@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
-from configs.schema import DatasetConfig, InferConfig
+from configs.portraits import InferConfig
+from configs.schema import DatasetConfig
 from infer.identity import Identity, read_photo, run_stages, set_up_stages
 from infer.portrait import Portrait, portrait_seed
 from infer.sampling import Guidance, TextStates, decode, denoise, guidance_states, initial_latents

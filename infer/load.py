@@ -8,7 +8,8 @@ from typing import Final
 
 from configs.errors import ConfigError
 from configs.load import load
-from configs.schema import DatasetConfig, DetectConfig, EmbedConfig, InferConfig
+from configs.portraits import InferConfig
+from configs.schema import DatasetConfig, DetectConfig, EmbedConfig
 from infer.generator import ConsistentIDGenerator
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, load_adapter, read_adapter
 from model.consistentid import ConsistentID, load_base

@@ -26,6 +26,7 @@ from stages.storage.commit import ChainInfo
 from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
+from stages.storage.sidecar import sidecar_columns
 from stages.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ class Job:
         samples".
         """
         kinds = Counter(map(self._why, self.tasks))
-        return [f"{count} shards {why}" for why, count in sorted(kinds.items())]
+        return [
+            f"{count} shard{'s' if count > 1 else ''} {why}" for why, count in sorted(kinds.items())
+        ]
 
     def _why(self, task: ShardTask) -> str:
         if not task.exists:
@@ -78,6 +81,7 @@ def plan_job(
     """
     store = Store(config.output)
     stages = chain(config)
+    sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
     plan = make_plan(config, store)
     tasks = pending(plan, store, stages, retry)
     return Job(config, store, stages, plan, tasks, chain)

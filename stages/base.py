@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Final
 
 from configs.common import PlacementConfig, hashed_settings
@@ -30,6 +30,7 @@ SOURCE_FIELDS = ("key", "source", "sha256", "license", "author", "consent", "ima
 # Old name → current name of each renamed stage. Existing data sets contain the old names.
 RENAMED_STAGES: Final[Mapping[str, str]] = {"judge": "quality_filter", "neighbours": "global_pass"}
 _CHUNK = 8  # records; the codec's cache holds more decoded images than this
+_RECORD_FIELDS: Final = {field.name for field in fields(Record)}
 StageNames = frozenset[str]
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
@@ -313,7 +314,9 @@ def chunk_size(stages: Sequence[Stage]) -> int:
 
 
 def check_chain(stages: Sequence[Stage]) -> None:
-    """Raises ConfigError if a stage requires what neither source nor an earlier stage provides."""
+    """Raises ConfigError if a stage requires what neither source nor an earlier stage provides, or
+    if `annotation` and `provides` of a stage don't agree.
+    """
     available = set(SOURCE_FIELDS)
     for index, stage in enumerate(stages):
         missing = [field for field in stage.requires if field not in available]
@@ -325,6 +328,11 @@ def check_chain(stages: Sequence[Stage]) -> None:
                 "earlier place in `stages`."
             )
         available.update(stage.provides)
-    for stage in stages:
-        if stage.annotation is not None:
-            assert stage.annotation.name in stage.provides, f"{stage.name} provides its annotation"
+        annotations = {*stage.provides} - _RECORD_FIELDS
+        expected = {stage.annotation.name} if stage.annotation else set()
+        if annotations != expected:
+            raise ConfigError(
+                f"stage {stage.name!r} provides {', '.join(sorted(annotations)) or 'no annotation'}"
+                f", but its `annotation` is {', '.join(expected) or 'not set'}. Give the name of "
+                "the annotation in `provides` and its class in `annotation`."
+            )

@@ -26,7 +26,8 @@ class Metric:
     """How a number is displayed: as a histogram in the report, as a line in `inspect`.
 
     scale: the stored number is multiplied by it, for example by 100 for percent. whole: show it as
-    a whole number. group: the report shows metrics of one group together.
+    a whole number. group: the report shows metrics of one group together, those of
+    pipelines/report/metrics.py first.
     """
 
     title: str
@@ -175,11 +176,19 @@ Kind = TypeVar("Kind", bound=Annotation)
 def to_plain(annotation: Annotation) -> dict[str, Any]:
     """Returns field name → JSON-ready value of the field's type: an int in a float field becomes a
     float, tuples become lists.
+
+    Raises ValueError for None: readers of the shards rely on one type for each field.
     """
-    return {
-        name: pa.scalar(getattr(annotation, name), entry.type).as_py()
-        for name, entry in stored_fields(type(annotation))
-    }
+    values: dict[str, Any] = {}
+    for name, entry in stored_fields(type(annotation)):
+        value = getattr(annotation, name)
+        if value is None:
+            raise ValueError(
+                f"{annotation.name}.{name} is None: expected {entry.type}. A stage that can't "
+                "measure a record returns it without the annotation."
+            )
+        values[name] = pa.scalar(value, entry.type).as_py()
+    return values
 
 
 def from_plain(kind: type[Kind], values: Mapping[str, Any]) -> Kind:

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import pytest
 
-from configs.schema import DetectConfig, EmbedConfig, ParseConfig, WeightsConfig
+from configs.common import WeightsConfig
+from configs.schema import DetectConfig, EmbedConfig, ParseConfig
 from stages.backends.registry import BACKENDS
 from stages.backends.weights import Weights
 from stages.codec import Image, LabelMap

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional as F
 
-from configs.schema import TrainConfig
+from configs.training import TrainConfig
 from model.conditions import training_pixels
 from model.spec import ModelSpec
 from train import draws

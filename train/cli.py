@@ -15,13 +15,13 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from configs.schema import TrainConfig
+    from configs.training import TrainConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 _HELP = """Train a ConsistentID adapter on FGID shards.
 
-[bold]key=value[/] overrides the YAML; configs/schema.py (TrainConfig) lists every setting.
+[bold]key=value[/] overrides the YAML; configs/training.py (TrainConfig) lists every setting.
 Ctrl-C writes a checkpoint and stops. The same command again resumes from the last checkpoint.
 
 [bold]Examples[/]
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     from configs.errors import PipelineError
     from configs.load import load
-    from configs.schema import TrainConfig
+    from configs.training import TrainConfig
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     try:

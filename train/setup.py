@@ -11,7 +11,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.load import load
-from configs.schema import OptimConfig, TrainConfig
+from configs.training import OptimConfig, TrainConfig
 from model.checkpoint import load_adapter
 from model.conditions import DropRates
 from model.consistentid import ConsistentID, load_base

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from configs.schema import LossConfig
+from configs.training import LossConfig
 from model.consistentid import (
     BaseModels,
     ConsistentID,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from configs.load import dump
-from configs.schema import TrainConfig
+from configs.training import TrainConfig
 from model.spec import spec_named
 from stages.backends.runtime import pin_threads
 from train import draws

@@ -150,9 +150,9 @@ def _metrics(inspection: Inspection, limits: Mapping[str, Any]) -> Iterable[Line
         number = Text(f"{value:g}" if shown.metric.whole else f"{value:.3f}")
         number.stylize("bold red" if broken else "")
         number.justify = "right"
-        label = f"{shown.metric.title}, {shown.metric.unit}".removesuffix(", ").lower()
-        if shown.metric.scale != 1:
-            label = shown.metric.title.lower()
+        label = shown.metric.title.lower()
+        if shown.metric.unit and shown.metric.scale == 1:
+            label += f", {shown.metric.unit}"
         yield Text(label), number, Text(", ".join(texts) or "no rule", "red" if broken else "dim")
 
 

@@ -25,8 +25,8 @@ from typing import IO
 
 from filelock import FileLock
 
+from configs.common import WeightsConfig
 from configs.errors import ConfigError, WeightsError
-from configs.schema import WeightsConfig
 
 logger = logging.getLogger(__name__)
 

@@ -143,14 +143,13 @@ def remove_uncommitted(store: Store) -> None:
 
 
 def _remove(store: Store, index: int) -> None:
-    """Removes a shard's manifest and all its tars except that of the samples, which the commit
-    replaces.
-    """
-    name = layout.shard_name(index)
-    store.remove(layout.in_shards(layout.manifest(index)))
-    for file in store.names(layout.SHARDS):
-        if file.startswith(f"{name}.") and file.endswith(".tar") and file != layout.tar(index):
-            store.remove(layout.in_shards(file))
+    """Removes a shard's manifest and quarantine tar. The commit replaces the other files."""
+    for name in (
+        layout.manifest(index),
+        layout.quarantine_tar(index),
+        layout.quarantine_tar_version2(index),
+    ):
+        store.remove(layout.in_shards(name))
 
 
 def _reasons(records: Sequence[Record], status: Status) -> Mapping[str, int]:

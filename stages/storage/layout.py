@@ -59,6 +59,10 @@ def quarantine_tar(index: int) -> str:
     return f"{shard_name(index)}.quarantine.tar"
 
 
+def quarantine_tar_version2(index: int) -> str:
+    return f"{shard_name(index)}.held.tar"
+
+
 def sidecar(index: int) -> str:
     return f"{shard_name(index)}.parquet"
 

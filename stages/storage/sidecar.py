@@ -166,8 +166,8 @@ def sidecar_columns(annotations: Sequence[type[Annotation]]) -> list[Column]:
     return columns
 
 
-# name → column, of the columns that this program's stages write. Sidecars of version 2 have no
-# descriptions of their columns.
+# name → column, of the columns that sidecars of version 2 have. Those don't describe their columns;
+# later sidecars do.
 STANDARD_COLUMNS: Final = {column.name: column for column in sidecar_columns((Measures, Review))}
 
 

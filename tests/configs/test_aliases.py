@@ -12,7 +12,8 @@ from configs import aliases
 from configs.captions import LlavaConfig, OpenAIConfig
 from configs.errors import ConfigError
 from configs.load import load, load_text, to_yaml
-from configs.schema import DatasetConfig, TrainConfig
+from configs.schema import DatasetConfig
+from configs.training import TrainConfig
 
 GOLDEN = Path("tests/data/dataset_v2/config.yaml")  # written by version 0.1
 SECRET = "sk-test-5b2d0c9e77"

@@ -9,7 +9,9 @@ import pytest
 from configs.captions import FACE_PROMPT, PROMPT
 from configs.errors import ConfigError
 from configs.load import load, load_text, to_yaml
-from configs.schema import DatasetConfig, InferConfig, TrainConfig
+from configs.portraits import InferConfig
+from configs.schema import DatasetConfig
+from configs.training import TrainConfig
 
 PRESETS = [
     (p, k)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DatasetConfig, InferConfig, TrainConfig
+from configs.portraits import InferConfig
+from configs.schema import DatasetConfig
+from configs.training import TrainConfig
 from pipelines.cli import app
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""An adapter of random weights, and settings of few steps and small portraits."""
+"""An adapter with random weights, and settings for few steps and small portraits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import InferConfig
+from configs.portraits import InferConfig
 from model.checkpoint import save_adapter
 from model.consistentid import ConsistentID, load_base
 from model.spec import SPECS

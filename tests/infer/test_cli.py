@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from configs.load import load, to_yaml
-from configs.schema import InferConfig
+from configs.portraits import InferConfig
 from infer.cli import app
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity

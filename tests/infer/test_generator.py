@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError
-from configs.schema import InferConfig, RegionStrength
+from configs.portraits import InferConfig, RegionStrength
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity
 from infer.load import load_generator

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import ConfigError, FaceError, SourceError
-from configs.schema import DatasetConfig, InferConfig
+from configs.portraits import InferConfig
+from configs.schema import DatasetConfig
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity, photo_record, read_photo
 from infer.load import dataset_config, load_generator
@@ -51,7 +52,7 @@ def from_shard(photo: Path) -> Record:
     for stage in build_stages(DatasetConfig()):
         stage.setup()
         [record] = from_table(to_table(run_stage(stage, [record])))
-    return from_members(to_members(record))
+    return from_members(to_members(record, ()))
 
 
 @pytest.mark.parametrize("prompt", ["a person in a garden", "", "a very long story, " * 40])

@@ -29,7 +29,7 @@ from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import count_model_calls, stamps
-from tests.pipelines.skin_tone import SkinTone, chain_with_skin_tone
+from tests.pipelines.new_stage import ExampleTone, chain_with_example
 
 DATASET_V2 = Path("tests/data/dataset_v2")
 
@@ -74,11 +74,11 @@ def upgraded(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             return process(self, records)
 
         patch.setattr(RecordStage, "process", counted)
-        job = plan_job(settings(photos, output), chain=chain_with_skin_tone)
-        assert job.why() == ["2 shards through skin_tone, from their own samples"]
+        job = plan_job(settings(photos, output), chain=chain_with_example)
+        assert job.why() == ["2 shards through example_tone, from their own samples"]
         list(execute(job, lambda count: None))
     assert networks == []
-    assert set(stages) == {"skin_tone", "quality_filter"}, "restored samples are filtered again"
+    assert set(stages) == {"example_tone", "quality_filter"}, "restored samples are filtered again"
     write_card(Store(str(output)), write_report(str(output)))
     yield output
 
@@ -143,13 +143,13 @@ def test_a_new_stage_upgrades_version_2_without_other_changes(upgraded: Path) ->
             )
             assert now.annotation(Measures) == before.annotation(Measures)
             assert now.annotation(Review) == before.annotation(Review)
-            assert (now.annotation(SkinTone) is not None) == now.complete
+            assert (now.annotation(ExampleTone) is not None) == now.complete
 
 
 def test_a_new_metric_is_shown_in_sidecar_report_inspect_card_and_croissant(upgraded: Path) -> None:
     reader = DatasetReader(str(upgraded))
-    column = reader.columns()["skin_lightness"]
-    assert column.annotation == "skin_tone" and column.metric and column.metric.unit == "L*"
+    column = reader.columns()["example_lightness"]
+    assert column.annotation == "example_tone" and column.metric and column.metric.unit == "L*"
     values = [
         value
         for index in reader.manifests()
@@ -158,19 +158,19 @@ def test_a_new_metric_is_shown_in_sidecar_report_inspect_card_and_croissant(upgr
     assert len(values) == 7 and all(0 < value < 100 for value in values)
 
     stats = json.loads((upgraded / layout.STATS).read_text())
-    assert stats["data"]["metrics"]["skin_lightness"]["max"] == pytest.approx(max(values))
+    assert stats["data"]["metrics"]["example_lightness"]["max"] == pytest.approx(max(values))
     page = (upgraded / layout.REPORT).read_text()
-    assert "Skin lightness" in page and 'data-of="skin_lightness"' in page
+    assert "Example lightness" in page and 'data-of="example_lightness"' in page
 
     key = reader.rows(0, ("key",), Status.OK).column(0)[0].as_py()
     console = Console(record=True, width=120, file=io.StringIO())
     show(inspect(reader.store, key), console, image=False)
-    [line] = [x for x in console.export_text().splitlines() if x.startswith("skin lightness")]
+    [line] = [x for x in console.export_text().splitlines() if x.startswith("example lightness")]
     assert line.split()[-3:] == [f"{values[0]:.3f}", "no", "rule"]
 
     card = (upgraded / layout.README).read_text()
-    assert "skin_lightness" in card and "median CIE L&#42; of the face" in card
+    assert "example_lightness" in card and "median CIE L&#42; of the face" in card
     croissant = json.loads((upgraded / layout.CROISSANT).read_text())
     [inputs] = [each for each in croissant["recordSet"] if each["name"] == "inputs"]
-    [field] = [each for each in inputs["field"] if each["name"] == "skin_lightness"]
+    [field] = [each for each in inputs["field"] if each["name"] == "example_lightness"]
     assert field["dataType"] == "sc:Float" and field["description"] == column.description

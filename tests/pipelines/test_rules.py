@@ -73,9 +73,9 @@ def test_the_quality_filter_is_stale_after_a_change_of_an_earlier_stage(
     output = Path(shutil.copytree(dataset, tmp_path / "out"))
     run(config(portraits, output, STRICT))
     job = plan_job(config(portraits, output, STRICT, "parse.align_below=0.2"))
-    assert {task.stale_stages for task in job.tasks} == {
-        frozenset({"parse", "measure", "quality_filter", "caption", "review"})
-    }
+    for task in job.tasks:
+        assert task.stale_stages >= {"parse", "measure", "quality_filter", "caption", "review"}
+        assert not task.stale_stages & {"rights", "resize", "thumbnail", "detect", "embed"}
     job = plan_job(config(portraits, output, STRICT, "resize.jpeg_quality=90"))
     assert {task.exists for task in job.tasks} == {False}, "resize needs the source's images"
 

@@ -15,6 +15,7 @@ from configs.schema import DatasetConfig, ResizeConfig
 from stages.base import BackendStage, Dropped, RecordStage, Stage, check_chain, reject, run_stage
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels, encode_jpeg, encode_labels
+from stages.fields import Annotation
 from stages.record import Record, Status, from_table, key_of, to_table
 from tests.stages.records import records, same_record
 
@@ -76,6 +77,22 @@ def test_a_chain_in_which_no_stage_provides_a_required_field_is_an_error() -> No
     check_chain(chain)
     with pytest.raises(ConfigError, match=r"'caption' requires .*parsing"):
         check_chain([stage for stage in chain if stage.name != "parse"])
+
+
+def test_a_stage_whose_annotation_and_provides_disagree_is_an_error() -> None:
+    class Noted(Annotation):
+        name = "noted"
+
+    class Forgetful(Odd):
+        provides = ("noted",)
+
+    class Silent(Odd):
+        annotation = Noted
+
+    with pytest.raises(ConfigError, match="'odd' provides noted, but its `annotation` is not set"):
+        check_chain([Forgetful(ResizeConfig())])
+    with pytest.raises(ConfigError, match="provides no annotation, but its `annotation` is noted"):
+        check_chain([Silent(ResizeConfig())])
 
 
 def test_signatures_depend_on_settings_that_change_results_only() -> None:

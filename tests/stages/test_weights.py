@@ -15,8 +15,8 @@ from threading import Thread
 
 import pytest
 
+from configs.common import WeightsConfig
 from configs.errors import ConfigError, WeightsError
-from configs.schema import WeightsConfig
 from stages.backends.weights import WEIGHTS, Weight, Weights, _extract
 
 

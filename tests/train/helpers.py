@@ -1,4 +1,4 @@
-"""Small training runs, and their models and batches without a run around them."""
+"""Small training runs, and their models and batches without a Trainer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
 from train.data import BatchMaker, SampleOrder
 from train.setup import make_models, make_preparation

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from configs.schema import ModelConfig
+from configs.training import ModelConfig
 from model.conditions import training_pixels
 from model.spec import SPECS
 from tests.train.helpers import small

@@ -29,7 +29,7 @@ def call(*arguments: object) -> Result:
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own."""
+    """Runs Python in another process."""
     arguments = [sys.executable, *(str(word) for word in command)]
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
 

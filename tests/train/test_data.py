@@ -163,6 +163,6 @@ def _same_rows(whole: TrainBatch, parts: list[TrainBatch]) -> None:
 
 
 def _no_drops() -> object:
-    from configs.schema import LossConfig
+    from configs.training import LossConfig
 
     return LossConfig(drop_text=0, drop_identity=0, drop_both=0)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import ConfigError
-from configs.schema import LossConfig
+from configs.training import LossConfig
 from model.conditions import collate, drop_conditions
 from model.consistentid import encode_frozen
 from tests.train.helpers import Parts

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from configs.errors import ConfigError, WeightsError
 from configs.load import load
-from configs.schema import DatasetConfig, ModelConfig, OptimConfig, TrainConfig
+from configs.schema import DatasetConfig
+from configs.training import ModelConfig, OptimConfig, TrainConfig
 from tests.train.helpers import Listener, run, small
 from train.history import read_history
 from train.state import checkpoints

@@ -13,12 +13,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from configs.schema import DatasetConfig
+from pipelines.chain import build_chain
 from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
 
 Row = dict[str, Any]
 ORDER = [
-    *("source", "rights", "resize", "thumbnail", "detect", "parse", "embed", "measure"),
-    *("quality_filter", "caption", "review", "global_pass", "takedown"),
+    "source",
+    *(stage.name for stage in build_chain(DatasetConfig())),
+    *("global_pass", "takedown"),
 ]
 PLAIN = [
     *("score", "face_count", "face_side", "sharpness", "brightness", "clipped", "occlusion"),
@@ -51,7 +54,7 @@ def value(row: Row, metric: str) -> float | None:
         return area(row, REGION_LABELS[word]) or None
     if kind == "words" and word in REGION_WORDS:
         return row["region_words"][REGION_WORDS.index(word)] if row["region_words"] else None
-    number: float | None = row[metric]
+    number: float | None = row.get(metric)
     return number
 
 
@@ -128,9 +131,9 @@ def check_data(data: dict[str, Any], folder: Path) -> None:
             "quarantine_bytes": sum(row["quarantine_size"] for row in part),
         }
     distributions = data.pop("metrics")
-    assert sorted(distributions) == sorted(METRICS)
-    for metric in METRICS:
-        check_distribution(distributions[metric], values(ok, metric))
+    assert {*METRICS} <= {*distributions}
+    for metric, distribution in distributions.items():
+        check_distribution(distribution, values(ok, metric))
     _check_regions(data.pop("regions"), data.pop("labels"), ok)
     sizes = {(entry["width"], entry["height"]): entry["count"] for entry in data.pop("image_sizes")}
     assert sizes == Counter((row["width"], row["height"]) for row in ok)

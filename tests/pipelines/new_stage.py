@@ -23,37 +23,37 @@ from stages.regions import LABEL_IDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SkinToneConfig:
+class ExampleToneConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SkinTone(Annotation):
-    name: ClassVar[str] = "skin_tone"
+class ExampleTone(Annotation):
+    name: ClassVar[str] = "example_tone"
 
-    skin_lightness: float = stored(
+    example_lightness: float = stored(
         "median CIE L* of the face's skin, 0 (black) to 100 (white)",
         pa.float64(),
-        metric=Metric(title="Skin lightness", unit="L*"),
+        metric=Metric(title="Example lightness", unit="L*"),
     )
 
 
-class SkinToneStage(RecordStage):
-    name = "skin_tone"
+class ExampleToneStage(RecordStage):
+    name = "example_tone"
     requires = ("image", "parsing")
-    provides = (SkinTone.name,)
-    annotation = SkinTone
-    config: SkinToneConfig
+    provides = (ExampleTone.name,)
+    annotation = ExampleTone
+    config: ExampleToneConfig
 
     def process_one(self, record: Record) -> Record:
         skin = decode_labels(record.parsing) == LABEL_IDS["skin"]
         pixels = decode_jpeg(record.image)[skin].astype(np.float32) / 255
         lightness = cv2.cvtColor(pixels[None], cv2.COLOR_RGB2LAB)[0, :, 0]
-        return record.annotated(SkinTone(skin_lightness=float(np.median(lightness))))
+        return record.annotated(ExampleTone(example_lightness=float(np.median(lightness))))
 
 
-def chain_with_skin_tone(config: DatasetConfig) -> list[Stage]:
+def chain_with_example(config: DatasetConfig) -> list[Stage]:
     """Returns the pipeline's chain with the new stage before the quality filter."""
     chain = build_chain(config)
     place = [stage.name for stage in chain].index("quality_filter")
-    return [*chain[:place], SkinToneStage(SkinToneConfig()), *chain[place:]]
+    return [*chain[:place], ExampleToneStage(ExampleToneConfig()), *chain[place:]]

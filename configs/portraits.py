@@ -1,0 +1,100 @@
+"""Settings of the generator, each with its only default. Presets are in configs/infer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.common import check as _check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedModelConfig:
+    """The model of an adapter. The adapter states its spec and mode; another value than auto makes
+    a run with a different adapter fail.
+    """
+
+    spec: Literal["auto", "tiny", "sd15", "sdxl"] = "auto"
+    mode: Literal["auto", "corrected", "legacy"] = "auto"
+    # hub id or folder in diffusers layout; "": the spec's default (tiny: base/ beside the adapter's
+    # folder)
+    base: str = ""
+    # hub id or folder; "": image_encoder/ of a local base, else the spec's default
+    image_encoder: str = ""
+    variant: str = ""  # of the base's files, as in diffusers, for example fp16
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionStrength:
+    """The weight of the photograph in each region's token: 0 (the word alone) to 1 (fully fused
+    with the region's image).
+    """
+
+    face: float = 1.0
+    ears: float = 1.0
+    eyes: float = 1.0
+    nose: float = 1.0
+    mouth: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("face", "ears", "eyes", "nose", "mouth"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"region_strength.{name}={value}: expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferConfig:
+    """The settings of `python -m infer.cli`."""
+
+    model: AdaptedModelConfig = field(default_factory=AdaptedModelConfig)
+    adapter: str = ""  # a checkpoint folder, .safetensors or a published .bin
+    # configuration of the stages that process the photograph; "": the one in the checkpoint
+    dataset: str = ""
+    photo: str = ""
+    identity: str = ""  # an identity.safetensors of an earlier run, in place of a photo
+    prompts: tuple[str, ...] = ()
+    output: str = "runs/portraits"
+    overwrite: bool = False  # replace portraits in `output` that have another configuration
+    prompt_template: str = "{prompt}"
+    negative_prompt: str = ""
+    scheduler: str = "EulerDiscreteScheduler"  # any of diffusers' schedulers, by class name
+    num_inference_steps: int = 50
+    # steps up to this one use the plain text, later ones the text with fused regions
+    start_merge_step: int = 30
+    guidance_scale: float = 5.0
+    height: int = 768
+    width: int = 512
+    num_images_per_prompt: int = 1
+    # portraits generated together; more is faster on a GPU and may change the last bit
+    batch_size: int = 1
+    id_scale: float = 1.0  # weight of the ID tokens' attention
+    region_strength: RegionStrength = field(default_factory=RegionStrength)
+    merge_lora: bool = True  # add the adapter's LoRA to the UNet's weights: faster steps
+    seed: int = 2024
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
+        _check(
+            self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale}: expected at least 1"
+        )
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _check(value > 0 and value % 8 == 0, f"{name}={value}: expected a multiple of 8")
+        _check(
+            0 <= self.start_merge_step <= self.num_inference_steps,
+            f"start_merge_step={self.start_merge_step}: expected 0 to "
+            f"num_inference_steps={self.num_inference_steps}; "
+            "a later step would never fuse the facial regions",
+        )
+        _check(self.id_scale >= 0, f"id_scale={self.id_scale}: expected at least 0")
+        _check(
+            "{prompt}" in self.prompt_template,
+            f"prompt_template={self.prompt_template!r}: expected a text with {{prompt}} in it",
+        )
+        _check(
+            not (self.photo and self.identity),
+            "photo and identity are both given: give one of them",
+        )

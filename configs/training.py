@@ -1,0 +1,125 @@
+"""Settings of the trainer, each with its only default. Presets are in configs/train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.common import WeightsConfig
+from configs.common import check as _check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. Names are those of diffusers' training scripts."""
+
+    learning_rate: float = 1e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler: str = "constant_with_warmup"  # any name of diffusers.optimization.SchedulerType
+    lr_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            _check(
+                getattr(self, name) > 0, f"optim.{name}={getattr(self, name)}: expected more than 0"
+            )
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(
+                0 <= getattr(self, name) < 1,
+                f"optim.{name}={getattr(self, name)}: expected 0 up to 1",
+            )
+        _check(
+            self.lr_warmup_steps >= 0,
+            f"optim.lr_warmup_steps={self.lr_warmup_steps}: expected at least 0",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """Weights of the losses, and dropout of conditions."""
+
+    facial_weight: float = 0.01  # of the facial attention localisation loss (paper, section 3.3)
+    mask_loss_prob: float = 0.5  # share of batches whose loss excludes the background
+    snr_gamma: float = 0.0  # 0: no min-SNR weighting
+    # shares of samples trained without text, without identity, without both
+    drop_text: float = 0.05
+    drop_identity: float = 0.05
+    drop_both: float = 0.05
+
+    def __post_init__(self) -> None:
+        total = self.drop_text + self.drop_identity + self.drop_both
+        _check(0 <= total <= 1, f"loss.drop_* add up to {total}: expected 0 to 1")
+        for name in ("drop_text", "drop_identity", "drop_both", "facial_weight", "snr_gamma"):
+            _check(
+                getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: expected at least 0"
+            )
+        _check(
+            0 <= self.mask_loss_prob <= 1,
+            f"loss.mask_loss_prob={self.mask_loss_prob}: expected 0 to 1",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model to train, and where its frozen parts come from."""
+
+    spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
+    mode: Literal["corrected", "legacy"] = "corrected"
+    # hub id or folder in diffusers layout; "": the spec's default (tiny: created locally)
+    base: str = ""
+    image_encoder: str = ""  # hub id or folder; "": the spec's default
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The settings of `python -m train.cli`."""
+
+    data: str = ""  # a data set: folder or fsspec URL
+    # which side of the data set's split
+    split: Literal["train", "val", "all"] = "train"
+    output: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    # start from this adapter: a checkpoint folder, .safetensors or a published .bin
+    adapter: str = ""
+    # train the UNet too; for the tiny base, which starts from random weights
+    train_base: bool = False
+    resolution: int = 512  # pixels, a multiple of 8
+    train_batch_size: int = 2
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    max_train_steps: int = 10_000
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    seed: int = 0
+    threads: int = 0  # of torch on the CPU; 0: $OMP_NUM_THREADS, else all cores
+    num_workers: int = 2  # processes that read samples
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int = 3  # 0: keep all
+    # latest, a folder, or "": refuse an output that has checkpoints
+    resume_from_checkpoint: str = "latest"
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    # steps between two log lines; reading the loss makes the CPU wait for the device
+    log_every: int = 10
+    # prepared samples that each worker keeps in memory, for small data sets and many epochs
+    keep_samples: int = 0
+    weights: WeightsConfig = field(default_factory=WeightsConfig)  # of the tiny base's vocabulary
+
+    def __post_init__(self) -> None:
+        positive = (
+            "resolution",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "log_every",
+        )
+        for name in (*positive, "checkpointing_steps"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("threads", "num_workers", "checkpoints_total_limit", "keep_samples"):
+            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
+        _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")
