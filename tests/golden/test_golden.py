@@ -46,7 +46,7 @@ def test_every_kind_of_answer_can_fail(tmp_path: Path, capsys: pytest.CaptureFix
     config = json.loads((folder / "golden.json").read_text())
     config["regions"][1]["regions_in_order"].reverse()
     config["adapter_keys"]["0.to_q_lora.down.weight"] = [1, 1]
-    config["e2e"]["start_merge_step"] += 1
+    config["e2e"].update(steps=3, start_merge_step=1)
     (folder / "golden.json").write_text(json.dumps(config))
     texts = json.loads((folder / "texts.json").read_text())
     texts[0]["marked"] += " "
