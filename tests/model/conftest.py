@@ -1,3 +1,4 @@
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def tokenizer(vocab: Path) -> Any:
     return add_marks(clip_tokenizer(vocab))
 
 
-@pytest.fixture
-def base(tiny_base: Path) -> BaseModels:
+@pytest.fixture(scope="session")
+def loaded_base(tiny_base: Path) -> BaseModels:
     return load_base(SPECS["tiny"], tiny_base)
+
+
+@pytest.fixture
+def base(loaded_base: BaseModels) -> BaseModels:
+    """The tiny base, which the test may train. Its tokenizer is shared."""
+    tokenizer = loaded_base.tokenizer
+    return deepcopy(loaded_base, {id(tokenizer): tokenizer})

@@ -36,6 +36,14 @@ def shards(data: Path) -> ShardSet:
     return ShardSet(str(data))
 
 
+@pytest.fixture(scope="session")
+def built_parts(
+    data: Path, tiny_base: Path, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory
+) -> Parts:
+    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), shards)
+
+
 @pytest.fixture
-def parts(data: Path, tiny_base: Path, shards: ShardSet, tmp_path: Path) -> Parts:
-    return Parts(small(data, tiny_base, tmp_path / "out"), shards)
+def parts(built_parts: Parts) -> Parts:
+    """Models that the test may train."""
+    return built_parts.copy()

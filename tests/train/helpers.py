@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -70,3 +71,10 @@ class Parts:
         )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
         self.make = BatchMaker(shards, SampleOrder(len(shards), config.seed), self.preparation)
+        self._random = torch.get_rng_state()
+
+    def copy(self) -> Parts:
+        """The same models with weights of their own, and torch's random state as it was."""
+        torch.set_rng_state(self._random)
+        shared = (self.frozen.base.tokenizer, self.make)
+        return deepcopy(self, {id(each): each for each in shared})
