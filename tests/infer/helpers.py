@@ -28,13 +28,13 @@ def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
 
 
 def small(adapter: Path, **changes: object) -> InferConfig:
-    """Returns settings for four steps at 64 pixels."""
+    """Returns settings for four steps at 32 pixels."""
     values: dict[str, object] = {
         "adapter": str(adapter),
         "num_inference_steps": 4,
         "start_merge_step": 2,
-        "height": 64,
-        "width": 64,
+        "height": 32,
+        "width": 32,
         "guidance_scale": 2.0,
         "negative_prompt": "blurry",
         "merge_lora": False,

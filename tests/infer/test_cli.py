@@ -53,7 +53,7 @@ def test_a_run_writes_everything_and_its_own_configuration_repeats_it(
     for index, name in enumerate(names):
         with Image.open(tmp_path / "out" / name) as image:
             metadata = image.text  # type: ignore[attr-defined]
-            assert image.size == (64, 64)
+            assert image.size == (32, 32)
         expected = {
             "prompt": prompts[index // 2],
             "prompt_index": str(index // 2),
