@@ -16,7 +16,16 @@ from tests.pipelines.stub_chain import StubCaption
 
 # Children are forked from a server process that has imported everything and runs no threads.
 _CHILDREN = multiprocessing.get_context("forkserver")
-_CHILDREN.set_forkserver_preload(["torch", "tests.pipelines.incremental"])
+_CHILDREN.set_forkserver_preload(
+    [
+        "tests.pipelines.incremental",
+        # what a run imports when it needs it
+        "fsspec.implementations.local",
+        "pandas",
+        "pipelines.sources.files",
+        "torch",
+    ]
+)
 
 
 def killed(moment: int, errors: Path, function: Callable[..., object], *arguments: object) -> bool:

@@ -52,19 +52,6 @@ REASONS: Final = (
     "not_a_file",
     "taken_down",
 )
-CHANGES: Final[list[dict[str, Any]]] = [
-    {"min_sharpness": 0.0},
-    {"min_sharpness": 0.25},
-    {"min_sharpness": 0.45},
-    {"prompt": "A"},
-    {"prompt": "B"},
-    {"min_score": 0.5},
-    {"min_score": 0.6},
-    {"jpeg_quality": 95},
-    {"jpeg_quality": 90},
-    {"max_hash_distance": 10},
-    {"max_hash_distance": -1},
-]
 
 
 def bytes_of(picture: str) -> bytes:
@@ -73,7 +60,17 @@ def bytes_of(picture: str) -> bytes:
 
 names = st.sampled_from(INPUTS)
 pictures = st.sampled_from([*PICTURES, "not a picture"])
-contents = st.dictionaries(names, pictures, min_size=1, max_size=4)
+places = st.lists(st.integers(0, len(INPUTS) - 1), max_size=2, unique=True)
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "min_sharpness": st.sampled_from([0.0, 0.25, 0.45]),
+        "prompt": st.sampled_from("AB"),
+        "min_score": st.sampled_from([0.5, 0.6]),
+        "jpeg_quality": st.sampled_from([95, 90]),
+        "max_hash_distance": st.sampled_from([10, -1]),
+    },
+)
 
 
 class Machine(RuleBasedStateMachine):
@@ -86,44 +83,36 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.data.files or self.data.planned:
+            if self.data.planned or self.data.files:
                 self.data.run()
         finally:
             shutil.rmtree(self.folder)
 
-    @initialize(inputs=st.dictionaries(names, pictures, min_size=1, max_size=8))
-    def begin(self, inputs: dict[str, str]) -> None:
-        self.put(inputs)
+    @initialize(inputs=st.dictionaries(names, pictures, min_size=1, max_size=8), settings=changes)
+    def begin(self, inputs: dict[str, str], settings: dict[str, Any]) -> None:
+        self.edit(inputs, [], [])
+        self.data.change(**settings)
 
-    @rule(inputs=contents)
-    def put(self, inputs: dict[str, str]) -> None:
-        """New inputs, and other bytes for those that are there."""
-        for name, picture in inputs.items():
+    @rule(put=st.dictionaries(names, pictures, max_size=3), touch=places, remove=places)
+    def edit(self, put: dict[str, str], touch: list[int], remove: list[int]) -> None:
+        """put: new inputs, and other bytes for those that are there. touch, remove: places among
+        the inputs that are there.
+        """
+        for act, chosen in ((self.data.touch, touch), (self.data.remove, remove)):
+            present = sorted(self.data.files)
+            for place in chosen:
+                if place < len(present):
+                    act(present[place])
+        for name, picture in put.items():
             self.data.put(name, bytes_of(picture))
 
-    @precondition(lambda self: self.data.files)
-    @rule(place=st.integers(0, len(INPUTS) - 1))
-    def touch(self, place: int) -> None:
-        self.data.touch(self._present(place))
-
-    @precondition(lambda self: self.data.files)
-    @rule(place=st.integers(0, len(INPUTS) - 1))
-    def remove(self, place: int) -> None:
-        self.data.remove(self._present(place))
-
-    def _present(self, place: int) -> str:
-        present = sorted(self.data.files)
-        return present[place % len(present)]
-
-    @rule(change=st.sampled_from(CHANGES))
-    def change(self, change: dict[str, Any]) -> None:
-        self.data.change(**change)
-
-    @rule(outage=st.booleans())
-    def captioner_is_away(self, outage: bool) -> None:
+    @rule(settings=changes, outage=st.booleans())
+    def change(self, settings: dict[str, Any], outage: bool) -> None:
+        """outage: of the captioner, until the next change."""
+        self.data.change(**settings)
         self.data.outage = outage
 
-    @precondition(lambda self: self.data.files or self.data.planned)
+    @precondition(lambda self: self.data.planned or self.data.files)
     @rule()
     def run(self) -> None:
         self.data.run()
@@ -133,25 +122,19 @@ class Machine(RuleBasedStateMachine):
     def retry(self, reason: str) -> None:
         self.data.run(reason)
 
-    @precondition(lambda self: self.data.files or self.data.planned)
+    @precondition(lambda self: self.data.planned or self.data.files)
     @rule(moment=st.integers(1, 120))
     def run_and_kill(self, moment: int) -> None:
         self.data.run(kill_at=moment)
 
     @precondition(lambda self: self.data.planned)
-    @rule(name=names)
-    def take_down_by_name(self, name: str) -> None:
-        self.data.take_down("source", name)
-
-    @precondition(lambda self: self.data.planned)
-    @rule(picture=pictures)
-    def take_down_by_hash(self, picture: str) -> None:
-        self.data.take_down("hash", sha256(bytes_of(picture)).hexdigest())
-
-    @precondition(lambda self: self.data.planned)
-    @rule(name=names, moment=st.integers(1, 40))
-    def take_down_and_kill(self, name: str, moment: int) -> None:
-        self.data.take_down("source", name, moment)
+    @rule(which=names | pictures, moment=st.just(0) | st.integers(1, 40))
+    def take_down(self, which: str, moment: int) -> None:
+        """By name, or by the digest of a picture; killed at `moment`, unless it is 0."""
+        if which in INPUTS:
+            self.data.take_down("source", which, moment)
+        else:
+            self.data.take_down("hash", sha256(bytes_of(which)).hexdigest(), moment)
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +147,7 @@ def test_any_history_leads_to_the_output_of_a_fresh_run() -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=SEARCHED or 50,
+            max_examples=SEARCHED or 40,
             stateful_step_count=12,
             deadline=None,
             derandomize=not SEARCHED,
