@@ -67,7 +67,7 @@ def errors() -> Iterator[None]:
             fg="yellow",
             err=True,
         )
-        traceback.clear_frames(stopped.__traceback__)  # deletes temporary files held by frames
+        traceback.clear_frames(stopped.__traceback__)  # closes, so deletes, temporary files
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)  # sys.exit would wait for threads, which may wait for a server

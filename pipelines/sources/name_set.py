@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from types import TracebackType
 
 
 class NameSet:
@@ -15,12 +14,7 @@ class NameSet:
         self._db.execute("CREATE TABLE names (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._db.close()
 
     def add(self, name: str) -> bool:

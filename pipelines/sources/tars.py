@@ -41,7 +41,7 @@ class _Sample:
 
     name: str = ""
     provenance: str = ""
-    # NAME.jpg; several only if they have the very same name
+    # NAME.jpg; more than one if the tar contains two members with this name
     images: list[tarfile.TarInfo] = field(default_factory=list)
     # NAME.more.jpg: inputs only if there is no NAME.jpg
     suffixed_images: list[tarfile.TarInfo] = field(default_factory=list)
