@@ -24,11 +24,23 @@ EXACT = 0.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A comparison. error: the largest absolute difference, or the number of differing entries."""
+    """A comparison of the model's output with the reference's. relative: tensors are compared
+    relative to the mean magnitude of `expected`.
+    """
 
     name: str
-    error: float
-    tolerance: float
+    output: object
+    expected: object
+    tolerance: float = EXACT
+    relative: bool = False
+
+    @property
+    def error(self) -> float:
+        """The largest absolute difference of tensors, else the number of differing entries."""
+        if not isinstance(self.output, Tensor) or not isinstance(self.expected, Tensor):
+            return float(_differing(self.output, self.expected))
+        scale = float(self.expected.abs().mean()) if self.relative else 1.0
+        return _largest_error(self.output, self.expected) / scale
 
     @property
     def ok(self) -> bool:
@@ -83,10 +95,12 @@ class Golden:
         """Makes the UNet, without an adapter, with the reference's weights."""
         return self.fill(diffusers.UNet2DConditionModel(**self.config["unet_config"]), "unet.")
 
-    def close_case(self, name: str, output: Tensor, tolerance: float = MODULES) -> Case:
-        """Compares an output with the reference's, up to `tolerance`."""
+    def case(
+        self, name: str, output: Tensor, tolerance: float = MODULES, relative: bool = False
+    ) -> Case:
+        """Compares an output with the answer of that name."""
         self.compared.add(name)
-        return Case(name, largest_error(output, self.answers[name]), tolerance)
+        return Case(name, output, self.answers[name], tolerance, relative)
 
 
 _INPUTS = (
@@ -112,26 +126,22 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def largest_error(output: Tensor, expected: Tensor) -> float:
+def _largest_error(output: Tensor, expected: Tensor) -> float:
     """Returns the largest absolute difference; infinity for different shapes."""
     if output.shape != expected.shape:
         return float("inf")
     return float((output.double() - expected.double()).abs().max()) if output.numel() else 0.0
 
 
-def exact_case(name: str, output: object, expected: object) -> Case:
-    """Compares exactly.
-
-    The error is the number of differing entries of two mappings or of two lists of equal length,
+def _differing(output: object, expected: object) -> int:
+    """Returns the number of differing entries of two mappings or of two lists of equal length,
     else 0 or 1.
     """
     if isinstance(output, dict) and isinstance(expected, dict):
-        differing = sum(output.get(k) != expected.get(k) for k in {*output, *expected})
-    elif isinstance(output, list) and isinstance(expected, list) and len(output) == len(expected):
-        differing = sum(a != b for a, b in zip(output, expected, strict=True))
-    else:
-        differing = int(output != expected)
-    return Case(name, float(differing), EXACT)
+        return sum(output.get(k) != expected.get(k) for k in {*output, *expected})
+    if isinstance(output, list) and isinstance(expected, list) and len(output) == len(expected):
+        return sum(a != b for a, b in zip(output, expected, strict=True))
+    return int(output != expected)
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
