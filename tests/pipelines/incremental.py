@@ -184,6 +184,11 @@ class IncrementalDataSet:
         [row] = [row for row in self._rows if row["key"] == key_of(name)]
         return row
 
+    @property
+    def reasons(self) -> list[str]:
+        """The reasons of dropped and failed records, sorted."""
+        return sorted({row["reason"] for row in self._rows} - {""})
+
     def keys(self, reason: str) -> frozenset[str]:
         """Of the records that ended for this reason."""
         return frozenset(row["key"] for row in self._rows if row["reason"] == reason)

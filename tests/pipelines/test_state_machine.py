@@ -43,15 +43,6 @@ PICTURES: Final = {
     "cat": Picture(person="cat", sharpness=0.4),
     "nobody": Picture(person=""),
 }
-REASONS: Final = (
-    "caption_failed",
-    "blurred",
-    "near_duplicate",
-    "duplicate",
-    "no_face",
-    "not_a_file",
-    "taken_down",
-)
 
 
 def bytes_of(picture: str) -> bytes:
@@ -60,16 +51,18 @@ def bytes_of(picture: str) -> bytes:
 
 names = st.sampled_from(INPUTS)
 pictures = st.sampled_from([*PICTURES, "not a picture"])
-places = st.lists(st.integers(0, len(INPUTS) - 1), max_size=2, unique=True)
-changes = st.fixed_dictionaries(
-    {},
-    optional={
-        "min_sharpness": st.sampled_from([0.0, 0.25, 0.45]),
-        "prompt": st.sampled_from("AB"),
-        "min_score": st.sampled_from([0.5, 0.6]),
-        "jpeg_quality": st.sampled_from([95, 90]),
-        "max_hash_distance": st.sampled_from([10, -1]),
-    },
+numbers = st.integers(0, len(INPUTS) - 1)  # each chooses one of what is there
+places = st.lists(numbers, max_size=2, unique=True)
+# One setting at a time, so that most of the output is reused. With another jpeg_quality all is made
+# again from the source.
+changes = st.sampled_from(
+    [
+        *(("min_sharpness", limit) for limit in (0.0, 0.25, 0.45)),
+        *(("prompt", letter) for letter in "ABC"),
+        *(("min_score", limit) for limit in (0.5, 0.6)),
+        *(("max_hash_distance", distance) for distance in (10, -1)),
+        ("jpeg_quality", 90),
+    ]
 )
 
 
@@ -88,10 +81,10 @@ class Machine(RuleBasedStateMachine):
         finally:
             shutil.rmtree(self.folder)
 
-    @initialize(inputs=st.dictionaries(names, pictures, min_size=1, max_size=8), settings=changes)
-    def begin(self, inputs: dict[str, str], settings: dict[str, Any]) -> None:
+    @initialize(inputs=st.dictionaries(names, pictures, min_size=1, max_size=8), setting=changes)
+    def begin(self, inputs: dict[str, str], setting: tuple[str, Any]) -> None:
         self.edit(inputs, [], [])
-        self.data.change(**settings)
+        self.change(setting, outage=False)
 
     @rule(put=st.dictionaries(names, pictures, max_size=3), touch=places, remove=places)
     def edit(self, put: dict[str, str], touch: list[int], remove: list[int]) -> None:
@@ -106,10 +99,10 @@ class Machine(RuleBasedStateMachine):
         for name, picture in put.items():
             self.data.put(name, bytes_of(picture))
 
-    @rule(settings=changes, outage=st.booleans())
-    def change(self, settings: dict[str, Any], outage: bool) -> None:
+    @rule(setting=changes, outage=st.booleans())
+    def change(self, setting: tuple[str, Any], outage: bool) -> None:
         """outage: of the captioner, until the next change."""
-        self.data.change(**settings)
+        self.data.change(**dict([setting]))
         self.data.outage = outage
 
     @precondition(lambda self: self.data.planned or self.data.files)
@@ -117,22 +110,27 @@ class Machine(RuleBasedStateMachine):
     def run(self) -> None:
         self.data.run()
 
-    @precondition(lambda self: self.data.planned)
-    @rule(reason=st.sampled_from(REASONS))
-    def retry(self, reason: str) -> None:
-        self.data.run(reason)
+    @precondition(lambda self: self.data.reasons)
+    @rule(number=numbers, outage=st.booleans())
+    def retry(self, number: int, outage: bool) -> None:
+        """Retries the records of a reason that there is."""
+        self.data.outage = outage
+        self.data.run(self.data.reasons[number % len(self.data.reasons)])
 
     @precondition(lambda self: self.data.planned or self.data.files)
-    @rule(moment=st.integers(1, 120))
+    @rule(moment=st.integers(1, 30) | st.integers(1, 120))
     def run_and_kill(self, moment: int) -> None:
         self.data.run(kill_at=moment)
 
     @precondition(lambda self: self.data.planned)
-    @rule(which=names | pictures, moment=st.just(0) | st.integers(1, 40))
-    def take_down(self, which: str, moment: int) -> None:
-        """By name, or by the digest of a picture; killed at `moment`, unless it is 0."""
-        if which in INPUTS:
-            self.data.take_down("source", which, moment)
+    @rule(which=numbers | pictures, moment=st.just(0) | st.integers(1, 40))
+    def take_down(self, which: int | str, moment: int) -> None:
+        """Of an input by its name, or of a picture by its digest; killed at `moment`, unless it is
+        0.
+        """
+        if isinstance(which, int):
+            planned = sorted(self.data.planned)
+            self.data.take_down("source", planned[which % len(planned)], moment)
         else:
             self.data.take_down("hash", sha256(bytes_of(which)).hexdigest(), moment)
 
