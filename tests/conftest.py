@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,9 @@ from stages.backends.runtime import pin_threads
 from stages.backends.weights import Weights
 from tests import models
 from tests.sharing import shared_folder
+
+if TYPE_CHECKING:
+    from train.shards import ShardSet
 
 pytest_plugins = ["tests.budget"]
 
@@ -50,6 +54,33 @@ def portraits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run([*command, str(folder)], check=True, capture_output=True)
 
     return shared_folder(tmp_path_factory, "portraits", make)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
+    """The output of a data set run on the portraits: eight samples in shards of 3, 3 and 2."""
+    from configs.schema import DatasetConfig, SourceConfig
+    from pipelines.run import run
+
+    def make(folder: Path) -> None:
+        run(
+            DatasetConfig(
+                source=SourceConfig(path=str(portraits)),
+                output=str(folder),
+                shard_size=3,
+                executor="inline",
+                threads=1,
+            )
+        )
+
+    return shared_folder(tmp_path_factory, "dataset", make)
+
+
+@pytest.fixture(scope="session")
+def shards(data: Path) -> ShardSet:
+    from train.shards import ShardSet
+
+    return ShardSet(str(data))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The tiny model learns eight portraits, and uses their conditions."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,24 +8,20 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import DatasetConfig
 from model.conditions import build_conditions, collate, training_pixels
 from model.consistentid import BaseModels, ConsistentID, Features, encode_frozen, predict_noise
 from model.losses import localisation_loss, noise_loss
 from model.spec import SPECS
-from stages.base import run_chain
-from stages.chain import build_stages
-from stages.record import Record, key_of
+from train.shards import ShardSet
 
 TINY = SPECS["tiny"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portraits: Path) -> None:
+def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, shards: ShardSet) -> None:
     torch.manual_seed(0)
-    records = run_stages(sorted(portraits.glob("*.jpg")))
-    assert [record.reason for record in records] == [""] * 8
+    records = list(shards.records(range(8)))
     model = ConsistentID(TINY, base.unet, "corrected")
     records *= 2  # two draws of noise for each portrait and step
     batch = collate(
@@ -80,13 +75,3 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, portra
     gaps = [other - own for other, own in zip(swapped[0], after[0], strict=True)]
     assert min(gaps) > spread, "another person's conditions must give a larger loss"
     assert after[1] < before[1] - 0.1, "attention must have moved into the regions"
-
-
-def run_stages(files: list[Path]) -> list[Record]:
-    """Returns the photographs' records after the pipeline's stages."""
-    chain = build_stages(DatasetConfig())
-    for stage in chain:
-        stage.setup()
-    return run_chain(
-        chain, [Record(key=key_of(p.name), source=p.name, image=p.read_bytes()) for p in files]
-    )
