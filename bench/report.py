@@ -26,7 +26,7 @@ from stages.storage.reader import DatasetReader
 from tests.pipelines.report.report_data import Recipe, write_set
 
 # Fragment of a view's address → selector of what it draws first.
-FIRST = {"": "[data-chart][data-drawn]", "#pictures": ".sample canvas[data-labels]"}
+FIRST = {"": "[data-chart][data-drawn]", "#images": ".sample canvas[data-labels]"}
 
 
 def main(

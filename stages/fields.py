@@ -35,7 +35,7 @@ class Metric:
     note: str = ""
     scale: float = 1
     whole: bool = False
-    group: str = "picture"
+    group: str = "image"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ class ShardSet:
             raise SourceError(
                 f"{data}: its {len(manifests)} shards hold no sample; the report under "
                 f"{data}/report "
-                "says why inputs were dropped. Run make dataset on other pictures."
+                "says why inputs were dropped. Run make dataset on other images."
             )
         used = [m for m, samples in zip(manifests, chosen, strict=True) if samples]
         samples = [place for places_of_shard in chosen for place in places_of_shard]

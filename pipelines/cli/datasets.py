@@ -169,7 +169,7 @@ def inspect(
         typer.Option("--png", help="Write image, label map and legend to this file."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --png file.")] = False,
-    no_picture: Annotated[bool, typer.Option("--no-picture", help="Text only.")] = False,
+    no_image: Annotated[bool, typer.Option("--no-image", help="Text only.")] = False,
 ) -> None:
     """Show one input: image, label map, faces, metrics, reason, and its training text.
 
@@ -183,7 +183,7 @@ def inspect(
         inspection = find_input(open_store(output), key)
         if png is not None:
             write_sheet(inspection, png, overwrite)
-        show(inspection, console_of(), not no_picture)
+        show(inspection, console_of(), not no_image)
         if png is not None:
             typer.echo(f"written: {png}")
 

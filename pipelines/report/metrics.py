@@ -22,7 +22,7 @@ from stages.storage.sidecar import STANDARD_COLUMNS
 
 AREA: Final = "area"
 WORDS: Final = "words"
-GROUPS: Final = ("picture", "pose", "identity", "text", AREA, WORDS)
+GROUPS: Final = ("image", "pose", "identity", "text", AREA, WORDS)
 
 
 @dataclass(frozen=True, slots=True)

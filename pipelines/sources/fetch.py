@@ -37,7 +37,7 @@ from pipelines.sources.base import TransientFailure
 from stages.base import Dropped, Failed
 
 USER_AGENT: Final = (
-    "consistentid-pipeline/0.1 (collects pictures for a data set; heeds X-Robots-Tag)"
+    "consistentid-pipeline/0.1 (collects images for a data set; heeds X-Robots-Tag)"
 )
 _HEADERS: Final = {
     "User-Agent": USER_AGENT,

@@ -165,7 +165,7 @@ class FgidLayout(Source):
         """Raises Failed: bad_entry, outside_source, not_a_file, unreadable, too_many_bytes."""
         entry: Entry = json.loads(item.locator)
         if "image" not in entry:
-            raise Failed("bad_entry", f"it names no picture: expected one of {', '.join(_IMAGE)}")
+            raise Failed("bad_entry", f"it names no image: expected one of {', '.join(_IMAGE)}")
         return read_file(self._resolve(*entry["image"]), self.max_bytes, count)
 
     def provided_fields(self, item: Input) -> frozenset[str]:
@@ -242,7 +242,7 @@ def _faces(entry: Entry, record: Record) -> tuple[Face, ...]:
     if size != (record.width, record.height):
         raise Failed(
             "bad_faces",
-            f"they are of a picture of {size[0]}×{size[1]}, not {record.width}×{record.height}",
+            f"they are of an image of {size[0]}×{size[1]}, not {record.width}×{record.height}",
         )
     try:
         faces = tuple(face_from_dict(face) for face in entry["faces"])
@@ -268,7 +268,7 @@ def _checked_labels(data: bytes, record: Record) -> bytes:
         raise Failed("bad_parsing", f"no PNG: begins with {data[:8]!r}")
     width, height = struct.unpack(">II", data[16:24])  # checked before anything is decoded
     if (width, height) != (record.width, record.height):
-        raise Failed("bad_parsing", f"{width}×{height}, the picture {record.width}×{record.height}")
+        raise Failed("bad_parsing", f"{width}×{height}, the image {record.width}×{record.height}")
     try:
         highest = int(decode_labels(data).max())
     except ValueError as error:

@@ -1,20 +1,21 @@
-"""A data set over its life, and the fresh run that it must equal.
+"""A data set that is changed over time, and the fresh run that its output must equal.
 
-`IncrementalDataSet` does to a source folder and an output what a user does over months: inputs
-come, change and vanish, settings change, runs are killed, inputs are taken down. After each run
-that completes, the output is compared with that of one fresh run with the same source, settings and
-removal requests (docs/adr/0004, 0007, 0009 to 0011): the same bytes, except where `compare` says
-otherwise. Three things depend on the past, and the fresh run is told of them:
+`IncrementalDataSet` does to a source folder and an output what users do over months: inputs are
+added, changed and removed, settings change, runs are killed, inputs are taken down. After each
+completed run, the output is compared with that of one fresh run with the same source, settings and
+removal requests (docs/adr/0004, 0007, 0009 to 0011). The bytes must be equal, except for the
+differences that `compare` allows. Three things depend on the past, so the fresh run gets them as
+inputs:
 
-- Which shard an input is in follows from the order in which inputs came. So the fresh run starts
-  from a plan that the planner alone has made, in an output of its own, of the same new inputs in
+- The shard of an input follows from the order in which inputs were added. So the fresh run starts
+  with a plan that the planner alone has made, in an output of its own, of the same new inputs in
   the same order.
-- An input that has vanished from the source keeps its sample. So the fresh run plans without the
-  input, and then finds the bytes that its record was made of; none where the record says
-  `not_a_file`. A sample may only be lost where its shard starts from the source again, or where it
-  is tried again itself.
-- A record whose captioning failed stays so until it is tried again or made again. So the fresh
-  run's captioner fails for the same records. Without an outage no others may fail.
+- An input that has vanished from the source keeps its sample. So the fresh run plans without this
+  input, and then reads the bytes that its record was made from; none if the record says
+  `not_a_file`. A sample may be lost only if its shard is processed from the source again, or if it
+  is retried itself.
+- A record whose captioning failed is unchanged until it is retried or its caption is stale. So the
+  fresh run's captioner fails for the same records. Without an outage no others may fail.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Settings:
 
     @lru_cache(maxsize=1000)  # noqa: B019 - a few settings and folders
     def config(self, folder: Path) -> DatasetConfig:
-        """Of the source and output that lie in `folder`."""
+        """Returns the configuration for `folder`/source and `folder`/output."""
         return config(
             folder / "source",
             folder / "output",
@@ -83,7 +84,7 @@ class Settings:
 
 
 class File(NamedTuple):
-    """mtime: seconds; never the same for two contents of one file."""
+    """mtime: in seconds; differs between any two contents of one file."""
 
     data: bytes
     mtime: int
@@ -95,8 +96,8 @@ class File(NamedTuple):
 
 @dataclass
 class IncrementalDataSet:
-    """files: what the source holds. planned: each input as it was last listed, in the plan's order.
-    outage: while it lasts, the captioner fails for about every second input.
+    """files: in the source. planned: each input as it was last listed, in the plan's order. outage:
+    the captioner fails for about every second input.
     """
 
     folder: Path
@@ -126,17 +127,17 @@ class IncrementalDataSet:
     def config(self) -> DatasetConfig:
         return self.settings.config(self.folder)
 
-    # What a user does.
+    # Actions of a user.
 
     def put(self, name: str, data: bytes) -> None:
-        """Add an input, or give it other bytes."""
+        """Adds an input, or replaces its bytes."""
         self._clock += 1
         self.files[name] = File(data, self._clock)
         self.files[name].write(self.source / name)
         self._contents[sha256(data).hexdigest()] = data
 
     def touch(self, name: str) -> None:
-        """Another time, the same bytes."""
+        """Changes the time of an input, not its bytes."""
         self.put(name, self.files[name].data)
 
     def remove(self, name: str) -> None:
@@ -144,12 +145,13 @@ class IncrementalDataSet:
         del self.files[name]
 
     def change(self, **settings: Any) -> None:
-        """Of what the next run is given."""
+        """Changes settings of the next run."""
         self.settings = replace(self.settings, **settings)
 
     def run(self, *retry: str, kill_at: int = 0) -> bool:
-        """A run that is killed at moment `kill_at` (see `sigkill`); with 0, or where it ends before
-        that, it completes and is checked. retry: reasons. Returns True if it completed.
+        """Runs the pipeline, and checks the output if the run completed. Returns whether it did.
+
+        kill_at: the moment at which the run is killed (see `sigkill`); 0: never. retry: reasons.
         """
         whole, failed = self._whole_samples(retry), self.keys("caption_failed")
         keys = sorted(map(key_of, {*self.files, *self.planned}))
@@ -167,7 +169,9 @@ class IncrementalDataSet:
         return True
 
     def take_down(self, by: str, value: str, kill_at: int = 0) -> None:
-        """by: source, a name; or hash, a sha256. Does nothing while there is no configuration."""
+        """by: `source` or `hash`. value: a name or a sha256. Without a configuration in the output,
+        it does nothing.
+        """
         if not self.store.exists(CONFIG):
             return
         whole, log = self._whole_samples(), read_takedowns(self.store)
@@ -177,10 +181,10 @@ class IncrementalDataSet:
             self._check_removed()
             assert list(lint(self.store)) == []
 
-    # What there is.
+    # The present state.
 
     def row(self, name: str) -> Row:
-        """An input's row of its sidecar."""
+        """Returns an input's row of its sidecar."""
         [row] = [row for row in self._rows if row["key"] == key_of(name)]
         return row
 
@@ -190,13 +194,13 @@ class IncrementalDataSet:
         return sorted({row["reason"] for row in self._rows} - {""})
 
     def keys(self, reason: str) -> frozenset[str]:
-        """Of the records that ended for this reason."""
+        """Returns the keys of the records that were dropped or failed with this reason."""
         return frozenset(row["key"] for row in self._rows if row["reason"] == reason)
 
-    # What must be so.
+    # The guarantees.
 
     def check(self) -> None:
-        """Call after a run that completed. Raises AssertionError where a promise is broken."""
+        """Checks all guarantees. Call it after a completed run."""
         self._check_second_run()
         assert list(lint(self.store)) == []
         ledger = read_ledger(self.store)  # raises where a shard's doesn't balance
@@ -217,8 +221,8 @@ class IncrementalDataSet:
         assert _stamps(self.output) == before, "a second run writes nothing"
 
     def _check_removed(self) -> None:
-        """Of what the log names nothing is left but its key, in any file but the plan, which lists
-        the source.
+        """Checks that of removed inputs only the keys are left in any file, except the plan, which
+        lists the source.
         """
         entries = read_takedowns(self.store)
         keys = {key for entry in entries for part in entry["removed"].values() for key in part}
@@ -234,8 +238,8 @@ class IncrementalDataSet:
             assert trace not in text, f"{trace} was taken down"
 
     def _whole_samples(self, retry: Sequence[str] = ()) -> dict[str, str]:
-        """Key → sha256 of the source of each sample, quarantined ones too, whose input has
-        vanished, in shards that don't start from the source again.
+        """Returns key → sha256 of the input, for each sample and quarantined sample whose input has
+        vanished, in shards that aren't processed from the source again.
         """
         [resize] = [s for s in stub_chain(self.config) if isinstance(s, StubResize)]
         current = {
@@ -260,8 +264,8 @@ class IncrementalDataSet:
                 assert same, f"{row['source']} has vanished, and keeps its sample"
 
     def _check_plan(self, complete: bool) -> None:
-        """Take over what a run planned: a known input keeps its shard, new ones are sorted and cut
-        into shards behind. A run that was killed may not have got so far.
+        """Checks and stores the plan of a run: a known input keeps its shard; new ones are sorted
+        and divided into shards after the others. A killed run may not have written its plan.
         """
         new = sorted({*self.files} - {*self.planned})
         added = [new[place : place + SHARD_SIZE] for place in range(0, len(new), SHARD_SIZE)]
@@ -285,7 +289,7 @@ class IncrementalDataSet:
     # The fresh run.
 
     def _plan_fresh(self, new: Sequence[str]) -> None:
-        """Let the planner, and nothing else, see new inputs."""
+        """Gives new inputs to the planner alone."""
         folder = self.folder / "planner"
         shutil.rmtree(folder / "source", ignore_errors=True)
         (folder / "source").mkdir(parents=True)
@@ -296,7 +300,7 @@ class IncrementalDataSet:
             write_plan(make_plan(self.settings.config(folder), store), store)
 
     def _run_fresh(self, folder: Path) -> Store:
-        """One run with the current settings, in another folder. Returns its output."""
+        """Runs once with the current settings in another folder. Returns the output."""
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "source").mkdir(parents=True)
         store = Store(str(folder / "output"))
@@ -316,7 +320,7 @@ class IncrementalDataSet:
         return store
 
     def _made_of(self, name: str) -> bytes | None:
-        """What a vanished input's record was made of; None for nothing."""
+        """Returns the bytes from which a vanished input's record was made; None: from none."""
         row = self.row(name)
         if row["sha256"]:
             return self._contents[row["sha256"]]
@@ -342,7 +346,7 @@ def run(settings: DatasetConfig, retry: frozenset[str]) -> None:
 
 
 def remove(output: Path, by: str, value: str) -> None:
-    """As the command does it: with the configuration kept in the output."""
+    """Does what the command does, with the configuration stored in the output."""
     store = Store(str(output))
     stored = load_text(DatasetConfig, store.read(CONFIG).decode())
     if matches := by_source(store, value) if by == "source" else by_hash(store, value):
@@ -350,7 +354,7 @@ def remove(output: Path, by: str, value: str) -> None:
 
 
 def _ignore(count: int) -> None:
-    """Progress is shown to nobody."""
+    """Ignores progress."""
 
 
 def _is_whole(row: Row) -> bool:
@@ -371,7 +375,7 @@ def _plan_rows(shards: Sequence[Sequence[str]], planned: Mapping[str, File]) -> 
 
 
 def _without_vanished(plan: Plan, names: Set[str]) -> Plan:
-    """The plan, but the inputs `names` haven't vanished."""
+    """Returns the plan with the inputs `names` as not vanished."""
     rows = pq.read_table(plan.file).to_pylist()
     file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
     with pq.ParquetWriter(file, pq.read_schema(plan.file)) as writer:
@@ -382,6 +386,6 @@ def _without_vanished(plan: Plan, names: Set[str]) -> Plan:
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name → inode and mtime of every file at any depth."""
+    """Returns name → (inode, mtime) of every file at any depth."""
     stats = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}

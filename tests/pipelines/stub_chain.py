@@ -1,8 +1,8 @@
 """A chain of cheap, deterministic stages without models, with the names, `requires` and `provides`
 of the real ones.
 
-An input is a few bytes of JSON, a `Picture`, which states what each stage will find. Rights,
-thumbnail and quality filter are the real stages; the others answer from the picture.
+An input is a few bytes of JSON, a `Scene`, which states what each stage will find. Rights,
+thumbnail and quality filter are the real stages; the others answer from the scene.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _SIDE: Final = 16  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class Scene:
     """What an input shows.
 
-    person: whose face, "" for no face. Two pictures of one person have a cosine of about 0.8.
-    shot: two pictures with the same person and shot are copies of each other: by hash (the
+    person: whose face, "" for no face. Two scenes of one person have a cosine of about 0.8.
+    shot: two scenes with the same person and shot are copies of each other: by hash (the
     perceptual hashes differ by at most four bits), or, where one is cropped, by face only. saved:
-    makes other bytes of the same picture.
+    makes other bytes of the same scene.
     """
 
     person: str
@@ -56,15 +56,15 @@ class Picture:
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
-    def decode(data: bytes) -> Picture:
+    def decode(data: bytes) -> Scene:
         """Of an input's bytes, or of the JPEG that the resize stage made of them."""
-        return Picture(**json.loads(data.rpartition(_END)[2]))
+        return Scene(**json.loads(data.rpartition(_END)[2]))
 
     @property
     def identity(self) -> FloatArray:
         """float32[512], unit norm."""
         own = _direction(self.person)
-        if self.person == "twin":  # a cosine of about 0.5 to ann's pictures
+        if self.person == "twin":  # a cosine of about 0.5 to ann's scenes
             own = 0.6 * _direction("ann") + 0.8 * own
         of_shot = 0.5 * _direction(f"{self.person} {self.shot}")
         of_crop = 0.1 * _direction(f"{self.person} {self.shot} cropped") * self.cropped
@@ -100,16 +100,16 @@ class StubResize(RecordStage):
     config: StubConfig
 
     def process_one(self, record: Record) -> Record:
-        """A flat JPEG; behind its end is the picture, for the stages that follow."""
+        """A flat JPEG; behind its end is the scene, for the stages that follow."""
         try:
-            picture = Picture.decode(record.image)
+            scene = Scene.decode(record.image)
         except ValueError:
-            raise Failed("undecodable", "not a picture") from None
+            raise Failed("undecodable", "not a scene") from None
         grey = record.image[-2] + int(self.config.setting)
         pixels = np.full((_SIDE, _SIDE, 3), grey, np.uint8)
         return replace(
             record,
-            image=encode_jpeg(pixels, 90) + picture.encode(),
+            image=encode_jpeg(pixels, 90) + scene.encode(),
             width=_SIDE,
             height=_SIDE,
             source_width=2 * _SIDE,
@@ -124,7 +124,7 @@ class StubDetect(RecordStage):
     config: StubConfig
 
     def process_one(self, record: Record) -> Record:
-        if not Picture.decode(record.image).person:
+        if not Scene.decode(record.image).person:
             raise Dropped("no_face", "nobody")
         low, high = 2.0, float(_SIDE - 2)
         corners = (low, low), (high, low), (high, high), (low, high)
@@ -143,7 +143,7 @@ class StubParse(RecordStage):
 
     def process_one(self, record: Record) -> Record:
         labels = np.ones((_SIDE, _SIDE), np.uint8)
-        labels[: Picture.decode(record.image).shot] = 17  # hair
+        labels[: Scene.decode(record.image).shot] = 17  # hair
         return replace(record, parsing=encode_labels(labels))
 
 
@@ -153,7 +153,7 @@ class StubEmbed(RecordStage):
     provides = EmbedStage.provides
 
     def process_one(self, record: Record) -> Record:
-        identity = Picture.decode(record.image).identity
+        identity = Scene.decode(record.image).identity
         return replace(record, identity=identity, identity_norm=20.0)
 
 
@@ -164,11 +164,11 @@ class StubMeasure(RecordStage):
     annotation = MeasureStage.annotation
 
     def process_one(self, record: Record) -> Record:
-        picture = Picture.decode(record.image)
+        scene = Scene.decode(record.image)
         others = ("brightness", "clipped", "yaw", "pitch", "roll", "occlusion")
         measures = Measures(
-            sharpness=picture.sharpness,
-            hash=picture.perceptual_hash,
+            sharpness=scene.sharpness,
+            hash=scene.perceptual_hash,
             **dict.fromkeys(others, 0.5),
         )
         return record.annotated(measures)
@@ -195,9 +195,9 @@ class StubCaption(RecordStage):
     def process_one(self, record: Record) -> Record:
         if record.key in self._failing:
             raise Failed("caption_failed", "no answer")
-        picture = Picture.decode(record.image)
-        text = f"{self.config.setting} {picture.person}, {record.main_face.score:.1f}"
-        return replace(record, caption=text, face_caption=f"{text}: {picture.shot}")
+        scene = Scene.decode(record.image)
+        text = f"{self.config.setting} {scene.person}, {record.main_face.score:.1f}"
+        return replace(record, caption=text, face_caption=f"{text}: {scene.shot}")
 
 
 def stub_chain(config: DatasetConfig) -> list[Stage]:

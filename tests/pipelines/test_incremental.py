@@ -1,5 +1,5 @@
-"""Short histories of a data set that once led to another output than a fresh run, or left something
-of what was taken down. `IncrementalDataSet` compares after each run.
+"""Short histories of a data set after which the output once differed from a fresh run's, or still
+held data of a removed input. `IncrementalDataSet` compares after each run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from stages.storage.sidecar import Row
 from tests.pipelines import incremental
 from tests.pipelines.helpers import rows_of
 from tests.pipelines.incremental import IncrementalDataSet
-from tests.pipelines.stub_chain import OUTAGE, Picture
+from tests.pipelines.stub_chain import OUTAGE, Scene
 
-ANN = Picture(person="ann").encode()
-ANN_AGAIN = Picture(person="ann", saved=1).encode()
-BLURRED = Picture(person="ann", sharpness=0.2).encode()
-BOB = Picture(person="bob").encode()
-CAT = Picture(person="cat").encode()
+ANN = Scene(person="ann").encode()
+ANN_AGAIN = Scene(person="ann", saved=1).encode()
+BLURRED = Scene(person="ann", sharpness=0.2).encode()
+BOB = Scene(person="bob").encode()
+CAT = Scene(person="cat").encode()
 
 
 @pytest.fixture
@@ -70,7 +70,9 @@ def test_a_vanished_input_keeps_its_sample_where_its_copy_is_a_copy_no_more(
     )
 
 
-def test_a_vanished_row_of_a_table_is_not_given_another_rows_picture(tmp_path: Path) -> None:
+def test_a_vanished_row_of_a_table_does_not_get_the_bytes_of_another_row(
+    tmp_path: Path,
+) -> None:
     table = tmp_path / "table.parquet"
     (tmp_path / OUTAGE).write_text("[]")
     output = tmp_path / "output"
@@ -78,8 +80,8 @@ def test_a_vanished_row_of_a_table_is_not_given_another_rows_picture(tmp_path: P
     source = replace(settings.source, path=str(table), name_column="id", kind="parquet")
     settings = replace(settings, source=source)
 
-    def write(**pictures: bytes) -> dict[str, Row]:
-        rows = [{"id": name, "image": data} for name, data in pictures.items()]
+    def write(**scenes: bytes) -> dict[str, Row]:
+        rows = [{"id": name, "image": data} for name, data in scenes.items()]
         pq.write_table(pa.Table.from_pylist(rows), table)
         incremental.run(settings, frozenset())
         return {row["source"]: row for row in rows_of(output)}
@@ -98,10 +100,10 @@ def test_a_copy_of_what_was_taken_down_does_not_name_it(data: IncrementalDataSet
     assert data.row("photo-b.jpg")["reason"] == "taken_down"
 
 
-def test_a_copy_of_another_picture_that_was_taken_down_by_name_is_made(
+def test_a_copy_of_new_bytes_of_a_removed_input_is_processed(
     data: IncrementalDataSet,
 ) -> None:
-    """Nothing is made of an input that was taken down, whatever bytes it has by now."""
+    """An input that was taken down is never processed again, also if its bytes have changed."""
     data.put("photo-a.jpg", ANN)
     data.run()
     data.take_down("source", "photo-a.jpg")
@@ -144,13 +146,13 @@ def test_the_same_bytes_go_too_where_nothing_was_compared(data: IncrementalDataS
 
 
 def test_a_take_down_leaves_nothing_of_what_a_killed_run_wrote(data: IncrementalDataSet) -> None:
-    for name, picture in (
+    for name, scene in (
         ("photo-a.jpg", ANN),
         ("photo-b.jpg", BOB),
         ("photo-c.jpg", CAT),
         ("photo-d.jpg", ANN),
     ):
-        data.put(name, picture)
+        data.put(name, scene)
     data.run()
     (data.output / "shards" / "fgid-000001.json").unlink()
     (data.output / ".duplicates.parquet.tmp-12345678").write_bytes(b"photo-a.jpg")
@@ -169,8 +171,8 @@ def test_the_kept_settings_are_those_of_the_output_after_a_killed_run_with_other
 
 
 def test_a_run_that_is_killed_again_and_again(data: IncrementalDataSet) -> None:
-    for name, picture in (("a", ANN), ("b", ANN_AGAIN), ("c", BLURRED), ("d", BOB), ("e", ANN)):
-        data.put(f"photo-{name}.jpg", picture)
+    for name, scene in (("a", ANN), ("b", ANN_AGAIN), ("c", BLURRED), ("d", BOB), ("e", ANN)):
+        data.put(f"photo-{name}.jpg", scene)
     for changes in ({"min_sharpness": 0.3}, {"min_sharpness": 0.0, "prompt": "B"}):
         data.change(**changes)
         moment = 3

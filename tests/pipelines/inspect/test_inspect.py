@@ -342,5 +342,5 @@ def test_every_input_can_be_shown(dataset: Store) -> None:
         "not_an_image",
     }
     for row in rows:
-        done = call(dataset, row["key"], "--no-picture")
+        done = call(dataset, row["key"], "--no-image")
         assert done.exit_code == 0 and row["key"] in done.stdout
