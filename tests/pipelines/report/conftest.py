@@ -83,6 +83,7 @@ def open_page(browser: Any, browsed: Path) -> Iterator[Open]:
     ) -> Any:
         tab = next((tab for tab in browser.pages if tab not in tabs), None) or browser.new_page()
         tabs.append(tab)
+        tab.bring_to_front()  # Chromium draws one frame a second in other tabs
         tab.set_default_timeout(20_000)
         tab.set_viewport_size(viewport)
         tab.emulate_media(color_scheme=color_scheme)
