@@ -23,7 +23,7 @@ from urllib.parse import urlencode
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -91,21 +91,10 @@ def _fill_examples(report: Report, records: PageRecords) -> None:
 
 def render(report: Report, records: PageRecords, dataset: dict[str, Any]) -> str:
     """The page's HTML. dataset: the content of dataset.json, {} without one."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = {
-        name: getattr(text, name) for name in ("number", "percent", "duration", "size", "clock")
-    }
-    environment.filters.update(filters, query=_query)
     style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = _script()
     data, runs = report.stats["data"], report.stats["runs"]
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         data=data,
         runs=runs,
         plan=report.stats["plan"],
@@ -132,6 +121,22 @@ def render(report: Report, records: PageRecords, dataset: dict[str, Any]) -> str
         style=Markup(style),  # noqa: S704
         digests=[_digest(script), _plotly()[1]],
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {
+        name: getattr(text, name) for name in ("number", "percent", "duration", "size", "clock")
+    }
+    environment.filters.update(filters, query=_query)
+    return environment.get_template("page.html.j2")
 
 
 def _entry(shown: ShownMetric) -> dict[str, Any]:

@@ -86,10 +86,10 @@ def test_a_person_is_encoded_in_one_call_and_a_prompt_in_one(
 def test_an_image_depends_only_on_its_own_numbers(
     generator: ConsistentIDGenerator, person: Identity
 ) -> None:
-    many = images(generator, person, ["a man", "a woman"], num_images_per_prompt=3)
+    many = images(generator, person, ["a man", "a woman"], num_images_per_prompt=2)
     few = images(generator, person, ["a man", "a woman"], num_images_per_prompt=1)
-    assert same(few, [many[0], many[3]])
-    assert same(many, images(generator, person, ["a man", "a woman"], num_images_per_prompt=3))
+    assert same(few, [many[0], many[2]])
+    assert same(many, images(generator, person, ["a man", "a woman"], num_images_per_prompt=2))
     assert not np.array_equal(many[0], many[1])
     assert not same(few, images(generator, person, ["a man", "a woman"], seed=6))
 

@@ -6,15 +6,16 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscr
 from torch import Tensor
 
 from infer.sampling import Guidance, decode, denoise, initial_latents
-from model.consistentid import BaseModels, ConsistentID, load_base
+from model.consistentid import BaseModels, ConsistentID
 from model.spec import SPECS
+from tests.infer.helpers import base_copy
 
 TINY = SPECS["tiny"]
 
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Any) -> BaseModels:
-    models = load_base(TINY, tiny_base)
+    models = base_copy(TINY, tiny_base)
     torch.manual_seed(0)
     ConsistentID(TINY, models.unet, "corrected")
     return models
