@@ -91,6 +91,8 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # else a body waits 40 ms for the acknowledgement of its headers
+            disable_nagle_algorithm = True
 
             def setup(self) -> None:
                 super().setup()
