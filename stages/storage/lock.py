@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 INTERVAL: Final = 10.0  # seconds between two renewals
 _WATCH: Final = 3 * INTERVAL  # seconds to watch another host's lock
+# seconds until a lock that another run creates at the same time can be seen
+_SETTLE: Final = 1.0
 
 
 class RunLock:
@@ -87,7 +89,7 @@ class RunLock:
         # if two runs try at once, reading the lock again shows which one has it
         self._store.create(layout.LOCK, self._text())
         if not self._store.local:
-            time.sleep(1.0)  # some object stores have no conditional writes
+            time.sleep(_SETTLE)  # some object stores have no conditional writes
 
     def _renew(self) -> None:
         while not self._stop.wait(INTERVAL):

@@ -175,8 +175,8 @@ class StubMeasure(RecordStage):
 
 
 class StubCaption(RecordStage):
-    """setting: the prompt. Fails for the keys that the file `outage` lists, as where a server is
-    away.
+    """setting: the prompt. Fails for the keys that the file `outage` lists, if there is one, as
+    where a server is away.
     """
 
     name = CaptionStage.name
@@ -189,7 +189,8 @@ class StubCaption(RecordStage):
         self._outage = outage
 
     def process(self, records: list[Record]) -> list[Record]:
-        self._failing = set(json.loads(self._outage.read_text()))
+        outage = self._outage.read_text() if self._outage.exists() else "[]"
+        self._failing = set(json.loads(outage))
         return super().process(records)
 
     def process_one(self, record: Record) -> Record:

@@ -75,6 +75,11 @@ def refusal(status: int, message: str, **headers: str) -> Reply:
     return Reply(status, json.dumps({"error": {"message": message}}).encode(), headers)
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64  # a connection that finds no place is tried again after a second
+
+
 class ChatServer:
     """A context in which the server listens. requests: all requests; most_open: the highest number
     of requests that were open at the same time.
@@ -91,6 +96,8 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # else a body waits 40 ms for the acknowledgement of its headers
+            disable_nagle_algorithm = True
 
             def setup(self) -> None:
                 super().setup()
@@ -110,8 +117,7 @@ class ChatServer:
             def log_message(self, *_: Any) -> None:
                 """Logs nothing."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         return self

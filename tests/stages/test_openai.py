@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import traceback
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 import torch
@@ -42,6 +38,7 @@ from tests.stages.chat_server import (
 )
 from tests.stages.records import drawn_record
 from tests.stages.tiny_llava import make_checkpoint
+from tests.stages.transformers_server import TransformersServer, free_port, transformers_server
 
 TOKENS = 24
 KEY = "sk-test-5b2d0c9e77"
@@ -70,6 +67,20 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each pause of the openai package, which are fifty times shorter."""
+    seconds: list[float] = []
+    sleep = anyio.sleep
+
+    async def shorter(delay: float) -> None:
+        seconds.append(delay)
+        await sleep(delay / 50)
+
+    monkeypatch.setattr(anyio, "sleep", shorter)
+    return seconds
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with sampling settings, which both ways must override by greedy decoding."""
@@ -81,72 +92,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def base_url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a `transformers serve` process with the checkpoint."""
-    port = free_port()
-    program = Path(sys.executable).with_name("transformers")
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as stream:
-        command = [str(program), "serve", str(checkpoint), *options]
-        server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-    try:
-        deadline = time.monotonic() + 400  # imports take seconds, on a busy machine minutes
-        while not is_ready(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-@pytest.mark.slow
-def test_a_server_and_the_model_in_this_process_give_the_same_captions(
-    base_url: str, checkpoint: Path, records: list[Record]
-) -> None:
-    local = Llava(LlavaConfig(model=str(checkpoint), device="cpu", max_new_tokens=TOKENS)).caption(
-        records, batch_size=4
-    )
-    assert len({text for pair in local for text in pair}) == 2 * len(records), (
-        "the test needs captions that all differ"
-    )
-    captioner = OpenAICaptioner(config_of(base_url, checkpoint, concurrency=3))
-    assert captioner.caption(records) == local
-    assert captioner.caption(records[::-1]) == local[::-1], "a second call, on open connections"
-    assert captioner.counts["completion_tokens"] == 2 * 2 * len(records) * TOKENS, (
-        "each caption has max_new_tokens"
-    )
-    assert captioner.counts["prompt_tokens"] > 2 * 2 * len(records) * 16, (
-        "each image counts as 16 tokens"
-    )
-
-
-@pytest.mark.slow
-def test_a_model_that_the_server_does_not_have_ends_the_run(
-    base_url: str, records: list[Record]
-) -> None:
-    with pytest.raises(
-        ServerError, match=r"caption\.openai\.model=someone/other: .*status 400.*someone/other"
-    ):
-        OpenAICaptioner(config_of(base_url, "someone/other")).caption(records[:1])
+@pytest.fixture(scope="module", autouse=True)
+def started(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TransformersServer]:
+    """With the checkpoint. It starts while the first tests run; those that need it are the last."""
+    with transformers_server(checkpoint, tmp_path_factory.mktemp("serve") / "log.txt") as server:
+        yield server
 
 
 def test_a_request_asks_for_greedy_decoding_and_has_the_jpeg_unchanged_before_the_prompt(
@@ -170,8 +122,8 @@ def test_a_request_asks_for_greedy_decoding_and_has_the_jpeg_unchanged_before_th
 
 
 def test_concurrency_limits_the_open_requests(records: list[Record]) -> None:
-    for limit in (1, 3):
-        with ChatServer(lambda request: completion(request, seconds=0.1)) as server:
+    for limit, seconds in ((1, 0.02), (3, 0.1)):
+        with ChatServer(partial(completion, seconds=seconds)) as server:
             OpenAICaptioner(config_of(server.base_url, concurrency=limit)).caption(records)
         assert server.most_open == limit and len(server.requests) == 2 * len(records)
 
@@ -185,11 +137,10 @@ def test_a_call_takes_at_least_as_many_records_as_requests_may_be_open() -> None
         assert stage.batch_size == window
 
 
-def test_temporary_failures_are_retried_after_retry_after(records: list[Record]) -> None:
-    times: list[float] = []
-
+def test_temporary_failures_are_retried_after_retry_after(
+    records: list[Record], pauses: list[float]
+) -> None:
     def decide(request: Request) -> Reply:
-        times.append(time.monotonic())
         first = [refusal(429, "too many", **{"Retry-After": "1"}), refusal(500, "overloaded")]
         return first[request.number] if request.number < len(first) else completion(request)
 
@@ -202,21 +153,19 @@ def test_temporary_failures_are_retried_after_retry_after(records: list[Record])
             caption_of(records[0].image, config.face_prompt),
         )
     ]
-    assert len(times) == 4, "three for the first prompt, one for the second"
-    assert times[1] - times[0] >= 1, "without Retry-After, the first pause is at most 0.5 s"
-    assert times[2] - times[1] > 0.3
+    assert len(server.requests) == 4, "three for the first prompt, one for the second"
+    requested, own = pauses
+    assert requested == 1, "without Retry-After, the first pause is at most 0.5 s"
+    assert own > 0.3
 
 
-def test_pauses_grow_without_retry_after(records: list[Record]) -> None:
-    times: list[float] = []
-
+def test_pauses_grow_without_retry_after(records: list[Record], pauses: list[float]) -> None:
     def decide(request: Request) -> Reply:
-        times.append(time.monotonic())
         return refusal(503, "loading") if request.number < 3 else completion(request)
 
     with ChatServer(decide) as server:
         OpenAICaptioner(config_of(server.base_url, tries=4, concurrency=1)).caption(records[:1])
-    first, second, third = np.diff(times[:4])
+    first, second, third = pauses
     assert 0.3 < first < second < third
 
 
@@ -249,8 +198,9 @@ def reply_to(image: bytes, reply: Reply) -> Callable[[Request], Reply]:
 def test_a_record_whose_requests_fail_fails_alone(name: str, records: list[Record]) -> None:
     reply, expected = RECORDS_FAULT[name]
     bad = records[1]
+    timeout = 1.0 if name == "too slow" else 20.0
     with ChatServer(reply_to(bad.image, reply)) as server:
-        config = config_of(server.base_url, timeout=2.0)
+        config = config_of(server.base_url, timeout=timeout)
         texts = OpenAICaptioner(config).caption(records)
     failed = texts[1]
     assert isinstance(failed, Failed) and failed.reason == "caption_failed"
@@ -308,11 +258,12 @@ def test_a_fault_of_the_server_or_the_configuration_ends_the_run(
     name: str, records: list[Record]
 ) -> None:
     reply, expected = SERVERS_FAULT[name]
+    timeout = 0.2 if name == "hangs" else 20.0
     with (
         ChatServer(lambda request: reply) as server,
         pytest.raises(ServerError, match=expected) as caught,
     ):
-        OpenAICaptioner(config_of(server.base_url, timeout=0.5)).caption(records)
+        OpenAICaptioner(config_of(server.base_url, timeout=timeout)).caption(records)
     printed = "".join(traceback.format_exception(caught.value))
     assert KEY not in printed and KEY[-6:] not in printed
     assert server.base_url in printed and "the same command continues" in printed
@@ -390,3 +341,34 @@ def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
         "max_new_tokens": 9,
     }.items():
         assert signature(**{name: value}) != signature(), name
+
+
+@pytest.mark.slow
+def test_a_server_and_the_model_in_this_process_give_the_same_captions(
+    started: TransformersServer, checkpoint: Path, records: list[Record]
+) -> None:
+    local = Llava(LlavaConfig(model=str(checkpoint), device="cpu", max_new_tokens=TOKENS)).caption(
+        records, batch_size=4
+    )
+    assert len({text for pair in local for text in pair}) == 2 * len(records), (
+        "the test needs captions that all differ"
+    )
+    captioner = OpenAICaptioner(config_of(started.base_url(), checkpoint, concurrency=3))
+    assert captioner.caption(records) == local
+    assert captioner.caption(records[::-1]) == local[::-1], "a second call, on open connections"
+    assert captioner.counts["completion_tokens"] == 2 * 2 * len(records) * TOKENS, (
+        "each caption has max_new_tokens"
+    )
+    assert captioner.counts["prompt_tokens"] > 2 * 2 * len(records) * 16, (
+        "each image counts as 16 tokens"
+    )
+
+
+@pytest.mark.slow
+def test_a_model_that_the_server_does_not_have_ends_the_run(
+    started: TransformersServer, records: list[Record]
+) -> None:
+    with pytest.raises(
+        ServerError, match=r"caption\.openai\.model=someone/other: .*status 400.*someone/other"
+    ):
+        OpenAICaptioner(config_of(started.base_url(), "someone/other")).caption(records[:1])

@@ -28,7 +28,7 @@ from tests.pipelines.sources.server import serving
 
 MIN_KINDS = 60
 # many of these files show the same face, some of them rotated; a smaller parser changes no outcome
-LENIENT = (*NO_RULES, *NO_DEDUPLICATION, "rules.max_faces=2", "parse.size=320")
+LENIENT = (*NO_RULES, *NO_DEDUPLICATION, "rules.max_faces=2", "parse.size=224")
 # Peak memory in MB over that of a run on good images alone. The file that grows past max_bytes may
 # take 100 MB, and as much again while it is read; the rest is for the allocator. An unpacked bomb
 # (each over 384 MB) or a read without end would exceed it.

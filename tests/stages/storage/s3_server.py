@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +27,7 @@ from stages.storage.manifest import Manifest
 
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
+SHARDS = "out/shards/"
 CODES = {
     "500": b"InternalError",
     "503": b"ServiceUnavailable",
@@ -82,6 +83,7 @@ class Proxy(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # a connection that finds no place is tried again after a second
 
     def __init__(self, upstream: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -119,6 +121,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its headers
     server: Proxy
 
     def _serve(self) -> None:
@@ -131,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(int(fault), {"Content-Type": "application/xml"}, ERROR % CODES[fault], -1)
             return
         if fault == "slow":
-            time.sleep(0.3)
+            time.sleep(0.1)
         with self.server.lock if self.command in ("PUT", "DELETE", "POST") else threading.Lock():
             status, headers, data = self._forward(body)
             self._record(path, parts.query, status, fault)
@@ -224,31 +227,47 @@ class Bucket:
         keys = [
             key
             for key in self.stamps()
-            if key.startswith("out/shards/") and key.endswith((".tar", ".parquet"))
+            if key in tables or (key.startswith(SHARDS) and key.endswith((".tar", ".parquet")))
         ]
-        keys += [key for key in self.stamps() if key in tables]
         return {key.rsplit("/", 1)[-1]: hashlib.sha256(self.read(key)).hexdigest() for key in keys}
 
     def manifests(self) -> list[str]:
-        return [
-            key.rsplit("/", 1)[-1]
-            for key in self.stamps()
-            if key.startswith("out/shards/") and ".json" in key
-        ]
+        return _manifests(self.stamps())
 
     def changes(self) -> list[tuple[str, str]]:
-        return self.proxy.changes(f"/{self.name}/out/shards/")
+        return self.proxy.changes(f"/{self.name}/{SHARDS}")
+
+    def watch(self) -> list[str]:
+        """Returns a list that gets, after each change of a file in out/shards/, the names of the
+        manifests that are inconsistent.
+        """
+        names: list[str] = []
+        seen = 0
+
+        def check() -> None:
+            nonlocal seen
+            changes = len(self.changes())
+            if changes > seen:
+                seen = changes
+                names.extend(self.inconsistent())
+
+        self.proxy.changed = check
+        return names
 
     def inconsistent(self) -> list[str]:
         """Returns the names of the manifests whose files are missing or have another sha256."""
         names = []
         stamps = self.stamps()
-        for name in self.manifests():
-            for file in Manifest.from_json(self.read(f"out/shards/{name}"), name).files:
-                key = f"out/shards/{file.name}"
+        for name in _manifests(stamps):
+            for file in Manifest.from_json(self.read(f"{SHARDS}{name}"), name).files:
+                key = f"{SHARDS}{file.name}"
                 if key not in stamps or hashlib.sha256(self.read(key)).hexdigest() != file.sha256:
                     names.append(name)
         return names
+
+
+def _manifests(keys: Iterable[str]) -> list[str]:
+    return [key.removeprefix(SHARDS) for key in keys if key.startswith(SHARDS) and ".json" in key]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -28,17 +27,20 @@ import tenacity
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
 from pipelines.ledger import read_ledger
 from pipelines.lint import lint
-from pipelines.run import execute, plan_job, run
+from pipelines.run import execute, plan_job
+from pipelines.run import run as run_chain
 from pipelines.sources import build_source
 from stages.storage.layout import LOCK
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
-from tests.pipelines.helpers import DEMO, config, digests, new_captions
-from tests.stages.storage.helpers import HOLDER
-from tests.stages.storage.s3_server import Bucket, Faults, Proxy, proxy, s3_server
+from tests.pipelines.helpers import config, digests
+from tests.pipelines.stub_chain import stub_chain
+from tests.stages.storage.helpers import HOLDER, command, settings, write_pictures
+from tests.stages.storage.s3_server import KINDS, Bucket, Faults, Proxy, proxy, s3_server
 from train.shards import ShardSet
 
+run = partial(run_chain, chain=stub_chain)  # what the stages do doesn't matter here
 SECRET = "not-to-be-seen-anywhere"
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "somebody",
@@ -64,9 +66,12 @@ def server_and_client() -> Iterator[tuple[Proxy, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_pauses() -> Iterator[None]:
-    """Makes pauses before retries in this process twenty times shorter."""
+    """Makes pauses of this process twenty times shorter: before retries, and after a lock was
+    created.
+    """
     shorter = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.storage.lock._SETTLE", 1.0 / 20)
         patch.setattr(tenacity.nap, "time", shorter)
         yield
 
@@ -79,19 +84,18 @@ def bucket(server_and_client: tuple[Proxy, Any]) -> Bucket:
 
 
 @pytest.fixture(scope="module")
-def faces(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two portraits, for two shards."""
-    folder = tmp_path_factory.mktemp("faces")
-    for path in sorted(portraits.glob("*.jpg"))[:2]:
-        shutil.copy2(path, folder)
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two inputs, for two shards."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def expected(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def expected(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """File name → digest, of a run to a local folder."""
     output = tmp_path_factory.mktemp("expected")
-    run(config(faces, output, "shard_size=1"))
+    run(settings(pictures, output))
     return digests(output)
 
 
@@ -107,22 +111,16 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def finished(server_and_client: tuple[Proxy, Any], faces: Path) -> FinishedRun:
+def finished(server_and_client: tuple[Proxy, Any], pictures: Path) -> FinishedRun:
     server, client = server_and_client
-    bucket, inconsistent = Bucket(client, server), list[str]()
-    server.changed = lambda: inconsistent.extend(bucket.inconsistent())
-    run(config(faces, bucket.out, "shard_size=1"))
+    bucket = Bucket(client, server)
+    inconsistent = bucket.watch()
+    run(settings(pictures, bucket.out))
     return FinishedRun(bucket, bucket.changes(), inconsistent)
 
 
-def command(source: Path | str, output: str, *overrides: str) -> list[str]:
-    arguments = [f"source.path={source}", f"output={output}", "shard_size=1", "threads=1"]
-    run_command = [sys.executable, "-m", "pipelines.cli", "run", "--config", DEMO]
-    return [*run_command, *arguments, *overrides]
-
-
 def test_a_run_to_s3_writes_the_bytes_of_a_local_run_and_a_second_run_writes_nothing(
-    finished: FinishedRun, faces: Path, expected: dict[str, str]
+    finished: FinishedRun, pictures: Path, expected: dict[str, str]
 ) -> None:
     bucket = finished.bucket
     assert bucket.digests() == expected
@@ -130,7 +128,7 @@ def test_a_run_to_s3_writes_the_bytes_of_a_local_run_and_a_second_run_writes_not
     assert f"out/{LOCK}" not in bucket.stamps()
     before = bucket.stamps()
     bucket.proxy.reset()
-    run(config(faces, bucket.out, "shard_size=1"))
+    run(settings(pictures, bucket.out))
     assert bucket.stamps() == before
     assert bucket.proxy.changes(f"/{bucket.name}/") == []
 
@@ -148,7 +146,7 @@ def test_the_trainer_reads_samples_from_s3(finished: FinishedRun) -> None:
 
 
 def test_a_manifest_is_written_last_removed_first_and_always_matches_its_files(
-    finished: FinishedRun, bucket: Bucket, faces: Path, monkeypatch: pytest.MonkeyPatch
+    finished: FinishedRun, bucket: Bucket, pictures: Path
 ) -> None:
     written = [
         [("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)
@@ -156,35 +154,27 @@ def test_a_manifest_is_written_last_removed_first_and_always_matches_its_files(
     assert finished.changes == [*written[0], *written[1]]
     assert finished.inconsistent == []
     bucket.copy_of(finished.bucket)
-    inconsistent: list[str] = []
-    bucket.proxy.changed = lambda: inconsistent.extend(bucket.inconsistent())
-    new_captions(monkeypatch)
-    run(config(faces, bucket.out, "shard_size=1"))
+    inconsistent = bucket.watch()
+    run(settings(pictures, bucket.out, "caption.llava.prompt=Who?"))
     removed = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
     assert bucket.changes() == [*removed[0], *written[0], *removed[1], *written[1]]
     assert inconsistent == []
 
 
 def test_a_run_writes_the_same_bytes_if_responses_are_errors_late_cut_or_lost(
-    bucket: Bucket, faces: Path, expected: dict[str, str]
+    bucket: Bucket, pictures: Path, expected: dict[str, str]
 ) -> None:
-    source = bucket.upload(faces)
+    source = bucket.upload(pictures)
     bucket.proxy.reset(Faults(share=0.3, seed=1))
-    ledger = run(config(source, bucket.out, "shard_size=1"))
+    ledger = run(settings(source, bucket.out))
     faults = list(lint(Store(bucket.out)))
-    assert {request.fault for request in bucket.proxy.requests} >= {
-        "500",
-        "503",
-        "slow",
-        "cut",
-        "lost",
-    }
+    assert {request.fault for request in bucket.proxy.requests} >= set(KINDS)
     assert (ledger.written, faults) == (2, [])
     assert bucket.digests() == expected
 
 
 def test_an_upload_that_always_fails_is_an_error_and_the_next_run_completes_the_data_set(
-    bucket: Bucket, faces: Path, expected: dict[str, str]
+    bucket: Bucket, pictures: Path, expected: dict[str, str]
 ) -> None:
     bucket.proxy.reset(
         Faults(always=lambda method, target: "500" if method == "PUT" and "1.tar" in target else "")
@@ -193,11 +183,11 @@ def test_an_upload_that_always_fails_is_an_error_and_the_next_run_completes_the_
         StoreError,
         match=rf"a request to {bucket.out} failed: .*out of order.* run the same command again",
     ):
-        run(config(faces, bucket.out, "shard_size=1"))
+        run(settings(pictures, bucket.out))
     assert bucket.manifests() == ["fgid-000000.json"]
     assert len([r for r in bucket.proxy.requests if r.fault]) == TRIES
     bucket.proxy.reset()
-    run(config(faces, bucket.out, "shard_size=1"))
+    run(settings(pictures, bucket.out))
     assert bucket.digests() == expected
 
 
@@ -228,15 +218,21 @@ def test_a_writer_that_raises_uploads_nothing(bucket: Bucket) -> None:
     assert bucket.stamps() == {} and bucket.proxy.requests == []
 
 
-def test_an_upload_in_parts_succeeds_if_the_last_response_is_lost(bucket: Bucket) -> None:
+def test_an_upload_in_parts_succeeds_if_the_last_response_is_lost(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faults = ["lost", "404"]  # S3 responds with 404 if a finished upload is finished again
 
     def fail_at_the_end(method: str, target: str) -> str:
         return faults.pop(0) if method == "POST" and "uploadId=" in target and faults else ""
 
-    data = b"".join(bytes([number]) * (1 << 20) for number in range(101))
+    data = b"".join(bytes([number]) * (1 << 20) for number in range(11))
     bucket.proxy.reset(Faults(always=fail_at_the_end))
     store = Store(bucket.out)
+    # the smallest parts that S3 accepts; without this, files of over 100 MiB are sent in parts
+    smaller = partial(store._fs.put_file, chunksize=5 << 20)
+    monkeypatch.setattr(store._fs, "put_file", smaller)
+    monkeypatch.setattr("stages.storage.store._IN_MEMORY", 10 << 20)
     store.write("large", data)
     assert faults == [] and [r for r in bucket.proxy.requests if "partNumber=3" in r.query]
     with store.open("large") as stream:  # from a local copy
@@ -280,9 +276,9 @@ def test_the_lock_refuses_a_second_run_and_is_replaced_after_a_dead_one(bucket: 
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
-    bucket: Bucket, faces: Path, expected: dict[str, str]
+    bucket: Bucket, pictures: Path, expected: dict[str, str]
 ) -> None:
-    arguments = command(faces, bucket.out, "executor=inline")
+    arguments = command(pictures, bucket.out, "executor=inline")
     driver = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill_within_a_shard() -> None:
@@ -293,7 +289,7 @@ def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
     assert driver.wait(timeout=120) == -9, "the run ended before it could be killed"
     assert bucket.manifests() == ["fgid-000000.json"] and f"out/{LOCK}" in bucket.stamps()
     bucket.proxy.reset()
-    run(config(faces, bucket.out, "shard_size=1"))
+    run(settings(pictures, bucket.out))
     assert bucket.digests() == expected and f"out/{LOCK}" not in bucket.stamps()
     assert [path for _, path in bucket.changes() if "000000" in path] == []
     assert list(lint(Store(bucket.out))) == []
@@ -301,9 +297,9 @@ def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
-    bucket: Bucket, faces: Path, expected: dict[str, str]
+    bucket: Bucket, pictures: Path, expected: dict[str, str]
 ) -> None:
-    source = bucket.upload(faces)
+    source = bucket.upload(pictures)
     arguments = command(source, bucket.out, "executor=ray", "ray.workers=1")
     process = subprocess.run(arguments, check=True, capture_output=True)
     assert bucket.digests() == expected
@@ -352,20 +348,20 @@ def test_a_listing_that_fails_is_an_error_not_an_empty_folder(bucket: Bucket) ->
 
 
 def test_inputs_that_were_unreachable_are_processed_by_retry(
-    bucket: Bucket, faces: Path, expected: dict[str, str]
+    bucket: Bucket, pictures: Path, expected: dict[str, str]
 ) -> None:
-    source = bucket.upload(faces)
-    second = sorted(faces.iterdir())[1].name
-    settings = config(source, bucket.out, "shard_size=1", "source.tries=2")
+    source = bucket.upload(pictures)
+    second = sorted(pictures.iterdir())[1].name
+    configuration = settings(source, bucket.out, "source.tries=2")
     bucket.proxy.reset(
         Faults(always=lambda method, target: "503" if method == "GET" and second in target else "")
     )
-    ledger = run(settings)
+    ledger = run(configuration)
     assert (ledger.written, dict(ledger.failed)) == (1, {"unreachable": 1})
     assert len([r for r in bucket.proxy.requests if r.fault]) == 2  # source.tries
     bucket.proxy.reset()
-    assert plan_job(settings).tasks == []
-    job = plan_job(settings, frozenset({"unreachable"}))
+    assert plan_job(configuration, chain=stub_chain).tasks == []
+    job = plan_job(configuration, frozenset({"unreachable"}), stub_chain)
     assert [task.shard.index for task in job.tasks] == [1]
     list(execute(job, lambda count: None))
     assert read_ledger(job.store).written == 2
