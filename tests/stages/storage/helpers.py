@@ -8,7 +8,7 @@ from typing import Final
 
 from configs.schema import DatasetConfig
 from tests.pipelines.helpers import DEMO, NO_RULES, config
-from tests.pipelines.stub_chain import Picture
+from tests.pipelines.stub_chain import Scene
 
 _SETTINGS: Final = ("shard_size=1", *NO_RULES)
 
@@ -36,7 +36,7 @@ app()
 def write_pictures(folder: Path) -> None:
     """Writes two inputs for the stub chain, each as large as a photograph."""
     for person, size in (("ann", 300_000), ("bob", 200_000)):
-        (folder / f"{person}.jpg").write_bytes(Picture(person=person).encode().ljust(size))
+        (folder / f"{person}.jpg").write_bytes(Scene(person=person).encode().ljust(size))
 
 
 def settings(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
