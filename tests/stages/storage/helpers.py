@@ -33,7 +33,7 @@ app()
 """
 
 
-def write_pictures(folder: Path) -> None:
+def write_scenes(folder: Path) -> None:
     """Writes two inputs for the stub chain, each as large as a photograph."""
     for person, size in (("ann", 300_000), ("bob", 200_000)):
         (folder / f"{person}.jpg").write_bytes(Scene(person=person).encode().ljust(size))

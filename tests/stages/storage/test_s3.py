@@ -36,7 +36,7 @@ from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import config, digests
 from tests.pipelines.stub_chain import stub_chain
-from tests.stages.storage.helpers import HOLDER, command, settings, write_pictures
+from tests.stages.storage.helpers import HOLDER, command, settings, write_scenes
 from tests.stages.storage.s3_server import KINDS, Bucket, Faults, Proxy, proxy, s3_server
 from train.shards import ShardSet
 
@@ -84,18 +84,18 @@ def bucket(server_and_client: tuple[Proxy, Any]) -> Bucket:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two inputs, for two shards."""
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder)
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def expected(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def expected(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """File name → digest, of a run to a local folder."""
     output = tmp_path_factory.mktemp("expected")
-    run(settings(pictures, output))
+    run(settings(scenes, output))
     return digests(output)
 
 
@@ -111,16 +111,16 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def finished(server_and_client: tuple[Proxy, Any], pictures: Path) -> FinishedRun:
+def finished(server_and_client: tuple[Proxy, Any], scenes: Path) -> FinishedRun:
     server, client = server_and_client
     bucket = Bucket(client, server)
     inconsistent = bucket.watch()
-    run(settings(pictures, bucket.out))
+    run(settings(scenes, bucket.out))
     return FinishedRun(bucket, bucket.changes(), inconsistent)
 
 
 def test_a_run_to_s3_writes_the_bytes_of_a_local_run_and_a_second_run_writes_nothing(
-    finished: FinishedRun, pictures: Path, expected: dict[str, str]
+    finished: FinishedRun, scenes: Path, expected: dict[str, str]
 ) -> None:
     bucket = finished.bucket
     assert bucket.digests() == expected
@@ -128,7 +128,7 @@ def test_a_run_to_s3_writes_the_bytes_of_a_local_run_and_a_second_run_writes_not
     assert f"out/{LOCK}" not in bucket.stamps()
     before = bucket.stamps()
     bucket.proxy.reset()
-    run(settings(pictures, bucket.out))
+    run(settings(scenes, bucket.out))
     assert bucket.stamps() == before
     assert bucket.proxy.changes(f"/{bucket.name}/") == []
 
@@ -146,7 +146,7 @@ def test_the_trainer_reads_samples_from_s3(finished: FinishedRun) -> None:
 
 
 def test_a_manifest_is_written_last_removed_first_and_always_matches_its_files(
-    finished: FinishedRun, bucket: Bucket, pictures: Path
+    finished: FinishedRun, bucket: Bucket, scenes: Path
 ) -> None:
     written = [
         [("PUT", f"fgid-00000{n}.{end}") for end in ("tar", "parquet", "json")] for n in (0, 1)
@@ -155,16 +155,16 @@ def test_a_manifest_is_written_last_removed_first_and_always_matches_its_files(
     assert finished.inconsistent == []
     bucket.copy_of(finished.bucket)
     inconsistent = bucket.watch()
-    run(settings(pictures, bucket.out, "caption.llava.prompt=Who?"))
+    run(settings(scenes, bucket.out, "caption.llava.prompt=Who?"))
     removed = [[("DELETE", f"fgid-00000{n}.json")] for n in (0, 1)]
     assert bucket.changes() == [*removed[0], *written[0], *removed[1], *written[1]]
     assert inconsistent == []
 
 
 def test_a_run_writes_the_same_bytes_if_responses_are_errors_late_cut_or_lost(
-    bucket: Bucket, pictures: Path, expected: dict[str, str]
+    bucket: Bucket, scenes: Path, expected: dict[str, str]
 ) -> None:
-    source = bucket.upload(pictures)
+    source = bucket.upload(scenes)
     bucket.proxy.reset(Faults(share=0.3, seed=1))
     ledger = run(settings(source, bucket.out))
     faults = list(lint(Store(bucket.out)))
@@ -174,7 +174,7 @@ def test_a_run_writes_the_same_bytes_if_responses_are_errors_late_cut_or_lost(
 
 
 def test_an_upload_that_always_fails_is_an_error_and_the_next_run_completes_the_data_set(
-    bucket: Bucket, pictures: Path, expected: dict[str, str]
+    bucket: Bucket, scenes: Path, expected: dict[str, str]
 ) -> None:
     bucket.proxy.reset(
         Faults(always=lambda method, target: "500" if method == "PUT" and "1.tar" in target else "")
@@ -183,11 +183,11 @@ def test_an_upload_that_always_fails_is_an_error_and_the_next_run_completes_the_
         StoreError,
         match=rf"a request to {bucket.out} failed: .*out of order.* run the same command again",
     ):
-        run(settings(pictures, bucket.out))
+        run(settings(scenes, bucket.out))
     assert bucket.manifests() == ["fgid-000000.json"]
     assert len([r for r in bucket.proxy.requests if r.fault]) == TRIES
     bucket.proxy.reset()
-    run(settings(pictures, bucket.out))
+    run(settings(scenes, bucket.out))
     assert bucket.digests() == expected
 
 
@@ -276,9 +276,9 @@ def test_the_lock_refuses_a_second_run_and_is_replaced_after_a_dead_one(bucket: 
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
-    bucket: Bucket, pictures: Path, expected: dict[str, str]
+    bucket: Bucket, scenes: Path, expected: dict[str, str]
 ) -> None:
-    arguments = command(pictures, bucket.out, "executor=inline")
+    arguments = command(scenes, bucket.out, "executor=inline")
     driver = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill_within_a_shard() -> None:
@@ -289,7 +289,7 @@ def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
     assert driver.wait(timeout=120) == -9, "the run ended before it could be killed"
     assert bucket.manifests() == ["fgid-000000.json"] and f"out/{LOCK}" in bucket.stamps()
     bucket.proxy.reset()
-    run(settings(pictures, bucket.out))
+    run(settings(scenes, bucket.out))
     assert bucket.digests() == expected and f"out/{LOCK}" not in bucket.stamps()
     assert [path for _, path in bucket.changes() if "000000" in path] == []
     assert list(lint(Store(bucket.out))) == []
@@ -297,9 +297,9 @@ def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
-    bucket: Bucket, pictures: Path, expected: dict[str, str]
+    bucket: Bucket, scenes: Path, expected: dict[str, str]
 ) -> None:
-    source = bucket.upload(pictures)
+    source = bucket.upload(scenes)
     arguments = command(source, bucket.out, "executor=ray", "ray.workers=1")
     process = subprocess.run(arguments, check=True, capture_output=True)
     assert bucket.digests() == expected
@@ -348,10 +348,10 @@ def test_a_listing_that_fails_is_an_error_not_an_empty_folder(bucket: Bucket) ->
 
 
 def test_inputs_that_were_unreachable_are_processed_by_retry(
-    bucket: Bucket, pictures: Path, expected: dict[str, str]
+    bucket: Bucket, scenes: Path, expected: dict[str, str]
 ) -> None:
-    source = bucket.upload(pictures)
-    second = sorted(pictures.iterdir())[1].name
+    source = bucket.upload(scenes)
+    second = sorted(scenes.iterdir())[1].name
     configuration = settings(source, bucket.out, "source.tries=2")
     bucket.proxy.reset(
         Faults(always=lambda method, target: "503" if method == "GET" and second in target else "")
