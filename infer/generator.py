@@ -225,8 +225,8 @@ class ConsistentIDGenerator:
         """Returns the text states of the first phase, without fused regions.
 
         corrected: those of the second phase before fusion. legacy: those of the same text without
-        marks, truncated with an EOS; with two text encoders, of the prompt alone (REFERENCE.md 7.2
-        and 7.3).
+        marks, truncated with an EOS; with two text encoders, of the prompt alone (as in the
+        reference's pipelines for SD1.5 and SDXL).
         """
         if self.model.mode == "corrected":
             return TextStates(hidden=features.text_hidden, pooled=features.pooled)

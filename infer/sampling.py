@@ -71,7 +71,7 @@ def guidance_states(
     negative: of the negative prompt. zero_hidden: (1, N, V), the image encoder's states of zero
     pixels. strength: (B, 5), see `FacialEncoder.forward`. Legacy mode fuses zero-pixel regions into
     the negative text at the positions of the positive text's nouns, as the published weights expect
-    (REFERENCE.md 7.2).
+    (reference: the SD1.5 pipeline's call).
     """
     size, slots = features.token_valid.shape
     empty = zero_hidden.expand(size, -1, -1)

@@ -32,7 +32,7 @@ def noise_loss(
 def localisation_loss(scores: Sequence[Tensor], region_masks: Tensor, valid: Tensor) -> Tensor:
     """Returns the balanced L1 loss that pulls a region token's attention into the region's mask.
 
-    It is the reference's (REFERENCE.md 6.3): the mean normalised attention outside of the mask
+    It is the reference's loss (BalancedL1): the mean normalised attention outside of the mask
     minus the mean inside it, averaged over valid regions, heads, samples and layers; in [-1, 1].
 
     scores: for each hooked layer (B, heads, pixels, R), the region tokens' probabilities.

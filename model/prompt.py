@@ -3,7 +3,7 @@
 A facial mark, `<|facial|>`, follows each noun whose token a region's image is fused into. The
 marks are removed from the ids before the text encoder reads them.
 
-`legacy` gives exactly the reference's texts (REFERENCE.md 4): it re-orders clauses, misses
+`legacy` gives exactly the reference's texts (its functions.py): it re-orders clauses, misses
 capitalised and repeated words, and truncates ids without an EOS. `corrected` preserves the order
 of the description, finds words in any case, and pairs a region with its own noun. It doesn't
 truncate ids but leaves out clauses, those without a mark first, and reports every region that
@@ -202,9 +202,9 @@ def inference_text(
 def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
     """Marks the nouns of a description and re-orders its clauses, as the reference does.
 
-    This is `process_text_with_markers` (REFERENCE.md 4.2). Regions whose word doesn't occur in
+    This is `process_text_with_markers` of its functions.py. Regions whose word doesn't occur in
     lower case are dropped. The n-th remaining region is paired with the n-th mark although their
-    orders differ (4.4), so with both eyes and ears in the text, each gets the other's image.
+    orders differ, so with both eyes and ears in the text, each gets the other's image.
     """
     available = [
         word for word in REGION_WORDS if any(word_of(region) == word for region in regions)

@@ -20,8 +20,8 @@ class ModelSpec:
     images, in pixels. cross_attention_dim: width C of a text token. vision_dim, vision_size: the
     image encoder's hidden width V and the side S of its input, in pixels. hooked: names of the
     UNet's blocks whose attention the localisation loss reads. shortcut: whether the projector adds
-    the resampler's output to the projected identity, in place of returning it alone (REFERENCE.md
-    1.3; the published weights differ in this). detail_prefix: what legacy mode puts between prompt
+    the resampler's output to the projected identity, in place of returning it alone (the
+    reference's `ProjPlusModel`; the published weights differ in this). detail_prefix: what legacy mode puts between prompt
     and facial description. template: the facial description at inference; corrected mode uses it
     only where the record has none.
     """

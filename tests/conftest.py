@@ -4,6 +4,7 @@ set of them, and a folder of every kind of bad file.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from train.shards import ShardSet
 
 pytest_plugins = ["tests.budget"]
+
+
+def pytest_collection_finish() -> None:
+    """Lets garbage collections skip the modules that collecting the tests has imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

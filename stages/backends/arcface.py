@@ -34,7 +34,7 @@ class ArcFace:
 def crop(image: Image, face: Face) -> Image:
     """Returns the aligned face, BGR (112, 112, 3) uint8, as ArcFace was trained on.
 
-    The reference passed RGB at inference (REFERENCE.md §7.1); this project never does.
+    The reference passes RGB at inference (its infer.py); this project never does.
     """
     matrix = similarity_transform(face, ARCFACE_112)
     warped = cv2.warpAffine(image, matrix, (CROP, CROP), borderValue=0.0)
