@@ -335,8 +335,8 @@ def _second_ids(
     """Returns the ids for a second text encoder, (77,) int64.
 
     legacy: the second tokenizer has no facial mark and tokenizes it as text, which shifts the
-    tokens behind it (reference: the SDXL pipeline). corrected: the first tokenizer's ids with another padding,
-    so that a noun has the same position for both encoders.
+    tokens behind it (reference: the SDXL pipeline). corrected: the first tokenizer's ids with
+    another padding, so that a noun has the same position for both encoders.
     """
     if mode == "legacy" and tokenizer_2 is not None:
         second = tokenizer_2.encode(text, verbose=False)[:TOKEN_LIMIT]

@@ -21,9 +21,9 @@ class ModelSpec:
     image encoder's hidden width V and the side S of its input, in pixels. hooked: names of the
     UNet's blocks whose attention the localisation loss reads. shortcut: whether the projector adds
     the resampler's output to the projected identity, in place of returning it alone (the
-    reference's `ProjPlusModel`; the published weights differ in this). detail_prefix: what legacy mode puts between prompt
-    and facial description. template: the facial description at inference; corrected mode uses it
-    only where the record has none.
+    reference's `ProjPlusModel`; the published weights differ in this). detail_prefix: what legacy
+    mode puts between prompt and facial description. template: the facial description at inference;
+    corrected mode uses it only where the record has none.
     """
 
     name: str

@@ -36,9 +36,7 @@ from urllib3.util.connection import create_connection
 from pipelines.sources.base import TransientFailure
 from stages.base import Dropped, Failed
 
-USER_AGENT: Final = (
-    "consistentid-pipeline/0.1 (collects images for a data set; heeds X-Robots-Tag)"
-)
+USER_AGENT: Final = "consistentid-pipeline/0.1 (collects images for a data set; heeds X-Robots-Tag)"
 _HEADERS: Final = {
     "User-Agent": USER_AGENT,
     "Accept": "image/*,*/*;q=0.5",
