@@ -10,13 +10,14 @@ import pytest
 from pipelines.run import run
 from tests.pipelines.helpers import config, digests
 from tests.sharing import shared_folder
+from tests.stages.executors.stopped import FOUR_SHARDS
 
 
 @pytest.fixture(scope="session")
 def expected(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """File name → digest, of an uninterrupted inline run that writes four shards."""
     output = shared_folder(
-        tmp_path_factory, "expected", lambda folder: run(config(portraits, folder, "shard_size=2"))
+        tmp_path_factory, "expected", lambda folder: run(config(portraits, folder, *FOUR_SHARDS))
     )
     return digests(output)
 

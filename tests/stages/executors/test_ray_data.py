@@ -26,7 +26,7 @@ from stages.storage.store import Store
 from tests.pipelines.helpers import config, digests
 from tests.stages.chat_server import ChatServer, Reply, Request, completion, refusal
 from tests.stages.executors.captioned import KEY, captioned, mentions_key, settings
-from tests.stages.executors.stopped import arguments, stopped
+from tests.stages.executors.stopped import FOUR_SHARDS, arguments, stopped
 from tests.stages.executors.toy import Result, ToyJob, ToyTask
 from tests.stages.executors.traps import trapped
 
@@ -66,7 +66,7 @@ def test_a_stopped_and_resumed_run_on_ray_writes_the_bytes_of_inline(
     assert not (tmp_path / "run.lock").exists()
     remaining = 8 - 2 * len(list(shards.glob("*.json")))
     advanced: list[int] = []
-    overrides = ["shard_size=2", "executor=ray", "ray.workers=1"]
+    overrides = [*FOUR_SHARDS, "executor=ray", "ray.workers=1"]
     ledger = run(config(portraits, tmp_path, *overrides), advanced.append)
     assert digests(tmp_path) == expected
     assert ledger.inputs == 8 and sum(advanced) == remaining > 0
