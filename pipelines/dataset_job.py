@@ -12,7 +12,7 @@ from pipelines.chain import Chain
 from pipelines.planning.plan import ShardTask
 from pipelines.planning.resume import load_shard
 from stages.base import PendingRecord, Stage
-from stages.executors import ChainReference, ExecutorSettings
+from stages.executors.job import ChainReference, ExecutorSettings
 from stages.record import Record
 from stages.storage.commit import ChainInfo, commit
 from stages.storage.manifest import Manifest, ShardRun

@@ -20,7 +20,8 @@ from pipelines.ledger import Ledger, read_ledger
 from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
-from stages.executors import EXECUTORS, Advance
+from stages.executors import executor_named
+from stages.executors.job import Advance
 from stages.storage import layout
 from stages.storage.commit import ChainInfo
 from stages.storage.lock import RunLock
@@ -132,7 +133,8 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
         if job.tasks:
             reference = chain_reference(config, job.chain)
             dataset_job = DatasetJob(config=config, chain=reference, info=chain)
-            yield from EXECUTORS[config.executor](dataset_job, job.tasks, advance)
+            run_tasks = executor_named(config.executor)
+            yield from run_tasks(dataset_job, job.tasks, advance)
         run_global_pass(store, config.global_pass, chain)
 
 

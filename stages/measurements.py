@@ -15,7 +15,6 @@ import imagehash
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
-from skimage.measure import blur_effect
 
 from stages.annotations import Measures
 from stages.codec import Image, LabelMap
@@ -95,6 +94,9 @@ def sharpness_of(grey: LabelMap, face: Face) -> float:
 
     Counts noise as detail: a blurred image with strong noise (sigma 8 of 255) is "sharp".
     """
+    # imports scipy, which takes longer than all else that a reader or writer imports for its chain
+    from skimage.measure import blur_effect
+
     patch = _around_parts(grey, face)
     if patch.shape[0] < _MIN_SIDE or patch.shape[1] < _MIN_SIDE or np.ptp(patch) == 0:
         return 0.0

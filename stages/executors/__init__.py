@@ -6,12 +6,23 @@ No other package imports ray.
 
 from __future__ import annotations
 
-from typing import Final
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Final
 
-from stages.executors.inline import run_inline
-from stages.executors.job import Advance, ChainReference, Executor, ExecutorSettings
-from stages.executors.ray_data import run_ray
+if TYPE_CHECKING:
+    from stages.executors.job import Executor
 
-__all__ = ["EXECUTORS", "Advance", "ChainReference", "ExecutorSettings"]
+_EXECUTORS: Final = {
+    "inline": "stages.executors.inline:run_inline",
+    "ray": "stages.executors.ray_data:run_ray",
+}
 
-EXECUTORS: Final[dict[str, Executor]] = {"inline": run_inline, "ray": run_ray}
+
+def executor_named(name: str) -> Executor:
+    """Returns the executor of the setting `executor`.
+
+    It is imported here, not with the package: a small process, such as the counter's, imports one
+    module of the package alone.
+    """
+    executor: Executor = resolve_name(_EXECUTORS[name])
+    return executor

@@ -8,10 +8,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from stages.executors.job import Advance
 from stages.executors.watchdog import Stuck, Watchdog
+
+if TYPE_CHECKING:
+    from stages.executors.job import Advance
 
 logger = logging.getLogger(__name__)
 

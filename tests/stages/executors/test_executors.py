@@ -34,7 +34,7 @@ def test_a_killed_and_resumed_run_writes_the_bytes_of_an_uninterrupted_one(
 
 
 def test_a_refused_caption_fails_alone_and_no_file_contains_the_key(
-    portraits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     images: list[bytes] = []
@@ -45,17 +45,17 @@ def test_a_refused_caption_fails_alone_and_no_file_contains_the_key(
         return refusal(400, f"not for {KEY}") if refused else completion(request)
 
     with ChatServer(decide) as server:
-        job = plan_job(settings(portraits, tmp_path, server, "inline"), chain=captioned)
+        job = plan_job(settings(four, tmp_path, server, "inline"), chain=captioned)
         list(execute(job, lambda count: None))
     ledger = read_ledger(Store(str(tmp_path)))
-    assert (ledger.written, dict(ledger.failed)) == (7, {"caption_failed": 1})
+    assert (ledger.written, dict(ledger.failed)) == (3, {"caption_failed": 1})
     assert not mentions_key(tmp_path)
 
 
-def test_a_server_that_refuses_the_key_ends_the_run(portraits: Path, tmp_path: Path) -> None:
+def test_a_server_that_refuses_the_key_ends_the_run(four: Path, tmp_path: Path) -> None:
     reply = refusal(401, "no")
     with ChatServer(lambda request: reply) as server:
-        job = plan_job(settings(portraits, tmp_path, server, "inline"), chain=captioned)
+        job = plan_job(settings(four, tmp_path, server, "inline"), chain=captioned)
         with pytest.raises(ServerError, match="refuses the key"):
             list(execute(job, lambda count: None))
     assert read_ledger(job.store).inputs == 0, "nothing is committed"

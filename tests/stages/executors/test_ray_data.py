@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,18 +16,17 @@ import pytest
 
 from configs.errors import ServerError
 from configs.schema import RayConfig
-from pipelines.ledger import read_ledger
 from pipelines.lint import lint
-from pipelines.run import execute, plan_job, run
+from pipelines.run import Job, execute, plan_job, run
 from stages.executors.cluster import ray_cluster
 from stages.executors.inline import run_inline
 from stages.executors.ray_data import run_ray
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import config, digests
-from tests.stages.chat_server import ChatServer, refusal
+from tests.stages.chat_server import ChatServer, Reply, Request, completion, refusal
 from tests.stages.executors.captioned import KEY, captioned, mentions_key, settings
-from tests.stages.executors.stopped import arguments, stopped
+from tests.stages.executors.stopped import FOUR_SHARDS, arguments, stopped
 from tests.stages.executors.toy import Result, ToyJob, ToyTask
 from tests.stages.executors.traps import trapped
 
@@ -66,7 +66,8 @@ def test_a_stopped_and_resumed_run_on_ray_writes_the_bytes_of_inline(
     assert not (tmp_path / "run.lock").exists()
     remaining = 8 - 2 * len(list(shards.glob("*.json")))
     advanced: list[int] = []
-    ledger = run(config(portraits, tmp_path, "shard_size=2", "executor=ray"), advanced.append)
+    overrides = [*FOUR_SHARDS, "executor=ray", "ray.workers=1"]
+    ledger = run(config(portraits, tmp_path, *overrides), advanced.append)
     assert digests(tmp_path) == expected
     assert ledger.inputs == 8 and sum(advanced) == remaining > 0
     assert list(lint(Store(str(tmp_path)))) == []
@@ -74,14 +75,14 @@ def test_a_stopped_and_resumed_run_on_ray_writes_the_bytes_of_inline(
 
 
 def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
-    portraits: Path, tmp_path: Path
+    four: Path, tmp_path: Path
 ) -> None:
-    photos = Path(shutil.copytree(portraits, tmp_path / "photos"))
+    photos = Path(shutil.copytree(four, tmp_path / "photos"))
     first, second, *others = sorted(photos.iterdir())
     first.rename(photos / "killer.jpg")
     second.rename(photos / "sleeper.jpg")
     overrides = [
-        "shard_size=4",
+        "shard_size=2",
         "executor=ray",
         "stuck_after=4",
         "ray.deaths=1",
@@ -104,33 +105,49 @@ def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
         "killer.jpg": ("failed", "killed_worker", "trap"),
         "sleeper.jpg": ("failed", "timed_out", "trap"),
     }
-    assert sum(manifest.written for manifest in manifests) == len(others) == 6
+    assert sum(manifest.written for manifest in manifests) == len(others) == 2
     assert max(manifest.run.attempt for manifest in manifests) == 2, (
         "the first attempt in a worker, the second in a child process"
     )
 
 
-def test_captions_from_a_server_equal_those_of_inline_and_manifests_count_tokens(
-    portraits: Path, tmp_path: Path
+def test_captions_equal_those_of_inline_and_a_server_that_then_refuses_the_key_ends_the_run(
+    four: Path, tmp_path: Path
 ) -> None:
-    written: dict[str, dict[str, str]] = {}
-    for executor in ("inline", "ray"):
-        output = tmp_path / executor
-        with ChatServer() as server:
-            job = plan_job(settings(portraits, output, server, executor), chain=captioned)
-            manifests = list(execute(job, lambda count: None))
-        tokens = {"prompt_tokens": 4 * 2 * 7, "completion_tokens": 4 * 2 * 3}
-        assert [manifest.run.stage_counts for manifest in manifests] == [{"caption": tokens}] * 2
-        assert {request.key for request in server.requests} == {KEY}
-        written[executor] = digests(output)
-        assert not mentions_key(output)
-    assert written["inline"] == written["ray"]
+    with ChatServer() as server:
+        list(execute(plan(four, tmp_path / "inline", server, "inline"), lambda count: None))
+    answered: set[bytes] = set()
 
+    def decide(request: Request) -> Reply:
+        """Answers for two photos, which are one shard; refuses when that is committed."""
+        if len(answered) < 2:
+            answered.add(request.jpeg)
+        if request.jpeg in answered:
+            return completion(request)
+        for _ in range(600):
+            if list((tmp_path / "ray" / "shards").glob("*.json")):
+                break
+            time.sleep(0.05)
+        return refusal(401, "no")
 
-def test_a_server_that_refuses_the_key_ends_the_run(portraits: Path, tmp_path: Path) -> None:
-    reply = refusal(401, "no")
-    with ChatServer(lambda request: reply) as server:
-        job = plan_job(settings(portraits, tmp_path, server, "ray"), chain=captioned)
+    with ChatServer(decide) as server:
+        job = plan(four, tmp_path / "ray", server, "ray")
         with pytest.raises(ServerError, match="refuses the key"):
             list(execute(job, lambda count: None))
-    assert read_ledger(job.store).inputs == 0, "nothing is committed"
+    assert {request.key for request in server.requests} == {KEY}
+    (manifest,) = DatasetReader(job.store).manifests().values()
+    tokens = {"prompt_tokens": 2 * 2 * 7, "completion_tokens": 2 * 2 * 3}
+    assert (manifest.inputs, manifest.run.stage_counts) == (2, {"caption": tokens})
+    inline, ray = (shard_files(tmp_path / executor) for executor in ("inline", "ray"))
+    assert len(ray) == 2 and ray.items() <= inline.items()
+    assert not mentions_key(tmp_path / "inline") and not mentions_key(tmp_path / "ray")
+
+
+def plan(source: Path, output: Path, server: ChatServer, executor: str) -> Job:
+    return plan_job(settings(source, output, server, executor), chain=captioned)
+
+
+def shard_files(output: Path) -> dict[str, bytes]:
+    """File name → bytes, of tars and sidecars."""
+    files = (output / "shards").iterdir()
+    return {file.name: file.read_bytes() for file in files if file.suffix != ".json"}
