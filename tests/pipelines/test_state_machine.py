@@ -152,7 +152,7 @@ def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # A search begins with the simplest example, and its later ones resemble each other. So there is a
 # search of two examples for each number, which is its seed.
-@pytest.mark.parametrize("number", [0] if SEARCHED else range(40))
+@pytest.mark.parametrize("number", [0] if SEARCHED else range(30))
 def test_any_sequence_ends_with_the_output_of_a_fresh_run(number: int) -> None:
     run_state_machine_as_test(
         seed(number)(Machine) if not SEARCHED else Machine,
