@@ -23,7 +23,6 @@ _CHILDREN.set_forkserver_preload(
         "fsspec.implementations.local",
         "pandas",
         "pipelines.sources.files",
-        "torch",
     ]
 )
 
