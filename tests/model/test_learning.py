@@ -23,14 +23,18 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, shards
     torch.manual_seed(0)
     records = list(shards.records(range(8)))
     model = ConsistentID(TINY, base.unet, "corrected")
-    records *= 2  # two draws of noise for each portrait and step
     batch = collate(
         [build_conditions(r, base.tokenizer, TINY, "corrected", resolution=32) for r in records]
     )
     features = encode_frozen(base, batch)
     # in place of a fitted VAE
     small = F.avg_pool2d(torch.stack([training_pixels(r, 32) for r in records]), 8)
-    latents = torch.cat((small, small.mean(1, keepdim=True)), 1) * 1.5
+    small = torch.cat((small, small.mean(1, keepdim=True)), 1) * 1.5
+    # two draws of noise for each portrait and step
+    latents, token_idx, token_valid, region_masks = (
+        torch.cat([values] * 2)
+        for values in (small, batch.token_idx, batch.token_valid, batch.region_masks)
+    )
     schedule = DDPMScheduler.from_config(base.scheduler.config)
     base.unet.requires_grad_(True)
     parameters = list({id(p): p for p in (*model.parameters(), *base.unet.parameters())}.values())
@@ -41,10 +45,11 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, shards
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(0, 1000, (len(latents),), generator=generator)
         noisy = schedule.add_noise(latents, noise, timesteps)
+        context = torch.cat([model.prepare(features)] * 2)
         prediction, scores = predict_noise(
-            base.unet, noisy, timesteps, model.prepare(features), token_idx=batch.token_idx
+            base.unet, noisy, timesteps, context, token_idx=token_idx
         )
-        localisation = localisation_loss(scores, batch.region_masks, batch.token_valid)
+        localisation = localisation_loss(scores, region_masks, token_valid)
         return noise_loss(prediction, noise), localisation
 
     @torch.no_grad()
@@ -57,7 +62,7 @@ def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, shards
         return noise, sum(float(pair[1]) for draws in pairs for pair in draws) / 24
 
     before = mean_losses(features)
-    for number in range(120):
+    for number in range(90):
         noise, localisation = step(features, number)
         optimizer.zero_grad()
         (noise + 0.01 * localisation).backward()

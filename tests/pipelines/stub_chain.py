@@ -100,12 +100,14 @@ class StubResize(RecordStage):
     config: StubConfig
 
     def process_one(self, record: Record) -> Record:
-        """A flat JPEG; behind its end is the scene, for the stages that follow."""
+        """Makes a flat JPEG, with the scene after its end for the stages that follow. The result
+        differs if the input was resized before.
+        """
         try:
             scene = Scene.decode(record.image)
         except ValueError:
             raise Failed("undecodable", "not a scene") from None
-        grey = record.image[-2] + int(self.config.setting)
+        grey = (record.image[0] + record.image[-2] + int(self.config.setting)) % 256
         pixels = np.full((_SIDE, _SIDE, 3), grey, np.uint8)
         return replace(
             record,

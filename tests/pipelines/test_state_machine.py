@@ -128,14 +128,14 @@ class Machine(RuleBasedStateMachine):
             self.data.run(kill_at=moment)
 
     @precondition(lambda self: self.data.reasons)
-    @rule(number=numbers, outage=st.booleans())
-    def retry(self, number: int, outage: bool) -> None:
-        """Retries the records of an existing reason."""
-        self.data.outage = outage
+    @rule(number=numbers)
+    def retry(self, number: int) -> None:
+        """Retries the records of an existing reason; an outage is over."""
+        self.data.outage = False
         self.data.run(chosen(self.data.reasons, number))
 
     @precondition(lambda self: self.data.planned)
-    @rule(which=numbers | scenes, moment=moments)
+    @rule(which=numbers | scenes, moment=st.just(0) | st.integers(1, 20))
     def take_down(self, which: int | str, moment: int) -> None:
         """Takes down an input by its name, or a scene by its digest."""
         if isinstance(which, int):
