@@ -12,10 +12,11 @@ import pytest
 from configs.errors import ShardError
 from configs.schema import DatasetConfig, SourceConfig
 from pipelines.planning.plan import Plan, ShardTask, make_plan, write_plan
-from pipelines.planning.resume import PendingRecord, load_shard
+from pipelines.planning.resume import PendingRecord, continued_record, load_shard
+from stages.annotations import Measures
 from stages.base import Dropped, Failed, Rejection, quarantine, reject
 from stages.record import Record
-from stages.storage.commit import ChainInfo, commit
+from stages.storage.commit import ChainInfo, PlannedShard, commit
 from stages.storage.exclusions import GLOBAL_PASS
 from stages.storage.layout import TAKEDOWNS
 from stages.storage.manifest import RunInfo
@@ -98,6 +99,22 @@ def test_samples_need_only_the_stale_stages_and_not_the_source(tmp_path: Path) -
     loaded = shard.load(["caption"])
     assert remaining(loaded) == {"a.jpg": {"caption"}, "b.jpg": {"caption"}}
     assert not any(from_source(each) for each in loaded.values()), "no source file is read"
+
+
+def test_a_reused_record_has_no_annotation_of_a_stage_that_it_still_needs() -> None:
+    stages = chain()
+    type(stages[NAMES.index("measure")]).annotation = Measures
+    record = sample("a.jpg", annotations={"measures": {"sharpness": 0.5}, "another": {}})
+
+    def annotations_with(stale: str) -> set[str]:
+        shard = PlannedShard(index=0, inputs=1, bytes=0, digest="")
+        task = ShardTask(shard=shard, exists=True, stale_stages=frozenset({stale}))
+        pending = continued_record(record, task, stages)
+        assert pending is not None
+        return {*pending.record.annotations}
+
+    assert annotations_with("caption") == {"measures", "another"}
+    assert annotations_with("measure") == {"another"}
 
 
 FAILED, NO_FACE = Failed("truncated", "at 5"), Dropped("no_face")
