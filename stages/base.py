@@ -31,6 +31,8 @@ SOURCE_FIELDS = ("key", "source", "sha256", "license", "author", "consent", "ima
 RENAMED_STAGES: Final[Mapping[str, str]] = {"judge": "quality_filter", "neighbours": "global_pass"}
 _CHUNK = 8  # records; the codec's cache holds more decoded images than this
 _RECORD_FIELDS: Final = {field.name for field in fields(Record)}
+# names that an annotation can't have; the last two are keys of a sample's JSON
+_RESERVED: Final = {*_RECORD_FIELDS, "version", "schema"}
 StageNames = frozenset[str]
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
@@ -147,6 +149,9 @@ class RecordStage(Stage):
             return self.process_one(record)
         except Rejection as rejection:
             return reject(record, rejection, self.name)
+        except Exception as error:
+            error.add_note(f"stage {self.name}, input {record.source!r}")
+            raise
 
 
 class BackendStage(Stage):
@@ -315,19 +320,25 @@ def chunk_size(stages: Sequence[Stage]) -> int:
 
 def check_chain(stages: Sequence[Stage]) -> None:
     """Raises ConfigError if a stage requires what neither source nor an earlier stage provides, or
-    if `annotation` and `provides` of a stage don't agree.
+    if its `annotation` has a reserved name or doesn't agree with `provides`.
     """
     available = set(SOURCE_FIELDS)
     for index, stage in enumerate(stages):
         missing = [field for field in stage.requires if field not in available]
         if missing:
-            earlier = ", ".join(s.name for s in stages[:index]) or "none"
+            providers = {"source": SOURCE_FIELDS} | {s.name: s.provides for s in stages[:index]}
+            provided = [f"{n}: {', '.join(names)}" for n, names in providers.items() if names]
             raise ConfigError(
                 f"stage {stage.name!r} requires {', '.join(missing)}, which no stage before it "
-                f"provides (stages before it: {earlier}). Move the stage that provides it to an "
-                "earlier place in `stages`."
+                "provides. Place it after the stage that provides it, or require fields of this "
+                f"list: {'; '.join(provided)}."
             )
         available.update(stage.provides)
+        if stage.annotation and stage.annotation.name in _RESERVED:
+            raise ConfigError(
+                f"stage {stage.name!r}: an annotation can't be called {stage.annotation.name}, "
+                "since a sample's JSON has a value of this name. Give it another name."
+            )
         annotations = {*stage.provides} - _RECORD_FIELDS
         expected = {stage.annotation.name} if stage.annotation else set()
         if annotations != expected:

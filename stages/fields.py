@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Final, TypeVar
@@ -106,7 +107,12 @@ def stored(
     length: int = 0,
     metric: Metric | None = None,
 ) -> Any:
-    """Returns a dataclass field with its entry in the table; see Stored for the arguments."""
+    """Returns a dataclass field with its entry in the table; see Stored for the arguments.
+
+    Raises TypeError for a metric of a field that isn't a number.
+    """
+    if metric and not (pa.types.is_integer(type) or pa.types.is_floating(type)):
+        raise TypeError(f"metric {metric.title!r}: expected a field of numbers, not of {type}")
     entry = Stored(
         description=description,
         type=type,
@@ -177,18 +183,27 @@ def to_plain(annotation: Annotation) -> dict[str, Any]:
     """Returns field name → JSON-ready value of the field's type: an int in a float field becomes a
     float, tuples become lists.
 
-    Raises ValueError for None: readers of the shards rely on one type for each field.
+    Raises ValueError for None, since readers of the shards rely on one type for each field, and for
+    NaN and infinity, which JSON doesn't have.
     """
     values: dict[str, Any] = {}
     for name, entry in stored_fields(type(annotation)):
         value = getattr(annotation, name)
         if value is None:
-            raise ValueError(
-                f"{annotation.name}.{name} is None: expected {entry.type}. A stage that can't "
-                "measure a record returns it without the annotation."
-            )
-        values[name] = pa.scalar(value, entry.type).as_py()
+            raise _not_recordable(annotation, name, value, entry)
+        plain = pa.scalar(value, entry.type).as_py()
+        for number in plain if isinstance(plain, list) else [plain]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise _not_recordable(annotation, name, value, entry)
+        values[name] = plain
     return values
+
+
+def _not_recordable(annotation: Annotation, field: str, value: Any, entry: Stored) -> ValueError:
+    return ValueError(
+        f"{annotation.name}.{field} is {value}: expected {entry.type}, and finite numbers. A stage "
+        "that can't measure a record returns it without the annotation."
+    )
 
 
 def from_plain(kind: type[Kind], values: Mapping[str, Any]) -> Kind:

@@ -22,7 +22,7 @@ from pipelines.inspect.find import Inspection, printable
 from pipelines.inspect.panes import half_blocks, panes
 from pipelines.report.metrics import AREA, WORDS, columns_of, shown_metrics
 from pipelines.report.palette import PALETTE
-from stages.annotations import absent_words, fused_words, unfused_words
+from stages.annotations import Measures, Review, absent_words, fused_words, unfused_words
 from stages.quality_filter import RULES, Rule
 from stages.reasons import explain
 from stages.record import Status
@@ -80,6 +80,7 @@ def _sections(inspection: Inspection) -> Iterable[tuple[str, Iterable[Line]]]:
     stale = "" if inspection.current else " of a configuration that the shard wasn't made with"
     title = f"Metrics, and the rules{stale}"
     yield title, _metrics(inspection, inspection.config.get("rules", {}))
+    yield "Annotations", _annotations(inspection)
     yield "Regions", _regions(row)
     yield "Identity", _identity(inspection)
     yield "Captions", _captions(row)
@@ -154,6 +155,14 @@ def _metrics(inspection: Inspection, limits: Mapping[str, Any]) -> Iterable[Line
         if shown.metric.unit and shown.metric.scale == 1:
             label += f", {shown.metric.unit}"
         yield Text(label), number, Text(", ".join(texts) or "no rule", "red" if broken else "dim")
+
+
+def _annotations(inspection: Inspection) -> Iterable[Line]:
+    """The fields without a metric of annotations that have no section of their own."""
+    for name, column in inspection.columns.items():
+        own_section = column.annotation in ("", Measures.name, Review.name)
+        if not own_section and column.metric is None and inspection.row.get(name) is not None:
+            yield Text(name.replace("_", " ")), _text(str(inspection.row[name]))
 
 
 def _is_on(rule: Rule, limits: Mapping[str, Any]) -> bool:

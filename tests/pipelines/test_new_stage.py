@@ -29,9 +29,12 @@ from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import count_model_calls, stamps
-from tests.pipelines.new_stage import ExampleTone, chain_with_example
-
-DATASET_V2 = Path("tests/data/dataset_v2")
+from tests.pipelines.new_stage import (
+    DATASET_V2,
+    ExampleTone,
+    chain_of_version_2,
+    chain_with_example,
+)
 
 
 def settings(source: Path, output: Path) -> DatasetConfig:
@@ -114,7 +117,7 @@ def test_an_unchanged_run_on_version_2_reads_no_source_and_runs_no_model(
     old: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, networks = stamps(old), count_model_calls(monkeypatch)
-    job = plan_job(settings(photos, old))
+    job = plan_job(settings(photos, old), chain=chain_of_version_2)
     assert (job.tasks, job.plan.new, job.plan.changed, job.plan.vanished) == ([], 0, 0, 0)
     assert list(execute(job, lambda count: None)) == []
     assert networks == [] and stamps(old) == before
@@ -146,7 +149,7 @@ def test_a_new_stage_upgrades_version_2_without_other_changes(upgraded: Path) ->
             assert (now.annotation(ExampleTone) is not None) == now.complete
 
 
-def test_a_new_metric_is_shown_in_sidecar_report_inspect_card_and_croissant(upgraded: Path) -> None:
+def test_new_fields_are_shown_in_sidecar_report_inspect_card_and_croissant(upgraded: Path) -> None:
     reader = DatasetReader(str(upgraded))
     column = reader.columns()["example_lightness"]
     assert column.annotation == "example_tone" and column.metric and column.metric.unit == "L*"
@@ -165,11 +168,15 @@ def test_a_new_metric_is_shown_in_sidecar_report_inspect_card_and_croissant(upgr
     key = reader.rows(0, ("key",), Status.OK).column(0)[0].as_py()
     console = Console(record=True, width=120, file=io.StringIO())
     show(inspect(reader.store, key), console, image=False)
-    [line] = [x for x in console.export_text().splitlines() if x.startswith("example lightness")]
+    lines = console.export_text().splitlines()
+    [line] = [line for line in lines if line.startswith("example lightness")]
     assert line.split()[-3:] == [f"{values[0]:.3f}", "no", "rule"]
+    [line] = [line for line in lines if line.startswith("example shade")]
+    assert line.split()[-1] == ("light" if values[0] > 50 else "dark")
 
     card = (upgraded / layout.README).read_text()
-    assert "example_lightness" in card and "median CIE L&#42; of the face" in card
+    assert "example_lightness" in card and "median CIE L&#42; of the main face" in card
+    assert "example_shade" in card
     croissant = json.loads((upgraded / layout.CROISSANT).read_text())
     [inputs] = [each for each in croissant["recordSet"] if each["name"] == "inputs"]
     [field] = [each for each in inputs["field"] if each["name"] == "example_lightness"]

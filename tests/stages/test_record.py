@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from configs.schema import DatasetConfig, ResizeConfig
 from stages.base import BackendStage, Dropped, RecordStage, Stage, check_chain, reject, run_stage
 from stages.chain import build_stages
 from stages.codec import decode_jpeg, decode_labels, encode_jpeg, encode_labels
-from stages.fields import Annotation
+from stages.fields import Annotation, Metric, stored
 from stages.record import Record, Status, from_table, key_of, to_table
 from tests.stages.records import records, same_record
 
@@ -75,7 +77,9 @@ def test_a_stage_that_returns_too_few_records_is_a_programming_error() -> None:
 def test_a_chain_in_which_no_stage_provides_a_required_field_is_an_error() -> None:
     chain = build_stages(DatasetConfig())
     check_chain(chain)
-    with pytest.raises(ConfigError, match=r"'caption' requires .*parsing"):
+    with pytest.raises(
+        ConfigError, match=r"'caption' requires parsing, .*list: source: key,.*detect: faces"
+    ):
         check_chain([stage for stage in chain if stage.name != "parse"])
 
 
@@ -93,6 +97,45 @@ def test_a_stage_whose_annotation_and_provides_disagree_is_an_error() -> None:
         check_chain([Forgetful(ResizeConfig())])
     with pytest.raises(ConfigError, match="provides no annotation, but its `annotation` is noted"):
         check_chain([Silent(ResizeConfig())])
+
+
+@pytest.mark.parametrize("reserved", ["caption", "version"])
+def test_an_annotation_named_like_a_value_of_the_json_is_an_error(reserved: str) -> None:
+    class Reserved(Annotation):
+        name = reserved
+
+    class Colliding(Odd):
+        provides = (reserved,)
+        annotation = Reserved
+
+    with pytest.raises(ConfigError, match=f"an annotation can't be called {reserved}"):
+        check_chain([Colliding(ResizeConfig())])
+
+
+@pytest.mark.parametrize("value", [None, math.nan, -math.inf])
+def test_a_field_without_a_finite_value_is_an_error(value: Any) -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Noted(Annotation):
+        name: ClassVar[str] = "noted"
+        number: float = stored("a number", pa.float64())
+
+    with pytest.raises(ValueError, match=rf"noted\.number is {value}: expected double"):
+        Record(key=key_of("1"), source="1").annotated(Noted(number=value))
+
+
+def test_a_metric_of_a_text_is_an_error() -> None:
+    with pytest.raises(TypeError, match="'Shade': expected a field of numbers, not of string"):
+        stored("a shade", pa.string(), metric=Metric(title="Shade"))
+
+
+def test_an_exception_of_a_stage_names_the_input() -> None:
+    class Faulty(Odd):
+        def process_one(self, record: Record) -> Record:
+            raise IndexError("of a programming error")
+
+    with pytest.raises(IndexError) as caught:
+        run_stage(Faulty(ResizeConfig()), [Record(key=key_of("1"), source="1.jpg")])
+    assert caught.value.__notes__ == ["stage odd, input '1.jpg'"]
 
 
 def test_signatures_depend_on_settings_that_change_results_only() -> None:
