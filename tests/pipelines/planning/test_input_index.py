@@ -108,9 +108,9 @@ def test_inputs_are_grouped_by_sizes_that_repeat_and_are_within_the_limits() -> 
         assert groups == [["a", "c"], ["0", "b"]], "by size, each in the plan's order"
 
 
-def test_groups_of_equal_size_are_in_the_order_of_the_plan_and_not_of_names() -> None:
+def test_groups_of_equal_size_are_in_the_order_of_the_plan_and_without_vanished_inputs() -> None:
     with InputIndex() as index:
-        index.load_previous_plan(plan_rows([item("z", 3)]))
+        index.load_previous_plan(plan_rows([item("z", 3), item("vanished", 3)]))
         index.add_listed(item("a", 3))
         index.add_listed(item("z", 3))
         index.assign_shards(5)
