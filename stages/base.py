@@ -22,7 +22,7 @@ from configs.common import PlacementConfig, hashed_settings
 from configs.errors import ConfigError
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
-from stages.fields import Annotation
+from stages.fields import Annotation, NotFiniteError
 from stages.record import Record, Status
 
 # fields that every source sets
@@ -149,6 +149,8 @@ class RecordStage(Stage):
             return self.process_one(record)
         except Rejection as rejection:
             return reject(record, rejection, self.name)
+        except NotFiniteError as error:
+            return reject(record, Failed("not_a_number", str(error)), self.name)
         except Exception as error:
             error.add_note(f"stage {self.name}, input {record.source!r}")
             raise

@@ -164,6 +164,10 @@ def _empty_scalar(kind: pa.DataType) -> Any:
     return 0.0 if pa.types.is_floating(kind) else ""
 
 
+class NotFiniteError(ValueError):
+    """A field of an annotation is NaN or infinite."""
+
+
 class Annotation:
     """Base of annotations: frozen dataclasses of what one stage records of an image.
 
@@ -183,27 +187,23 @@ def to_plain(annotation: Annotation) -> dict[str, Any]:
     """Returns field name → JSON-ready value of the field's type: an int in a float field becomes a
     float, tuples become lists.
 
-    Raises ValueError for None, since readers of the shards rely on one type for each field, and for
-    NaN and infinity, which JSON doesn't have.
+    Raises ValueError for None: readers of the shards rely on one type for each field. Raises
+    NotFiniteError for NaN and infinity, which JSON doesn't have.
     """
     values: dict[str, Any] = {}
     for name, entry in stored_fields(type(annotation)):
         value = getattr(annotation, name)
         if value is None:
-            raise _not_recordable(annotation, name, value, entry)
+            raise ValueError(
+                f"{annotation.name}.{name} is None: expected {entry.type}. A stage that can't "
+                "measure a record returns it without the annotation."
+            )
         plain = pa.scalar(value, entry.type).as_py()
         for number in plain if isinstance(plain, list) else [plain]:
             if isinstance(number, float) and not math.isfinite(number):
-                raise _not_recordable(annotation, name, value, entry)
+                raise NotFiniteError(f"{annotation.name}.{name} is {number}")
         values[name] = plain
     return values
-
-
-def _not_recordable(annotation: Annotation, field: str, value: Any, entry: Stored) -> ValueError:
-    return ValueError(
-        f"{annotation.name}.{field} is {value}: expected {entry.type}, and finite numbers. A stage "
-        "that can't measure a record returns it without the annotation."
-    )
 
 
 def from_plain(kind: type[Kind], values: Mapping[str, Any]) -> Kind:

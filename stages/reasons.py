@@ -297,6 +297,11 @@ _OTHERS: Final = {
         "of memory, even when it worked on this image alone.",
         "Remove or re-encode the image; give workers more memory if there are many.",
     ),
+    "not_a_number": _failed(
+        ANY_STAGE,
+        "A stage measured NaN or infinity, which a sample can't hold.",
+        "Report it with the image; the detail names the field.",
+    ),
     "timed_out": _failed(
         ANY_STAGE,
         "A stage gave no answer for this image within `stuck_after` seconds.",

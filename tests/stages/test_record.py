@@ -112,15 +112,27 @@ def test_an_annotation_named_like_a_value_of_the_json_is_an_error(reserved: str)
         check_chain([Colliding(ResizeConfig())])
 
 
-@pytest.mark.parametrize("value", [None, math.nan, -math.inf])
-def test_a_field_without_a_finite_value_is_an_error(value: Any) -> None:
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Noted(Annotation):
-        name: ClassVar[str] = "noted"
-        number: float = stored("a number", pa.float64())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted(Annotation):
+    name: ClassVar[str] = "noted"
 
-    with pytest.raises(ValueError, match=rf"noted\.number is {value}: expected double"):
-        Record(key=key_of("1"), source="1").annotated(Noted(number=value))
+    numbers: tuple[float, ...] = stored("numbers", pa.list_(pa.float64()), length=2)
+
+
+def test_none_in_a_field_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"noted\.numbers is None: expected list"):
+        Record(key=key_of("1"), source="1").annotated(Noted(numbers=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_record_with_a_number_that_is_not_finite_fails(value: float) -> None:
+    class Measuring(Odd):
+        def process_one(self, record: Record) -> Record:
+            return record.annotated(Noted(numbers=(1.0, value)))
+
+    [record] = run_stage(Measuring(ResizeConfig()), [Record(key=key_of("1"), source="1")])
+    assert (record.status, record.reason, record.stage) == (Status.FAILED, "not_a_number", "odd")
+    assert record.detail == f"noted.numbers is {value}" and not record.annotations
 
 
 def test_a_metric_of_a_text_is_an_error() -> None:
