@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.errors import ConfigError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
@@ -78,14 +79,35 @@ def plan_job(
     """Checks the configuration, lists the source and finds the pending shards. Writes nothing.
 
     retry: reasons; inputs that were dropped or failed with one of them are processed again. Raises
-    SourceError, ShardError or WeightsError.
+    ConfigError, SourceError, ShardError or WeightsError.
     """
     store = Store(config.output)
+    _check_output(config, store)
     stages = chain(config)
     sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
     plan = make_plan(config, store)
     tasks = pending(plan, store, stages, retry)
     return Job(config, store, stages, plan, tasks, chain)
+
+
+def _check_output(config: DatasetConfig, store: Store) -> None:
+    """Raises ConfigError if the output holds files, but no data set, or if one of source and output
+    is inside the other.
+    """
+    names = {*store.names("")} - {layout.LOCK}
+    if names and not names & {layout.PLAN, layout.DATASET}:
+        raise ConfigError(
+            f"output={store.url} holds {min(names)!r}, and no data set. Give a new or an empty "
+            "folder: a run would overwrite files such as README.md."
+        )
+    folder = Path(config.source.path)
+    if store.local and config.source.path and folder.is_dir():
+        source, output = folder.resolve(), Path(store.path("")).resolve()
+        if source.is_relative_to(output) or output.is_relative_to(source):
+            raise ConfigError(
+                f"source.path={config.source.path} and output={store.url}: one is inside the "
+                "other. Give folders of which neither contains the other."
+            )
 
 
 def fetch_weights(config: DatasetConfig, chain: Chain = build_chain) -> list[dict[str, str]]:

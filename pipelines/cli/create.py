@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.errors import PipelineError
+from configs.errors import PipelineError, QualityError, ShardError
 from pipelines.cli.common import (
     Config,
     DryRun,
@@ -75,6 +76,7 @@ def retry(
 def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool) -> None:
     """Prints the plan and, unless dry_run, executes it."""
     from pipelines.run import plan_job
+    from stages.storage.reader import DatasetReader
 
     job = plan_job(settings, retry)
     typer.echo(
@@ -83,6 +85,14 @@ def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool)
     )
     for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
         typer.echo(f"  {line}")
+    before = settings.shard_size
+    with suppress(ShardError):  # this run replaces a damaged config.yaml
+        before = DatasetReader(job.store).config_values().get("shard_size", before)
+    if before != settings.shard_size:
+        typer.echo(
+            f"  shard_size was {before}; {settings.shard_size} holds for new shards only. For one "
+            "size, make the data set in another output."
+        )
     if not dry_run:
         _run(job)
 
@@ -113,6 +123,13 @@ def _run(job: Job) -> None:
             "after models were loaded"
         )
     typer.echo(f"shards: {job.store.url}/shards\nreport: {job.store.url}/report/index.html")
+    if not ledger.written:
+        reasons = (ledger.dropped + ledger.failed).most_common()
+        raise QualityError(
+            f"none of {ledger.inputs:,} inputs became a sample: "
+            f"{', '.join(f'{reason} {count}' for reason, count in reasons)}. The report says for "
+            "each reason what to do."
+        )
     check_trainable(report, job.config.review.max_untrainable)
 
 

@@ -204,9 +204,15 @@ class DatasetReader:
 
     def config_values(self) -> dict[str, Any]:
         """Returns the configuration of the last run as plain values; {} if there is none. Keys may
-        be those of an older version.
+        be those of an older version. Raises ShardError if it isn't YAML.
         """
-        return _mapping(yaml.safe_load(self.config_text()))
+        try:
+            return _mapping(yaml.safe_load(self.config_text()))
+        except yaml.YAMLError as error:
+            raise ShardError(
+                f"{self.store.url}/{layout.CONFIG} is not YAML: {error}. `run` with its preset "
+                "writes it again."
+            ) from error
 
     def dataset_info(self) -> dict[str, Any]:
         """Returns the contents of dataset.json (source, stages, signatures, weights), with the

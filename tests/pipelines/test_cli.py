@@ -80,3 +80,57 @@ def test_a_second_run_at_the_same_time_is_an_error_and_writes_nothing(
 def test_a_folder_that_is_not_a_data_set_is_an_error(name: str, tmp_path: Path) -> None:
     result = call(name, tmp_path)
     assert result.exit_code == 2 and "run" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_output_with_files_of_the_user_is_refused_and_unchanged(
+    photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("README.md", "config.yaml"):
+        (output / name).write_text("the user's\n")
+    result = call("run", "-c", DEMO, f"source.path={photos}", f"output={output}", *OVERRIDES)
+    assert result.exit_code == 2
+    assert "holds 'README.md', and no data set" in result.stderr
+    assert {path.name: path.read_text() for path in output.iterdir()} == {
+        "README.md": "the user's\n",
+        "config.yaml": "the user's\n",
+    }
+
+
+@pytest.mark.parametrize(("source", "output"), [("in", "in/out"), ("a/in", "a"), ("in", "in")])
+def test_source_and_output_inside_each_other_are_refused(
+    tmp_path: Path, source: str, output: str
+) -> None:
+    folder = tmp_path / source
+    folder.mkdir(parents=True)
+    if source == output:
+        (folder / "plan.parquet").touch()  # as if it were a data set
+    paths = f"source.path={folder}", f"output={tmp_path / output}"
+    result = call("run", "-c", DEMO, *paths, *OVERRIDES)
+    assert result.exit_code == 2
+    expected = "no data set" if output == "a" else "one is inside the other"
+    assert expected in result.stderr
+
+
+def test_a_run_without_a_sample_exits_with_an_error_that_names_the_reasons(tmp_path: Path) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "page.jpg").write_bytes(b"<!doctype html>")
+    (folder / "empty.jpg").touch()
+    result = call("run", "-c", DEMO, f"source.path={folder}", f"output={output}", *OVERRIDES)
+    assert result.exit_code == 2
+    assert "none of 2 inputs became a sample" in result.stderr
+    assert "not_an_image 1" in result.stderr and "empty_file 1" in result.stderr
+    assert (output / "report/index.html").exists()
+
+
+def test_another_shard_size_is_said_to_hold_for_new_shards_only(
+    photos: Path, tmp_path: Path
+) -> None:
+    paths = f"source.path={photos}", f"output={tmp_path / 'out'}"
+    assert "shard_size was" not in call("run", "-c", DEMO, *paths, *OVERRIDES).stdout
+    result = call("run", "-c", DEMO, *paths, *OVERRIDES, "shard_size=2", "--dry-run")
+    assert "shard_size was 4; 2 holds for new shards only" in result.stdout
+    (tmp_path / "out/config.yaml").write_text("a: [")
+    assert call("run", "-c", DEMO, *paths, *OVERRIDES).exit_code == 0, "it is written again"

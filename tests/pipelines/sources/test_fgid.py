@@ -369,7 +369,9 @@ def test_objects_are_read_across_chunks_and_in_both_forms(tmp_path: Path) -> Non
 
 
 def test_a_missing_set_raises_a_clear_error(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "JSON_all.json", Path("s3://bucket/JSON_all.json")):
-        settings = replace(_fgid(tmp_path, tmp_path / "out"), source=_fgid(path, tmp_path).source)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for path in (folder, folder / "JSON_all.json", Path("s3://bucket/JSON_all.json")):
+        settings = replace(_fgid(folder, tmp_path / "out"), source=_fgid(path, folder).source)
         with pytest.raises(SourceError, match="no FGID set"):
             plan_job(settings)
