@@ -7,6 +7,7 @@ what was expected. Renamed keys are read under their old names too (configs/alia
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -46,7 +47,8 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
     overrides.
 
     An override replaces the file's value, also if one of the two uses the setting's old name.
-    Raises ConfigError for a missing file, an unknown key, or a value of the wrong type or range.
+    Raises ConfigError for a missing file, an unknown key, or a value of the wrong type or range. A
+    text that begins with ~/ gets the path of the home folder.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -170,15 +172,20 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 def _scalar(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as text
+            number = float(value)  # YAML reads 1e-4 as text
         except ValueError:
             raise _mismatch(name, value, "a number") from None
+        if not math.isfinite(number):
+            raise _mismatch(name, value, "a finite number")
+        return number
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and value is not None and not isinstance(value, list | dict):
-        return value if isinstance(value, str) else str(value)
+        text = str(value)
+        # shells don't expand the ~ of output=~/data
+        return str(Path(text).expanduser()) if text.startswith("~/") else text
     raise _mismatch(
         name,
         value,

@@ -126,6 +126,10 @@ class ParseConfig:
     device: str = field(default="auto", metadata=NOT_HASHED)
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
+    def __post_init__(self) -> None:
+        _check(self.size >= 32, f"parse.size={self.size}: expected at least 32 pixels")
+        _check(self.align_below >= 0, f"parse.align_below={self.align_below}: expected at least 0")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedConfig:
@@ -145,6 +149,11 @@ class RayConfig:
     object_store_mb: int = 500  # of a local cluster
     # after this many deaths of its worker, a shard is processed image by image in a child process
     deaths: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("object_store_mb", 80), ("deaths", 1)):
+            value = getattr(self, name)
+            _check(value >= least, f"ray.{name}={value}: expected at least {least}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +187,7 @@ class DatasetConfig:
         _check(
             1 <= self.shard_size <= 100_000, f"shard_size={self.shard_size}: expected 1 to 100000"
         )
+        _check(self.threads >= 0, f"threads={self.threads}: expected at least 0")
         _check(
             self.stuck_after > 0, f"stuck_after={self.stuck_after}: expected more than 0 seconds"
         )

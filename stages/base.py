@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Final
 
 from configs.common import PlacementConfig, hashed_settings
 from configs.errors import ConfigError
-from stages.backends.registry import backend_class
-from stages.backends.weights import Weights
+from stages.backends.registry import backend_class, check_backend
+from stages.backends.weights import Weights, check_role
 from stages.fields import Annotation, NotFiniteError
 from stages.record import Record, Status
 
@@ -159,10 +159,15 @@ class RecordStage(Stage):
 class BackendStage(Stage):
     """A stage that calls a backend of the registry. `setup` builds the backend from
     `backend_config`, which loads the model.
+
+    Raises ConfigError for an unknown backend, and for weights of another stage.
     """
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
+        check_backend(self.name, config.backend)
+        for name in self.weights():
+            check_role(self.name, name)
         self._weights = weights
         self._backend: Any = None
 

@@ -123,8 +123,15 @@ class ParquetTable(ContainerSource):
             raise Failed("no_image", "the row names no file")
         if _ABSOLUTE.match(name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
             raise Failed("outside_source", f"{name[:100]!r} leaves the table's folder")
-        path = f"{table.rpartition('/')[0]}/{name}"
+        folder = table.rpartition("/")[0]
+        path = f"{folder}/{name}"
         if is_local(self._fs):
+            # not Path.resolve, which raises for a loop of links
+            top, target = os.path.realpath(folder or "/"), os.path.realpath(path)
+            if os.path.commonpath([top, target]) != top:
+                raise Failed(
+                    "outside_source", f"{name[:100]!r} is a link out of the table's folder"
+                )
             return read_file(os.fsencode(path), self.max_bytes, count)
         data = read_range(self._fs, path, 0, self.max_bytes + 1 if count < 0 else count)
         if len(data) > self.max_bytes:

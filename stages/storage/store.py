@@ -26,7 +26,9 @@ from stages.storage.remote import file_system, is_local, is_transient
 _TEMPORARY: Final = ".tmp-"
 TRIES: Final = 8  # attempts for each call to a remote store
 # errors that the user can correct
-_UNWRITABLE: Final = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
+_UNWRITABLE: Final = (
+    *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOENT"),
+)
 _AT_ONCE: Final = 64  # files requested together
 _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 

@@ -53,6 +53,11 @@ def test_the_production_preset_has_the_production_weights() -> None:
         ("detect=1", "section"),
         ("source.extensions=[JPG]", "lower case"),
         ("detect.scales=[100]", "multiples of 32"),
+        ("threads=-1", "threads=-1: expected at least 0"),
+        ("ray.workers=-2", "ray.workers=-2: expected at least 0"),
+        ("parse.size=0", "at least 32 pixels"),
+        ("rules.max_yaw=.inf", "max_yaw=inf: expected a finite number"),
+        ("stuck_after=nan", "expected a finite number"),
     ],
 )
 def test_the_error_for_a_wrong_override_says_what_was_expected(override: str, message: str) -> None:
@@ -76,3 +81,14 @@ def test_a_missing_or_malformed_file_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(DatasetConfig, tmp_path / "bad.yaml")
+
+
+def test_the_home_folder_is_expanded_in_overrides_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("source:\n  path: ~/photos\n")
+    config = load(DatasetConfig, preset, ["output=~/out", "source.author=~nobody"])
+    assert (config.source.path, config.output) == ("/home/me/photos", "/home/me/out")
+    assert config.source.author == "~nobody"

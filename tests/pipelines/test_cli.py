@@ -134,3 +134,34 @@ def test_another_shard_size_is_said_to_hold_for_new_shards_only(
     assert "shard_size was 4; 2 holds for new shards only" in result.stdout
     (tmp_path / "out/config.yaml").write_text("a: [")
     assert call("run", "-c", DEMO, *paths, *OVERRIDES).exit_code == 0, "it is written again"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("detect.weights=w600k_mbf", "these weights are for embed. Known for detect: det_10g"),
+        ("embed.weights=clip_bpe", "these weights are for no stage"),
+        ("parse.backend=nope", "parse.backend='nope': no such backend. Known: bisenet"),
+    ],
+)
+def test_a_setting_that_fits_no_stage_is_an_error_of_a_dry_run_too(
+    photos: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    paths = f"source.path={photos}", f"output={tmp_path / 'out'}"
+    result = call("run", "-c", DEMO, *paths, *OVERRIDES, setting, "--dry-run")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("output=/proc/none/out", "/proc/none/out/run.lock"),
+        ("weights.cache=/proc/none", "the cache of weights, /proc/none, can't be written"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_an_error(
+    photos: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    paths = f"source.path={photos}", f"output={tmp_path / 'out'}"
+    result = call("run", "-c", DEMO, *paths, *OVERRIDES, setting)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

@@ -87,6 +87,10 @@ def test_images_beside_the_table_cannot_leave_its_folder(tmp_path: Path) -> None
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "a.jpg").write_bytes(b"image")
     (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "inside.jpg").symlink_to(folder / "sub" / "a.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     expected = {
         "sub/a.jpg": "",
         "gone.jpg": "not_a_file",
@@ -98,6 +102,10 @@ def test_images_beside_the_table_cannot_leave_its_folder(tmp_path: Path) -> None
         "C:\\secret.jpg": "outside_source",
         "file:///etc/passwd": "outside_source",
         "nul\0.jpg": "outside_source",
+        "link.jpg": "outside_source",
+        "up/secret.jpg": "outside_source",
+        "inside.jpg": "",
+        "loop.jpg": "not_a_file",
         None: "no_image",
     }
     write(folder / "t.parquet", [{"path": path} for path in expected])
