@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -133,15 +134,18 @@ class DatasetReader:
         """Returns the records of all inputs of a shard, in order. Written and quarantined ones are
         complete; other dropped and failed ones have their reason, but no image, label map,
         embedding and captions.
+
+        New shards are made from them, so the shard's files are compared with the digests of its
+        manifest first. Raises ShardError if one differs.
         """
         manifest = self._manifest(index)
-        with self.sidecar(index) as file:
+        with self._verified(manifest, manifest.sidecar), self.sidecar(index) as file:
             columns, rows = file.columns, file.read().to_pylist()
         with ExitStack() as stack:
-            tar = stack.enter_context(self._open(manifest.tar))
+            tar = stack.enter_context(self._verified(manifest, manifest.tar))
             quarantine = tar
             if manifest.quarantine:
-                quarantine = stack.enter_context(self._open(manifest.quarantine))
+                quarantine = stack.enter_context(self._verified(manifest, manifest.quarantine))
             return [
                 _restored(read_sample(quarantine if is_quarantined(row) else tar, row), row)
                 if _has_sample(row)
@@ -230,6 +234,20 @@ class DatasetReader:
             return Manifest.from_json(self.store.read(name), f"{self.store.url}/{name}")
         except FileNotFoundError as error:
             raise ShardError(f"{self.store.url}: shard {index} is not committed") from error
+
+    @contextmanager
+    def _verified(self, manifest: Manifest, file: FileEntry) -> Iterator[IO[bytes]]:
+        """Opens a file of a shard, compared with its digest."""
+        with self._open(file) as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+                raise ShardError(
+                    f"{self.store.url}/{layout.SHARDS}/{file.name} is damaged: its sha256 is not "
+                    "that of its manifest. Restore the file from a copy; or remove "
+                    f"{layout.manifest(manifest.index)} and run the pipeline again, which makes "
+                    "the shard again from its sources."
+                )
+            stream.seek(0)
+            yield stream
 
     def _open(self, file: FileEntry) -> Any:
         return self._with_file(file, self.store.open)

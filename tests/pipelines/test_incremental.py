@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configs.errors import ShardError
 from configs.load import to_yaml
 from stages.record import key_of
+from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.exclusions import read_takedowns
 from stages.storage.sidecar import Row
 from tests.pipelines import incremental
 from tests.pipelines.helpers import rows_of
 from tests.pipelines.incremental import IncrementalDataSet
-from tests.pipelines.stub_chain import OUTAGE, Scene
+from tests.pipelines.stub_chain import OUTAGE, Scene, stub_chain
 
 ANN = Scene(person="ann").encode()
 ANN_AGAIN = Scene(person="ann", saved=1).encode()
@@ -180,3 +182,34 @@ def test_a_run_that_is_killed_again_and_again(data: IncrementalDataSet) -> None:
             moment += 3
         assert moment > 20
         data.put("photo-f.jpg", CAT)
+
+
+@pytest.mark.parametrize("kind", ["tar", "quarantine.tar", "parquet"])
+@pytest.mark.parametrize("reuse", ["prompt", "take-down"])
+def test_damage_is_not_copied_into_a_new_shard(
+    data: IncrementalDataSet, kind: str, reuse: str
+) -> None:
+    data.change(min_sharpness=0.3)
+    for name, scene in (("photo-a.jpg", ANN), ("photo-b.jpg", BOB), ("photo-c.jpg", BLURRED)):
+        data.put(name, scene)
+    data.run()
+    damaged = data.output / "shards" / f"fgid-000000.{kind}"
+    whole = damaged.read_bytes()
+    place = len(whole) // 2
+    damaged.write_bytes(whole[:place] + b"\xa5" * 8 + whole[place + 8 :])
+    data.change(prompt="B")
+    message = rf"fgid-000000\.{kind} is damaged.* remove fgid-000000\.json"
+    with pytest.raises(ShardError, match=message):
+        if reuse == "prompt":
+            incremental.run(data.config, frozenset())
+        else:
+            rewrite(data)
+    assert damaged.read_bytes() != whole, "nothing was written"
+    (data.output / "shards" / "fgid-000000.json").unlink()
+    data.run()
+
+
+def rewrite(data: IncrementalDataSet) -> None:
+    """Rewrites the shard from its own samples, as a take-down does."""
+    [manifest] = data.reader.manifests().values()
+    commit_exclusions(data.store, manifest, ChainInfo.of(stub_chain(data.config)))
