@@ -85,6 +85,7 @@ def plan_job(
     _check_output(config, store)
     stages = chain(config)
     sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
+    DatasetReader(store).check_sizes()
     plan = make_plan(config, store)
     tasks = pending(plan, store, stages, retry)
     return Job(config, store, stages, plan, tasks, chain)

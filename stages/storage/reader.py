@@ -89,6 +89,15 @@ class DatasetReader:
         ]
         return {m.index: m for m in sorted(manifests, key=lambda manifest: manifest.index)}
 
+    def check_sizes(self) -> None:
+        """Raises ShardError if a file of a committed shard is missing or has another size."""
+        sizes = self.store.sizes(layout.SHARDS)
+        for manifest in self.manifests().values():
+            for file in manifest.files:
+                if sizes.get(file.name) != file.bytes:
+                    size = f"it has {sizes[file.name]:,}" if file.name in sizes else "it is missing"
+                    raise self._damaged(manifest, file, f"{size}, expected {file.bytes:,} bytes")
+
     @contextmanager
     def sidecar(self, index: int) -> Iterator[SidecarFile]:
         """Opens a shard's sidecar, so that parts of it can be read."""
@@ -240,14 +249,16 @@ class DatasetReader:
         """Opens a file of a shard, compared with its digest."""
         with self._open(file) as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
-                raise ShardError(
-                    f"{self.store.url}/{layout.SHARDS}/{file.name} is damaged: its sha256 is not "
-                    "that of its manifest. Restore the file from a copy; or remove "
-                    f"{layout.manifest(manifest.index)} and run the pipeline again, which makes "
-                    "the shard again from its sources."
-                )
+                raise self._damaged(manifest, file, "its sha256 is not that of its manifest")
             stream.seek(0)
             yield stream
+
+    def _damaged(self, manifest: Manifest, file: FileEntry, how: str) -> ShardError:
+        return ShardError(
+            f"{self.store.url}/{layout.SHARDS}/{file.name} is damaged: {how}. Restore the file "
+            f"from a copy; or remove {layout.manifest(manifest.index)} and run the pipeline again, "
+            "which makes the shard again from its sources."
+        )
 
     def _open(self, file: FileEntry) -> Any:
         return self._with_file(file, self.store.open)

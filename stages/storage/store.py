@@ -230,6 +230,12 @@ class Store:
         """
         return [name for name in self._all(folder) if _TEMPORARY not in name]
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Returns base name → size in bytes of the files in `folder`, as `names`."""
+        return {
+            name: size for name, size in self._entries(folder).items() if _TEMPORARY not in name
+        }
+
     def sweep(self, folder: str = "", spare: str = "") -> None:
         """Removes the temporary files of killed writers from `folder` ("": the store's top folder),
         except those of the file `spare`. Call it only while no other run writes there.
@@ -239,16 +245,20 @@ class Store:
                 self.remove(f"{folder}/{name}" if folder else name)
 
     def _all(self, folder: str) -> list[str]:
+        return sorted(self._entries(folder))
+
+    def _entries(self, folder: str) -> dict[str, int]:
+        """Returns base name → size of all that is in `folder`; the size of a folder is 0."""
         self._fs.invalidate_cache()
         try:
-            paths = self._call(self._fs.ls, self.path(folder), detail=False)
+            entries = self._call(self._fs.ls, self.path(folder), detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(
-            str(path).rsplit("/", 1)[-1]
-            for path in paths
-            if str(path).rstrip("/") != self.path(folder).rstrip("/")
-        )
+            return {}
+        return {
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] or 0
+            for entry in entries
+            if entry["name"].rstrip("/") != self.path(folder).rstrip("/")
+        }
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls `function` with retries and returns its result. Raises FileNotFoundError,

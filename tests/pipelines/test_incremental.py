@@ -4,6 +4,7 @@ held data of a removed input. `IncrementalDataSet` compares after each run.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,30 @@ def test_damage_is_not_copied_into_a_new_shard(
         else:
             rewrite(data)
     assert damaged.read_bytes() != whole, "nothing was written"
+    (data.output / "shards" / "fgid-000000.json").unlink()
+    data.run()
+
+
+@pytest.mark.parametrize("kind", ["tar", "quarantine.tar", "parquet"])
+@pytest.mark.parametrize("size", [-1, 100], ids=["missing", "truncated"])
+def test_a_run_with_nothing_to_do_finds_missing_and_truncated_files(
+    data: IncrementalDataSet, kind: str, size: int
+) -> None:
+    data.change(min_sharpness=0.3)
+    for name, scene in (("photo-a.jpg", ANN), ("photo-b.jpg", BOB), ("photo-c.jpg", BLURRED)):
+        data.put(name, scene)
+    data.run()
+    file = data.output / "shards" / f"fgid-000000.{kind}"
+    if size < 0:
+        file.unlink()
+    else:
+        os.truncate(file, size)
+    how = "it is missing" if size < 0 else f"it has {size}"
+    message = (
+        rf"fgid-000000\.{kind} is damaged: {how}, expected [0-9,]+ bytes.* remove fgid-000000\.json"
+    )
+    with pytest.raises(ShardError, match=message):
+        incremental.run(data.config, frozenset())
     (data.output / "shards" / "fgid-000000.json").unlink()
     data.run()
 
