@@ -162,7 +162,7 @@ class DatasetConfig:
 
     source: SourceConfig = field(default_factory=SourceConfig)
     output: str = ""  # folder or fsspec URL
-    shard_size: int = 1000  # inputs of a shard
+    shard_size: int = 1000  # inputs of a shard; a change holds for new shards only
     executor: Literal["ray", "inline"] = "ray"
     threads: int = 0  # per model and process; 0: all cores for inline, one for each Ray worker
     # Seconds that a stage may take for eight images (or a batch, if that is larger). After that, a
