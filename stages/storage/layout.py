@@ -76,6 +76,19 @@ def is_manifest(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(".json")
 
 
+def how_to_repair(name: str) -> str:
+    """Returns what to do about a damaged file of a data set. name: with or without its folder."""
+    base = name.rpartition("/")[2]
+    if base in (DUPLICATES, IDENTITIES):
+        return "Remove it and run the pipeline again, which makes it again."
+    if base.startswith(_PREFIX):
+        return (
+            f"Restore the file from a copy; or remove {base.partition('.')[0]}.json and run the "
+            "pipeline again, which makes the shard again from its sources."
+        )
+    return "Restore the file from a copy."
+
+
 def in_shards(name: str) -> str:
     """Returns the path, relative to OUT, of a shard's file."""
     return f"{SHARDS}/{name}"

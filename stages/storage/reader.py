@@ -96,7 +96,7 @@ class DatasetReader:
             for file in manifest.files:
                 if sizes.get(file.name) != file.bytes:
                     size = f"it has {sizes[file.name]:,}" if file.name in sizes else "it is missing"
-                    raise self._damaged(manifest, file, f"{size}, expected {file.bytes:,} bytes")
+                    raise self._damaged(file, f"{size}, expected {file.bytes:,} bytes")
 
     @contextmanager
     def sidecar(self, index: int) -> Iterator[SidecarFile]:
@@ -148,13 +148,13 @@ class DatasetReader:
         manifest first. Raises ShardError if one differs.
         """
         manifest = self._manifest(index)
-        with self._verified(manifest, manifest.sidecar), self.sidecar(index) as file:
+        with self._verified(manifest.sidecar), self.sidecar(index) as file:
             columns, rows = file.columns, file.read().to_pylist()
         with ExitStack() as stack:
-            tar = stack.enter_context(self._verified(manifest, manifest.tar))
+            tar = stack.enter_context(self._verified(manifest.tar))
             quarantine = tar
             if manifest.quarantine:
-                quarantine = stack.enter_context(self._verified(manifest, manifest.quarantine))
+                quarantine = stack.enter_context(self._verified(manifest.quarantine))
             return [
                 _restored(read_sample(quarantine if is_quarantined(row) else tar, row), row)
                 if _has_sample(row)
@@ -245,19 +245,18 @@ class DatasetReader:
             raise ShardError(f"{self.store.url}: shard {index} is not committed") from error
 
     @contextmanager
-    def _verified(self, manifest: Manifest, file: FileEntry) -> Iterator[IO[bytes]]:
+    def _verified(self, file: FileEntry) -> Iterator[IO[bytes]]:
         """Opens a file of a shard, compared with its digest."""
         with self._open(file) as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
-                raise self._damaged(manifest, file, "its sha256 is not that of its manifest")
+                raise self._damaged(file, "its sha256 is not that of its manifest")
             stream.seek(0)
             yield stream
 
-    def _damaged(self, manifest: Manifest, file: FileEntry, how: str) -> ShardError:
+    def _damaged(self, file: FileEntry, how: str) -> ShardError:
         return ShardError(
-            f"{self.store.url}/{layout.SHARDS}/{file.name} is damaged: {how}. Restore the file "
-            f"from a copy; or remove {layout.manifest(manifest.index)} and run the pipeline again, "
-            "which makes the shard again from its sources."
+            f"{self.store.url}/{layout.SHARDS}/{file.name} is damaged: {how}. "
+            f"{layout.how_to_repair(file.name)}"
         )
 
     def _open(self, file: FileEntry) -> Any:

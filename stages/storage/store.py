@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from configs.errors import ConfigError, StoreError
+from configs.errors import ConfigError, ShardError, StoreError
+from stages.storage import layout
 from stages.storage.remote import file_system, is_local, is_transient
 
 _TEMPORARY: Final = ".tmp-"
@@ -181,17 +182,25 @@ class Store:
 
     @contextmanager
     def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """Opens a parquet file, so that parts of it can be read. Raises FileNotFoundError.
+        """Opens a parquet file, so that parts of it can be read. Raises FileNotFoundError, and
+        ShardError if it is damaged, also for damage that a read inside the context meets.
 
         pq.read_table isn't used: threads of pyarrow's data sets may still have a Python stream when
         the interpreter ends, and then abort the process. Local files are read without Python.
         """
-        if self.local:
-            with pq.ParquetFile(self.path(name)) as file:
-                yield file
-        else:
-            with self.open(name) as stream, pq.ParquetFile(stream) as file:
-                yield file
+        try:
+            if self.local:
+                with pq.ParquetFile(self.path(name)) as file:
+                    yield file
+            else:
+                with self.open(name) as stream, pq.ParquetFile(stream) as file:
+                    yield file
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # not pyarrow's own
+                raise
+            raise ShardError(
+                f"{self.url}/{name} is damaged: {error}. {layout.how_to_repair(name)}"
+            ) from error
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Returns the rows of a parquet file. Raises FileNotFoundError."""
