@@ -190,10 +190,7 @@ def test_a_run_that_is_killed_again_and_again(data: IncrementalDataSet) -> None:
 def test_damage_is_not_copied_into_a_new_shard(
     data: IncrementalDataSet, kind: str, reuse: str
 ) -> None:
-    data.change(min_sharpness=0.3)
-    for name, scene in (("photo-a.jpg", ANN), ("photo-b.jpg", BOB), ("photo-c.jpg", BLURRED)):
-        data.put(name, scene)
-    data.run()
+    with_quarantined_sample(data)
     damaged = data.output / "shards" / f"fgid-000000.{kind}"
     whole = damaged.read_bytes()
     place = len(whole) // 2
@@ -215,10 +212,7 @@ def test_damage_is_not_copied_into_a_new_shard(
 def test_a_run_with_nothing_to_do_finds_missing_and_truncated_files(
     data: IncrementalDataSet, kind: str, size: int
 ) -> None:
-    data.change(min_sharpness=0.3)
-    for name, scene in (("photo-a.jpg", ANN), ("photo-b.jpg", BOB), ("photo-c.jpg", BLURRED)):
-        data.put(name, scene)
-    data.run()
+    with_quarantined_sample(data)
     file = data.output / "shards" / f"fgid-000000.{kind}"
     if size < 0:
         file.unlink()
@@ -231,6 +225,14 @@ def test_a_run_with_nothing_to_do_finds_missing_and_truncated_files(
     with pytest.raises(ShardError, match=message):
         incremental.run(data.config, frozenset())
     (data.output / "shards" / "fgid-000000.json").unlink()
+    data.run()
+
+
+def with_quarantined_sample(data: IncrementalDataSet) -> None:
+    """Runs with three inputs of one shard, of which the last is quarantined as blurred."""
+    data.change(min_sharpness=0.3)
+    for name, scene in (("photo-a.jpg", ANN), ("photo-b.jpg", BOB), ("photo-c.jpg", BLURRED)):
+        data.put(name, scene)
     data.run()
 
 

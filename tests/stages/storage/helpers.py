@@ -22,7 +22,7 @@ with RunLock(Store(sys.argv[1])):
     time.sleep(600)
 """
 
-# the command line with the stub chain
+# runs the command line with stages that need no model (tests/pipelines/stub_chain.py)
 _COMMAND_LINE = """
 from functools import partial
 import pipelines.run
@@ -34,18 +34,18 @@ app()
 
 
 def write_scenes(folder: Path) -> None:
-    """Writes two inputs for the stub chain, each as large as a photograph."""
+    """Writes two inputs for `stub_chain`, as large as photographs."""
     for person, size in (("ann", 300_000), ("bob", 200_000)):
         (folder / f"{person}.jpg").write_bytes(Scene(person=person).encode().ljust(size))
 
 
 def settings(source: Path | str, output: Path | str, *overrides: str) -> DatasetConfig:
-    """Of a run with the stub chain that makes a shard of each input."""
+    """Returns the configuration of a run that makes a shard of each input."""
     return config(source, output, *_SETTINGS, *overrides)
 
 
 def command(source: Path | str, output: str, *overrides: str) -> list[str]:
-    """Returns the command of such a run."""
+    """Returns the command of a run with these settings and `stub_chain`."""
     arguments = [f"source.path={source}", f"output={output}", *_SETTINGS, "threads=1"]
     run_command = [sys.executable, "-c", _COMMAND_LINE, "run", "--config", DEMO]
     return [*run_command, *arguments, *overrides]

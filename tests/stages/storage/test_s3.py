@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from stages.storage.layout import LOCK
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import TRIES, Store
-from tests.pipelines.helpers import config, digests
+from tests.pipelines.helpers import DEMO, config, digests
 from tests.pipelines.stub_chain import stub_chain
 from tests.stages.storage.helpers import HOLDER, command, settings, write_scenes
 from tests.stages.storage.s3_server import KINDS, Bucket, Faults, Proxy, proxy, s3_server
@@ -297,12 +298,18 @@ def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
-    bucket: Bucket, scenes: Path, expected: dict[str, str]
+    bucket: Bucket, portraits: Path, tmp_path: Path
 ) -> None:
-    source = bucket.upload(scenes)
-    arguments = command(source, bucket.out, "executor=ray", "ray.workers=1")
+    """The real command with the real stages."""
+    (photos := tmp_path / "photos").mkdir()
+    for path in sorted(portraits.glob("*.jpg"))[:2]:
+        shutil.copy2(path, photos)
+    run_chain(config(photos, tmp_path / "local", "shard_size=1"))
+    overrides = ("shard_size=1", "threads=1", "executor=ray", "ray.workers=1")
+    paths = f"source.path={bucket.upload(photos)}", f"output={bucket.out}"
+    arguments = [sys.executable, "-m", "pipelines.cli", "run", "-c", DEMO, *paths, *overrides]
     process = subprocess.run(arguments, check=True, capture_output=True)
-    assert bucket.digests() == expected
+    assert bucket.digests() == digests(tmp_path / "local")
     files = {key: bucket.read(key) for key in bucket.stamps() if key.startswith("out/")}
     assert {"out/config.yaml", "out/dataset.json", "out/report/index.html"} <= set(files)
     files["printed"] = process.stdout + process.stderr
