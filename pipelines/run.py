@@ -24,7 +24,7 @@ from stages.base import Stage
 from stages.executors import executor_named
 from stages.executors.job import Advance
 from stages.storage import layout
-from stages.storage.commit import ChainInfo
+from stages.storage.commit import ChainInfo, complete_commits
 from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
@@ -76,7 +76,8 @@ class Job:
 def plan_job(
     config: DatasetConfig, retry: frozenset[str] = frozenset(), chain: Chain = build_chain
 ) -> Job:
-    """Checks the configuration, lists the source and finds the pending shards. Writes nothing.
+    """Checks the configuration, lists the source and finds the pending shards. Writes nothing,
+    except that commits of a killed run are completed.
 
     retry: reasons; inputs that were dropped or failed with one of them are processed again. Raises
     ConfigError, SourceError, ShardError or WeightsError.
@@ -85,6 +86,9 @@ def plan_job(
     _check_output(config, store)
     stages = chain(config)
     sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
+    if store.names(layout.STAGED):  # of a commit that was killed
+        with RunLock(store):
+            complete_commits(store)
     DatasetReader(store).check_sizes()
     plan = make_plan(config, store)
     tasks = pending(plan, store, stages, retry)
@@ -146,9 +150,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
-        store.sweep(layout.SHARDS)
-        # Another run may be trying to create the lock at this moment.
-        store.sweep(spare=layout.LOCK)
+        complete_commits(store)
         write_plan(job.plan, store)
         store.write_if_changed(layout.CONFIG, settings)
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)

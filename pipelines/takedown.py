@@ -28,7 +28,7 @@ from stages.base import run_chain
 from stages.chain import build_stages
 from stages.record import IDENTITY_DIM, FloatArray, Record, Status, key_of
 from stages.storage import exclusions, layout
-from stages.storage.commit import ChainInfo, remove_uncommitted
+from stages.storage.commit import ChainInfo, complete_commits, remove_uncommitted
 from stages.storage.exclusions import TAKEN_DOWN
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
@@ -116,8 +116,7 @@ def take_down(
     """
     info = ChainInfo.of(chain(config))
     with RunLock(store):
-        store.sweep(layout.SHARDS)
-        store.sweep(spare=layout.LOCK)  # another run may be writing its lock file now
+        complete_commits(store)
         remove_uncommitted(store)
         removed: dict[str, list[str]] = {}
         for match in matches:

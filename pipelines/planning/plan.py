@@ -148,7 +148,7 @@ def _make_plan(config: DatasetConfig, store: Store) -> Plan:
 
 def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
     """Writes the plan as parquet, and yields each shard."""
-    with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for number, rows in index.shards():
             lines = (
                 f"{row['key']} {row['size']} {row['version']} {row['duplicate_of']}" for row in rows

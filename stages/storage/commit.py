@@ -4,6 +4,10 @@ A shard is a tar of samples, a sidecar with a row for every input, and a manifes
 last: a shard without a manifest doesn't exist. Complete samples that a rule or an exclusion dropped
 are in a second tar (quarantine), so that nobody trains on them; changed rules restore them without
 a model call. Tars and sidecar depend only on inputs, signatures and exclusions.
+
+The new files of a shard that exists are staged: they are written to another folder first, and moved
+when all of them, with their manifest, are complete. A commit that fails or is killed before that
+leaves the shard as it was; `complete_commits` finishes one that was killed after that.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -63,8 +68,7 @@ def commit(
     """Writes `shard` and returns its manifest.
 
     records: of all inputs of the shard, in input order; the shard's exclusions are applied to them.
-    The old manifest is removed first and the new one is written last: between the two, the shard
-    doesn't exist. Raises ShardError if two records have the same key.
+    Raises ShardError if two records have the same key.
     """
     keys = Counter(record.key for record in records)
     if repeated := [key for key, count in keys.items() if count > 1]:
@@ -75,7 +79,8 @@ def commit(
     excluded = exclusions.of_shard(store, shard.index)
     records = [exclusions.apply(excluded.get(record.key), record) for record in records]
     rows = {record.key: sidecar_row(record, chain.annotations) for record in records}
-    _remove(store, shard.index)
+    exists = store.exists(layout.in_shards(layout.manifest(shard.index)))
+    folder = layout.STAGED if exists else layout.SHARDS
 
     def write_tar(stream: IO[bytes], chosen: Sequence[Record], kind: str) -> None:
         tar = TarWriter(stream)
@@ -83,20 +88,21 @@ def commit(
             place = tar.add(record.key, to_members(record, chain.annotations))
             row: Row = rows[record.key]
             row[f"{kind}_offset"], row[f"{kind}_size"] = place["offset"], place["size"]
-            row["members"] = place["members"]
+            row["members"], row["sample_sha256"] = place["members"], place["sha256"]
         tar.finish()
 
     written = [record for record in records if record.ok]
     quarantined = [record for record in records if record.quarantined]
     name = layout.tar(shard.index)
-    tar = _write(store, name, lambda stream: write_tar(stream, written, "tar"))
+    tar = _write(store, folder, name, lambda stream: write_tar(stream, written, "tar"))
     name, quarantine = layout.quarantine_tar(shard.index), None
     if quarantined:
         quarantine = _write(
-            store, name, lambda stream: write_tar(stream, quarantined, "quarantine")
+            store, folder, name, lambda stream: write_tar(stream, quarantined, "quarantine")
         )
     sidecar = _write(
         store,
+        folder,
         layout.sidecar(shard.index),
         lambda stream: write_sidecar(list(rows.values()), chain.annotations, stream),
     )
@@ -114,7 +120,11 @@ def commit(
         sidecar=sidecar,
         run=run,
     )
-    store.write(layout.in_shards(layout.manifest(shard.index)), manifest.to_json())
+    if exists:
+        store.write(layout.in_staged(layout.manifest(shard.index)), manifest.to_json())
+        _replace(store, manifest)
+    else:
+        _finish(store, manifest)
     return manifest
 
 
@@ -132,6 +142,42 @@ def commit_exclusions(store: Store, manifest: Manifest, chain: ChainInfo) -> Man
     return commit(store, shard, restored, unchanged, manifest.run)
 
 
+def complete_commits(store: Store) -> None:
+    """Completes or removes what killed writers left: temporary files, and staged files. Call it
+    while holding the run lock.
+    """
+    store.sweep(layout.SHARDS)
+    store.sweep(layout.STAGED)
+    store.sweep(spare=layout.LOCK)  # another run may be trying to create the lock at this moment
+    for name in filter(layout.is_manifest, store.names(layout.STAGED)):
+        path = layout.in_staged(name)
+        _replace(store, Manifest.from_json(store.read(path), f"{store.url}/{path}"))
+    for name in store.names(layout.STAGED):
+        store.remove(layout.in_staged(name))
+
+
+def _replace(store: Store, manifest: Manifest) -> None:
+    """Moves the staged files of a shard to their places. It may be repeated after a kill.
+
+    The old manifest is removed first: none ever describes files of another commit.
+    """
+    store.remove(layout.in_shards(layout.manifest(manifest.index)))
+    for file in manifest.files:
+        with suppress(FileNotFoundError):  # moved by an earlier attempt
+            store.move(layout.in_staged(file.name), layout.in_shards(file.name))
+    _finish(store, manifest)
+    store.remove(layout.in_staged(layout.manifest(manifest.index)))
+
+
+def _finish(store: Store, manifest: Manifest) -> None:
+    """Removes files of earlier commits that the new one doesn't have, and writes the manifest."""
+    names = {file.name for file in manifest.files}
+    index = manifest.index
+    for name in {layout.quarantine_tar(index), layout.quarantine_tar_version2(index)} - names:
+        store.remove(layout.in_shards(name))
+    store.write(layout.in_shards(layout.manifest(index)), manifest.to_json())
+
+
 def remove_uncommitted(store: Store) -> None:
     """Removes the files of shards without a manifest, which a killed commit has written. Call it
     while holding the run lock.
@@ -142,25 +188,15 @@ def remove_uncommitted(store: Store) -> None:
             store.remove(layout.in_shards(name))
 
 
-def _remove(store: Store, index: int) -> None:
-    """Removes a shard's manifest and quarantine tar. The commit replaces the other files."""
-    for name in (
-        layout.manifest(index),
-        layout.quarantine_tar(index),
-        layout.quarantine_tar_version2(index),
-    ):
-        store.remove(layout.in_shards(name))
-
-
 def _reasons(records: Sequence[Record], status: Status) -> Mapping[str, int]:
     """Returns reason → number of the records with this status, sorted by reason."""
     counts = Counter(record.reason for record in records if record.status is status)
     return dict(sorted(counts.items()))
 
 
-def _write(store: Store, name: str, write: Callable[[IO[bytes]], None]) -> FileEntry:
+def _write(store: Store, folder: str, name: str, write: Callable[[IO[bytes]], None]) -> FileEntry:
     """Writes a file of a shard and returns its entry for the manifest."""
-    with store.writer(layout.in_shards(name)) as stream:
+    with store.writer(f"{folder}/{name}") as stream:
         hashed = _HashedStream(stream)
         write(hashed)  # type: ignore[arg-type]
     return FileEntry(name=name, bytes=hashed.count, sha256=hashed.sha256)

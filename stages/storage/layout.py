@@ -6,6 +6,7 @@ OUT/shards/fgid-000000.tar             samples
 OUT/shards/fgid-000000.quarantine.tar  complete samples that a rule or an exclusion dropped
 OUT/shards/fgid-000000.parquet         the sidecar: a row for every input
 OUT/shards/fgid-000000.json            the manifest, written last
+OUT/staged/...                         new files of shards that are being replaced
 OUT/report/index.html  stats.json  stats.parquet
 """
 
@@ -33,6 +34,7 @@ STATS: Final = "report/stats.json"
 STATS_TABLE: Final = "report/stats.parquet"
 
 SHARDS: Final = "shards"
+STAGED: Final = "staged"
 TARS: Final = "fgid-??????.tar"  # a glob that doesn't match quarantine tars
 SIDECARS: Final = "fgid-??????.parquet"
 _PREFIX: Final = "fgid-"
@@ -92,3 +94,8 @@ def how_to_repair(name: str) -> str:
 def in_shards(name: str) -> str:
     """Returns the path, relative to OUT, of a shard's file."""
     return f"{SHARDS}/{name}"
+
+
+def in_staged(name: str) -> str:
+    """Returns the path, relative to OUT, of a file that will replace one of a shard."""
+    return f"{STAGED}/{name}"

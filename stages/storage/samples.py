@@ -8,6 +8,7 @@ the first samples can read the rest.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -115,13 +116,16 @@ class TarWriter:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
+        self._digest = hashlib.sha256()  # of the present sample
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
         """Appends a sample and returns its place in bytes: the `offset` of its first header, its
-        `size` with headers and padding, and in `members` the name, data offset and size of each.
+        `size` with headers and padding, and in `members` the name, data offset and size of each;
+        and `sha256`, the digest of these bytes.
         """
         start, places = self.count, []
+        self._digest = hashlib.sha256()
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode = len(data), 0o644  # mtime, uid and gid stay 0
@@ -129,7 +133,12 @@ class TarWriter:
             places.append({"name": extension, "offset": self.count, "size": len(data)})
             self._write(data)
             self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return {"offset": start, "size": self.count - start, "members": places}
+        return {
+            "offset": start,
+            "size": self.count - start,
+            "members": places,
+            "sha256": self._digest.hexdigest(),
+        }
 
     def finish(self) -> None:
         """Writes the end of the archive."""
@@ -138,6 +147,7 @@ class TarWriter:
 
     def _write(self, data: bytes) -> None:
         self._stream.write(data)
+        self._digest.update(data)
         self.count += len(data)
 
 

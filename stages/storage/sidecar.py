@@ -28,7 +28,15 @@ from stages.storage.layout import FORMAT_VERSION
 Row = dict[str, Any]
 
 ROW_GROUP: Final = 250  # rows; so that a few thumbnails can be read without all of a shard's
-_UNIQUE: Final = ("key", "sha256", "hash", "thumbnail", "thumbnail_labels", "identity")
+_UNIQUE: Final = (
+    "key",
+    "sha256",
+    "sample_sha256",
+    "hash",
+    "thumbnail",
+    "thumbnail_labels",
+    "identity",
+)
 _VERSION: Final = b"format_version"
 
 
@@ -136,6 +144,11 @@ _PLACES: Final = (
         type=pa.list_(_MEMBER),
         description="name, data offset and size of each of the sample's files, in its tar",
     ),
+    Column(
+        name="sample_sha256",
+        type=pa.string(),
+        description="digest of the sample's bytes in its tar, with headers",
+    ),
 )
 _IN_NO_TAR: Final[Row] = {
     "tar_offset": -1,
@@ -143,6 +156,7 @@ _IN_NO_TAR: Final[Row] = {
     "quarantine_offset": -1,
     "quarantine_size": 0,
     "members": [],
+    "sample_sha256": "",
 }
 
 
@@ -186,6 +200,7 @@ def write_sidecar(
         compression="zstd",
         row_group_size=ROW_GROUP,
         use_dictionary=cast(Any, repeating),
+        write_page_checksum=True,
     )
 
 

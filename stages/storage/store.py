@@ -183,17 +183,21 @@ class Store:
     @contextmanager
     def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """Opens a parquet file, so that parts of it can be read. Raises FileNotFoundError, and
-        ShardError if it is damaged, also for damage that a read inside the context meets.
+        ShardError if it is damaged, also for damage that a read inside the context meets: each page
+        that is read is compared with its checksum. Files before version 0.2 have no checksums.
 
         pq.read_table isn't used: threads of pyarrow's data sets may still have a Python stream when
         the interpreter ends, and then abort the process. Local files are read without Python.
         """
         try:
             if self.local:
-                with pq.ParquetFile(self.path(name)) as file:
+                with pq.ParquetFile(self.path(name), page_checksum_verification=True) as file:
                     yield file
             else:
-                with self.open(name) as stream, pq.ParquetFile(stream) as file:
+                with (
+                    self.open(name) as stream,
+                    pq.ParquetFile(stream, page_checksum_verification=True) as file,
+                ):
                     yield file
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # not pyarrow's own
@@ -210,7 +214,7 @@ class Store:
     def write_table_if_changed(self, name: str, table: pa.Table) -> None:
         """Writes a parquet file unless it exists with the same bytes."""
         with io.BytesIO() as out:
-            pq.write_table(table, out, compression="zstd")
+            pq.write_table(table, out, compression="zstd", write_page_checksum=True)
             self.write_if_changed(name, out.getvalue())
 
     def exists(self, name: str) -> bool:
@@ -232,6 +236,17 @@ class Store:
             # an earlier attempt may have removed it although its response was lost
             with suppress(FileNotFoundError):
                 self._call(self._fs.rm_file, self.path(name))
+
+    def move(self, source: str, target: str) -> None:
+        """Renames a file; replaces one that exists. An object store copies it and deletes the
+        original, so that after a kill both may exist. Raises FileNotFoundError.
+        """
+        if self.local:
+            Path(self.path(target)).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.path(source)).replace(self.path(target))
+            return
+        self._call(self._fs.cp_file, self.path(source), self.path(target))
+        self.remove(source)
 
     def names(self, folder: str) -> list[str]:
         """Returns the base names of the files in `folder`, sorted, without temporary files of

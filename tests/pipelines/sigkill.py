@@ -31,9 +31,9 @@ def killed(moment: int, errors: Path, function: Callable[..., object], *argument
     """Calls `function` in a child process that SIGKILLs itself at moment number `moment`, from 1.
 
     A moment is before a file of the output is written, when it is written but not yet there under
-    its name, after that; before and after one is removed; and before records are captioned. Returns
-    False where the function ended before that. Raises AssertionError, with what the child wrote to
-    the file `errors`, where it failed.
+    its name, after that; before and after one is removed or moved; and before records are
+    captioned. Returns False where the function ended before that. Raises AssertionError, with what
+    the child wrote to the file `errors`, where it failed.
     """
     child = _CHILDREN.Process(target=_run, args=(moment, errors, function, arguments))
     child.start()
@@ -91,4 +91,5 @@ def _die_at(moment: int) -> None:
     os.fsync = lambda fd: None  # only a machine that loses power loses what was written
     Store.writer = writer  # type: ignore[method-assign]
     Store.remove = around(Store.remove)  # type: ignore[method-assign]
+    Store.move = around(Store.move)  # type: ignore[method-assign]
     StubCaption.process = process  # type: ignore[method-assign]

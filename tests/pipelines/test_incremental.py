@@ -5,6 +5,9 @@ held data of a removed input. `IncrementalDataSet` compares after each run.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +17,13 @@ import pytest
 
 from configs.errors import ShardError
 from configs.load import to_yaml
+from pipelines.lint import lint
 from stages.record import key_of
+from stages.storage import layout
 from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.exclusions import read_takedowns
-from stages.storage.sidecar import Row
-from tests.pipelines import incremental
+from stages.storage.sidecar import Row, is_quarantined
+from tests.pipelines import incremental, sigkill
 from tests.pipelines.helpers import rows_of
 from tests.pipelines.incremental import IncrementalDataSet
 from tests.pipelines.stub_chain import OUTAGE, Scene, stub_chain
@@ -161,6 +166,63 @@ def test_a_take_down_leaves_nothing_of_what_a_killed_run_wrote(data: Incremental
     (data.output / ".duplicates.parquet.tmp-12345678").write_bytes(b"photo-a.jpg")
     data.take_down("source", "photo-a.jpg")
     data.run()
+
+
+def test_a_take_down_that_is_killed_at_any_moment_loses_nobody_else(
+    data: IncrementalDataSet, tmp_path: Path
+) -> None:
+    data.change(min_sharpness=0.3)
+    for name, scene in (("a", ANN), ("b", BOB), ("c", BLURRED), ("d", CAT), ("e", ANN)):
+        data.put(f"photo-{name}.jpg", scene)
+    data.run()
+    for name in tuple(data.files):
+        data.remove(name)
+    (data.source / "notes.txt").write_text("all photographs are gone")
+    complete, moment = shutil.copytree(data.output, tmp_path / "copy"), 0
+    killed = True
+    while killed:
+        moment += 1
+        shutil.rmtree(data.output)
+        shutil.copytree(complete, data.output)
+        killed = sigkill.killed(
+            moment, tmp_path / "errors", incremental.remove, data.output, "source", "photo-a.jpg"
+        )
+        incremental.run(data.config, frozenset())
+        rows = {row["source"]: row for row in rows_of(data.output)}
+        assert rows["photo-b.jpg"]["status"] == rows["photo-d.jpg"]["status"] == "ok", moment
+        assert is_quarantined(rows["photo-c.jpg"]), moment
+        assert not data.store.names(layout.STAGED)
+        removed = not {"photo-a.jpg", "photo-e.jpg"} & {*rows}
+        assert removed or (moment < 10 and not read_takedowns(data.store))
+        assert list(lint(data.store)) == []
+    assert moment > 40
+
+
+def test_a_full_disk_during_a_take_down_leaves_each_shard_as_it_was(
+    data: IncrementalDataSet,
+) -> None:
+    for name, scene in (("a", ANN), ("b", BOB), ("c", CAT)):
+        data.put(f"photo-{name}.jpg", scene)
+    data.run()
+    for name in tuple(data.files):
+        data.remove(name)
+    before = rows_of(data.output)
+    script = (
+        "import resource, sys; from pathlib import Path; from tests.pipelines import incremental; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+        "incremental.remove(Path(sys.argv[1]), 'source', 'photo-a.jpg')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(data.output)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "StoreError" in result.stderr and "File too large" in result.stderr, result.stderr
+    assert rows_of(data.output) == before
+    assert not any(".tmp-" in path.name for path in data.output.rglob("*"))
+    data.run()
+    assert taken_down(data) == {"photo-a.jpg"}
 
 
 def test_the_kept_settings_are_those_of_the_output_after_a_killed_run_with_others(
