@@ -40,6 +40,9 @@ class SourceConfig:
     tries: int = 4  # attempts to read an input, if the failures may be temporary
     backoff: float = 0.5  # seconds before the second attempt; about doubled before each further one
     find_copies: bool = True  # compare the bytes of inputs of equal size while planning
+    # what a run does if samples would be lost because their inputs are gone or can't be read: stop
+    # before it writes anything, keep these samples as they are, or drop them
+    missing: Literal["stop", "keep", "drop"] = "stop"
     image_column: str = "image"  # of parquet: bytes, or a struct with `bytes`
     path_column: str = "path"  # of parquet without image column: file names relative to the table
     url_column: str = "url"  # of lists of URLs

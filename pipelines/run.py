@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,20 @@ from pipelines.chain import Chain, build_chain
 from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.dedup.global_pass import is_global_pass_current, run_global_pass
 from pipelines.ledger import Ledger, read_ledger
+from pipelines.planning.missing import Loss, check_sources
 from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
+from pipelines.sources import STAGE, build_source
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
 from stages.executors import executor_named
 from stages.executors.job import Advance
+from stages.record import Status
 from stages.storage import layout
 from stages.storage.commit import ChainInfo, complete_commits
 from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
+from stages.storage.repair import Damage, find_damage
 from stages.storage.sidecar import sidecar_columns
 from stages.storage.store import Store
 
@@ -36,7 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Job:
-    """A planned run: its stages, its plan, and a task for each pending shard."""
+    """A planned run: its stages, its plan, and a task for each pending shard.
+
+    damage: what it will repair. samples_before: shard → what `DatasetReader.sample_digests` said of
+    it, for damaged shards.
+    """
 
     config: DatasetConfig
     store: Store
@@ -44,11 +52,24 @@ class Job:
     plan: Plan
     tasks: list[ShardTask]
     chain: Chain = build_chain
+    damage: list[Damage] = field(default_factory=list)
+    samples_before: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
     def pending_inputs(self) -> int:
         """The number of inputs in the pending shards."""
         return sum(task.shard.inputs for task in self.tasks)
+
+    def lost(self) -> list[Loss]:
+        """Returns the samples that a repair could not make again, once the job is executed. Where
+        a sidecar was damaged too, these are all inputs of its shard that can't be read.
+        """
+        reader, lost = DatasetReader(self.store), list[Loss]()
+        for index, before in sorted(self.samples_before.items()):
+            for row in reader.rows(index, status=Status.FAILED).to_pylist():
+                if row["key"] in before or (not before and row["stage"] == STAGE):
+                    lost.append(Loss(row["source"], f"{row['reason']} ({row['detail']})"))
+        return lost
 
     def why(self) -> list[str]:
         """Returns a line for each kind of task, such as "3 shards through caption, from their own
@@ -60,9 +81,10 @@ class Job:
         ]
 
     def _why(self, task: ShardTask) -> str:
+        damaged = "with damaged files: their intact samples are kept, the rest is made again"
         if not task.exists:
-            return "from the source"
-        reasons = []
+            return damaged if task.damaged else "from the source"
+        reasons = [damaged] if task.damaged else []
         if task.stale_stages:
             stale = [stage.name for stage in self.stages if stage.name in task.stale_stages]
             reasons.append(f"through {', '.join(stale)}, from their own samples")
@@ -74,13 +96,20 @@ class Job:
 
 
 def plan_job(
-    config: DatasetConfig, retry: frozenset[str] = frozenset(), chain: Chain = build_chain
+    config: DatasetConfig,
+    retry: frozenset[str] = frozenset(),
+    chain: Chain = build_chain,
+    *,
+    repair: bool = False,
+    advance: Advance = lambda count: None,
 ) -> Job:
     """Checks the configuration, lists the source and finds the pending shards. Writes nothing,
     except that commits of a killed run are completed.
 
-    retry: reasons; inputs that were dropped or failed with one of them are processed again. Raises
-    ConfigError, SourceError, ShardError or WeightsError.
+    retry: reasons; inputs that were dropped or failed with one of them are processed again.
+    repair: read all files, and plan to make damaged ones again; else missing and truncated files
+    are an error. advance: called with the number of bytes read for that. Raises ConfigError,
+    SourceError, ShardError or WeightsError.
     """
     store = Store(config.output)
     _check_output(config, store)
@@ -89,10 +118,17 @@ def plan_job(
     if store.names(layout.STAGED):  # of a commit that was killed
         with RunLock(store):
             complete_commits(store)
-    DatasetReader(store).check_sizes()
-    plan = make_plan(config, store)
-    tasks = pending(plan, store, stages, retry)
-    return Job(config, store, stages, plan, tasks, chain)
+    damage = find_damage(store, advance) if repair else []
+    if not repair:
+        DatasetReader(store).check_sizes()
+    plan = make_plan(config, store, repair=repair)
+    damaged = {each.shard for each in damage}
+    tasks = pending(plan, store, stages, retry, damaged)
+    if config.source.missing == "stop":
+        whole = [task for task in tasks if not task.damaged]
+        check_sources(plan, whole, store, build_source(config))
+    samples = {index: DatasetReader(store).sample_digests(index) for index in damaged if index >= 0}
+    return Job(config, store, stages, plan, tasks, chain, damage, samples)
 
 
 def _check_output(config: DatasetConfig, store: Store) -> None:
@@ -145,12 +181,15 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     planned = planned_shards(store) == len(job.plan.shards)
     # A run with other settings may have been killed after it stored them.
     stored = DatasetReader(store).config_text() == settings
-    done = not job.tasks and planned and stored
+    done = not job.tasks and not job.damage and planned and stored
     if done and is_global_pass_current(store, config.global_pass):
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
         complete_commits(store)
+        for each in job.damage:
+            if each.shard < 0 or layout.is_manifest(each.name.rpartition("/")[2]):
+                store.remove(each.name)  # it is made again
         write_plan(job.plan, store)
         store.write_if_changed(layout.CONFIG, settings)
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)

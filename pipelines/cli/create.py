@@ -35,6 +35,10 @@ def run(
     config: Config = "",
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read all files first, and make damaged ones again."),
+    ] = False,
 ) -> None:
     """Make a data set: resize, detect, parse, embed and caption images; write shards and a report.
 
@@ -42,7 +46,7 @@ def run(
     """
     with errors():
         settings = load_config(config, overrides)
-        _plan_and_run(settings, frozenset(), dry_run)
+        _plan_and_run(settings, frozenset(), dry_run, repair)
 
 
 @app.command()
@@ -73,12 +77,16 @@ def retry(
         _plan_and_run(settings, frozenset(reason), dry_run)
 
 
-def _plan_and_run(settings: DatasetConfig, retry: frozenset[str], dry_run: bool) -> None:
+def _plan_and_run(
+    settings: DatasetConfig, retry: frozenset[str], dry_run: bool, repair: bool = False
+) -> None:
     """Prints the plan and, unless dry_run, executes it."""
     from pipelines.run import plan_job
     from stages.storage.reader import DatasetReader
 
-    job = plan_job(settings, retry)
+    job = plan_job(settings, retry, repair=repair)
+    for each in job.damage:
+        typer.echo(f"damaged: {each.name}: {each.how}")
     typer.echo(
         f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
         f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
@@ -130,7 +138,23 @@ def _run(job: Job) -> None:
             f"{', '.join(f'{reason} {count}' for reason, count in reasons)}. The report says for "
             "each reason what to do."
         )
+    _report_repair(job)
     check_trainable(report, job.config.review.max_untrainable)
+
+
+def _report_repair(job: Job) -> None:
+    """Prints what a repair could not make again; if that is anything, exits with 1."""
+    lost = job.lost()
+    for loss in lost:
+        typer.secho(f"not repaired: {loss.source}: {loss.why}", fg="red")
+    if lost:
+        typer.echo(
+            f"{len(lost):,} samples could not be made again, since their inputs can't be read. "
+            "Restore the inputs, or the shards from a copy, and run the same command again."
+        )
+        raise typer.Exit(1)
+    if job.damage:
+        typer.echo(f"repaired: {len(job.damage)} files")
 
 
 @app.command()

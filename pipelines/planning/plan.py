@@ -13,7 +13,7 @@ import hashlib
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -28,9 +28,10 @@ from pipelines.sources import Input, build_source
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
 from stages.storage.exclusions import removed_keys
-from stages.storage.layout import PLAN
+from stages.storage.layout import PLAN, SHARDS, index_of_sidecar
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
+from stages.storage.repair import is_readable
 from stages.storage.store import Store
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,7 +59,7 @@ class ShardTask:
     exists: it is committed, and its samples can be reused. stale_stages: names of the stages whose
     results may differ now. inputs_changed: some of its inputs may have changed since the commit.
     retry: reasons; records that were dropped or failed with one of them are read from the source
-    and processed again.
+    and processed again. damaged: some of its files are; only intact records are reused.
     """
 
     shard: PlannedShard
@@ -66,6 +67,7 @@ class ShardTask:
     stale_stages: frozenset[str] = frozenset()
     inputs_changed: bool = False
     retry: frozenset[str] = frozenset()
+    damaged: bool = False
 
     @property
     def index(self) -> int:
@@ -102,14 +104,16 @@ class Plan:
         return _read_group(pq.ParquetFile(self.file), shard)
 
 
-def make_plan(config: DatasetConfig, store: Store) -> Plan:
+def make_plan(config: DatasetConfig, store: Store, *, repair: bool = False) -> Plan:
     """Lists the source and assigns its inputs to shards. Writes nothing to the output.
 
-    Raises SourceError if the source lists no input, ShardError if another version of this program
-    wrote the plan in the output, StoreError if the local disk is full.
+    A plan that the output has lost is made again from the sidecars, which have the names and the
+    order of the inputs; so is a damaged one if `repair` is set. Raises SourceError if the source
+    lists no input, ShardError if another version of this program wrote the plan in the output or
+    if it is damaged, StoreError if the local disk is full.
     """
     try:
-        return _make_plan(config, store)
+        return _make_plan(config, store, repair)
     except (sqlite3.OperationalError, OSError) as error:
         if isinstance(error, OSError):
             is_full = error.errno in _DISK_FULL
@@ -125,9 +129,12 @@ def make_plan(config: DatasetConfig, store: Store) -> Plan:
         ) from error
 
 
-def _make_plan(config: DatasetConfig, store: Store) -> Plan:
+def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
     with InputIndex() as index:
-        index.load_previous_plan(_read_rows(store))
+        if not store.exists(PLAN) or (repair and not is_readable(store, PLAN)):
+            index.load_previous_plan(_rows_of_sidecars(store))
+        else:
+            index.load_previous_plan(_read_rows(store))
         source = build_source(config)
         for item in source.list():
             index.add_listed(item)
@@ -141,17 +148,21 @@ def _make_plan(config: DatasetConfig, store: Store) -> Plan:
         if config.source.find_copies:
             mark_exact_copies(index, source, removed_keys(store))
         file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
-        shards = tuple(_write(index, file))
+        shards = tuple(_write(index, file, drops_vanished=config.source.missing == "drop"))
         file.flush()
     return Plan(file=file, shards=shards, new=new, changed=changed, vanished=vanished)
 
 
-def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
-    """Writes the plan as parquet, and yields each shard."""
+def _write(index: InputIndex, file: IO[bytes], drops_vanished: bool) -> Iterator[PlannedShard]:
+    """Writes the plan as parquet, and yields each shard. drops_vanished: whether a shard is pending
+    because an input has vanished.
+    """
     with pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for number, rows in index.shards():
             lines = (
-                f"{row['key']} {row['size']} {row['version']} {row['duplicate_of']}" for row in rows
+                f"{row['key']} {row['size']} {row['version']} {row['duplicate_of']}"
+                + " vanished" * (drops_vanished and row["vanished"])
+                for row in rows
             )
             digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
             writer.write_table(
@@ -162,15 +173,21 @@ def _write(index: InputIndex, file: IO[bytes]) -> Iterator[PlannedShard]:
 
 
 def pending(
-    plan: Plan, store: Store, stages: Sequence[Stage], retry: frozenset[str] = frozenset()
+    plan: Plan,
+    store: Store,
+    stages: Sequence[Stage],
+    retry: frozenset[str] = frozenset(),
+    damaged: Set[int] = frozenset(),
 ) -> list[ShardTask]:
     """Returns a task for each shard that isn't committed with the plan's inputs and the stages'
-    signatures, or that has records to retry. retry: reasons.
+    signatures, that has records to retry, or that is damaged. retry: reasons. damaged: numbers of
+    shards.
     """
     signatures = tuple(stage.signature() for stage in stages)
-    manifests = DatasetReader(store).manifests()
+    manifests = DatasetReader(store).manifests(readable_only=bool(damaged))
     tasks = (
-        _task(shard, manifests.get(shard.index), stages, signatures, retry) for shard in plan.shards
+        _task(shard, manifests.get(shard.index), stages, signatures, retry, shard.index in damaged)
+        for shard in plan.shards
     )
     return [task for task in tasks if task is not None]
 
@@ -181,21 +198,24 @@ def _task(
     stages: Sequence[Stage],
     signatures: Sequence[str],
     retry: frozenset[str],
+    damaged: bool,
 ) -> ShardTask | None:
-    if manifest is None:
-        return ShardTask(shard=shard)
-    stale = stale_stages(stages, signatures, manifest.signatures)
-    if stale is None:
-        return ShardTask(shard=shard)
+    stale = None
+    if manifest is not None:
+        stale = stale_stages(stages, signatures, manifest.signatures)
+    if manifest is None or stale is None:
+        return ShardTask(shard=shard, damaged=damaged)
     task = ShardTask(
         shard=shard,
         exists=True,
         stale_stages=stale,
         inputs_changed=manifest.inputs_digest != shard.digest,
         retry=retry & {*manifest.failed, *manifest.dropped},
+        damaged=damaged,
     )
     unchanged = manifest.signatures == signatures
-    return None if unchanged and not (task.inputs_changed or task.retry) else task
+    is_pending = not unchanged or task.inputs_changed or task.retry or damaged
+    return task if is_pending else None
 
 
 def stale_stages(
@@ -258,9 +278,7 @@ def _is_stored(file: IO[bytes], store: Store) -> bool:
 
 
 def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
-    """Yields the rows of the output's plan; none if it has no plan."""
-    if not store.exists(PLAN):
-        return
+    """Yields the rows of the output's plan."""
     with store.parquet(PLAN) as file:
         if missing := {"shard", *COLUMNS} - {*file.schema_arrow.names}:
             raise ShardError(
@@ -269,6 +287,20 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
             )
         for group in range(file.num_row_groups):
             yield from file.read_row_group(group, columns=["shard", *COLUMNS]).to_pylist()
+
+
+def _rows_of_sidecars(store: Store) -> Iterator[dict[str, Any]]:
+    """Yields a plan's rows, without locator, size and version, of all shards with a sidecar.
+
+    Removed records are left out: their names are not in the sidecar.
+    """
+    for name in store.names(SHARDS):
+        index = index_of_sidecar(name)
+        if index is None:
+            continue
+        table = DatasetReader(store).rows(index, ("key", "source"))
+        unknown = {"shard": index, "locator": b"", "size": -1, "version": "", "facts": ""}
+        yield from ({**row, **unknown} for row in table.to_pylist() if row["source"])
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:

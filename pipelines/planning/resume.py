@@ -1,22 +1,27 @@
 """Resume: loads the records of a shard, with the stages that each of them still needs.
 
-A record comes from the source, or from the shard's own samples if its results can be reused.
+A record comes from the source, or from the shard's own samples if its results can be reused, or if
+its input can't be read any more and `source.missing` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
+from pipelines.planning.missing import Loss, refuse, why_lost
 from pipelines.planning.plan import ShardTask, read_inputs
-from pipelines.sources import STAGE, build_source
+from pipelines.sources import STAGE, Input, Source, build_source
 from stages.base import PendingRecord, Stage, StageNames
 from stages.record import Record, Status
 from stages.storage import exclusions
 from stages.storage.reader import DatasetReader
+from stages.storage.repair import IntactRecords, intact_records
+from stages.storage.samples import NOT_IN_TARS
 from stages.storage.store import Store
 
 NO_STAGES: Final[StageNames] = frozenset()
@@ -27,7 +32,9 @@ def load_shard(
 ) -> Iterator[PendingRecord]:
     """Yields the records of a shard's inputs, in order, each as soon as it has been read.
 
-    Raises ShardError if the output's plan of this shard isn't that of the task.
+    Raises ShardError if the output's plan of this shard isn't that of the task, or if a file of
+    the shard is damaged; SourceError if a sample would be lost with its input and
+    `source.missing` is stop.
     """
     items = read_inputs(store, task.shard.index)
     if len(items) != task.shard.inputs:
@@ -39,13 +46,13 @@ def load_shard(
     removed_digests = exclusions.removed_digests(store)
     excluded = exclusions.of_shard(store, task.shard.index)
     removed = {key for key, exclusion in excluded.items() if exclusion.is_removal}
-    reader = DatasetReader(store)
-    earlier = {r.key: r for r in reader.records(task.shard.index)} if task.exists else {}
+    earlier = _Earlier.load(store, task)
     reusable = {
         key: pending
-        for key, record in earlier.items()
+        for key, record in earlier.records.items()
         if (pending := continued_record(record, task, stages))
     }
+    choice = _Choice(source, earlier, reusable, stages, _missing(config, task), removed_digests)
     to_read = [
         item
         for item in items
@@ -57,25 +64,108 @@ def load_shard(
         if item.key in removed:
             yield PendingRecord(exclusions.removed_record(item.key), NO_STAGES)
             continue
+        pending = choice.of(item, next(arriving) if item.key in read_keys else None)
         fields = source.provided_fields(item)
         provided = frozenset(
             stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides)
         )
-        old = reusable.get(item.key)
-        new = next(arriving) if item.key in read_keys else None
-        # A vanished input can't be compared, so its earlier result is reused.
-        vanished = item.vanished and old is not None and earlier[item.key].stage != STAGE
-        if old is not None and (
-            new is None or vanished or source.is_unchanged(earlier[item.key], new)
-        ):
-            yield PendingRecord(old.record, old.remaining_stages - provided)
-        elif new is None:
-            raise AssertionError("an input is reused or read")
-        elif new.sha256 in removed_digests:
-            yield PendingRecord(exclusions.removed_record(new.key), NO_STAGES)
+        yield PendingRecord(pending.record, pending.remaining_stages - provided)
+
+
+def _missing(config: DatasetConfig, task: ShardTask) -> str:
+    """Returns `source.missing` for a task. What a repair finds damaged is lost already: it keeps
+    the rest and doesn't stop.
+    """
+    missing = config.source.missing
+    return "keep" if missing == "stop" and task.damaged else missing
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Chooses between the record of an input that was just read and that of an earlier run.
+    reusable: by key. missing: see SourceConfig.
+    """
+
+    source: Source
+    earlier: _Earlier
+    reusable: Mapping[str, PendingRecord]
+    stages: Sequence[Stage]
+    missing: str
+    removed_digests: Set[str]
+
+    def of(self, item: Input, new: Record | None) -> PendingRecord:
+        """Returns an input's record, with the stages that it still needs. new: as read; None: it
+        needn't be read. Raises SourceError for a sample that would be lost, if that stops the run.
+        """
+        old = self.reusable.get(item.key)
+        if old is not None and (new is None or self._is_reused(item, new)):
+            incomplete = self.earlier.incomplete_stages(self.stages)
+            return PendingRecord(old.record, old.remaining_stages | incomplete)
+        assert new is not None, "an input is reused or read"
+        if new.sha256 in self.removed_digests:
+            return PendingRecord(exclusions.removed_record(new.key), NO_STAGES)
+        if lost := self._why_lost(new):
+            if self.missing == "stop":
+                refuse([Loss(item.source, lost)], len(self.earlier.samples))
+            if old is not None:
+                return old
+            kept = self.earlier.intact.get(item.key)
+            if kept is not None and kept.sha256 not in self.removed_digests:
+                incomplete = self.earlier.incomplete_stages(self.stages)
+                return PendingRecord(exclusions.restored(kept), incomplete)
+        return PendingRecord(new, frozenset(stage.name for stage in self.stages))
+
+    def _is_reused(self, item: Input, new: Record) -> bool:
+        """Returns whether an input is unchanged. A vanished one can't be compared."""
+        earlier = self.earlier.records[item.key]
+        if item.vanished and self.missing != "drop" and earlier.stage != STAGE:
+            return True
+        return self.source.is_unchanged(earlier, new)
+
+    def _why_lost(self, new: Record) -> str:
+        if new.key not in self.earlier.samples or self.missing == "drop":
+            return ""
+        return why_lost(new, self.earlier.samples[new.key], self.stages)
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What a shard held before the task. records: by key, those whose results may be reused.
+    samples: key → sha256 of the input, for each sample.
+    """
+
+    store: Store
+    task: ShardTask
+    records: Mapping[str, Record]
+    samples: Mapping[str, str]
+
+    @staticmethod
+    def load(store: Store, task: ShardTask) -> _Earlier:
+        reader = DatasetReader(store)
+        if not task.exists and not task.damaged:
+            return _Earlier(store, task, {}, reader.sample_digests(task.index))
+        if task.damaged:
+            intact = intact_records(store, task.index)
+            records = [*intact.by_key.values()]
         else:
-            names = frozenset(stage.name for stage in stages)
-            yield PendingRecord(new, names - provided)
+            records = reader.records(task.index)
+        samples = {r.key: r.sha256 for r in records if r.ok or r.quarantined}
+        return _Earlier(store, task, {r.key: r for r in records} if task.exists else {}, samples)
+
+    @cached_property
+    def _intact(self) -> IntactRecords:
+        return intact_records(self.store, self.task.index)
+
+    @property
+    def intact(self) -> Mapping[str, Record]:
+        """The records that are as they were committed, whether or not results may be reused."""
+        return self._intact.by_key
+
+    def incomplete_stages(self, stages: Sequence[Stage]) -> StageNames:
+        """Returns the stages that provide what intact records lack because the sidecar is lost."""
+        if not (self.task.damaged and self._intact.from_tar):
+            return NO_STAGES
+        return frozenset(stage.name for stage in stages if NOT_IN_TARS & {*stage.provides})
 
 
 def continued_record(

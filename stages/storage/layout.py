@@ -73,6 +73,13 @@ def manifest(index: int) -> str:
     return f"{shard_name(index)}.json"
 
 
+def index_of_sidecar(name: str) -> int | None:
+    """Returns the number of the shard whose sidecar has this file name; None for other files."""
+    number = name.removeprefix(_PREFIX).removesuffix(".parquet")
+    is_sidecar = number.isdecimal() and name == f"{_PREFIX}{number}.parquet"
+    return int(number) if is_sidecar else None
+
+
 def is_manifest(name: str) -> bool:
     """Returns whether this is the file name of a manifest."""
     return name.startswith(_PREFIX) and name.endswith(".json")
@@ -81,14 +88,12 @@ def is_manifest(name: str) -> bool:
 def how_to_repair(name: str) -> str:
     """Returns what to do about a damaged file of a data set. name: with or without its folder."""
     base = name.rpartition("/")[2]
-    if base in (DUPLICATES, IDENTITIES):
-        return "Remove it and run the pipeline again, which makes it again."
-    if base.startswith(_PREFIX):
-        return (
-            f"Restore the file from a copy; or remove {base.partition('.')[0]}.json and run the "
-            "pipeline again, which makes the shard again from its sources."
-        )
-    return "Restore the file from a copy."
+    if base == TAKEDOWNS:
+        return "Restore the file from a copy."
+    return (
+        "Restore the file from a copy, or make it again: python -m pipelines.cli run -c "
+        f"OUT/{CONFIG} --repair"
+    )
 
 
 def in_shards(name: str) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import IO, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -20,7 +19,14 @@ from stages.record import Record, Status
 from stages.storage import layout, version2
 from stages.storage.manifest import FileEntry, Manifest
 from stages.storage.samples import parse_sample, read_sample
-from stages.storage.sidecar import Row, SidecarFile, is_quarantined, row_to_record
+from stages.storage.sidecar import (
+    Row,
+    SidecarFile,
+    has_sample,
+    is_quarantined,
+    row_to_record,
+    with_row_fields,
+)
 from stages.storage.store import Store
 
 # The columns of identities.parquet, which has a row for each sample. identity_id is "id-" and the
@@ -79,14 +85,19 @@ class DatasetReader:
     def __str__(self) -> str:
         return self.store.url
 
-    def manifests(self) -> dict[int, Manifest]:
-        """Returns number → manifest of every committed shard, in order."""
+    def manifests(self, *, readable_only: bool = False) -> dict[int, Manifest]:
+        """Returns number → manifest of every committed shard, in order. readable_only: leave out
+        manifests that are damaged, instead of raising ShardError.
+        """
         names = self.store.names(layout.SHARDS)
         paths = [layout.in_shards(name) for name in names if layout.is_manifest(name)]
-        files = self.store.read_all(paths)
-        manifests = [
-            Manifest.from_json(data, f"{self.store.url}/{name}") for name, data in files.items()
-        ]
+        manifests = []
+        for name, data in self.store.read_all(paths).items():
+            try:
+                manifests.append(Manifest.from_json(data, f"{self.store.url}/{name}"))
+            except ShardError:
+                if not readable_only:
+                    raise
         return {m.index: m for m in sorted(manifests, key=lambda manifest: manifest.index)}
 
     def check_sizes(self) -> None:
@@ -156,11 +167,22 @@ class DatasetReader:
             if manifest.quarantine:
                 quarantine = stack.enter_context(self._verified(manifest.quarantine))
             return [
-                _restored(read_sample(quarantine if is_quarantined(row) else tar, row), row)
-                if _has_sample(row)
+                with_row_fields(read_sample(quarantine if is_quarantined(row) else tar, row), row)
+                if has_sample(row)
                 else row_to_record(row, columns)
                 for row in rows
             ]
+
+    def sample_digests(self, index: int) -> dict[str, str]:
+        """Returns key → sha256 of the source's bytes, of the inputs that have a sample. Needs the
+        sidecar only; {} if there is none that can be read.
+        """
+        names = ("key", "sha256", "status", "quarantine_offset")
+        try:
+            rows = self.rows(index, names).to_pylist()
+        except ShardError:
+            return {}
+        return {row["key"]: row["sha256"] for row in rows if has_sample(row)}
 
     def samples(self, index: int) -> Iterator[Record]:
         """Yields the written samples of a shard, in the order of its tar."""
@@ -174,7 +196,7 @@ class DatasetReader:
         """Returns the sample of a sidecar row with all columns, read by one range request; None if
         the row has no sample.
         """
-        if not _has_sample(row):
+        if not has_sample(row):
             return None
         manifest = self._manifest(index)
         quarantined = is_quarantined(row)
@@ -188,7 +210,7 @@ class DatasetReader:
             file, lambda name: self.store.read(name, start, start + row[f"{kind}_size"])
         )
         members = [member | {"offset": member["offset"] - start} for member in row["members"]]
-        return _restored(read_sample(io.BytesIO(data), {**row, "members": members}), row)
+        return with_row_fields(read_sample(io.BytesIO(data), {**row, "members": members}), row)
 
     def samples_at(self, places: Sequence[SamplePlace]) -> list[Record]:
         """Returns the samples at these places, in that order. Requests to a remote store are sent
@@ -271,16 +293,6 @@ class DatasetReader:
                 f"{self.store.url}/{layout.SHARDS}/{file.name} is missing, but its shard has a "
                 "manifest. Run `lint`, then run the pipeline again."
             ) from error
-
-
-def _has_sample(row: Mapping[str, Any]) -> bool:
-    return row["status"] == Status.OK or is_quarantined(row)
-
-
-def _restored(sample: Record, row: Mapping[str, Any]) -> Record:
-    """Returns a sample with the fields that only its row has: thumbnail, and why it was dropped."""
-    values = {name: row[name] for name in ("reason", "detail", "stage", "thumbnail")}
-    return replace(sample, status=Status(row["status"]), **values)
 
 
 def _mapping(value: object) -> dict[str, Any]:

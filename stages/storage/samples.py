@@ -12,7 +12,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import IO, Any, Final
 
 import numpy as np
@@ -26,6 +27,11 @@ from stages.storage.layout import FORMAT_VERSION, READABLE
 _IDENTITY: Final = "identity"
 _MEMBERS: Final = {name: entry.member for name, entry in stored_fields(Record) if entry.member}
 _JSON: Final = {name: entry for name, entry in stored_fields(Record) if entry.json}
+
+# fields of a record that only its row in the sidecar has
+NOT_IN_TARS: Final = frozenset(
+    name for name, entry in stored_fields(Record) if not (entry.member or entry.json)
+)
 
 # extension → description of each member of a sample
 MEMBERS: Final[Mapping[str, str]] = {
@@ -190,6 +196,20 @@ def _checked(members: Mapping[str, bytes], key: str, place: str) -> Record:
     if record.key != key:
         raise ShardError(f"{place}: the tar has sample {record.key} at its place")
     return record
+
+
+def read_tar(tar: IO[bytes]) -> Iterator[Record]:
+    """Yields the samples of an open, undamaged tar, in order, with status ok. Fields of NOT_IN_TARS
+    have their defaults.
+    """
+    with tarfile.open(fileobj=tar, mode="r:") as archive:
+        for key, group in groupby(archive, lambda member: member.name.partition(".")[0]):
+            members = {}
+            for member in group:
+                stream = archive.extractfile(member)
+                assert stream is not None, "a sample's members are files"
+                members[member.name.partition(".")[2]] = stream.read()
+            yield _checked(members, key, f"sample {key}")
 
 
 def member_names(tar: IO[bytes]) -> Iterable[str]:

@@ -8,7 +8,7 @@ of columns, and also display columns that a later version wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, Final, cast
 
 import cv2
@@ -275,6 +275,17 @@ class SidecarFile:
 def is_quarantined(row: Mapping[str, Any]) -> bool:
     """Returns whether the row's sample is in the quarantine tar."""
     return bool(row["quarantine_offset"] >= 0)
+
+
+def has_sample(row: Mapping[str, Any]) -> bool:
+    """Returns whether one of the shard's tars has a sample of the row."""
+    return row["status"] == Status.OK or is_quarantined(row)
+
+
+def with_row_fields(sample: Record, row: Mapping[str, Any]) -> Record:
+    """Returns a sample with the fields that only its row has: thumbnail, and why it was dropped."""
+    values = {name: row[name] for name in ("reason", "detail", "stage", "thumbnail")}
+    return replace(sample, status=Status(row["status"]), **values)
 
 
 def row_to_record(row: Mapping[str, Any], columns: Mapping[str, Column]) -> Record:

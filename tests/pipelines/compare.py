@@ -25,7 +25,7 @@ from stages.storage.sidecar import Row, is_quarantined
 from stages.storage.store import Store
 
 # sidecar columns of a quarantined sample
-_PLACE: Final = ("quarantine_offset", "quarantine_size", "members")
+_PLACE: Final = ("quarantine_offset", "quarantine_size", "members", "sample_sha256")
 _CAPTIONS: Final = ("caption", "face_caption")
 
 

@@ -1,0 +1,93 @@
+"""Missing sources: what becomes of samples whose input is gone or can't be read any more.
+
+`source.missing` decides. stop: the run ends before it writes anything that loses such a sample.
+keep: the sample stays as it is, also where a changed stage would have made it again. drop: the
+input is recorded with its reason, like any that can't be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from configs.errors import SourceError
+from pipelines.planning.plan import Plan, ShardTask
+from pipelines.sources import Input, Source
+from stages.base import Rejection, Stage, run_chain
+from stages.record import Record, Status
+from stages.storage.reader import DatasetReader
+from stages.storage.store import Store
+
+_PREFIX: Final = 4096  # bytes of an input that are read before a run starts
+_SHOWN: Final = 20  # names in an error
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A sample that a run would lose. source: the input's name. why: a reason and its detail."""
+
+    source: str
+    why: str
+
+
+def check_sources(plan: Plan, tasks: Sequence[ShardTask], store: Store, source: Source) -> None:
+    """Raises SourceError if a task would lose samples because their inputs are gone or can't be
+    read. Reads the beginning of those inputs only that the run will read and that have a sample.
+    """
+    losses: list[Loss] = []
+    count = 0
+    with ThreadPoolExecutor(source.concurrency, thread_name_prefix="check") as pool:
+        for task in tasks:
+            if task.exists and not task.inputs_changed:
+                continue
+            samples = DatasetReader(store).sample_digests(task.index)
+            items = [item for item in plan.inputs_of(task.index) if item.key in samples]
+            count += len(samples)
+            if task.exists:  # their samples can be reused
+                items = [item for item in items if not item.vanished]
+            answers = pool.map(lambda item: _why_unreadable(source, item), items)
+            losses += [Loss(i.source, why) for i, why in zip(items, answers, strict=True) if why]
+    refuse(losses, count)
+
+
+def _why_unreadable(source: Source, item: Input) -> str:
+    """Returns why the beginning of an input can't be read, or holds nothing; "" if it is fine."""
+    if item.vanished:
+        return "not_a_file (the source no longer lists it)"
+    if item.duplicate_of:
+        return ""
+    try:
+        data = source.read_with_retries(item, _PREFIX)
+    except Rejection as rejection:
+        is_failure = rejection.status is Status.FAILED
+        return f"{rejection.reason} ({rejection.detail})" if is_failure else ""
+    return "" if any(data) else f"not_an_image (its first {len(data):,} bytes are zeros)"
+
+
+def refuse(losses: Sequence[Loss], samples: int) -> None:
+    """Raises SourceError if there are losses. samples: their number in the shards in question."""
+    if not losses:
+        return
+    names = [f"{loss.source!r}: {loss.why}" for loss in losses[:_SHOWN]]
+    if len(losses) > _SHOWN:
+        names.append(f"and {len(losses) - _SHOWN:,} more")
+    raise SourceError(
+        f"{len(losses):,} of {samples:,} samples would be lost, since their inputs can't be read: "
+        f"{'; '.join(names)}. Make these readable again, or say what to do with the samples: "
+        "source.missing=keep keeps them as they are, source.missing=drop drops them."
+    )
+
+
+def why_lost(new: Record, old_sha256: str, stages: Sequence[Stage]) -> str:
+    """Returns why `new`, the input of an earlier sample, read again, can't become one: a reason and
+    its detail; "" if it can, or is excluded by a rule.
+
+    old_sha256: of the earlier input. stages: of the chain. Other bytes than before are decoded by
+    the stage that makes the image.
+    """
+    if new.ok and new.sha256 != old_sha256:
+        makers = [stage for stage in stages if "image" in stage.provides][:1]
+        [new] = run_chain(makers, [new])
+    return f"{new.reason} ({new.detail})" if new.status is Status.FAILED else ""
