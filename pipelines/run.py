@@ -32,7 +32,7 @@ from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 from stages.storage.repair import Damage, find_damage
-from stages.storage.sidecar import sidecar_columns
+from stages.storage.sidecar import Row, sidecar_columns
 from stages.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Job:
     """A planned run: its stages, its plan, and a task for each pending shard.
 
-    damage: what it will repair. samples_before: shard → what `DatasetReader.sample_digests` said of
+    damage: what it will repair. samples_before: shard → what `DatasetReader.sampled_rows` said of
     it, for damaged shards.
     """
 
@@ -53,7 +53,7 @@ class Job:
     tasks: list[ShardTask]
     chain: Chain = build_chain
     damage: list[Damage] = field(default_factory=list)
-    samples_before: dict[int, dict[str, str]] = field(default_factory=dict)
+    samples_before: dict[int, dict[str, Row]] = field(default_factory=dict)
 
     @property
     def pending_inputs(self) -> int:
@@ -127,7 +127,7 @@ def plan_job(
     if config.source.missing == "stop":
         whole = [task for task in tasks if not task.damaged]
         check_sources(plan, whole, store, build_source(config))
-    samples = {index: DatasetReader(store).sample_digests(index) for index in damaged if index >= 0}
+    samples = {index: DatasetReader(store).sampled_rows(index) for index in damaged if index >= 0}
     return Job(config, store, stages, plan, tasks, chain, damage, samples)
 
 

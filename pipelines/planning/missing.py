@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from configs.errors import SourceError
@@ -40,24 +40,31 @@ def check_sources(plan: Plan, tasks: Sequence[ShardTask], store: Store, source: 
     count = 0
     with ThreadPoolExecutor(source.concurrency, thread_name_prefix="check") as pool:
         for task in tasks:
-            if task.exists and not task.inputs_changed:
+            if task.exists and not (task.inputs_changed or task.retry):
                 continue
-            samples = DatasetReader(store).sample_digests(task.index)
-            items = [item for item in plan.inputs_of(task.index) if item.key in samples]
+            samples = DatasetReader(store).sampled_rows(task.index)
             count += len(samples)
-            if task.exists:  # their samples can be reused
-                items = [item for item in items if not item.vanished]
+            items = [
+                item
+                for item in plan.inputs_of(task.index)
+                if item.key in samples and _is_read(item, task, samples[item.key]["reason"])
+            ]
             answers = pool.map(lambda item: _why_unreadable(source, item), items)
             losses += [Loss(i.source, why) for i, why in zip(items, answers, strict=True) if why]
     refuse(losses, count)
+
+
+def _is_read(item: Input, task: ShardTask, reason: str) -> bool:
+    """Returns whether a task needs the bytes of an input with an earlier sample. reason: of it."""
+    if not task.exists or reason in task.retry:
+        return True
+    return task.inputs_changed and not item.vanished  # a vanished input's sample is reused
 
 
 def _why_unreadable(source: Source, item: Input) -> str:
     """Returns why the beginning of an input can't be read, or holds nothing; "" if it is fine."""
     if item.vanished:
         return "not_a_file (the source no longer lists it)"
-    if item.duplicate_of:
-        return ""
     try:
         data = source.read_with_retries(item, _PREFIX)
     except Rejection as rejection:
@@ -80,13 +87,18 @@ def refuse(losses: Sequence[Loss], samples: int) -> None:
     )
 
 
-def why_lost(new: Record, old_sha256: str, stages: Sequence[Stage]) -> str:
-    """Returns why `new`, the input of an earlier sample, read again, can't become one: a reason and
-    its detail; "" if it can, or is excluded by a rule.
+def why_lost(
+    item: Input, new: Record, old_sha256: str, source: Source, stages: Sequence[Stage]
+) -> str:
+    """Returns why an input that had a sample can't become one: a reason and its detail; "" if it
+    can, or is excluded by a rule.
 
-    old_sha256: of the earlier input. stages: of the chain. Other bytes than before are decoded by
-    the stage that makes the image.
+    new: the input as it was read now. old_sha256: of its earlier bytes. stages: of the chain. Other
+    bytes than before are decoded by the stage that makes the image. Exact copies are checked too:
+    files that a failing disk has filled with zeros are copies of each other.
     """
+    if item.duplicate_of:
+        new = source.record(replace(item, duplicate_of=""))
     if new.ok and new.sha256 != old_sha256:
         makers = [stage for stage in stages if "image" in stage.provides][:1]
         [new] = run_chain(makers, [new])

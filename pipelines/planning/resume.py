@@ -104,7 +104,7 @@ class _Choice:
         assert new is not None, "an input is reused or read"
         if new.sha256 in self.removed_digests:
             return PendingRecord(exclusions.removed_record(new.key), NO_STAGES)
-        if lost := self._why_lost(new):
+        if lost := self._why_lost(item, new):
             if self.missing == "stop":
                 refuse([Loss(item.source, lost)], len(self.earlier.samples))
             if old is not None:
@@ -122,10 +122,10 @@ class _Choice:
             return True
         return self.source.is_unchanged(earlier, new)
 
-    def _why_lost(self, new: Record) -> str:
-        if new.key not in self.earlier.samples or self.missing == "drop":
+    def _why_lost(self, item: Input, new: Record) -> str:
+        if item.key not in self.earlier.samples or self.missing == "drop":
             return ""
-        return why_lost(new, self.earlier.samples[new.key], self.stages)
+        return why_lost(item, new, self.earlier.samples[item.key], self.source, self.stages)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ class _Earlier:
     def load(store: Store, task: ShardTask) -> _Earlier:
         reader = DatasetReader(store)
         if not task.exists and not task.damaged:
-            return _Earlier(store, task, {}, reader.sample_digests(task.index))
+            rows = reader.sampled_rows(task.index)
+            return _Earlier(store, task, {}, {key: row["sha256"] for key, row in rows.items()})
         if task.damaged:
             intact = intact_records(store, task.index)
             records = [*intact.by_key.values()]

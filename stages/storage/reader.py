@@ -173,16 +173,16 @@ class DatasetReader:
                 for row in rows
             ]
 
-    def sample_digests(self, index: int) -> dict[str, str]:
-        """Returns key → sha256 of the source's bytes, of the inputs that have a sample. Needs the
-        sidecar only; {} if there is none that can be read.
+    def sampled_rows(self, index: int) -> dict[str, Row]:
+        """Returns key → row, with a few columns, of the inputs that have a sample. Needs no
+        manifest; {} if there is no sidecar that can be read.
         """
-        names = ("key", "sha256", "status", "quarantine_offset")
+        names = ("key", "sha256", "status", "reason", "quarantine_offset")
         try:
             rows = self.rows(index, names).to_pylist()
         except ShardError:
             return {}
-        return {row["key"]: row["sha256"] for row in rows if has_sample(row)}
+        return {row["key"]: row for row in rows if has_sample(row)}
 
     def samples(self, index: int) -> Iterator[Record]:
         """Yields the written samples of a shard, in the order of its tar."""

@@ -12,8 +12,9 @@ inputs:
   the same order.
 - An input that has vanished from the source keeps its sample. So the fresh run plans without this
   input, and then reads the bytes that its record was made from; none if the record says
-  `not_a_file`. A sample may be lost only if its shard is processed from the source again, or if it
-  is retried itself.
+  `not_a_file`. A run that needs the input itself, since its shard is processed from the source
+  again or since it is retried, stops before it writes. With `missing=drop`, each vanished input is
+  `not_a_file`.
 - A record whose captioning failed is unchanged until it is retried or its caption is stale. So the
   fresh run's captioner fails for the same records. Without an outage no others may fail.
 """
@@ -34,7 +35,9 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from configs.errors import SourceError
 from configs.load import load_text
 from configs.schema import DatasetConfig
 from pipelines.ledger import read_ledger
@@ -43,6 +46,7 @@ from pipelines.planning.plan import Plan, make_plan, write_plan
 from pipelines.run import execute, plan_job
 from pipelines.takedown import by_hash, by_source, take_down
 from stages.record import key_of
+from stages.storage import layout
 from stages.storage.exclusions import TAKEN_DOWN, read_takedowns
 from stages.storage.layout import CONFIG, DUPLICATES, IDENTITIES, PLAN, TAKEDOWNS
 from stages.storage.reader import DatasetReader
@@ -51,7 +55,7 @@ from stages.storage.store import Store
 from tests.pipelines.compare import compare
 from tests.pipelines.helpers import NO_RULES, config, rows_of
 from tests.pipelines.sigkill import killed
-from tests.pipelines.stub_chain import OUTAGE, StubResize, stub_chain
+from tests.pipelines.stub_chain import OUTAGE, Scene, StubResize, stub_chain
 
 SHARD_SIZE: Final = 3
 
@@ -65,6 +69,7 @@ class Settings:
     min_score: float = 0.5
     jpeg_quality: int = 95  # of the resize stage: with another one all starts from the source again
     max_hash_distance: int = 10
+    missing: str = "stop"
 
     @lru_cache(maxsize=1000)  # noqa: B019 - a few settings and folders
     def config(self, folder: Path) -> DatasetConfig:
@@ -80,6 +85,7 @@ class Settings:
             f"resize.jpeg_quality={self.jpeg_quality}",
             f"global_pass.max_hash_distance={self.max_hash_distance}",
             "global_pass.val_share=0.5",
+            f"source.missing={self.missing}",
         )
 
 
@@ -151,8 +157,15 @@ class IncrementalDataSet:
     def run(self, *retry: str, kill_at: int = 0) -> bool:
         """Runs the pipeline, and checks the output if the run completed. Returns whether it did.
 
-        kill_at: the moment at which the run is killed (see `sigkill`); 0: never. retry: reasons.
+        kill_at: the moment at which the run is killed (see `sigkill`); 0: never. retry: reasons. A
+        run that would lose samples must stop; then it runs with `missing=drop`.
         """
+        if self.settings.missing == "stop" and (losses := self._losses(retry)):
+            with pytest.raises(SourceError, match="samples would be lost"):
+                run(self.config, frozenset(retry))
+            self._read()
+            assert losses <= {row["key"] for row in self._rows if _is_whole(row)}
+            self.change(missing="drop")
         whole, failed = self._whole_samples(retry), self.keys("caption_failed")
         keys = sorted(map(key_of, {*self.files, *self.planned}))
         failing = [key for key in keys if self.outage and int(key[0], 16) % 2]
@@ -239,8 +252,10 @@ class IncrementalDataSet:
 
     def _whole_samples(self, retry: Sequence[str] = ()) -> dict[str, str]:
         """Returns key → sha256 of the input, for each sample and quarantined sample whose input has
-        vanished, in shards that aren't processed from the source again.
+        vanished, in shards that aren't processed from the source again; {} if those are dropped.
         """
+        if self.settings.missing == "drop":
+            return {}
         [resize] = [s for s in stub_chain(self.config) if isinstance(s, StubResize)]
         current = {
             row["key"]
@@ -262,6 +277,30 @@ class IncrementalDataSet:
             if row["key"] in before and row["reason"] != TAKEN_DOWN:
                 same = _is_whole(row) and row["sha256"] == before[row["key"]]
                 assert same, f"{row['source']} has vanished, and keeps its sample"
+
+    def _losses(self, retry: Sequence[str]) -> set[str]:
+        """Returns the keys of samples whose input a run needs, although it has vanished or is no
+        scene any more. The run completes a commit that was killed while its files were being moved;
+        then these count.
+        """
+        losses = set()
+        [resize] = [s for s in stub_chain(self.config) if isinstance(s, StubResize)]
+        folders = [self.output / name for name in (layout.SHARDS, layout.STAGED)]
+        files = {path.name: path for folder in folders for path in folder.glob("fgid-*")}
+        staged = {path.stem for path in folders[1].glob("*.json")}
+        for name in [*files]:
+            if files[name].parent == folders[1] and name.partition(".")[0] not in staged:
+                files[name] = folders[0] / name  # its commit was killed before it was complete
+        for name in (name for name in files if layout.index_of_sidecar(name) is not None):
+            manifest = files.get(name.replace(".parquet", ".json"))
+            made_again = not manifest or resize.signature() not in manifest.read_text()
+            for row in pq.read_table(files[name]).to_pylist() if files[name].exists() else []:
+                file = self.files.get(row["source"])
+                is_needed = made_again or row["reason"] in retry
+                is_lost = not _is_scene(file.data) if file else is_needed
+                if _is_whole(row) and is_lost:
+                    losses.add(row["key"])
+        return losses
 
     def _check_plan(self, complete: bool) -> None:
         """Checks and stores the plan of a run: a known input keeps its shard; new ones are sorted
@@ -355,6 +394,14 @@ def remove(output: Path, by: str, value: str) -> None:
 
 def _ignore(count: int) -> None:
     """Ignores progress."""
+
+
+def _is_scene(data: bytes) -> bool:
+    try:
+        Scene.decode(data)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_whole(row: Row) -> bool:

@@ -69,6 +69,7 @@ SETTINGS: Final[dict[str, list[Any]]] = {
     "min_score": [0.5, 0.6],
     "max_hash_distance": [10, -1],
     "jpeg_quality": [95, 90],  # a change of it makes everything again from the source
+    "missing": ["stop", "drop"],
 }
 changes = st.tuples(st.sampled_from([*SETTINGS]), st.integers(1, 2))
 
