@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from configs.errors import ShardError
+from stages.storage import layout
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
@@ -28,7 +29,7 @@ class Ledger:
             raise ShardError(
                 f"{manifest.shard}: {manifest.inputs} inputs in its manifest, but "
                 f"{manifest.written} written, {dropped.total()} dropped and {failed.total()} "
-                "failed. Remove the manifest and run the pipeline again: it writes the shard again."
+                f"failed. {layout.how_to_repair(layout.manifest(manifest.index))}"
             )
         self.shards += 1
         self.inputs += manifest.inputs

@@ -178,18 +178,19 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     """
     store, config = job.store, job.config
     settings = to_yaml(config)
-    planned = planned_shards(store) == len(job.plan.shards)
-    # A run with other settings may have been killed after it stored them.
-    stored = DatasetReader(store).config_text() == settings
-    done = not job.tasks and not job.damage and planned and stored
-    if done and is_global_pass_current(store, config.global_pass):
+    done = (
+        not (job.tasks or job.damage)
+        and planned_shards(store) == len(job.plan.shards)
+        # A run with other settings may have been killed after it stored them.
+        and DatasetReader(store).config_text() == settings
+        and is_global_pass_current(store, config.global_pass)
+    )
+    if done:
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
         complete_commits(store)
-        for each in job.damage:
-            if each.shard < 0 or layout.is_manifest(each.name.rpartition("/")[2]):
-                store.remove(each.name)  # it is made again
+        _remove_unreadable(store, job.damage)
         write_plan(job.plan, store)
         store.write_if_changed(layout.CONFIG, settings)
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)
@@ -200,6 +201,15 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
             run_tasks = executor_named(config.executor)
             yield from run_tasks(dataset_job, job.tasks, advance)
         run_global_pass(store, config.global_pass, chain)
+
+
+def _remove_unreadable(store: Store, damage: Sequence[Damage]) -> None:
+    """Removes manifests and tables that can't be read; the run makes them again."""
+    readable = DatasetReader(store).manifests(readable_only=True)
+    for each in damage:
+        is_manifest = layout.is_manifest(each.name.rpartition("/")[2])
+        if each.shard < 0 or (is_manifest and each.shard not in readable):
+            store.remove(each.name)
 
 
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from stages.annotations import ABSENT, FUSED
 from stages.fields import Column
 from stages.record import Status
 from stages.regions import REGION_WORDS
+from stages.storage import layout
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 
@@ -133,10 +134,11 @@ def _outcomes(table: pa.Table) -> tuple[dict[Outcome, int], dict[Outcome, list[i
 
 def _check(manifest: Manifest, counts: Mapping[Outcome, int]) -> None:
     """Raises ShardError unless the rows give the numbers that the manifest states."""
+    repair = layout.how_to_repair(layout.sidecar(manifest.index))
     if unknown := {status for status, _, _ in counts} - set(Status):
         raise ShardError(
             f"{manifest.shard}: its sidecar has rows of status {', '.join(sorted(unknown))}, "
-            f"expected {', '.join(Status)}. Remove its manifest and run the pipeline again."
+            f"expected {', '.join(Status)}. {repair}"
         )
     by_reason: dict[str, Counter[str]] = {status.value: Counter() for status in _UNWRITTEN}
     written = 0
@@ -159,7 +161,7 @@ def _check(manifest: Manifest, counts: Mapping[Outcome, int]) -> None:
     if stated != counted:
         raise ShardError(
             f"the ledger of {manifest.shard} doesn't balance: its manifest states {stated}, its "
-            f"sidecar has {counted}. Remove the manifest and run the pipeline again."
+            f"sidecar has {counted}. {repair}"
         )
 
 

@@ -181,11 +181,23 @@ def _finish(store: Store, manifest: Manifest) -> None:
 def remove_uncommitted(store: Store) -> None:
     """Removes the files of shards without a manifest, which a killed commit has written. Call it
     while holding the run lock.
+
+    Raises ShardError if a shard has a sidecar, but no manifest: it may be complete, and its sources
+    may be gone.
     """
-    committed = {manifest.shard for manifest in DatasetReader(store).manifests().values()}
-    for name in store.names(layout.SHARDS):
-        if name.partition(".")[0] not in committed:
-            store.remove(layout.in_shards(name))
+    committed = {layout.shard_name(index) for index in DatasetReader(store).manifests()}
+    uncommitted = [
+        name for name in store.names(layout.SHARDS) if name.partition(".")[0] not in committed
+    ]
+    for name in uncommitted:
+        if (index := layout.index_of_sidecar(name)) is not None:
+            manifest = layout.in_shards(layout.manifest(index))
+            raise ShardError(
+                f"{store.url}/{manifest} is missing, but not the files of its shard. "
+                f"{layout.how_to_repair(manifest)}"
+            )
+    for name in uncommitted:
+        store.remove(layout.in_shards(name))
 
 
 def _reasons(records: Sequence[Record], status: Status) -> Mapping[str, int]:

@@ -112,7 +112,7 @@ class Manifest:
         """Returns the manifest with this JSON. name: its file, for error messages. Raises
         ShardError if it is no manifest or has a version that this program can't read.
         """
-        repair = "Remove that file and run the pipeline again: it writes the shard again."
+        repair = layout.how_to_repair(name)
         try:
             values: dict[str, Any] = json.loads(data)
             version = values.get("version", values.get("schema"))

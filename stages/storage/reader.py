@@ -118,8 +118,7 @@ class DatasetReader:
                 yield SidecarFile(file)
         except FileNotFoundError as error:
             raise ShardError(
-                f"{self.store.url}/{name} is missing, but its shard has a manifest. Remove that "
-                "manifest and run the pipeline again: it writes the shard again."
+                f"{self.store.url}/{name} is missing. {layout.how_to_repair(name)}"
             ) from error
 
     def rows(
@@ -290,8 +289,8 @@ class DatasetReader:
             return read(layout.in_shards(file.name))
         except FileNotFoundError as error:
             raise ShardError(
-                f"{self.store.url}/{layout.SHARDS}/{file.name} is missing, but its shard has a "
-                "manifest. Run `lint`, then run the pipeline again."
+                f"{self.store.url}/{layout.SHARDS}/{file.name} is missing. "
+                f"{layout.how_to_repair(file.name)}"
             ) from error
 
 

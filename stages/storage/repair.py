@@ -8,6 +8,7 @@ manifest is lost, if every page has its checksum.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import IO, Any, Final
 
 from configs.errors import ShardError
 from stages.fields import Column
-from stages.record import Record
+from stages.record import Record, Status
 from stages.storage import layout
 from stages.storage.manifest import FileEntry, Manifest
 from stages.storage.reader import DatasetReader
@@ -65,15 +66,40 @@ def find_damage(store: Store, advance: Callable[[int], None] = lambda count: Non
             how = "it is not a manifest" if lost in sizes else "it is missing"
             damage.append(Damage(name=layout.in_shards(lost), how=how, shard=index))
     for index, manifest in manifests.items():
-        for file in manifest.files:
-            if how := _difference(store, file, sizes, advance):
-                damage.append(Damage(name=layout.in_shards(file.name), how=how, shard=index))
+        differences = {
+            file.name: how
+            for file in manifest.files
+            if (how := _difference(store, file, sizes, advance))
+        }
+        if manifest.sidecar.name not in differences and not _has_counts(reader, manifest):
+            differences[layout.manifest(index)] = "its numbers are not those of its sidecar"
+        damage += [
+            Damage(name=layout.in_shards(name), how=how, shard=index)
+            for name, how in differences.items()
+        ]
     damage += [
         Damage(name=name, how="it can't be read")
         for name in _TABLES
         if store.exists(name) and not is_readable(store, name)
     ]
     return sorted(damage, key=lambda each: (each.shard, each.name))
+
+
+def _has_counts(reader: DatasetReader, manifest: Manifest) -> bool:
+    """Returns whether the ledger of a manifest is that of its sidecar."""
+    rows = reader.rows(manifest.index, ("status", "reason")).to_pylist()
+    counted = Counter((row["status"], row["reason"]) for row in rows)
+    stated = Counter({(Status.OK.value, ""): manifest.written}) + Counter(
+        {
+            (status.value, reason): count
+            for status, counts in (
+                (Status.DROPPED, manifest.dropped),
+                (Status.FAILED, manifest.failed),
+            )
+            for reason, count in counts.items()
+        }
+    )
+    return counted == stated and len(rows) == manifest.inputs
 
 
 def is_readable(store: Store, name: str) -> bool:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence, Set
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,20 +41,21 @@ from configs.load import load_text
 from configs.schema import DatasetConfig
 from pipelines.ledger import read_ledger
 from pipelines.lint import lint
+from pipelines.planning.missing import Loss
 from pipelines.planning.plan import Plan, make_plan, write_plan
 from pipelines.run import execute, plan_job
 from pipelines.takedown import by_hash, by_source, take_down
 from stages.record import key_of
-from stages.storage import layout
 from stages.storage.exclusions import TAKEN_DOWN, read_takedowns
 from stages.storage.layout import CONFIG, DUPLICATES, IDENTITIES, PLAN, TAKEDOWNS
 from stages.storage.reader import DatasetReader
-from stages.storage.sidecar import Row, is_quarantined
+from stages.storage.sidecar import Row
 from stages.storage.store import Store
 from tests.pipelines.compare import compare
 from tests.pipelines.helpers import NO_RULES, config, rows_of
+from tests.pipelines.losses import File, is_whole, losses, resize_signature
 from tests.pipelines.sigkill import killed
-from tests.pipelines.stub_chain import OUTAGE, Scene, StubResize, stub_chain
+from tests.pipelines.stub_chain import OUTAGE, stub_chain
 
 SHARD_SIZE: Final = 3
 
@@ -87,17 +87,6 @@ class Settings:
             "global_pass.val_share=0.5",
             f"source.missing={self.missing}",
         )
-
-
-class File(NamedTuple):
-    """mtime: in seconds; differs between any two contents of one file."""
-
-    data: bytes
-    mtime: int
-
-    def write(self, path: Path) -> None:
-        path.write_bytes(self.data)
-        os.utime(path, (self.mtime, self.mtime))
 
 
 @dataclass
@@ -160,11 +149,13 @@ class IncrementalDataSet:
         kill_at: the moment at which the run is killed (see `sigkill`); 0: never. retry: reasons. A
         run that would lose samples must stop; then it runs with `missing=drop`.
         """
-        if self.settings.missing == "stop" and (losses := self._losses(retry)):
+        if self.settings.missing == "stop" and (
+            lost := losses(self.output, self.files, resize_signature(self.config), retry)
+        ):
             with pytest.raises(SourceError, match="samples would be lost"):
                 run(self.config, frozenset(retry))
             self._read()
-            assert losses <= {row["key"] for row in self._rows if _is_whole(row)}
+            assert lost <= {row["key"] for row in self._rows if is_whole(row)}
             self.change(missing="drop")
         whole, failed = self._whole_samples(retry), self.keys("caption_failed")
         keys = sorted(map(key_of, {*self.files, *self.planned}))
@@ -256,18 +247,18 @@ class IncrementalDataSet:
         """
         if self.settings.missing == "drop":
             return {}
-        [resize] = [s for s in stub_chain(self.config) if isinstance(s, StubResize)]
+        resize = resize_signature(self.config)
         current = {
             row["key"]
             for index, manifest in self.reader.manifests().items()
-            if resize.signature() in manifest.signatures
+            if resize in manifest.signatures
             for row in self.reader.rows(index, ["key"]).to_pylist()
         }
         return {
             row["key"]: row["sha256"]
             for row in self._rows
             if row["key"] in current
-            and _is_whole(row)
+            and is_whole(row)
             and row["source"] not in self.files
             and row["reason"] not in retry
         }
@@ -275,32 +266,8 @@ class IncrementalDataSet:
     def _check_vanished(self, before: Mapping[str, str]) -> None:
         for row in self._rows:
             if row["key"] in before and row["reason"] != TAKEN_DOWN:
-                same = _is_whole(row) and row["sha256"] == before[row["key"]]
+                same = is_whole(row) and row["sha256"] == before[row["key"]]
                 assert same, f"{row['source']} has vanished, and keeps its sample"
-
-    def _losses(self, retry: Sequence[str]) -> set[str]:
-        """Returns the keys of samples whose input a run needs, although it has vanished or is no
-        scene any more. The run completes a commit that was killed while its files were being moved;
-        then these count.
-        """
-        losses = set()
-        [resize] = [s for s in stub_chain(self.config) if isinstance(s, StubResize)]
-        folders = [self.output / name for name in (layout.SHARDS, layout.STAGED)]
-        files = {path.name: path for folder in folders for path in folder.glob("fgid-*")}
-        staged = {path.stem for path in folders[1].glob("*.json")}
-        for name in [*files]:
-            if files[name].parent == folders[1] and name.partition(".")[0] not in staged:
-                files[name] = folders[0] / name  # its commit was killed before it was complete
-        for name in (name for name in files if layout.index_of_sidecar(name) is not None):
-            manifest = files.get(name.replace(".parquet", ".json"))
-            made_again = not manifest or resize.signature() not in manifest.read_text()
-            for row in pq.read_table(files[name]).to_pylist() if files[name].exists() else []:
-                file = self.files.get(row["source"])
-                is_needed = made_again or row["reason"] in retry
-                is_lost = not _is_scene(file.data) if file else is_needed
-                if _is_whole(row) and is_lost:
-                    losses.add(row["key"])
-        return losses
 
     def _check_plan(self, complete: bool) -> None:
         """Checks and stores the plan of a run: a known input keeps its shard; new ones are sorted
@@ -380,8 +347,13 @@ class IncrementalDataSet:
         self._rows = rows_of(self.output)
 
 
-def run(settings: DatasetConfig, retry: frozenset[str]) -> None:
-    list(execute(plan_job(settings, retry, stub_chain), _ignore))
+def run(
+    settings: DatasetConfig, retry: frozenset[str] = frozenset(), repair: bool = False
+) -> list[Loss]:
+    """Returns what a repair could not make again."""
+    job = plan_job(settings, retry, stub_chain, repair=repair)
+    list(execute(job, _ignore))
+    return job.lost()
 
 
 def remove(output: Path, by: str, value: str) -> None:
@@ -394,18 +366,6 @@ def remove(output: Path, by: str, value: str) -> None:
 
 def _ignore(count: int) -> None:
     """Ignores progress."""
-
-
-def _is_scene(data: bytes) -> bool:
-    try:
-        Scene.decode(data)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_whole(row: Row) -> bool:
-    return row["status"] == "ok" or is_quarantined(row)
 
 
 def _plan_rows(shards: Sequence[Sequence[str]], planned: Mapping[str, File]) -> list[Row]:

@@ -4,7 +4,6 @@ held data of a removed input. `IncrementalDataSet` compares after each run.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,18 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs.errors import ShardError
 from configs.load import to_yaml
 from pipelines.lint import lint
 from stages.record import key_of
 from stages.storage import layout
-from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.exclusions import read_takedowns
 from stages.storage.sidecar import Row, is_quarantined
 from tests.pipelines import incremental, sigkill
 from tests.pipelines.helpers import rows_of
 from tests.pipelines.incremental import IncrementalDataSet
-from tests.pipelines.stub_chain import OUTAGE, Scene, stub_chain
+from tests.pipelines.stub_chain import OUTAGE, Scene
 
 ANN = Scene(person="ann").encode()
 ANN_AGAIN = Scene(person="ann", saved=1).encode()
@@ -162,7 +159,8 @@ def test_a_take_down_leaves_nothing_of_what_a_killed_run_wrote(data: Incremental
     ):
         data.put(name, scene)
     data.run()
-    (data.output / "shards" / "fgid-000001.json").unlink()
+    for kind in ("json", "parquet"):
+        (data.output / "shards" / f"fgid-000001.{kind}").unlink()
     (data.output / ".duplicates.parquet.tmp-12345678").write_bytes(b"photo-a.jpg")
     data.take_down("source", "photo-a.jpg")
     data.run()
@@ -245,60 +243,3 @@ def test_a_run_that_is_killed_again_and_again(data: IncrementalDataSet) -> None:
             moment += 3
         assert moment > 20
         data.put("photo-f.jpg", CAT)
-
-
-@pytest.mark.parametrize("kind", ["tar", "quarantine.tar", "parquet"])
-@pytest.mark.parametrize("reuse", ["prompt", "take-down"])
-def test_damage_is_not_copied_into_a_new_shard(
-    data: IncrementalDataSet, kind: str, reuse: str
-) -> None:
-    with_quarantined_sample(data)
-    damaged = data.output / "shards" / f"fgid-000000.{kind}"
-    whole = damaged.read_bytes()
-    place = len(whole) // 2
-    damaged.write_bytes(whole[:place] + b"\xa5" * 8 + whole[place + 8 :])
-    data.change(prompt="B")
-    message = rf"fgid-000000\.{kind} is damaged.* remove fgid-000000\.json"
-    with pytest.raises(ShardError, match=message):
-        if reuse == "prompt":
-            incremental.run(data.config, frozenset())
-        else:
-            rewrite(data)
-    assert damaged.read_bytes() != whole, "nothing was written"
-    (data.output / "shards" / "fgid-000000.json").unlink()
-    data.run()
-
-
-@pytest.mark.parametrize("kind", ["tar", "quarantine.tar", "parquet"])
-@pytest.mark.parametrize("size", [-1, 100], ids=["missing", "truncated"])
-def test_a_run_with_nothing_to_do_finds_missing_and_truncated_files(
-    data: IncrementalDataSet, kind: str, size: int
-) -> None:
-    with_quarantined_sample(data)
-    file = data.output / "shards" / f"fgid-000000.{kind}"
-    if size < 0:
-        file.unlink()
-    else:
-        os.truncate(file, size)
-    how = "it is missing" if size < 0 else f"it has {size}"
-    message = (
-        rf"fgid-000000\.{kind} is damaged: {how}, expected [0-9,]+ bytes.* remove fgid-000000\.json"
-    )
-    with pytest.raises(ShardError, match=message):
-        incremental.run(data.config, frozenset())
-    (data.output / "shards" / "fgid-000000.json").unlink()
-    data.run()
-
-
-def with_quarantined_sample(data: IncrementalDataSet) -> None:
-    """Runs with three inputs of one shard, of which the last is quarantined as blurred."""
-    data.change(min_sharpness=0.3)
-    for name, scene in (("photo-a.jpg", ANN), ("photo-b.jpg", BOB), ("photo-c.jpg", BLURRED)):
-        data.put(name, scene)
-    data.run()
-
-
-def rewrite(data: IncrementalDataSet) -> None:
-    """Rewrites the shard from its own samples, as a take-down does."""
-    [manifest] = data.reader.manifests().values()
-    commit_exclusions(data.store, manifest, ChainInfo.of(stub_chain(data.config)))

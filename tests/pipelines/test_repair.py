@@ -1,0 +1,196 @@
+"""Damaged files: no damaged byte gets into a new shard, and `run --repair` makes again what is
+damaged. `IncrementalDataSet` compares with a fresh run after each run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ShardError
+from pipelines.run import plan_job
+from stages.storage.commit import ChainInfo, commit_exclusions
+from stages.storage.layout import DUPLICATES, IDENTITIES, PLAN
+from stages.storage.repair import find_damage
+from stages.storage.sidecar import is_quarantined
+from tests.pipelines import incremental
+from tests.pipelines.helpers import digests, rows_of
+from tests.pipelines.incremental import IncrementalDataSet
+from tests.pipelines.stub_chain import Scene, stub_chain
+
+ANN = Scene(person="ann").encode()
+ANN_AGAIN = Scene(person="ann", saved=1).encode()
+BLURRED = Scene(person="ann", shot=2, sharpness=0.2).encode()
+BOB = Scene(person="bob").encode()
+CAT = Scene(person="cat").encode()
+
+TAR, QUARANTINE = "shards/fgid-000000.tar", "shards/fgid-000000.quarantine.tar"
+SIDECAR, MANIFEST = "shards/fgid-000000.parquet", "shards/fgid-000000.json"
+HOW = ["missing", "truncated", "overwritten"]
+REPAIR = r"or make it again: python -m pipelines.cli run -c OUT/config.yaml --repair"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> IncrementalDataSet:
+    """A data set of two shards; in the first an input is quarantined and one has no face, in the
+    second one is a duplicate.
+    """
+    data = IncrementalDataSet(tmp_path / "data")
+    data.change(min_sharpness=0.3)
+    scenes = {"a": ANN, "b": BLURRED, "c": Scene(person="").encode(), "d": BOB, "e": ANN_AGAIN}
+    for name, scene in scenes.items():
+        data.put(f"photo-{name}.jpg", scene)
+    data.run()
+    return data
+
+
+def damage(data: IncrementalDataSet, name: str, how: str) -> None:
+    file = data.output / name
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        overwrite(file, 40)  # in the first page of a table
+
+
+def overwrite(file: Path, place: int) -> None:
+    """Replaces eight bytes."""
+    whole = file.read_bytes()
+    file.write_bytes(whole[:place] + b"\xa5" * 8 + whole[place + 8 :])
+    assert file.read_bytes() != whole
+
+
+def repair(data: IncrementalDataSet) -> None:
+    """Repairs, and checks that the output equals that of a fresh run."""
+    assert incremental.run(data.config, repair=True) == []
+    data.run()
+
+
+def lose_sources(data: IncrementalDataSet) -> None:
+    for name in tuple(data.files):
+        data.remove(name)
+
+
+@pytest.mark.parametrize("name", [TAR, QUARANTINE, SIDECAR])
+@pytest.mark.parametrize("reuse", ["prompt", "take-down"])
+def test_damage_is_not_copied_into_a_new_shard(
+    data: IncrementalDataSet, name: str, reuse: str
+) -> None:
+    damage(data, name, "overwritten")
+    before = (data.output / name).read_bytes()
+    data.change(prompt="B")
+    with pytest.raises(ShardError, match=rf"{name} is damaged: its sha256.* {REPAIR}"):
+        if reuse == "prompt":
+            incremental.run(data.config)
+        else:
+            commit_exclusions(
+                data.store, data.reader.manifests()[0], ChainInfo.of(stub_chain(data.config))
+            )
+    assert (data.output / name).read_bytes() == before, "nothing was written"
+    repair(data)
+
+
+@pytest.mark.parametrize("name", [TAR, QUARANTINE, SIDECAR])
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_run_with_nothing_to_do_finds_missing_and_truncated_files(
+    data: IncrementalDataSet, name: str, how: str
+) -> None:
+    damage(data, name, how)
+    size = "it is missing" if how == "missing" else "it has [0-9,]+"
+    message = rf"{name} is damaged: {size}, expected [0-9,]+ bytes.* {REPAIR}"
+    with pytest.raises(ShardError, match=message):
+        incremental.run(data.config)
+
+
+@pytest.mark.parametrize("name", [TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN, DUPLICATES, IDENTITIES])
+@pytest.mark.parametrize("how", HOW)
+def test_a_repair_makes_the_same_bytes_again(data: IncrementalDataSet, name: str, how: str) -> None:
+    before = digests(data.output)
+    damage(data, name, how)
+    reported = {each.name for each in find_damage(data.store)}
+    is_remade_anyway = how == "missing" and name in (PLAN, DUPLICATES, IDENTITIES)
+    assert reported == (set() if is_remade_anyway else {name})
+    repair(data)
+    assert digests(data.output) == before
+    assert find_damage(data.store) == []
+
+
+@pytest.mark.parametrize("name", [SIDECAR, MANIFEST, PLAN])
+@pytest.mark.parametrize("how", HOW)
+def test_a_repair_keeps_all_written_samples_if_no_tar_is_damaged_and_all_sources_are_gone(
+    data: IncrementalDataSet, name: str, how: str
+) -> None:
+    tar = (data.output / TAR).read_bytes()
+    thumbnails = {row["key"]: row["thumbnail"] for row in rows_of(data.output)}
+    damage(data, name, how)
+    lose_sources(data)
+    lost = incremental.run(data.config, repair=True)
+    # of a quarantined sample, only the sidecar says why it was dropped; c.jpg had no sample, which
+    # a sidecar that is damaged in another column still says
+    losses = {loss.source for loss in lost} - {"photo-c.jpg"}
+    assert losses == ({"photo-b.jpg"} if name == SIDECAR else set())
+    assert (data.output / TAR).read_bytes() == tar
+    for row in rows_of(data.output):
+        if row["status"] == "ok":
+            assert row["thumbnail"] == thumbnails[row["key"]] != b""
+        elif row["source"] == "photo-b.jpg":
+            assert is_quarantined(row) == (name != SIDECAR)
+
+
+def test_a_repair_loses_only_the_damaged_sample_if_all_sources_are_gone(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-f.jpg", CAT)
+    data.run()
+    row = data.row("photo-d.jpg")
+    overwrite(data.output / "shards/fgid-000001.tar", row["tar_offset"] + 600)
+    lose_sources(data)
+    lost = incremental.run(data.config, repair=True)
+    assert [(loss.source, loss.why) for loss in lost] == [
+        ("photo-d.jpg", "not_a_file (the source no longer lists it)")
+    ]
+    rows = {row["source"]: row for row in rows_of(data.output)}
+    assert rows["photo-d.jpg"]["reason"] == "not_a_file"
+    assert rows["photo-f.jpg"]["status"] == rows["photo-a.jpg"]["status"] == "ok"
+    assert is_quarantined(rows["photo-e.jpg"]), "a duplicate"
+    assert find_damage(data.store) == []
+    assert plan_job(data.config, chain=stub_chain).tasks == []
+
+
+def test_a_manifest_with_wrong_numbers_is_damaged(data: IncrementalDataSet) -> None:
+    file = data.output / MANIFEST
+    whole = file.read_text()
+    file.write_text(whole.replace('"written": 1', '"written": 7'))
+    assert [each.name for each in find_damage(data.store)] == [MANIFEST]
+    repair(data)
+    assert data.reader.manifests()[0].written == 1
+
+
+def test_a_repair_with_changed_settings_makes_both_changes(data: IncrementalDataSet) -> None:
+    damage(data, TAR, "overwritten")
+    data.change(prompt="B", min_sharpness=0.0)
+    repair(data)
+
+
+def test_a_repair_restores_nothing_of_what_was_taken_down(data: IncrementalDataSet) -> None:
+    shutil.copytree(data.output, data.folder / "copy")
+    data.take_down("source", "photo-a.jpg")
+    damage(data, TAR, "overwritten")
+    damage(data, MANIFEST, "truncated")
+    # an old copy of the shard's sidecar, which still has the removed record
+    shutil.copy(data.folder / "copy" / SIDECAR, data.output / SIDECAR)
+    repair(data)
+
+
+def test_a_take_down_refuses_a_shard_without_manifest(data: IncrementalDataSet) -> None:
+    damage(data, MANIFEST, "missing")
+    before = digests(data.output)
+    with pytest.raises(ShardError, match=rf"{MANIFEST} is missing, .* --repair"):
+        incremental.remove(data.output, "source", "photo-d.jpg")
+    assert digests(data.output) == before
+    data.run()
+    data.take_down("source", "photo-d.jpg")
