@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
@@ -140,7 +140,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     settings = to_yaml(config)
     planned = planned_shards(store) == len(job.plan.shards)
     # A run with other settings may have been killed after it stored them.
-    stored = DatasetReader(store).config_text() == settings
+    stored = DatasetReader(store).config_text() == settings and _is_passed_over_stored(job)
     done = not job.tasks and planned and stored
     if done and is_global_pass_current(store, config.global_pass):
         return
@@ -161,6 +161,15 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
         run_global_pass(store, config.global_pass, chain)
 
 
+def _is_passed_over_stored(job: Job) -> bool:
+    """Returns whether dataset.json states what the source passes over now."""
+    try:
+        stored = DatasetReader(job.store).dataset_info().get("passed_over", [])
+    except ShardError:
+        return False  # it is damaged, and written again
+    return bool(stored == job.plan.passed_over.to_json())
+
+
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:
     """Returns the contents of dataset.json."""
     path = job.config.source.path
@@ -175,6 +184,7 @@ def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:
             if hasattr(stage.config, "backend")
         },
         "weights": fetch_weights(job.config, job.chain),
+        "passed_over": job.plan.passed_over.to_json(),
     }
 
 
