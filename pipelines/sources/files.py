@@ -190,7 +190,8 @@ class RemoteFiles(Source):
             ) from error
         for entry in entries:
             if entry["type"] == "directory" and entry["name"] == f"{folder}/":
-                self.passed_over.add(Kind.EMPTY_NAME, f"{folder[len(self._root) :]}//".lstrip("/"))
+                name = folder[len(self._root) :].lstrip("/")
+                self.passed_over.add(Kind.EMPTY_NAME, f"{name or '.'}//")
         return entries
 
     def _input(self, path: str, entry: dict[str, Any]) -> Input:

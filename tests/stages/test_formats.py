@@ -104,6 +104,14 @@ def test_of_several_images_the_first_frame_or_the_primary_image_is_used() -> Non
         assert_is_drawing(decode(out.getvalue(), ResizeConfig()))
 
 
+def test_a_heif_of_tiles_is_read_as_phones_write_it() -> None:
+    with io.BytesIO() as out:
+        pillow_heif.from_pillow(drawing()).save(out, tile_size=64)
+        data = out.getvalue()
+    assert b"grid" in data
+    assert_is_drawing(decode(data, ResizeConfig()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_file_is_truncated_and_a_broken_one_undecodable(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
@@ -114,6 +122,22 @@ def test_a_cut_file_is_truncated_and_a_broken_one_undecodable(kind: str) -> None
     meta = whole.index(b"meta")
     name, detail = reason(whole[: meta + 8] + bytes(200) + whole[meta + 208 :])
     assert (name, bool(detail)) == ("undecodable", True)
+
+
+def test_damage_anywhere_has_a_reason() -> None:
+    random = np.random.default_rng(0)
+    reasons = set()
+    for kind in KINDS:
+        whole = np.frombuffer(encoded(drawing(), kind), np.uint8)
+        for _ in range(300):
+            damaged = whole.copy()
+            damaged[random.integers(0, len(whole), 3)] = random.integers(0, 256, 3)
+            try:
+                decode(damaged[: random.integers(1, 2 * len(whole))].tobytes(), ResizeConfig())
+            except Failed as failure:
+                reasons.add(failure.reason)
+                assert failure.detail
+    assert {"truncated", "undecodable"} <= reasons
 
 
 @pytest.mark.parametrize("kind", KINDS)

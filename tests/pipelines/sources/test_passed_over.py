@@ -160,7 +160,7 @@ def test_many_endings_take_bounded_memory() -> None:
 def bucket() -> Iterator[str]:
     """A folder of fsspec's file system in memory."""
     memory = fsspec.filesystem("memory")
-    for name in ("a.jpg", "b.jfif", "deep/c.heic", "d.psd", "e.dat"):
+    for name in ("a.jpg", "b.jfif", "deep/c.heic", "d.psd", "e.dat", "/f.jpg", "deep//g.jpg"):
         memory.pipe(f"/passed-over/{name}", jpeg(SQUARE))
     yield "memory://passed-over"
     memory.rm("/passed-over", recursive=True)
@@ -172,10 +172,11 @@ def test_of_remote_files_only_names_are_looked_at(bucket: str, tmp_path: Path) -
         (Kind.IMAGE, "deep/c.heic"),
         (Kind.IMAGE, "b.jfif"),
         (Kind.UNSUPPORTED_IMAGE, "d.psd"),
+        (Kind.EMPTY_NAME, ".//"),
     ]
-    assert [g.example for g in passed_over(f"{bucket}/b*", tmp_path, JPEG_ONLY).groups] == [
-        "b.jfif"
-    ]
+    assert report.lines()[-1].startswith("passed over: 2 folders of objects with // in their names")
+    examples = [g.example for g in passed_over(f"{bucket}/b*", tmp_path, JPEG_ONLY).groups]
+    assert examples[0] == "b.jfif" and "d.psd" not in examples
 
 
 def test_a_run_reports_it_below_the_plan_and_in_the_report(tmp_path: Path) -> None:
