@@ -33,7 +33,11 @@ class SourceConfig:
     kind: Literal["auto", "files", "webdataset", "parquet", "urls", "fgid"] = "auto"
     # folder (with its subfolders), glob, .tar, .parquet, .csv, .txt or FGID .json; or an fsspec URL
     path: str = ""
-    extensions: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")
+    # endings of images, in files and tars; GIF is read too, but its 256 colours make poor portraits
+    extensions: tuple[str, ...] = (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif"),
+        *(".tif", ".tiff", ".bmp"),
+    )
     license: str = ""  # of inputs for which the source states none; so are the next two
     author: str = ""
     consent: str = ""  # of the people shown, in words or a code of your own

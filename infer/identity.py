@@ -42,7 +42,7 @@ _MIN_FACE: Final = 32  # short side of the face's box, in pixels of the resized 
 _FACE_ADVICE: Final = (
     "Give a photograph that shows one face, from the front and at least 100 pixels wide."
 )
-_FILE_ADVICE: Final = "Give a JPEG, PNG or WebP photograph that opens in a viewer."
+_FILE_ADVICE: Final = "Give a JPEG, PNG, WebP, AVIF or HEIC photograph that opens in a viewer."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
@@ -183,6 +183,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
         and planned_shards(store) == len(job.plan.shards)
         # A run with other settings may have been killed after it stored them.
         and DatasetReader(store).config_text() == settings
+        and _is_passed_over_stored(job)
         and is_global_pass_current(store, config.global_pass)
     )
     if done:
@@ -212,6 +213,15 @@ def _remove_unreadable(store: Store, damage: Sequence[Damage]) -> None:
             store.remove(each.name)
 
 
+def _is_passed_over_stored(job: Job) -> bool:
+    """Returns whether dataset.json states what the source passes over now."""
+    try:
+        stored = DatasetReader(job.store).dataset_info().get("passed_over", [])
+    except ShardError:
+        return False  # it is damaged, and written again
+    return bool(stored == job.plan.passed_over.to_json())
+
+
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:
     """Returns the contents of dataset.json."""
     path = job.config.source.path
@@ -226,6 +236,7 @@ def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:
             if hasattr(stage.config, "backend")
         },
         "weights": fetch_weights(job.config, job.chain),
+        "passed_over": job.plan.passed_over.to_json(),
     }
 
 

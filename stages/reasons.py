@@ -198,8 +198,17 @@ _STAGES: Final = {
     "empty_file": _failed("resize, source", "The file has no bytes.", "Copy it again."),
     "not_an_image": _failed(
         "resize, source",
-        "The file is not a JPEG, PNG, WebP, BMP, TIFF or GIF. The detail shows its first bytes.",
+        "The file doesn't begin like an image of any known format. The detail shows its first "
+        "bytes.",
         "Convert it, or remove it from the source.",
+    ),
+    "unsupported_format": _failed(
+        "resize, source",
+        "The file begins like an image of a format that is not read, such as JPEG XL, Photoshop "
+        "or camera raw, or like an AVIF or HEIF image whose decoder is not installed. The detail "
+        "names the format.",
+        "Convert it to JPEG or PNG. For AVIF and HEIF, install what the detail names on every "
+        "node, then `retry` this reason.",
     ),
     "too_many_pixels": _failed(
         "resize, source",

@@ -2,7 +2,8 @@
 
 The size that a header declares and the number of a JPEG's scans are checked before pixels are
 decoded, so decompression bombs cost no time or memory. EXIF orientation is applied. CMYK, 16-bit,
-palette and alpha images become RGB; of an animation the first frame is used.
+palette and alpha images become RGB; of an animation the first frame is used, of a HEIF file the
+primary image.
 """
 
 from __future__ import annotations
@@ -10,28 +11,23 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import AvifImagePlugin, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 
 from configs.schema import ResizeConfig
 from stages.base import Dropped, Failed, RecordStage
 from stages.codec import Image, decode_jpeg, encode_jpeg
+from stages.formats import READABLE, format_of, is_cut
 from stages.record import Record
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_SIGNATURES: Final = {
-    b"\xff\xd8": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
 # libjpeg-turbo's own limit for untrusted files (TJFLAG_LIMITSCANS); ordinary files have about ten
 _MAX_SCANS: Final = 500
 # a JPEG marker, except for those inside a scan's data (stuffing and restart markers)
@@ -87,8 +83,8 @@ def decode(data: bytes, config: ResizeConfig) -> Image:
     At full size, except for a JPEG at least twice as large as needed: libjpeg reduces it to a half,
     a quarter or an eighth while decoding, never below the working size.
 
-    Raises Failed: empty_file, too_many_bytes, not_an_image, too_many_pixels, too_many_scans,
-    truncated, undecodable.
+    Raises Failed: empty_file, too_many_bytes, not_an_image, unsupported_format, too_many_pixels,
+    too_many_scans, truncated, undecodable.
     """
     with _open(data, config) as opened:
         return _decode(opened, data, config)
@@ -123,11 +119,13 @@ def _open(data: bytes, config: ResizeConfig) -> PILImage.Image:
         raise Failed("empty_file", "the file has no bytes")
     if len(data) > config.max_bytes:
         raise Failed("too_many_bytes", f"{len(data):,} bytes, limit {config.max_bytes:,}")
-    PILImage.init()  # registers all readers; without it Pillow knows the common ones only
+    opener = _OPENERS.get(format_of(data), _open_common)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # config.max_pixels replaces Pillow's size warning
         try:
-            opened = PILImage.open(io.BytesIO(data), formats=_FORMATS)
+            opened = opener(io.BytesIO(data))
+        except Failed:
+            raise
         except UnidentifiedImageError:
             raise _unidentified(data) from None
         except PILImage.DecompressionBombError as error:
@@ -144,6 +142,50 @@ def _open(data: bytes, config: ResizeConfig) -> PILImage.Image:
             "too_many_scans", f"over {_MAX_SCANS}, each over all of {width}×{height} pixels"
         )
     return opened
+
+
+def _open_common(stream: io.BytesIO) -> PILImage.Image:
+    PILImage.init()  # registers all readers; without it Pillow knows the common ones only
+    return PILImage.open(stream, formats=_FORMATS)
+
+
+def _open_avif(stream: io.BytesIO) -> PILImage.Image:
+    """Raises Failed without a decoder, and libavif's own errors, which PILImage.open would hide.
+
+    The AV1 data may be larger than the size in the header, which is the one that is checked.
+    libavif decodes at most 16,384 × 16,384 pixels, and scales them to the header's size.
+    """
+    if not AvifImagePlugin.SUPPORTED:
+        raise Failed(
+            "unsupported_format",
+            "an AVIF image, and this Pillow is built without AVIF. Pillow's own wheels have it: "
+            "pip install --force-reinstall pillow",
+        )
+    return AvifImagePlugin.AvifImageFile(stream)
+
+
+def _open_heif(stream: io.BytesIO) -> PILImage.Image:
+    """Raises Failed without a decoder, and libheif's own errors. libheif refuses data that is
+    larger than the size in the header.
+    """
+    try:
+        import pillow_heif  # here, as it takes 30 ms and few sources have HEIF
+
+        plugin: Callable[[io.BytesIO], PILImage.Image] = pillow_heif.HeifImageFile
+        opened = plugin(stream)
+    except ImportError as error:  # also while opening, if its own library can't be loaded
+        raise Failed(
+            "unsupported_format",
+            f"a HEIF image (HEIC), and pillow-heif can't be imported ({error}): "
+            "pip install pillow-heif",
+        ) from None
+    return opened
+
+
+_OPENERS: Final[dict[str, Callable[[io.BytesIO], PILImage.Image]]] = {
+    "AVIF": _open_avif,
+    "HEIF": _open_heif,
+}
 
 
 def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
@@ -177,11 +219,13 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 def _unidentified(data: bytes) -> Failed:
     """Returns the failure of data that Pillow doesn't recognise."""
-    kind = next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "")
-    if kind:
+    name = format_of(data)
+    if name in READABLE:
         return Failed(
-            "undecodable", f"{len(data):,} bytes of a {kind} whose header is cut, broken or unknown"
+            "undecodable", f"{len(data):,} bytes of a {name} whose header is cut, broken or unknown"
         )
+    if name:
+        return Failed("unsupported_format", f"{name}. Convert it to JPEG or PNG")
     return Failed("not_an_image", f"begins with {data[:12]!r}")
 
 
@@ -203,6 +247,8 @@ def _undecodable(error: Exception, data: bytes) -> Failed:
     is_truncated = any(word in text.lower() for word in ("truncated", "premature", "broken"))
     if data.startswith(b"RIFF"):  # WebP: its decoder's error doesn't say, its header has the length
         is_truncated = 8 + int.from_bytes(data[4:8], "little") > len(data)
+    if format_of(data) in _OPENERS:
+        is_truncated = is_cut(data)
     return Failed("truncated" if is_truncated else "undecodable", text)
 
 
@@ -225,6 +271,8 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
         top = 65535.0 if values.max(initial=0) > 255 else 255.0
         scaled = (values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)
         return PILImage.fromarray(scaled).convert("RGB")
+    if image.mode in ("RGBa", "La"):  # multiplied by alpha, as HEIF may store it
+        image = image.convert(image.mode.upper())
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = PILImage.new("RGBA", rgba.size, "white")  # the background that browsers use

@@ -91,6 +91,8 @@ def _plan_and_run(
         f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
         f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
     )
+    for line in job.plan.passed_over.lines(settings.source.extensions):
+        typer.echo(f"  {line}")
     for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
         typer.echo(f"  {line}")
     before = settings.shard_size

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 
@@ -38,17 +39,19 @@ EXPECTED: dict[str, Outcome] = {
     "ünïcode/alpha.png": Outcome("ok"),
     "ünïcode/animated.webp": Outcome("ok"),
     "original.jpg": Outcome("ok"),
+    "phone.heic": Outcome("ok"),
+    "web.avif": Outcome("ok"),
 }
 
 
 def write_poisoned(folder: Path, portraits: Sequence[Path]) -> None:
-    """Write every file of EXPECTED into `folder`, from the first seven of `portraits`.
+    """Write every file of EXPECTED into `folder`, from the first eight of `portraits`.
 
     Raises ValueError if there are fewer.
     """
-    faces = [Image.open(path).convert("RGB").resize((512, 512)) for path in portraits[:7]]
-    if len(faces) < 7:
-        raise ValueError(f"{len(faces)} portraits, expected at least 7")
+    faces = [Image.open(path).convert("RGB").resize((512, 512)) for path in portraits[:8]]
+    if len(faces) < 8:
+        raise ValueError(f"{len(faces)} portraits, expected at least 8")
     (folder / "ünïcode").mkdir(parents=True, exist_ok=True)
     original = _jpeg(faces[0])
     _write(folder / "original.jpg", original)
@@ -75,6 +78,12 @@ def write_poisoned(folder: Path, portraits: Sequence[Path]) -> None:
             out, "WEBP", save_all=True, append_images=[faces[6]], duration=100, quality=90
         )
         _write(folder / "ünïcode/animated.webp", out.getvalue())
+    with io.BytesIO() as out:
+        pillow_heif.from_pillow(faces[6]).save(out, quality=90)
+        _write(folder / "phone.heic", out.getvalue())
+    with io.BytesIO() as out:
+        faces[7].save(out, "AVIF", quality=90)
+        _write(folder / "web.avif", out.getvalue())
     (folder / "folder.jpg").mkdir(exist_ok=True)
     dangling = folder / "dangling.jpg"
     if not dangling.is_symlink():

@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ from configs.schema import DatasetConfig
 from pipelines.planning.exact_copies import mark_exact_copies
 from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
 from pipelines.sources import Input, build_source
+from pipelines.sources.passed_over import PassedOver
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
 from stages.storage.exclusions import removed_keys
@@ -85,7 +86,7 @@ class ShardTask:
 @dataclass(kw_only=True)
 class Plan:
     """A plan. file: plan.parquet as an unnamed file on local disk. new, changed, vanished: numbers
-    of inputs, compared with the plan in the output.
+    of inputs, compared with the plan in the output. passed_over: what the source didn't list.
     """
 
     file: IO[bytes]
@@ -93,6 +94,7 @@ class Plan:
     new: int = 0
     changed: int = 0
     vanished: int = 0
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     @property
     def inputs(self) -> int:
@@ -139,10 +141,11 @@ def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
         for item in source.list():
             index.add_listed(item)
         if not len(index):
+            passed_over = source.passed_over.lines(config.source.extensions)
             raise SourceError(
                 f"source.path={config.source.path!r} holds no "
                 f"{', '.join(config.source.extensions)} files, in the folder or in its subfolders. "
-                "Give another folder, or other source.extensions."
+                f"{' '.join(['Give another folder, or other source.extensions.', *passed_over])}"
             )
         new, changed, vanished = index.assign_shards(config.shard_size)
         if config.source.find_copies:
@@ -150,7 +153,14 @@ def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file, drops_vanished=config.source.missing == "drop"))
         file.flush()
-    return Plan(file=file, shards=shards, new=new, changed=changed, vanished=vanished)
+    return Plan(
+        file=file,
+        shards=shards,
+        new=new,
+        changed=changed,
+        vanished=vanished,
+        passed_over=source.passed_over,
+    )
 
 
 def _write(index: InputIndex, file: IO[bytes], drops_vanished: bool) -> Iterator[PlannedShard]:

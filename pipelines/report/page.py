@@ -33,6 +33,7 @@ from pipelines.report.metrics import GROUPS, ShownMetric
 from pipelines.report.page_records import PageRecords, read_page_records
 from pipelines.report.palette import PALETTE
 from pipelines.report.stats import Report, compute
+from pipelines.sources.passed_over import PassedOver
 from stages.regions import LABELS, REGION_LABELS, REGION_WORDS
 from stages.storage import layout
 from stages.storage.reader import DatasetReader
@@ -101,6 +102,7 @@ def render(report: Report, records: PageRecords, dataset: dict[str, Any]) -> str
         chains=report.stats["chains"],
         dataset=dataset,
         weights=_dicts(dataset.get("weights")),
+        passed_over=PassedOver.from_json(dataset.get("passed_over")).lines(),
         totals={
             name: sum(shard[name] for shard in data["shards"])
             for name in ("written", "dropped", "failed")

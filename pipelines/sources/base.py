@@ -20,6 +20,7 @@ from tenacity import (
 )
 
 from configs.schema import DatasetConfig
+from pipelines.sources.passed_over import PassedOver
 from stages.base import Dropped, Failed, Rejection, reject
 from stages.record import Record, key_of
 
@@ -71,7 +72,7 @@ class TransientFailure(Failed):
 class Source(ABC):
     """A place that input images come from. Lists inputs on the driver, reads them on workers.
 
-    Keeps no state between calls.
+    Keeps no state between calls, except for `passed_over`, what the last `list` didn't yield.
     """
 
     concurrency: int = 1  # inputs read at a time; more than 1 where reading mostly waits
@@ -80,6 +81,7 @@ class Source(ABC):
         self.config = config.source
         self.max_bytes = config.resize.max_bytes
         self.output = config.output
+        self.passed_over = PassedOver()
 
     @abstractmethod
     def list(self) -> Iterator[Input]:

@@ -7,24 +7,27 @@ listed with size -1. Reading it fails with `not_a_file`; devices and pipes are n
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import stat
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
 from pipelines.sources.base import Input, Source, TransientFailure
+from pipelines.sources.passed_over import Kind, PassedOver
 from pipelines.sources.paths import file_version
 from stages.base import Failed
+from stages.formats import HEAD, READABLE, READABLE_ENDINGS, UNREADABLE_ENDINGS, format_of
 from stages.storage.remote import file_system, is_transient
 
-logger = logging.getLogger(__name__)
-
 _WILDCARD = re.compile(r"[*?\[]")
+_MAX_MISSES: Final = 1000
+_MAX_ENDINGS: Final = 1000  # counted one by one; the rest are counted together
 
 
 class LocalFiles(Source):
@@ -43,18 +46,25 @@ class LocalFiles(Source):
             )
         output = os.fsencode(os.path.realpath(self.output)) if self.output else b""
         top = os.fsencode(root)
-        for folder, folders, files in os.walk(top, onerror=_warn_unlisted):
+        self.passed_over = PassedOver()
+        others = _Others(config.path, top, self.passed_over)
+        for folder, folders, files in os.walk(top, onerror=others.note_unlisted):
             folders[:] = [
                 name for name in folders if os.path.realpath(os.path.join(folder, name)) != output
             ]
-            for name in (*files, *folders):
-                if os.path.splitext(os.fsdecode(name))[1].lower() in config.extensions:
-                    item = self._input(top, os.path.relpath(os.path.join(folder, name), top))
+            for names, note in ((files, others.note_file), (folders, others.note_folder)):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    ending = os.path.splitext(os.fsdecode(name))[1].lower()
+                    if ending not in config.extensions:
+                        note(path, ending)
+                        continue
+                    item = self._input(top, os.path.relpath(path, top))
                     if pattern is None or pattern.fullmatch(item.source):
                         yield item
 
     def _input(self, top: bytes, path: bytes) -> Input:
-        source = path.decode("utf-8", "backslashreplace").replace(os.sep, "/")
+        source = _to_text(path)
         try:
             info = os.stat(os.path.join(top, path))
         except OSError:
@@ -69,6 +79,60 @@ class LocalFiles(Source):
         return read_file(os.path.join(os.fsencode(root), item.locator), self.max_bytes, count)
 
 
+class _Others:
+    """Finds what `LocalFiles` passes over: images with other endings, and folders it can't enter.
+
+    A file with another ending costs a stat, and if it is a regular file one read of HEAD bytes. Of
+    each ending no more files are opened after _MAX_MISSES in a row that hold no image:
+    a million labels beside a million images cost a thousand reads.
+    """
+
+    def __init__(self, path: str, top: bytes, passed_over: PassedOver) -> None:
+        """path: source.path. top: the folder that names are relative to."""
+        self._top, self._passed_over = top, passed_over
+        _, self._files = split_glob(path)
+        self._folders = _folder_pattern(path)
+        self._misses: Counter[str] = Counter()  # by ending
+
+    def note_file(self, path: bytes, ending: str) -> None:
+        """Looks into a file. ending: of its name, lower case, with a dot; not a listed one."""
+        ending = ending.encode("utf-8", "backslashreplace").decode()
+        counted = ending if ending in self._misses or len(self._misses) < _MAX_ENDINGS else ""
+        if self._misses[counted] >= _MAX_MISSES:
+            return
+        name = self._name(path)
+        if self._files is not None and not self._files.fullmatch(name):
+            return
+        try:
+            head = read_file(path, sys.maxsize, HEAD)
+        except Failed:  # a pipe, a device, a link to nothing, or not readable
+            return
+        image = format_of(head, ending)
+        self._misses[counted] = 0 if image else self._misses[counted] + 1
+        if image:
+            kind = Kind.IMAGE if image in READABLE else Kind.UNSUPPORTED_IMAGE
+            self._passed_over.add(kind, name, ending)
+
+    def note_folder(self, path: bytes, ending: str) -> None:
+        """Notes a folder that is a link, unless its target is listed anyway."""
+        if os.path.islink(path) and self._may_hold_images(path):
+            top, target = os.path.realpath(self._top), os.path.realpath(path)
+            if os.path.commonpath([top, target]) != top:
+                self._passed_over.add(Kind.LINKED_FOLDER, self._name(path))
+
+    def note_unlisted(self, error: OSError) -> None:
+        """Notes a folder that the file system refuses to list."""
+        path = os.fsencode(error.filename)
+        if path == self._top or self._may_hold_images(path):
+            self._passed_over.add(Kind.UNLISTED_FOLDER, f"{self._name(path)}: {error.strerror}")
+
+    def _may_hold_images(self, folder: bytes) -> bool:
+        return self._folders is None or self._folders.fullmatch(self._name(folder)) is not None
+
+    def _name(self, path: bytes) -> str:
+        return _to_text(os.path.relpath(path, self._top))
+
+
 class RemoteFiles(Source):
     """Files behind an fsspec URL. Requests that fail for a transient reason are retried."""
 
@@ -81,6 +145,7 @@ class RemoteFiles(Source):
         self._root = path.rstrip("/")
 
     def list(self) -> Iterator[Input]:
+        self.passed_over = PassedOver()
         folders = [self._root]
         while folders:
             folder = folders.pop()
@@ -92,10 +157,18 @@ class RemoteFiles(Source):
                     continue
                 if entry["type"] == "directory":
                     folders.append(path)
-                elif os.path.splitext(name)[1].lower() in self.config.extensions:
-                    item = self._input(path, entry)
-                    if self._pattern is None or self._pattern.fullmatch(item.source):
-                        yield item
+                    continue
+                item = self._input(path, entry)
+                if self._pattern is not None and not self._pattern.fullmatch(item.source):
+                    continue
+                ending = os.path.splitext(name)[1].lower()
+                if ending in self.config.extensions:
+                    yield item
+                # by name only: each look into a file would be a request
+                elif ending in READABLE_ENDINGS:
+                    self.passed_over.add(Kind.IMAGE, item.source, ending)
+                elif ending in UNREADABLE_ENDINGS:
+                    self.passed_over.add(Kind.UNSUPPORTED_IMAGE, item.source, ending)
 
     def _entries(self, folder: str) -> Iterable[dict[str, Any]]:
         """Returns fsspec's entries of one folder. Raises SourceError if it can't be listed."""
@@ -117,9 +190,8 @@ class RemoteFiles(Source):
             ) from error
         for entry in entries:
             if entry["type"] == "directory" and entry["name"] == f"{folder}/":
-                logger.warning(
-                    "%s: names with // in them can't be listed, and are left out", folder
-                )
+                name = folder[len(self._root) :].lstrip("/")
+                self.passed_over.add(Kind.EMPTY_NAME, f"{name or '.'}//")
         return entries
 
     def _input(self, path: str, entry: dict[str, Any]) -> Input:
@@ -162,12 +234,6 @@ class RemoteFiles(Source):
             raise
 
 
-def _warn_unlisted(error: OSError) -> None:
-    logger.warning(
-        "%s can't be listed (%s): its images are left out", error.filename, error.strerror
-    )
-
-
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
     """Splits a glob into the folder above its first wildcard and a pattern for names relative to
     that folder; the pattern is None if `path` is a plain folder.
@@ -181,6 +247,24 @@ def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:
     return "/".join(parts[:first]) or ("/" if path.startswith("/") else "."), re.compile(
         glob_translate("/".join(parts[first:]))
     )
+
+
+def _folder_pattern(path: str) -> re.Pattern[str] | None:
+    """Returns a pattern for the relative names of folders in which files can match the glob `path`;
+    None if it is a plain folder.
+    """
+    if split_glob(path)[1] is None:
+        return None
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if _WILDCARD.search(part))
+    from fsspec.utils import glob_translate
+
+    ends = range(first + 1, len(parts) + ("**" in parts[-1]))
+    return re.compile("|".join(glob_translate("/".join(parts[first:end])) for end in ends) or r"\Z")
+
+
+def _to_text(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace").replace(os.sep, "/")
 
 
 def read_file(path: bytes, max_bytes: int, count: int = -1) -> bytes:

@@ -4,7 +4,6 @@ URL a line.
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import re
@@ -15,6 +14,7 @@ from typing import IO, Any, Final
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
 from pipelines.sources.base import PROVENANCE_FIELDS, Input, Source
+from pipelines.sources.csv_rows import CsvRows
 from pipelines.sources.fetch import Fetcher, is_public
 from pipelines.sources.name_set import NameSet
 from pipelines.sources.paths import SourceFile, find_files, provenance_json
@@ -79,17 +79,17 @@ class UrlList(Source):
         lines = io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")
         try:
             if extension in (".csv", ".tsv"):
-                delimiter = "\t" if extension == ".tsv" else ","
-                reader: csv.DictReader[str] = csv.DictReader(lines, delimiter=delimiter)
-                self._columns(file, reader.fieldnames or ())
-                yield from reader
+                rows = CsvRows(
+                    path=file.path,
+                    lines=lines,
+                    delimiter="\t" if extension == ".tsv" else ",",
+                    url_column=self.config.url_column,
+                    name_column=self.config.name_column,
+                )
+                self._columns(file, rows.names)
+                yield from rows
             else:
                 yield from ({self.config.url_column: line} for line in lines if line.strip())
-        except csv.Error as error:
-            raise SourceError(
-                f"{file.path} can't be read as {extension[1:].upper()} ({error}). Repair it, or "
-                "give a text file (.txt) with one URL a line."
-            ) from None
         finally:
             lines.detach()  # keep the stream open: who opened it closes it
 

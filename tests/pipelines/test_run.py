@@ -50,9 +50,10 @@ def test_every_poisoned_file_has_its_reason_and_the_ledger_adds_up(dataset: Path
 
 def test_images_rotated_by_exif_or_in_other_colour_spaces_become_upright_rgb(dataset: Path) -> None:
     records = {
-        r.source: r for index in range(4) for r in DatasetReader(Store(str(dataset))).records(index)
+        r.source: r for index in range(5) for r in DatasetReader(Store(str(dataset))).records(index)
     }
-    for name in ("exif.rotated.jpg", "cmyk.jpg", "sixteen bit.png", "ünïcode/alpha.png"):
+    written = {name for name, expected in EXPECTED.items() if expected.status == "ok"}
+    for name in written:
         left_eye, right_eye = records[name].main_face.landmarks[:2]
         mouth = records[name].main_face.landmarks[3]
         assert left_eye[0] < right_eye[0] and left_eye[1] < mouth[1], f"{name} is not upright"

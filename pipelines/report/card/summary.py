@@ -88,7 +88,7 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         identities=_digest(reader.store, layout.IDENTITIES),
         takedowns=_takedowns(reader.store),
         config=_public(rename_keys(DatasetConfig, reader.config_values()), _PRIVATE),
-        dataset=_public(reader.dataset_info(), ("source",)),
+        dataset=_public(reader.dataset_info(), ("source", "passed_over")),
         columns=reader.columns(),
     )
 

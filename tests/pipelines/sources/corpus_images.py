@@ -28,6 +28,7 @@ NO_FACE = Outcome("dropped", "no_face")
 TRUNCATED = Outcome("failed", "truncated")
 UNDECODABLE = Outcome("failed", "undecodable")
 NOT_AN_IMAGE = Outcome("failed", "not_an_image")
+UNSUPPORTED = Outcome("failed", "unsupported_format")
 TOO_MANY_PIXELS = Outcome("failed", "too_many_pixels")
 SIDE = 320  # pixels of the corpus's portraits
 BOMB = 384 << 20  # bytes that each bomb unpacks to
@@ -68,9 +69,11 @@ def cut(faces: Faces) -> Iterator[Case]:
         "gif.jpg": encoded(faces[0], "GIF"),
         "tiff.jpg": encoded(faces[0], "TIFF"),
         "bmp.jpg": encoded(faces[0], "BMP"),
+        "avif": encoded(faces[0], "AVIF"),
+        "heic": formats.heif(faces[0]),
     }
     for number, (kind, data) in enumerate(whole.items()):
-        recognised = kind in ("png", "webp", "lossless.webp", "bmp.jpg")
+        recognised = kind in ("png", "webp", "lossless.webp", "bmp.jpg", "avif", "heic")
         in_header = TRUNCATED if recognised else UNDECODABLE
         yield Case(f"cut in header.{kind}", data[: 20 + number], in_header)
         yield Case(f"cut in the middle.{kind}", data[: len(data) // 2], TRUNCATED)
@@ -198,7 +201,7 @@ def animations(faces: Faces) -> Iterator[Case]:
         "append_images": [Image.new("RGB", (SIDE, SIDE), "teal")] * 2,
         "duration": 50,
     }
-    for kind in ("PNG", "WEBP", "GIF"):
+    for kind in ("PNG", "WEBP", "GIF", "AVIF"):
         name = "animated gif.jpg" if kind == "GIF" else f"animated.{kind.lower()}"
         yield Case(name, encoded(faces[3], kind, **frames), OK)
     yield Case("lossless.webp", encoded(faces[3], "WEBP", lossless=True), OK)
@@ -211,11 +214,20 @@ def other_formats(faces: Faces) -> Iterator[Case]:
     yield Case(
         "tiff of floats.jpg", encoded(Image.new("F", (100, 100), float("nan")), "TIFF"), NO_FACE
     )
+    yield Case("avif.jpg", encoded(face, "AVIF"), OK)
+    yield Case("heic.jpg", formats.heif(face), OK)
+    yield Case("alpha.heif", formats.heif(face.convert("RGBa")), OK)
+    yield Case("only ftyp.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500), UNDECODABLE)
+    unsupported = {
+        "jxl": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(500),
+        "jp2": encoded(face.resize((64, 64)), "JPEG2000"),
+        "psd": b"8BPS\0\1" + bytes(500),
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"/>',
+    }
+    for kind, data in unsupported.items():
+        yield Case(f"{kind}.jpg", data, UNSUPPORTED)
     others = {
         "ico": encoded(face, "ICO", sizes=[(64, 64)]),
-        "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500),
-        "avif": encoded(face.resize((64, 64)), "AVIF"),
-        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"/>',
         "pdf": encoded(face.resize((64, 64)), "PDF"),
         "eps": encoded(face.resize((64, 64)), "EPS"),
         "html": b"<!doctype html><title>404</title><script>alert(1)</script>",
