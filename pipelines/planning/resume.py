@@ -109,10 +109,10 @@ class _Choice:
                 refuse([Loss(item.source, lost)], len(self.earlier.samples))
             if old is not None:
                 return old
-            kept = self.earlier.intact.get(item.key)
-            if kept is not None and kept.sha256 not in self.removed_digests:
+            intact = self.earlier.intact.get(item.key)
+            if intact is not None and intact.sha256 not in self.removed_digests:
                 incomplete = self.earlier.incomplete_stages(self.stages)
-                return PendingRecord(exclusions.restored(kept), incomplete)
+                return PendingRecord(exclusions.restored(intact), incomplete)
         return PendingRecord(new, frozenset(stage.name for stage in self.stages))
 
     def _is_reused(self, item: Input, new: Record) -> bool:

@@ -252,7 +252,7 @@ class Machine(RuleBasedStateMachine):
     def check_sample(self, record: Record) -> None:
         data = self.contents[record.sha256]
         plain = to_members(replace(record, caption="", face_caption=""), ())
-        expected = [made(record.source, data, each, self.folder) for each in self.used]
+        expected = [sample_of(record.source, data, each, self.folder) for each in self.used]
         assert any(plain == each for each, _ in expected), record.source
         assert record.caption in {"", *(caption for _, caption in expected)}
 
@@ -291,7 +291,7 @@ def attempt(function: Callable[..., object], *arguments: Any, errors: Path | Non
 
 
 @lru_cache(maxsize=10_000)
-def made(
+def sample_of(
     source: str, data: bytes, settings: Settings, folder: Path
 ) -> tuple[dict[str, bytes], str]:
     """Returns what the stages make of an input: (members without captions, caption)."""
