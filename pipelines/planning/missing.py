@@ -7,6 +7,7 @@ input is recorded with its reason, like any that can't be read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,8 +21,11 @@ from stages.record import Record, Status
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
+logger = logging.getLogger(__name__)
+
 _PREFIX: Final = 4096  # bytes of an input that are read before a run starts
 _SHOWN: Final = 20  # names in an error
+_MANY: Final = 10_000  # inputs from which checking them may take a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,11 @@ def check_sources(plan: Plan, tasks: Sequence[ShardTask], store: Store, source: 
     """
     losses: list[Loss] = []
     count = 0
+    tasks = [each for each in tasks if not each.exists or each.inputs_changed or each.retry]
+    if (inputs := sum(task.inputs for task in tasks)) >= _MANY:
+        logger.info("checking that the inputs of earlier samples can be read, of %s", f"{inputs:,}")
     with ThreadPoolExecutor(source.concurrency, thread_name_prefix="check") as pool:
         for task in tasks:
-            if task.exists and not (task.inputs_changed or task.retry):
-                continue
             samples = DatasetReader(store).sampled_rows(task.index)
             count += len(samples)
             items = [
