@@ -43,7 +43,8 @@ def _start_ray(settings: RayConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # workers log to their own files
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    # Ray Data logs each error with its traceback, and raises it too
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 

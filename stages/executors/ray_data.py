@@ -53,7 +53,10 @@ def run_ray(
                 yield from _stream(job, tasks, groups, counter)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        raise (cause if isinstance(cause, PipelineError) else error) from None
+        if not isinstance(cause, PipelineError):
+            raise
+        # Ray Data appends to the message how its retries are configured
+        raise type(cause)(str(cause).partition("\nFailed to apply UDF")[0]) from None
 
 
 def _stream(
