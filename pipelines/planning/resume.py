@@ -46,7 +46,7 @@ def load_shard(
     removed_digests = exclusions.removed_digests(store)
     excluded = exclusions.of_shard(store, task.shard.index)
     removed = {key for key, exclusion in excluded.items() if exclusion.is_removal}
-    earlier = _Earlier.load(store, task)
+    earlier = _Earlier(store, task)
     reusable = {
         key: pending
         for key, record in earlier.records.items()
@@ -99,20 +99,18 @@ class _Choice:
         """
         old = self.reusable.get(item.key)
         if old is not None and (new is None or self._is_reused(item, new)):
-            incomplete = self.earlier.incomplete_stages(self.stages)
-            return PendingRecord(old.record, old.remaining_stages | incomplete)
+            return self.earlier.completed(old, self.stages)
         assert new is not None, "an input is reused or read"
         if new.sha256 in self.removed_digests:
             return PendingRecord(exclusions.removed_record(new.key), NO_STAGES)
         if lost := self._why_lost(item, new):
             if self.missing == "stop":
                 refuse([Loss(item.source, lost)], len(self.earlier.samples))
+            intact = self.earlier.intact.by_key.get(item.key)
+            if old is None and intact and intact.sha256 not in self.removed_digests:
+                old = PendingRecord(exclusions.restored(intact), NO_STAGES)
             if old is not None:
-                return old
-            intact = self.earlier.intact.get(item.key)
-            if intact is not None and intact.sha256 not in self.removed_digests:
-                incomplete = self.earlier.incomplete_stages(self.stages)
-                return PendingRecord(exclusions.restored(intact), incomplete)
+                return self.earlier.completed(old, self.stages)
         return PendingRecord(new, frozenset(stage.name for stage in self.stages))
 
     def _is_reused(self, item: Input, new: Record) -> bool:
@@ -130,43 +128,44 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """What a shard held before the task. records: by key, those whose results may be reused.
-    samples: key → sha256 of the input, for each sample.
-    """
+    """What a shard held before a task."""
 
     store: Store
     task: ShardTask
-    records: Mapping[str, Record]
-    samples: Mapping[str, str]
-
-    @staticmethod
-    def load(store: Store, task: ShardTask) -> _Earlier:
-        reader = DatasetReader(store)
-        if not task.exists and not task.damaged:
-            rows = reader.sampled_rows(task.index)
-            return _Earlier(store, task, {}, {key: row["sha256"] for key, row in rows.items()})
-        if task.damaged:
-            intact = intact_records(store, task.index)
-            records = [*intact.by_key.values()]
-        else:
-            records = reader.records(task.index)
-        samples = {r.key: r.sha256 for r in records if r.ok or r.quarantined}
-        return _Earlier(store, task, {r.key: r for r in records} if task.exists else {}, samples)
 
     @cached_property
-    def _intact(self) -> IntactRecords:
+    def records(self) -> Mapping[str, Record]:
+        """By key, those whose results may be reused. Raises ShardError for a damaged file, unless
+        the task repairs it.
+        """
+        if not self.task.exists:
+            return {}
+        if self.task.damaged:
+            return self.intact.by_key
+        return {r.key: r for r in DatasetReader(self.store).records(self.task.index)}
+
+    @cached_property
+    def samples(self) -> Mapping[str, str]:
+        """Key → sha256 of the input, of each sample; if the task repairs, of intact ones."""
+        if not self.task.exists and not self.task.damaged:
+            rows = DatasetReader(self.store).sampled_rows(self.task.index)
+            return {key: row["sha256"] for key, row in rows.items()}
+        records = self.intact.by_key if self.task.damaged else self.records
+        return {key: r.sha256 for key, r in records.items() if r.ok or r.quarantined}
+
+    @cached_property
+    def intact(self) -> IntactRecords:
+        """The records that are as they were committed, whether or not results may be reused."""
         return intact_records(self.store, self.task.index)
 
-    @property
-    def intact(self) -> Mapping[str, Record]:
-        """The records that are as they were committed, whether or not results may be reused."""
-        return self._intact.by_key
-
-    def incomplete_stages(self, stages: Sequence[Stage]) -> StageNames:
-        """Returns the stages that provide what intact records lack because the sidecar is lost."""
-        if not (self.task.damaged and self._intact.from_tar):
-            return NO_STAGES
-        return frozenset(stage.name for stage in stages if NOT_IN_TARS & {*stage.provides})
+    def completed(self, item: PendingRecord, stages: Sequence[Stage]) -> PendingRecord:
+        """Returns the item with the stages that provide what its record lacks because the sidecar
+        is lost.
+        """
+        if not (self.task.damaged and self.intact.from_tar):
+            return item
+        names = frozenset(stage.name for stage in stages if NOT_IN_TARS & {*stage.provides})
+        return PendingRecord(item.record, item.remaining_stages | names)
 
 
 def continued_record(
