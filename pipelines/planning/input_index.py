@@ -38,7 +38,8 @@ CREATE TABLE inputs (
 def input_from_row(row: Mapping[str, Any]) -> Input:
     """Returns the Input that a row of plan.parquet describes."""
     values = {name: row[column] for column, name in _ATTRIBUTE_BY_COLUMN.items()}
-    return Input(**values, vanished=bool(row.get("vanished")))
+    nameless_key = "" if row["source"] else row["key"]
+    return Input(**values, vanished=bool(row.get("vanished")), nameless_key=nameless_key)
 
 
 class InputIndex:
@@ -107,9 +108,12 @@ class InputIndex:
             )
         state = "unchanged" if (size, version) == (item.size, item.version) else "changed"
         self._db.execute(
-            "UPDATE inputs SET locator = ?, size = ?, version = ?, facts = ?, state = ? "
-            "WHERE key = ?",
-            (item.locator, item.size, item.version, item.provenance, state, item.key),
+            "UPDATE inputs SET source = ?, locator = ?, size = ?, version = ?, facts = ?, "
+            "state = ? WHERE key = ?",
+            (
+                *(item.source, item.locator, item.size, item.version, item.provenance),
+                *(state, item.key),
+            ),
         )
 
     def assign_shards(self, shard_size: int) -> tuple[int, int, int]:

@@ -300,9 +300,8 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _rows_of_sidecars(store: Store) -> Iterator[dict[str, Any]]:
-    """Yields a plan's rows, without locator, size and version, of all shards with a sidecar.
-
-    Removed records are left out: their names are not in the sidecar.
+    """Yields a plan's rows, without locator, size and version, of all shards with a sidecar. The
+    sidecar doesn't have the names of removed records either.
     """
     for name in store.names(SHARDS):
         index = index_of_sidecar(name)
@@ -310,7 +309,7 @@ def _rows_of_sidecars(store: Store) -> Iterator[dict[str, Any]]:
             continue
         table = DatasetReader(store).rows(index, ("key", "source"))
         unknown = {"shard": index, "locator": b"", "size": -1, "version": "", "facts": ""}
-        yield from ({**row, **unknown} for row in table.to_pylist() if row["source"])
+        yield from ({**row, **unknown} for row in table.to_pylist())
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:

@@ -42,6 +42,7 @@ class Input:
     provenance: a JSON object with those of PROVENANCE_FIELDS that the source states; "" if none.
     duplicate_of: the `source` of an earlier input with the same bytes; "" if there is none.
     vanished: the source no longer lists it, so its locator may lead to another input's bytes.
+    nameless_key: the key of a removed input whose name isn't known any more; `source` is "" then.
     """
 
     source: str
@@ -51,11 +52,12 @@ class Input:
     provenance: str = ""
     duplicate_of: str = ""
     vanished: bool = False
+    nameless_key: str = ""
 
     @property
     def key(self) -> str:
         """The record's key: 20 hex digits, see `key_of`."""
-        return key_of(self.source)
+        return self.nameless_key or key_of(self.source)
 
 
 class TransientFailure(Failed):

@@ -186,6 +186,22 @@ def test_a_repair_restores_nothing_of_what_was_taken_down(data: IncrementalDataS
     repair(data)
 
 
+def test_what_was_taken_down_keeps_its_place_in_a_plan_that_is_made_again(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-f.jpg", ANN)  # an exact copy: no digest of it is known
+    data.put("photo-g.jpg", CAT)
+    data.run()
+    data.take_down("source", "photo-f.jpg")
+    damage(data, PLAN, "missing")
+    data.run()
+    data.remove("photo-f.jpg")
+    damage(data, PLAN, "missing")
+    incremental.run(data.config)
+    rows = rows_of(data.output)
+    assert [row["reason"] for row in rows].count("taken_down") == 1 and len(rows) == 7
+
+
 def test_a_take_down_refuses_a_shard_without_manifest(data: IncrementalDataSet) -> None:
     damage(data, MANIFEST, "missing")
     before = digests(data.output)
