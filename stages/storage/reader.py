@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import IO, Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
@@ -278,8 +279,13 @@ def _has_sample(row: Mapping[str, Any]) -> bool:
 
 
 def _restored(sample: Record, row: Mapping[str, Any]) -> Record:
-    """Returns a sample with the fields that only its row has: thumbnail, and why it was dropped."""
+    """Returns a sample with the fields that only its row has: the thumbnail, the embeddings of the
+    other faces, and why it was dropped.
+    """
     values = {name: row[name] for name in ("reason", "detail", "stage", "thumbnail")}
+    others = row.get("other_identities")  # None: the shard is older than this column
+    if others is not None:
+        values["other_identities"] = np.asarray(others, np.float32)
     return replace(sample, status=Status(row["status"]), **values)
 
 
