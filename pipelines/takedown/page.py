@@ -154,12 +154,17 @@ def _cards_of_shard(
         yield _Card(
             match=match,
             shard=layout.shard_name(index),
-            status=row["reason"].replace("_", " ") or "sample",
+            status=_status(row),
             which=f"face {place + 1} of {count}" if face is not None and count > 1 else "",
             face=_url(crop, "jpeg"),
             thumbnail=_url(thumbnail, kind),
             box=box,
         )
+
+
+def _status(row: Row) -> str:
+    reason = row["reason"].replace("_", " ")
+    return f"{row['status']}: {reason}" if reason else "sample"
 
 
 def _image(reader: DatasetReader, index: int, row: Row) -> Image | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pipelines.takedown.matching import Search
 from stages.backends.same_person import same_person, upper_bound
 
@@ -32,9 +34,9 @@ def rates(search: Search) -> list[str]:
         matched = f"{person.false} of {person.pairs:,} pairs of different people matched"
         lines += [
             *person.measured,
-            f"{matched}. So with 95 % confidence at most {bound:.2g} of all such pairs do: here at "
-            f"most {bound * comparisons:,.1f} false matches in {comparisons:,} comparisons, if "
-            f"your photographs are like those. {measure}",
+            f"{matched}. So with 95 % confidence at most {100 * bound:.2g} % of all such pairs do: "
+            f"here at most {_at_most(bound * comparisons)} false matches in {comparisons:,} "
+            f"comparisons, if your photographs are like those. {measure}",
         ]
     if search.not_compared:
         lines.append(
@@ -42,3 +44,8 @@ def rates(search: Search) -> list[str]:
             "dropped or failed before; they were not compared."
         )
     return lines
+
+
+def _at_most(number: float) -> str:
+    """Returns a bound, rounded up: 0.02 or 2,119."""
+    return f"{math.ceil(number):,}" if number >= 1 else f"{math.ceil(number * 100) / 100:g}"
