@@ -26,7 +26,7 @@ from configs.schema import DatasetConfig
 from pipelines.takedown.photos import photo_records
 from stages.backends.runtime import pin_threads
 from stages.backends.same_person import same_person
-from stages.record import Record
+from stages.record import IDENTITY_DIM, Record
 
 _TOGETHER: Final = 64  # photographs that are in memory at a time
 
@@ -82,7 +82,7 @@ def embed(
                 continue
             people.append(path.parent.name)
             vectors.append(record.identity)
-    return people, np.asarray(vectors, np.float32).reshape(len(people), -1)
+    return people, np.asarray(vectors, np.float32).reshape(-1, IDENTITY_DIM)
 
 
 def _why(record: Record) -> str:
