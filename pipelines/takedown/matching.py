@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -66,7 +67,7 @@ class Search:
     near: records that were just not matched, the most alike first, at most MOST_NEAR; more_near:
     the number of further ones. faces: number of faces that were compared. not_compared: number of
     records that show a face, but have no embedding, since they failed or were dropped before they
-    were embedded.
+    were embedded. foreign: number of records whose embedding came with the source.
     """
 
     matches: list[Match]
@@ -74,6 +75,7 @@ class Search:
     more_near: int = 0
     faces: int = 0
     not_compared: int = 0
+    foreign: int = 0
     request: PhotoRequest | None = None
 
 
@@ -120,7 +122,7 @@ def by_face(store: Store, request: PhotoRequest) -> Search:
     another embedder.
     """
     reader = DatasetReader(store)
-    best, faces, not_compared = _compare(reader, request)
+    best, numbers = _compare(reader, request)
     identities = reader.identities(["key", "identity_id"]).to_pylist()
     identity_ids = {row["key"]: row["identity_id"] for row in identities}
     matched_ids = set[str]()
@@ -146,48 +148,49 @@ def by_face(store: Store, request: PhotoRequest) -> Search:
         matches=matches,
         near=near,
         more_near=more_near,
-        faces=faces,
-        not_compared=not_compared,
+        faces=numbers["faces"],
+        not_compared=numbers["not_compared"],
+        foreign=numbers["foreign"],
         request=request,
     )
 
 
-def _compare(reader: DatasetReader, request: PhotoRequest) -> tuple[dict[int, Best], int, int]:
-    """Returns shard → the best face of each row, the number of faces that were compared, and of
-    records that couldn't be.
-    """
+def _compare(reader: DatasetReader, request: PhotoRequest) -> tuple[dict[int, Best], Counter[str]]:
+    """Returns shard → the best face of each row, and the numbers of `Search`."""
     best: dict[int, Best] = {}
-    faces_compared = not_compared = incomplete = 0
-    other_embedder: list[str] = []
+    numbers = Counter[str]()
     for index, manifest in reader.manifests().items():
         if request.embedder and embedder_of(manifest.signatures) != request.embedder:
-            other_embedder.append(manifest.shard)
+            numbers["other_embedder"] += 1
             continue
-        table = reader.rows(index, (*FACE_COLUMNS, "face_count"))
-        counts, identity = table.column("face_count"), table.column("identity")
-        not_compared += _count(pc.and_(pc.greater(counts, 0), pc.is_null(identity)))
-        several = pc.and_(pc.greater(counts, 1), pc.is_valid(identity))
-        missing = pc.is_null(table.column("other_identities"))
-        incomplete += _count(pc.and_(several, missing))
+        table = reader.rows(index, (*FACE_COLUMNS, "face_count", "identity_norm"))
+        counts, has_identity = table.column("face_count"), pc.is_valid(table.column("identity"))
+        without_others = pc.is_null(table.column("other_identities"))
+        several = pc.and_(pc.greater(counts, 1), has_identity)
+        norm = table.column("identity_norm")
         faces = faces_of(table)
-        faces_compared += len(faces.row)
+        numbers["faces"] += len(faces.row)
+        numbers["not_compared"] += _count(pc.greater(counts, 0), pc.invert(has_identity))
+        numbers["incomplete"] += _count(several, without_others)
+        numbers["foreign"] += _count(has_identity, pc.is_null(norm))
         best[index] = best_of(faces, request.vectors, len(table))
     what = ""
-    if other_embedder:
-        what = f"{len(other_embedder)} shards were made with another embedder than this one"
-    elif incomplete:
-        what = f"the other faces of {incomplete:,} pictures with several faces were not embedded"
+    if number := numbers["other_embedder"]:
+        what = f"{number:,} shards were made with another embedder than this one"
+    elif number := numbers["incomplete"]:
+        what = f"the other faces of {number:,} pictures with several faces were not embedded"
     if what:
         raise ShardError(
             f"{reader}: {what}, so a request by photograph would miss some. Run `python -m "
             f"pipelines.cli run --config {reader}/{layout.CONFIG}` first: it adds what is missing, "
             "from the data set's own samples."
         )
-    return best, faces_compared, not_compared
+    return best, numbers
 
 
-def _count(mask: pa.ChunkedArray) -> int:
-    return int(pc.sum(mask).as_py() or 0)
+def _count(one: pa.ChunkedArray, other: pa.ChunkedArray) -> int:
+    """Returns in how many rows both are true."""
+    return int(pc.sum(pc.and_(one, other)).as_py() or 0)
 
 
 def _near(

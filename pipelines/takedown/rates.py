@@ -43,6 +43,11 @@ def rates(search: Search) -> list[str]:
             f"{search.not_compared:,} inputs show a face, but have no embedding, since they were "
             "dropped or failed before; they were not compared."
         )
+    if search.foreign:
+        lines.append(
+            f"{search.foreign:,} inputs brought the embedding of their main face along. If it is "
+            f"not of {request.weights}, the person in it is not found."
+        )
     return lines
 
 

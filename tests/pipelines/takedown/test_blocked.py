@@ -144,6 +144,17 @@ def test_a_blocked_picture_can_be_taken_down(tmp_path: Path) -> None:
     assert reasons(tmp_path)[key_of("later.jpg")] == "taken_down" and list(lint(store)) == []
 
 
+def test_a_block_ends_when_its_embeddings_are_removed_from_the_log(tmp_path: Path) -> None:
+    store = make(tmp_path, FIRST)
+    block(tmp_path, store, "ann")
+    make(tmp_path, LATER)
+    [entry] = map(json.loads, store.read("takedown.jsonl").decode().splitlines())
+    del entry["block"]
+    store.write("takedown.jsonl", json.dumps(entry) + "\n")
+    make(tmp_path, {})
+    assert {name: reasons(tmp_path)[name] for name in LATER} == dict.fromkeys(LATER, "")
+
+
 def test_lint_finds_samples_of_a_blocked_person(tmp_path: Path) -> None:
     store = make(tmp_path, FIRST)
     block(tmp_path, store, "ann")

@@ -17,6 +17,7 @@ from pipelines.takedown.matching import Search, by_face
 from stages.backends.same_person import SAME_PERSON, same_person, upper_bound
 from stages.record import key_of
 from stages.storage.reader import DatasetReader
+from stages.storage.store import Store
 from tests.pipelines.helpers import NO_RULES
 from tests.pipelines.stub_chain import OUTAGE, Scene, stub_chain
 from tests.pipelines.takedown.helpers import (
@@ -24,6 +25,7 @@ from tests.pipelines.takedown.helpers import (
     request,
     settings_of,
     sources,
+    with_own_identities,
     without_other_faces,
 )
 
@@ -113,6 +115,17 @@ def test_inputs_with_a_face_but_no_embedding_are_counted(tmp_path: Path) -> None
     search = by_face(store, request(tmp_path, "ann"))
     assert search.matches == [] and search.not_compared == 1
     assert any(line.startswith("1 inputs show a face, but") for line in rates(search))
+
+
+def test_embeddings_that_came_with_the_source_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/ann.jpg").write_bytes(Scene(person="ann").encode())
+    run(settings_of(tmp_path), chain=with_own_identities)
+    search = by_face(Store(str(tmp_path / "out")), request(tmp_path, "ann"))
+    assert len(search.matches) == 1 and search.foreign == 1
+    assert any("brought the embedding" in line for line in rates(search))
+    store = make(tmp_path / "other", {"ann": Scene(person="ann")})
+    assert by_face(store, request(tmp_path, "ann")).foreign == 0
 
 
 def test_records_of_a_request_that_was_stopped_are_not_matched_again(tmp_path: Path) -> None:
