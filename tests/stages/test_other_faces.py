@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,9 @@ from stages.backends.weights import Weights
 from stages.base import Stage, run_chain
 from stages.chain import build_stages
 from stages.other_faces import OtherFacesStage
-from stages.record import IDENTITY_DIM, Face, FloatArray, Record, key_of
+from stages.record import IDENTITY_DIM, Face, FloatArray, Record, Status, key_of
 from stages.storage.reader import DatasetReader
+from stages.storage.sidecar import row_to_record, sidecar_columns, sidecar_row
 from tests.pipelines.helpers import NO_RULES, config, rows_of
 
 
@@ -116,6 +118,15 @@ def test_only_the_sidecar_has_them_and_a_rewritten_shard_keeps_them(
     [row] = [r for r in rows_of(output) if r["source"] == "couple.jpg"]
     sample = DatasetReader(str(output)).sample(0, row)
     assert sample is not None and _vectors(sample).shape == (1, IDENTITY_DIM)
+
+
+def test_a_record_without_a_sample_has_none(chain: list[Stage], portraits: Path) -> None:
+    [record] = _records(chain, side_by_side(*sorted(portraits.glob("*.jpg"))[:2]))
+    dropped = replace(record, status=Status.DROPPED, reason="no_face_parsed", stage="parse")
+    row = sidecar_row(dropped, ())
+    assert len(row["other_identities"]) == IDENTITY_DIM
+    columns = {column.name: column for column in sidecar_columns(())}
+    assert row_to_record(row, columns).other_identities is None
 
 
 def test_it_takes_the_weights_of_embed_and_no_others() -> None:

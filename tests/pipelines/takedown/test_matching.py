@@ -74,14 +74,14 @@ def test_several_photographs_find_what_each_of_them_finds(tmp_path: Path) -> Non
 def test_near_misses_are_sorted_and_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenes = {f"twin {shot}": Scene(person="twin", shot=shot) for shot in range(4)}
+    scenes = {f"twin {shot}": Scene(person="twin", shot=shot) for shot in range(9)}
     store = make(tmp_path, {"ann": Scene(person="ann"), "ben": Scene(person="ben"), **scenes})
-    monkeypatch.setattr(matching, "MOST_NEAR", 3)
+    monkeypatch.setattr(matching, "MOST_NEAR", 7)
     search = by_face(store, request(tmp_path, "ann", cosine=0.55))
     assert sources([*search.matches]) == ["ann"]
     cosines = [match.cosine or 0 for match in search.near]
     assert cosines == sorted(cosines, reverse=True) and all(0.45 <= c < 0.55 for c in cosines)
-    assert len(search.near) == 3 and search.more_near == 1
+    assert len(search.near) == 7 and search.more_near == 2
 
 
 def test_shards_without_the_other_faces_are_refused_until_a_run_has_added_them(
@@ -110,10 +110,13 @@ def test_shards_of_another_embedder_are_refused(tmp_path: Path) -> None:
 
 def test_inputs_with_a_face_but_no_embedding_are_counted(tmp_path: Path) -> None:
     (tmp_path / OUTAGE).write_text(json.dumps([key_of("ann.jpg")]))
-    scenes = {"ann": Scene(person="ann"), "ben": Scene(person="ben"), "nobody": Scene(person="")}
+    couple = Scene(person="ann", beside=("carl",))
+    scenes = {"ann": couple, "ben": Scene(person="ben"), "nobody": Scene(person="")}
     store = make(tmp_path, scenes)
     search = by_face(store, request(tmp_path, "ann"))
     assert search.matches == [] and search.not_compared == 1
+    [row] = DatasetReader(store).rows(0, ("reason", "other_identities")).to_pylist()[:1]
+    assert row == {"reason": "caption_failed", "other_identities": None}
     assert any(line.startswith("1 inputs show a face, but") for line in rates(search))
 
 
