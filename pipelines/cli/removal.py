@@ -94,7 +94,8 @@ def takedown(
         if dry_run:
             return
         if (search.matches or block_person) and not yes:
-            typer.confirm("remove them permanently?", abort=True)
+            what = "remove them permanently?" if search.matches else "keep the embeddings?"
+            typer.confirm(what, abort=True)
         _remove(store, config, search, cast("By", chosen[0]), note, block_person)
 
 

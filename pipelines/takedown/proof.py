@@ -108,13 +108,13 @@ def _of_blocked(store: Store) -> Iterator[str]:
     if same:
         least = min(person.cosine for person in same)
         yield (
-            f"removals: {len(same)} blocked: no face of a sample has a cosine of at least "
-            f"{least:.2f} to them" + _released(people)
+            f"removals: blocked people: {len(same)}. No face of a sample has a cosine of at least "
+            f"{least:.2f} to one of them" + _released(people)
         )
     if others := len(people) - len(same):
         yield (
-            f"removals: {others} blocked, but not compared: shards have the faces of another "
-            "embedder. Give the photographs to `takedown --photo --block-person` again"
+            f"removals: blocked people that were not compared: {others}. Shards have the faces of "
+            "another embedder. Give the photographs to `takedown --photo --block-person` again"
         )
 
 

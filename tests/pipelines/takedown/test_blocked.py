@@ -184,7 +184,7 @@ def test_lint_states_what_it_proves(tmp_path: Path) -> None:
     assert "3 requests" in lines[0] and "3 removed keys" in lines[0] and "3 removed dig" in lines[0]
     assert "at least 0.60 (w600k_mbf) to one of 1 photograph" in lines[1]
     assert "not compared" not in lines[1] and "came later were not compared" in lines[2]
-    assert "1 blocked" in lines[3] and "at least 0.60" in lines[3]
+    assert "blocked people: 1." in lines[3] and "at least 0.60" in lines[3]
     assert "without 1 released image" in lines[3] and len(lines) == 4
 
 
@@ -199,8 +199,8 @@ def test_a_block_of_another_embedder_is_a_warning_and_is_not_stated_as_proved(
         make(tmp_path, LATER)
     assert "1 blocked people were embedded by another embedder" in caplog.text
     assert reasons(tmp_path)["later"] == ""
-    assert any("1 blocked, but not compared" in line for line in statements(store))
-    assert not any("no face of a sample" in line for line in statements(store))
+    assert any("were not compared: 1." in line for line in statements(store))
+    assert not any("No face of a sample" in line for line in statements(store))
 
 
 @pytest.mark.parametrize(
