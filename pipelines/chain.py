@@ -1,7 +1,7 @@
 """build_chain: the stages of a data set, in order.
 
 Its models are those of stages.chain, which inference runs too. The other stages here check rights,
-measure, filter, review and make thumbnails, which only training data needs.
+embed further faces, measure, filter, review and make thumbnails, which only training data needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
 from stages.chain import build_stages
 from stages.measure import MeasureStage
+from stages.other_faces import OtherFacesStage
 from stages.quality_filter import QualityFilterStage
 from stages.rights import RightsStage
 from stages.thumbnail import ThumbnailStage
@@ -30,6 +31,7 @@ def build_chain(config: DatasetConfig) -> list[Stage]:
     if changed rules restore it.
     """
     resize, detect, parse, embed, caption = build_stages(config)
+    weights = Weights(config.weights)
     chain: list[Stage] = [
         RightsStage(config.rights),
         resize,
@@ -37,10 +39,13 @@ def build_chain(config: DatasetConfig) -> list[Stage]:
         detect,
         parse,
         embed,
+        OtherFacesStage(
+            config.embed, weights
+        ),  # before the filter: quarantined samples have it too
         MeasureStage(config.measure),
         QualityFilterStage(config.rules),
         caption,
-        ReviewStage(config.review, Weights(config.weights)),
+        ReviewStage(config.review, weights),
     ]
     check_chain(chain)
     return chain

@@ -27,7 +27,7 @@ from stages.executors import executor_named
 from stages.executors.job import Advance
 from stages.record import Status
 from stages.storage import layout
-from stages.storage.commit import ChainInfo, complete_commits
+from stages.storage.commit import ChainInfo, complete_commits, complete_killed_commits
 from stages.storage.lock import RunLock
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
@@ -115,9 +115,7 @@ def plan_job(
     _check_output(config, store)
     stages = chain(config)
     sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
-    if store.names(layout.STAGED):  # of a commit that was killed
-        with RunLock(store):
-            complete_commits(store)
+    complete_killed_commits(store)
     damage = find_damage(store, advance) if repair else []
     if not repair:
         DatasetReader(store).check_sizes()

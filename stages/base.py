@@ -160,14 +160,17 @@ class BackendStage(Stage):
     """A stage that calls a backend of the registry. `setup` builds the backend from
     `backend_config`, which loads the model.
 
-    Raises ConfigError for an unknown backend, and for weights of another stage.
+    role: the stage that registry and weights table list the backend and its weights under; "": this
+    stage. Raises ConfigError for an unknown backend, and for weights of another stage.
     """
+
+    role: ClassVar[str] = ""
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(config)
-        check_backend(self.name, config.backend)
+        check_backend(self.role or self.name, config.backend)
         for name in self.weights():
-            check_role(self.name, name)
+            check_role(self.role or self.name, name)
         self._weights = weights
         self._backend: Any = None
 
@@ -184,7 +187,7 @@ class BackendStage(Stage):
 
     def setup(self) -> None:
         if self._backend is None:
-            kind = backend_class(self.name, self.config.backend)
+            kind = backend_class(self.role or self.name, self.config.backend)
             self._backend = kind(self.backend_config, self._weights)
 
     def take_counts(self) -> dict[str, int]:
@@ -202,8 +205,8 @@ class BackendStage(Stage):
 
 
 def reject(record: Record, rejection: Rejection, stage: str) -> Record:
-    """Returns the record, dropped or failed in `stage`, without image, label map, identity
-    embedding and captions.
+    """Returns the record, dropped or failed in `stage`, without image, label map, embeddings and
+    captions.
     """
     return replace(
         record,
@@ -215,6 +218,7 @@ def reject(record: Record, rejection: Rejection, stage: str) -> Record:
         image=b"",
         parsing=b"",
         identity=None,
+        other_identities=None,
         caption="",
         face_caption="",
     )

@@ -295,6 +295,13 @@ _OTHERS: Final = {
         "an earlier sample, which is kept.",
         "Nothing, or raise `global_pass.max_similarity`; 0 is off.",
     ),
+    "blocked_person": _dropped(
+        "global_pass",
+        "A face has at least the cosine of a removal request with `--block-person` to the person "
+        "in it. The detail says which.",
+        "Look at it. `takedown OUT --source NAME` removes it; `takedown OUT --release KEY` makes "
+        "it a sample again if it shows somebody else.",
+    ),
     "taken_down": _dropped(
         "takedown",
         "Removed on request. Only the key is left.",

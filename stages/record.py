@@ -64,6 +64,7 @@ class Face:
         return min(x2 - x1, y2 - y1)
 
 
+EMBEDDINGS: Final = ("identity", "other_identities")  # fields of Record that hold float32 arrays
 FACE_TYPE: Final = pa.struct([(name, entry.type) for name, entry in stored_fields(Face)])
 
 
@@ -133,6 +134,13 @@ class Record:
         default=None,
         metric=Metric(title="Embedding norm", note="before scaling", group="identity"),
     )
+    other_identities: FloatArray | None = stored(
+        "embeddings of the other faces, 512 numbers each, in the order of `faces` without the main "
+        "one; zeros where the network gave none; null: not computed",
+        pa.list_(pa.float32()),
+        json=False,
+        default=None,
+    )
     caption: str = stored("description of the whole image", pa.string(), member="txt", default="")
     face_caption: str = stored(
         "description of the face: face, ears, eyes, nose, mouth", pa.string(), default=""
@@ -165,6 +173,11 @@ class Record:
         if not 0 <= self.face < len(self.faces):
             raise ValueError(f"record {self.key} ({self.source}) has no chosen face")
         return self.faces[self.face]
+
+    @property
+    def other_faces(self) -> tuple[Face, ...]:
+        """All detected faces except the main one, in order."""
+        return tuple(face for index, face in enumerate(self.faces) if index != self.face)
 
     def annotation(self, kind: type[Kind]) -> Kind | None:
         """Returns the annotation of this class; None if no stage has recorded it."""
@@ -231,8 +244,8 @@ def from_row(row: Mapping[str, Any]) -> Record:
     values = {entry.name: row[entry.name] for entry in fields(Record)}
     values["faces"] = tuple(face_from_dict(face) for face in row["faces"])
     values["status"] = Status(row["status"])
-    identity = row["identity"]
-    values["identity"] = None if identity is None else np.asarray(identity, np.float32)
+    for name in EMBEDDINGS:
+        values[name] = None if row[name] is None else np.asarray(row[name], np.float32)
     values["annotations"] = json.loads(row["annotations"])
     return Record(**values)
 

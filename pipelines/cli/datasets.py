@@ -1,28 +1,21 @@
-"""Commands on a finished data set: status, info, lint, takedown, report, inspect, export-json."""
+"""Commands on a finished data set: status, info, lint, report, inspect, export-json."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from configs.errors import PipelineError
 from pipelines.cli.common import (
-    DryRun,
     Output,
     app,
     errors,
     open_store,
-    stored_config,
     write_reports,
 )
 from stages.storage import layout
-
-if TYPE_CHECKING:
-    from configs.schema import DatasetConfig
-    from pipelines.takedown import Match
-    from stages.storage.store import Store
 
 
 @app.command()
@@ -59,6 +52,7 @@ def lint(output: Output) -> None:
     with errors():
         from pipelines.ledger import read_ledger
         from pipelines.lint import lint as lint_dataset
+        from pipelines.takedown import statements
 
         store = open_store(output)
         faults = 0
@@ -66,86 +60,10 @@ def lint(output: Output) -> None:
             typer.secho(line, fg="red")
             faults += 1
         typer.echo(f"{read_ledger(store).shards} shards checked, {faults or 'no'} faults")
+        for line in () if faults else statements(store):
+            typer.echo(line)
         if faults:
             raise typer.Exit(1)
-
-
-@app.command()
-def takedown(
-    output: Output,
-    source: Annotated[
-        str, typer.Option(help="An image's name in its source; * and ? are wildcards.")
-    ] = "",
-    hash_: Annotated[
-        str, typer.Option("--hash", help="The sha256 of an image file, or the path of the file.")
-    ] = "",
-    photo: Annotated[
-        Path | None,
-        typer.Option(help="A photograph of a person: removes all images with a similar face."),
-    ] = None,
-    similarity: Annotated[
-        float,
-        typer.Option(
-            help="With --photo: the least cosine of similar faces; 0: identity_similarity."
-        ),
-    ] = 0.0,
-    note: Annotated[
-        str, typer.Option(help="For the log, such as a ticket number; no personal data.")
-    ] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask for confirmation.")] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Remove images, or all images of a person, permanently.
-
-    Example: python -m pipelines.cli takedown runs/mine --photo ada.jpg --dry-run
-    """
-    with errors():
-        from pipelines.inspect.find import printable
-        from pipelines.takedown import By, take_down
-
-        options = {"source": source, "hash": hash_, "photo": str(photo or "")}
-        chosen = [name for name, value in options.items() if value]
-        if len(chosen) != 1:
-            raise PipelineError(
-                f"give one of --source, --hash and --photo; given: {', '.join(chosen) or 'none'}."
-            )
-        store = open_store(output)
-        config = stored_config(store)
-        matches = _matches(store, config, source, hash_, photo, similarity)
-        for match in sorted(matches, key=lambda match: (match.shard, match.source)):
-            name = layout.shard_name(match.shard)
-            typer.echo(f"  {name}  {match.key}  {printable(match.source)}  ({match.why})")
-        shards = len({match.shard for match in matches})
-        would = " would be removed" if dry_run else ""
-        typer.echo(f"{len(matches)} inputs in {shards} shards{would}")
-        if dry_run or not matches:
-            return
-        if not yes:
-            typer.confirm("remove them permanently?", abort=True)
-        names = take_down(store, config, matches, cast(By, chosen[0]), note)
-        write_reports(store)
-        typer.echo(
-            f"removed; {len(names)} shards rewritten, logged in {store.url}/{layout.TAKEDOWNS}\n"
-            "Delete the files from the source too, and copies of old shards. Adapters that were "
-            "trained on them are not changed."
-        )
-
-
-def _matches(
-    store: Store,
-    config: DatasetConfig,
-    source: str,
-    hash_: str,
-    photo: Path | None,
-    similarity: float,
-) -> list[Match]:
-    """Returns the records that match the given option; exactly one is given."""
-    from pipelines.takedown import by_hash, by_photo, by_source, digest_of
-
-    if photo is not None:
-        threshold = similarity or config.global_pass.identity_similarity
-        return by_photo(store, config, photo, threshold)
-    return by_hash(store, digest_of(hash_)) if hash_ else by_source(store, source)
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""Global pass: cross-shard deduplication, identity clustering, train/val split.
+"""Global pass: blocked people, cross-shard deduplication, identity clustering, train/val split.
 
-It reads all sidecars, compares all samples with each other (pipelines/dedup), writes
-duplicates.parquet, and rewrites the shards with duplicates. Then it writes the identities and the
-split of the other samples to identities.parquet, with a digest of all that the result depends on:
-a second pass over the same data does nothing.
+It reads all sidecars, compares all samples with blocked people and with each other
+(pipelines/dedup), writes duplicates.parquet, and rewrites the shards concerned. Then it writes the
+identities and the split of the other samples to identities.parquet, with a digest of all that the
+result depends on: a second pass over the same data does nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import pyarrow.compute as pc
 
 from configs.quality import GlobalPassConfig
 from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
+from pipelines.dedup.blocked import blocked_rows, comparable, embedder_of
+from pipelines.dedup.faces import FACE_COLUMNS
 from stages.record import IDENTITY_DIM, Status
 from stages.storage import exclusions, layout
 from stages.storage.commit import ChainInfo, commit_exclusions
-from stages.storage.exclusions import DUPLICATES_SCHEMA, GLOBAL_PASS
+from stages.storage.exclusions import DUPLICATES_SCHEMA, GLOBAL_PASS, encode_vectors
 from stages.storage.manifest import Manifest
 from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader
 from stages.storage.store import Store
@@ -64,17 +66,19 @@ def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) ->
     if is_global_pass_current(store, config):
         return
     rewritten = apply_exclusions(store, chain)  # first, so that removed samples aren't compared
-    pool = read_pool(store)
+    blocked = _blocked(store, chain)
+    pool = read_pool(store, frozenset(row["key"] for row in blocked))
     duplicates = find_duplicates(
         pool.sha256, pool.hashes, pool.vectors, config.max_hash_distance, config.max_similarity
     )
-    store.write_table_if_changed(layout.DUPLICATES, _duplicates(pool, duplicates))
+    store.write_table_if_changed(layout.DUPLICATES, _duplicates(pool, duplicates, blocked))
     rewritten += apply_exclusions(store, chain)
     by_reason = Counter(duplicate.reason for duplicate in duplicates.values())
+    by_reason |= Counter(row["reason"] for row in blocked)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(by_reason.items()))
     logger.info(
         "%s samples compared: %s%s",
-        f"{len(pool.keys):,}",
+        f"{len(pool.keys) + len(blocked):,}",
         reasons or "no duplicates",
         f"; {rewritten} shards rewritten" if rewritten else "",
     )
@@ -116,13 +120,18 @@ def stale_shards(store: Store) -> list[Manifest]:
     ]
 
 
-def read_pool(store: Store) -> Pool:
-    """Returns all written samples, and those that are quarantined as duplicates."""
+def read_pool(store: Store, without: frozenset[str] = frozenset()) -> Pool:
+    """Returns all written samples, and those that this pass quarantined before. without: keys of
+    samples to leave out.
+    """
     reader = DatasetReader(store)
     columns = {name: list[Any]() for name in ("key", "source", "sha256", "hash", "shard")}
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it open
     for index in reader.manifests():
-        table = _rows_to_compare(reader, index)
+        table = rows_to_compare(reader, index)
+        if without:
+            mask = [key not in without for key in table.column("key").to_pylist()]
+            table = table.filter(pa.array(mask, pa.bool_()))
         for name in ("key", "source", "sha256", "hash"):
             columns[name] += table.column(name).to_pylist()
         columns["shard"] += [index] * len(table)
@@ -144,10 +153,25 @@ def read_pool(store: Store) -> Pool:
     )
 
 
-def _rows_to_compare(reader: DatasetReader, index: int) -> pa.Table:
-    """Returns the rows of a shard's written samples and quarantined duplicates."""
+def _blocked(store: Store, chain: ChainInfo) -> list[dict[str, Any]]:
+    """Returns the rows of duplicates.parquet for samples that show a blocked person."""
+    people = exclusions.blocked_people(store)
+    people = comparable(people, embedder_of(chain.signatures))
+    reader = DatasetReader(store)
+    return [
+        {"shard": index, **row}
+        for index in (reader.manifests() if people else ())
+        for row in blocked_rows(rows_to_compare(reader, index, FACE_COLUMNS), people)
+    ]
+
+
+def rows_to_compare(reader: DatasetReader, index: int, columns: Sequence[str] = ()) -> pa.Table:
+    """Returns the rows of a shard's written samples and of those that this pass quarantined.
+
+    columns: besides those that all comparisons read.
+    """
     names = ("key", "source", "sha256", "hash", "identity", "status", "stage", "quarantine_offset")
-    table = reader.rows(index, names)
+    table = reader.rows(index, [*names, *(name for name in columns if name not in names)])
     quarantined = pc.greater_equal(table.column("quarantine_offset"), 0)
     duplicate = pc.and_(pc.equal(table.column("stage"), GLOBAL_PASS), quarantined)
     return table.filter(pc.or_(pc.equal(table.column("status"), Status.OK.value), duplicate))
@@ -190,8 +214,12 @@ def _sample_keys(reader: DatasetReader, index: int) -> Sequence[str]:
     return keys
 
 
-def _duplicates(pool: Pool, duplicates: Mapping[int, Duplicate]) -> pa.Table:
-    """Returns duplicates.parquet. duplicates: row of the pool → what it duplicates."""
+def _duplicates(
+    pool: Pool, duplicates: Mapping[int, Duplicate], blocked: Sequence[dict[str, Any]]
+) -> pa.Table:
+    """Returns duplicates.parquet. duplicates: row of the pool → what it duplicates. blocked: rows
+    of samples outside the pool.
+    """
 
     def detail(duplicate: Duplicate) -> str:
         other = pool.sources[duplicate.of]
@@ -212,7 +240,7 @@ def _duplicates(pool: Pool, duplicates: Mapping[int, Duplicate]) -> pa.Table:
         }
         for row, duplicate in sorted(duplicates.items())
     ]
-    return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
+    return pa.Table.from_pylist([*rows, *blocked], schema=DUPLICATES_SCHEMA)
 
 
 def _identities(pool: Pool, rows: Any, config: GlobalPassConfig) -> pa.Table:
@@ -245,8 +273,15 @@ def _identities(pool: Pool, rows: Any, config: GlobalPassConfig) -> pa.Table:
 
 
 def _input_digest(store: Store, config: GlobalPassConfig) -> str:
-    """Returns a digest of all that the result depends on: the settings and all sidecars."""
+    """Returns a digest of all that the result depends on: the settings, all sidecars, and the
+    people who are blocked, if there are any.
+    """
     manifests = DatasetReader(store).manifests()
     sidecars = [(index, manifest.sidecar.sha256) for index, manifest in manifests.items()]
-    text = json.dumps([_VERSION, asdict(config), sidecars], sort_keys=True)
+    blocked = [
+        [encode_vectors(person.vectors), person.cosine, person.embedder, sorted(person.released)]
+        for person in exclusions.blocked_people(store)
+    ]
+    inputs = [_VERSION, asdict(config), sidecars, *([blocked] if blocked else [])]
+    text = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

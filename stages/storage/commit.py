@@ -24,6 +24,7 @@ from stages.base import Stage
 from stages.fields import Annotation
 from stages.record import Record, Status
 from stages.storage import exclusions, layout
+from stages.storage.lock import RunLock
 from stages.storage.manifest import FileEntry, Manifest, RunInfo
 from stages.storage.reader import DatasetReader
 from stages.storage.samples import TarWriter, to_members
@@ -154,6 +155,13 @@ def complete_commits(store: Store) -> None:
         _replace(store, Manifest.from_json(store.read(path), f"{store.url}/{path}"))
     for name in store.names(layout.STAGED):
         store.remove(layout.in_staged(name))
+
+
+def complete_killed_commits(store: Store) -> None:
+    """Calls `complete_commits` with the run lock, if a killed writer left staged files."""
+    if store.names(layout.STAGED):
+        with RunLock(store):
+            complete_commits(store)
 
 
 def _replace(store: Store, manifest: Manifest) -> None:

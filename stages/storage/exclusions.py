@@ -1,7 +1,8 @@
-"""Exclusions: records that are excluded for a cause outside their shard. Either they are duplicates
-of a sample in any shard, or their removal was requested.
+"""Exclusions: records that are excluded for a cause outside their shard. They are duplicates of a
+sample in any shard, or show a person who is blocked, or their removal was requested.
 
-Duplicates are in duplicates.parquet (written by the global pass), removals in takedown.jsonl. Only
+The first two are in duplicates.parquet (written by the global pass), removals in takedown.jsonl,
+which also has the embeddings of blocked people and the releases of false matches with them. Only
 `commit` applies them. A shard's bytes depend on its inputs, signatures and exclusions. Its manifest
 holds a digest of the applied exclusions; a shard whose exclusions have changed is rewritten from
 its own samples, without running a stage.
@@ -9,19 +10,22 @@ its own samples, without running a stage.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.errors import ShardError
 from stages.base import Dropped, introduced_name, quarantine
-from stages.record import Record, Status
+from stages.record import IDENTITY_DIM, FloatArray, Record, Status
 from stages.storage import layout
 from stages.storage.store import Store
 
@@ -29,13 +33,15 @@ from stages.storage.store import Store
 GLOBAL_PASS: Final = "global_pass"  # noqa: S105 - not a password
 TAKEDOWN: Final = "takedown"  # `stage` of a removed record
 TAKEN_DOWN: Final = "taken_down"  # `reason` of a removed record
+BLOCKED: Final = "blocked_person"  # `reason` of a record that shows a blocked person
+RELEASE: Final = "release"  # `by` of an entry that isn't a removal, but releases blocked records
 
 DUPLICATES_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("key", pa.string()),
         ("reason", pa.string()),
-        ("of", pa.string()),  # key of the sample that is not excluded
+        ("of", pa.string()),  # key of the sample that is not excluded; "": blocked_person
         ("value", pa.float64()),  # number of different bits of the hashes, or the cosine
         ("detail", pa.string()),
     ]
@@ -57,6 +63,26 @@ class Exclusion:
 
 
 Exclusions = Mapping[str, Exclusion]  # by key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockedPerson:
+    """A person of whom no picture may become a sample.
+
+    vectors: float32 (Q, 512), embeddings of the photographs of the request. cosine: a face matches
+    from this on. embedder: signature of the stage `embed` that made them. released: sha256 of
+    images that were matched wrongly, and are not to be blocked.
+    """
+
+    vectors: FloatArray
+    cosine: float
+    embedder: str
+    released: frozenset[str]
+
+
+def encode_vectors(vectors: FloatArray) -> str:
+    """Returns float32 (Q, 512) as the text that the log keeps."""
+    return base64.b64encode(np.asarray(vectors, "<f4").tobytes()).decode()
 
 
 def apply(exclusion: Exclusion | None, record: Record) -> Record:
@@ -122,18 +148,20 @@ def of_all(store: Store) -> dict[int, Exclusions]:
 
 
 def read_takedowns(store: Store) -> list[dict[str, Any]]:
-    """Returns the entries of the removal log, oldest first. Raises ShardError for a line that isn't
-    an entry.
+    """Returns the entries of removal requests in the log, oldest first. Raises ShardError for a
+    line that isn't an entry.
     """
+    return [entry for entry in _read_log(store) if entry["by"] != RELEASE]
+
+
+def _read_log(store: Store) -> list[dict[str, Any]]:
     if not store.exists(layout.TAKEDOWNS):
         return []
     entries = []
     for number, line in enumerate(store.read(layout.TAKEDOWNS).decode().splitlines(), 1):
         try:
             entry: dict[str, Any] = json.loads(line)
-            keys = [key for shard in entry["removed"].values() for key in shard]
-            if entry["inputs"] != len(keys) or not {"time", "by", "note", "sha256"} <= {*entry}:
-                raise ValueError(f"{len(keys)} keys for {entry['inputs']} inputs")
+            _check_entry(entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(
                 f"{store.url}: line {number} of {layout.TAKEDOWNS} is not an entry of the removal "
@@ -142,6 +170,50 @@ def read_takedowns(store: Store) -> list[dict[str, Any]]:
             ) from error
         entries.append(entry)
     return entries
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError unless it is an entry of the log."""
+    if entry["by"] == RELEASE:
+        if not isinstance(entry["released"], list):
+            raise ValueError("`released` is not a list")
+        return
+    keys = [key for shard in entry["removed"].values() for key in shard]
+    if entry["inputs"] != len(keys) or not {"time", "by", "note", "sha256"} <= {*entry}:
+        raise ValueError(f"{len(keys)} keys for {entry['inputs']} inputs")
+    if "block" in entry:
+        _block_vectors(entry)
+        if not math.isfinite(entry["photo"]["cosine"]) or not entry["photo"]["embedder"]:
+            raise ValueError("a blocked person without cosine or embedder")
+
+
+def _block_vectors(entry: Mapping[str, Any]) -> FloatArray:
+    data = base64.b64decode(entry["block"], validate=True)
+    vectors = np.frombuffer(data, "<f4").reshape(-1, IDENTITY_DIM)
+    if not np.isfinite(vectors).all():
+        raise ValueError("an embedding of a blocked person has NaN or infinity")
+    return np.asarray(vectors, np.float32)
+
+
+def blocked_people(store: Store) -> list[BlockedPerson]:
+    """Returns the people who are blocked, the oldest request first. A release counts for the
+    requests before it.
+    """
+    people = []
+    entries = _read_log(store)
+    for place, entry in enumerate(entries):
+        if "block" not in entry:
+            continue
+        later = [each["released"] for each in entries[place:] if each["by"] == RELEASE]
+        people.append(
+            BlockedPerson(
+                vectors=_block_vectors(entry),
+                cosine=entry["photo"]["cosine"],
+                embedder=entry["photo"]["embedder"],
+                released=frozenset(digest for digests in later for digest in digests),
+            )
+        )
+    return people
 
 
 def removed_digests(store: Store) -> frozenset[str]:

@@ -20,7 +20,7 @@ from configs.errors import ConfigError
 from stages.annotations import Measures, Review
 from stages.codec import THUMBNAIL_SIDE, LabelMap, decode_labels, shrink
 from stages.fields import Annotation, Column, Metric, columns_of
-from stages.record import Record, Status, face_from_dict, face_to_dict
+from stages.record import EMBEDDINGS, Record, Status, face_from_dict, face_to_dict
 from stages.regions import LABELS
 from stages.storage import version2
 from stages.storage.layout import FORMAT_VERSION
@@ -29,13 +29,8 @@ Row = dict[str, Any]
 
 ROW_GROUP: Final = 250  # rows; so that a few thumbnails can be read without all of a shard's
 _UNIQUE: Final = (
-    "key",
-    "sha256",
-    "sample_sha256",
-    "hash",
-    "thumbnail",
-    "thumbnail_labels",
-    "identity",
+    *("key", "sha256", "sample_sha256", "hash", "thumbnail", "thumbnail_labels"),
+    *EMBEDDINGS,
 )
 _VERSION: Final = b"format_version"
 
@@ -283,21 +278,25 @@ def has_sample(row: Mapping[str, Any]) -> bool:
 
 
 def with_row_fields(sample: Record, row: Mapping[str, Any]) -> Record:
-    """Returns a sample with the fields that only its row has: thumbnail, and why it was dropped."""
+    """Returns a sample with the fields that only its row has: the thumbnail, the embeddings of the
+    other faces, and why it was dropped.
+    """
     values = {name: row[name] for name in ("reason", "detail", "stage", "thumbnail")}
+    others = row.get("other_identities")  # None: the shard is older than this column
+    if others is not None:
+        values["other_identities"] = np.asarray(others, np.float32)
     return replace(sample, status=Status(row["status"]), **values)
 
 
 def row_to_record(row: Mapping[str, Any], columns: Mapping[str, Column]) -> Record:
     """Returns the record of a dropped or failed row without a sample. It has the reason, earlier
-    measurements and the thumbnail, but no image, label map, embedding and captions.
+    measurements and the thumbnail, but no image, label map, embeddings and captions.
 
     columns: of the row's file.
     """
     names = [column.name for column in columns_of(Record) if column.name in row]
-    values = {
-        name: row[name] for name in names if name not in ("identity", "caption", "face_caption")
-    }
+    left_out = (*EMBEDDINGS, "caption", "face_caption")
+    values = {name: row[name] for name in names if name not in left_out}
     values["status"] = Status(row["status"])
     values["faces"] = tuple(face_from_dict(face) for face in row["faces"])
     return Record(**values, annotations=dict(_annotations(row, columns)))

@@ -44,8 +44,9 @@ from pipelines.lint import lint
 from pipelines.planning.missing import Loss
 from pipelines.planning.plan import Plan, make_plan, write_plan
 from pipelines.run import execute, plan_job
-from pipelines.takedown import by_hash, by_source, take_down
+from pipelines.takedown import by_hash, by_source, finish, is_unfinished, take_down
 from stages.record import key_of
+from stages.storage.commit import complete_killed_commits
 from stages.storage.exclusions import TAKEN_DOWN, read_takedowns
 from stages.storage.layout import CONFIG, DUPLICATES, IDENTITIES, PLAN, TAKEDOWNS
 from stages.storage.reader import DatasetReader
@@ -359,9 +360,12 @@ def run(
 def remove(output: Path, by: str, value: str) -> None:
     """Does what the command does, with the configuration stored in the output."""
     store = Store(str(output))
+    complete_killed_commits(store)
     stored = load_text(DatasetConfig, store.read(CONFIG).decode())
     if matches := by_source(store, value) if by == "source" else by_hash(store, value):
         take_down(store, stored, matches, "source" if by == "source" else "hash", "", stub_chain)
+    elif is_unfinished(store, stored):
+        finish(store, stored, stub_chain)
 
 
 def _ignore(count: int) -> None:

@@ -24,6 +24,7 @@ from stages.codec import encode_jpeg, encode_labels
 from stages.detect import DetectStage
 from stages.embed import EmbedStage
 from stages.measure import MeasureStage
+from stages.other_faces import OtherFacesStage
 from stages.parse import ParseStage
 from stages.quality_filter import QualityFilterStage
 from stages.record import IDENTITY_DIM, Face, FloatArray, Record
@@ -43,7 +44,7 @@ class Scene:
     person: whose face, "" for no face. Two scenes of one person have a cosine of about 0.8.
     shot: two scenes with the same person and shot are copies of each other: by hash (the
     perceptual hashes differ by at most four bits), or, where one is cropped, by face only. saved:
-    makes other bytes of the same scene.
+    makes other bytes of the same scene. beside: the people beside the main face.
     """
 
     person: str
@@ -51,6 +52,7 @@ class Scene:
     sharpness: float = 0.5
     cropped: bool = False
     saved: int = 0
+    beside: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -70,6 +72,12 @@ class Scene:
         of_crop = 0.1 * _direction(f"{self.person} {self.shot} cropped") * self.cropped
         vector = own + of_shot + of_crop
         return np.asarray(vector / np.linalg.norm(vector), np.float32)
+
+    @property
+    def other_identities(self) -> FloatArray:
+        """float32[512 F], unit norm."""
+        vectors = [replace(self, person=person).identity for person in self.beside]
+        return np.asarray(np.concatenate(vectors) if vectors else [], np.float32)
 
     @property
     def perceptual_hash(self) -> str:
@@ -135,7 +143,8 @@ class StubDetect(RecordStage):
             landmarks=(*corners, (low, low)),
             score=float(self.config.setting),
         )
-        return replace(record, faces=(face,), face=0)
+        beside = len(Scene.decode(record.image).beside)
+        return replace(record, faces=(face,) * (1 + beside), face=0)
 
 
 class StubParse(RecordStage):
@@ -157,6 +166,15 @@ class StubEmbed(RecordStage):
     def process_one(self, record: Record) -> Record:
         identity = Scene.decode(record.image).identity
         return replace(record, identity=identity, identity_norm=20.0)
+
+
+class StubOtherFaces(RecordStage):
+    name = OtherFacesStage.name
+    requires = OtherFacesStage.requires
+    provides = OtherFacesStage.provides
+
+    def process_one(self, record: Record) -> Record:
+        return replace(record, other_identities=Scene.decode(record.image).other_identities)
 
 
 class StubMeasure(RecordStage):
@@ -215,6 +233,7 @@ def stub_chain(config: DatasetConfig) -> list[Stage]:
         StubDetect(StubConfig(setting=str(config.detect.min_score))),
         StubParse(plain),
         StubEmbed(plain),
+        StubOtherFaces(plain),
         StubMeasure(plain),
         QualityFilterStage(config.rules),
         StubCaption(

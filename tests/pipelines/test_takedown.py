@@ -82,7 +82,8 @@ def test_a_person_is_removed_and_only_shards_with_their_images_are_rewritten(
     store, settings = Store(str(output)), config(photos, output, *ALL)
     before, ledger = stamps(output), read_ledger(store)
     assert len([name for name in before if name.endswith(".json")]) == 13
-    matches = by_photo(store, settings, portraits / f"{PERSON}.jpg", 0.5)
+    search = by_photo(store, settings, [portraits / f"{PERSON}.jpg"], 0.5)
+    matches = search.matches
     assert sorted(match.source for match in matches) == sorted(
         f"{name} {PERSON}.jpg" for name in edits(_blank())
     )
@@ -105,7 +106,7 @@ def test_a_person_is_removed_and_only_shards_with_their_images_are_rewritten(
     assert {(row["source"], row["sha256"], row["thumbnail"], row["caption"]) for row in rows} == {
         ("", "", b"", "")
     }
-    assert by_photo(store, settings, portraits / f"{PERSON}.jpg", 0.5) == []
+    assert by_photo(store, settings, [portraits / f"{PERSON}.jpg"], 0.5).matches == []
     ran = count_model_calls(monkeypatch)
     assert plan_job(settings).tasks == [], "the source still has the images"
     new_captions(monkeypatch)
@@ -171,10 +172,13 @@ def test_lint_finds_traces_of_an_interrupted_take_down_and_the_next_run_complete
     assert match.key not in DatasetReader(store).identities().column("key").to_pylist()
 
 
-def test_take_down_from_the_command_line(output: Path, portraits: Path, photos: Path) -> None:
+def test_take_down_from_the_command_line(
+    output: Path, portraits: Path, photos: Path, tmp_path: Path
+) -> None:
     def call(*arguments: str, typed: str | None = None) -> Result:
-        return CliRunner().invoke(app, ["takedown", str(output), *arguments], input=typed)
+        return CliRunner().invoke(app, ["takedown", str(output), *page, *arguments], input=typed)
 
+    page = ["--page", str(tmp_path / "page.html")]
     person = ["--photo", str(portraits / f"{PERSON}.jpg"), "--similarity", "0.5"]
     before = stamps(output)
     dry = call(*person, "--dry-run")
@@ -199,7 +203,7 @@ def test_a_photograph_without_a_face_is_an_error(
 ) -> None:
     cv2.imwrite(str(tmp_path / "grey.jpg"), _blank())
     with pytest.raises(FaceError, match="no face"):
-        by_photo(Store(str(dataset)), config(photos, dataset), tmp_path / "grey.jpg", 0.5)
+        by_photo(Store(str(dataset)), config(photos, dataset), [tmp_path / "grey.jpg"], 0.5)
     with pytest.raises(PipelineError, match=r"expected a sha256 \(64 hex digits\) or the path"):
         digest_of("abc")
 

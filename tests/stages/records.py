@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from stages.codec import encode_jpeg, encode_labels
-from stages.record import Face, Record, key_of
+from stages.record import EMBEDDINGS, Face, Record, key_of
 from tests.stages.drawing import ALL_PARTS, draw
 
 number = st.floats(-1e4, 1e4)
@@ -35,6 +35,8 @@ records = st.builds(
     identity=st.integers(0, 2**31).map(
         lambda seed: np.random.default_rng(seed).standard_normal(512, np.float32)
     ),
+    other_identities=st.none()
+    | st.integers(0, 3).map(lambda count: np.arange(512 * count, dtype=np.float32)),
     caption=text,
     face_caption=text,
     annotations=st.dictionaries(
@@ -62,7 +64,7 @@ def drawn_record(name: str, parts: frozenset[str] = ALL_PARTS) -> Record:
 
 def same_record(one: Record, two: Record) -> bool:
     """Returns whether all fields are equal."""
-    plain = [f.name for f in fields(Record) if f.name != "identity"]
-    return all(getattr(one, n) == getattr(two, n) for n in plain) and np.array_equal(
-        one.identity, two.identity
+    plain = [f.name for f in fields(Record) if f.name not in EMBEDDINGS]
+    return all(getattr(one, n) == getattr(two, n) for n in plain) and all(
+        np.array_equal(getattr(one, n), getattr(two, n)) for n in EMBEDDINGS
     )

@@ -17,9 +17,11 @@ KEYWORDS: Final = (
 PERSONAL: Final = (
     "The data set holds images of people's faces and identity embeddings computed from them, which "
     "many laws treat as biometric data. Sidecars and quarantine tars also hold names, thumbnails "
-    "and embeddings of inputs that were dropped. Licences, authors and consent are what the source "
+    "and embeddings of inputs that were dropped, and sidecars those of people beside the main "
+    "face. Licences, authors and consent are what the source "
     "states; they were not verified. An image, or all images of a person, can be removed; "
-    "takedown.jsonl records when that was done, without naming the image or the person."
+    "takedown.jsonl records when that was done, without naming the image or the person. Of people "
+    "who asked that later images are recognised, it holds embeddings."
 )
 BIASES: Final = (
     "The images were not balanced: age, sex, skin colour, pose and light are distributed as in the "

@@ -175,6 +175,7 @@ def _sidecar(
         **_faces_and_labels(n, progress, rng),
         **_measures(n, index in recipe.odd, progress >= 2, rng),
         "identity": _vectors(n, recipe.dim, progress < 2, rng),
+        "other_identities": [None] * n,
         "identity_norm": _optional(rng.normal(21, 3, n).astype(np.float32), progress >= 2),
         **_texts(n, progress == 3, rng),
         "thumbnail": [pool[at][0] if p else b"" for at, p in zip(chosen, progress, strict=True)],

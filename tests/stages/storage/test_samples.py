@@ -56,7 +56,8 @@ REVIEW = Review(
 def test_members_round_trip(record: Record) -> None:
     norm = 0.5 if record.identity_norm is None else record.identity_norm
     record = replace(record, identity_norm=norm)
-    assert same_record(from_members(to_members(record, ())), record)
+    without_others = replace(record, other_identities=None)  # only the sidecar has them
+    assert same_record(from_members(to_members(record, ())), without_others)
 
 
 def test_writing_an_incomplete_record_is_an_error() -> None:
