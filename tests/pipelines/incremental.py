@@ -287,11 +287,8 @@ class IncrementalDataSet:
             assert not complete and rows == _plan_rows(self._shards, self.planned)
 
     def _plan_rows(self) -> list[Row]:
-        if not self.store.exists(PLAN):
-            return []
-        table = self.store.table(PLAN, ["shard", "source", "size", "version"])
-        rows: list[Row] = table.to_pylist()
-        return rows
+        names = ["shard", "source", "size", "version"]
+        return self.store.table(PLAN, names).to_pylist() if self.store.exists(PLAN) else []
 
     # The fresh run.
 
