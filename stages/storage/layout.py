@@ -75,9 +75,17 @@ def manifest(index: int) -> str:
 
 def index_of_sidecar(name: str) -> int | None:
     """Returns the number of the shard whose sidecar has this file name; None for other files."""
-    number = name.removeprefix(_PREFIX).removesuffix(".parquet")
-    is_sidecar = number.isdecimal() and name == f"{_PREFIX}{number}.parquet"
-    return int(number) if is_sidecar else None
+    return _index_of(name, ".parquet")
+
+
+def index_of_manifest(name: str) -> int | None:
+    """Returns the number of the shard whose manifest has this file name; None for other files."""
+    return _index_of(name, ".json")
+
+
+def _index_of(name: str, ending: str) -> int | None:
+    number = name.removeprefix(_PREFIX).removesuffix(ending)
+    return int(number) if number.isdecimal() and name == f"{_PREFIX}{number}{ending}" else None
 
 
 def is_manifest(name: str) -> bool:

@@ -59,12 +59,13 @@ def find_damage(store: Store, advance: Callable[[int], None] = lambda count: Non
     sizes = store.sizes(layout.SHARDS)
     reader = DatasetReader(store)
     manifests = reader.manifests(readable_only=True)
-    for name in sorted(sizes):
-        index = layout.index_of_sidecar(name)
-        if index is not None and index not in manifests:
-            lost = layout.manifest(index)
-            how = "it is not a manifest" if lost in sizes else "it is missing"
-            damage.append(Damage(name=layout.in_shards(lost), how=how, shard=index))
+    indexes = {layout.index_of_sidecar(name) for name in sizes}
+    indexes |= {layout.index_of_manifest(name) for name in sizes}
+    for index in indexes - {None} - {*manifests}:
+        assert index is not None
+        lost = layout.manifest(index)
+        how = "it is not a manifest" if lost in sizes else "it is missing"
+        damage.append(Damage(name=layout.in_shards(lost), how=how, shard=index))
     for index, manifest in manifests.items():
         differences = {
             file.name: how

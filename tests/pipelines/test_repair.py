@@ -119,6 +119,16 @@ def test_a_repair_makes_the_same_bytes_again(data: IncrementalDataSet, name: str
     assert find_damage(data.store) == []
 
 
+def test_a_repair_makes_a_shard_again_of_which_only_the_tar_is_left(
+    data: IncrementalDataSet,
+) -> None:
+    before = digests(data.output)
+    damage(data, MANIFEST, "truncated")
+    damage(data, SIDECAR, "missing")
+    repair(data)
+    assert digests(data.output) == before
+
+
 @pytest.mark.parametrize("name", [SIDECAR, MANIFEST, PLAN])
 @pytest.mark.parametrize("how", HOW)
 def test_a_repair_keeps_all_written_samples_if_no_tar_is_damaged_and_all_sources_are_gone(
