@@ -11,14 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ShardError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
 from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.dedup.global_pass import is_global_pass_current, run_global_pass
 from pipelines.ledger import Ledger, read_ledger
-from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
+from pipelines.planning.plan import (
+    Plan,
+    ShardTask,
+    check_made_again,
+    make_plan,
+    pending,
+    planned_inputs,
+    write_plan,
+)
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
 from stages.executors import executor_named
@@ -87,6 +95,7 @@ def plan_job(
     sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
     DatasetReader(store).check_sizes()
     plan = make_plan(config, store)
+    check_made_again(plan, store)
     tasks = pending(plan, store, stages, retry)
     return Job(config, store, stages, plan, tasks, chain)
 
@@ -137,12 +146,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     If it is stopped, the same call continues. advance: called with the number of processed records.
     """
     store, config = job.store, job.config
-    settings = to_yaml(config)
-    planned = planned_shards(store) == len(job.plan.shards)
-    # A run with other settings may have been killed after it stored them.
-    stored = DatasetReader(store).config_text() == settings
-    done = not job.tasks and planned and stored
-    if done and is_global_pass_current(store, config.global_pass):
+    if is_current(job):
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
@@ -150,7 +154,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
         # Another run may be trying to create the lock at this moment.
         store.sweep(spare=layout.LOCK)
         write_plan(job.plan, store)
-        store.write_if_changed(layout.CONFIG, settings)
+        store.write_if_changed(layout.CONFIG, to_yaml(config))
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)
         store.write_if_changed(layout.DATASET, info + "\n")
         if job.tasks:
@@ -159,6 +163,25 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
             run_tasks = executor_named(config.executor)
             yield from run_tasks(dataset_job, job.tasks, advance)
         run_global_pass(store, config.global_pass, chain)
+
+
+def is_current(job: Job) -> bool:
+    """Returns whether the output is complete, so that the run has nothing to do. Raises ShardError
+    for a damaged plan or duplicates.parquet.
+    """
+    store = job.store
+    if job.tasks or len(planned_inputs(store) or ()) != len(job.plan.shards):
+        return False
+    reader = DatasetReader(store)
+    try:
+        signatures = reader.dataset_info().get("signatures")
+    except ShardError:
+        return False
+    # A run with other settings may have been killed after it stored them.
+    stored = reader.config_text() == to_yaml(job.config)
+    if not stored or signatures != [*ChainInfo.of(job.stages).signatures]:
+        return False
+    return is_global_pass_current(store, job.config.global_pass)
 
 
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from configs.errors import FaceError, PipelineError, SourceError
+from configs.errors import FaceError, PipelineError, ShardError, SourceError
 from configs.schema import DatasetConfig
 from pipelines.chain import Chain, build_chain
 from pipelines.dedup.global_pass import apply_exclusions, run_global_pass
@@ -32,7 +33,7 @@ from stages.storage.commit import ChainInfo, remove_uncommitted
 from stages.storage.exclusions import TAKEN_DOWN
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
-from stages.storage.samples import member_names
+from stages.storage.sidecar import SidecarFile
 from stages.storage.store import Store
 
 By = Literal["source", "hash", "photo"]
@@ -118,6 +119,7 @@ def take_down(
     with RunLock(store):
         store.sweep(layout.SHARDS)
         store.sweep(spare=layout.LOCK)  # another run may be writing its lock file now
+        exclusions.check_log(store, DatasetReader(store).manifests().values())
         remove_uncommitted(store)
         removed: dict[str, list[str]] = {}
         for match in matches:
@@ -139,36 +141,41 @@ def take_down(
     return sorted(removed)
 
 
-def lint_removals(store: Store) -> Iterator[str]:
-    """Yields a line for each trace of a removed record that is still in the data set."""
-    keys = exclusions.removed_keys(store)
-    if not keys:
-        return
-    reader = DatasetReader(store)
-    yield from _rows_left(reader, keys)
-    for name in store.names(layout.SHARDS):
-        if name.endswith(".tar"):
-            with store.open(layout.in_shards(name)) as tar:
-                members = [m for m in member_names(tar) if m.partition(".")[0] in keys]
-            for member in members:
-                yield f"{name}: {member} was taken down, but is still in the tar"
-    for row in reader.identities(["key", "nearest"]).to_pylist():
-        if keys & {row["key"], *row["nearest"]}:
-            yield f"{layout.IDENTITIES}: the row of {row['key']} has a key that was taken down"
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """Keys and digests of all removed images."""
 
+    keys: frozenset[str] = frozenset()
+    digests: frozenset[str] = frozenset()
 
-def _rows_left(reader: DatasetReader, keys: frozenset[str]) -> Iterator[str]:
-    """Yields a line for each sidecar row with data of a removed record."""
-    digests = exclusions.removed_digests(reader.store)
-    columns = ("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset")
-    for index, manifest in reader.manifests().items():
-        for row in reader.rows(index, columns).to_pylist():
+    @staticmethod
+    def of(store: Store) -> Removals:
+        return Removals(exclusions.removed_keys(store), exclusions.removed_digests(store))
+
+    def rows_left(self, shard: str, sidecar: SidecarFile) -> Iterator[str]:
+        """Yields a line for each row of a sidecar with data of a removed image."""
+        if not self.keys:
+            return
+        columns = ("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset")
+        table = sidecar.read(columns)
+        by_key = pc.is_in(table.column("key"), pa.array(self.keys, pa.string()))
+        by_digest = pc.is_in(table.column("sha256"), pa.array(self.digests, pa.string()))
+        for row in table.filter(pc.or_(by_key, by_digest)).to_pylist():
             in_tar = max(row["tar_offset"], row["quarantine_offset"]) >= 0
             personal = in_tar or any(row[name] for name in _PERSONAL)
-            if row["sha256"] in digests:
-                yield f"{manifest.shard}: {row['key']} has the digest of a removed image"
-            elif row["key"] in keys and (personal or row["reason"] != TAKEN_DOWN):
-                yield f"{manifest.shard}: {row['key']} was taken down, but its row still has data"
+            if row["sha256"] in self.digests:
+                yield f"{shard}: {row['key']} has the digest of a removed image"
+            elif personal or row["reason"] != TAKEN_DOWN:
+                yield f"{shard}: {row['key']} was taken down, but its row still has data"
+
+
+def lint_removals(store: Store, keys: Set[str]) -> Iterator[str]:
+    """Yields a line for each row of identities.parquet with a removed key."""
+    if not keys:
+        return
+    for row in DatasetReader(store).identities(["key", "nearest"]).to_pylist():
+        if keys & {row["key"], *row["nearest"]}:
+            yield f"{layout.IDENTITIES}: the row of {row['key']} has a key that was taken down"
 
 
 def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> list[Match]:
@@ -203,16 +210,25 @@ def _with_duplicates(store: Store, why: Callable[[Mapping[str, Any]], str]) -> l
 
 
 def _originals(store: Store) -> dict[str, str]:
-    """Returns key → key of its original, for all exact copies and other duplicates."""
-    originals: dict[str, str] = {}
-    if store.exists(layout.PLAN):
+    """Returns key → key of its original, for all exact copies and other duplicates. Raises
+    ShardError if the table of either is missing or damaged.
+    """
+    copies: pa.Table
+    rows: list[Mapping[str, Any]] = []
+    try:
         plan = store.table(layout.PLAN, ["key", "duplicate_of"])
         copies = plan.filter(pc.not_equal(plan.column("duplicate_of"), ""))
-        originals = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
-    if store.exists(layout.DUPLICATES):
-        rows = store.table(layout.DUPLICATES, ["key", "of"]).to_pylist()
-        originals |= {row["key"]: row["of"] for row in rows}
-    return originals
+        # without both tables, the global pass hasn't run yet
+        if store.exists(layout.DUPLICATES) or store.exists(layout.IDENTITIES):
+            rows = store.table(layout.DUPLICATES, ["key", "of"]).to_pylist()
+    except FileNotFoundError as error:
+        name = layout.DUPLICATES if layout.DUPLICATES in str(error) else layout.PLAN
+        raise ShardError(
+            f"{store.url}/{name} is missing, so copies of the images to remove can't be found. "
+            f"{layout.how_to_repair(name, missing=True)}"
+        ) from error
+    originals = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
+    return originals | {row["key"]: row["of"] for row in rows}
 
 
 def _identity_of(config: DatasetConfig, photo: Path) -> FloatArray:

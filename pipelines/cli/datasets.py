@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from configs.errors import PipelineError
+from configs.errors import PipelineError, ShardError
 from pipelines.cli.common import (
     DryRun,
     Output,
@@ -30,11 +30,17 @@ def status(output: Output) -> None:
     """Print the number of committed shards, and the ledger."""
     with errors():
         from pipelines.ledger import read_ledger
-        from pipelines.planning.plan import planned_shards
+        from pipelines.planning.plan import planned_inputs
 
         store = open_store(output)
         ledger = read_ledger(store)
-        typer.echo(f"{ledger.shards} of {planned_shards(store)} planned shards are committed")
+        planned = planned_inputs(store)
+        if planned is None:
+            raise ShardError(
+                f"{output}/{layout.PLAN} is missing. "
+                f"{layout.how_to_repair(layout.PLAN, missing=True)}"
+            )
+        typer.echo(f"{ledger.shards} of {len(planned)} planned shards are committed")
         for line in ledger.lines():
             typer.echo(line)
 
@@ -43,29 +49,43 @@ def status(output: Output) -> None:
 def info(output: Output) -> None:
     """Print a data set's source, stages, signatures, weights and their licences."""
     with errors():
+        from stages.storage.reader import DatasetReader
+
+        store = open_store(output)
         try:
-            typer.echo(open_store(output).read(layout.DATASET).decode(), nl=False)
+            text = store.read(layout.DATASET)
         except FileNotFoundError:
             raise PipelineError(
-                f"{output} is not a data set: it has no {layout.DATASET}. Make one with `run`."
+                f"{output} has no {layout.DATASET}. {layout.how_to_repair(layout.DATASET)}"
             ) from None
+        DatasetReader(store).dataset_info()  # for its error
+        typer.echo(text.decode(), nl=False)
 
 
 @app.command()
-def lint(output: Output) -> None:
+def lint(
+    output: Output,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Compare names, sizes and manifests; read no tar, no sidecar."),
+    ] = False,
+) -> None:
     """Compare all files with their digests and all samples with their rows. Exits with 1 if there
     are faults.
     """
     with errors():
-        from pipelines.ledger import read_ledger
         from pipelines.lint import lint as lint_dataset
+        from pipelines.lint import lint_total
+        from pipelines.progress import Progress
 
         store = open_store(output)
         faults = 0
-        for line in lint_dataset(store):
-            typer.secho(line, fg="red")
-            faults += 1
-        typer.echo(f"{read_ledger(store).shards} shards checked, {faults or 'no'} faults")
+        with Progress(lint_total(store, fast), "shards" if fast else "bytes") as progress:
+            for line in lint_dataset(store, fast=fast, advance=progress.advance):
+                typer.secho(line, fg="red")
+                faults += 1
+        shards = lint_total(store, fast=True)
+        typer.echo(f"{shards} shards checked, {faults or 'no'} faults")
         if faults:
             raise typer.Exit(1)
 
@@ -102,6 +122,7 @@ def takedown(
     with errors():
         from pipelines.inspect.find import printable
         from pipelines.takedown import By, take_down
+        from stages.storage.reader import DatasetReader
 
         options = {"source": source, "hash": hash_, "photo": str(photo or "")}
         chosen = [name for name, value in options.items() if value]
@@ -111,6 +132,7 @@ def takedown(
             )
         store = open_store(output)
         config = stored_config(store)
+        DatasetReader(store).dataset_info()  # the reports need it: an error before the removal
         matches = _matches(store, config, source, hash_, photo, similarity)
         for match in sorted(matches, key=lambda match: (match.shard, match.source)):
             name = layout.shard_name(match.shard)

@@ -27,7 +27,7 @@ from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
 from pipelines.sources import Input, build_source
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
-from stages.storage.exclusions import removed_keys
+from stages.storage.exclusions import check_log, removed_keys
 from stages.storage.layout import PLAN
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
@@ -169,10 +169,27 @@ def pending(
     """
     signatures = tuple(stage.signature() for stage in stages)
     manifests = DatasetReader(store).manifests()
+    check_log(store, manifests.values())
     tasks = (
         _task(shard, manifests.get(shard.index), stages, signatures, retry) for shard in plan.shards
     )
     return [task for task in tasks if task is not None]
+
+
+def check_made_again(plan: Plan, store: Store) -> None:
+    """Raises ShardError if the output has no plan, and one of its shards was committed with other
+    inputs than it has in `plan`: samples of vanished inputs would be lost.
+    """
+    if store.exists(PLAN):
+        return
+    digests = {shard.index: shard.digest for shard in plan.shards}
+    for index, manifest in DatasetReader(store).manifests().items():
+        if digests.get(index) != manifest.inputs_digest:
+            raise ShardError(
+                f"{store.url}/{PLAN} is missing, and a plan of the source as it is now has other "
+                f"inputs for {manifest.shard}. Restore {PLAN} from a copy, or run the pipeline "
+                "with another output."
+            )
 
 
 def _task(
@@ -222,12 +239,13 @@ def stale_stages(
     return frozenset(stale)
 
 
-def planned_shards(store: Store) -> int:
-    """Returns the number of shards in the output's plan; 0 if it has no plan."""
+def planned_inputs(store: Store) -> list[int] | None:
+    """Returns the number of inputs of each shard in the output's plan; None if it has no plan."""
     if not store.exists(PLAN):
-        return 0
+        return None
     with store.parquet(PLAN) as file:
-        return int(file.num_row_groups)
+        groups = range(file.num_row_groups)
+        return [file.metadata.row_group(group).num_rows for group in groups]
 
 
 def read_inputs(store: Store, shard: int) -> list[Input]:

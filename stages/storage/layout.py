@@ -76,15 +76,30 @@ def is_manifest(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(".json")
 
 
-def how_to_repair(name: str) -> str:
-    """Returns what to do about a damaged file of a data set. name: with or without its folder."""
+def is_of_shard(name: str) -> bool:
+    """Returns whether this is the file name of a shard's file."""
+    return name.startswith(_PREFIX)
+
+
+def how_to_repair(name: str, *, missing: bool = False) -> str:
+    """Returns what to do about a damaged or missing file of a data set. name: with or without its
+    folder.
+    """
+    remove = "Run" if missing else "Remove it and run"
     base = name.rpartition("/")[2]
     if base in (DUPLICATES, IDENTITIES):
-        return "Remove it and run the pipeline again, which makes it again."
+        return f"{remove} the pipeline again, which makes it again."
     if base.startswith(_PREFIX):
         return (
             f"Restore the file from a copy; or remove {base.partition('.')[0]}.json and run the "
             "pipeline again, which makes the shard again from its sources."
+        )
+    if base in (CONFIG, DATASET):
+        return "`run` with its preset writes it again."
+    if base == PLAN:
+        return (
+            f"Restore the file from a copy. If there is none: {remove.lower()} the pipeline again, "
+            "which makes it again if the source has the same files."
         )
     return "Restore the file from a copy."
 

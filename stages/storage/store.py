@@ -173,7 +173,8 @@ class Store:
     def open(self, name: str) -> IO[bytes]:
         """Opens a file for reading; the stream is seekable. Raises FileNotFoundError."""
         if self.local:
-            return Path(self.path(name)).open("rb")
+            stream: IO[bytes] = self._call(Path(self.path(name)).open, "rb")
+            return stream
         if self._call(self._fs.size, self.path(name)) <= _IN_MEMORY:
             return io.BytesIO(self.read(name))
         scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is returned
@@ -181,25 +182,30 @@ class Store:
         return cast(IO[bytes], scratch)
 
     @contextmanager
-    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+    def parquet(self, name: str, stream: IO[bytes] | None = None) -> Iterator[pq.ParquetFile]:
         """Opens a parquet file, so that parts of it can be read. Raises FileNotFoundError, and
         ShardError if it is damaged, also for damage that a read inside the context meets.
+
+        stream: the file, if it is open already.
 
         pq.read_table isn't used: threads of pyarrow's data sets may still have a Python stream when
         the interpreter ends, and then abort the process. Local files are read without Python.
         """
         try:
-            if self.local:
+            if self.local and stream is None:
                 with pq.ParquetFile(self.path(name)) as file:
                     yield file
             else:
-                with self.open(name) as stream, pq.ParquetFile(stream) as file:
+                with stream or self.open(name) as opened, pq.ParquetFile(opened) as file:
                     yield file
+        except FileNotFoundError:
+            raise
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # not pyarrow's own
-                raise
+                raise self._failure(error) from error
+            how = str(error).rstrip(".")
             raise ShardError(
-                f"{self.url}/{name} is damaged: {error}. {layout.how_to_repair(name)}"
+                f"{self.url}/{name} is damaged: {how}. {layout.how_to_repair(name)}"
             ) from error
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
