@@ -120,7 +120,7 @@ class _Lint:
         named = {file.name for manifest in self.manifests.values() for file in manifest.files}
         manifests = {*filter(layout.is_manifest, self.sizes)}
         unreadable = {name.removesuffix(".json") for name in manifests} - {*self.manifests}
-        for name in self.sizes.keys() - named - manifests:
+        for name in sorted(self.sizes.keys() - named - manifests):
             if name.partition(".")[0] not in shards | unreadable:
                 yield f"{layout.in_shards(name)} belongs to no shard. Remove it."
 
@@ -188,6 +188,12 @@ class _Lint:
 
     def _shard(self, manifest: Manifest) -> Iterator[str]:
         """Compares a shard's files with its manifest and with each other."""
+        whole = yield from self._compare_sizes(manifest)
+        if not self.fast:
+            yield from self._contents(manifest, whole)
+
+    def _compare_sizes(self, manifest: Manifest) -> Generator[str, None, list[FileEntry]]:
+        """Compares sizes with the manifest. Returns the files that are there with their size."""
         whole = []
         for file in manifest.files:
             if file.name not in self.sizes:
@@ -199,11 +205,16 @@ class _Lint:
                 )
             else:
                 whole.append(file)
-        if self.fast:
-            return
+        return whole
+
+    def _contents(self, manifest: Manifest, whole: Sequence[FileEntry]) -> Iterator[str]:
+        """Compares digests, rows and samples. whole: files that can be read."""
         rows: list[Row] | None = None
         if manifest.sidecar in whole:
-            rows = yield from self._sidecar(manifest)
+            try:
+                rows = yield from self._sidecar(manifest)
+            except (ShardError, StoreError) as error:
+                yield str(error)
         if rows is None:
             self.complete = False
         if manifest.tar in whole:

@@ -56,14 +56,14 @@ class Progress:
         self._started = self._started or now
         self._done += count
         rate = self._done / max(now - self._started, 1e-9) if now - self._started > 1 else 0.0
-        shown = self._amount(rate, "/s") if rate else ""
+        shown = self._speed(rate) if rate else ""
         self._bar.update(self._task, advance=count, count=self._count(), rate=shown)
         if self._prints_lines and now - self._last_line > 5:
             self._last_line = now
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
             unit = "" if self._unit == "bytes" else f" {self._unit}"
             typer.echo(
-                f"  {self._count()}{unit}, {self._amount(rate, '/s')}{left}{self._reasons()}",
+                f"  {self._count()}{unit}, {self._speed(rate)}{left}{self._reasons()}",
                 err=True,
             )
 
@@ -75,11 +75,11 @@ class Progress:
 
     def _count(self) -> str:
         if self._unit == "bytes":
-            return f"{self._amount(self._done)} of {self._amount(self._total)}"
+            return f"{self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
         return f"{self._done:,}/{self._total:,}"
 
-    def _amount(self, amount: float, per: str = "") -> str:
-        return f"{amount / 1e6:,.1f} MB{per}" if self._unit == "bytes" else f"{amount:.1f}{per}"
+    def _speed(self, rate: float) -> str:
+        return f"{rate / 1e6:,.1f} MB/s" if self._unit == "bytes" else f"{rate:.1f}/s"
 
     def _reasons(self) -> str:
         return "".join(

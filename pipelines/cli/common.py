@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from configs.errors import PipelineError, ShardError
+from configs.errors import PipelineError, ShardError, user_message
 
 if TYPE_CHECKING:
     from configs.schema import DatasetConfig
@@ -53,13 +53,15 @@ _QUIET: Final = (
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """A context that prints a PipelineError as one message and exits with 2. After Ctrl-C, prints
-    how to continue and exits with 130.
+    """A context that prints a PipelineError, or a file that the user can't use, as one message and
+    exits with 2. After Ctrl-C, prints how to continue and exits with 130.
     """
     try:
         yield
-    except PipelineError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+    except (PipelineError, OSError) as error:
+        if (message := user_message(error)) is None:
+            raise
+        typer.secho(f"error: {message}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
         typer.secho(

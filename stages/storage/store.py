@@ -287,6 +287,11 @@ class Store:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> StoreError:
+        if self.local and isinstance(error, OSError):
+            return StoreError(
+                f"{error.filename or self.url} can't be read: {error.strerror}. Correct its "
+                "permissions; then run the same command again."
+            )
         return StoreError(
             f"a request to {self.url} failed: {type(error).__name__}: {error}. Check that it "
             "exists, and that the keys and the endpoint in the environment allow reading, writing, "

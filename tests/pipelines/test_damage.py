@@ -160,11 +160,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipelines.run, "plan_job", plan)
-        made = folder / "out"
-        assert call("run", made)[0] == 0
-        store, settings = Store(str(made)), config(folder / "source", made, *SETTINGS)
+        output = folder / "out"
+        assert call("run", output)[0] == 0
+        store, settings = Store(str(output)), config(folder / "source", output, *SETTINGS)
         take_down(store, settings, by_source(store, "c.jpg"), "source", "", stub_chain)
-        made.rename(folder / "whole")
+        output.rename(folder / "whole")
         yield folder
 
 
