@@ -112,7 +112,7 @@ def test_images_that_kill_or_hang_their_worker_fail_and_no_others(
 
 
 def test_captions_equal_those_of_inline_and_a_server_that_then_refuses_the_key_ends_the_run(
-    four: Path, tmp_path: Path
+    four: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with ChatServer() as server:
         list(execute(plan(four, tmp_path / "inline", server, "inline"), lambda count: None))
@@ -132,8 +132,10 @@ def test_captions_equal_those_of_inline_and_a_server_that_then_refuses_the_key_e
 
     with ChatServer(decide) as server:
         job = plan(four, tmp_path / "ray", server, "ray")
-        with pytest.raises(ServerError, match="refuses the key"):
+        with pytest.raises(ServerError, match="refuses the key") as raised:
             list(execute(job, lambda count: None))
+    assert "Failed to" not in str(raised.value), "Ray's own advice"
+    assert "Traceback" not in "".join(capfd.readouterr())
     assert {request.key for request in server.requests} == {KEY}
     (manifest,) = DatasetReader(job.store).manifests().values()
     tokens = {"prompt_tokens": 2 * 2 * 7, "completion_tokens": 2 * 2 * 3}
