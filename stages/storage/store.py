@@ -173,8 +173,7 @@ class Store:
     def open(self, name: str) -> IO[bytes]:
         """Opens a file for reading; the stream is seekable. Raises FileNotFoundError."""
         if self.local:
-            stream: IO[bytes] = self._call(Path(self.path(name)).open, "rb")
-            return stream
+            return Path(self.path(name)).open("rb")
         if self._call(self._fs.size, self.path(name)) <= _IN_MEMORY:
             return io.BytesIO(self.read(name))
         scratch = tempfile.NamedTemporaryFile(prefix="store-")  # noqa: SIM115 - it is returned

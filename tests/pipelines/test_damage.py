@@ -244,6 +244,30 @@ def test_lint_finds_files_of_no_shard_and_manifests_of_another(folder: Path) -> 
         assert "fgid-000007.json is the manifest of fgid-000000" in text
 
 
+def test_a_single_wrong_byte_in_the_configuration_is_a_fault(folder: Path) -> None:
+    def change(path: Path) -> None:
+        path.write_bytes(path.read_bytes().replace(b"g", b"\xff", 1))
+
+    output = damaged(folder, CONFIG, change)
+    status, text = call("lint-fast", output)
+    assert status == 1 and "config.yaml is damaged: it isn't UTF-8 text" in text
+
+
+def test_an_export_with_colours_names_the_tar_of_a_damaged_image(folder: Path) -> None:
+    def blacken(path: Path) -> None:
+        with tarfile.open(path) as tar:
+            images = [member for member in tar if member.name.endswith(".jpg")]
+        with path.open("r+b") as stream:
+            for member in images:
+                stream.seek(member.offset_data)
+                stream.write(bytes(member.size))
+
+    output = damaged(folder, TAR, blacken)
+    arguments = ["export-json", str(output), str(folder / "colours"), "--color"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and TAR in result.stderr and "run" in result.stderr
+
+
 def test_a_lost_plan_is_made_again_only_if_it_gives_the_same_shards(folder: Path) -> None:
     output = damaged(folder, PLAN, missing)
     source = Path(shutil.copytree(folder / "source", folder / "fewer"))
