@@ -7,6 +7,8 @@ missing here: it reads no data set.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tarfile
@@ -32,6 +34,7 @@ from stages.storage.layout import (
     PLAN,
     TAKEDOWNS,
 )
+from stages.storage.samples import TarWriter
 from stages.storage.store import Store
 from tests.pipelines.helpers import DEMO, NO_RULES, config, digests
 from tests.pipelines.stub_chain import Scene, stub_chain
@@ -229,6 +232,68 @@ def test_lint_names_each_damaged_sample_and_goes_on(folder: Path, name: str) -> 
     assert f"{Path(name).name} is not the file that was committed" in text
     assert [line for line in lines if "can't be read" in line and Path(name).name in line]
     assert [line for line in lines if "fgid-000001.parquet is missing" in line]
+
+
+Samples = dict[str, dict[str, bytes]]  # key → extension → bytes, in the tar's order
+
+
+def one_less(samples: Samples) -> None:
+    samples.popitem()
+
+
+def one_more(samples: Samples) -> None:
+    first, *_ = samples.values()
+    key = "0" * 20
+    meta = json.loads(first["json"]) | {"key": key}
+    samples[key] = {**first, "json": json.dumps(meta).encode()}
+
+
+def in_another_order(samples: Samples) -> None:
+    first = next(iter(samples))
+    samples[first] = samples.pop(first)
+
+
+def with_another_caption(samples: Samples) -> None:
+    members = next(iter(samples.values()))
+    meta = json.loads(members["json"]) | {"caption": "another"}
+    members["json"] = json.dumps(meta).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (one_less, "has a row, but isn't in the tar"),
+        (one_more, "sample 00000000000000000000 is in the tar, but has no row there"),
+        (in_another_order, "differs from its row: its place in the tar"),
+        (with_another_caption, "differs from its row: caption"),
+    ],
+)
+def test_lint_compares_tar_and_rows_also_where_the_digest_is_right(
+    folder: Path, change: Callable[[Samples], None], fault: str
+) -> None:
+    def rewrite(path: Path) -> None:
+        samples: Samples = {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                stream = tar.extractfile(member)
+                assert stream is not None
+                samples.setdefault(key, {})[extension] = stream.read()
+        change(samples)
+        with path.open("wb") as stream:
+            writer = TarWriter(stream)
+            for key, members in samples.items():
+                writer.add(key, members)
+            writer.finish()
+        data, manifest = path.read_bytes(), path.with_suffix(".json")
+        values = json.loads(manifest.read_text())
+        values["tar"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest.write_text(json.dumps(values))
+
+    output = damaged(folder, "shards/fgid-000001.tar", rewrite)
+    status, text = call("lint", output)
+    assert status == 1 and "fgid-000001.tar: " in text and fault in text, text
+    assert "is not the file" not in text and call("lint-fast", output)[0] == 0
 
 
 def test_lint_finds_files_of_no_shard_and_manifests_of_another(folder: Path) -> None:
