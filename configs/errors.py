@@ -13,8 +13,21 @@
 
 Each message says what was given, what was expected, and what to do. Programming errors are not in
 this tree: they propagate. A fault of one image is not an exception for the caller: it is recorded
-as the record's `status` and `reason`.
+as the record's `status` and `reason`. A lack of permission or of room is treated like a
+PipelineError: `user_message`.
 """
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+_CORRECTABLE: Final = frozenset(
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    )
+)
 
 
 class PipelineError(Exception):
@@ -61,3 +74,18 @@ class QualityError(PipelineError):
 
 class FaceError(PipelineError):
     """A reference photograph without a usable face."""
+
+
+def user_message(error: PipelineError | OSError) -> str | None:
+    """Returns what a command line prints of an error that the user can correct, without a
+    traceback. None for an error of the file system that is neither a lack of permission nor of
+    room.
+    """
+    if isinstance(error, PipelineError):
+        return str(error)
+    if error.errno not in _CORRECTABLE:
+        return None
+    return (
+        f"{error.filename or 'a file'} can't be read or written: {error.strerror}. Correct its "
+        "permissions, free disk space, or give another folder; then run the same command again."
+    )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from configs.errors import ConfigError, PipelineError
+from configs.errors import ConfigError, PipelineError, user_message
 
 if TYPE_CHECKING:
     from configs.portraits import InferConfig
@@ -104,11 +104,15 @@ def main(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Turns a PipelineError into a message and exit status 2, Ctrl-C into exit status 130."""
+    """Turns an error that the user can correct into a message and exit status 2, Ctrl-C into exit
+    status 130.
+    """
     try:
         yield
-    except PipelineError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+    except (PipelineError, OSError) as error:
+        if (message := user_message(error)) is None:
+            raise
+        typer.secho(f"error: {message}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.secho("\nstopped; the portraits written so far are complete.", fg="yellow", err=True)

@@ -28,6 +28,7 @@ from pipelines.report.palette import PALETTE
 from pipelines.sources.fgid import JSON_ALL
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import KEY_LENGTH, FloatArray, Record, face_to_dict
+from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
@@ -61,10 +62,18 @@ def export_json(
         stale.unlink(missing_ok=True)
     count = 0
     reader = DatasetReader(store)
-    samples = (record for index in reader.manifests() for record in reader.samples(index))
+    samples = ((index, r) for index in reader.manifests() for r in reader.samples(index))
     with Store(str(folder)).writer(JSON_ALL) as stream:
-        for record in samples:
-            entry = json.dumps(_write(record, folder, color), ensure_ascii=False)
+        for index, record in samples:
+            try:
+                values = _write(record, folder, color)
+            except ValueError as error:  # its image can't be decoded
+                tar = layout.tar(index)
+                raise ShardError(
+                    f"{store.url}/{layout.in_shards(tar)}: sample {record.key}: {error}. "
+                    f"{layout.how_to_repair(tar)}"
+                ) from error
+            entry = json.dumps(values, ensure_ascii=False)
             stream.write(f"{',' if count else '['}\n{entry}".encode())
             count += 1
             advance(1)

@@ -19,7 +19,7 @@ from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.dedup.global_pass import is_global_pass_current, run_global_pass
 from pipelines.ledger import Ledger, read_ledger
 from pipelines.planning.missing import Loss, check_sources
-from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_shards, write_plan
+from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_inputs, write_plan
 from pipelines.sources import STAGE, build_source
 from stages.backends.weights import WEIGHTS, Weights
 from stages.base import Stage
@@ -175,23 +175,14 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
     If it is stopped, the same call continues. advance: called with the number of processed records.
     """
     store, config = job.store, job.config
-    settings = to_yaml(config)
-    done = (
-        not (job.tasks or job.damage)
-        and planned_shards(store) == len(job.plan.shards)
-        # A run with other settings may have been killed after it stored them.
-        and DatasetReader(store).config_text() == settings
-        and _is_passed_over_stored(job)
-        and is_global_pass_current(store, config.global_pass)
-    )
-    if done:
+    if is_current(job):
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
         complete_commits(store)
         _remove_unreadable(store, job.damage)
         write_plan(job.plan, store)
-        store.write_if_changed(layout.CONFIG, settings)
+        store.write_if_changed(layout.CONFIG, to_yaml(config))
         info = json.dumps(_dataset_info(job, chain), indent=1, ensure_ascii=False)
         store.write_if_changed(layout.DATASET, info + "\n")
         if job.tasks:
@@ -211,13 +202,26 @@ def _remove_unreadable(store: Store, damage: Sequence[Damage]) -> None:
             store.remove(each.name)
 
 
-def _is_passed_over_stored(job: Job) -> bool:
-    """Returns whether dataset.json states what the source passes over now."""
+def is_current(job: Job) -> bool:
+    """Returns whether the output is complete, so that the run has nothing to do. Raises ShardError
+    for a damaged plan or duplicates.parquet.
+    """
+    store = job.store
+    is_pending = bool(job.tasks or job.damage)
+    if is_pending or len(planned_inputs(store) or ()) != len(job.plan.shards):
+        return False
+    reader = DatasetReader(store)
     try:
-        stored = DatasetReader(job.store).dataset_info().get("passed_over", [])
+        info = reader.dataset_info()
     except ShardError:
         return False  # it is damaged, and written again
-    return bool(stored == job.plan.passed_over.to_json())
+    # A run with other settings may have been killed after it stored them.
+    return (
+        reader.config_text() == to_yaml(job.config)
+        and info.get("signatures") == [*ChainInfo.of(job.stages).signatures]
+        and info.get("passed_over", []) == job.plan.passed_over.to_json()
+        and is_global_pass_current(store, job.config.global_pass)
+    )
 
 
 def _dataset_info(job: Job, chain: ChainInfo) -> dict[str, Any]:

@@ -53,15 +53,17 @@ def main(
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML preset.")
     ] = None,
 ) -> None:
-    from configs.errors import PipelineError
+    from configs.errors import PipelineError, user_message
     from configs.load import load
     from configs.training import TrainConfig
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     try:
         _train(load(TrainConfig, config, overrides or ()))
-    except PipelineError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (PipelineError, OSError) as error:
+        if (message := user_message(error)) is None:
+            raise
+        typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2) from None
 
 

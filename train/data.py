@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from configs.errors import PipelineError
 from model.conditions import (
     ConditionBatch,
     Conditions,
@@ -183,11 +184,13 @@ class BatchMaker:
         return [prepared[number] for number in numbers]
 
     def _prepare(self, numbers: list[int]) -> dict[int, tuple[Conditions, Tensor]]:
-        records = self._shards.records(numbers)
-        return {
-            number: self._prepare_one(record)
-            for number, record in zip(numbers, records, strict=True)
-        }
+        prepared = {}
+        for number, record in zip(numbers, self._shards.records(numbers), strict=True):
+            try:
+                prepared[number] = self._prepare_one(record)
+            except (ValueError, OSError) as error:  # Pillow's errors are OSErrors
+                raise self._shards.damaged(number, error) from error
+        return prepared
 
     def _prepare_one(self, record: Record) -> tuple[Conditions, Tensor]:
         prep = self._preparation
@@ -228,7 +231,8 @@ def micro_batches(
     make: positions → micro-batch, in practice a BatchMaker; it runs in the worker processes.
     start: position of the first sample, counted over all processes. size: samples in a
     micro-batch. rank, world: number of this process, and of all. workers: loader processes; 0
-    loads in this one. pin: copy the tensors into pinned memory.
+    loads in this one. pin: copy the tensors into pinned memory. Raises what `make` raises; a
+    PipelineError without the traceback that torch would add to its message.
     """
     import webdataset as wds
 
@@ -238,8 +242,11 @@ def micro_batches(
     def of_this_process(source: Iterator[range]) -> Iterator[range]:
         return islice(source, rank, None, world)
 
-    def batches(source: Iterator[range]) -> Iterator[Batch]:
-        return map(make, source)
+    def batches(source: Iterator[range]) -> Iterator[Batch | PipelineError]:
+        try:
+            yield from map(make, source)
+        except PipelineError as error:
+            yield error
 
     pipeline = wds.DataPipeline(plan, of_this_process, wds.split_by_worker, batches)
     loader: Any = torch.utils.data.DataLoader(
@@ -250,7 +257,14 @@ def micro_batches(
         worker_init_fn=_ignore_interrupt,
         multiprocessing_context="fork" if workers else None,
     )
-    return iter(loader)
+    return _raising(iter(loader))
+
+
+def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, PipelineError):
+            raise batch
+        yield batch
 
 
 def _ignore_interrupt(_worker: int) -> None:

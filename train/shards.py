@@ -80,6 +80,14 @@ class ShardSet:
         ]
         return self._reader().samples_at(places)
 
+    def damaged(self, number: int, error: Exception) -> ShardError:
+        """The error for a sample whose image or label map can't be decoded."""
+        tar = str(self._tars[number])
+        return ShardError(
+            f"{self.data}/{layout.in_shards(tar)}: sample {self.keys[number]} can't be decoded: "
+            f"{error}. {layout.how_to_repair(tar)}"
+        )
+
     def dataset_config(self) -> str:
         """The data set's own configuration, as YAML; "" if it has none."""
         return self._reader().config_text()
@@ -94,7 +102,10 @@ class ShardSet:
 def _places(reader: DatasetReader, manifest: Manifest) -> list[SamplePlace]:
     """Where a shard's samples are, in the order of its tar."""
     tar = manifest.tar
-    size = reader.store.size(layout.in_shards(tar.name))
+    try:
+        size = reader.store.size(layout.in_shards(tar.name))
+    except FileNotFoundError:
+        raise ShardError(f"{reader}: {tar.name} is missing. {_REBUILD}") from None
     if size != tar.bytes:
         raise ShardError(
             f"{reader}: {tar.name} holds {size:,} bytes, its manifest says {tar.bytes:,}. "

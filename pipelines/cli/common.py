@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from configs.errors import PipelineError
+from configs.errors import PipelineError, ShardError, user_message
 
 if TYPE_CHECKING:
     from configs.schema import DatasetConfig
@@ -53,13 +53,15 @@ _QUIET: Final = (
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """A context that prints a PipelineError as one message and exits with 2. After Ctrl-C, prints
-    how to continue and exits with 130.
+    """A context that prints a PipelineError, or a file that the user can't use, as one message and
+    exits with 2. After Ctrl-C, prints how to continue and exits with 130.
     """
     try:
         yield
-    except PipelineError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+    except (PipelineError, OSError) as error:
+        if (message := user_message(error)) is None:
+            raise
+        typer.secho(f"error: {message}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
         typer.secho(
@@ -90,18 +92,29 @@ def load_config(config: str, overrides: list[str] | None) -> DatasetConfig:
 
 
 def stored_config(store: Store, overrides: list[str] | None = None) -> DatasetConfig:
-    """Returns the configuration of a data set's last run, with overrides."""
+    """Returns the configuration of a data set's last run, with overrides. Raises ShardError if it
+    is missing or damaged.
+    """
     from configs.load import load_text
     from configs.schema import DatasetConfig
+    from stages.storage import layout
     from stages.storage.reader import DatasetReader
 
     log()
-    text = DatasetReader(store).config_text()
+    reader = DatasetReader(store)
+    if not reader.config_values():
+        raise ShardError(
+            f"{store.url}/{layout.CONFIG} is missing or empty. "
+            f"{layout.how_to_repair(layout.CONFIG)}"
+        )
+    text = reader.config_text()
     return load_text(DatasetConfig, text, [f"output={store.url}", *(overrides or ())])
 
 
 def open_store(output: str) -> Store:
-    """Returns the store of a data set. Raises PipelineError if it has no shards."""
+    """Returns the store of a data set. Raises PipelineError if it has no shards. Prints a note if
+    files of a shard have no manifest, since commands then read the other shards only.
+    """
     from stages.storage import layout
     from stages.storage.store import Store
 
@@ -110,7 +123,22 @@ def open_store(output: str) -> Store:
         raise PipelineError(
             f"{output} has no shards. Make some with `run`, or give the folder of a data set."
         )
+    note_uncommitted(store)
     return store
+
+
+def note_uncommitted(store: Store) -> None:
+    """Prints a note if files of a shard have no manifest."""
+    from stages.storage.reader import DatasetReader
+
+    if shards := DatasetReader(store).uncommitted():
+        more = f", and {len(shards) - 1} more" if len(shards) > 1 else ""
+        typer.secho(
+            f"note: {shards[0]} has files, but no manifest {shards[0]}.json{more}. Such a shard "
+            "doesn't count; `run` makes it again.",
+            fg="yellow",
+            err=True,
+        )
 
 
 def write_reports(store: Store) -> Report:

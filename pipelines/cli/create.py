@@ -20,6 +20,7 @@ from pipelines.cli.common import (
     app,
     errors,
     load_config,
+    note_uncommitted,
     open_store,
     stored_config,
     write_reports,
@@ -93,8 +94,10 @@ def _plan_and_run(
     )
     for line in job.plan.passed_over.lines(settings.source.extensions):
         typer.echo(f"  {line}")
-    for line in job.why() or ["nothing to do: every shard is committed with this configuration"]:
+    for line in job.why() or [_without_shards(job)]:
         typer.echo(f"  {line}")
+    if not retry:  # retry has printed it
+        note_uncommitted(job.store)
     before = settings.shard_size
     with suppress(ShardError):  # this run replaces a damaged config.yaml
         before = DatasetReader(job.store).config_values().get("shard_size", before)
@@ -107,6 +110,18 @@ def _plan_and_run(
         _run(job)
 
 
+def _without_shards(job: Job) -> str:
+    """Returns what a run without pending shards does."""
+    from pipelines.run import is_current
+
+    if is_current(job):
+        return "nothing to do: every shard is committed with this configuration"
+    return (
+        "no shard: only the global pass, and files such as plan and configuration that are missing "
+        "or outdated"
+    )
+
+
 def _run(job: Job) -> None:
     """Executes a planned run, prints the ledger, and writes the reports."""
     from pipelines.ledger import read_ledger
@@ -115,7 +130,7 @@ def _run(job: Job) -> None:
     from pipelines.review import check_trainable
     from pipelines.run import execute, fetch_weights
 
-    for weight in fetch_weights(job.config):
+    for weight in fetch_weights(job.config, job.chain):
         typer.echo(f"  weights {weight['file']}: {weight['license']}")
     started, manifests = time.time(), []
     with Progress(job.pending_inputs) as progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import PipelineError
+from configs.errors import PipelineError, ShardError
 from pipelines.cli.common import (
     Output,
     app,
@@ -23,11 +23,16 @@ def status(output: Output) -> None:
     """Print the number of committed shards, and the ledger."""
     with errors():
         from pipelines.ledger import read_ledger
-        from pipelines.planning.plan import planned_shards
+        from pipelines.planning.plan import planned_inputs
 
         store = open_store(output)
         ledger = read_ledger(store)
-        typer.echo(f"{ledger.shards} of {planned_shards(store)} planned shards are committed")
+        planned = planned_inputs(store)
+        if planned is None:
+            raise ShardError(
+                f"{output}/{layout.PLAN} is missing. {layout.how_to_repair(layout.PLAN)}"
+            )
+        typer.echo(f"{ledger.shards} of {len(planned)} planned shards are committed")
         for line in ledger.lines():
             typer.echo(line)
 
@@ -36,31 +41,45 @@ def status(output: Output) -> None:
 def info(output: Output) -> None:
     """Print a data set's source, stages, signatures, weights and their licences."""
     with errors():
+        from stages.storage.reader import DatasetReader
+
+        store = open_store(output)
         try:
-            typer.echo(open_store(output).read(layout.DATASET).decode(), nl=False)
+            text = store.read(layout.DATASET)
         except FileNotFoundError:
             raise PipelineError(
-                f"{output} is not a data set: it has no {layout.DATASET}. Make one with `run`."
+                f"{output} has no {layout.DATASET}. {layout.how_to_repair(layout.DATASET)}"
             ) from None
+        DatasetReader(store).dataset_info()  # for its error
+        typer.echo(text.decode(), nl=False)
 
 
 @app.command()
-def lint(output: Output) -> None:
+def lint(
+    output: Output,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Compare names, sizes and manifests; read no tar, no sidecar."),
+    ] = False,
+) -> None:
     """Compare all files with their digests and all samples with their rows. Exits with 1 if there
     are faults.
     """
     with errors():
-        from pipelines.ledger import read_ledger
         from pipelines.lint import lint as lint_dataset
+        from pipelines.lint import lint_total
+        from pipelines.progress import Progress
         from pipelines.takedown import statements
 
         store = open_store(output)
         faults = 0
-        for line in lint_dataset(store):
-            typer.secho(line, fg="red")
-            faults += 1
-        typer.echo(f"{read_ledger(store).shards} shards checked, {faults or 'no'} faults")
-        for line in () if faults else statements(store):
+        with Progress(lint_total(store, fast), "shards" if fast else "bytes") as progress:
+            for line in lint_dataset(store, fast=fast, advance=progress.advance):
+                typer.secho(line, fg="red")
+                faults += 1
+        shards = lint_total(store, fast=True)
+        typer.echo(f"{shards} shards checked, {faults or 'no'} faults")
+        for line in () if faults or fast else statements(store):
             typer.echo(line)
         if faults:
             raise typer.Exit(1)

@@ -76,6 +76,7 @@ def takedown(
     """
     with errors():
         from stages.storage.commit import complete_killed_commits
+        from stages.storage.reader import DatasetReader
 
         options = {"source": source, "hash": hash_, "photo": photo, "release": release}
         chosen = [name for name, value in options.items() if value]
@@ -89,6 +90,7 @@ def takedown(
         store = open_store(output)
         complete_killed_commits(store)
         config = stored_config(store)
+        DatasetReader(store).dataset_info()  # the reports need it: an error before the removal
         if release:
             _release(store, config, release, note, dry_run)
             return

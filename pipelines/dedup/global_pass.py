@@ -13,7 +13,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from configs.errors import ShardError
 from configs.quality import GlobalPassConfig
 from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
 from pipelines.dedup.blocked import blocked_rows, comparable, embedder_of
@@ -97,8 +98,12 @@ def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
     """
     if stale_shards(store) or not store.exists(layout.IDENTITIES):
         return False
-    with store.parquet(layout.IDENTITIES) as file:
-        metadata = file.schema_arrow.metadata or {}
+    try:
+        with store.parquet(layout.IDENTITIES) as file:
+            metadata = file.schema_arrow.metadata or {}
+    except ShardError:
+        logger.warning("%s is damaged; it is made again", layout.IDENTITIES)
+        return False
     return metadata.get(_DIGEST) == _input_digest(store, config).encode()
 
 
@@ -110,13 +115,18 @@ def apply_exclusions(store: Store, chain: ChainInfo) -> int:
     return len(stale)
 
 
-def stale_shards(store: Store) -> list[Manifest]:
-    """Returns the manifests of the shards whose exclusions have changed since their commit."""
+def stale_shards(store: Store, manifests: Iterable[Manifest] | None = None) -> list[Manifest]:
+    """Returns the manifests of the shards whose exclusions have changed since their commit.
+
+    manifests: of all shards, if the caller has read them.
+    """
     excluded = exclusions.of_all(store)
+    if manifests is None:
+        manifests = DatasetReader(store).manifests().values()
     return [
         manifest
-        for index, manifest in DatasetReader(store).manifests().items()
-        if manifest.exclusions != exclusions.digest(excluded.get(index, {}))
+        for manifest in manifests
+        if manifest.exclusions != exclusions.digest(excluded.get(manifest.index, {}))
     ]
 
 
@@ -177,19 +187,20 @@ def rows_to_compare(reader: DatasetReader, index: int, columns: Sequence[str] = 
     return table.filter(pc.or_(pc.equal(table.column("status"), Status.OK.value), duplicate))
 
 
-def lint_identities(store: Store) -> Iterator[str]:
-    """Yields a line for each contradiction between identities, split and samples."""
-    reader = DatasetReader(store)
-    table = reader.identities()
+def lint_identities(store: Store, samples: Set[str], complete: bool) -> Iterator[str]:
+    """Yields a line for each contradiction between identities, split and samples.
+
+    samples: keys of the written samples. complete: they are those of all shards.
+    """
+    table = DatasetReader(store).identities()
     if not len(table):
         return
     rows = table.select(["key", "identity_id", "split_group", "split"]).to_pylist()
     counts = Counter(row["key"] for row in rows)
     keys = {*counts}
-    samples = {key for index in reader.manifests() for key in _sample_keys(reader, index)}
     for problem, affected in (
         ("has more than one row", {key for key, count in counts.items() if count > 1}),
-        ("is not a sample", keys - samples),
+        ("is not a sample", keys - samples if complete else set()),
         ("is a sample without a row", samples - keys),
     ):
         if affected:
@@ -207,11 +218,6 @@ def lint_identities(store: Store) -> Iterator[str]:
                 side = split_of(name, split["val_share"], split["seed"])
                 if names != {side}:
                     yield f"{layout.IDENTITIES}: {name} is on the wrong side of the split"
-
-
-def _sample_keys(reader: DatasetReader, index: int) -> Sequence[str]:
-    keys: list[str] = reader.rows(index, ("key",), Status.OK).column("key").to_pylist()
-    return keys
 
 
 def _duplicates(

@@ -231,7 +231,7 @@ def _color(word: str) -> str:
 
 
 def _training(row: Row) -> Iterable[Line]:
-    if row["text_tokens"] is None:
+    if row.get("text_tokens") is None:
         return
     regions = row["regions"] or []
     yield (

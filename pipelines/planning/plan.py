@@ -28,7 +28,7 @@ from pipelines.sources import Input, build_source
 from pipelines.sources.passed_over import PassedOver
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
-from stages.storage.exclusions import removed_keys
+from stages.storage.exclusions import check_log, removed_keys
 from stages.storage.layout import PLAN, SHARDS, index_of_sidecar
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
@@ -195,6 +195,7 @@ def pending(
     """
     signatures = tuple(stage.signature() for stage in stages)
     manifests = DatasetReader(store).manifests(readable_only=bool(damaged))
+    check_log(store, manifests.values())
     tasks = (
         _task(shard, manifests.get(shard.index), stages, signatures, retry, shard.index in damaged)
         for shard in plan.shards
@@ -252,12 +253,13 @@ def stale_stages(
     return frozenset(stale)
 
 
-def planned_shards(store: Store) -> int:
-    """Returns the number of shards in the output's plan; 0 if it has no plan."""
+def planned_inputs(store: Store) -> list[int] | None:
+    """Returns the number of inputs of each shard in the output's plan; None if it has no plan."""
     if not store.exists(PLAN):
-        return 0
+        return None
     with store.parquet(PLAN) as file:
-        return int(file.num_row_groups)
+        groups = range(file.num_row_groups)
+        return [file.metadata.row_group(group).num_rows for group in groups]
 
 
 def read_inputs(store: Store, shard: int) -> list[Input]:

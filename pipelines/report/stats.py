@@ -26,7 +26,7 @@ from pipelines.report.shard_table import Shards, shard_entry, shard_table
 from stages.fields import Column
 from stages.record import Status
 from stages.regions import LABELS, REGION_WORDS
-from stages.storage.exclusions import GLOBAL_PASS, TAKEDOWN
+from stages.storage.exclusions import GLOBAL_PASS, TAKEDOWN, check_log
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 from stages.storage.sidecar import STANDARD_COLUMNS
@@ -59,7 +59,7 @@ def compute(reader: DatasetReader) -> Report:
     The stats' entries are `data`; `runs`, the times of each shard's last run; `plan`, its shards
     and inputs, or None without a plan; `chains`, the stage signatures of the shards, more than one
     where a run with a changed configuration was not completed. Raises ShardError where there is no
-    shard, or a sidecar contradicts its manifest.
+    shard, a sidecar contradicts its manifest, or the removal log is lost.
     """
     manifests = list(reader.manifests().values())
     if not manifests:
@@ -67,6 +67,7 @@ def compute(reader: DatasetReader) -> Report:
             f"{reader} has no committed shard, so there is nothing to report. Run the pipeline "
             "first."
         )
+    check_log(reader.store, manifests)
     columns = {**STANDARD_COLUMNS, **reader.columns()}
     metrics = shown_metrics(columns.values())
     sums, label_sums = Sums(len(metrics)), Sums(len(LABELS))

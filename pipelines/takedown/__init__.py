@@ -23,7 +23,7 @@ from pipelines.takedown.matching import (
     digest_of,
 )
 from pipelines.takedown.page import write_page
-from pipelines.takedown.proof import lint_removals, statements
+from pipelines.takedown.proof import Removals, lint_removals, statements
 from pipelines.takedown.rates import rates
 from pipelines.takedown.removal import (
     By,
@@ -38,6 +38,7 @@ __all__ = [
     "By",
     "Match",
     "PhotoRequest",
+    "Removals",
     "Search",
     "by_hash",
     "by_photo",

@@ -265,16 +265,25 @@ def _match(row: Mapping[str, Any], why: str, best: Mapping[int, Best] | None) ->
 
 
 def _originals(store: Store) -> dict[str, str]:
-    """Returns key → key of its original, for all exact copies and other duplicates."""
-    originals: dict[str, str] = {}
-    if store.exists(layout.PLAN):
+    """Returns key → key of its original, for all exact copies and other duplicates. Raises
+    ShardError if the table of either is missing or damaged.
+    """
+    copies: pa.Table
+    rows: list[Mapping[str, Any]] = []
+    try:
         plan = store.table(layout.PLAN, ["key", "duplicate_of"])
         copies = plan.filter(pc.not_equal(plan.column("duplicate_of"), ""))
-        originals = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
-    if store.exists(layout.DUPLICATES):
-        rows = store.table(layout.DUPLICATES, ["key", "of"]).to_pylist()
-        originals |= {row["key"]: row["of"] for row in rows}
-    return originals
+        # without both tables, the global pass hasn't run yet
+        if store.exists(layout.DUPLICATES) or store.exists(layout.IDENTITIES):
+            rows = store.table(layout.DUPLICATES, ["key", "of"]).to_pylist()
+    except FileNotFoundError as error:
+        name = layout.DUPLICATES if layout.DUPLICATES in str(error) else layout.PLAN
+        raise ShardError(
+            f"{store.url}/{name} is missing, so copies of the images to remove can't be found. "
+            f"{layout.how_to_repair(name)}"
+        ) from error
+    originals = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
+    return originals | {row["key"]: row["of"] for row in rows}
 
 
 def digest_of(text: str) -> str:

@@ -2,68 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
 from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.dedup.blocked import blocked_rows, embedder_of
 from pipelines.dedup.faces import FACE_COLUMNS
 from stages.record import EMBEDDINGS, Status
 from stages.storage import exclusions, layout
-from stages.storage.exclusions import TAKEN_DOWN
+from stages.storage.exclusions import TAKEN_DOWN, BlockedPerson
+from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
-from stages.storage.samples import member_names
+from stages.storage.sidecar import SidecarFile
 from stages.storage.store import Store
 
 _PERSONAL: Final = ("source", "sha256", "thumbnail", *EMBEDDINGS, "caption")
 
 
-def lint_removals(store: Store) -> Iterator[str]:
-    """Yields a line for each trace of a removed record that is still in the data set, and for each
-    sample that shows a blocked person.
-    """
-    reader = DatasetReader(store)
-    yield from _blocked_samples(reader)
-    keys = exclusions.removed_keys(store)
-    if not keys:
-        return
-    yield from _rows_left(reader, keys)
-    for name in store.names(layout.SHARDS):
-        if name.endswith(".tar"):
-            with store.open(layout.in_shards(name)) as tar:
-                members = [m for m in member_names(tar) if m.partition(".")[0] in keys]
-            for member in members:
-                yield f"{name}: {member} was taken down, but is still in the tar"
-    for row in reader.identities(["key", "nearest"]).to_pylist():
-        if keys & {row["key"], *row["nearest"]}:
-            yield f"{layout.IDENTITIES}: the row of {row['key']} has a key that was taken down"
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """Keys and digests of all removed images, and the people who are blocked."""
 
+    keys: frozenset[str] = frozenset()
+    digests: frozenset[str] = frozenset()
+    people: tuple[BlockedPerson, ...] = ()
 
-def _rows_left(reader: DatasetReader, keys: frozenset[str]) -> Iterator[str]:
-    """Yields a line for each sidecar row with data of a removed record."""
-    digests = exclusions.removed_digests(reader.store)
-    columns = ("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset")
-    for index, manifest in reader.manifests().items():
-        for row in reader.rows(index, columns).to_pylist():
-            in_tar = max(row["tar_offset"], row["quarantine_offset"]) >= 0
-            personal = in_tar or any(row[name] for name in _PERSONAL)
-            if row["sha256"] in digests:
-                yield f"{manifest.shard}: {row['key']} has the digest of a removed image"
-            elif row["key"] in keys and (personal or row["reason"] != TAKEN_DOWN):
-                yield f"{manifest.shard}: {row['key']} was taken down, but its row still has data"
+    @staticmethod
+    def of(store: Store) -> Removals:
+        """Reads the removal log."""
+        return Removals(
+            exclusions.removed_keys(store),
+            exclusions.removed_digests(store),
+            tuple(exclusions.blocked_people(store)),
+        )
 
-
-def _blocked_samples(reader: DatasetReader) -> Iterator[str]:
-    """Yields a line for each written sample in which a face matches a blocked person."""
-    people = exclusions.blocked_people(reader.store)
-    for index, manifest in reader.manifests().items() if people else ():
+    def rows_left(self, manifest: Manifest, sidecar: SidecarFile) -> Iterator[str]:
+        """Yields a line for each row of a sidecar with data of a removed image, and for each sample
+        that shows a blocked person.
+        """
+        yield from self._removed_rows(manifest.shard, sidecar)
         embedder = embedder_of(manifest.signatures)
-        same = [person for person in people if person.embedder == embedder]
-        table = reader.rows(index, ("key", "sha256", *FACE_COLUMNS), Status.OK)
-        for row in blocked_rows(table, same):
+        people = [person for person in self.people if person.embedder == embedder]
+        if not people:
+            return
+        table = sidecar.read(("key", "sha256", "status", *FACE_COLUMNS))
+        samples = table.filter(pc.equal(table.column("status"), Status.OK.value))
+        for row in blocked_rows(samples, people):
             yield (
                 f"{manifest.shard}: {row['key']} is a sample, but shows a blocked person "
                 f"({row['detail']}). Run the pipeline again."
             )
+
+    def _removed_rows(self, shard: str, sidecar: SidecarFile) -> Iterator[str]:
+        if not self.keys:
+            return
+        table = sidecar.read(("key", "reason", *_PERSONAL, "tar_offset", "quarantine_offset"))
+        by_key = pc.is_in(table.column("key"), pa.array(self.keys, pa.string()))
+        by_digest = pc.is_in(table.column("sha256"), pa.array(self.digests, pa.string()))
+        for row in table.filter(pc.or_(by_key, by_digest)).to_pylist():
+            in_tar = max(row["tar_offset"], row["quarantine_offset"]) >= 0
+            personal = in_tar or any(row[name] for name in _PERSONAL)
+            if row["sha256"] in self.digests:
+                yield f"{shard}: {row['key']} has the digest of a removed image"
+            elif personal or row["reason"] != TAKEN_DOWN:
+                yield f"{shard}: {row['key']} was taken down, but its row still has data"
+
+
+def lint_removals(store: Store, keys: Set[str]) -> Iterator[str]:
+    """Yields a line for each row of identities.parquet with a removed key."""
+    if not keys:
+        return
+    for row in DatasetReader(store).identities(["key", "nearest"]).to_pylist():
+        if keys & {row["key"], *row["nearest"]}:
+            yield f"{layout.IDENTITIES}: the row of {row['key']} has a key that was taken down"
 
 
 def statements(store: Store) -> Iterator[str]:

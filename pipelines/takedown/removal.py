@@ -25,7 +25,7 @@ from pipelines.dedup.global_pass import (
 from pipelines.takedown.matching import Match, PhotoRequest
 from stages.storage import layout
 from stages.storage.commit import ChainInfo, complete_commits, remove_uncommitted
-from stages.storage.exclusions import BLOCKED, RELEASE, encode_vectors
+from stages.storage.exclusions import BLOCKED, RELEASE, check_log, encode_vectors
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
@@ -124,6 +124,7 @@ def _completed(store: Store, config: DatasetConfig, chain: Chain) -> Iterator[No
     info = ChainInfo.of(chain(config))
     with RunLock(store):
         complete_commits(store)
+        check_log(store, DatasetReader(store).manifests().values())
         remove_uncommitted(store)
         yield
         apply_exclusions(store, info)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -28,6 +29,18 @@ from stages.executors.worker import GroupActor
 from stages.storage.manifest import ShardRun
 
 logger = logging.getLogger(__name__)
+
+
+_RAYS_LINES: Final = "\nFailed to "
+_LOGGERS: Final = ("ray.data._internal.execution.streaming_executor_state", "ray.data.exceptions")
+
+
+def _without_user_errors(record: logging.LogRecord) -> bool:
+    """A filter of Ray's loggers: leaves out tracebacks of a PipelineError, which the caller prints
+    in one line.
+    """
+    error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
+    return not isinstance(error, PipelineError)
 
 
 def run_ray(
@@ -54,9 +67,9 @@ def run_ray(
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if not isinstance(cause, PipelineError):
-            raise
-        # Ray Data appends to the message how its retries are configured
-        raise type(cause)(str(cause).partition("\nFailed to apply UDF")[0]) from None
+            raise error from None
+        # Ray adds lines about its own settings to the message
+        raise type(cause)(str(cause).partition(_RAYS_LINES)[0]) from None
 
 
 def _stream(
@@ -64,6 +77,8 @@ def _stream(
 ) -> Iterator[ResultT]:
     import ray
 
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_without_user_errors)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None
     context.enable_progress_bars = False

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from configs.errors import ShardError
 from stages.base import Dropped, introduced_name, quarantine
 from stages.record import IDENTITY_DIM, FloatArray, Record, Status
 from stages.storage import layout
+from stages.storage.manifest import Manifest
 from stages.storage.store import Store
 
 # `stage` of a record that the global pass dropped
@@ -158,15 +159,15 @@ def _read_log(store: Store) -> list[dict[str, Any]]:
     if not store.exists(layout.TAKEDOWNS):
         return []
     entries = []
-    for number, line in enumerate(store.read(layout.TAKEDOWNS).decode().splitlines(), 1):
+    for number, line in enumerate(store.read(layout.TAKEDOWNS).splitlines(), 1):
         try:
             entry: dict[str, Any] = json.loads(line)
             _check_entry(entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(
                 f"{store.url}: line {number} of {layout.TAKEDOWNS} is not an entry of the removal "
-                f"log ({error!r}). Without the log, removed inputs would be processed again: "
-                "restore it from a copy, don't delete it."
+                f"log ({type(error).__name__}: {error}). Without the log, removed inputs would be "
+                "processed again: restore it from a copy, don't delete it."
             ) from error
         entries.append(entry)
     return entries
@@ -214,6 +215,17 @@ def blocked_people(store: Store) -> list[BlockedPerson]:
             )
         )
     return people
+
+
+def check_log(store: Store, manifests: Iterable[Manifest]) -> None:
+    """Raises ShardError if shards have removed records, but there is no removal log."""
+    shards = [manifest.shard for manifest in manifests if TAKEN_DOWN in manifest.dropped]
+    if shards and not read_takedowns(store):
+        raise ShardError(
+            f"{store.url}/{layout.TAKEDOWNS} is missing or empty, but {shards[0]} has removed "
+            "records. Without the log, removed inputs would be processed again: restore it from a "
+            "copy."
+        )
 
 
 def removed_digests(store: Store) -> frozenset[str]:

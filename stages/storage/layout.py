@@ -93,11 +93,20 @@ def is_manifest(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(".json")
 
 
+def is_of_shard(name: str) -> bool:
+    """Returns whether this is the file name of a shard's file."""
+    return name.startswith(_PREFIX)
+
+
 def how_to_repair(name: str) -> str:
-    """Returns what to do about a damaged file of a data set. name: with or without its folder."""
+    """Returns what to do about a damaged or missing file of a data set. name: with or without its
+    folder.
+    """
     base = name.rpartition("/")[2]
     if base == TAKEDOWNS:
         return "Restore the file from a copy."
+    if base in (CONFIG, DATASET):
+        return "`run` with its preset writes it again."
     return (
         "Restore the file from a copy, or make it again: python -m pipelines.cli run -c "
         f"OUT/{CONFIG} --repair"

@@ -100,6 +100,12 @@ class DatasetReader:
                     raise
         return {m.index: m for m in sorted(manifests, key=lambda manifest: manifest.index)}
 
+    def uncommitted(self) -> list[str]:
+        """Returns the names of the shards that have files, but no manifest."""
+        names = self.store.names(layout.SHARDS)
+        committed = {name.partition(".")[0] for name in names if layout.is_manifest(name)}
+        return sorted({n.partition(".")[0] for n in names if layout.is_of_shard(n)} - committed)
+
     def check_sizes(self) -> None:
         """Raises ShardError if a file of a committed shard is missing or has another size."""
         sizes = self.store.sizes(layout.SHARDS)
@@ -187,9 +193,10 @@ class DatasetReader:
         """Yields the written samples of a shard, in the order of its tar."""
         rows = self.rows(index, ("key", "source", "members"), Status.OK).to_pylist()
         if rows:
-            with self._open(self._manifest(index).tar) as tar:
+            manifest = self._manifest(index)
+            with self._open(manifest.tar) as tar:
                 for row in rows:
-                    yield read_sample(tar, row)
+                    yield self._sample(tar, row, manifest.tar)
 
     def sample(self, index: int, row: Row) -> Record | None:
         """Returns the sample of a sidecar row with all columns, read by one range request; None if
@@ -209,7 +216,8 @@ class DatasetReader:
             file, lambda name: self.store.read(name, start, start + row[f"{kind}_size"])
         )
         members = [member | {"offset": member["offset"] - start} for member in row["members"]]
-        return with_row_fields(read_sample(io.BytesIO(data), {**row, "members": members}), row)
+        sample = self._sample(io.BytesIO(data), {**row, "members": members}, file)
+        return with_row_fields(sample, row)
 
     def samples_at(self, places: Sequence[SamplePlace]) -> list[Record]:
         """Returns the samples at these places, in that order. Requests to a remote store are sent
@@ -220,10 +228,16 @@ class DatasetReader:
             parts = self.store.read_ranges(ranges)
         except FileNotFoundError as error:
             raise ShardError(f"{self.store.url}: a tar is missing: {error}") from error
-        return [
-            parse_sample(part, place.key, f"{self.store.url}/{layout.SHARDS}/{place.tar}")
-            for part, place in zip(parts, places, strict=True)
-        ]
+        records = []
+        for part, place in zip(parts, places, strict=True):
+            try:
+                record = parse_sample(
+                    part, place.key, f"{self.store.url}/{layout.SHARDS}/{place.tar}"
+                )
+            except ShardError as error:
+                raise ShardError(f"{error}. {layout.how_to_repair(place.tar)}") from error
+            records.append(record)
+        return records
 
     def identities(self, columns: list[str] | None = None) -> pa.Table:
         """Returns the rows of identities.parquet; none if the global pass hasn't run yet."""
@@ -233,20 +247,30 @@ class DatasetReader:
         return self.store.table(layout.IDENTITIES, columns)
 
     def config_text(self) -> str:
-        """Returns the configuration of the last run, as YAML; "" if there is none."""
-        return self.store.read_all([layout.CONFIG]).get(layout.CONFIG, b"").decode()
+        """Returns the configuration of the last run, as YAML; "" if there is none. It isn't
+        checked.
+        """
+        data = self.store.read_all([layout.CONFIG]).get(layout.CONFIG, b"")
+        return data.decode(errors="replace")
 
     def config_values(self) -> dict[str, Any]:
         """Returns the configuration of the last run as plain values; {} if there is none. Keys may
-        be those of an older version. Raises ShardError if it isn't YAML.
+        be those of an older version. Raises ShardError if it is damaged.
         """
+        text = self.config_text()
         try:
-            return _mapping(yaml.safe_load(self.config_text()))
+            values = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ShardError(
-                f"{self.store.url}/{layout.CONFIG} is not YAML: {error}. `run` with its preset "
-                "writes it again."
-            ) from error
+            values = " ".join(str(error).split())  # in one line
+        if "\ufffd" in text:
+            values = "it isn't UTF-8 text"
+        if not text or (isinstance(values, dict) and text.endswith("\n")):
+            return values or {}
+        what = values if isinstance(values, str) else "it ends within a line"
+        raise ShardError(
+            f"{self.store.url}/{layout.CONFIG} is damaged: {what[:200]}. "
+            f"{layout.how_to_repair(layout.CONFIG)}"
+        )
 
     def dataset_info(self) -> dict[str, Any]:
         """Returns the contents of dataset.json (source, stages, signatures, weights), with the
@@ -254,9 +278,12 @@ class DatasetReader:
         """
         data = self.store.read_all([layout.DATASET]).get(layout.DATASET, b"{}")
         try:
-            return version2.dataset_info(_mapping(json.loads(data)))
-        except ValueError as error:
-            raise ShardError(f"{self.store.url}/{layout.DATASET} is not JSON: {error}") from error
+            return version2.dataset_info(json.loads(data))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ShardError(
+                f"{self.store.url}/{layout.DATASET} is not JSON of a data set: {error}. "
+                f"{layout.how_to_repair(layout.DATASET)}"
+            ) from error
 
     def _manifest(self, index: int) -> Manifest:
         name = layout.in_shards(layout.manifest(index))
@@ -273,6 +300,13 @@ class DatasetReader:
                 raise self._damaged(file, "its sha256 is not that of its manifest")
             stream.seek(0)
             yield stream
+
+    def _sample(self, tar: IO[bytes], row: Row, file: FileEntry) -> Record:
+        """Returns the sample of a row. Raises ShardError, which names the file."""
+        try:
+            return read_sample(tar, row)
+        except ShardError as error:
+            raise self._damaged(file, str(error)) from error
 
     def _damaged(self, file: FileEntry, how: str) -> ShardError:
         return ShardError(
@@ -292,7 +326,3 @@ class DatasetReader:
                 f"{self.store.url}/{layout.SHARDS}/{file.name} is missing. "
                 f"{layout.how_to_repair(file.name)}"
             ) from error
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import IO, Any, Final
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.errors import ShardError
 from stages.fields import Annotation, empty_value, stored_fields
-from stages.record import Record, Status, face_from_dict, face_to_dict
+from stages.record import IDENTITY_DIM, Record, Status, face_from_dict, face_to_dict
 from stages.storage import version2
 from stages.storage.layout import FORMAT_VERSION, READABLE
 
@@ -102,6 +102,8 @@ def from_members(members: Mapping[str, bytes]) -> Record:
     if version == 2:
         meta = version2.sample(meta)
     identity = np.load(io.BytesIO(members[_MEMBERS[_IDENTITY]]), allow_pickle=False)
+    if np.shape(identity) != (IDENTITY_DIM,):
+        raise ValueError(f"an identity of shape {np.shape(identity)}, expected ({IDENTITY_DIM},)")
     values = {name: meta[name] for name in _JSON if name in meta}
     values |= {n: members[m] for n, m in _MEMBERS.items() if n not in (*_JSON, _IDENTITY)}
     values["faces"] = tuple(face_from_dict(face) for face in meta["faces"])
@@ -166,7 +168,7 @@ def read_sample(tar: IO[bytes], row: Mapping[str, Any]) -> Record:
     for member in row["members"]:
         tar.seek(member["offset"])
         members[member["name"]] = tar.read(member["size"])
-    return _checked(members, row["key"], f"sample {row['key']} ({row['source']})")
+    return record_of(members, row["key"], f"sample {row['key']} ({row['source']})")
 
 
 def parse_sample(data: bytes, key: str, place: str) -> Record:
@@ -185,13 +187,17 @@ def parse_sample(data: bytes, key: str, place: str) -> Record:
                 members[extension] = stream.read()
     except tarfile.TarError as error:
         raise ShardError(f"{place}: sample {key} can't be read: {error}") from error
-    return _checked(members, key, f"{place}: sample {key}")
+    return record_of(members, key, f"{place}: sample {key}")
 
 
-def _checked(members: Mapping[str, bytes], key: str, place: str) -> Record:
+def record_of(members: Mapping[str, bytes], key: str, place: str) -> Record:
+    """Returns the record of the sample `key` from its members (extension → bytes), with status ok.
+
+    place: for error messages. Raises ShardError if they are not that sample.
+    """
     try:
         record = from_members(members)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, MemoryError) as error:
         raise ShardError(f"{place} can't be read: {type(error).__name__}: {error}") from error
     if record.key != key:
         raise ShardError(f"{place}: the tar has sample {record.key} at its place")
@@ -209,11 +215,4 @@ def read_tar(tar: IO[bytes]) -> Iterator[Record]:
                 stream = archive.extractfile(member)
                 assert stream is not None, "a sample's members are files"
                 members[member.name.partition(".")[2]] = stream.read()
-            yield _checked(members, key, f"sample {key}")
-
-
-def member_names(tar: IO[bytes]) -> Iterable[str]:
-    """Yields the member names of an open tar, in order."""
-    with tarfile.open(fileobj=tar, mode="r:") as archive:
-        for member in archive:
-            yield member.name
+            yield record_of(members, key, f"sample {key}")

@@ -181,29 +181,34 @@ class Store:
         return cast(IO[bytes], scratch)
 
     @contextmanager
-    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+    def parquet(self, name: str, stream: IO[bytes] | None = None) -> Iterator[pq.ParquetFile]:
         """Opens a parquet file, so that parts of it can be read. Raises FileNotFoundError, and
         ShardError if it is damaged, also for damage that a read inside the context meets: each page
         that is read is compared with its checksum. Files before version 0.2 have no checksums.
+
+        stream: the file, if it is open already.
 
         pq.read_table isn't used: threads of pyarrow's data sets may still have a Python stream when
         the interpreter ends, and then abort the process. Local files are read without Python.
         """
         try:
-            if self.local:
+            if self.local and stream is None:
                 with pq.ParquetFile(self.path(name), page_checksum_verification=True) as file:
                     yield file
             else:
                 with (
-                    self.open(name) as stream,
-                    pq.ParquetFile(stream, page_checksum_verification=True) as file,
+                    stream or self.open(name) as opened,
+                    pq.ParquetFile(opened, page_checksum_verification=True) as file,
                 ):
                     yield file
+        except FileNotFoundError:
+            raise
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # not pyarrow's own
-                raise
+                raise self._failure(error) from error
+            how = str(error).rstrip(".")
             raise ShardError(
-                f"{self.url}/{name} is damaged: {error}. {layout.how_to_repair(name)}"
+                f"{self.url}/{name} is damaged: {how}. {layout.how_to_repair(name)}"
             ) from error
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -296,6 +301,11 @@ class Store:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> StoreError:
+        if self.local and isinstance(error, OSError):
+            return StoreError(
+                f"{error.filename or self.url} can't be read: {error.strerror}. Correct its "
+                "permissions; then run the same command again."
+            )
         return StoreError(
             f"a request to {self.url} failed: {type(error).__name__}: {error}. Check that it "
             "exists, and that the keys and the endpoint in the environment allow reading, writing, "

@@ -1,19 +1,20 @@
-"""Makes data sets while workers, actors, nodes and the driver are killed: `make chaos`.
+"""Makes data sets while workers, actors, nodes and the driver are killed, files are damaged, and
+the disk is full: `make chaos`.
 
 Each round runs the pipeline on a Ray cluster of several nodes and sends SIGKILL to random processes
-at random times, drawn from a seed. When the driver is killed, the same command is run again. At the
-end the shards are compared byte by byte with those of an undisturbed run, their keys are counted,
-and lint checks them. The exit status is 1 if anything differs.
+at random times, drawn from a seed. When the driver is killed, the same command is run again. In
+each third round of five, a file of a committed shard is damaged before that; the run must refuse
+it. In each fifth round the disk is full instead of any kills, and later has room again. At the end
+the shards are compared byte by byte with those of an undisturbed run, their keys are counted, and
+lint checks them. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,22 +28,41 @@ from pipelines.ledger import read_ledger
 from pipelines.lint import lint
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.chaos.cluster import ROOT, TOKEN, Cluster, kill, title_of
-from tests.pipelines.helpers import DEMO, digests
+from tests.chaos.cluster import ROOT, Cluster, kill, title_of
+from tests.chaos.command import CLI, ENVIRONMENT, run_command, succeed
+from tests.chaos.damage import Vandal
+from tests.chaos.disk import SmallDisk, fill
+from tests.pipelines.helpers import digests
 
 _KINDS = ("worker", "actor", "actor", "node", "driver")
+_ROUNDS = ("kills", "kills", "damage", "kills", "full disk")
 _PAUSE = (0.5, 9.0)  # seconds between two kills
 _LIMIT = 900.0  # seconds for a round; a longer one counts as hanging
 
 
 @dataclass
 class Round:
-    """A round's result: kills by kind, runs of the command, seconds, and faults."""
+    """A round's result: kills and damages by kind, runs of the command, seconds, and faults."""
 
     kills: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
+
+
+class Pauses:
+    """Random times for kills."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._next = time.monotonic() + rng.uniform(*_PAUSE) + 5
+
+    def is_due(self, output: Path) -> bool:
+        """Returns whether it is time for a kill; then the next pause begins."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + self._rng.uniform(*_PAUSE)
+        return True
 
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -56,24 +76,30 @@ def main(
     count: Annotated[int, typer.Option(help="Portraits.")] = 36,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster, including its head.")] = 3,
 ) -> None:
-    """Make data sets while processes are killed, and compare every byte."""
+    """Make data sets in spite of kills, damage and full disks, and compare every byte."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
         print(f"{count} portraits and the poisoned set, undisturbed first", flush=True)
         photos = folder / "photos"
-        run_cli("synthesize", "--count", str(count), "--seed", "11", "--poison", str(photos))
-        run_cli(*command(photos, folder / "undisturbed", "executor=inline"))
+        succeed(["synthesize", "--count", str(count), "--seed", "11", "--poison", str(photos)])
+        succeed(run_command(photos, folder / "undisturbed", "executor=inline"))
         expected = digests(folder / "undisturbed")
         total: Counter[str] = Counter()
         failed = 0
         with Cluster(nodes) as cluster:
             for number in range(rounds):
                 output = folder / f"round-{number}"
-                result = play(cluster, photos, output, random.Random(f"{seed}-{number}"), kills)
-                result.faults += compare(output, folder / "undisturbed", expected)
-                killed = ", ".join(f"{kind} {n}" for kind, n in sorted(result.kills.items()))
+                rng = random.Random(f"{seed}-{number}")
+                kind = _ROUNDS[number % len(_ROUNDS)]
+                if kind == "full disk":
+                    result = play_full_disk(cluster, photos, output, rng, folder / "undisturbed")
+                else:
+                    vandal = Vandal(rng) if kind == "damage" else None
+                    result = play(cluster, photos, output, rng, kills, vandal)
+                    result.faults += compare(output, folder / "undisturbed", expected)
+                events = ", ".join(f"{kind} {n}" for kind, n in sorted(result.kills.items()))
                 print(
-                    f"round {number + 1}/{rounds}: killed {killed}; {result.starts} starts, "
+                    f"round {number + 1}/{rounds}, {kind}: {events}; {result.starts} starts, "
                     f"{result.seconds:.0f} s; "
                     f"{'; '.join(result.faults) or 'every byte equal to the undisturbed run'}",
                     flush=True,
@@ -89,46 +115,46 @@ def main(
         raise SystemExit(1)
 
 
-def command(photos: Path, output: Path, *more: str) -> list[str]:
-    """Returns the arguments of the command line that makes the data set."""
-    settings = [f"source.path={photos}", f"output={output}", "shard_size=3", "threads=1", *more]
-    return ["run", "--config", DEMO, *settings]
+def play_full_disk(
+    cluster: Cluster, photos: Path, output: Path, rng: random.Random, undisturbed: Path
+) -> Round:
+    """Runs the same command on a disk that is full, and has room at last."""
+    result, started = Round(starts=3), time.monotonic()
+    sizes = [path.stat().st_size for path in undisturbed.rglob("*") if path.is_file()]
+    with SmallDisk(output, max(sizes)) as disk:
+        on_cluster = ("executor=ray", f"ray.address={cluster.address}", "ray.workers=2")
+        more = on_cluster if disk.is_mounted else ("executor=inline",)
+        arguments = run_command(photos, output / "out", *more)
+        result.faults += fill(arguments, disk, sum(sizes), rng)
+        result.faults += compare(output / "out", undisturbed, digests(undisturbed))
+    result.kills["disk full"] = 2
+    result.seconds = time.monotonic() - started
+    return result
 
 
-def run_cli(*arguments: str) -> None:
-    """Runs the command line; raises RuntimeError if it fails."""
-    process = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if process.returncode:
-        raise RuntimeError(
-            f"{' '.join(arguments)} exited {process.returncode}:\n{process.stderr[-2000:]}"
-        )
+def play(
+    cluster: Cluster,
+    photos: Path,
+    output: Path,
+    rng: random.Random,
+    kills: int,
+    vandal: Vandal | None = None,
+) -> Round:
+    """Runs the same command until it succeeds, and sends `kills` SIGKILLs meanwhile.
 
-
-def play(cluster: Cluster, photos: Path, output: Path, rng: random.Random, kills: int) -> Round:
-    """Runs the same command until it succeeds, and sends `kills` SIGKILLs meanwhile."""
+    vandal: damages files while no driver runs. Then only drivers are killed, when it is due.
+    """
     result, started = Round(), time.monotonic()
-    arguments = command(
+    arguments = run_command(
         photos, output, "executor=ray", f"ray.address={cluster.address}", "ray.workers=2"
     )
     log = output.with_suffix(".log")
     driver = None
-    next_kill = time.monotonic() + rng.uniform(*_PAUSE) + 5
+    times = vandal or Pauses(rng)
     while time.monotonic() - started < _LIMIT:
         if driver is None:
             result.starts += 1
-            with log.open("ab") as stream:
-                driver = subprocess.Popen(
-                    [sys.executable, "-m", "pipelines.cli", *arguments],
-                    cwd=ROOT,
-                    env={**os.environ, **TOKEN},
-                    stdout=stream,
-                    stderr=stream,
-                )
+            driver = start_driver(arguments, log)
         code = driver.poll()
         if code == 0:
             break
@@ -139,12 +165,12 @@ def play(cluster: Cluster, photos: Path, output: Path, rng: random.Random, kills
                 )
                 break
             driver = None
+            result.faults += vandal.strike(output, arguments) if vandal else []
             continue
-        if result.kills.total() < kills and time.monotonic() >= next_kill:
-            kind = rng.choice(_KINDS)
+        if result.kills.total() < kills and times.is_due(output):
+            kind = "driver" if vandal else rng.choice(_KINDS)
             if kill_random(kind, cluster, driver, rng):
                 result.kills[kind] += 1
-            next_kill = time.monotonic() + rng.uniform(*_PAUSE)
         time.sleep(0.1)
     else:
         tail = log.read_text(errors="replace")[-600:]
@@ -152,8 +178,17 @@ def play(cluster: Cluster, photos: Path, output: Path, rng: random.Random, kills
     if driver is not None and driver.poll() is None:
         driver.kill()
         driver.wait()
+    result.kills.update(vandal.done if vandal else ())
     result.seconds = time.monotonic() - started
     return result
+
+
+def start_driver(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts the command line, which appends its output to `log`."""
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [*CLI, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=stream, stderr=stream
+        )
 
 
 def kill_random(

@@ -184,7 +184,8 @@ class IncrementalDataSet:
         self._check_vanished(whole)
         if complete and read_takedowns(self.store) != log:  # else nothing matched
             self._check_removed()
-            assert list(lint(self.store)) == []
+            # an earlier run may have been killed, which the next one completes
+            assert [x for x in lint(self.store) if "it makes the shard" not in x] == []
 
     # The present state.
 

@@ -213,6 +213,9 @@ class Machine(RuleBasedStateMachine):
             attempt(function, *arguments, errors=self.folder / "errors")
             done = (self.folder / "errors").read_text() == ""
         self.check(done)
+        if done and function is incremental.run and not self.damaged:
+            planned = self.store.table(PLAN, ["key"]).column("key").to_pylist()
+            assert {*planned} == {row["key"] for row in rows_of(self.output)}
         return done
 
     def check(self, done: bool) -> None:
@@ -240,9 +243,6 @@ class Machine(RuleBasedStateMachine):
                 self.samples[key] = row["source"], row["sha256"]
         if done and not damaged and not stale_shards(self.store):
             self.check_removed(removed)
-            if not self.damaged:
-                planned = self.store.table(PLAN, ["key"]).column("key").to_pylist()
-                assert {*planned} == {*rows}, "each input has a row"
 
     def check_lost(self, key: str, row: Row) -> None:
         """row: the present one of a former sample."""

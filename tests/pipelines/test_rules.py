@@ -87,7 +87,7 @@ def test_lint_finds_a_damaged_and_a_missing_quarantine_tar(
     run(config(portraits, output, STRICT))
     tar = next((output / "shards").glob("*.quarantine.tar"))
     tar.write_bytes(tar.read_bytes()[:-1])
-    assert [line for line in lint(Store(str(output))) if "is not the file" in line]
+    assert [line for line in lint(Store(str(output))) if "bytes, expected" in line]
     tar.unlink()
     assert [line for line in lint(Store(str(output))) if "is missing" in line]
 

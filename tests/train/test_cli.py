@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +70,23 @@ def test_a_users_error_is_a_line_without_a_traceback(
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not (ROOT / "x").exists()
+
+
+def test_a_damaged_image_is_a_line_without_a_traceback(
+    data: Path, preset: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
+    for path in (damaged / "shards").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            images = [member for member in tar if member.name.endswith(".jpg")]
+        with path.open("r+b") as stream:
+            for member in images:
+                stream.seek(member.offset_data)
+                stream.write(bytes(member.size))
+    result = call("--config", preset, f"data={damaged}", "num_workers=1")
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {damaged}/shards/fgid-") and "can't be decoded" in line
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.planning.plan import Plan, make_plan, planned_shards, write_plan
+from pipelines.planning.plan import Plan, make_plan, planned_inputs, write_plan
 from pipelines.sources import Input, build_source
 from stages.record import key_of
 from stages.storage.store import Store
@@ -105,7 +105,7 @@ def test_planned_inputs_keep_their_shard_and_new_ones_get_new_shards(tmp_path: P
         ["a.jpg"],
     ]
     assert (plan.new, plan.changed, plan.vanished) == (1, 0, 1)
-    assert planned_shards(store) == 2
+    assert planned_inputs(store) == [2, 1]
 
 
 _NO_ROOM = """

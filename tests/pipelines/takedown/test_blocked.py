@@ -159,7 +159,9 @@ def test_lint_finds_samples_of_a_blocked_person(tmp_path: Path) -> None:
     store = make(tmp_path, FIRST)
     block(tmp_path, store, "ann")
     log = store.read("takedown.jsonl").decode()
-    store.remove("takedown.jsonl")
+    entries = map(json.loads, log.splitlines())
+    without = [{name: value for name, value in e.items() if name != "block"} for e in entries]
+    store.write("takedown.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in without))
     make(tmp_path, LATER)
     assert list(lint(store)) == []
     store.write("takedown.jsonl", log)

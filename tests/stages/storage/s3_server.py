@@ -25,6 +25,13 @@ from urllib.parse import unquote, urlsplit
 from stages.storage.layout import DUPLICATES, IDENTITIES
 from stages.storage.manifest import Manifest
 
+# of a client
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "somebody",
+    "AWS_SECRET_ACCESS_KEY": "not-to-be-seen-anywhere",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_MAX_ATTEMPTS": "1",  # Store retries, botocore doesn't
+}
 KINDS = ("500", "503", "slow", "cut", "lost")
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>out of order</Message></Error>"
 SHARDS = "out/shards/"
@@ -236,6 +243,12 @@ class Bucket:
 
     def changes(self) -> list[tuple[str, str]]:
         return self.proxy.changes(f"/{self.name}/{SHARDS}")
+
+    def downloads(self) -> Counter[str]:
+        """Returns name → number of GET requests, for the files in out/shards/."""
+        folder = f"/{self.name}/{SHARDS}"
+        paths = [r.path for r in self.proxy.requests if r.method == "GET"]
+        return Counter(path.removeprefix(folder) for path in paths if path.startswith(folder))
 
     def watch(self) -> list[str]:
         """Returns a list that gets, after each change of a file in out/shards/, the names of the

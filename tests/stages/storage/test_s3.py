@@ -10,27 +10,24 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any
 
-import boto3
-import fsspec
 import pytest
-import tenacity
+from typer.testing import CliRunner
 
 from configs.errors import ConfigError, LockedError, SourceError, StoreError
+from pipelines.cli import app
 from pipelines.ledger import read_ledger
-from pipelines.lint import lint
+from pipelines.lint import lint, lint_total
 from pipelines.run import execute, plan_job
 from pipelines.run import run as run_chain
 from pipelines.sources import build_source
+from pipelines.takedown import by_source, take_down
 from stages.storage.layout import LOCK
 from stages.storage.lock import RunLock
 from stages.storage.reader import DatasetReader
@@ -38,50 +35,12 @@ from stages.storage.store import TRIES, Store
 from tests.pipelines.helpers import DEMO, config, digests
 from tests.pipelines.stub_chain import stub_chain
 from tests.stages.storage.helpers import HOLDER, command, settings, write_scenes
-from tests.stages.storage.s3_server import KINDS, Bucket, Faults, Proxy, proxy, s3_server
+from tests.stages.storage.s3_server import ENVIRONMENT, KINDS, Bucket, Faults, Proxy
 from train.shards import ShardSet
 
 run = partial(run_chain, chain=stub_chain)  # what the stages do doesn't matter here
-SECRET = "not-to-be-seen-anywhere"
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "somebody",
-    "AWS_SECRET_ACCESS_KEY": SECRET,
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "1",  # Store retries, botocore doesn't
-}
-
-
-@pytest.fixture(scope="module")
-def server_and_client() -> Iterator[tuple[Proxy, Any]]:
-    """The proxy, and a client that connects to the server directly. Environment variables name the
-    proxy and the keys, as for a user.
-    """
-    with s3_server() as port, proxy(port) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("FSSPEC_S3_ENDPOINT_URL", server.url)
-        patch.setitem(fsspec.config.conf, "s3", {})
-        fsspec.config.set_conf_env(fsspec.config.conf)  # as at import
-        yield server, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_pauses() -> Iterator[None]:
-    """Makes pauses of this process twenty times shorter: before retries, and after a lock was
-    created.
-    """
-    shorter = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.storage.lock._SETTLE", 1.0 / 20)
-        patch.setattr(tenacity.nap, "time", shorter)
-        yield
-
-
-@pytest.fixture
-def bucket(server_and_client: tuple[Proxy, Any]) -> Bucket:
-    server, client = server_and_client
-    server.reset()
-    return Bucket(client, server)
+SECRET = ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +91,44 @@ def test_a_run_to_s3_writes_the_bytes_of_a_local_run_and_a_second_run_writes_not
     run(settings(scenes, bucket.out))
     assert bucket.stamps() == before
     assert bucket.proxy.changes(f"/{bucket.name}/") == []
+
+
+def test_lint_downloads_each_file_once_and_fast_lint_no_tar(
+    finished: FinishedRun, bucket: Bucket, scenes: Path
+) -> None:
+    bucket.copy_of(finished.bucket)
+    store = Store(bucket.out)
+    removed = by_source(store, "ann.jpg")
+    take_down(store, settings(scenes, bucket.out), removed, "source", "", stub_chain)
+    sizes = store.sizes("shards")
+    names = [name for name in sizes if name.endswith((".tar", ".parquet"))]
+    read: list[int] = []
+    bucket.proxy.reset()
+    assert list(lint(store, advance=read.append)) == []
+    assert bucket.downloads() == dict.fromkeys(sizes, 1)
+    assert sum(read) == sum(sizes[name] for name in names) == lint_total(store, fast=False)
+    bucket.proxy.reset()
+    assert list(lint(store, fast=True)) == []
+    assert bucket.downloads() == {name: 1 for name in sizes if name not in names}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_lint_finds_damaged_objects(finished: FinishedRun, bucket: Bucket, fast: bool) -> None:
+    bucket.copy_of(finished.bucket)
+    tar = bucket.read("out/shards/fgid-000001.tar")
+    bucket.put("out/shards/fgid-000001.tar", tar[:-1])
+    first = bucket.read("out/shards/fgid-000000.tar")
+    bucket.put("out/shards/fgid-000000.tar", first[::-1])
+    bucket.put("out/identities.parquet", b"")
+    Store(bucket.out).remove("plan.parquet")
+    result = CliRunner().invoke(app, ["lint", bucket.out, *(["--fast"] if fast else [])])
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 1 and "Traceback" not in result.stdout
+    for name in ("plan.parquet is missing", "identities.parquet is damaged", "fgid-000001.tar has"):
+        assert len([line for line in lines if name in line]) == 1, lines
+    assert lines[-1].startswith("2 shards checked, ")
+    swapped = [line for line in lines if "fgid-000000.tar" in line]
+    assert bool(swapped) != fast, "only its digest differs"
 
 
 def test_the_trainer_reads_samples_from_s3(finished: FinishedRun) -> None:

@@ -16,7 +16,14 @@ from configs.errors import ShardError
 from stages.annotations import ABSENT, FUSED, Measures, Review
 from stages.record import Face, Record
 from stages.storage.layout import FORMAT_VERSION
-from stages.storage.samples import TarWriter, from_members, parse_sample, read_sample, to_members
+from stages.storage.samples import (
+    TarWriter,
+    from_members,
+    parse_sample,
+    read_sample,
+    record_of,
+    to_members,
+)
 from tests.stages.records import records, same_record
 
 KINDS = (Measures, Review)
@@ -143,3 +150,28 @@ def test_a_sample_is_read_from_its_place_in_a_tar_and_from_its_bytes(tmp_path: P
     assert parse_sample(part, "0" * 20, "a.tar").key == "0" * 20
     with pytest.raises(ShardError, match=r"expected sample 1{20}"):
         parse_sample(part, "1" * 20, "a.tar")
+
+
+def numpy_file(values: object) -> bytes:
+    with io.BytesIO() as stream:
+        np.save(stream, np.asarray(values, np.float32))
+        return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("member", "data"),
+    [
+        ("json", b""),
+        ("json", b"[]"),
+        ("json", b"\xff"),
+        ("json", b'{"version": 3, "faces": 1}'),
+        ("identity.npy", b""),
+        ("identity.npy", b"\xff" * 64),
+        ("identity.npy", numpy_file([1.0])),
+        ("identity.npy", numpy_file(np.ones((512, 1)))),
+    ],
+)
+def test_a_damaged_member_is_an_error_that_names_the_sample(member: str, data: bytes) -> None:
+    members = {**to_members(SAMPLE, ()), member: data}
+    with pytest.raises(ShardError, match="a place can't be read"):
+        record_of(members, SAMPLE.key, "a place")
