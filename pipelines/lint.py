@@ -34,6 +34,7 @@ _ROW: Final = ("key", "status", "members", "quarantine_offset", *_COMPARED)
 _LISTED: Final = 3  # faults of one tar; of more, only the number is stated
 _AT_ONCE: Final = 64  # manifests read together
 _PART: Final = 1 << 20  # bytes
+_AGAIN: Final = "If no run is writing, run the pipeline again: it completes that."
 
 
 def lint(
@@ -109,6 +110,8 @@ class _Lint:
 
     def _uncommitted(self) -> Iterator[str]:
         """Yields files that belong to no manifest."""
+        if any(map(layout.is_manifest, self.store.names(layout.STAGED))):
+            yield f"{layout.STAGED}: a shard is being replaced. {_AGAIN}"
         shards = set(self.reader.uncommitted())
         if shards:
             self.complete = False

@@ -85,9 +85,7 @@ def _plan_and_run(
     from pipelines.run import plan_job
     from stages.storage.reader import DatasetReader
 
-    job = plan_job(settings, retry, repair=repair)
-    for each in job.damage:
-        typer.echo(f"damaged: {each.name}: {each.how}")
+    job = _plan_repair(settings) if repair else plan_job(settings, retry)
     typer.echo(
         f"plan: {job.plan.inputs:,} inputs in {len(job.plan.shards)} shards "
         f"({job.plan.new:,} new, {job.plan.changed:,} changed, {job.plan.vanished:,} vanished)"
@@ -108,6 +106,24 @@ def _plan_and_run(
         )
     if not dry_run:
         _run(job)
+
+
+def _plan_repair(settings: DatasetConfig) -> Job:
+    """Reads all files of the output, with progress, and prints which are damaged. Returns the run
+    that makes them again.
+    """
+    from pipelines.lint import lint_total
+    from pipelines.progress import Progress
+    from pipelines.run import plan_job
+    from stages.storage.store import Store
+
+    with Progress(lint_total(Store(settings.output), fast=False), "bytes") as progress:
+        job = plan_job(settings, repair=True, advance=progress.advance)
+    for each in job.damage:
+        typer.echo(f"damaged: {each.name}: {each.how}")
+    if not job.damage:
+        typer.echo("no file is damaged")
+    return job
 
 
 def _without_shards(job: Job) -> str:

@@ -4,9 +4,10 @@ the disk is full: `make chaos`.
 Each round runs the pipeline on a Ray cluster of several nodes and sends SIGKILL to random processes
 at random times, drawn from a seed. When the driver is killed, the same command is run again. In
 each third round of five, a file of a committed shard is damaged before that; the run must refuse
-it. In each fifth round the disk is full instead of any kills, and later has room again. At the end
-the shards are compared byte by byte with those of an undisturbed run, their keys are counted, and
-lint checks them. The exit status is 1 if anything differs.
+it; in the end several files are damaged and repaired. In each fifth round the disk is full instead
+of any kills, and later has room again. At the end the shards are compared byte by byte with those
+of an undisturbed run, their keys are counted, and lint checks them. The exit status is 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -178,7 +179,9 @@ def play(
     if driver is not None and driver.poll() is None:
         driver.kill()
         driver.wait()
-    result.kills.update(vandal.done if vandal else ())
+    if vandal is not None:
+        result.faults += vandal.finish(output, arguments)
+        result.kills.update(vandal.done)
     result.seconds = time.monotonic() - started
     return result
 

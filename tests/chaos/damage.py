@@ -12,6 +12,8 @@ from pipelines.lint import lint
 from stages.storage.store import Store
 from tests.chaos.command import output_of
 
+_REPAIRED = 3  # files of shards that are damaged at once
+
 
 @dataclass
 class Vandal:
@@ -27,15 +29,33 @@ class Vandal:
 
     def strike(self, output: Path, arguments: list[str]) -> list[str]:
         """Damages a file of a committed shard, if there is one, runs the command with `arguments`,
-        and repairs the file. Returns faults: damage that isn't reported.
+        and restores the file from a copy. Returns faults: damage that isn't reported.
         """
         manifests = _manifests(output)
         self._shards = len(manifests)
         if not manifests:
             return []
-        files = sorted((output / "shards").glob(f"{self.rng.choice(manifests)}.*"))
-        path, kind = self.rng.choice(files), self.rng.choice(("removed", "truncated", "changed"))
+        path = self.rng.choice(sorted((output / "shards").glob(f"{self.rng.choice(manifests)}.*")))
         whole = path.read_bytes()
+        kind = self._damage(path)
+        faults = self._unreported(path, kind, output, arguments)
+        path.write_bytes(whole)
+        return faults
+
+    def finish(self, output: Path, arguments: list[str]) -> list[str]:
+        """Damages several files of the complete data set, and repairs them with one command.
+        Returns a fault if that fails.
+        """
+        for path in self.rng.sample(sorted((output / "shards").iterdir()), _REPAIRED):
+            self._damage(path)
+        table = self.rng.choice(sorted(output.glob("*.parquet")))
+        os.truncate(table, self.rng.randrange(table.stat().st_size))
+        code, text = output_of([*arguments, "--repair"])
+        return [f"the repair exited {code}: {text[-600:]}"] if code else []
+
+    def _damage(self, path: Path) -> str:
+        """Damages a file. Returns how."""
+        kind, whole = self.rng.choice(("removed", "truncated", "changed")), path.read_bytes()
         if kind == "removed":
             path.unlink()
         elif kind == "truncated":
@@ -45,9 +65,7 @@ class Vandal:
             part = bytes(255 - byte for byte in whole[start : start + 8])
             path.write_bytes(whole[:start] + part + whole[start + 8 :])
         self.done[f"{path.suffix[1:]} {kind}"] += 1
-        faults = self._unreported(path, kind, output, arguments)
-        repair(path, whole, arguments)
-        return faults
+        return kind
 
     def _unreported(self, path: Path, kind: str, output: Path, arguments: list[str]) -> list[str]:
         if not [line for line in lint(Store(str(output))) if path.name in line]:
@@ -63,12 +81,3 @@ class Vandal:
 def _manifests(output: Path) -> list[str]:
     """Returns the names of the committed shards."""
     return sorted(path.stem for path in (output / "shards").glob("fgid-*.json"))
-
-
-def repair(path: Path, whole: bytes, arguments: list[str]) -> None:
-    """Restores a damaged file from a copy.
-
-    Once `run` has the option --repair, it goes here, in place of the copy:
-    `succeed([*arguments, "--repair"])`.
-    """
-    path.write_bytes(whole)
