@@ -60,6 +60,10 @@ def run(source: Path, output: Path, *more: str) -> list[str]:
     return ["run", "-c", DEMO, f"source.path={source}", f"output={output}", *SETTINGS, *more]
 
 
+def removal(output: Path) -> list[str]:
+    return ["takedown", str(output), "--source", "ann.jpg", "--yes"]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Name of each case → exit status and output."""
@@ -75,7 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         "new output": run(source, folder / "new"),
         "run": run(source, whole, "caption.llava.prompt=Who?"),
         "report": ["report", str(whole)],
-        "takedown": ["takedown", str(whole), "--source", "ann.jpg", "--yes"],
+        "takedown": [*removal(whole), "--page", str(folder / "page.html")],
         "export": ["export-json", str(whole), str(folder / "exported")],
         "png": ["inspect", str(whole), "ann.jpg", "--png", str(folder / "ann.png")],
         "synthesize": ["synthesize", str(folder / "portraits"), "--count", "1"],
@@ -94,7 +98,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
             ["export-json", str(trial), str(trial / "exported")],
             ["inspect", str(trial), "ann.jpg", "--png", str(trial / "a.png")],
             ["lint", str(trial)],
-            ["takedown", str(trial), "--source", "ann.jpg", "--yes"],
+            *([*removal(trial), "--page", str(trial / "page.html")] for _ in range(2)),
         ],
         "unreadable": ["cut/shards/fgid-000000.tar", "cut/shards/fgid-000001.parquet"],
         "user": NOBODY,
@@ -115,7 +119,7 @@ CASES = {
     "new output": "new/run.lock",
     "run": "whole/run.lock",
     "report": "whole/report/stats.json",
-    "takedown": "whole/run.lock",
+    "takedown": "page.html",
     "export": "/exported",
     "png": "ann.png",
     "synthesize": "/portraits",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import DatasetConfig
+from configs.schema import DatasetConfig, ResizeConfig
 from pipelines.sources import Input, Source
 from stages.base import Failed, Stage
 from stages.codec import encode_labels
@@ -22,15 +22,23 @@ class Stub(Stage):
         raise AssertionError(f"planning must not run stage {self.name}")
 
 
+class Decoder(Stub):
+    """May be run, to see whether an input is an image."""
+
+    def process(self, records: list[Record]) -> list[Record]:
+        return records
+
+
 def stub(
     name: str,
     requires: tuple[str, ...] = (),
     provides: tuple[str, ...] = (),
     version: int = 1,
 ) -> Stage:
-    """Returns a stage that must not be run."""
+    """Returns a stage; only one that provides images may be run."""
     values = {"name": name, "requires": requires, "provides": provides, "version": version}
-    return type(name, (Stub,), values)(None)
+    kind = Decoder if "image" in provides else Stub
+    return type(name, (kind,), values)(ResizeConfig())
 
 
 def chain(**versions: int) -> list[Stage]:

@@ -1,8 +1,7 @@
-"""Reported data sets that the tests of the report share, and a browser to open their pages in."""
+"""Reported data sets that the tests of the report share, and their pages in a browser."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,6 @@ from tests.pipelines.helpers import config
 from tests.pipelines.report.helpers import Open
 from tests.pipelines.report.report_data import Recipe, write_set
 
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
 WIDE = {"width": 1300, "height": 900}
 
 
@@ -48,18 +43,6 @@ def browsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browsed") / "out"
     write_report(str(write_set(folder, Recipe(shards=4, rows=90, odd=(2,), hostile=True))))
     return folder
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A browser's window without a network. Tests share its tabs: in a process that has compiled
-    the charting library before, the page opens with a quarter of the work."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        yield chromium.new_context(offline=True)
-        chromium.close()
 
 
 @pytest.fixture

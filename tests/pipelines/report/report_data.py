@@ -169,6 +169,7 @@ def _sidecar(
         "quarantine_offset": np.full(n, -1),
         "quarantine_size": np.zeros(n, int),
         "members": [[]] * n,
+        "sample_sha256": [""] * n,
         "license": rng.choice(_LICENSES, n).tolist(),
         "author": [f"A. Uthor {number}" for number in rng.integers(0, 40, n)],
         "consent": rng.choice(["", "given"], n).tolist(),

@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -154,35 +155,30 @@ def test_a_record_without_an_image_is_on_the_page(folder: Path) -> None:
 
 
 @needs_chromium
-def test_a_browser_shows_the_faces_and_runs_nothing(folder: Path, people: list[Path]) -> None:
-    from playwright.sync_api import sync_playwright
-
-    from tests.pipelines.report.conftest import FLAGS
-
+def test_a_browser_shows_the_faces_and_runs_nothing(
+    folder: Path, people: list[Path], browser: Any
+) -> None:
     # in the couple's picture ann is smaller, so that is a near miss
     result = call(folder, "--photo", str(people[0]), "--similarity", "0.999", "--dry-run")
     assert "were measured at 0.40, not at this threshold" in result.stdout
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        shown = browser.new_context(offline=True, java_script_enabled=True).new_page()
-        requests: list[str] = []
-        shown.on("request", lambda request: requests.append(request.url))
-        shown.goto((folder / "page.html").as_uri())
-        assert shown.title() == "Take-down: review"
-        matches = shown.locator("section").nth(0)
-        assert matches.locator(".name").all_inner_texts() == ["ann.jpg"]
-        near = shown.locator("section").nth(1)
-        assert near.locator(".name").all_inner_texts() == [HOSTILE]
-        sizes = shown.eval_on_selector_all(
-            "img", "all => all.map(each => [each.className, each.naturalHeight])"
-        )
-        assert [height for kind, height in sizes if kind == "face"] == [200, 200]
-        assert len(sizes) == 4 and all(height > 40 for _, height in sizes)
-        assert all(not url.startswith("http") for url in requests)
-        box = near.locator("i").bounding_box()
-        whole = near.locator(".whole img").bounding_box()
-        assert box and whole and box["x"] > whole["x"] + whole["width"] / 2, "ann is on the right"
-        browser.close()
+    shown = browser.new_page()
+    requests: list[str] = []
+    shown.on("request", lambda request: requests.append(request.url))
+    shown.goto((folder / "page.html").as_uri())
+    assert shown.title() == "Take-down: review"
+    matches, near = (shown.locator("section").nth(place) for place in (0, 1))
+    assert matches.locator(".name").all_inner_texts() == ["ann.jpg"]
+    assert near.locator(".name").all_inner_texts() == [HOSTILE]
+    sizes = shown.eval_on_selector_all(
+        "img", "all => all.map(each => [each.className, each.naturalHeight])"
+    )
+    assert [height for kind, height in sizes if kind == "face"] == [200, 200]
+    assert len(sizes) == 4 and all(height > 40 for _, height in sizes)
+    assert all(not url.startswith("http") for url in requests)
+    box = near.locator("i").bounding_box()
+    whole = near.locator(".whole img").bounding_box()
+    assert box and whole and box["x"] > whole["x"] + whole["width"] / 2, "ann is on the right"
+    shown.close()
 
 
 def test_a_repeated_request_completes_one_that_was_stopped(folder: Path) -> None:
