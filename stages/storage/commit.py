@@ -80,7 +80,9 @@ def commit(
     excluded = exclusions.of_shard(store, shard.index)
     records = [exclusions.apply(excluded.get(record.key), record) for record in records]
     rows = {record.key: sidecar_row(record, chain.annotations) for record in records}
-    exists = store.exists(layout.in_shards(layout.manifest(shard.index)))
+    # without its manifest too: `intact_records` reads sidecar and tar of such a shard
+    names = (layout.manifest(shard.index), layout.sidecar(shard.index))
+    exists = any(store.exists(layout.in_shards(name)) for name in names)
     folder = layout.STAGED if exists else layout.SHARDS
 
     def write_tar(stream: IO[bytes], chosen: Sequence[Record], kind: str) -> None:

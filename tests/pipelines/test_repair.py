@@ -16,7 +16,7 @@ from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.layout import DUPLICATES, IDENTITIES, PLAN
 from stages.storage.repair import find_damage
 from stages.storage.sidecar import is_quarantined
-from tests.pipelines import incremental
+from tests.pipelines import incremental, sigkill
 from tests.pipelines.helpers import digests, rows_of
 from tests.pipelines.incremental import IncrementalDataSet
 from tests.pipelines.stub_chain import Scene, stub_chain
@@ -149,6 +149,21 @@ def test_a_repair_keeps_all_written_samples_if_no_tar_is_damaged_and_all_sources
             assert row == before[row["key"]]
         elif row["source"] == "photo-b.jpg":
             assert is_quarantined(row) == (name != SIDECAR)
+
+
+def test_a_repair_that_is_killed_again_and_again_loses_nothing(
+    data: IncrementalDataSet, tmp_path: Path
+) -> None:
+    before = digests(data.output)
+    damage(data, MANIFEST, "missing")
+    damage(data, "shards/fgid-000001.json", "truncated")
+    lose_sources(data)
+    arguments = incremental.run, data.config, frozenset[str](), True
+    moment = 5
+    while sigkill.killed(moment, tmp_path / "errors", *arguments):
+        moment += 3
+    assert moment > 20
+    assert digests(data.output) == before
 
 
 def test_a_repair_loses_only_the_damaged_sample_if_all_sources_are_gone(
