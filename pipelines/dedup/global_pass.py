@@ -96,7 +96,7 @@ def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
     """Returns whether all shards have their exclusions applied, and the identities are those of
     these shards and this configuration.
     """
-    if stale_shards(store) or not store.exists(layout.IDENTITIES):
+    if stale_shards(store) or not all(map(store.exists, (layout.DUPLICATES, layout.IDENTITIES))):
         return False
     try:
         with store.parquet(layout.IDENTITIES) as file:

@@ -129,6 +129,15 @@ def test_a_repair_makes_a_shard_again_of_which_only_the_tar_is_left(
     assert digests(data.output) == before
 
 
+def test_a_run_makes_a_missing_table_of_duplicates_again_although_there_are_none(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-e.jpg", CAT)
+    data.run()
+    damage(data, DUPLICATES, "missing")
+    data.run()
+
+
 @pytest.mark.parametrize("name", [SIDECAR, MANIFEST, PLAN])
 @pytest.mark.parametrize("how", HOW)
 def test_a_repair_keeps_all_written_samples_if_no_tar_is_damaged_and_all_sources_are_gone(
