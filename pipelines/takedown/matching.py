@@ -182,8 +182,8 @@ def _compare(reader: DatasetReader, request: PhotoRequest) -> tuple[dict[int, Be
     if what:
         raise ShardError(
             f"{reader}: {what}, so a request by photograph would miss some. Run `python -m "
-            f"pipelines.cli run --config {reader}/{layout.CONFIG}` first: it adds what is missing, "
-            "from the data set's own samples."
+            f"pipelines.cli run --config {reader}/{layout.CONFIG} output={reader}` first: it adds "
+            "what is missing, from the data set's own samples."
         )
     return best, numbers
 

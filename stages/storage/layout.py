@@ -109,7 +109,7 @@ def how_to_repair(name: str) -> str:
         return "`run` with its preset writes it again."
     return (
         "Restore the file from a copy, or make it again: python -m pipelines.cli run -c "
-        f"OUT/{CONFIG} --repair"
+        f"OUT/{CONFIG} output=OUT --repair"
     )
 
 

@@ -30,7 +30,7 @@ CAT = Scene(person="cat").encode()
 TAR, QUARANTINE = "shards/fgid-000000.tar", "shards/fgid-000000.quarantine.tar"
 SIDECAR, MANIFEST = "shards/fgid-000000.parquet", "shards/fgid-000000.json"
 HOW = ["missing", "truncated", "overwritten"]
-REPAIR = r"or make it again: python -m pipelines.cli run -c OUT/config.yaml --repair"
+REPAIR = r"or make it again: python -m pipelines.cli run -c OUT/config.yaml output=OUT --repair"
 
 
 @pytest.fixture
