@@ -213,10 +213,17 @@ def test_a_block_of_another_embedder_is_a_warning_and_is_not_stated_as_proved(
         {"block": base64.b64encode(np.full(512, np.nan, "<f4").tobytes()).decode()},
         {"photo": {"cosine": None, "embedder": "embed-1-x"}},
         {"photo": {}},
+        {"photo": {"cosine": "0.4", "embedder": "e", "photos": 1, "weights": "w"}},
+        {"block": ""},
+        {"sha256": None},
+        {"sha256": "a digest"},
+        {"removed": {"fgid-000000": "a key"}, "inputs": 5},
+        {"by": 5},
         {"by": "release", "released": "all"},
+        {"by": "release", "released": [["a digest"]]},
     ],
 )
-def test_a_damaged_entry_of_a_blocked_person_is_an_error(
+def test_a_damaged_entry_is_an_error(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     store = make(tmp_path, {"ann": Scene(person="ann")})
