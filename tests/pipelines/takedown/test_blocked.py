@@ -223,9 +223,7 @@ def test_a_block_of_another_embedder_is_a_warning_and_is_not_stated_as_proved(
         {"by": "release", "released": [["a digest"]]},
     ],
 )
-def test_a_damaged_entry_is_an_error(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_a_damaged_entry_is_an_error(tmp_path: Path, change: dict[str, object]) -> None:
     store = make(tmp_path, {"ann": Scene(person="ann")})
     block(tmp_path, store, "ann")
     [entry] = map(json.loads, store.read("takedown.jsonl").decode().splitlines())
