@@ -237,6 +237,18 @@ def test_a_person_is_blocked_and_a_picture_released_from_the_command_line(
     )
 
 
+def test_a_release_says_if_another_rule_drops_the_picture(
+    folder: Path, people: list[Path], darker: Path
+) -> None:
+    photos, out = folder / "photos", folder / "out"
+    call(folder, "--photo", str(people[0]), "--block-person", "--yes")
+    shutil.copy(darker, photos / "first.jpg")
+    cv2.imwrite(str(photos / "second.jpg"), cv2.imread(str(darker)), [cv2.IMWRITE_JPEG_QUALITY, 70])
+    run(config(photos, out, *NO_RULES, "shard_size=2", "parse.size=320"))
+    assert "is a sample again" in call(folder, "--release", "first.jpg").stdout
+    assert "is now dropped: near_duplicate" in call(folder, "--release", "second.jpg").stdout
+
+
 def test_options_that_need_a_photograph_are_refused_without_one(folder: Path) -> None:
     for option in (["--block-person"], ["--similarity", "0.5"]):
         failed = call(folder, "--source", "ann.jpg", *option)
