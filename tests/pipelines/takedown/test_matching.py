@@ -199,6 +199,16 @@ def test_a_removed_couple_is_gone(tmp_path: Path) -> None:
     assert by_face(store, request(tmp_path, "ann")).matches == []
 
 
+def test_an_original_is_removed_with_its_exact_copy(tmp_path: Path) -> None:
+    """The same bytes would stay, as a sample, if only the copy was removed."""
+    ann, ben = Scene(person="ann"), Scene(person="ben")
+    store = make(tmp_path, {"a": ann, "b": ben, "copy": ann, "copy 2": ann})
+    assert read_ledger(store).dropped == {"duplicate": 2}
+    matches = by_source(store, "copy.jpg")
+    assert sources([*matches]) == ["a", "copy", "copy 2"]
+    assert {match.sha256 for match in matches} - {""}, "the file is refused under any name"
+
+
 def test_the_plan_loses_the_names_of_removed_inputs_with_their_files(tmp_path: Path) -> None:
     store = make(tmp_path, {name: Scene(person=name) for name in ("ann", "ben", "carl")})
     matches = by_source(store, "ann.jpg")
