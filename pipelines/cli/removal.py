@@ -174,7 +174,7 @@ def _show(store: Store, search: Search, page: Path, dry_run: bool) -> None:
 
 def _release(store: Store, config: DatasetConfig, text: str, note: str, dry_run: bool) -> None:
     """Releases the record that `text` means, a key, its beginning, or a name."""
-    from pipelines.inspect.find import find
+    from pipelines.inspect.find import find, inspect
     from pipelines.takedown import check_blocked, release
     from stages.storage.reader import DatasetReader
 
@@ -186,4 +186,6 @@ def _release(store: Store, config: DatasetConfig, text: str, note: str, dry_run:
         return
     release(store, config, key, note)
     write_reports(store)
-    typer.echo(f"{key} is a sample again; logged in {store.url}/{layout.TAKEDOWNS}")
+    row = inspect(store, key).row
+    now = f"is now {row['status']}: {row['reason']}" if row["reason"] else "is a sample again"
+    typer.echo(f"{key} {now}; logged in {store.url}/{layout.TAKEDOWNS}")

@@ -116,6 +116,16 @@ class InputIndex:
             ),
         )
 
+    def forget_vanished(self, keys: Iterable[str]) -> None:
+        """Erases all but the key of those inputs with these keys that the source no longer lists.
+        They keep their places. Call it when all listed inputs have been added.
+        """
+        self._db.executemany(
+            "UPDATE inputs SET source = '', locator = x'', size = -1, version = '', facts = '' "
+            "WHERE key = ? AND state = 'vanished'",
+            ((key,) for key in keys),
+        )
+
     def assign_shards(self, shard_size: int) -> tuple[int, int, int]:
         """Divides the new inputs, sorted by name, into new shards after the existing ones.
 

@@ -147,9 +147,11 @@ def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
                 f"{', '.join(config.source.extensions)} files, in the folder or in its subfolders. "
                 f"{' '.join(['Give another folder, or other source.extensions.', *passed_over])}"
             )
+        removed = removed_keys(store)
+        index.forget_vanished(removed)
         new, changed, vanished = index.assign_shards(config.shard_size)
         if config.source.find_copies:
-            mark_exact_copies(index, source, removed_keys(store))
+            mark_exact_copies(index, source, removed)
         file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the plan
         shards = tuple(_write(index, file, drops_vanished=config.source.missing == "drop"))
         file.flush()

@@ -182,8 +182,8 @@ def _compare(reader: DatasetReader, request: PhotoRequest) -> tuple[dict[int, Be
     if what:
         raise ShardError(
             f"{reader}: {what}, so a request by photograph would miss some. Run `python -m "
-            f"pipelines.cli run --config {reader}/{layout.CONFIG}` first: it adds what is missing, "
-            "from the data set's own samples."
+            f"pipelines.cli run --config {reader}/{layout.CONFIG} output={reader}` first: it adds "
+            "what is missing, from the data set's own samples."
         )
     return best, numbers
 
@@ -241,16 +241,23 @@ def _with_duplicates(
         if row["reason"] != TAKEN_DOWN and row["key"] not in removed
     ]
     reasons = {row["key"]: reason for row in rows if (reason := why(row))}
-    originals = _originals(store)
+    copies, duplicates = _copies(store), _duplicates(store)
+    sha256 = {row["key"]: row["sha256"] for row in rows}
+    # an exact copy is not read by a run, so its row has no digest
+    sha256 |= {key: sha256.get(of, "") for key, of in copies.items() if not sha256.get(key)}
     count = -1
     while len(reasons) != count:  # copies of copies too
         count = len(reasons)
-        digests = {row["sha256"] for row in rows if row["key"] in reasons} - {""}
+        digests = {sha256[key] for key in reasons} - {""}
         reasons |= {
             row["key"]: "a copy of one of these"
             for row in rows
             if row["key"] not in reasons
-            and (originals.get(row["key"]) in reasons or row["sha256"] in digests)
+            and (
+                copies.get(row["key"]) in reasons
+                or duplicates.get(row["key"]) in reasons
+                or sha256[row["key"]] in digests
+            )
         }
     return [_match(row, reasons[row["key"]], best) for row in rows if row["key"] in reasons]
 
@@ -264,26 +271,31 @@ def _match(row: Mapping[str, Any], why: str, best: Mapping[int, Best] | None) ->
     return Match(**values, why=why, cosine=cosine, face=face)
 
 
-def _originals(store: Store) -> dict[str, str]:
-    """Returns key → key of its original, for all exact copies and other duplicates. Raises
-    ShardError if the table of either is missing or damaged.
-    """
-    copies: pa.Table
-    rows: list[Mapping[str, Any]] = []
+def _copies(store: Store) -> dict[str, str]:
+    """Returns key → key of its original, for the exact copies of the plan."""
+    plan = _table(store, layout.PLAN, "duplicate_of")
+    copies = plan.filter(pc.not_equal(plan.column("duplicate_of"), ""))
+    return {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
+
+
+def _duplicates(store: Store) -> dict[str, str]:
+    """Returns key → key of its original, for what the global pass dropped."""
+    # without both tables, the global pass hasn't run yet
+    if not store.exists(layout.DUPLICATES) and not store.exists(layout.IDENTITIES):
+        return {}
+    rows = _table(store, layout.DUPLICATES, "of").to_pylist()
+    return {row["key"]: row["of"] for row in rows}
+
+
+def _table(store: Store, name: str, column: str) -> pa.Table:
+    """Raises ShardError if the table is missing or damaged."""
     try:
-        plan = store.table(layout.PLAN, ["key", "duplicate_of"])
-        copies = plan.filter(pc.not_equal(plan.column("duplicate_of"), ""))
-        # without both tables, the global pass hasn't run yet
-        if store.exists(layout.DUPLICATES) or store.exists(layout.IDENTITIES):
-            rows = store.table(layout.DUPLICATES, ["key", "of"]).to_pylist()
+        return store.table(name, ["key", column])
     except FileNotFoundError as error:
-        name = layout.DUPLICATES if layout.DUPLICATES in str(error) else layout.PLAN
         raise ShardError(
             f"{store.url}/{name} is missing, so copies of the images to remove can't be found. "
             f"{layout.how_to_repair(name)}"
         ) from error
-    originals = {row["key"]: key_of(row["duplicate_of"]) for row in copies.to_pylist()}
-    return originals | {row["key"]: row["of"] for row in rows}
 
 
 def digest_of(text: str) -> str:

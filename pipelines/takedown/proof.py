@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -117,7 +118,8 @@ def _of_photo(entry: dict[str, Any]) -> str:
 
 def _of_blocked(store: Store) -> Iterator[str]:
     people = exclusions.blocked_people(store)
-    embedders = {embedder_of(m.signatures) for m in DatasetReader(store).manifests().values()}
+    reader = DatasetReader(store)
+    embedders = {embedder_of(manifest.signatures) for manifest in reader.manifests().values()}
     same = [person for person in people if embedders <= {person.embedder}]
     if same:
         least = min(person.cosine for person in same)
@@ -125,11 +127,23 @@ def _of_blocked(store: Store) -> Iterator[str]:
             f"removals: blocked people: {len(same)}. No face of a sample has a cosine of at least "
             f"{least:.2f} to one of them" + _released(people)
         )
+        if foreign := sum(map(partial(_foreign, reader), reader.manifests())):
+            yield (
+                f"removals: {_count(foreign, 'sample')} brought the embedding of the main face "
+                "along. If another network made it, that face was not compared"
+            )
     if others := len(people) - len(same):
         yield (
             f"removals: blocked people that were not compared: {others}. Shards have the faces of "
             "another embedder. Give the photographs to `takedown --photo --block-person` again"
         )
+
+
+def _foreign(reader: DatasetReader, shard: int) -> int:
+    """Returns the number of a shard's samples whose embedding came with the source."""
+    table = reader.rows(shard, ("status", "identity_norm"))
+    samples = table.filter(pc.equal(table.column("status"), Status.OK.value))
+    return int(samples.column("identity_norm").null_count)
 
 
 def _released(people: list[exclusions.BlockedPerson]) -> str:

@@ -106,9 +106,13 @@ def check_blocked(store: Store, key: str) -> str:
 
 
 def is_unfinished(store: Store, config: DatasetConfig) -> bool:
-    """Returns whether a take-down or a release was stopped before it had changed all shards."""
+    """Returns whether a take-down or a release was stopped before it had changed all shards, or
+    before the report was written again.
+    """
     if not store.exists(layout.TAKEDOWNS):
         return False
+    if not store.exists(layout.REPORT):
+        return True
     return bool(stale_shards(store)) or not is_global_pass_current(store, config.global_pass)
 
 
@@ -120,13 +124,17 @@ def finish(store: Store, config: DatasetConfig, chain: Chain = build_chain) -> N
 
 @contextmanager
 def _completed(store: Store, config: DatasetConfig, chain: Chain) -> Iterator[None]:
-    """A context that holds the run lock and, at its end, lets the data set follow the log."""
+    """A context that holds the run lock and, at its end, lets the data set follow the log. The
+    report, which shows removed records, is deleted first: the caller writes it again.
+    """
     info = ChainInfo.of(chain(config))
     with RunLock(store):
         complete_commits(store)
         check_log(store, DatasetReader(store).manifests().values())
         remove_uncommitted(store)
         yield
+        for name in (layout.REPORT, layout.STATS, layout.STATS_TABLE):
+            store.remove(name)
         apply_exclusions(store, info)
         run_global_pass(store, config.global_pass, info)
 

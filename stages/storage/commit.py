@@ -149,8 +149,8 @@ def complete_commits(store: Store) -> None:
     """Completes or removes what killed writers left: temporary files, and staged files. Call it
     while holding the run lock.
     """
-    store.sweep(layout.SHARDS)
-    store.sweep(layout.STAGED)
+    for folder in (layout.SHARDS, layout.STAGED, layout.REPORTS):
+        store.sweep(folder)
     store.sweep(spare=layout.LOCK)  # another run may be trying to create the lock at this moment
     for name in filter(layout.is_manifest, store.names(layout.STAGED)):
         path = layout.in_staged(name)

@@ -176,23 +176,34 @@ def _read_log(store: Store) -> list[dict[str, Any]]:
 def _check_entry(entry: dict[str, Any]) -> None:
     """Raises ValueError, KeyError, TypeError or AttributeError unless it is an entry of the log."""
     if entry["by"] == RELEASE:
-        if not isinstance(entry["released"], list):
-            raise ValueError("`released` is not a list")
+        _check_texts(entry["released"])
         return
-    keys = [key for shard in entry["removed"].values() for key in shard]
-    if entry["inputs"] != len(keys) or not {"time", "by", "note", "sha256"} <= {*entry}:
-        raise ValueError(f"{len(keys)} keys for {entry['inputs']} inputs")
+    _check_texts([entry["time"], entry["by"], entry["note"], *entry["removed"]])
+    for texts in (*entry["removed"].values(), entry["sha256"]):
+        _check_texts(texts)
+    if entry["inputs"] != (count := sum(map(len, entry["removed"].values()))):
+        raise ValueError(f"{count} keys for {entry['inputs']} inputs")
+    if (photo := entry.get("photo")) is not None:
+        _check_texts([photo["embedder"], photo["weights"]])
+        if not (math.isfinite(photo["cosine"]) and math.isfinite(photo["photos"])):
+            raise ValueError("cosine and number of photographs are not numbers")
     if "block" in entry:
         _block_vectors(entry)
-        if not math.isfinite(entry["photo"]["cosine"]) or not entry["photo"]["embedder"]:
+        if not photo or not photo["embedder"]:
             raise ValueError("a blocked person without cosine or embedder")
+
+
+def _check_texts(values: object) -> None:
+    """Raises TypeError unless it is a list of strings."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"expected a list of strings, not {str(values)[:80]}")
 
 
 def _block_vectors(entry: Mapping[str, Any]) -> FloatArray:
     data = base64.b64decode(entry["block"], validate=True)
     vectors = np.frombuffer(data, "<f4").reshape(-1, IDENTITY_DIM)
-    if not np.isfinite(vectors).all():
-        raise ValueError("an embedding of a blocked person has NaN or infinity")
+    if not len(vectors) or not np.isfinite(vectors).all():
+        raise ValueError("a blocked person has no embedding, or one with NaN or infinity")
     return np.asarray(vectors, np.float32)
 
 

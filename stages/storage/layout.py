@@ -29,9 +29,10 @@ TAKEDOWNS: Final = "takedown.jsonl"
 LOCK: Final = "run.lock"
 README: Final = "README.md"
 CROISSANT: Final = "croissant.json"
-REPORT: Final = "report/index.html"
-STATS: Final = "report/stats.json"
-STATS_TABLE: Final = "report/stats.parquet"
+REPORTS: Final = "report"
+REPORT: Final = f"{REPORTS}/index.html"
+STATS: Final = f"{REPORTS}/stats.json"
+STATS_TABLE: Final = f"{REPORTS}/stats.parquet"
 
 SHARDS: Final = "shards"
 STAGED: Final = "staged"
@@ -109,7 +110,7 @@ def how_to_repair(name: str) -> str:
         return "`run` with its preset writes it again."
     return (
         "Restore the file from a copy, or make it again: python -m pipelines.cli run -c "
-        f"OUT/{CONFIG} --repair"
+        f"OUT/{CONFIG} output=OUT --repair"
     )
 
 

@@ -47,14 +47,14 @@ from pipelines.run import execute, plan_job
 from pipelines.takedown import by_hash, by_source, finish, is_unfinished, take_down
 from stages.record import key_of
 from stages.storage.commit import complete_killed_commits
-from stages.storage.exclusions import TAKEN_DOWN, read_takedowns
+from stages.storage.exclusions import TAKEN_DOWN, read_takedowns, removed_keys
 from stages.storage.layout import CONFIG, DUPLICATES, IDENTITIES, PLAN, TAKEDOWNS
 from stages.storage.reader import DatasetReader
 from stages.storage.sidecar import Row
 from stages.storage.store import Store
 from tests.pipelines.compare import compare
 from tests.pipelines.helpers import NO_RULES, config, rows_of
-from tests.pipelines.losses import File, is_whole, losses, resize_signature
+from tests.pipelines.losses import File, is_whole, losses, plan_rows, resize_signature
 from tests.pipelines.sigkill import killed
 from tests.pipelines.stub_chain import OUTAGE, stub_chain
 
@@ -102,6 +102,7 @@ class IncrementalDataSet:
     planned: dict[str, File] = field(default_factory=dict)
     outage: bool = False
     _shards: list[list[str]] = field(default_factory=list)  # inputs
+    _plan: list[Row] = field(default_factory=list)
     _contents: dict[str, bytes] = field(default_factory=dict)  # by sha256: all there ever were
     _clock: int = 1_000_000_000  # seconds
 
@@ -273,19 +274,22 @@ class IncrementalDataSet:
 
     def _check_plan(self, complete: bool) -> None:
         """Checks and stores the plan of a run: a known input keeps its shard; new ones are sorted
-        and divided into shards after the others. A killed run may not have written its plan.
+        and divided into shards after the others. A removed input that isn't listed has no name. A
+        killed run may not have written its plan.
         """
         new = sorted({*self.files} - {*self.planned})
         added = [new[place : place + SHARD_SIZE] for place in range(0, len(new), SHARD_SIZE)]
         shards = [*self._shards, *added]
         inputs = {**self.planned, **self.files}
         planned = {name: inputs[name] for shard in shards for name in shard}
+        removed = removed_keys(self.store)
+        nameless = {name for name in planned if key_of(name) in removed} - {*self.files}
         rows = self._plan_rows()
-        if rows == _plan_rows(shards, planned):
-            self.planned, self._shards = planned, shards
+        if rows == plan_rows(shards, planned, nameless):
+            self.planned, self._shards, self._plan = planned, shards, rows
             self._plan_fresh(new)
         else:
-            assert not complete and rows == _plan_rows(self._shards, self.planned)
+            assert not complete and rows == self._plan
 
     def _plan_rows(self) -> list[Row]:
         names = ["shard", "source", "size", "version"]
@@ -368,19 +372,6 @@ def remove(output: Path, by: str, value: str) -> None:
 
 def _ignore(count: int) -> None:
     """Ignores progress."""
-
-
-def _plan_rows(shards: Sequence[Sequence[str]], planned: Mapping[str, File]) -> list[Row]:
-    return [
-        {
-            "shard": index,
-            "source": name,
-            "size": len(planned[name].data),
-            "version": str(planned[name].mtime * 10**9),
-        }
-        for index, names in enumerate(shards)
-        for name in names
-    ]
 
 
 def _without_vanished(plan: Plan, names: Set[str]) -> Plan:

@@ -1,9 +1,11 @@
-"""Which samples a run would lose because their inputs are gone or can't be read any more."""
+"""Which samples a run would lose because their inputs are gone or can't be read any more, and the
+rows of the plan.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,3 +71,21 @@ def _is_scene(data: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def plan_rows(
+    shards: Sequence[Sequence[str]], planned: Mapping[str, File], nameless: Set[str]
+) -> list[Row]:
+    """Returns rows of plan.parquet. nameless: inputs that were removed and are not listed."""
+    return [
+        {"shard": index, "source": "", "size": -1, "version": ""}
+        if name in nameless
+        else {
+            "shard": index,
+            "source": name,
+            "size": len(planned[name].data),
+            "version": str(planned[name].mtime * 10**9),
+        }
+        for index, names in enumerate(shards)
+        for name in names
+    ]

@@ -23,7 +23,7 @@ from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.pipelines.helpers import digests, rows_of, stamps
 from tests.pipelines.stub_chain import Scene, stub_chain
-from tests.pipelines.takedown.helpers import make, request, settings_of
+from tests.pipelines.takedown.helpers import make, request, settings_of, with_own_identities
 
 FIRST = {"ann": Scene(person="ann"), "ben": Scene(person="ben"), "carl": Scene(person="carl")}
 LATER = {
@@ -205,6 +205,16 @@ def test_a_block_of_another_embedder_is_a_warning_and_is_not_stated_as_proved(
     assert not any("No face of a sample" in line for line in statements(store))
 
 
+def test_lint_states_which_samples_brought_their_embedding_along(tmp_path: Path) -> None:
+    store = make(tmp_path, FIRST)
+    block(tmp_path, store, "ann")
+    assert len([*statements(store)]) == 3
+    (tmp_path / "photos/dora.jpg").write_bytes(Scene(person="dora").encode())
+    run(settings_of(tmp_path), chain=with_own_identities)
+    line = [*statements(store)][-1]
+    assert "1 sample brought the embedding" in line and "was not compared" in line
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -213,12 +223,17 @@ def test_a_block_of_another_embedder_is_a_warning_and_is_not_stated_as_proved(
         {"block": base64.b64encode(np.full(512, np.nan, "<f4").tobytes()).decode()},
         {"photo": {"cosine": None, "embedder": "embed-1-x"}},
         {"photo": {}},
+        {"photo": {"cosine": "0.4", "embedder": "e", "photos": 1, "weights": "w"}},
+        {"block": ""},
+        {"sha256": None},
+        {"sha256": "a digest"},
+        {"removed": {"fgid-000000": "a key"}, "inputs": 5},
+        {"by": 5},
         {"by": "release", "released": "all"},
+        {"by": "release", "released": [["a digest"]]},
     ],
 )
-def test_a_damaged_entry_of_a_blocked_person_is_an_error(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_a_damaged_entry_is_an_error(tmp_path: Path, change: dict[str, object]) -> None:
     store = make(tmp_path, {"ann": Scene(person="ann")})
     block(tmp_path, store, "ann")
     [entry] = map(json.loads, store.read("takedown.jsonl").decode().splitlines())

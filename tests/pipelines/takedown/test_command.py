@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
+from pipelines.cli.common import write_reports
 from pipelines.lint import lint
 from pipelines.run import run
-from pipelines.takedown import by_source, page
+from pipelines.takedown import by_source, page, take_down
 from stages.record import key_of
 from stages.storage.store import Store
 from tests.pipelines.helpers import NO_DEDUPLICATION, NO_RULES, config, rows_of, stamps
@@ -199,6 +200,19 @@ def test_a_repeated_request_completes_one_that_was_stopped(folder: Path) -> None
     assert again.exit_code == 0 and "complete now" not in again.stdout
 
 
+def test_no_report_of_a_take_down_that_was_stopped_is_left(folder: Path) -> None:
+    store = Store(str(folder / "out"))
+    write_reports(store)
+    (folder / "out/report/.index.html.tmp-0123abcd").write_bytes(b"left by a killed process")
+    matches = by_source(store, "ann.jpg")
+    settings = config(folder / "photos", folder / "out", *SETTINGS)
+    take_down(store, settings, matches, "source", "")  # killed before the report is written again
+    assert list((folder / "out/report").iterdir()) == []
+    result = call(folder, "--source", "ann.jpg")
+    assert result.exit_code == 0 and "it is complete now" in result.stdout
+    assert (folder / "out/report/index.html").exists()
+
+
 def test_a_person_is_blocked_and_a_picture_released_from_the_command_line(
     folder: Path, people: list[Path], darker: Path
 ) -> None:
@@ -221,6 +235,18 @@ def test_a_person_is_blocked_and_a_picture_released_from_the_command_line(
         key_of("later.jpg"),
         "ticket 9",
     )
+
+
+def test_a_release_says_if_another_rule_drops_the_picture(
+    folder: Path, people: list[Path], darker: Path
+) -> None:
+    photos, out = folder / "photos", folder / "out"
+    call(folder, "--photo", str(people[0]), "--block-person", "--yes")
+    shutil.copy(darker, photos / "first.jpg")
+    cv2.imwrite(str(photos / "second.jpg"), cv2.imread(str(darker)), [cv2.IMWRITE_JPEG_QUALITY, 70])
+    run(config(photos, out, *NO_RULES, "shard_size=2", "parse.size=320"))
+    assert "is a sample again" in call(folder, "--release", "first.jpg").stdout
+    assert "is now dropped: near_duplicate" in call(folder, "--release", "second.jpg").stdout
 
 
 def test_options_that_need_a_photograph_are_refused_without_one(folder: Path) -> None:

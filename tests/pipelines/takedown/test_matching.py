@@ -11,6 +11,8 @@ import pytest
 
 from configs.errors import ShardError
 from pipelines.dedup.faces import FACE_COLUMNS, best_of, faces_of
+from pipelines.ledger import read_ledger
+from pipelines.lint import lint
 from pipelines.run import plan_job, run
 from pipelines.takedown import by_source, matching, rates, take_down
 from pipelines.takedown.matching import Search, by_face
@@ -92,7 +94,7 @@ def test_shards_without_the_other_faces_are_refused_until_a_run_has_added_them(
     (tmp_path / "photos/couple.jpg").write_bytes(scene.encode())
     settings = settings_of(tmp_path)
     run(settings, chain=without_other_faces)
-    with pytest.raises(ShardError, match=r"cli run --config .*/out/config\.yaml") as error:
+    with pytest.raises(ShardError, match=r"out/config\.yaml output=\S*/out`") as error:
         by_face(plan_job(settings, chain=stub_chain).store, request(tmp_path, "ann"))
     assert "other faces of 1 pictures" in str(error.value)
     job = plan_job(settings, chain=stub_chain)
@@ -195,3 +197,31 @@ def test_a_removed_couple_is_gone(tmp_path: Path) -> None:
     assert rows[key_of("c.jpg")]["other_identities"] is None
     assert rows[key_of("ben.jpg")]["reason"] == ""
     assert by_face(store, request(tmp_path, "ann")).matches == []
+
+
+def test_an_original_is_removed_with_its_exact_copy(tmp_path: Path) -> None:
+    """The same bytes would stay, as a sample, if only the copy was removed."""
+    ann, ben = Scene(person="ann"), Scene(person="ben")
+    store = make(tmp_path, {"a": ann, "b": ben, "copy": ann, "copy 2": ann})
+    assert read_ledger(store).dropped == {"duplicate": 2}
+    matches = by_source(store, "copy.jpg")
+    assert sources([*matches]) == ["a", "copy", "copy 2"]
+    assert {match.sha256 for match in matches} - {""}, "the file is refused under any name"
+
+
+def test_the_plan_loses_the_names_of_removed_inputs_with_their_files(tmp_path: Path) -> None:
+    store = make(tmp_path, {name: Scene(person=name) for name in ("ann", "ben", "carl")})
+    matches = by_source(store, "ann.jpg")
+    take_down(store, settings_of(tmp_path), matches, "source", "", stub_chain)
+    make(tmp_path, {})
+    assert "ann.jpg" in store.table("plan.parquet").column("source").to_pylist(), "still listed"
+    (tmp_path / "photos/ann.jpg").unlink()
+    (tmp_path / "photos/ben.jpg").unlink()
+    for _ in range(2):
+        make(tmp_path, {})
+        rows = store.table("plan.parquet", ["key", "source", "locator", "version"]).to_pylist()
+        assert rows[0] == {"key": key_of("ann.jpg"), "source": "", "locator": b"", "version": ""}
+        assert [row["source"] for row in rows] == ["", "ben.jpg", "carl.jpg"]
+        assert read_ledger(store).written == 2 and list(lint(store)) == []
+    make(tmp_path, {"ann": Scene(person="ann")})
+    assert read_ledger(store).dropped == {"taken_down": 1}, "the name is still refused"
