@@ -196,6 +196,52 @@ def test_a_repair_restores_nothing_of_what_was_taken_down(data: IncrementalDataS
     repair(data)
 
 
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+@pytest.mark.parametrize("repairs", [True, False])
+def test_without_the_removal_log_and_a_manifest_nothing_removed_comes_back(
+    data: IncrementalDataSet, how: str, repairs: bool
+) -> None:
+    data.take_down("source", "photo-d.jpg")
+    damage(data, "takedown.jsonl", "missing")
+    damage(data, "shards/fgid-000001.json", how)
+    before = digests(data.output)
+    what = "takedown.jsonl is missing or empty, but fgid-000001 has removed records"
+    if how == "truncated" and not repairs:
+        what = "fgid-000001.json is not a manifest"
+    with pytest.raises(ShardError, match=what):
+        incremental.run(data.config, repair=repairs)
+    assert digests(data.output) == before
+
+
+@pytest.mark.parametrize(
+    "staged",
+    [
+        {"fgid-000000.json": b"{"},
+        {"fgid-000000.json": MANIFEST},
+        {"fgid-000000.json": "shards/fgid-000001.json"},
+        {"fgid-000000.json": MANIFEST, "fgid-000000.tar": b"x"},
+        {"fgid-000000.json": MANIFEST, "fgid-000000.tar": TAR},
+        {"fgid-old.json": b"{}", "note.txt": b"x"},
+    ],
+)
+def test_staged_files_that_are_not_complete_replace_nothing(
+    data: IncrementalDataSet, staged: dict[str, bytes | str]
+) -> None:
+    """staged: name → contents, or the name of the file to copy. The shard's samples are the only
+    copy, since the sources are gone.
+    """
+    before = digests(data.output)
+    lose_sources(data)
+    (data.output / "staged").mkdir(exist_ok=True)
+    for name, content in staged.items():
+        whole = (data.output / content).read_bytes() if isinstance(content, str) else content
+        (data.output / "staged" / name).write_bytes(whole)
+    incremental.run(data.config)
+    assert digests(data.output) == before
+    assert [*(data.output / "staged").iterdir()] == []
+    assert find_damage(data.store) == []
+
+
 def test_what_was_taken_down_keeps_its_place_in_a_plan_that_is_made_again(
     data: IncrementalDataSet,
 ) -> None:
