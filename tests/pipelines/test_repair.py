@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ShardError
+from pipelines.lint import lint
 from pipelines.run import plan_job
 from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.layout import DUPLICATES, IDENTITIES, PLAN
@@ -169,6 +170,91 @@ def test_a_repair_loses_only_the_damaged_sample_if_all_sources_are_gone(
     assert is_quarantined(rows["photo-e.jpg"]), "a duplicate"
     assert find_damage(data.store) == []
     assert plan_job(data.config, chain=stub_chain).tasks == []
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_a_repair_lists_samples_whose_inputs_hold_zeros(
+    data: IncrementalDataSet, sidecar: bool
+) -> None:
+    """Inputs of zeros are copies of each other. sidecar: it is damaged too."""
+    for name in (TAR, QUARANTINE, *[SIDECAR] * sidecar):
+        damage(data, name, "missing")
+    for name in ("photo-a.jpg", "photo-b.jpg")[: 1 if sidecar else 2]:
+        data.put(name, bytes(5000))
+    lost = incremental.run(data.config, repair=True)
+    assert [loss.source for loss in lost] == ["photo-a.jpg", "photo-b.jpg"][: 1 if sidecar else 2]
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_plan_and_a_sidecar_are_made_again_together(data: IncrementalDataSet, how: str) -> None:
+    before = rows_of(data.output)
+    damage(data, PLAN, how)
+    damage(data, SIDECAR, how)
+    if how == "truncated":  # else the inputs without a written sample get another shard
+        damage(data, TAR, how)
+    assert incremental.run(data.config, repair=True) == []
+    assert plan_job(data.config, chain=stub_chain).tasks == [] == [*lint(data.store)]
+    rows = sorted(rows_of(data.output), key=lambda row: row["source"])
+    names = ("key", "source", "sha256", "status", "reason", "stage")
+    assert [[row[n] for n in names] for row in rows] == [[row[n] for n in names] for row in before]
+
+
+def test_a_plan_and_a_sidecar_that_are_lost_cost_no_written_sample_if_all_sources_are_gone(
+    data: IncrementalDataSet,
+) -> None:
+    before = {row["key"] for row in rows_of(data.output) if row["status"] == "ok"}
+    damage(data, PLAN, "missing")
+    damage(data, SIDECAR, "missing")
+    lose_sources(data)
+    incremental.run(data.config, repair=True)
+    assert {row["key"] for row in rows_of(data.output) if row["status"] == "ok"} == before
+    assert [*lint(data.store)] == []
+
+
+def test_a_run_makes_a_shard_again_of_which_all_files_and_the_plan_are_lost(
+    data: IncrementalDataSet,
+) -> None:
+    before = digests(data.output)
+    for name in (TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN):
+        damage(data, name, "missing")
+    data.run()
+    assert digests(data.output) == before
+
+
+def test_a_lost_plan_with_fewer_new_inputs_than_lost_shards_is_valid(
+    data: IncrementalDataSet,
+) -> None:
+    """Shard 0 has no input then."""
+    for name in (TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN):
+        damage(data, name, "missing")
+    for name in "abc":
+        data.remove(f"photo-{name}.jpg")
+    for _ in range(2):
+        incremental.run(data.config)
+    assert [row["source"] for row in rows_of(data.output)] == ["photo-d.jpg", "photo-e.jpg"]
+    assert [*lint(data.store)] == []
+
+
+@pytest.mark.parametrize("content", [b"x", MANIFEST])
+def test_a_repair_removes_a_manifest_of_no_shard(
+    data: IncrementalDataSet, content: str | bytes
+) -> None:
+    """content: or the name of the file to copy."""
+    before = digests(data.output)
+    whole = (data.output / content).read_bytes() if isinstance(content, str) else content
+    (data.output / "shards/fgid-000099.json").write_bytes(whole)
+    repair(data)
+    assert digests(data.output) == before
+    assert [*lint(data.store)] == []
+
+
+def test_a_copy_of_a_sidecar_adds_nothing_to_a_plan_that_is_made_again(
+    data: IncrementalDataSet,
+) -> None:
+    shutil.copy(data.output / SIDECAR, data.output / "shards/fgid-000007.parquet")
+    damage(data, PLAN, "missing")
+    incremental.run(data.config)
+    assert plan_job(data.config, chain=stub_chain).plan.inputs == 5
 
 
 def test_a_manifest_with_wrong_numbers_is_damaged(data: IncrementalDataSet) -> None:
