@@ -15,6 +15,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import IO, Any, Final
 
 import pyarrow as pa
@@ -103,7 +104,12 @@ class Plan:
 
     def inputs_of(self, shard: int) -> list[Input]:
         """Returns the inputs of one shard, in order."""
-        return _read_group(pq.ParquetFile(self.file), shard)
+        return _read_group(self._table, shard)
+
+    @cached_property
+    def _table(self) -> pq.ParquetFile:
+        """Opened once: its footer grows with the number of shards."""
+        return pq.ParquetFile(self.file)
 
 
 def make_plan(config: DatasetConfig, store: Store, *, repair: bool = False) -> Plan:
