@@ -18,7 +18,7 @@ from pipelines.chain import Chain, build_chain
 from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.dedup.global_pass import is_global_pass_current, run_global_pass
 from pipelines.ledger import Ledger, read_ledger
-from pipelines.planning.missing import Loss, check_sources
+from pipelines.planning.missing import Loss, check_sources, reason_text
 from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_inputs, write_plan
 from pipelines.sources import STAGE, build_source
 from stages.backends.weights import WEIGHTS, Weights
@@ -76,7 +76,7 @@ class Job:
                 else:
                     is_lost = not before and is_failed and row["stage"] in first
                 if is_lost:
-                    lost.append(Loss(row["source"], f"{row['reason']} ({row['detail']})"))
+                    lost.append(Loss(row["source"], reason_text(row["reason"], row["detail"])))
         return lost
 
     def why(self) -> list[str]:

@@ -36,6 +36,11 @@ class Loss:
     why: str
 
 
+def reason_text(reason: str, detail: str) -> str:
+    """Returns a reason with its detail, if it has one, in one line."""
+    return f"{reason} ({' '.join(detail.split())})" if detail else reason
+
+
 def check_sources(plan: Plan, tasks: Sequence[ShardTask], store: Store, source: Source) -> None:
     """Raises SourceError if a task would lose samples because their inputs are gone or can't be
     read. Reads the beginning of those inputs only that the run will read and that have a sample.
@@ -80,7 +85,7 @@ def _why_unreadable(head: bytes | Rejection | None) -> str:
     if head is None:
         return "not_a_file (the source no longer lists it)"
     if isinstance(head, Rejection):
-        return f"{head.reason} ({head.detail})" if head.status is Status.FAILED else ""
+        return reason_text(head.reason, head.detail) if head.status is Status.FAILED else ""
     return "" if any(head) else f"not_an_image (its first {len(head):,} bytes are zeros)"
 
 
@@ -113,4 +118,4 @@ def why_lost(
     if new.ok and new.sha256 != old_sha256:
         makers = [stage for stage in stages if "image" in stage.provides][:1]
         [new] = run_chain(makers, [new])
-    return f"{new.reason} ({new.detail})" if new.status is Status.FAILED else ""
+    return reason_text(new.reason, new.detail) if new.status is Status.FAILED else ""

@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
 from configs.errors import ShardError
+from pipelines.cli.create import _report_repair
 from pipelines.lint import lint
-from pipelines.run import plan_job
+from pipelines.planning.missing import reason_text
+from pipelines.run import execute, plan_job
 from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.layout import DUPLICATES, IDENTITIES, PLAN
 from stages.storage.repair import find_damage
@@ -255,6 +258,29 @@ def test_a_copy_of_a_sidecar_adds_nothing_to_a_plan_that_is_made_again(
     damage(data, PLAN, "missing")
     incremental.run(data.config)
     assert plan_job(data.config, chain=stub_chain).plan.inputs == 5
+
+
+def test_each_sample_that_is_lost_is_named_in_one_line(
+    data: IncrementalDataSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.put("odd\n\x1b[31m<b>.jpg", CAT)
+    data.run()
+    damage(data, "shards/fgid-000002.tar", "missing")
+    data.remove("odd\n\x1b[31m<b>.jpg")
+    job = plan_job(data.config, chain=stub_chain, repair=True)
+    list(execute(job, lambda count: None))
+    with pytest.raises(typer.Exit):
+        _report_repair(job)
+    [line, _] = capsys.readouterr().out.splitlines()
+    name = r"'odd\n\x1b[31m<b>.jpg'"
+    assert line == f"not repaired: {name}: not_a_file (the source no longer lists it)"
+
+
+def test_a_reason_without_detail_has_no_brackets() -> None:
+    assert reason_text("http_404", "") == "http_404"
+    assert (
+        reason_text("unreadable", "an error\nof two lines") == "unreadable (an error of two lines)"
+    )
 
 
 def test_a_manifest_with_wrong_numbers_is_damaged(data: IncrementalDataSet) -> None:
