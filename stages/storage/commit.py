@@ -151,7 +151,7 @@ def complete_commits(store: Store) -> None:
     store.sweep(layout.STAGED)
     store.sweep(spare=layout.LOCK)  # another run may be trying to create the lock at this moment
     for name in store.names(layout.STAGED):
-        if layout.index_of_manifest(name) is not None and (manifest := _replacement(store, name)):
+        if layout.is_manifest(name) and (manifest := _replacement(store, name)):
             _replace(store, manifest)
     for name in store.names(layout.STAGED):
         store.remove(layout.in_staged(name))

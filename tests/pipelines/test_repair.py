@@ -251,6 +251,14 @@ def test_a_repair_removes_a_manifest_of_no_shard(
     assert [*lint(data.store)] == []
 
 
+def test_files_with_other_names_are_no_shard(data: IncrementalDataSet) -> None:
+    for name in ("fgid-000000 (copy).json", "fgid-old.json", "fgid-7.parquet", "fgid-old.tar"):
+        (data.output / "shards" / name).write_bytes(b"x")
+    assert incremental.run(data.config) == [] == find_damage(data.store)
+    lines = [*lint(data.store)]
+    assert len(lines) == 4 and all("belongs to no shard. Remove it." in line for line in lines)
+
+
 def test_a_copy_of_a_sidecar_adds_nothing_to_a_plan_that_is_made_again(
     data: IncrementalDataSet,
 ) -> None:
