@@ -259,6 +259,18 @@ def test_files_with_other_names_are_no_shard(data: IncrementalDataSet) -> None:
     assert len(lines) == 4 and all("belongs to no shard. Remove it." in line for line in lines)
 
 
+def test_an_empty_list_of_duplicates_is_made_again(data: IncrementalDataSet) -> None:
+    data.put("photo-e.jpg", CAT)
+    data.run()
+    before = digests(data.output)
+    assert data.store.table(DUPLICATES).num_rows == 0
+    damage(data, DUPLICATES, "missing")
+    data.run()
+    damage(data, DUPLICATES, "truncated")
+    repair(data)
+    assert digests(data.output) == before
+
+
 def test_a_copy_of_a_sidecar_adds_nothing_to_a_plan_that_is_made_again(
     data: IncrementalDataSet,
 ) -> None:
