@@ -18,7 +18,7 @@ from pipelines.chain import Chain, build_chain
 from pipelines.dataset_job import DatasetJob, chain_reference
 from pipelines.dedup.global_pass import is_global_pass_current, run_global_pass
 from pipelines.ledger import Ledger, read_ledger
-from pipelines.planning.missing import Loss, check_sources
+from pipelines.planning.missing import Loss, check_sources, reason_text
 from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, planned_inputs, write_plan
 from pipelines.sources import STAGE, build_source
 from stages.backends.weights import WEIGHTS, Weights
@@ -62,13 +62,21 @@ class Job:
 
     def lost(self) -> list[Loss]:
         """Returns the samples that a repair could not make again, once the job is executed. Where
-        a sidecar was damaged too, these are all inputs of its shard that can't be read.
+        a sidecar was damaged too, these are all inputs of its shard that can't be read or decoded.
         """
+        columns = ("key", "source", "status", "reason", "detail", "stage")
+        first = {STAGE, *(stage.name for stage in self.stages if "image" in stage.provides)}
         reader, lost = DatasetReader(self.store), list[Loss]()
         for index, before in sorted(self.samples_before.items()):
-            for row in reader.rows(index, status=Status.FAILED).to_pylist():
-                if row["key"] in before or (not before and row["stage"] == STAGE):
-                    lost.append(Loss(row["source"], f"{row['reason']} ({row['detail']})"))
+            for row in reader.rows(index, columns).to_pylist():
+                is_failed = row["status"] == Status.FAILED
+                if row["key"] in before:
+                    # inputs of only zeros are copies of each other, which the source drops
+                    is_lost = is_failed or row["stage"] == STAGE
+                else:
+                    is_lost = not before and is_failed and row["stage"] in first
+                if is_lost:
+                    lost.append(Loss(row["source"], reason_text(row["reason"], row["detail"])))
         return lost
 
     def why(self) -> list[str]:
@@ -125,7 +133,8 @@ def plan_job(
     if config.source.missing == "stop":
         whole = [task for task in tasks if not task.damaged]
         check_sources(plan, whole, store, build_source(config))
-    samples = {index: DatasetReader(store).sampled_rows(index) for index in damaged if index >= 0}
+    planned = {shard.index for shard in plan.shards} & damaged
+    samples = {index: DatasetReader(store).sampled_rows(index) for index in planned}
     return Job(config, store, stages, plan, tasks, chain, damage, samples)
 
 

@@ -179,7 +179,7 @@ def _report_repair(job: Job) -> None:
     """Prints what a repair could not make again; if that is anything, exits with 1."""
     lost = job.lost()
     for loss in lost:
-        typer.secho(f"not repaired: {loss.source}: {loss.why}", fg="red")
+        typer.secho(f"not repaired: {loss.source!r}: {loss.why}", fg="red")
     if lost:
         typer.echo(
             f"{len(lost):,} samples could not be made again, since their inputs can't be read. "

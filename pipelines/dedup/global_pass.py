@@ -93,10 +93,11 @@ def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) ->
 
 
 def is_global_pass_current(store: Store, config: GlobalPassConfig) -> bool:
-    """Returns whether all shards have their exclusions applied, and the identities are those of
-    these shards and this configuration.
+    """Returns whether all shards have their exclusions applied, both tables are there, and the
+    identities are those of these shards and this configuration.
     """
-    if stale_shards(store) or not all(map(store.exists, (layout.DUPLICATES, layout.IDENTITIES))):
+    tables = (layout.DUPLICATES, layout.IDENTITIES)
+    if stale_shards(store) or not all(map(store.exists, tables)):
         return False
     try:
         with store.parquet(layout.IDENTITIES) as file:

@@ -72,15 +72,17 @@ class InputIndex:
         return int(self._db.execute("SELECT count(*) FROM inputs").fetchone()[0])
 
     def load_previous_plan(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Inserts the rows of an earlier plan. rows: in the plan's order."""
+        """Inserts the rows of an earlier plan. rows: in the plan's order; of equal keys, the first
+        counts.
+        """
         names = ("key", "source", "locator", "size", "version", "facts")
         values = (
             (*(row[name] for name in names), row["shard"], position)
             for position, row in enumerate(rows)
         )
         self._db.executemany(
-            "INSERT INTO inputs (key, source, locator, size, version, facts, shard, position, "
-            "state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'vanished')",
+            "INSERT OR IGNORE INTO inputs (key, source, locator, size, version, facts, shard, "
+            "position, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'vanished')",
             values,
         )
 
@@ -127,21 +129,27 @@ class InputIndex:
         )
 
     def assign_shards(self, shard_size: int) -> tuple[int, int, int]:
-        """Divides the new inputs, sorted by name, into new shards after the existing ones.
+        """Divides the new inputs, sorted by name, into new shards. These take the numbers of shards
+        without inputs first (where a plan is made again, a shard's inputs may be forgotten), and
+        then those after the existing ones.
 
         Returns the numbers of (new, changed, vanished) inputs.
         """
-        last_shard, planned = self._db.execute(
-            "SELECT coalesce(max(shard), -1), count(shard) FROM inputs"
-        ).fetchone()
+        planned = self._db.execute("SELECT count(shard) FROM inputs").fetchone()[0]
+        shards = {row[0] for row in self._db.execute("SELECT DISTINCT shard FROM inputs")} - {None}
+        end = max(shards, default=-1) + 1
+        free = sorted({*range(end)} - shards)
+        self._db.execute("CREATE TEMP TABLE free (n INTEGER PRIMARY KEY, shard INTEGER)")
+        self._db.executemany("INSERT INTO free VALUES (?, ?)", enumerate(free))
         self._db.execute(
-            "UPDATE inputs SET position = ? + n, shard = ? + n / ? FROM ("
+            "UPDATE inputs SET position = ? + n, shard = "
+            "coalesce((SELECT free.shard FROM free WHERE free.n = p.n / ?), ? + p.n / ?) FROM ("
             "  SELECT key AS k, row_number() OVER (ORDER BY CAST(source AS BLOB)) - 1 AS n "
             "  FROM inputs WHERE state = 'new'"
-            ") WHERE key = k",
-            (planned, last_shard + 1, shard_size),
+            ") AS p WHERE key = k",
+            (planned, shard_size, end - len(free), shard_size),
         )
-        self._db.execute("CREATE UNIQUE INDEX by_place ON inputs (position)")
+        self._db.execute("CREATE UNIQUE INDEX by_place ON inputs (shard, position)")
         counts = dict(
             self._db.execute("SELECT state, count(*) FROM inputs GROUP BY state").fetchall()
         )
@@ -152,11 +160,11 @@ class InputIndex:
 
         min_size, max_size: in bytes, both inclusive.
         """
-        self._db.execute("CREATE INDEX by_size ON inputs (size, position)")
+        self._db.execute("CREATE INDEX by_size ON inputs (size, shard, position)")
         rows = self._db.execute(
             f"SELECT {', '.join(COLUMNS)} FROM inputs WHERE size IN ("  # noqa: S608
             "  SELECT size FROM inputs WHERE size BETWEEN ? AND ? GROUP BY size HAVING count(*) > 1"
-            ") AND state <> 'vanished' ORDER BY size, position",
+            ") AND state <> 'vanished' ORDER BY size, shard, position",
             (min_size, max_size),
         )
         items = (input_from_row(dict(zip(COLUMNS, row, strict=True))) for row in rows)
@@ -170,13 +178,18 @@ class InputIndex:
         )
 
     def shards(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yields (shard number, its rows as column → value, `vanished` among them), in order."""
+        """Yields (shard number, its rows as column → value, `vanished` among them), in order. No
+        number is left out: a shard may have no rows.
+        """
         query = (
             f"SELECT shard, state = 'vanished', {', '.join(COLUMNS)} "  # noqa: S608
-            "FROM inputs ORDER BY position"
+            "FROM inputs ORDER BY shard, position"
         )
         names = ("vanished", *COLUMNS)
         by_shard = itertools.groupby(self._db.execute(query), lambda row: row[0])
+        expected = 0
         for number, rows in by_shard:
+            yield from ((gap, []) for gap in range(expected, number))
+            expected = number + 1
             shard = [dict(zip(names, row[1:], strict=True)) for row in rows]
             yield number, [{**row, "vanished": bool(row["vanished"])} for row in shard]

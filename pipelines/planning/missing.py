@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,6 +17,7 @@ from pipelines.planning.plan import Plan, ShardTask
 from pipelines.sources import Input, Source
 from stages.base import Rejection, Stage, run_chain
 from stages.record import Record, Status
+from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
@@ -36,26 +36,38 @@ class Loss:
     why: str
 
 
+def reason_text(reason: str, detail: str) -> str:
+    """Returns a reason with its detail, if it has one, in one line."""
+    return f"{reason} ({' '.join(detail.split())})" if detail else reason
+
+
 def check_sources(plan: Plan, tasks: Sequence[ShardTask], store: Store, source: Source) -> None:
     """Raises SourceError if a task would lose samples because their inputs are gone or can't be
     read. Reads the beginning of those inputs only that the run will read and that have a sample.
     """
     losses: list[Loss] = []
     count = 0
-    tasks = [each for each in tasks if not each.exists or each.inputs_changed or each.retry]
+    names = {*store.names(layout.SHARDS)}
+    tasks = [
+        task
+        for task in tasks
+        if layout.sidecar(task.index) in names
+        and (not task.exists or task.inputs_changed or task.retry)
+    ]
     if (inputs := sum(task.inputs for task in tasks)) >= _MANY:
         logger.info("checking that the inputs of earlier samples can be read, of %s", f"{inputs:,}")
-    with ThreadPoolExecutor(source.concurrency, thread_name_prefix="check") as pool:
-        for task in tasks:
-            samples = DatasetReader(store).sampled_rows(task.index)
-            count += len(samples)
-            items = [
-                item
-                for item in plan.inputs_of(task.index)
-                if item.key in samples and _is_read(item, task, samples[item.key]["reason"])
-            ]
-            answers = pool.map(lambda item: _why_unreadable(source, item), items)
-            losses += [Loss(i.source, why) for i, why in zip(items, answers, strict=True) if why]
+    for task in tasks:
+        samples = DatasetReader(store).sampled_rows(task.index)
+        count += len(samples)
+        items = [
+            item
+            for item in plan.inputs_of(task.index)
+            if item.key in samples and _is_read(item, task, samples[item.key]["reason"])
+        ]
+        heads = source.heads([item for item in items if not item.vanished], _PREFIX)
+        for item in items:
+            if why := _why_unreadable(None if item.vanished else next(heads)):
+                losses.append(Loss(item.source, why))
     refuse(losses, count)
 
 
@@ -66,16 +78,15 @@ def _is_read(item: Input, task: ShardTask, reason: str) -> bool:
     return task.inputs_changed and not item.vanished  # a vanished input's sample is reused
 
 
-def _why_unreadable(source: Source, item: Input) -> str:
-    """Returns why the beginning of an input can't be read, or holds nothing; "" if it is fine."""
-    if item.vanished:
+def _why_unreadable(head: bytes | Rejection | None) -> str:
+    """Returns why an input can't be read, or holds nothing; "" if it is fine. head: see
+    `Source.heads`; None: it has vanished.
+    """
+    if head is None:
         return "not_a_file (the source no longer lists it)"
-    try:
-        data = source.read_with_retries(item, _PREFIX)
-    except Rejection as rejection:
-        is_failure = rejection.status is Status.FAILED
-        return f"{rejection.reason} ({rejection.detail})" if is_failure else ""
-    return "" if any(data) else f"not_an_image (its first {len(data):,} bytes are zeros)"
+    if isinstance(head, Rejection):
+        return reason_text(head.reason, head.detail) if head.status is Status.FAILED else ""
+    return "" if any(head) else f"not_an_image (its first {len(head):,} bytes are zeros)"
 
 
 def refuse(losses: Sequence[Loss], samples: int) -> None:
@@ -107,4 +118,4 @@ def why_lost(
     if new.ok and new.sha256 != old_sha256:
         makers = [stage for stage in stages if "image" in stage.provides][:1]
         [new] = run_chain(makers, [new])
-    return f"{new.reason} ({new.detail})" if new.status is Status.FAILED else ""
+    return reason_text(new.reason, new.detail) if new.status is Status.FAILED else ""

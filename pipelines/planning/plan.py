@@ -15,6 +15,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import IO, Any, Final
 
 import pyarrow as pa
@@ -29,10 +30,10 @@ from pipelines.sources.passed_over import PassedOver
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
 from stages.storage.exclusions import check_log, removed_keys
-from stages.storage.layout import PLAN, SHARDS, index_of_sidecar
+from stages.storage.layout import PLAN, SHARDS, index_of_manifest, index_of_sidecar
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
-from stages.storage.repair import is_readable
+from stages.storage.repair import intact_records, is_readable
 from stages.storage.store import Store
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -103,7 +104,12 @@ class Plan:
 
     def inputs_of(self, shard: int) -> list[Input]:
         """Returns the inputs of one shard, in order."""
-        return _read_group(pq.ParquetFile(self.file), shard)
+        return _read_group(self._table, shard)
+
+    @cached_property
+    def _table(self) -> pq.ParquetFile:
+        """Opened once: its footer grows with the number of shards."""
+        return pq.ParquetFile(self.file)
 
 
 def make_plan(config: DatasetConfig, store: Store, *, repair: bool = False) -> Plan:
@@ -134,7 +140,7 @@ def make_plan(config: DatasetConfig, store: Store, *, repair: bool = False) -> P
 def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
     with InputIndex() as index:
         if not store.exists(PLAN) or (repair and not is_readable(store, PLAN)):
-            index.load_previous_plan(_rows_of_sidecars(store))
+            index.load_previous_plan(_rows_of_sidecars(store, repair))
         else:
             index.load_previous_plan(_read_rows(store))
         source = build_source(config)
@@ -303,17 +309,29 @@ def _read_rows(store: Store) -> Iterator[dict[str, Any]]:
             yield from file.read_row_group(group, columns=["shard", *COLUMNS]).to_pylist()
 
 
-def _rows_of_sidecars(store: Store) -> Iterator[dict[str, Any]]:
+def _rows_of_sidecars(store: Store, repair: bool) -> Iterator[dict[str, Any]]:
     """Yields a plan's rows, without locator, size and version, of all shards with a sidecar. The
     sidecar doesn't have the names of removed records either.
+
+    repair: of a shard without a sidecar that can be read, yield the rows of its written samples.
     """
-    for name in store.names(SHARDS):
-        index = index_of_sidecar(name)
-        if index is None:
-            continue
-        table = DatasetReader(store).rows(index, ("key", "source"))
-        unknown = {"shard": index, "locator": b"", "size": -1, "version": "", "facts": ""}
-        yield from ({**row, **unknown} for row in table.to_pylist())
+    unknown = {"locator": b"", "size": -1, "version": "", "facts": ""}
+    for index in _shards_with_files(store):
+        try:
+            rows = DatasetReader(store).rows(index, ("key", "source")).to_pylist()
+        except ShardError:
+            if not repair:
+                raise
+            records = intact_records(store, index).by_key.values()
+            rows = [{"key": record.key, "source": record.source} for record in records]
+        yield from ({**row, **unknown, "shard": index} for row in rows)
+
+
+def _shards_with_files(store: Store) -> list[int]:
+    """Returns the numbers of the shards that have a sidecar or a manifest."""
+    names = store.names(SHARDS)
+    indexes = {index_of_sidecar(name) for name in names} | {*map(index_of_manifest, names)}
+    return sorted(index for index in indexes if index is not None)
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> list[Input]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 from tenacity import (
@@ -98,6 +98,21 @@ class Source(ABC):
 
         Raises Failed, Dropped or TransientFailure.
         """
+
+    def heads(self, items: Sequence[Input], count: int) -> Iterator[bytes | Rejection]:
+        """Yields the first `count` bytes of each input, in order, or why it can't be read."""
+        head = partial(self._head, count=count)
+        if self.concurrency == 1:
+            yield from map(head, items)
+            return
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix=STAGE) as pool:
+            yield from pool.map(head, items)
+
+    def _head(self, item: Input, count: int) -> bytes | Rejection:
+        try:
+            return self.read_with_retries(item, count)
+        except Rejection as rejection:
+            return rejection
 
     def provided_fields(self, item: Input) -> frozenset[str]:
         """Returns the record fields that come with this input.

@@ -29,7 +29,7 @@ from pipelines.sources.paths import (
     read_range,
     to_unicode,
 )
-from stages.base import Failed
+from stages.base import Failed, Rejection
 from stages.record import Record
 from stages.storage.remote import is_local, is_transient
 
@@ -140,21 +140,41 @@ class ParquetTable(ContainerSource):
 
     def records(self, items: Sequence[Input]) -> Iterator[Record]:
         """See `Source.records`. Reads each row group once, however many of `items` are in it."""
-        locators = {item.key: json.loads(item.locator) for item in items}
-        if any("path" in locator for locator in locators.values()):
+        listed = [item for item in items if not item.vanished]
+        if _are_paths(listed):
             yield from super().records(items)
             return
+        # a vanished input has no locator if the plan was lost
+        records = {item.key: self.record(item) for item in items if item.vanished}
+        for members, row_of, images in self._row_groups(listed):
+            read = partial(_row_bytes, images, row_of)
+            records.update((item.key, self.record(item, read)) for item in members)
+        yield from (records.pop(item.key) for item in items)
+
+    def heads(self, items: Sequence[Input], count: int) -> Iterator[bytes | Rejection]:
+        """See `Source.heads`. Reads whole images, and each row group once."""
+        if _are_paths(items):
+            yield from super().heads(items, count)
+            return
+        heads: dict[str, bytes | Rejection] = {}
+        for members, row_of, images in self._row_groups(items):
+            for item in members:
+                image = images[row_of[item.key]]
+                heads[item.key] = image if isinstance(image, Failed) else image[:count]
+        yield from (heads.pop(item.key) for item in items)
+
+    def _row_groups(
+        self, items: Sequence[Input]
+    ) -> Iterator[tuple[Sequence[Input], dict[str, int], dict[int, bytes | Failed]]]:
+        """Yields for each row group: those of `items` in it, key → row, and row → image."""
+        locators = {item.key: json.loads(item.locator) for item in items}
         items_by_group: dict[RowGroup, list[Input]] = defaultdict(list)
         for item in items:
             locator = locators[item.key]
             items_by_group[locator["table"], locator["group"]].append(item)
-        records: dict[str, Record] = {}
         for group, members in items_by_group.items():
             row_of = {item.key: locators[item.key]["row"] for item in members}
-            images = self._read_rows_or_failures(group, sorted(row_of.values()))
-            read = partial(_row_bytes, images, row_of)
-            records.update((item.key, self.record(item, read)) for item in members)
-        yield from (records.pop(item.key) for item in items)
+            yield members, row_of, self._read_rows_or_failures(group, sorted(row_of.values()))
 
     def _read_rows_or_failures(
         self, group: RowGroup, rows: Sequence[int]
@@ -209,6 +229,11 @@ class ParquetTable(ContainerSource):
             return Failed("too_many_bytes", f"{data.size:,} bytes, limit {self.max_bytes:,}")
         image: bytes = data.to_pybytes()
         return image
+
+
+def _are_paths(items: Sequence[Input]) -> bool:
+    """Returns whether inputs are files, whose paths the tables hold, or rows."""
+    return any("path" in json.loads(item.locator) for item in items)
 
 
 def open_parquet(path: str, stream: Any) -> pq.ParquetFile:

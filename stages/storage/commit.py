@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any, cast
 
 from configs.errors import ShardError
 from stages.base import Stage
@@ -146,17 +146,46 @@ def commit_exclusions(store: Store, manifest: Manifest, chain: ChainInfo) -> Man
 
 
 def complete_commits(store: Store) -> None:
-    """Completes or removes what killed writers left: temporary files, and staged files. Call it
-    while holding the run lock.
+    """Completes or removes what killed writers left: temporary files, and staged files. Staged
+    files that aren't complete never replace a shard. Call it while holding the run lock.
     """
     for folder in (layout.SHARDS, layout.STAGED, layout.REPORTS):
         store.sweep(folder)
     store.sweep(spare=layout.LOCK)  # another run may be trying to create the lock at this moment
-    for name in filter(layout.is_manifest, store.names(layout.STAGED)):
-        path = layout.in_staged(name)
-        _replace(store, Manifest.from_json(store.read(path), f"{store.url}/{path}"))
+    for name in store.names(layout.STAGED):
+        if layout.is_manifest(name) and (manifest := _replacement(store, name)):
+            _replace(store, manifest)
     for name in store.names(layout.STAGED):
         store.remove(layout.in_staged(name))
+
+
+def _replacement(store: Store, name: str) -> Manifest | None:
+    """Returns a staged manifest; None if the shard is still as it was, and its replacement is
+    damaged or not complete. name: of the manifest.
+
+    Raises ShardError for a damaged manifest of a shard whose files are partly moved.
+    """
+    path = layout.in_staged(name)
+    is_untouched = store.exists(layout.in_shards(name))
+    try:
+        manifest = Manifest.from_json(store.read(path), f"{store.url}/{path}")
+    except ShardError:
+        if is_untouched:
+            return None
+        raise
+    is_complete = manifest.index == layout.index_of_manifest(name) and all(
+        _has_digest(store, file) for file in manifest.files
+    )
+    return None if is_untouched and not is_complete else manifest
+
+
+def _has_digest(store: Store, file: FileEntry) -> bool:
+    """Returns whether a file is staged, with the digest of its entry."""
+    try:
+        with store.open(layout.in_staged(file.name)) as stream:
+            return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest() == file.sha256
+    except FileNotFoundError:
+        return False
 
 
 def complete_killed_commits(store: Store) -> None:

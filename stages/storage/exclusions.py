@@ -15,7 +15,8 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -229,14 +230,32 @@ def blocked_people(store: Store) -> list[BlockedPerson]:
 
 
 def check_log(store: Store, manifests: Iterable[Manifest]) -> None:
-    """Raises ShardError if shards have removed records, but there is no removal log."""
+    """Raises ShardError if shards have removed records, but there is no removal log. manifests: all
+    that can be read; of other shards, the sidecar says whether it has removed records.
+    """
+    manifests = [*manifests]
     shards = [manifest.shard for manifest in manifests if TAKEN_DOWN in manifest.dropped]
+    shards = shards or _with_removed_rows(store, {manifest.index for manifest in manifests})
     if shards and not read_takedowns(store):
         raise ShardError(
             f"{store.url}/{layout.TAKEDOWNS} is missing or empty, but {shards[0]} has removed "
             "records. Without the log, removed inputs would be processed again: restore it from a "
             "copy."
         )
+
+
+def _with_removed_rows(store: Store, committed: Set[int]) -> list[str]:
+    """Returns the names of shards that aren't committed and whose sidecars have removed records."""
+    names = []
+    for name in store.names(layout.SHARDS):
+        index = layout.index_of_sidecar(name)
+        if index is None or index in committed:
+            continue
+        with suppress(ShardError, FileNotFoundError):  # it is damaged: nothing is kept of it
+            reasons = store.table(layout.in_shards(name), ["reason"]).column("reason")
+            if TAKEN_DOWN in reasons.to_pylist():
+                names.append(layout.shard_name(index))
+    return names
 
 
 def removed_digests(store: Store) -> frozenset[str]:

@@ -85,18 +85,23 @@ def index_of_manifest(name: str) -> int | None:
 
 
 def _index_of(name: str, ending: str) -> int | None:
-    number = name.removeprefix(_PREFIX).removesuffix(ending)
-    return int(number) if number.isdecimal() and name == f"{_PREFIX}{number}{ending}" else None
+    return shard_index(name.removesuffix(ending)) if is_of_shard(name, ending) else None
 
 
 def is_manifest(name: str) -> bool:
     """Returns whether this is the file name of a manifest."""
-    return name.startswith(_PREFIX) and name.endswith(".json")
+    return is_of_shard(name, ".json")
 
 
-def is_of_shard(name: str) -> bool:
-    """Returns whether this is the file name of a shard's file."""
-    return name.startswith(_PREFIX)
+def is_of_shard(name: str, ending: str = "") -> bool:
+    """Returns whether this is the file name of a shard's file. ending: which it must have; "": any.
+
+    False for other names, such as "fgid-000012 (copy).json".
+    """
+    stem, _, rest = name.partition(".")
+    number = stem.removeprefix(_PREFIX)
+    is_shard = number.isdecimal() and stem == shard_name(int(number))
+    return is_shard and f".{rest}" == (ending or f".{rest}")
 
 
 def how_to_repair(name: str) -> str:

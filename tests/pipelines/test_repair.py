@@ -9,9 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
 from configs.errors import ShardError
-from pipelines.run import plan_job
+from pipelines.cli.create import _report_repair
+from pipelines.lint import lint
+from pipelines.planning.missing import reason_text
+from pipelines.run import execute, plan_job
 from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.layout import DUPLICATES, IDENTITIES, PLAN
 from stages.storage.repair import find_damage
@@ -197,6 +201,134 @@ def test_a_repair_loses_only_the_damaged_sample_if_all_sources_are_gone(
     assert plan_job(data.config, chain=stub_chain).tasks == []
 
 
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_a_repair_lists_samples_whose_inputs_hold_zeros(
+    data: IncrementalDataSet, sidecar: bool
+) -> None:
+    """Inputs of zeros are copies of each other. sidecar: it is damaged too."""
+    for name in (TAR, QUARANTINE, *[SIDECAR] * sidecar):
+        damage(data, name, "missing")
+    for name in ("photo-a.jpg", "photo-b.jpg")[: 1 if sidecar else 2]:
+        data.put(name, bytes(5000))
+    lost = incremental.run(data.config, repair=True)
+    assert [loss.source for loss in lost] == ["photo-a.jpg", "photo-b.jpg"][: 1 if sidecar else 2]
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_plan_and_a_sidecar_are_made_again_together(data: IncrementalDataSet, how: str) -> None:
+    before = rows_of(data.output)
+    damage(data, PLAN, how)
+    damage(data, SIDECAR, how)
+    if how == "truncated":  # else the inputs without a written sample get another shard
+        damage(data, TAR, how)
+    assert incremental.run(data.config, repair=True) == []
+    assert plan_job(data.config, chain=stub_chain).tasks == [] == [*lint(data.store)]
+    rows = sorted(rows_of(data.output), key=lambda row: row["source"])
+    names = ("key", "source", "sha256", "status", "reason", "stage")
+    assert [[row[n] for n in names] for row in rows] == [[row[n] for n in names] for row in before]
+
+
+def test_a_plan_and_a_sidecar_that_are_lost_cost_no_written_sample_if_all_sources_are_gone(
+    data: IncrementalDataSet,
+) -> None:
+    before = {row["key"] for row in rows_of(data.output) if row["status"] == "ok"}
+    damage(data, PLAN, "missing")
+    damage(data, SIDECAR, "missing")
+    lose_sources(data)
+    incremental.run(data.config, repair=True)
+    assert {row["key"] for row in rows_of(data.output) if row["status"] == "ok"} == before
+    assert [*lint(data.store)] == []
+
+
+def test_a_run_makes_a_shard_again_of_which_all_files_and_the_plan_are_lost(
+    data: IncrementalDataSet,
+) -> None:
+    before = digests(data.output)
+    for name in (TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN):
+        damage(data, name, "missing")
+    data.run()
+    assert digests(data.output) == before
+
+
+def test_a_lost_plan_with_fewer_new_inputs_than_lost_shards_is_valid(
+    data: IncrementalDataSet,
+) -> None:
+    """Shard 0 has no input then."""
+    for name in (TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN):
+        damage(data, name, "missing")
+    for name in "abc":
+        data.remove(f"photo-{name}.jpg")
+    for _ in range(2):
+        incremental.run(data.config)
+    assert [row["source"] for row in rows_of(data.output)] == ["photo-d.jpg", "photo-e.jpg"]
+    assert [*lint(data.store)] == []
+
+
+@pytest.mark.parametrize("content", [b"x", MANIFEST])
+def test_a_repair_removes_a_manifest_of_no_shard(
+    data: IncrementalDataSet, content: str | bytes
+) -> None:
+    """content: or the name of the file to copy."""
+    before = digests(data.output)
+    whole = (data.output / content).read_bytes() if isinstance(content, str) else content
+    (data.output / "shards/fgid-000099.json").write_bytes(whole)
+    repair(data)
+    assert digests(data.output) == before
+    assert [*lint(data.store)] == []
+
+
+def test_files_with_other_names_are_no_shard(data: IncrementalDataSet) -> None:
+    for name in ("fgid-000000 (copy).json", "fgid-old.json", "fgid-7.parquet", "fgid-old.tar"):
+        (data.output / "shards" / name).write_bytes(b"x")
+    assert incremental.run(data.config) == [] == find_damage(data.store)
+    lines = [*lint(data.store)]
+    assert len(lines) == 4 and all("belongs to no shard. Remove it." in line for line in lines)
+
+
+def test_an_empty_list_of_duplicates_is_made_again(data: IncrementalDataSet) -> None:
+    data.put("photo-e.jpg", CAT)
+    data.run()
+    before = digests(data.output)
+    assert data.store.table(DUPLICATES).num_rows == 0
+    damage(data, DUPLICATES, "missing")
+    data.run()
+    damage(data, DUPLICATES, "truncated")
+    repair(data)
+    assert digests(data.output) == before
+
+
+def test_a_copy_of_a_sidecar_adds_nothing_to_a_plan_that_is_made_again(
+    data: IncrementalDataSet,
+) -> None:
+    shutil.copy(data.output / SIDECAR, data.output / "shards/fgid-000007.parquet")
+    damage(data, PLAN, "missing")
+    incremental.run(data.config)
+    assert plan_job(data.config, chain=stub_chain).plan.inputs == 5
+
+
+def test_each_sample_that_is_lost_is_named_in_one_line(
+    data: IncrementalDataSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.put("odd\n\x1b[31m<b>.jpg", CAT)
+    data.run()
+    damage(data, "shards/fgid-000002.tar", "missing")
+    data.remove("odd\n\x1b[31m<b>.jpg")
+    job = plan_job(data.config, chain=stub_chain, repair=True)
+    list(execute(job, lambda count: None))
+    with pytest.raises(typer.Exit):
+        _report_repair(job)
+    [line, _] = capsys.readouterr().out.splitlines()
+    name = r"'odd\n\x1b[31m<b>.jpg'"
+    assert line == f"not repaired: {name}: not_a_file (the source no longer lists it)"
+
+
+def test_a_reason_without_detail_has_no_brackets() -> None:
+    assert reason_text("http_404", "") == "http_404"
+    assert (
+        reason_text("unreadable", "an error\nof two lines") == "unreadable (an error of two lines)"
+    )
+
+
 def test_a_manifest_with_wrong_numbers_is_damaged(data: IncrementalDataSet) -> None:
     file = data.output / MANIFEST
     whole = file.read_text()
@@ -220,6 +352,52 @@ def test_a_repair_restores_nothing_of_what_was_taken_down(data: IncrementalDataS
     # an old copy of the shard's sidecar, which still has the removed record
     shutil.copy(data.folder / "copy" / SIDECAR, data.output / SIDECAR)
     repair(data)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+@pytest.mark.parametrize("repairs", [True, False])
+def test_without_the_removal_log_and_a_manifest_nothing_removed_comes_back(
+    data: IncrementalDataSet, how: str, repairs: bool
+) -> None:
+    data.take_down("source", "photo-d.jpg")
+    damage(data, "takedown.jsonl", "missing")
+    damage(data, "shards/fgid-000001.json", how)
+    before = digests(data.output)
+    what = "takedown.jsonl is missing or empty, but fgid-000001 has removed records"
+    if how == "truncated" and not repairs:
+        what = "fgid-000001.json is not a manifest"
+    with pytest.raises(ShardError, match=what):
+        incremental.run(data.config, repair=repairs)
+    assert digests(data.output) == before
+
+
+@pytest.mark.parametrize(
+    "staged",
+    [
+        {"fgid-000000.json": b"{"},
+        {"fgid-000000.json": MANIFEST},
+        {"fgid-000000.json": "shards/fgid-000001.json"},
+        {"fgid-000000.json": MANIFEST, "fgid-000000.tar": b"x"},
+        {"fgid-000000.json": MANIFEST, "fgid-000000.tar": TAR},
+        {"fgid-old.json": b"{}", "note.txt": b"x"},
+    ],
+)
+def test_staged_files_that_are_not_complete_replace_nothing(
+    data: IncrementalDataSet, staged: dict[str, bytes | str]
+) -> None:
+    """staged: name → contents, or the name of the file to copy. The shard's samples are the only
+    copy, since the sources are gone.
+    """
+    before = digests(data.output)
+    lose_sources(data)
+    (data.output / "staged").mkdir(exist_ok=True)
+    for name, content in staged.items():
+        whole = (data.output / content).read_bytes() if isinstance(content, str) else content
+        (data.output / "staged" / name).write_bytes(whole)
+    incremental.run(data.config)
+    assert digests(data.output) == before
+    assert [*(data.output / "staged").iterdir()] == []
+    assert find_damage(data.store) == []
 
 
 def test_what_was_taken_down_keeps_its_place_in_a_plan_that_is_made_again(

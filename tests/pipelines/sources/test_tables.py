@@ -14,8 +14,9 @@ import pytest
 
 from configs.errors import SourceError
 from pipelines.run import run
-from pipelines.sources import build_source
+from pipelines.sources import Input, build_source
 from pipelines.sources.tables import ParquetTable
+from stages.base import Failed
 from tests.pipelines.helpers import config
 
 
@@ -70,6 +71,26 @@ def test_each_row_group_is_read_once(tmp_path: Path) -> None:
     assert [r.image for r in tables.records(items)] == [images[i * 3 % 10] for i in range(10)]
     read = process.io_counters().read_chars - before
     assert 3_000_000 <= read < 4_500_000
+    before = process.io_counters().read_chars
+    heads = [*tables.heads(items, 100)]
+    assert heads == [images[i * 3 % 10][:100] for i in range(10)]
+    assert process.io_counters().read_chars - before < 4_500_000
+
+
+def test_heads_say_why_a_row_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "t.parquet", [{"image": b"0"}, {"image": None}])
+    tables = source(tmp_path / "t.parquet", tmp_path)
+    image, missing = tables.heads([*tables.list()], 100)
+    assert image == b"0" and isinstance(missing, Failed) and missing.reason == "no_image"
+
+
+def test_a_vanished_row_without_a_locator_is_not_a_file(tmp_path: Path) -> None:
+    """A plan that is made again from the sidecars has no locators."""
+    write(tmp_path / "t.parquet", [{"image": b"0"}])
+    tables = source(tmp_path / "t.parquet", tmp_path)
+    items = [*tables.list(), Input(source="gone", locator=b"", vanished=True)]
+    assert [record.reason for record in tables.records(items)] == ["", "not_a_file"]
+    assert [record.reason for record in tables.records(items[1:])] == ["not_a_file"]
 
 
 def test_two_names_of_one_row_both_get_its_image(tmp_path: Path) -> None:
