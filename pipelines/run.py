@@ -124,6 +124,8 @@ def plan_job(
     stages = chain(config)
     sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
     complete_killed_commits(store)
+    if repair and not store.names(layout.SHARDS):
+        raise ConfigError(f"output={store.url} has no shards, so there is nothing to repair.")
     damage = find_damage(store, advance) if repair else []
     if not repair:
         DatasetReader(store).check_sizes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import shutil
 import sqlite3
 import tempfile
@@ -25,7 +26,7 @@ from configs.errors import ShardError, SourceError, StoreError
 from configs.schema import DatasetConfig
 from pipelines.planning.exact_copies import mark_exact_copies
 from pipelines.planning.input_index import COLUMNS, InputIndex, input_from_row
-from pipelines.sources import Input, build_source
+from pipelines.sources import Input, Source, build_source
 from pipelines.sources.passed_over import PassedOver
 from stages.base import Stage
 from stages.storage.commit import PlannedShard
@@ -35,6 +36,8 @@ from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 from stages.storage.repair import intact_records, is_readable
 from stages.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL_SQLITE: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
@@ -144,8 +147,13 @@ def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
         else:
             index.load_previous_plan(_read_rows(store))
         source = build_source(config)
-        for item in source.list():
-            index.add_listed(item)
+        listed = _add_listed(index, source, repair or config.source.missing == "keep")
+        if not listed and len(index) and config.source.missing == "drop":
+            raise SourceError(
+                f"source.path={config.source.path!r} lists no input, and source.missing=drop would "
+                f"drop all {len(index):,} of {store.url}. Is the disk there? To give up the data "
+                "set, delete it."
+            )
         if not len(index):
             passed_over = source.passed_over.lines(config.source.extensions)
             raise SourceError(
@@ -169,6 +177,23 @@ def _make_plan(config: DatasetConfig, store: Store, repair: bool) -> Plan:
         vanished=vanished,
         passed_over=source.passed_over,
     )
+
+
+def _add_listed(index: InputIndex, source: Source, may_be_gone: bool) -> int:
+    """Adds what the source lists to the index. Returns the number of inputs.
+
+    may_be_gone: a source of which nothing can be listed has no inputs, if there is an earlier plan.
+    """
+    count = 0
+    try:
+        for item in source.list():
+            index.add_listed(item)
+            count += 1
+    except SourceError as error:
+        if count or not may_be_gone or not len(index):
+            raise
+        logger.warning("%s Its inputs count as gone.", error)
+    return count
 
 
 def _write(index: InputIndex, file: IO[bytes], drops_vanished: bool) -> Iterator[PlannedShard]:

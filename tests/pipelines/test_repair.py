@@ -4,7 +4,6 @@ damaged. `IncrementalDataSet` compares with a fresh run after each run.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import typer
 
 from configs.errors import ShardError
 from pipelines.cli.create import _report_repair
-from pipelines.lint import lint
 from pipelines.planning.missing import reason_text
 from pipelines.run import execute, plan_job
 from stages.storage.commit import ChainInfo, commit_exclusions
@@ -21,62 +19,28 @@ from stages.storage.layout import DUPLICATES, IDENTITIES, PLAN
 from stages.storage.repair import find_damage
 from stages.storage.sidecar import is_quarantined
 from tests.pipelines import incremental, sigkill
+from tests.pipelines.damaged import (
+    CAT,
+    HOW,
+    MANIFEST,
+    QUARANTINE,
+    REPAIR,
+    SIDECAR,
+    TAR,
+    damage,
+    lose_sources,
+    make,
+    overwrite,
+    repair,
+)
 from tests.pipelines.helpers import digests, rows_of
 from tests.pipelines.incremental import IncrementalDataSet
 from tests.pipelines.stub_chain import Scene, stub_chain
 
-ANN = Scene(person="ann").encode()
-ANN_AGAIN = Scene(person="ann", saved=1).encode()
-BLURRED = Scene(person="ann", shot=2, sharpness=0.2).encode()
-BOB = Scene(person="bob").encode()
-CAT = Scene(person="cat").encode()
-
-TAR, QUARANTINE = "shards/fgid-000000.tar", "shards/fgid-000000.quarantine.tar"
-SIDECAR, MANIFEST = "shards/fgid-000000.parquet", "shards/fgid-000000.json"
-HOW = ["missing", "truncated", "overwritten"]
-REPAIR = r"or make it again: python -m pipelines.cli run -c OUT/config.yaml output=OUT --repair"
-
 
 @pytest.fixture
 def data(tmp_path: Path) -> IncrementalDataSet:
-    """A data set of two shards; in the first an input is quarantined and one has no face, in the
-    second one is a duplicate.
-    """
-    data = IncrementalDataSet(tmp_path / "data")
-    data.change(min_sharpness=0.3)
-    scenes = {"a": ANN, "b": BLURRED, "c": Scene(person="").encode(), "d": BOB, "e": ANN_AGAIN}
-    for name, scene in scenes.items():
-        data.put(f"photo-{name}.jpg", scene)
-    data.run()
-    return data
-
-
-def damage(data: IncrementalDataSet, name: str, how: str) -> None:
-    file = data.output / name
-    if how == "missing":
-        file.unlink()
-    elif how == "truncated":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        overwrite(file, 40)  # in the first page of a table
-
-
-def overwrite(file: Path, place: int) -> None:
-    """Replaces eight bytes."""
-    whole = file.read_bytes()
-    file.write_bytes(whole[:place] + b"\xa5" * 8 + whole[place + 8 :])
-    assert file.read_bytes() != whole
-
-
-def repair(data: IncrementalDataSet) -> None:
-    """Repairs, and checks that the output equals that of a fresh run."""
-    assert incremental.run(data.config, repair=True) == []
-    data.run()
-
-
-def lose_sources(data: IncrementalDataSet) -> None:
-    for name in tuple(data.files):
-        data.remove(name)
+    return make(tmp_path)
 
 
 @pytest.mark.parametrize("name", [TAR, QUARANTINE, SIDECAR])
@@ -131,15 +95,6 @@ def test_a_repair_makes_a_shard_again_of_which_only_the_tar_is_left(
     damage(data, SIDECAR, "missing")
     repair(data)
     assert digests(data.output) == before
-
-
-def test_a_run_makes_a_missing_table_of_duplicates_again_although_there_are_none(
-    data: IncrementalDataSet,
-) -> None:
-    data.put("photo-e.jpg", CAT)
-    data.run()
-    damage(data, DUPLICATES, "missing")
-    data.run()
 
 
 @pytest.mark.parametrize("name", [SIDECAR, MANIFEST, PLAN])
@@ -212,98 +167,6 @@ def test_a_repair_lists_samples_whose_inputs_hold_zeros(
         data.put(name, bytes(5000))
     lost = incremental.run(data.config, repair=True)
     assert [loss.source for loss in lost] == ["photo-a.jpg", "photo-b.jpg"][: 1 if sidecar else 2]
-
-
-@pytest.mark.parametrize("how", ["missing", "truncated"])
-def test_a_plan_and_a_sidecar_are_made_again_together(data: IncrementalDataSet, how: str) -> None:
-    before = rows_of(data.output)
-    damage(data, PLAN, how)
-    damage(data, SIDECAR, how)
-    if how == "truncated":  # else the inputs without a written sample get another shard
-        damage(data, TAR, how)
-    assert incremental.run(data.config, repair=True) == []
-    assert plan_job(data.config, chain=stub_chain).tasks == [] == [*lint(data.store)]
-    rows = sorted(rows_of(data.output), key=lambda row: row["source"])
-    names = ("key", "source", "sha256", "status", "reason", "stage")
-    assert [[row[n] for n in names] for row in rows] == [[row[n] for n in names] for row in before]
-
-
-def test_a_plan_and_a_sidecar_that_are_lost_cost_no_written_sample_if_all_sources_are_gone(
-    data: IncrementalDataSet,
-) -> None:
-    before = {row["key"] for row in rows_of(data.output) if row["status"] == "ok"}
-    damage(data, PLAN, "missing")
-    damage(data, SIDECAR, "missing")
-    lose_sources(data)
-    incremental.run(data.config, repair=True)
-    assert {row["key"] for row in rows_of(data.output) if row["status"] == "ok"} == before
-    assert [*lint(data.store)] == []
-
-
-def test_a_run_makes_a_shard_again_of_which_all_files_and_the_plan_are_lost(
-    data: IncrementalDataSet,
-) -> None:
-    before = digests(data.output)
-    for name in (TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN):
-        damage(data, name, "missing")
-    data.run()
-    assert digests(data.output) == before
-
-
-def test_a_lost_plan_with_fewer_new_inputs_than_lost_shards_is_valid(
-    data: IncrementalDataSet,
-) -> None:
-    """Shard 0 has no input then."""
-    for name in (TAR, QUARANTINE, SIDECAR, MANIFEST, PLAN):
-        damage(data, name, "missing")
-    for name in "abc":
-        data.remove(f"photo-{name}.jpg")
-    for _ in range(2):
-        incremental.run(data.config)
-    assert [row["source"] for row in rows_of(data.output)] == ["photo-d.jpg", "photo-e.jpg"]
-    assert [*lint(data.store)] == []
-
-
-@pytest.mark.parametrize("content", [b"x", MANIFEST])
-def test_a_repair_removes_a_manifest_of_no_shard(
-    data: IncrementalDataSet, content: str | bytes
-) -> None:
-    """content: or the name of the file to copy."""
-    before = digests(data.output)
-    whole = (data.output / content).read_bytes() if isinstance(content, str) else content
-    (data.output / "shards/fgid-000099.json").write_bytes(whole)
-    repair(data)
-    assert digests(data.output) == before
-    assert [*lint(data.store)] == []
-
-
-def test_files_with_other_names_are_no_shard(data: IncrementalDataSet) -> None:
-    for name in ("fgid-000000 (copy).json", "fgid-old.json", "fgid-7.parquet", "fgid-old.tar"):
-        (data.output / "shards" / name).write_bytes(b"x")
-    assert incremental.run(data.config) == [] == find_damage(data.store)
-    lines = [*lint(data.store)]
-    assert len(lines) == 4 and all("belongs to no shard. Remove it." in line for line in lines)
-
-
-def test_an_empty_list_of_duplicates_is_made_again(data: IncrementalDataSet) -> None:
-    data.put("photo-e.jpg", CAT)
-    data.run()
-    before = digests(data.output)
-    assert data.store.table(DUPLICATES).num_rows == 0
-    damage(data, DUPLICATES, "missing")
-    data.run()
-    damage(data, DUPLICATES, "truncated")
-    repair(data)
-    assert digests(data.output) == before
-
-
-def test_a_copy_of_a_sidecar_adds_nothing_to_a_plan_that_is_made_again(
-    data: IncrementalDataSet,
-) -> None:
-    shutil.copy(data.output / SIDECAR, data.output / "shards/fgid-000007.parquet")
-    damage(data, PLAN, "missing")
-    incremental.run(data.config)
-    assert plan_job(data.config, chain=stub_chain).plan.inputs == 5
 
 
 def test_each_sample_that_is_lost_is_named_in_one_line(
@@ -398,22 +261,6 @@ def test_staged_files_that_are_not_complete_replace_nothing(
     assert digests(data.output) == before
     assert [*(data.output / "staged").iterdir()] == []
     assert find_damage(data.store) == []
-
-
-def test_what_was_taken_down_keeps_its_place_in_a_plan_that_is_made_again(
-    data: IncrementalDataSet,
-) -> None:
-    data.put("photo-f.jpg", ANN)  # an exact copy: its original goes with it, and photo-e
-    data.put("photo-g.jpg", CAT)
-    data.run()
-    data.take_down("source", "photo-f.jpg")
-    damage(data, PLAN, "missing")
-    data.run()
-    data.remove("photo-f.jpg")
-    damage(data, PLAN, "missing")
-    incremental.run(data.config)
-    rows = rows_of(data.output)
-    assert [row["reason"] for row in rows].count("taken_down") == 3 and len(rows) == 7
 
 
 def test_a_take_down_refuses_a_shard_without_manifest(data: IncrementalDataSet) -> None:

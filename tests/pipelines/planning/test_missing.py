@@ -145,3 +145,28 @@ def test_the_command_says_which_samples_would_be_lost(tmp_path: Path, portraits:
     assert "error: 1 of 2 samples would be lost" in result.stderr, result.stderr
     assert "'0.jpg': not_an_image (its first 4,096 bytes are zeros)" in result.stderr
     assert digests(output) == before
+
+
+def test_drop_refuses_a_source_that_lists_nothing(data: IncrementalDataSet) -> None:
+    data.change(missing="drop")
+    for name in tuple(data.files):
+        data.remove(name)
+    with pytest.raises(SourceError, match=r"lists no input, and .* would drop all 5 of"):
+        plan_job(data.config, chain=stub_chain)
+
+
+@pytest.mark.parametrize("missing", ["keep", "stop"])
+def test_a_source_folder_that_is_gone_is_an_error_unless_samples_are_kept(
+    data: IncrementalDataSet, missing: str
+) -> None:
+    before = digests(data.output)
+    make_stale(data)
+    data.change(missing=missing)
+    data.source.rename(data.folder / "elsewhere")
+    if missing == "stop":
+        with pytest.raises(SourceError, match="is not a folder"):
+            plan_job(data.config, chain=stub_chain)
+        return
+    incremental.run(data.config)
+    tars = {name: digest for name, digest in before.items() if name.endswith(".tar")}
+    assert tars.items() <= digests(data.output).items()
