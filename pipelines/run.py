@@ -201,6 +201,8 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
             dataset_job = DatasetJob(config=config, chain=reference, info=chain)
             run_tasks = executor_named(config.executor)
             yield from run_tasks(dataset_job, job.tasks, advance)
+            for folder in (layout.SHARDS, layout.STAGED):
+                store.sweep(folder)  # a worker may have been killed while it wrote
         run_global_pass(store, config.global_pass, chain)
 
 

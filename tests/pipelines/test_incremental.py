@@ -16,6 +16,7 @@ import pytest
 
 from configs.load import to_yaml
 from pipelines.lint import lint
+from pipelines.run import execute, plan_job
 from stages.record import key_of
 from stages.storage import layout
 from stages.storage.exclusions import read_takedowns
@@ -247,3 +248,13 @@ def test_a_run_that_is_killed_again_and_again(data: IncrementalDataSet) -> None:
             moment += 3
         assert moment > 20
         data.put("photo-f.jpg", CAT)
+
+
+def test_a_run_removes_temporary_files_of_workers_that_were_killed(
+    data: IncrementalDataSet,
+) -> None:
+    data.put("photo-a.jpg", ANN)
+    left = data.output / "shards" / ".fgid-000000.json.tmp-12345678"
+    for _ in execute(plan_job(data.config, chain=stub_chain), lambda count: None):
+        left.write_bytes(b"{")
+    assert not left.exists()
