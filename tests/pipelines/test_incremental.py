@@ -24,7 +24,7 @@ from stages.storage.sidecar import Row, is_quarantined
 from tests.pipelines import incremental, sigkill
 from tests.pipelines.helpers import rows_of
 from tests.pipelines.incremental import IncrementalDataSet
-from tests.pipelines.stub_chain import OUTAGE, Scene
+from tests.pipelines.stub_chain import OUTAGE, Scene, stub_chain
 
 ANN = Scene(person="ann").encode()
 ANN_AGAIN = Scene(person="ann", saved=1).encode()
@@ -254,6 +254,7 @@ def test_a_run_removes_temporary_files_of_workers_that_were_killed(
     data: IncrementalDataSet,
 ) -> None:
     data.put("photo-a.jpg", ANN)
+    (data.folder / OUTAGE).write_text("[]")
     left = data.output / "shards" / ".fgid-000000.json.tmp-12345678"
     for _ in execute(plan_job(data.config, chain=stub_chain), lambda count: None):
         left.write_bytes(b"{")
