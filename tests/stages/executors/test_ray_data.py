@@ -135,7 +135,8 @@ def test_captions_equal_those_of_inline_and_a_server_that_then_refuses_the_key_e
         with pytest.raises(ServerError, match="refuses the key") as raised:
             list(execute(job, lambda count: None))
     assert "Failed to" not in str(raised.value), "Ray's own advice"
-    assert "Traceback" not in "".join(capfd.readouterr())
+    printed = "".join(capfd.readouterr())  # the server in this process may print tracebacks
+    assert "RayTaskError" not in printed and "ray/data" not in printed
     assert {request.key for request in server.requests} == {KEY}
     (manifest,) = DatasetReader(job.store).manifests().values()
     tokens = {"prompt_tokens": 2 * 2 * 7, "completion_tokens": 2 * 2 * 3}
