@@ -96,7 +96,7 @@ def is_cut(data: bytes) -> bool:
         size = int.from_bytes(data[place : place + 4], "big")
         if size == 1:  # a 64-bit size follows
             size = int.from_bytes(data[place + 8 : place + 16], "big")
-        if size == 0:  # the box goes on to the end of the file
+        if size == 0:  # size 0: the box ends at the end of the file
             return False
         place += max(size, 8)
     return place != len(data)

@@ -128,7 +128,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """What a shard held before a task."""
+    """The records and samples that a shard had before it is processed again."""
 
     store: Store
     task: ShardTask

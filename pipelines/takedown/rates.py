@@ -1,4 +1,4 @@
-"""Rates: what is known about the errors of a request by photograph."""
+"""Rates: the measured error rates of a removal request by photograph, as sentences."""
 
 from __future__ import annotations
 

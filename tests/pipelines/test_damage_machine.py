@@ -161,7 +161,7 @@ class Machine(RuleBasedStateMachine):
         self.damaged.add(name)
 
     def note_risks(self, name: str, how: str, place: int) -> None:
-        """Adds the samples whose bytes the damage touches, or that can't be told from them."""
+        """Adds the samples that the damage may have changed."""
         if not name.startswith(SHARDS):
             return
         shard, _, kind = name.removeprefix(f"{SHARDS}/").partition(".")

@@ -25,7 +25,7 @@ def settings_of(folder: Path, *overrides: str) -> DatasetConfig:
 
 
 def make(folder: Path, scenes: dict[str, Scene], *overrides: str) -> Store:
-    """Adds scenes to the source, runs the stub chain and returns the data set's store."""
+    """Adds scenes to the source, runs the cheap stages, and returns the data set's store."""
     (folder / "photos").mkdir(exist_ok=True, parents=True)
     for name, scene in scenes.items():
         (folder / "photos" / f"{name}.jpg").write_bytes(scene.encode())
