@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from configs.errors import PipelineError
@@ -44,14 +42,13 @@ from stages.storage.repair import find_damage
 from stages.storage.samples import to_members
 from stages.storage.sidecar import Row
 from stages.storage.store import Store
-from tests.pipelines import incremental
+from tests.pipelines import incremental, machines
 from tests.pipelines.helpers import rows_of
 from tests.pipelines.incremental import Settings
 from tests.pipelines.losses import File, is_whole
 from tests.pipelines.sigkill import killed
 from tests.pipelines.stub_chain import OUTAGE, Scene, stub_chain
 
-SEARCHED: Final = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
 INPUTS: Final = [f"photo-{letter}.jpg" for letter in "abcdefgh"]
 SCENES: Final = [
     Scene(person="ann"),
@@ -313,17 +310,6 @@ def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.mark.parametrize("number", [0] if SEARCHED else range(20))
+@pytest.mark.parametrize("number", machines.numbers(20))
 def test_no_damage_spreads_and_no_sample_is_lost_without_a_cause(number: int) -> None:
-    run_state_machine_as_test(
-        seed(number)(Machine) if not SEARCHED else Machine,
-        settings=settings(
-            max_examples=SEARCHED or 2,
-            stateful_step_count=12,
-            deadline=None,
-            database=None,
-            report_multiple_bugs=False,
-            phases=[Phase.generate, *([Phase.shrink] if SEARCHED else [])],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    machines.search(Machine, number)

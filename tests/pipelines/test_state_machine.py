@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
+from tests.pipelines import machines
 from tests.pipelines.incremental import IncrementalDataSet
 from tests.pipelines.stub_chain import Scene
-
-SEARCHED: Final = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
 
 INPUTS: Final = [f"photo-{letter}.jpg" for letter in "abcdefghijkl"]
 SCENES: Final = {
@@ -151,19 +148,6 @@ def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-# A search begins with the simplest example, and its later ones resemble each other. So there is a
-# search of two examples for each number, which is its seed.
-@pytest.mark.parametrize("number", [0] if SEARCHED else range(30))
+@pytest.mark.parametrize("number", machines.numbers(30))
 def test_any_sequence_ends_with_the_output_of_a_fresh_run(number: int) -> None:
-    run_state_machine_as_test(
-        seed(number)(Machine) if not SEARCHED else Machine,
-        settings=settings(
-            max_examples=SEARCHED or 2,
-            stateful_step_count=12,
-            deadline=None,
-            database=None,
-            report_multiple_bugs=False,
-            phases=[Phase.generate, *([Phase.shrink] if SEARCHED else [])],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    machines.search(Machine, number)
