@@ -95,7 +95,7 @@ def render(report: Report, records: PageRecords, dataset: dict[str, Any]) -> str
     style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = _script()
     data, runs = report.stats["data"], report.stats["runs"]
-    return _template().render(
+    return page_template(_FOLDER).render(
         data=data,
         runs=runs,
         plan=report.stats["plan"],
@@ -126,9 +126,10 @@ def render(report: Report, records: PageRecords, dataset: dict[str, Any]) -> str
 
 
 @cache
-def _template() -> Template:
+def page_template(folder: Path) -> Template:
+    """Returns the page.html.j2 of a folder. It escapes all values, and has the report's filters."""
     environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -10,17 +10,16 @@ import base64
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
 import cv2
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 import pipelines.report
 from configs.errors import PipelineError, ShardError
+from pipelines.report.page import page_template
 from pipelines.takedown.matching import Match, Search
 from stages.codec import THUMBNAIL_SIDE, Image, decode_jpeg, encode_jpeg, shrink
 from stages.storage import layout
@@ -79,7 +78,7 @@ def write_page(store: Store, search: Search, path: Path, lines: Sequence[str]) -
     matches = sorted(search.matches, key=lambda match: -(match.cosine or 0))
     drawn = matches[:MOST_DRAWN]
     cards = _cards(store, [*drawn, *search.near])
-    html = _template().render(
+    html = page_template(_FOLDER).render(
         first_line=Markup(_FIRST_LINE),  # noqa: S704 - a constant
         style=Markup((_REPORT / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - as above
         lines=lines,
@@ -208,15 +207,3 @@ def _percent(box: Sequence[float], width: int, height: int) -> tuple[float, ...]
 
 def _url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if data else ""
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2")
