@@ -36,7 +36,7 @@ from stages.storage.layout import (
 )
 from stages.storage.samples import TarWriter
 from stages.storage.store import Store
-from tests.pipelines.helpers import DEMO, NO_RULES, config, digests
+from tests.pipelines.helpers import DEMO, NO_RULES, config, digests, zero_images
 from tests.pipelines.stub_chain import Scene, stub_chain
 from train.shards import ShardSet
 
@@ -321,15 +321,7 @@ def test_a_single_wrong_byte_in_the_configuration_is_a_fault(folder: Path) -> No
 
 
 def test_an_export_with_colours_names_the_tar_of_a_damaged_image(folder: Path) -> None:
-    def blacken(path: Path) -> None:
-        with tarfile.open(path) as tar:
-            images = [member for member in tar if member.name.endswith(".jpg")]
-        with path.open("r+b") as stream:
-            for member in images:
-                stream.seek(member.offset_data)
-                stream.write(bytes(member.size))
-
-    output = damaged(folder, TAR, blacken)
+    output = damaged(folder, TAR, zero_images)
     arguments = ["export-json", str(output), str(folder / "colours"), "--color"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and TAR in result.stderr and "run" in result.stderr

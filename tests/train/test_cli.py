@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate.state import AcceleratorState
 from typer.testing import CliRunner, Result
 
 from configs.load import dump
+from tests.pipelines.helpers import zero_images
 from tests.train.helpers import small
 from train.cli import app
 from train.history import read_history
@@ -77,12 +77,7 @@ def test_a_damaged_image_is_a_line_without_a_traceback(
 ) -> None:
     damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
     for path in (damaged / "shards").glob("*.tar"):
-        with tarfile.open(path) as tar:
-            images = [member for member in tar if member.name.endswith(".jpg")]
-        with path.open("r+b") as stream:
-            for member in images:
-                stream.seek(member.offset_data)
-                stream.write(bytes(member.size))
+        zero_images(path)
     result = call("--config", preset, f"data={damaged}", "num_workers=1")
     assert result.exit_code == 2 and "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]

@@ -133,15 +133,14 @@ def test_the_listing_opens_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return read(path, max_bytes, count)
 
     monkeypatch.setattr(files, "read_file", counted)
-    monkeypatch.setattr(files, "_MAX_MISSES", 50)
-    for number in range(120):
+    for number in range(1100):
         (tmp_path / f"{number}.jpg").write_bytes(b"x")
         (tmp_path / f"{number}.txt").write_bytes(b"a label")
         (tmp_path / f"{number}.dat").write_bytes(jpeg(SQUARE))
     report = passed_over(tmp_path, tmp_path / "out")
-    assert [(group.ending, group.count) for group in report.groups] == [(".dat", 120)]
+    assert [(group.ending, group.count) for group in report.groups] == [(".dat", 1100)]
     endings = [path.rpartition(b".")[2] for path in opened]
-    assert (endings.count(b"jpg"), endings.count(b"txt"), endings.count(b"dat")) == (0, 50, 120)
+    assert (endings.count(b"jpg"), endings.count(b"txt"), endings.count(b"dat")) == (0, 1000, 1100)
 
 
 def test_many_endings_take_bounded_memory() -> None:
