@@ -88,7 +88,7 @@ def _inline(text: str) -> str:
 
 def _prose(lines: list[str]) -> list[str]:
     """Returns the lines that say something, without their marks."""
-    said = []
+    prose = []
     for number, line in enumerate(lines):
         following = lines[number + 1] if number + 1 < len(lines) else ""
         titles_table = _ROW.match(line) and _RULED.match(following)
@@ -98,8 +98,8 @@ def _prose(lines: list[str]) -> list[str]:
             line = ": ".join(cell.strip() for cell in row[1].split("|", 1))
         text = _inline(_BULLET.sub("", line)).strip()
         if text:
-            said.append(text)
-    return said
+            prose.append(text)
+    return prose
 
 
 def _joined(lines: list[str], *, ends: bool) -> str:

@@ -98,9 +98,9 @@ def without_talk(text: str) -> tuple[str, bool]:
     """
     rest = _without_opening(text)
     parts = sentences(rest)
-    kept = [about for part in parts if (about := _about_picture(part))]
-    if kept != parts:
-        rest = " ".join(kept)
+    described = [about for part in parts if (about := _about_picture(part))]
+    if described != parts:
+        rest = " ".join(described)
     rest = _without_opening(rest)
     if rest == text:
         return text, False
