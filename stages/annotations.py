@@ -1,4 +1,4 @@
-"""Annotations of the measure, caption and review stages.
+"""Annotations of the measure, caption, claims and review stages.
 
 A new stage defines its annotation in its own file; see CONTRIBUTING.md.
 """
@@ -100,6 +100,28 @@ class Answers(Annotation):
         "number of the two captions that are answers to the prompt of the second try",
         pa.int32(),
         metric=Metric(title="Second tries", note="of the two", whole=True, group="text"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims(Annotation):
+    """What the captions claim, and which of it is contradicted; see stages/claims."""
+
+    name: ClassVar[str] = "claims"
+
+    checked_claims: int = stored(
+        "number of claims of both captions on glasses, hat, hair, mouth, ears and pose",
+        pa.int32(),
+        metric=Metric(title="Checked claims", note="of the captions", whole=True, group="text"),
+    )
+    contradictions: int = stored(
+        "number of these claims that label map or measures contradict",
+        pa.int32(),
+        metric=Metric(title="Contradictions", note="of the claims", whole=True, group="text"),
+    )
+    contradicted: str = stored(
+        "the contradicted claims: topic, claimed value and words of each, separated by semicolons",
+        pa.string(),
     )
 
 

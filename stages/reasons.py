@@ -269,6 +269,12 @@ _STAGES: Final = {
         "states who is in the picture, which the model can't know, or has capitals that look so"
     ),
     "caption_cut": _answer("was cut off by `max_new_tokens` before the end of its first sentence"),
+    "contradicted_caption": _dropped(
+        "claims",
+        "Label map or measures contradict too many claims of the captions "
+        "(`claims.min_agreement`).",
+        "Look at them: captions of another model or prompt may be better. 0 is off.",
+    ),
     "caption_failed": _failed(
         "caption",
         "The caption server gave no answer for this image, but answered for a plain test image.",

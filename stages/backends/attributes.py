@@ -53,13 +53,14 @@ class Attributes:
         """(coarse, fine) of each record; fine is "" where no region of the face is visible."""
         answers = []
         for record in records:
-            appearance, key = _appearance_of(record), record.key
+            appearance, key = appearance_of(record), record.key
             coarse, fine = compose_caption(appearance, key), compose_face_caption(appearance, key)
             answers.append((Answer(coarse, "stop"), Answer(fine, "stop")))
         return answers
 
 
-def _appearance_of(record: Record) -> Appearance:
+def appearance_of(record: Record) -> Appearance:
+    """Returns the appearance of a record's main face. Raises ValueError if it has none."""
     image, labels, face = decode_jpeg(record.image), decode_labels(record.parsing), record.main_face
     step = max(1, min(labels.shape) // _SHORT_SIDE)
     if step > 1:
