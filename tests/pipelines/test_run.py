@@ -91,7 +91,7 @@ def test_a_change_of_a_late_stage_runs_stale_stages_only_and_gives_the_bytes_of_
     shutil.copytree(dataset, output)
     new_captions(monkeypatch)
     job = plan_job(config(poisoned, output))
-    assert {task.stale_stages for task in job.tasks} == {frozenset({"caption", "review"})}
+    assert {task.stale_stages for task in job.tasks} == {frozenset({"caption", "claims", "review"})}
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
