@@ -97,7 +97,7 @@ def test_a_change_of_a_late_stage_runs_stale_stages_only_and_gives_the_bytes_of_
         _count(stage, calls, monkeypatch)
     ran = count_model_calls(monkeypatch)
     list(execute(job, lambda count: None))
-    assert set(calls) == {"caption", "review"}
+    assert set(calls) == {"caption", "claims", "review"}
     assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
     run(config(poisoned, fresh))
