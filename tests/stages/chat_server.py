@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -81,6 +82,11 @@ def refusal(status: int, message: str, **headers: str) -> Reply:
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64  # a connection that finds no place is tried again after a second
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints no traceback for a client that was killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class ChatServer:
