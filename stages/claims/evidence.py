@@ -27,14 +27,25 @@ _GAZE: Final = 15.0
 _PITCHED: Final = 6.0  # degrees of pitch, from which a head isn't moved in the other direction
 _MUCH_HAIR: Final = 0.03  # share of the image, from which nobody is bald
 _NO_SMILE: Final = 0.04  # lift of the mouth's corners, in its widths, below which nobody smiles
-# claimed hair colour → measured ones that don't contradict it
+# claimed hair colour → natural ones that, measured, don't contradict it
 _ALIKE: Final = {
     "black": ("black", "dark", "dark brown", "brown", "grey"),
-    "brown": ("black", "dark", "dark brown", "brown", "light brown", "auburn", "red", "blond"),
+    "brown": (
+        "black",
+        "dark",
+        "dark brown",
+        "brown",
+        "light brown",
+        "light",
+        "auburn",
+        "red",
+        "blond",
+    ),
     "blond": ("blond", "light brown", "light", "white", "grey", "auburn"),
-    "grey": ("grey", "white", "dark", "black", "blond"),
+    "grey": ("grey", "white", "dark", "black", "blond", "light"),
     "red": ("red", "auburn", "brown", "light brown", "dark brown"),
 }
+_NATURAL: Final = frozenset(color for colors in _ALIKE.values() for color in colors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +117,7 @@ def _hair_color(value: str, evidence: Evidence) -> bool:
     if not evidence.appearance.hair:
         return evidence.pixels("hair", "hat") < MIN_PIXELS
     measured = evidence.appearance.hair_color
-    return bool(measured) and measured not in _ALIKE[value]
+    return measured in _NATURAL and measured not in _ALIKE[value]
 
 
 def _mouth(value: str, evidence: Evidence) -> bool:
