@@ -7,9 +7,12 @@ A caption's claim counts as contradicted only if the measurement leaves no doubt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from configs.captions import AttributesConfig
 from configs.quality import ClaimsConfig
 from stages.annotations import Claims, Measures
-from stages.backends.attributes import appearance_of
+from stages.backends.attributes import Attributes, appearance_of
 from stages.base import Dropped, RecordStage, quarantine
 from stages.claims.evidence import contradicts, evidence_of
 from stages.claims.grammar import claims_of
@@ -24,6 +27,10 @@ class ClaimsStage(RecordStage):
     provides = (Claims.name,)
     annotation = Claims
     config: ClaimsConfig
+
+    def digests(self) -> Mapping[str, str]:
+        """Returns what the measured appearance depends on, as captions of `attributes` do."""
+        return Attributes.digests(AttributesConfig())
 
     def process_one(self, record: Record) -> Record:
         measures = record.annotation(Measures)
