@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from stages.claims import ClaimsStage
+
 from configs.schema import DatasetConfig
 from pipelines.review import ReviewStage
 from stages.backends.weights import Weights
@@ -45,6 +47,7 @@ def build_chain(config: DatasetConfig) -> list[Stage]:
         MeasureStage(config.measure),
         QualityFilterStage(config.rules),
         caption,
+        ClaimsStage(config.claims),
         ReviewStage(config.review, weights),
     ]
     check_chain(chain)

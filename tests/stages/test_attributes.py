@@ -16,6 +16,7 @@ from stages.codec import decode_jpeg, decode_labels, encode_jpeg, encode_labels
 from stages.record import Record, key_of
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
 from tests.stages.drawing import ALL_PARTS, WHITE, draw
+from tests.stages.records import texts_of
 
 
 def clauses(text: str) -> list[str]:
@@ -56,7 +57,7 @@ def test_one_visible_ear_is_still_named_by_the_plural() -> None:
 def test_captions_are_short_and_guess_no_sex_or_age(full_records: list[Record]) -> None:
     guesses = {"man", "woman", "boy", "girl", "he", "she", "his", "her", "young", "old"}
     guesses |= {"male", "female", "child"}
-    for coarse, fine in Attributes(AttributesConfig()).caption(full_records):
+    for coarse, fine in texts_of(Attributes(AttributesConfig()).caption(full_records)):
         assert len(fine) <= 330
         assert len(re.findall(r"\w+|[^\w\s]", fine)) <= 50, "each word is one CLIP token"
         assert len(re.findall(r"\w+|[^\w\s]", coarse)) <= 60

@@ -56,11 +56,16 @@ CHANGED = [
     "caption-1-1bc2b81f201736b0",
     "review-1-f78e020b8144e1b5",
 ]
-LLAVA = ("caption.backend=llava", "caption.llava.model=checkpoint")
+LLAVA = (
+    "caption.backend=llava",
+    "caption.llava.model=checkpoint",
+    "caption.llava.check_answers=false",
+)
 OPENAI = (
     "caption.backend=openai",
     "caption.openai.model=someone/model",
     "caption.openai.base_url=http://127.0.0.1:9/v1",
+    "caption.openai.check_answers=false",
 )
 CAPTIONS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
     ((), (), "1bc2b81f201736b0"),
