@@ -19,7 +19,6 @@ import numpy as np
 
 from configs.captions import AttributesConfig
 from stages.backends.appearance import Appearance, measure_appearance
-from stages.backends.colors import to_lab
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, scaled
 
@@ -39,8 +38,8 @@ class Attributes:
 
     @staticmethod
     def digests(config: AttributesConfig) -> Mapping[str, str]:
-        """No weights."""
-        return {}
+        """No weights: the version of the rules. It rises whenever a caption changes."""
+        return {"rules": "2"}
 
     @staticmethod
     def window(config: AttributesConfig, batch_size: int) -> int:
@@ -50,12 +49,13 @@ class Attributes:
         """(coarse, fine) of each record; fine is "" where no region of the face is visible."""
         texts = []
         for record in records:
-            appearance, key = _appearance_of(record), record.key
+            appearance, key = appearance_of(record), record.key
             texts.append((compose_caption(appearance, key), compose_face_caption(appearance, key)))
         return texts
 
 
-def _appearance_of(record: Record) -> Appearance:
+def appearance_of(record: Record) -> Appearance:
+    """Returns the appearance of the record's main face."""
     image, labels, face = decode_jpeg(record.image), decode_labels(record.parsing), record.main_face
     step = max(1, min(labels.shape) // _SHORT_SIDE)
     if step > 1:
@@ -63,7 +63,7 @@ def _appearance_of(record: Record) -> Appearance:
         size = (labels.shape[1], labels.shape[0])
         image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
         face = scaled(face, 1 / step)
-    return measure_appearance(to_lab(image), labels, face)
+    return measure_appearance(image, labels, face)
 
 
 class _Phrases:
