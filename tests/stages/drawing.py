@@ -15,7 +15,7 @@ from stages.regions import LABEL_IDS
 SIDE = 512
 # skin and the white of the eyes as in ordinary light, see stages/backends/light.py
 SKIN, EYES, LIPS, BROWN = (190, 142, 123), (188, 171, 166), (178, 92, 86), (90, 60, 40)
-TONGUE = (186, 98, 94)
+TONGUE = (208, 112, 106)
 BLACK, BLUE, WHITE = (12, 10, 10), (30, 60, 150), (250, 250, 250)
 ALL_PARTS = frozenset(
     {"hair", "skin", "neck", "cloth", "nose", "upper_lip", "lower_lip"}
