@@ -58,7 +58,7 @@ def test_the_backend_is_not_called_without_valid_records() -> None:
 def test_the_signature_changes_with_prompt_backend_and_checkpoint(tmp_path: Path) -> None:
     plain = CaptionStage(CaptionConfig(), Weights())
     assert plain.signature() == CaptionStage(CaptionConfig(), Weights()).signature()
-    assert plain.digests() == {}
+    assert plain.digests() == {"rules": "2"}, "no weights"
     model = make_checkpoint(tmp_path / "model")
     own = LlavaConfig(model=str(model), device="cpu")
     config = CaptionConfig(backend="llava", llava=own)
