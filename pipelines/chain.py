@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stages.claims import ClaimsStage
-
 from configs.schema import DatasetConfig
 from pipelines.review import ReviewStage
 from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
 from stages.chain import build_stages
+from stages.claims import ClaimsStage
 from stages.measure import MeasureStage
 from stages.other_faces import OtherFacesStage
 from stages.quality_filter import QualityFilterStage
