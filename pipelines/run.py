@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Job:
     """A planned run: its stages, its plan, and a task for each pending shard.
 
     damage: what it will repair. samples_before: shard → what `DatasetReader.sampled_rows` said of
-    it, for damaged shards.
+    it, for damaged shards. failed_before: shard → reason → number, of manifests.
     """
 
     config: DatasetConfig
@@ -54,6 +54,7 @@ class Job:
     chain: Chain = build_chain
     damage: list[Damage] = field(default_factory=list)
     samples_before: dict[int, dict[str, Row]] = field(default_factory=dict)
+    failed_before: dict[int, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def pending_inputs(self) -> int:
@@ -61,23 +62,30 @@ class Job:
         return sum(task.shard.inputs for task in self.tasks)
 
     def lost(self) -> list[Loss]:
-        """Returns the samples that a repair could not make again, once the job is executed. Where
-        a sidecar was damaged too, these are all inputs of its shard that can't be read or decoded.
+        """Returns the samples that a repair could not make again, once the job is executed.
+
+        Where a sidecar was damaged too, nothing says which inputs had a sample. Then these are all
+        inputs of its shard that can't be read or decoded for a reason that became more frequent.
         """
         columns = ("key", "source", "status", "reason", "detail", "stage")
-        first = {STAGE, *(stage.name for stage in self.stages if "image" in stage.provides)}
         reader, lost = DatasetReader(self.store), list[Loss]()
         for index, before in sorted(self.samples_before.items()):
-            for row in reader.rows(index, columns).to_pylist():
-                is_failed = row["status"] == Status.FAILED
-                if row["key"] in before:
-                    # inputs of only zeros are copies of each other, which the source drops
-                    is_lost = is_failed or row["stage"] == STAGE
-                else:
-                    is_lost = not before and is_failed and row["stage"] in first
-                if is_lost:
-                    lost.append(Loss(row["source"], reason_text(row["reason"], row["detail"])))
+            rows = reader.rows(index, columns).to_pylist()
+            # inputs of only zeros are copies of each other, which the source drops
+            rows = [r for r in rows if r["stage"] == STAGE or r["status"] == Status.FAILED]
+            former = [row for row in rows if row["key"] in before]
+            gone = former if before else self._failed(rows, index)
+            lost += [Loss(r["source"], reason_text(r["reason"], r["detail"])) for r in gone]
         return lost
+
+    def _failed(self, rows: Sequence[Row], index: int) -> list[Row]:
+        """Returns the rows that failed while they were read or decoded, for a reason that more
+        inputs of the shard have than before.
+        """
+        first = {STAGE, *(stage.name for stage in self.stages if "image" in stage.provides)}
+        failed = [r for r in rows if r["status"] == Status.FAILED and r["stage"] in first]
+        now, before = Counter(row["reason"] for row in failed), self.failed_before.get(index, {})
+        return [row for row in failed if now[row["reason"]] > before.get(row["reason"], 0)]
 
     def why(self) -> list[str]:
         """Returns a line for each kind of task, such as "3 shards through caption, from their own
@@ -136,8 +144,11 @@ def plan_job(
         whole = [task for task in tasks if not task.damaged]
         check_sources(plan, whole, store, build_source(config))
     planned = {shard.index for shard in plan.shards} & damaged
-    samples = {index: DatasetReader(store).sampled_rows(index) for index in planned}
-    return Job(config, store, stages, plan, tasks, chain, damage, samples)
+    reader = DatasetReader(store)
+    samples = {index: reader.sampled_rows(index) for index in planned}
+    manifests = reader.manifests(readable_only=True) if planned else {}
+    failed = {index: manifests[index].failed for index in planned & {*manifests}}
+    return Job(config, store, stages, plan, tasks, chain, damage, samples, failed)
 
 
 def _check_output(config: DatasetConfig, store: Store) -> None:

@@ -156,6 +156,15 @@ def test_a_repair_loses_only_the_damaged_sample_if_all_sources_are_gone(
     assert plan_job(data.config, chain=stub_chain).tasks == []
 
 
+def test_a_repair_does_not_list_inputs_that_had_no_sample(data: IncrementalDataSet) -> None:
+    data.put("photo-f.jpg", b"not a scene")
+    data.run()
+    damage(data, "shards/fgid-000001.tar", "missing")
+    damage(data, "shards/fgid-000002.parquet", "missing")
+    damage(data, "shards/fgid-000002.tar", "missing")
+    assert incremental.run(data.config, repair=True) == []
+
+
 @pytest.mark.parametrize("sidecar", [False, True])
 def test_a_repair_lists_samples_whose_inputs_hold_zeros(
     data: IncrementalDataSet, sidecar: bool
