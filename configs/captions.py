@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from configs.common import NOT_HASHED, PlacementConfig, check
+from configs.common import NOT_HASHED, PlacementConfig, check, introduced
 
 # The two prompts of the reference (data/FGID_caption.py).
 PROMPT: Final = (
@@ -18,6 +18,15 @@ PROMPT: Final = (
 )
 FACE_PROMPT: Final = (
     "Describe this person's facial features for me, including face, ears, eyes, nose, and mouth."
+)
+# The prompts of the second try, after an answer that is no caption.
+RETRY_PROMPT: Final = (
+    "Write two plain English sentences about what is visible in this photograph: hair, clothing, "
+    "pose, facial expression and background. Name no one."
+)
+FACE_RETRY_PROMPT: Final = (
+    "Write plain English sentences about what is visible of the face, ears, eyes, nose and mouth "
+    "in this photograph. Name no one."
 )
 MAX_NEW_TOKENS: Final = 512  # of each of the two captions
 
@@ -35,6 +44,13 @@ class LlavaConfig:
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
     max_new_tokens: int = MAX_NEW_TOKENS
+    # mend answers, try useless ones once more with the next two prompts, and fail the record if
+    # that doesn't help; false: every answer is a caption, as in version 0.1
+    check_answers: bool = field(default=True, metadata=introduced(False))
+    retry_prompt: str = field(default=RETRY_PROMPT, metadata=introduced(RETRY_PROMPT))
+    face_retry_prompt: str = field(
+        default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     # 4bit: weights as NF4; needs a GPU and bitsandbytes
     quantize: Literal["none", "4bit"] = "none"
@@ -42,6 +58,7 @@ class LlavaConfig:
 
     def __post_init__(self) -> None:
         _check_tokens("llava", self.max_new_tokens)
+        _check_prompts("llava", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +69,13 @@ class OpenAIConfig:
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
     max_new_tokens: int = MAX_NEW_TOKENS
+    # mend answers, try useless ones once more with the next two prompts, and fail the record if
+    # that doesn't help; false: every answer is a caption, as in version 0.1
+    check_answers: bool = field(default=True, metadata=introduced(False))
+    retry_prompt: str = field(default=RETRY_PROMPT, metadata=introduced(RETRY_PROMPT))
+    face_retry_prompt: str = field(
+        default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
+    )
     # for example http://HOST:8000/v1, without credentials
     base_url: str = field(default="", metadata=NOT_HASHED)
     # name of the environment variable that holds the key
@@ -65,6 +89,7 @@ class OpenAIConfig:
 
     def __post_init__(self) -> None:
         _check_tokens("openai", self.max_new_tokens)
+        _check_prompts("openai", self)
         check(
             1 <= self.concurrency <= 1024,
             f"caption.openai.concurrency={self.concurrency}: expected 1 to 1024",
@@ -107,3 +132,12 @@ class CaptionConfig:
 
 def _check_tokens(section: str, count: int) -> None:
     check(count > 0, f"caption.{section}.max_new_tokens={count}: expected at least 1")
+
+
+def _check_prompts(section: str, config: LlavaConfig | OpenAIConfig) -> None:
+    for name in ("retry_prompt", "face_retry_prompt"):
+        check(
+            bool(getattr(config, name).strip()),
+            f"caption.{section}.{name} is empty: expected the prompt of the second try; "
+            f"caption.{section}.check_answers=false tries no answer again",
+        )

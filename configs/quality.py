@@ -96,6 +96,23 @@ class RulesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimsConfig:
+    """The comparison of captions with label maps and measures; see docs/captions.md."""
+
+    # least share of the claims of a sample's captions that nothing contradicts, 0 to 1; 1: none may
+    # be contradicted. A rule like those of RulesConfig, off by default, of a stage after the
+    # captions
+    min_agreement: float = 0.0
+    placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.min_agreement <= 1,
+            f"claims.min_agreement={self.min_agreement}: expected 0 to 1",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalPassConfig:
     """The global pass: duplicates across shards, identities, and the train/val split."""
 

@@ -16,6 +16,7 @@ from configs.captions import CaptionConfig
 from configs.common import NOT_HASHED, PlacementConfig, WeightsConfig
 from configs.common import check as _check
 from configs.quality import (
+    ClaimsConfig,
     GlobalPassConfig,
     MeasureConfig,
     ReviewConfig,
@@ -185,6 +186,7 @@ class DatasetConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     rules: RulesConfig = field(default_factory=RulesConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
+    claims: ClaimsConfig = field(default_factory=ClaimsConfig)
     review: ReviewConfig = field(default_factory=ReviewConfig)
     global_pass: GlobalPassConfig = field(default_factory=GlobalPassConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

@@ -13,6 +13,7 @@ from pipelines.review import ReviewStage
 from stages.backends.weights import Weights
 from stages.base import Stage, check_chain
 from stages.chain import build_stages
+from stages.claims import ClaimsStage
 from stages.measure import MeasureStage
 from stages.other_faces import OtherFacesStage
 from stages.quality_filter import QualityFilterStage
@@ -45,6 +46,7 @@ def build_chain(config: DatasetConfig) -> list[Stage]:
         MeasureStage(config.measure),
         QualityFilterStage(config.rules),
         caption,
+        ClaimsStage(config.claims),
         ReviewStage(config.review, weights),
     ]
     check_chain(chain)

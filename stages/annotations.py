@@ -1,4 +1,4 @@
-"""Annotations of the measure and review stages.
+"""Annotations of the measure, caption, claims and review stages.
 
 A new stage defines its annotation in its own file; see CONTRIBUTING.md.
 """
@@ -61,6 +61,68 @@ class Measures(Annotation):
         metric=Metric(title="Occlusion", unit="%", note="of the face, covered", scale=100),
     )
     hash: str = stored("perceptual hash of the image: 256-bit DCT hash, 64 hex digits", pa.string())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers(Annotation):
+    """What was checked of the answers that became caption and face caption; see stages/answers. Of
+    each pair, the first is the caption's.
+    """
+
+    name: ClassVar[str] = "answers"
+
+    answer_finish: tuple[str, ...] = stored(
+        "why the answers of caption and face caption end: stop, length (of the tokens), or empty "
+        "(unknown)",
+        pa.list_(pa.string()),
+        length=2,
+    )
+    answer_verdicts: tuple[str, ...] = stored(
+        "what was removed from each answer: thinking, markdown, preamble, cut (the end that the "
+        "limit of tokens cut off), separated by spaces",
+        pa.list_(pa.string()),
+        length=2,
+    )
+    answer_mended: tuple[bool, ...] = stored(
+        "for each answer, whether the caption differs from it", pa.list_(pa.bool_()), length=2
+    )
+    first_verdicts: tuple[str, ...] = stored(
+        "for each answer to the prompt of the second try, the verdicts on the first; else empty",
+        pa.list_(pa.string()),
+        length=2,
+    )
+    mended_answers: int = stored(
+        "number of the two captions that differ from the model's answer",
+        pa.int32(),
+        metric=Metric(title="Mended answers", note="of the two", whole=True, group="text"),
+    )
+    second_tries: int = stored(
+        "number of the two captions that are answers to the prompt of the second try",
+        pa.int32(),
+        metric=Metric(title="Second tries", note="of the two", whole=True, group="text"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims(Annotation):
+    """What the captions claim, and which of it is contradicted; see stages/claims."""
+
+    name: ClassVar[str] = "claims"
+
+    checked_claims: int = stored(
+        "number of claims of both captions on glasses, hat, hair, mouth, ears and pose",
+        pa.int32(),
+        metric=Metric(title="Checked claims", note="of the captions", whole=True, group="text"),
+    )
+    contradictions: int = stored(
+        "number of these claims that label map or measures contradict",
+        pa.int32(),
+        metric=Metric(title="Contradictions", note="of the claims", whole=True, group="text"),
+    )
+    contradicted: str = stored(
+        "the contradicted claims: topic, claimed value and words of each, separated by semicolons",
+        pa.string(),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,8 +79,9 @@ class Stage(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
-    provides: ClassVar[tuple[str, ...]] = ()
-    annotation: ClassVar[type[Annotation] | None] = None
+    # a stage may set these two for itself, by its settings
+    provides: tuple[str, ...] = ()
+    annotation: type[Annotation] | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -1,14 +1,22 @@
-"""Caption: writes a caption of each image and one of its main face, with `config.backend`."""
+"""Caption: writes a caption of each image and one of its main face, with `config.backend`.
+
+Answers of a vision-language model are checked (stages/answers). What can't be mended is tried once
+more with another prompt; after that the record fails, by the verdict on its second answer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
 from configs.common import hashed_settings
+from stages.annotations import Answers
+from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
+from stages.backends.protocols import Answer
 from stages.backends.registry import backend_class
+from stages.backends.weights import Weights
 from stages.base import BackendStage, Failed, reject
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record
@@ -24,20 +32,50 @@ _HASHED_IN_0_1: Final = {
     "dtype": "float32",
     "quantize": "none",
 }
+_KINDS: Final = ("coarse", "fine")
+# the reason of failure for each fatal verdict
+_REASONS: Final = {
+    EMPTY: "empty_caption",
+    LOOP: "caption_loop",
+    REFUSAL: "caption_refusal",
+    NOT_ENGLISH: "caption_not_english",
+    NAMES_A_PERSON: "caption_names_a_person",
+    CUT: "caption_cut",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A checked answer. first: the checked answer before it, if this is that of the second try."""
+
+    answer: Answer
+    checked: Mended
+    first: Mended | None = None
 
 
 class CaptionStage(BackendStage):
     """Captions the records of a batch together; a record that can't be captioned fails alone.
 
     Reasons of failure: `bad_input` (image, label map and main face don't fit together),
-    `empty_caption`, `caption_failed` (the model server gave no usable response for this image).
+    `caption_failed` (the model server gave no usable response for this image), `empty_caption`,
+    and if answers are checked those of _REASONS.
     """
 
     name = "caption"
     version = 1
     requires = ("image", "faces", "face", "parsing")
-    provides = ("caption", "face_caption")
+    provides: tuple[str, ...] = ("caption", "face_caption")
     config: CaptionConfig
+
+    def __init__(self, config: CaptionConfig, weights: Weights) -> None:
+        super().__init__(config, weights)
+        if self._checks:
+            self.provides, self.annotation = (*self.provides, Answers.name), Answers
+
+    @property
+    def _checks(self) -> bool:
+        """Whether answers are checked. Composed captions have nothing to check."""
+        return getattr(self.backend_config, "check_answers", False)
 
     def hashed_settings(self) -> dict[str, Any]:
         settings = hashed_settings(self.backend_config)
@@ -71,23 +109,82 @@ class CaptionStage(BackendStage):
                 valid.append(record)
             except Failed as rejection:
                 results[record.key] = reject(record, rejection, self.name)
-        captions: Sequence[tuple[str, str] | Failed] = (
+        answers: Sequence[tuple[Answer, Answer] | Failed] = (
             self.backend.caption(valid, self.resources.batch_size) if valid else []
         )
-        for record, pair in zip(valid, captions, strict=True):
-            if isinstance(pair, Failed):
-                results[record.key] = reject(record, pair, self.name)
-            else:
-                results[record.key] = self._captioned(record, *pair)
+        captioned = self._checked(valid, answers) if self._checks else _unchecked(valid, answers)
+        results |= {record.key: record for record in captioned}
         return [results[record.key] for record in records]
 
-    def _captioned(self, record: Record, caption: str, face_caption: str) -> Record:
-        for kind, text in (("coarse", caption), ("fine", face_caption)):
-            if not text.strip():
-                return reject(
-                    record, Failed("empty_caption", f"the {kind} description is empty"), self.name
-                )
-        return replace(record, caption=caption, face_caption=face_caption)
+    def _checked(
+        self, records: Sequence[Record], answers: Sequence[tuple[Answer, Answer] | Failed]
+    ) -> list[Record]:
+        """Returns the records with mended captions, or failed, in order."""
+        failures = {i: pair for i, pair in enumerate(answers) if isinstance(pair, Failed)}
+        drafts = {
+            i: [_Draft(answer, mended(answer)) for answer in pair]
+            for i, pair in enumerate(answers)
+            if not isinstance(pair, Failed)
+        }
+        section = self.backend_config
+        for kind, prompt in enumerate((section.retry_prompt, section.face_retry_prompt)):
+            useless = [i for i in drafts if i not in failures and drafts[i][kind].checked.fatal]
+            asked = [records[i] for i in useless]
+            tries = self.backend.ask(asked, prompt, self.resources.batch_size) if asked else []
+            for i, answer in zip(useless, tries, strict=True):
+                if isinstance(answer, Failed):
+                    failures[i] = answer
+                    continue
+                draft = _Draft(answer, mended(answer), drafts[i][kind].checked)
+                drafts[i][kind] = draft
+                if draft.checked.fatal:
+                    failures[i] = _useless(kind, draft)
+        return [
+            reject(record, failures[i], self.name)
+            if i in failures
+            else _annotated(record, drafts[i])
+            for i, record in enumerate(records)
+        ]
+
+
+def _useless(kind: int, draft: _Draft) -> Failed:
+    """Returns why a record fails whose second answer is no caption either."""
+    about = f" ({draft.checked.detail})" if draft.checked.detail else ""
+    return Failed(
+        _REASONS[draft.checked.fatal],
+        f"the {_KINDS[kind]} description, after a second try{about}: {draft.answer.text!r}",
+    )
+
+
+def _annotated(record: Record, drafts: Sequence[_Draft]) -> Record:
+    checked, firsts = [d.checked for d in drafts], [d.first for d in drafts]
+    answers = Answers(
+        answer_finish=tuple(draft.answer.finish for draft in drafts),
+        answer_verdicts=tuple(" ".join(each.verdicts) for each in checked),
+        answer_mended=tuple(each.was_mended for each in checked),
+        first_verdicts=tuple(" ".join(first.verdicts) if first else "" for first in firsts),
+        mended_answers=sum(each.was_mended for each in checked),
+        second_tries=sum(first is not None for first in firsts),
+    )
+    caption, face_caption = (each.text for each in checked)
+    return replace(record, caption=caption, face_caption=face_caption).annotated(answers)
+
+
+def _unchecked(
+    records: Sequence[Record], answers: Sequence[tuple[Answer, Answer] | Failed]
+) -> list[Record]:
+    """Returns the records with the answers as captions; a record fails if one is empty."""
+    return [_captioned(record, pair) for record, pair in zip(records, answers, strict=True)]
+
+
+def _captioned(record: Record, pair: tuple[Answer, Answer] | Failed) -> Record:
+    if isinstance(pair, Failed):
+        return reject(record, pair, CaptionStage.name)
+    for kind, answer in zip(_KINDS, pair, strict=True):
+        if not answer.text.strip():
+            empty = Failed("empty_caption", f"the {kind} description is empty")
+            return reject(record, empty, CaptionStage.name)
+    return replace(record, caption=pair[0].text, face_caption=pair[1].text)
 
 
 def check(record: Record) -> None:

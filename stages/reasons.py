@@ -174,6 +174,17 @@ _SOURCE: Final = {
     ),
 }
 
+
+def _answer(problem: str) -> Reason:
+    return _failed(
+        "caption",
+        f"The captioner's second answer, to the prompt of the second try, still {problem}. The "
+        "detail shows it.",
+        "Change the prompts of the backend or its model, and `retry` this reason; "
+        "`check_answers=false` takes every answer as a caption.",
+    )
+
+
 _STAGES: Final = {
     "license_not_allowed": _dropped(
         "rights",
@@ -250,6 +261,19 @@ _STAGES: Final = {
         "caption",
         "The captioner answered with an empty text.",
         "Change the prompt or the model; only captions run again.",
+    ),
+    "caption_loop": _answer("repeats itself without an end"),
+    "caption_refusal": _answer("is a refusal, and describes nothing"),
+    "caption_not_english": _answer("is in another language than English"),
+    "caption_names_a_person": _answer(
+        "states who is in the picture, which the model can't know, or has capitals that look so"
+    ),
+    "caption_cut": _answer("was cut off by `max_new_tokens` before the end of its first sentence"),
+    "contradicted_caption": _dropped(
+        "claims",
+        "Label map or measures contradict too many claims of the captions "
+        "(`claims.min_agreement`).",
+        "Look at them: captions of another model or prompt may be better. 0 is off.",
     ),
     "caption_failed": _failed(
         "caption",

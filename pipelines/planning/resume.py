@@ -66,10 +66,16 @@ def load_shard(
             continue
         pending = choice.of(item, next(arriving) if item.key in read_keys else None)
         fields = source.provided_fields(item)
-        provided = frozenset(
-            stage.name for stage in stages if stage.provides and fields.issuperset(stage.provides)
-        )
+        provided = frozenset(stage.name for stage in stages if _is_provided(stage, fields))
         yield PendingRecord(pending.record, pending.remaining_stages - provided)
+
+
+def _is_provided(stage: Stage, fields: Set[str]) -> bool:
+    """True if an input comes with all record fields that a stage provides; no input comes with
+    annotations.
+    """
+    own = {*stage.provides} - ({stage.annotation.name} if stage.annotation else set())
+    return bool(own) and own <= fields
 
 
 def _missing(config: DatasetConfig, task: ShardTask) -> str:

@@ -20,8 +20,8 @@ from pipelines.report.distribution import Floats
 from pipelines.report.identities import identity_rows
 from pipelines.report.metrics import ShownMetric
 from pipelines.report.scan import Outcome
-from stages.annotations import absent_words, fused_words, unfused_words
-from stages.fields import Column
+from stages.annotations import Claims, absent_words, fused_words, unfused_words
+from stages.fields import Column, columns_of
 from stages.regions import LABELS
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
@@ -33,6 +33,7 @@ _PLAIN: Final = (
     *("height", "source_width", "source_height", "faces", "face", "caption", "face_caption"),
     *("trainable", "regions"),
 )
+_CONTRADICTED: Final = next(c for c in columns_of(Claims, Claims.name) if c.name == "contradicted")
 _THUMBNAILS: Final = ("thumbnail", "thumbnail_labels")
 IDENTITY_METRICS: Final = ("identity_size", "similarity")  # from identities.parquet
 
@@ -65,7 +66,12 @@ def read_page_records(
     for rows in examples.values():
         for shard, row in rows:
             example_rows.setdefault(shard, set()).add(row)
-    wanted: list[Column | str] = [*_PLAIN, *_THUMBNAILS, *metrics.columns_of(shown, columns)]
+    wanted: list[Column | str] = [
+        *_PLAIN,
+        _CONTRADICTED,
+        *_THUMBNAILS,
+        *metrics.columns_of(shown, columns),
+    ]
     quotas = _quotas([manifest.inputs for manifest in manifests], count)
     jobs = [
         (manifest.index, sorted(example_rows.get(manifest.index, ())), quota)
@@ -127,7 +133,7 @@ def _random_rows(starts: np.ndarray[Any, np.dtype[np.int64]], seed: int, count: 
 def _page_records(
     reader: DatasetReader, table: pa.Table, shown: Sequence[ShownMetric]
 ) -> PageRecords:
-    columns = {name: table[name].to_pylist() for name in [*_PLAIN, "shard"]}
+    columns = {name: table[name].to_pylist() for name in [*_PLAIN, "contradicted", "shard"]}
     sizes = zip(*(columns[name] for name in ("faces", "width", "height")), strict=True)
     columns["faces"] = [_boxes(*row) for row in sizes]
     statuses = [row or [] for row in columns.pop("regions")]

@@ -30,8 +30,12 @@ class Shards:
     @property
     def cut(self) -> list[int]:
         """Number of samples with cut captions in each shard."""
-        place = next(i for i, shown in enumerate(self.metrics) if shown.name == "cut")
-        return [int((part.values[place] > 0).sum()) for part in self.scans]
+        return self.positive("cut")
+
+    def positive(self, metric: str) -> list[int]:
+        """Number of samples in each shard whose `metric` is over 0; 0 where it isn't measured."""
+        places = [i for i, shown in enumerate(self.metrics) if shown.name == metric]
+        return [int((part.values[places] > 0).sum()) for part in self.scans]
 
 
 def shard_entry(part: Scan) -> dict[str, Any]:

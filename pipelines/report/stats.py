@@ -101,6 +101,7 @@ def compute(reader: DatasetReader) -> Report:
         "labels": _labels(scans, label_sums),
         "image_sizes": _sizes(tally),
         "cut": int(sum(shards.cut)),
+        "contradicted": int(sum(shards.positive("contradictions"))),
         "trainable": {name: tally["trainable", name] for name in ("yes", "no", "unknown")},
         "licenses": _most_common("license", tally),
         "consents": _most_common("consent", tally),

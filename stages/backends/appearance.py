@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.backends.colors import LabImage, common_color, fabric_color, hair_color
-from stages.codec import LabelMap
+from stages.backends.colors import LabImage, common_color, fabric_name, hair_name, inner, lab_of
+from stages.backends.light import Light, estimate_light, in_light, to_linear
+from stages.codec import Image, LabelMap
 from stages.record import Face
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS, Mask
 
@@ -44,10 +45,20 @@ MIN_NECKLACE: Final = 0.0012
 # share of the mouth's area that is its interior, from which it is slightly open, open, wide open
 MOUTH_OPEN: Final = (0.04, 0.2, 0.5)
 LIKE_SKIN: Final = 15.0  # Lab distance below which hair can't be distinguished from the scalp
-TEETH: Final = 0.3  # share of the interior that is brighter than the lips
+TEETH: Final = 0.3  # share of the interior that is brighter and less red than the lips
+# A tongue shows: share of the interior that is neither darker nor less red than the lips, or how
+# many times larger the lower lip is than the upper one (the parser labels a tongue on it as lip).
+TONGUE: Final = (0.4, 4.0)
+# Redness (a of Lab) as a part of the lips': teeth are below the first, a tongue above the second.
+REDNESS: Final = (0.6, 0.75)
 # lift of the corners in mouth widths, plus a quarter of the width beyond SMILE_WIDTH face sizes
 SMILE: Final = 0.08
 SMILE_WIDTH: Final = 0.8
+# White or skin-coloured cloth on the head may be a bandage. It is a hat if it is wider than the
+# face by this factor (a brim), or rises to this height (face sizes above the eyes).
+HAT_SHAPE: Final = (1.4, 2.3)
+# minimum L, and maximum distance in a, b from the colours between white and the skin's
+PALE: Final = (60.0, 12.0)
 NARROWED: Final = 0.19  # an eye's area divided by the square of its width
 
 
@@ -165,14 +176,22 @@ class _Parts:
         return any(self.on_face(name).any() for name in names)
 
 
-def measure_appearance(lab: LabImage, labels: LabelMap, face: Face) -> Appearance:
+def measure_appearance(image: Image, labels: LabelMap, face: Face) -> Appearance:
     """Returns the appearance of `face`.
 
-    lab: (H, W, 3) from `to_lab`. labels: (H, W), CelebAMask-HQ classes, left and right as the
+    image: RGB uint8 (H, W, 3). labels: (H, W), CelebAMask-HQ classes, left and right as the
     viewer sees them. face: in pixels of the image.
     """
     parts, frame = _Parts(labels, face), frame_of(face)
-    mouth = _mouth(lab, parts, frame)
+    linear = to_linear(image)
+    light = estimate_light(
+        linear,
+        inner(parts.on_face("skin", "nose")),
+        {"eyes": parts.on_face(*REGION_LABELS["eyes"]), "teeth": parts.on_face("mouth")},
+        np.isin(labels, (LABEL_IDS["background"], LABEL_IDS["cloth"])),
+    )
+    lab = lab_of(in_light(linear, light))
+    mouth = _mouth(lab, light, parts, frame)
     ears = sum(bool(parts.on_face(name, share=MIN_EAR).any()) for name in REGION_LABELS["ears"])
     return Appearance(
         regions=frozenset(word for word in REGION_WORDS if parts.is_visible(word)),
@@ -180,8 +199,8 @@ def measure_appearance(lab: LabImage, labels: LabelMap, face: Face) -> Appearanc
         close_up=parts.height >= 0.5 * labels.shape[0],
         **_pose(frame, mouth),
         **_eyes(lab, parts, frame),
-        **_hair(lab, parts, frame),
-        **_worn(lab, parts, frame),
+        **_hair(lab, light, parts, frame),
+        **_worn(lab, light, parts, frame),
         **mouth,
     )
 
@@ -218,7 +237,7 @@ def _eyes(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     }
 
 
-def _hair(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+def _hair(lab: LabImage, light: Light, parts: _Parts, frame: Frame) -> dict[str, Any]:
     hair = _on_head(parts.near("hair", sides=0.8, up=1.0, down=2.0, share=MIN_HAIR), frame)
     if not hair.any():
         return {}
@@ -234,18 +253,20 @@ def _hair(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
     area = 0.9 * 0.4 * frame.size**2
     return {
         "hair": True,
-        "hair_color": hair_color(color) if color else "",
+        "hair_color": hair_name(color, light),
         "hair_long": bool(below.sum() >= 0.15 * frame.size**2),
         "fringe": bool(forehead.sum() >= 0.5 * area),
     }
 
 
-def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+def _worn(lab: LabImage, light: Light, parts: _Parts, frame: Frame) -> dict[str, Any]:
     glasses = parts.near("glasses", sides=0.1, up=0.1, down=0.0, share=MIN_WORN)
     hat = parts.near("hat", sides=0.6, up=1.0, down=0.0, share=10 * MIN_WORN)
     heights = frame.coordinates(hat)[1]
-    if hat.any() and np.median(heights) > -0.3:  # a hat sits above the brows
+    # a hat sits above the brows
+    if hat.any() and (np.median(heights) > -0.3 or _may_be_bandage(lab, hat, parts, frame)):
         hat = np.zeros_like(hat)
+    heights = frame.coordinates(hat)[1]
     hair = frame.coordinates(parts.near("hair", sides=0.6, up=1.0, down=0.0))[1]
     headwear = hat.any() and (
         (heights > 0.6).mean() > 0.1  # covers the sides of the face
@@ -273,15 +294,31 @@ def _worn(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
         "dark_glasses": bool(shaded and not parts.is_visible("eyes")),
         "hat": bool(hat.any()),
         "headwear": bool(headwear),
-        "hat_color": fabric_color(colors["hat"]) if colors["hat"] else "",
+        "hat_color": fabric_name(colors["hat"], light),
         "earrings": sum(
             _glints(lab, m, GLINT[1]) for m in (left, right) if m.sum() >= MIN_EARRING * m.size
         ),
         "necklace": _glints(lab, necklace, GLINT[2]),
         "cloth": bool(cloth.any()),
-        "cloth_color": fabric_color(colors["cloth"]) if colors["cloth"] else "",
-        "backdrop": fabric_color(backdrop) if backdrop else "",
+        "cloth_color": fabric_name(colors["cloth"], light),
+        "backdrop": fabric_name(backdrop, light),
     }
+
+
+def _may_be_bandage(lab: LabImage, hat: Mask, parts: _Parts, frame: Frame) -> bool:
+    """True if the mask is cloth of a bandage's colour without a hat's shape. A white cap without a
+    brim can't be told from a bandage.
+    """
+    skin = parts.on_face("skin")
+    if not skin.any():
+        return False
+    (across, down), face = frame.coordinates(hat), frame.coordinates(skin)[0]
+    if np.ptp(across) > HAT_SHAPE[0] * np.ptp(face) or down.min() < -HAT_SHAPE[1]:
+        return False
+    cloth, tint = np.median(lab[hat], axis=0), np.median(lab[skin], axis=0)[1:]
+    towards_skin = np.clip(cloth[1:] @ tint / max(float(tint @ tint), 1e-6), 0, 1)
+    off = np.hypot(*(cloth[1:] - towards_skin * tint))
+    return bool(cloth[0] >= PALE[0] and off <= PALE[1])
 
 
 def _cloth(parts: _Parts) -> Mask:
@@ -307,14 +344,20 @@ def _on_head(hair: Mask, frame: Frame) -> Mask:
     return on_head
 
 
-def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
+def _mouth(lab: LabImage, light: Light, parts: _Parts, frame: Frame) -> dict[str, Any]:
     interior, upper, lower = (parts.on_face(name) for name in ("mouth", "upper_lip", "lower_lip"))
     if not (upper.any() and lower.any()):
         return {}
     lips, mouth = upper | lower, upper | lower | interior
     share = interior.sum() / mouth.sum()
-    bright = lab[interior][:, 0] > np.median(lab[lips][:, 0]) + 6
-    teeth = bool(share >= 0.1 and bright.mean() > TEETH)
+    lightness, redness = np.median(lab[lips], axis=0)[:2]
+    inside, black_and_white = lab[interior], not light.is_colored
+    white = black_and_white | (inside[:, 1] < REDNESS[0] * redness)
+    teeth = bool(share >= 0.1 and ((inside[:, 0] > lightness + 6) & white).mean() > TEETH)
+    pink = (inside[:, 0] > lightness - 8) & (inside[:, 1] > REDNESS[1] * redness)
+    tongue = lower.sum() > TONGUE[1] * upper.sum() or (
+        share >= 0.1 and not black_and_white and pink.mean() > TONGUE[0]
+    )
     across, down = frame.coordinates(mouth)
     width = float(max(np.ptp(across), 1e-6))
     off_middle = np.abs(across - (across.min() + across.max()) / 2) / width
@@ -326,7 +369,7 @@ def _mouth(lab: LabImage, parts: _Parts, frame: Frame) -> dict[str, Any]:
         ],
         "teeth": teeth,
         # a wide open, dark mouth may be speaking or shouting
-        "smile": bool(smiling and (teeth or share < MOUTH_OPEN[1])),
+        "smile": bool(smiling and not tongue and (teeth or share < MOUTH_OPEN[1])),
     }
 
 

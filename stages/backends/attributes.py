@@ -19,7 +19,7 @@ import numpy as np
 
 from configs.captions import AttributesConfig
 from stages.backends.appearance import Appearance, measure_appearance
-from stages.backends.colors import to_lab
+from stages.backends.protocols import Answer
 from stages.codec import decode_jpeg, decode_labels
 from stages.record import Record, scaled
 
@@ -39,23 +39,27 @@ class Attributes:
 
     @staticmethod
     def digests(config: AttributesConfig) -> Mapping[str, str]:
-        """No weights."""
-        return {}
+        """No weights: the version of the rules. It rises whenever a caption changes."""
+        return {"rules": "2"}
 
     @staticmethod
     def window(config: AttributesConfig, batch_size: int) -> int:
         return batch_size
 
-    def caption(self, records: Sequence[Record], batch_size: int = 1) -> list[tuple[str, str]]:
+    def caption(
+        self, records: Sequence[Record], batch_size: int = 1
+    ) -> list[tuple[Answer, Answer]]:
         """(coarse, fine) of each record; fine is "" where no region of the face is visible."""
-        texts = []
+        answers = []
         for record in records:
-            appearance, key = _appearance_of(record), record.key
-            texts.append((compose_caption(appearance, key), compose_face_caption(appearance, key)))
-        return texts
+            appearance, key = appearance_of(record), record.key
+            coarse, fine = compose_caption(appearance, key), compose_face_caption(appearance, key)
+            answers.append((Answer(coarse, "stop"), Answer(fine, "stop")))
+        return answers
 
 
-def _appearance_of(record: Record) -> Appearance:
+def appearance_of(record: Record) -> Appearance:
+    """Returns the appearance of a record's main face. Raises ValueError if it has none."""
     image, labels, face = decode_jpeg(record.image), decode_labels(record.parsing), record.main_face
     step = max(1, min(labels.shape) // _SHORT_SIDE)
     if step > 1:
@@ -63,7 +67,7 @@ def _appearance_of(record: Record) -> Appearance:
         size = (labels.shape[1], labels.shape[0])
         image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
         face = scaled(face, 1 / step)
-    return measure_appearance(to_lab(image), labels, face)
+    return measure_appearance(image, labels, face)
 
 
 class _Phrases:

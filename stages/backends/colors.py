@@ -5,12 +5,15 @@ It has one if most of its inner pixels are close to its median colour in CIE Lab
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from stages.backends.light import Light, LinearImage, to_linear
 from stages.codec import Image
 from stages.regions import Mask
 
@@ -21,6 +24,21 @@ LabImage = npt.NDArray[np.float32]
 _NEAR: Final = (22.0, 12.0, 12.0)
 # Width of a part's border, in short sides of the image: colours of neighbouring parts mix there.
 _EDGE: Final = 0.008
+# Probability that the name of a colour must have to be used.
+CONFIDENCE: Final = 0.65
+# Deviation, in stops, of the light on hair or clothes from that on the face.
+_SHADING: Final = 0.35
+# equally likely deviates of a normal distribution
+_NINTHS: Final = (-1.593, -0.967, -0.589, -0.282, 0.0, 0.282, 0.589, 0.967, 1.593)
+_THIRDS: Final = (-0.967, 0.0, 0.967)
+# names that cover several names of hair_color and of fabric_color, where these can't be told apart
+HAIR_GROUPS: Final = {
+    "dark": frozenset({"black", "dark", "dark brown"}),
+    "brown": frozenset({"dark brown", "brown", "light brown"}),
+    "light": frozenset({"light brown", "blond"}),
+    "red": frozenset({"auburn", "red"}),
+    "grey": frozenset({"grey", "white"}),
+}
 _MAX_SAMPLE: Final = 5000  # pixels; enough for a median
 
 # (hue angle in Lab, in degrees, below which the name applies; name)
@@ -35,24 +53,101 @@ _HUES: Final = (
     (335.0, "purple"),
     (360.0, "pink"),
 )
+_TONES: Final = ("grey", *dict.fromkeys(name for _, name in _HUES))
+FABRIC_GROUPS: Final = {
+    **{name: frozenset({name, f"dark {name}", f"light {name}"}) for name in _TONES},
+    "brown": frozenset({"brown", "dark brown"}),
+    "dark": frozenset({"black", "dark brown", *(f"dark {name}" for name in _TONES)}),
+    "light": frozenset({"white", "beige", *(f"light {name}" for name in _TONES)}),
+}
+
+
+# RGB → XYZ divided by its white point (D65)
+_TO_XYZ: Final = (
+    np.array(
+        [
+            [0.412453, 0.357580, 0.180423],
+            [0.212671, 0.715160, 0.072169],
+            [0.019334, 0.119193, 0.950227],
+        ]
+    )
+    / np.array([[0.950456], [1.0], [1.088754]])
+).T
+_FROM_XYZ: Final = np.linalg.inv(_TO_XYZ)
 
 
 def to_lab(image: Image) -> LabImage:
-    """RGB uint8 (H, W, 3) → CIE Lab float32 (H, W, 3)."""
-    return np.asarray(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), np.float32)
+    """RGB uint8 (H, W, 3), sRGB → CIE Lab float32 (H, W, 3)."""
+    return lab_of(to_linear(image))
+
+
+def lab_of(linear: LinearImage) -> LabImage:
+    """Linear RGB float32 (..., 3), which may exceed 1 → CIE Lab float32 (..., 3)."""
+    xyz = linear @ _TO_XYZ.astype(np.float32)
+    t = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    x, y, z = t[..., 0], t[..., 1], t[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
+
+
+def _linear_of(color: Lab) -> npt.NDArray[np.float64]:
+    light, a, b = color
+    y = (light + 16) / 116
+    t = np.array([y + a / 500, y, y - b / 200])
+    xyz = np.where(t > 0.206893, t**3, (t - 16 / 116) / 7.787)
+    return np.asarray(np.maximum(xyz @ _FROM_XYZ, 0))
+
+
+def hair_name(color: Lab | None, light: Light) -> str:
+    """Returns the name of a hair colour in `light`, see `_sure_name`; "" for None."""
+    return _sure_name(color, light, hair_color, HAIR_GROUPS)
+
+
+def fabric_name(color: Lab | None, light: Light) -> str:
+    """Returns the name of a colour of clothes, hats and backgrounds in `light`, see `_sure_name`;
+    "" for None.
+    """
+    return _sure_name(color, light, fabric_color, FABRIC_GROUPS)
+
+
+def _sure_name(
+    color: Lab | None,
+    light: Light,
+    name_of: Callable[[Lab], str],
+    groups: Mapping[str, frozenset[str]],
+) -> str:
+    """Returns the name that `color` has with a probability of at least CONFIDENCE, since the light
+    may differ from its estimate; else that of the likeliest group of names; "" if that is uncertain
+    too.
+
+    color: corrected for `light`. groups: name → names of colours that it covers.
+    """
+    if color is None or not light.is_colored:
+        return ""
+    green, red, blue = light.spread
+    offsets = np.array([(g, r, b) for g in _NINTHS for r in _THIRDS for b in _THIRDS])
+    offsets *= (float(np.hypot(green, _SHADING)), red, blue)
+    offsets[:, 1:] += offsets[:, :1]
+    gains = np.exp2(offsets[:, (1, 0, 2)])
+    possible = lab_of((_linear_of(color) * gains).astype(np.float32)).tolist()
+    counts = Counter(name_of((lightness, a, b)) for lightness, a, b in possible)
+    for candidates in (
+        {name: count for name, count in counts.items() if name},
+        {name: sum(counts[member] for member in members) for name, members in groups.items()},
+    ):
+        best = max(candidates, key=lambda name: (candidates[name], name), default="")
+        if best and candidates[best] >= CONFIDENCE * len(possible):
+            return best
+    return ""
 
 
 def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> Lab | None:
-    """Returns the median colour of the mask's inner pixels, None if they have no common colour.
+    """Returns the mean colour of the mask's inner pixels that are close to their median, None if
+    they have no common colour.
 
     agreement: minimum share of the inner pixels that are close to the median. at_least: minimum
     number of inner pixels.
     """
-    edge = max(1, round(_EDGE * min(mask.shape)))
-    kernel = np.ones((2 * edge + 1, 2 * edge + 1), np.uint8)
-    padded = cv2.copyMakeBorder(mask.astype(np.uint8), edge, edge, edge, edge, cv2.BORDER_REPLICATE)
-    inner = cv2.erode(padded, kernel)[edge:-edge, edge:-edge] > 0
-    pixels = lab[inner]
+    pixels = lab[inner(mask)]
     if len(pixels) < max(at_least, 1):
         return None
     pixels = pixels[:: 1 + len(pixels) // _MAX_SAMPLE]
@@ -60,7 +155,18 @@ def common_color(lab: LabImage, mask: Mask, agreement: float, at_least: int) -> 
     near = (((pixels - median) / np.array(_NEAR)) ** 2).sum(axis=1) <= 1
     if near.mean() < agreement:
         return None
-    return float(median[0]), float(median[1]), float(median[2])
+    # finer than the median, which in a dark image is one of few values of 8 bits
+    mean = pixels[near].mean(axis=0)
+    return float(mean[0]), float(mean[1]), float(mean[2])
+
+
+def inner(mask: Mask) -> Mask:
+    """Returns the mask (H, W) without its border, where colours of neighbouring parts mix."""
+    edge = max(1, round(_EDGE * min(mask.shape)))
+    kernel = np.ones((2 * edge + 1, 2 * edge + 1), np.uint8)
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), edge, edge, edge, edge, cv2.BORDER_REPLICATE)
+    eroded: Mask = cv2.erode(padded, kernel)[edge:-edge, edge:-edge] > 0
+    return eroded
 
 
 def hair_color(color: Lab) -> str:
@@ -68,7 +174,7 @@ def hair_color(color: Lab) -> str:
     light, chroma, hue = _polar(color)
     if light < 9 or (light < 15 and chroma < 6):
         return "black"
-    if light < 20 and chroma < 10:
+    if (light < 20 and chroma < 10) or (light < 30 and chroma < 8):
         return "dark"
     if chroma < 8 or (chroma < 11 and light >= 45):
         return "" if light < 45 else "grey" if light < 76 else "white"

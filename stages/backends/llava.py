@@ -9,14 +9,13 @@ that a word may differ now and then.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs.captions import LlavaConfig
 from configs.errors import ConfigError, WeightsError
+from stages.backends import checkpoint
+from stages.backends.protocols import Answer
 from stages.backends.runtime import torch_device
 from stages.codec import decode_jpeg
 from stages.record import Record
@@ -24,11 +23,11 @@ from stages.record import Record
 if TYPE_CHECKING:
     from stages.backends.weights import Weights
 
+Result = TypeVar("Result")
+
 # LLaVA-1.5's, for processors without a chat template
 PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
 _BATCHES = 4  # batches of one call: their images are sorted by length
-# endings of the files of a checkpoint that captions depend on
-_HASHED_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 class Llava:
@@ -45,7 +44,7 @@ class Llava:
         self.config = config
         self.device = torch_device(config.device)
         quantization = _quantization(config, self.device)
-        name, revision = locate(config.model)
+        name, revision = checkpoint.locate(config.model)
         source = {"revision": revision} if revision else {"local_files_only": True}
         try:
             self.processor: Any = _load_processor(name, source)
@@ -78,17 +77,47 @@ class Llava:
         """Returns what identifies the checkpoint, without loading it: its commit on the hub, or a
         sha256 over its files.
         """
-        name, revision = locate(config.model)
-        return {"checkpoint": revision or _folder_digest(Path(name))}
+        return {"checkpoint": checkpoint.digest(config.model)}
 
     @staticmethod
     def window(config: LlavaConfig, batch_size: int) -> int:
         """Returns the size of several batches, so that images can be sorted by length."""
         return batch_size * _BATCHES if batch_size > 1 else 1
 
-    def caption(self, records: Sequence[Record], batch_size: int = 1) -> list[tuple[str, str]]:
-        """Returns (caption, face caption) for each record. The model gets `batch_size` images at a
-        time, longest first.
+    def caption(
+        self, records: Sequence[Record], batch_size: int = 1
+    ) -> list[tuple[Answer, Answer]]:
+        """Returns the answers to both prompts for each record. The model gets `batch_size` images
+        at a time, longest first.
+        """
+
+        def answer(images: Sequence[Any]) -> list[tuple[Answer, Answer]]:
+            answers = self._generate(*self._prefix(images))
+            return list(zip(answers[::2], answers[1::2], strict=True))
+
+        return self._in_batches(records, batch_size, answer)
+
+    def ask(self, records: Sequence[Record], prompt: str, batch_size: int = 1) -> list[Answer]:
+        """Returns the answer to `prompt` for each record, with batches as in `caption`."""
+        text = self._templated(prompt)
+
+        def answer(images: Sequence[Any]) -> list[Answer]:
+            inputs = self._moved(self._inputs(images, text))
+            tokens = self.model.generate(
+                **inputs, generation_config=self._greedy(self.config.max_new_tokens)
+            ).sequences
+            return self._answers(tokens[:, inputs["input_ids"].shape[1] :])
+
+        return self._in_batches(records, batch_size, answer)
+
+    def _in_batches(
+        self,
+        records: Sequence[Record],
+        batch_size: int,
+        answer: Callable[[Sequence[Any]], list[Result]],
+    ) -> list[Result]:
+        """Returns what `answer` gives for the image of each record. It gets `batch_size` images at
+        a time, longest first.
         """
         import torch
 
@@ -97,13 +126,12 @@ class Llava:
         order = sorted(
             range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index)
         )
-        texts: dict[int, tuple[str, str]] = {}
+        results: dict[int, Result] = {}
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                captions = self._generate(*self._prefix([images[index] for index in batch]))
-                texts |= zip(batch, zip(captions[::2], captions[1::2], strict=True), strict=True)
-        return [texts[index] for index in range(len(images))]
+                results |= zip(batch, answer([images[index] for index in batch]), strict=True)
+        return [results[index] for index in range(len(images))]
 
     def _image_tokens(self, images: Sequence[Any]) -> list[int]:
         """Returns the number of tokens of each image. The other parts of a prompt have equal
@@ -127,6 +155,30 @@ class Llava:
         )
         return text
 
+    def _inputs(self, images: Sequence[Any], text: str) -> Any:
+        """Returns the processor's model inputs: a row for each image, with the same text."""
+        from PIL import Image
+
+        return self.processor(
+            images=[Image.fromarray(image) for image in images],
+            text=[text] * len(images),
+            padding=True,
+            return_tensors="pt",
+            **self._special(text),
+        )
+
+    def _special(self, text: str) -> dict[str, bool]:
+        """Returns the argument by which a text that begins with BOS doesn't get a second one."""
+        return {"add_special_tokens": not text.startswith(self.tokenizer.bos_token or "\0")}
+
+    def _moved(self, inputs: Any) -> dict[str, Any]:
+        """Returns the inputs on the model's device, numbers with a point in its dtype."""
+        dtype = self.model.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
     def _prefix(self, images: Sequence[Any]) -> tuple[dict[str, Any], list[list[int]]]:
         """Returns the model inputs of the prefix that both prompts share (B rows), and the token
         ids that follow it (2·B lists: first and second prompt of each image).
@@ -134,17 +186,8 @@ class Llava:
         Raises WeightsError if the template puts the image behind the prompt: then the prompts share
         no prefix with the image in it.
         """
-        from PIL import Image
-
         first, second = self.prompts
-        special = {"add_special_tokens": not first.startswith(self.tokenizer.bos_token or "\0")}
-        inputs = self.processor(
-            images=[Image.fromarray(image) for image in images],
-            text=[first] * len(images),
-            padding=True,
-            return_tensors="pt",
-            **special,
-        )
+        inputs = self._inputs(images, first)
         image_id = self.model.config.image_token_id
         image_token = self.tokenizer.convert_ids_to_tokens(image_id)
         ids: list[list[int]] = [
@@ -155,7 +198,7 @@ class Llava:
         lengths: list[int] = []
         for row in ids:
             expanded = second.replace(image_token, image_token * row.count(image_id))
-            other: list[int] = self.tokenizer(expanded, **special)["input_ids"]
+            other: list[int] = self.tokenizer(expanded, **self._special(first))["input_ids"]
             shared = _common_prefix(row, other)
             if image_id in row[shared:] or image_id in other[shared:] or not shared:
                 raise WeightsError(
@@ -171,16 +214,11 @@ class Llava:
         for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
             if name in inputs:
                 inputs[name] = inputs[name][:, :-cut]
-        dtype = self.model.dtype
-        moved = {
-            n: v.to(self.device, dtype if v.is_floating_point() else None)
-            for n, v in inputs.items()
-        }
-        return moved, tails
+        return self._moved(inputs), tails
 
-    def _generate(self, inputs: dict[str, Any], tails: list[list[int]]) -> list[str]:
-        """Processes the prefixes once, then continues each with its two tails. Returns 2·B texts:
-        of the first and the second prompt of each image.
+    def _generate(self, inputs: dict[str, Any], tails: list[list[int]]) -> list[Answer]:
+        """Processes the prefixes once, then continues each with its two tails. Returns 2·B answers:
+        to the first and the second prompt of each image.
         """
         import torch
 
@@ -202,10 +240,28 @@ class Llava:
             past_key_values=cache,
             generation_config=self._greedy(max_new_tokens=self.config.max_new_tokens),
         ).sequences
-        texts: list[str] = self.tokenizer.batch_decode(
-            tokens[:, ids.shape[1] :], skip_special_tokens=True
-        )
-        return [text.strip() for text in texts]
+        return self._answers(tokens[:, ids.shape[1] :])
+
+    def _answers(self, tokens: Any) -> list[Answer]:
+        """Returns the answers of generated tokens (rows, T). A row without an end-of-text token was
+        ended by the limit.
+        """
+        import torch
+
+        ends = torch.tensor(self._end_tokens(), device=tokens.device)
+        ended = torch.isin(tokens, ends).any(dim=1).tolist()
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [
+            Answer(text.strip(), "stop" if stopped else "length")
+            for text, stopped in zip(texts, ended, strict=True)
+        ]
+
+    def _end_tokens(self) -> list[int]:
+        """Returns the ids that end an answer: the checkpoint may state one, several or none."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
 
     def _greedy(self, max_new_tokens: int) -> Any:
         """Returns settings for greedy decoding; those of the checkpoint's generation_config that
@@ -222,9 +278,7 @@ class Llava:
             use_cache=True,
             return_dict_in_generate=True,
             bos_token_id=own.bos_token_id,
-            eos_token_id=own.eos_token_id
-            if own.eos_token_id is not None
-            else self.tokenizer.eos_token_id,
+            eos_token_id=self._end_tokens(),
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
@@ -293,71 +347,3 @@ def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def locate(model: str) -> tuple[str, str]:
-    """Returns (folder, "") for a local checkpoint, (hub id, commit) for one on the hub.
-
-    The commit is that of a snapshot in the local cache, else that which the hub states, so that the
-    loaded checkpoint is the one in the stage's signature. Raises ConfigError if `model` is empty,
-    WeightsError if there is no such checkpoint.
-    """
-    if not model:
-        raise ConfigError(
-            "caption.llava.model is empty, and caption.backend=llava needs one: a folder or a hub "
-            "id, such as llava-hf/llava-1.5-7b-hf. caption.backend=attributes needs none."
-        )
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise WeightsError(
-                f"caption.llava.model={model!r}: the folder has no config.json or no "
-                "*.safetensors file."
-            )
-        return str(folder), ""
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise WeightsError(
-            f"caption.llava.model={model!r}: there is no such folder, and a hub id looks like "
-            "OWNER/NAME."
-        )
-    return _hub_commit(*model.partition("@")[::2])
-
-
-@lru_cache(maxsize=8)
-def _hub_commit(name: str, revision: str) -> tuple[str, str]:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
-    if isinstance(cached, str):
-        return name, Path(cached).parent.name  # …/snapshots/COMMIT/config.json
-    try:
-        commit = HfApi().model_info(name, revision=revision or None, timeout=30).sha
-    except Exception as error:
-        raise WeightsError(
-            f"caption.llava.model={name!r} is not a local folder, is not in the hub's local "
-            f"cache, and the hub could not be reached: {type(error).__name__}: {error} Give a "
-            f"folder with the checkpoint, or download it with `hf download {name}` first."
-        ) from error
-    return name, str(commit)
-
-
-def _folder_digest(folder: Path) -> str:
-    """Returns a sha256 over the relative names and the digests of the files that captions depend
-    on.
-    """
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in _HASHED_FILES and path.is_file():
-            stat = path.stat()
-            digest = _file_digest(path, stat.st_size, stat.st_mtime_ns)
-            total.update(f"{digest}  {path.relative_to(folder).as_posix()}\n".encode())
-    return total.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Returns a file's sha256, cached while its size and time are the same, since checkpoints have
-    gigabytes.
-    """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -27,6 +27,7 @@ import numpy as np
 
 from configs.captions import OpenAIConfig
 from configs.errors import ConfigError, ServerError
+from stages.backends.protocols import Answer, Finish
 from stages.base import Failed
 from stages.codec import encode_jpeg
 from stages.record import Record
@@ -87,41 +88,48 @@ class OpenAICaptioner:
 
     def caption(
         self, records: Sequence[Record], batch_size: int = 1
-    ) -> list[tuple[str, str] | Failed]:
-        """Returns (caption, face caption) for each record, or Failed("caption_failed"). Raises
+    ) -> list[tuple[Answer, Answer] | Failed]:
+        """Returns the answers to both prompts for each record, or Failed("caption_failed"). Raises
         ServerError if the server doesn't process a plain test image either.
         """
-        return asyncio.run_coroutine_threadsafe(self._captions(records), self._loop).result()
-
-    async def _captions(self, records: Sequence[Record]) -> list[tuple[str, str] | Failed]:
-        slots = asyncio.Semaphore(self.config.concurrency)
         prompts = (self.config.prompt, self.config.face_prompt)
-        tasks = [
-            asyncio.create_task(self._ask(r.image, prompt, slots))
-            for r in records
-            for prompt in prompts
-        ]
+        answers = self._run([(record.image, prompt) for record in records for prompt in prompts])
+        return [_pair(*pair) for pair in zip(answers[::2], answers[1::2], strict=True)]
+
+    def ask(
+        self, records: Sequence[Record], prompt: str, batch_size: int = 1
+    ) -> list[Answer | Failed]:
+        """Returns the answer to `prompt` for each record; the rest is as in `caption`."""
+        answers = self._run([(record.image, prompt) for record in records])
+        return [_failed(a) if isinstance(a, Fault) else a for a in answers]
+
+    def _run(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:
+        """Returns the answers to questions (JPEG, prompt), in order."""
+        return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
+
+    async def _answers(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:
+        slots = asyncio.Semaphore(self.config.concurrency)
+        tasks = [asyncio.create_task(self._ask(*question, slots)) for question in questions]
         try:
-            texts = await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()  # after a ServerError, the other requests are pointless
-        return [_pair(coarse, fine) for coarse, fine in zip(texts[::2], texts[1::2], strict=True)]
 
-    async def _ask(self, jpeg: bytes, prompt: str, slots: asyncio.Semaphore) -> str | Fault:
-        """Returns the text, or why this request failed. Raises ServerError if the request fails
+    async def _ask(self, jpeg: bytes, prompt: str, slots: asyncio.Semaphore) -> Answer | Fault:
+        """Returns the answer, or why this request failed. Raises ServerError if the request fails
         with a plain test image too.
         """
         async with slots:
-            text = await self._request(jpeg, prompt)
-            if isinstance(text, Fault):
+            answer = await self._request(jpeg, prompt)
+            if isinstance(answer, Fault):
                 test = await self._request(_test_image(), prompt)
                 if isinstance(test, Fault):
                     raise ServerError(self._error_message(test))
-            return text
+            return answer
 
-    async def _request(self, jpeg: bytes, prompt: str) -> str | Fault:
-        """Sends one request, with retries. Returns the text, or why all attempts failed."""
+    async def _request(self, jpeg: bytes, prompt: str) -> Answer | Fault:
+        """Sends one request, with retries. Returns the answer, or why all attempts failed."""
         from openai import APIStatusError, OpenAIError
 
         url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
@@ -139,7 +147,8 @@ class OpenAICaptioner:
                 # `transformers serve` would use the checkpoint's setting without it
                 frequency_penalty=0,
             )
-            text = (response.choices[0].message.content or "").strip()
+            choice = response.choices[0]
+            answer = Answer((choice.message.content or "").strip(), _finish(choice.finish_reason))
             if response.usage is not None:
                 self.counts["prompt_tokens"] += response.usage.prompt_tokens
                 self.counts["completion_tokens"] += response.usage.completion_tokens
@@ -155,7 +164,7 @@ class OpenAICaptioner:
                 200,
                 self._clean(f"the answer is no chat completion ({type(error).__name__}: {error})"),
             )
-        return text
+        return answer
 
     def _clean(self, text: str) -> str:
         """Returns the text as one short line without the key, which some servers repeat."""
@@ -199,12 +208,21 @@ class OpenAICaptioner:
         )
 
 
-def _pair(coarse: str | Fault, fine: str | Fault) -> tuple[str, str] | Failed:
+def _pair(coarse: Answer | Fault, fine: Answer | Fault) -> tuple[Answer, Answer] | Failed:
     if isinstance(coarse, Fault):
-        return Failed("caption_failed", coarse.text)
-    if isinstance(fine, Fault):
-        return Failed("caption_failed", fine.text)
-    return coarse, fine
+        return _failed(coarse)
+    return _failed(fine) if isinstance(fine, Fault) else (coarse, fine)
+
+
+def _failed(fault: Fault) -> Failed:
+    return Failed("caption_failed", fault.text)
+
+
+def _finish(reason: object) -> Finish:
+    """Returns a response's `finish_reason`, "" for one that says nothing about the length."""
+    if reason == "stop":
+        return "stop"
+    return "length" if reason == "length" else ""
 
 
 @cache

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray, Record
 
 if TYPE_CHECKING:
     from stages.base import Failed
+
+# stop: the captioner ended its answer; length: the limit of tokens ended it; "": unknown
+Finish = Literal["stop", "length", ""]
+
+
+class Answer(NamedTuple):
+    """A captioner's answer to one prompt, and why it ends."""
+
+    text: str
+    finish: Finish
 
 
 class FaceDetector(Protocol):
@@ -39,13 +49,15 @@ class Captioner(Protocol):
     """Writes captions. `config` is the backend's section of CaptionConfig.
 
     A captioner may have an attribute `counts: Counter[str]`, for example of tokens. The manifest of
-    a shard states what was counted for the shard.
+    a shard states what was counted for the shard. If `config.check_answers` exists and is true, the
+    captioner also is a Prompted one.
     """
 
     def caption(
         self, records: Sequence[Record], batch_size: int
-    ) -> Sequence[tuple[str, str] | Failed]:
-        """Returns for each record (caption, face caption), or Failed with the reason.
+    ) -> Sequence[tuple[Answer, Answer] | Failed]:
+        """Returns for each record the answers that become caption and face caption, or Failed with
+        the reason.
 
         batch_size: the most images that go through a model together. Raises PipelineError for a
         fault that isn't a record's.
@@ -62,4 +74,16 @@ class Captioner(Protocol):
     @staticmethod
     def window(config: Any, batch_size: int) -> int:
         """Returns the most records that one call of `caption` takes."""
+        ...
+
+
+class Prompted(Protocol):
+    """What a captioner has that answers prompts, such as a vision-language model."""
+
+    def ask(
+        self, records: Sequence[Record], prompt: str, batch_size: int
+    ) -> Sequence[Answer | Failed]:
+        """Returns the answer to `prompt` for each record, or Failed. The rest is as in
+        `Captioner.caption`.
+        """
         ...

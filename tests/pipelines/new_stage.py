@@ -17,7 +17,9 @@ from configs.common import NOT_HASHED, PlacementConfig
 from configs.schema import DatasetConfig
 from pipelines.chain import build_chain
 from stages.backends.colors import to_lab
+from stages.backends.weights import Weights
 from stages.base import RecordStage, Stage, introduced_name
+from stages.caption import CaptionStage
 from stages.codec import decode_jpeg, decode_labels
 from stages.fields import Annotation, Metric, stored
 from stages.record import Record
@@ -63,7 +65,26 @@ class ExampleToneStage(RecordStage):
         return record.annotated(ExampleTone(example_lightness=lightness, example_shade=shade))
 
 
+class CaptionStageOfVersion2(CaptionStage):
+    """Has the signature of the captions in the data set: the rules of `attributes` were changed
+    since.
+    """
+
+    def digests(self) -> dict[str, str]:
+        return {}
+
+
 def chain_of_version_2(config: DatasetConfig) -> list[Stage]:
+    """Returns the chain for which the data set of version 2 is complete."""
+    return [
+        CaptionStageOfVersion2(config.caption, Weights(config.weights))
+        if stage.name == "caption"
+        else stage
+        for stage in chain_since_version_2(config)
+    ]
+
+
+def chain_since_version_2(config: DatasetConfig) -> list[Stage]:
     """Returns the pipeline's chain without stages that were added after version 2."""
     names = json.loads((DATASET_V2 / layout.DATASET).read_text())["stages"]
     return [stage for stage in build_chain(config) if introduced_name(stage.name) in names]

@@ -33,6 +33,7 @@ from tests.pipelines.new_stage import (
     DATASET_V2,
     ExampleTone,
     chain_of_version_2,
+    chain_since_version_2,
     chain_with_example,
 )
 
@@ -121,6 +122,22 @@ def test_an_unchanged_run_on_version_2_reads_no_source_and_runs_no_model(
     assert (job.tasks, job.plan.new, job.plan.changed, job.plan.vanished) == ([], 0, 0, 0)
     assert list(execute(job, lambda count: None)) == []
     assert networks == [] and stamps(old) == before
+
+
+def test_changed_rules_of_attributes_make_its_captions_again_and_nothing_else(
+    old: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = count_model_calls(monkeypatch)
+    job = plan_job(settings(photos, old), chain=chain_since_version_2)
+    assert job.why() == ["2 shards through caption, review, from their own samples"]
+    list(execute(job, lambda count: None))
+    assert networks == []
+    reader, earlier = DatasetReader(str(old)), DatasetReader(str(DATASET_V2))
+    records = [record for index in reader.manifests() for record in reader.records(index)]
+    before = [record for index in earlier.manifests() for record in earlier.records(index)]
+    assert [r.image for r in records] == [r.image for r in before]
+    assert [r.caption for r in records] != [r.caption for r in before]
+    assert not plan_job(settings(photos, old), chain=chain_since_version_2).tasks
 
 
 def test_the_report_of_version_2_has_its_metrics(old: Path) -> None:

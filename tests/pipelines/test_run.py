@@ -91,13 +91,13 @@ def test_a_change_of_a_late_stage_runs_stale_stages_only_and_gives_the_bytes_of_
     shutil.copytree(dataset, output)
     new_captions(monkeypatch)
     job = plan_job(config(poisoned, output))
-    assert {task.stale_stages for task in job.tasks} == {frozenset({"caption", "review"})}
+    assert {task.stale_stages for task in job.tasks} == {frozenset({"caption", "claims", "review"})}
     calls: list[str] = []
     for stage in job.stages:
         _count(stage, calls, monkeypatch)
     ran = count_model_calls(monkeypatch)
     list(execute(job, lambda count: None))
-    assert set(calls) == {"caption", "review"}
+    assert set(calls) == {"caption", "claims", "review"}
     assert ran == [], "no detector, parser or embedder"
     fresh = tmp_path / "fresh"
     run(config(poisoned, fresh))

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -56,16 +57,19 @@ def caption_of(jpeg: bytes, prompt: str) -> str:
     return f"{hashlib.sha256(jpeg).hexdigest()[:12]}: {prompt}"
 
 
-def completion(request: Request, seconds: float = 0.0) -> Reply:
-    """Returns a chat completion for the request."""
-    message = {"role": "assistant", "content": caption_of(request.jpeg, request.prompt)}
+def completion(
+    request: Request, seconds: float = 0.0, text: str = "", finish: str | None = "stop"
+) -> Reply:
+    """Returns a chat completion for the request. text: the answer; "": the usual one."""
+    content = text or caption_of(request.jpeg, request.prompt)
+    message = {"role": "assistant", "content": content}
     body = {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": request.body["model"],
         "usage": USAGE,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
     }
     return Reply(200, json.dumps(body).encode(), seconds=seconds)
 
@@ -78,6 +82,11 @@ def refusal(status: int, message: str, **headers: str) -> Reply:
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64  # a connection that finds no place is tried again after a second
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints no traceback for a client that was killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class ChatServer:

@@ -9,12 +9,13 @@ import numpy as np
 
 from stages.backends.appearance import Appearance, measure_appearance
 from stages.backends.attributes import compose_caption, compose_face_caption
-from stages.backends.colors import to_lab
 from stages.record import Face
 from stages.regions import LABEL_IDS
 
 SIDE = 512
-SKIN, LIPS, BROWN = (205, 160, 140), (190, 100, 95), (90, 60, 40)
+# skin and the white of the eyes as in ordinary light, see stages/backends/light.py
+SKIN, EYES, LIPS, BROWN = (190, 142, 123), (188, 171, 166), (178, 92, 86), (90, 60, 40)
+TONGUE = (208, 112, 106)
 BLACK, BLUE, WHITE = (12, 10, 10), (30, 60, 150), (250, 250, 250)
 ALL_PARTS = frozenset(
     {"hair", "skin", "neck", "cloth", "nose", "upper_lip", "lower_lip"}
@@ -59,7 +60,7 @@ class Drawing:
         return Face(box=(140, 120, 372, 410), landmarks=self.landmarks, score=0.9)
 
     def appearance(self) -> Appearance:
-        return measure_appearance(to_lab(self.image), self.labels, self.face)
+        return measure_appearance(self.image, self.labels, self.face)
 
     def captions(self, key: str = "0" * 20) -> tuple[str, str]:
         appearance = self.appearance()
@@ -80,8 +81,8 @@ def draw(
         ("skin", (256, 265), (112, 150), SKIN),
         ("left_brow", (206, 205), (30, 6), BLACK),
         ("right_brow", (306, 205), (30, 6), BLACK),
-        ("left_eye", (206, 230), (18, 9), WHITE),
-        ("right_eye", (306, 230), (18, 9), WHITE),
+        ("left_eye", (206, 230), (18, 9), EYES),
+        ("right_eye", (306, 230), (18, 9), EYES),
         ("nose", (256, 275), (20, 35), SKIN),
         ("upper_lip", (256, 335), (44, 7), LIPS),
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from stages.backends.protocols import Answer
+from stages.base import Failed
 from stages.codec import encode_jpeg, encode_labels
 from stages.record import EMBEDDINGS, Face, Record, key_of
 from tests.stages.drawing import ALL_PARTS, draw
@@ -60,6 +64,11 @@ def drawn_record(name: str, parts: frozenset[str] = ALL_PARTS) -> Record:
         face=0,
         parsing=encode_labels(drawing.labels),
     )
+
+
+def texts_of(answers: Sequence[tuple[Answer, Answer] | Failed]) -> list[Any]:
+    """Returns for each record the texts of the answers to both prompts, or its Failed."""
+    return [a if isinstance(a, Failed) else (a[0].text, a[1].text) for a in answers]
 
 
 def same_record(one: Record, two: Record) -> bool:

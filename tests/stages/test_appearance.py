@@ -15,7 +15,18 @@ from stages.backends.attributes import compose_caption, compose_face_caption
 from stages.backends.colors import fabric_color, hair_color, to_lab
 from stages.record import Face
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
-from tests.stages.drawing import ALL_PARTS, BLACK, BROWN, LIPS, SIDE, SKIN, WHITE, Drawing, draw
+from tests.stages.drawing import (
+    ALL_PARTS,
+    BLACK,
+    BROWN,
+    LIPS,
+    SIDE,
+    SKIN,
+    TONGUE,
+    WHITE,
+    Drawing,
+    draw,
+)
 
 
 def words(text: str) -> list[str]:
@@ -57,7 +68,7 @@ def test_appearance_does_not_depend_on_the_size_of_the_image() -> None:
         landmarks=tuple((2 * x, 2 * y) for x, y in small.landmarks),
         score=1.0,
     )
-    assert measure_appearance(to_lab(image), labels, face) == small.appearance()
+    assert measure_appearance(image, labels, face) == small.appearance()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,8 @@ def test_appearance_does_not_depend_on_the_size_of_the_image() -> None:
 def test_names_of_hair_colours(rgb: tuple[int, int, int], name: str) -> None:
     assert hair_color(tuple(to_lab(np.full((1, 1, 3), rgb, np.uint8))[0, 0])) == name  # type: ignore[arg-type]
     drawing = draw(hair=rgb)
+    # in a photograph of unknown exposure, light brown and blond can't be told apart
+    name = "light" if name == "light brown" else name
     assert drawing.appearance().hair_color == name
     assert f"{name} hair" in drawing.captions()[0]
 
@@ -104,6 +117,7 @@ def test_names_of_hair_colours(rgb: tuple[int, int, int], name: str) -> None:
 )
 def test_names_of_colours_of_clothes(rgb: tuple[int, int, int], name: str) -> None:
     assert fabric_color(tuple(to_lab(np.full((1, 1, 3), rgb, np.uint8))[0, 0])) == name  # type: ignore[arg-type]
+    name = "blue" if name == "light blue" else name  # how light it is is uncertain
     article = "an" if name[0] in "aeiou" else "a"
     assert f"{article} {name} top" in draw(cloth=rgb).captions()[0]
 
@@ -267,6 +281,8 @@ def with_mouth(half: int, open_rows: int, lift: int, inside: tuple[int, int, int
         (32, 12, 0, WHITE, ("open", True, False)),
         (50, 14, 16, BLACK, ("open", False, False)),  # perhaps shouting
         (40, 50, 0, BLACK, ("wide open", False, False)),
+        (50, 14, 16, TONGUE, ("open", False, False)),
+        (50, 6, 16, TONGUE, ("slightly open", False, False)),
     ],
 )
 def test_mouth_teeth_and_smile(
@@ -281,6 +297,32 @@ def test_mouth_teeth_and_smile(
     coarse, fine = compose_caption(appearance, "0" * 20), compose_face_caption(appearance, "0" * 20)
     assert ("smil" in coarse, "smil" in fine) == (appearance.smile, appearance.smile)
     assert ("teeth" in fine) == appearance.teeth
+
+
+@pytest.mark.parametrize("rows", [9, 90])
+def test_a_tongue_that_is_labelled_as_lip_is_not_a_smile(rows: int) -> None:
+    drawing = draw(ALL_PARTS - {"upper_lip", "lower_lip"})
+    for x in range(208, 305):
+        top = 335 - round(16 * ((x - 256) / 48) ** 2)
+        drawing.box("upper_lip", (x, x + 1), (top - 8, top), LIPS)
+        drawing.box("lower_lip", (x, x + 1), (top, top + 9), LIPS)
+    drawing.box("lower_lip", (226, 286), (344, 344 + rows), TONGUE)
+    assert drawing.appearance().smile is (rows < 90)
+
+
+@pytest.mark.parametrize("cloth", [WHITE, (225, 205, 185), (205, 165, 140)])
+def test_a_bandage_is_not_a_hat_and_a_pale_hat_has_a_brim_or_is_tall(
+    cloth: tuple[int, int, int],
+) -> None:
+    bandage, tall, brimmed, cap = draw(), draw(), draw(), draw()
+    bandage.box("hat", (140, 372), (110, 175), cloth)
+    tall.box("hat", (140, 372), (0, 175), cloth)
+    tall.landmarks = ((216, 230), (296, 230), (256, 280), (222, 320), (290, 320))
+    brimmed.box("hat", (140, 372), (60, 150), cloth)
+    brimmed.box("hat", (96, 416), (150, 170), cloth)
+    cap.box("hat", (140, 372), (60, 175), (150, 30, 30))
+    assert [d.appearance().hat for d in (bandage, tall, brimmed, cap)] == [False, True, True, True]
+    assert not {"hat", "headwear"} & set(words(bandage.captions()[0]))
 
 
 def test_an_even_background_is_named_and_a_varied_one_is_not() -> None:

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.attributes import COLORS, LIGHTS, in_other_light
 from configs.captions import AttributesConfig
-from stages.backends.attributes import Attributes
+from stages.backends.attributes import Attributes, appearance_of
 from stages.codec import decode_jpeg, decode_labels, encode_jpeg, encode_labels
 from stages.record import Record, key_of
 from stages.regions import LABEL_IDS, REGION_LABELS, REGION_WORDS
 from tests.stages.drawing import ALL_PARTS, WHITE, draw
+from tests.stages.records import texts_of
 
 
 def clauses(text: str) -> list[str]:
@@ -56,7 +58,7 @@ def test_one_visible_ear_is_still_named_by_the_plural() -> None:
 def test_captions_are_short_and_guess_no_sex_or_age(full_records: list[Record]) -> None:
     guesses = {"man", "woman", "boy", "girl", "he", "she", "his", "her", "young", "old"}
     guesses |= {"male", "female", "child"}
-    for coarse, fine in Attributes(AttributesConfig()).caption(full_records):
+    for coarse, fine in texts_of(Attributes(AttributesConfig()).caption(full_records)):
         assert len(fine) <= 330
         assert len(re.findall(r"\w+|[^\w\s]", fine)) <= 50, "each word is one CLIP token"
         assert len(re.findall(r"\w+|[^\w\s]", coarse)) <= 60
@@ -100,8 +102,9 @@ def test_phrases_depend_on_the_key_only(full_records: list[Record]) -> None:
     assert len({drawing.captions(key_of(str(n)))[1] for n in range(12)}) > 4
 
 
-@pytest.mark.slow
-def test_captions_of_real_portraits_name_parsed_regions_only(portraits: Path) -> None:
+@pytest.fixture(scope="module")
+def parsed(portraits: Path) -> list[Record]:
+    """The eight portraits after resize, detect, parse and caption."""
     from configs.schema import DatasetConfig
     from stages.base import run_stage
     from stages.chain import build_stages
@@ -114,8 +117,13 @@ def test_captions_of_real_portraits_name_parsed_regions_only(portraits: Path) ->
         if stage.name != "embed":  # captions don't need it
             stage.setup()
             records = run_stage(stage, records)
-    assert len(records) == 8
-    for record in records:
+    return records
+
+
+@pytest.mark.slow
+def test_captions_of_real_portraits_name_parsed_regions_only(parsed: list[Record]) -> None:
+    assert len(parsed) == 8
+    for record in parsed:
         assert record.ok, (record.reason, record.detail)
         labels = decode_labels(record.parsing)
         named = {word for word in REGION_WORDS if word in words(record.face_caption)}
@@ -123,3 +131,17 @@ def test_captions_of_real_portraits_name_parsed_regions_only(portraits: Path) ->
         for word in named:
             assert np.isin(labels, [LABEL_IDS[name] for name in REGION_LABELS[word]]).any()
         assert decode_jpeg(record.image).shape[:2] == labels.shape
+
+
+@pytest.mark.slow
+def test_named_colours_of_real_portraits_stay_in_the_dark(parsed: list[Record]) -> None:
+    before = [appearance_of(record) for record in parsed]
+    assert sum(bool(appearance.hair_color) for appearance in before) >= 5
+    for light in ("1 stop darker", "2 stops darker"):
+        after = [appearance_of(in_other_light(record, LIGHTS[light])) for record in parsed]
+        for attribute in COLORS.values():
+            names = [
+                (getattr(one, attribute), getattr(other, attribute))
+                for one, other in zip(before, after, strict=True)
+            ]
+            assert sum(bool(one) and one != other for one, other in names) <= 1, (light, names)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from configs.captions import CaptionConfig, LlavaConfig
+from configs.captions import RETRY_PROMPT, CaptionConfig, LlavaConfig
 from configs.errors import ConfigError
 from stages.backends.weights import Weights
 from stages.base import run_stage
 from stages.caption import CaptionStage
 from stages.codec import encode_labels
-from stages.record import Status
+from stages.reasons import REASONS
+from stages.record import Record, Status
 from tests.stages.drawing import draw
 from tests.stages.records import drawn_record
 from tests.stages.tiny_llava import make_checkpoint
@@ -56,13 +58,20 @@ def test_the_backend_is_not_called_without_valid_records() -> None:
 def test_the_signature_changes_with_prompt_backend_and_checkpoint(tmp_path: Path) -> None:
     plain = CaptionStage(CaptionConfig(), Weights())
     assert plain.signature() == CaptionStage(CaptionConfig(), Weights()).signature()
-    assert plain.digests() == {}
+    assert plain.digests() == {"rules": "2"}, "no weights"
     model = make_checkpoint(tmp_path / "model")
     own = LlavaConfig(model=str(model), device="cpu")
     config = CaptionConfig(backend="llava", llava=own)
     before = CaptionStage(config, Weights()).signature()  # without loading the model
     assert before == CaptionStage(config, Weights()).signature()
     assert before != plain.signature()
+    for change in (
+        {"check_answers": False},
+        {"retry_prompt": "Who is it?"},
+        {"face_retry_prompt": "Which eyes?"},
+    ):
+        changed = CaptionConfig(backend="llava", llava=replace(own, **change))
+        assert before != CaptionStage(changed, Weights()).signature(), change
     other_prompt = replace(config, llava=replace(own, prompt="Who is it?"))
     assert before != CaptionStage(other_prompt, Weights()).signature()
     make_checkpoint(model, seed=1)
@@ -76,13 +85,35 @@ def test_the_stage_works_with_llava_and_with_attributes(tmp_path: Path) -> None:
         drawn_record("three"),
     ]
     llava = LlavaConfig(
-        model=str(make_checkpoint(tmp_path)), prompt="Who?", device="cpu", max_new_tokens=8
+        model=str(make_checkpoint(tmp_path)),
+        prompt="Who?",
+        device="cpu",
+        max_new_tokens=8,
+        check_answers=False,  # the words of random weights have no meaning
     )
     generated = run_stage(stage_of(CaptionConfig(backend="llava", llava=llava)), records)
     composed = run_stage(stage_of(), records)
     assert [r.ok for r in generated] == [r.ok for r in composed] == [True, False, True]
     assert generated[0].caption != composed[0].caption
     assert generated[0].caption and generated[0].face_caption
+
+
+def test_useless_answers_of_a_model_are_tried_again_and_fail_by_reason(tmp_path: Path) -> None:
+    llava = LlavaConfig(model=str(make_checkpoint(tmp_path)), device="cpu", max_new_tokens=8)
+    stage = stage_of(CaptionConfig(backend="llava", llava=llava))
+    asked: list[tuple[int, str]] = []
+    ask = stage.backend.ask
+
+    def counted(records: list[Record], prompt: str, batch_size: int) -> Any:
+        asked.append((len(records), prompt))
+        return ask(records, prompt, batch_size)
+
+    stage.backend.ask = counted
+    results = run_stage(stage, [drawn_record("one"), drawn_record("two")])
+    assert asked == [(1, RETRY_PROMPT)] * 2, "a record that has failed isn't asked again"
+    assert {(r.status, r.stage) for r in results} == {(Status.FAILED, "caption")}
+    for result in results:
+        assert result.reason in REASONS and "after a second try" in result.detail
 
 
 def test_the_error_for_an_unknown_backend_names_the_known_ones() -> None:

@@ -26,6 +26,7 @@ from stages.backends.weights import Weights
 from stages.caption import CaptionStage
 from stages.codec import decode_jpeg, encode_jpeg
 from stages.record import Record
+from tests.stages.records import texts_of
 from tests.stages.tiny_llava import make_checkpoint
 
 TOKENS = 24
@@ -80,8 +81,12 @@ def test_batched_captions_with_a_shared_prefix_equal_those_of_generate(
     assert len({text for pair in expected for text in pair}) == 6, (
         "the test needs captions that depend on image and prompt"
     )
-    assert backend.caption(records, BATCH) == expected
-    assert [pair for record in records for pair in backend.caption([record])] == expected
+    assert texts_of(backend.caption(records, BATCH)) == expected
+    assert [pair for record in records for pair in texts_of(backend.caption([record]))] == expected
+    prompt = "Which eyes are visible?"
+    alone = [expected_caption(backend, r, backend._templated(prompt)) for r in records]
+    for size in (1, BATCH):
+        assert [answer.text for answer in backend.ask(records, prompt, size)] == alone
 
 
 def test_a_row_that_ends_early_does_not_change_the_others(
@@ -101,7 +106,13 @@ def test_a_row_that_ends_early_does_not_change_the_others(
     expected = expected_captions(backend, records)
     assert len({len(text) for pair in expected for text in pair}) > 1
     assert expected != expected_captions(long, records)
-    assert backend.caption(records, BATCH) == expected
+    answers = backend.caption(records, BATCH)
+    assert texts_of(answers) == expected
+    assert {answer.finish for pair in long.caption(records, BATCH) for answer in pair} == {"length"}
+    full = expected_captions(long, records)
+    for pair, texts in zip(answers, full, strict=True):
+        for answer, text in zip(pair, texts, strict=True):
+            assert answer.finish == ("length" if answer.text == text else "stop")
 
 
 def test_each_image_is_encoded_once_for_both_prompts(
@@ -149,11 +160,11 @@ def test_images_of_equal_length_share_a_batch_and_captions_keep_the_order(
         return inputs, tails
 
     backend._prefix = recording  # type: ignore[method-assign]
-    captions = backend.caption(records, 2)
+    captions = texts_of(backend.caption(records, 2))
     (rows, longest), (others, length) = (mask.shape for mask in prefixes)
     assert rows == others == 2 and longest > length, "the test needs different lengths"
     assert all(bool(mask.all()) for mask in prefixes), "no row is padded"
-    assert captions == [pair for record in records for pair in backend.caption([record])]
+    assert captions == [pair for record in records for pair in texts_of(backend.caption([record]))]
     assert len(set(captions)) == len(records)
 
 
@@ -184,8 +195,8 @@ def test_sampling_settings_of_a_checkpoint_are_ignored(
     settings = json.loads((model / "generation_config.json").read_text())
     settings |= {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5}
     (model / "generation_config.json").write_text(json.dumps(settings))
-    assert Llava(config_of(model)).caption(records[:1]) == Llava(config_of(checkpoint)).caption(
-        records[:1]
+    assert texts_of(Llava(config_of(model)).caption(records[:1])) == texts_of(
+        Llava(config_of(checkpoint)).caption(records[:1])
     )
 
 
@@ -201,19 +212,19 @@ def test_a_processor_without_chat_template_gets_that_of_llava_1_5(
         "USER: <image>\nWho? ASSISTANT:",
         "USER: <image>\nWhich eyes? ASSISTANT:",
     )
-    assert backend.caption(records, BATCH) == expected_captions(backend, records)
+    assert texts_of(backend.caption(records, BATCH)) == expected_captions(backend, records)
 
 
 def test_equal_prompts_give_equal_captions(checkpoint: Path, records: list[Record]) -> None:
     backend = Llava(config_of(checkpoint, prompt="Describe.", face_prompt="Describe."))
-    coarse, fine = backend.caption(records[:1])[0]
+    coarse, fine = texts_of(backend.caption(records[:1]))[0]
     assert coarse == fine == expected_caption(backend, records[0], backend.prompts[0])
 
 
 def test_dtype_is_that_of_the_loaded_model(checkpoint: Path, records: list[Record]) -> None:
     backend = Llava(config_of(checkpoint, dtype="bfloat16"))
     assert backend.model.dtype == torch.bfloat16
-    assert all(text for text in backend.caption(records[:1])[0])
+    assert all(text for text in texts_of(backend.caption(records[:1]))[0])
 
 
 def test_the_digest_depends_on_the_weights_and_not_on_the_folder(

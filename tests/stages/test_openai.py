@@ -36,7 +36,7 @@ from tests.stages.chat_server import (
     completion,
     refusal,
 )
-from tests.stages.records import drawn_record
+from tests.stages.records import drawn_record, texts_of
 from tests.stages.tiny_llava import make_checkpoint
 from tests.stages.transformers_server import TransformersServer, free_port, transformers_server
 
@@ -107,7 +107,7 @@ def test_a_request_asks_for_greedy_decoding_and_has_the_jpeg_unchanged_before_th
     with ChatServer() as server:
         config = config_of(server.base_url)
         captioner = OpenAICaptioner(config)
-        texts = captioner.caption(records)
+        texts = texts_of(captioner.caption(records))
     prompts = (config.prompt, config.face_prompt)
     assert texts == [tuple(caption_of(r.image, prompt) for prompt in prompts) for r in records]
     assert {(request.jpeg, request.prompt) for request in server.requests} == {
@@ -146,7 +146,7 @@ def test_temporary_failures_are_retried_after_retry_after(
 
     with ChatServer(decide) as server:
         config = config_of(server.base_url, tries=3, concurrency=1)
-        texts = OpenAICaptioner(config).caption(records[:1])
+        texts = texts_of(OpenAICaptioner(config).caption(records[:1]))
     assert texts == [
         (
             caption_of(records[0].image, config.prompt),
@@ -201,7 +201,7 @@ def test_a_record_whose_requests_fail_fails_alone(name: str, records: list[Recor
     timeout = 1.0 if name == "too slow" else 20.0
     with ChatServer(reply_to(bad.image, reply)) as server:
         config = config_of(server.base_url, timeout=timeout)
-        texts = OpenAICaptioner(config).caption(records)
+        texts = texts_of(OpenAICaptioner(config).caption(records))
     failed = texts[1]
     assert isinstance(failed, Failed) and failed.reason == "caption_failed"
     assert re.search(expected, failed.detail), failed.detail

@@ -1,4 +1,6 @@
-"""Signatures equal those of version 0.1, so that its data sets are not processed again."""
+"""Signatures equal those of version 0.1, so that its data sets are not processed again; except for
+the captions of `attributes`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from stages.caption import CaptionStage
 from stages.record import Record
 
 DATA = Path("tests/data/dataset_v2")
-# All literal signatures here were computed by the program at commit 56178d4.
+# All literal signatures here were computed by the program at commit 56178d4, except that of
+# `attributes` captions, whose rules are in their second version.
 DEMO = [
     "rights-1-3c1f682d25193215",
     "resize-4-8d31b3f61877a5ac",
@@ -28,7 +31,7 @@ DEMO = [
     "embed-2-e2ec01411c26ca66",
     "measure-1-3bb5eca10225aafe",
     "judge-1-597a1f934f6729ea",
-    "caption-1-1bc2b81f201736b0",
+    "caption-1-dd41bd4570df4068",
     "review-1-85e9f6f1ce78da89",
 ]
 CHANGES = (
@@ -53,17 +56,22 @@ CHANGED = [
     "embed-2-80cb08b82013c925",
     "measure-1-3bb5eca10225aafe",
     "judge-1-efe206e7ad4f90ba",
-    "caption-1-1bc2b81f201736b0",
+    "caption-1-dd41bd4570df4068",
     "review-1-f78e020b8144e1b5",
 ]
-LLAVA = ("caption.backend=llava", "caption.llava.model=checkpoint")
+LLAVA = (
+    "caption.backend=llava",
+    "caption.llava.model=checkpoint",
+    "caption.llava.check_answers=false",
+)
 OPENAI = (
     "caption.backend=openai",
     "caption.openai.model=someone/model",
     "caption.openai.base_url=http://127.0.0.1:9/v1",
+    "caption.openai.check_answers=false",
 )
 CAPTIONS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
-    ((), (), "1bc2b81f201736b0"),
+    ((), (), "dd41bd4570df4068"),
     (LLAVA, (), "4a2ca981a4f807ec"),
     (LLAVA, ("llava.prompt=Who?",), "c2cc0f095770a3cf"),
     (LLAVA, ("llava.face_prompt=Which eyes?",), "d63d655ade229c13"),
@@ -80,7 +88,7 @@ CAPTIONS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
     (OPENAI, ("openai.tries=9", "openai.timeout=5", "openai.api_key_env=X"), "6a04f2ea11844921"),
     # Settings that the chosen backend doesn't read are hashed with the defaults of version 0.1.
     (OPENAI, ("llava.dtype=float16", "llava.quantize=4bit", "llava.prompt=a"), "6a04f2ea11844921"),
-    ((), ("llava.prompt=a", "openai.model=b", "llava.max_new_tokens=9"), "1bc2b81f201736b0"),
+    ((), ("llava.prompt=a", "openai.model=b", "llava.max_new_tokens=9"), "dd41bd4570df4068"),
 ]
 
 
@@ -104,7 +112,11 @@ def test_a_data_set_of_version_0_1_has_the_signatures_of_its_configuration_today
     assert len(manifests) == 2
     for path in (*manifests, DATA / "dataset.json"):
         stored = json.loads(path.read_text())["signatures"]
-        assert [current_signature(signature) for signature in stored] == expected
+        signatures_today = [current_signature(signature) for signature in stored]
+        captions = signatures_today.index("caption-1-1bc2b81f201736b0")
+        assert signatures_today[:captions] == expected[:captions]
+        assert signatures_today[captions + 1 :] == expected[captions + 1 :]
+        assert expected[captions] == "caption-1-dd41bd4570df4068"
 
 
 @pytest.mark.parametrize(("backend", "changes", "expected"), CAPTIONS)

@@ -78,7 +78,13 @@ function part(title, ...children) {
 
 function captions(all, at) {
   if (!all.caption[at] && !all.face_caption[at]) return null;
-  return part("Captions", el("p", { class: "caption", dir: "auto" }, ...marked(all.caption[at])), el("p", { class: "caption", dir: "auto" }, ...marked(all.face_caption[at])));
+  return part("Captions", el("p", { class: "caption", dir: "auto" }, ...marked(all.caption[at])), el("p", { class: "caption", dir: "auto" }, ...marked(all.face_caption[at])), contradicted(all.contradicted[at]));
+}
+
+// The list of contradicted claims, null without one.
+function contradicted(text) {
+  if (!text) return null;
+  return el("ul", { class: "fusing" }, ...text.split("; ").map((claim) => el("li", { dir: "auto" }, `contradicted: ${claim}`)));
 }
 
 function training(all, at) {

@@ -13,7 +13,7 @@ from configs.errors import ShardError
 from configs.schema import DatasetConfig, SourceConfig
 from pipelines.planning.plan import Plan, ShardTask, make_plan, write_plan
 from pipelines.planning.resume import PendingRecord, continued_record, load_shard
-from stages.annotations import Measures
+from stages.annotations import Answers, Measures
 from stages.base import Dropped, Failed, Rejection, quarantine, reject
 from stages.record import Record
 from stages.storage.commit import ChainInfo, PlannedShard, commit
@@ -238,6 +238,14 @@ def test_a_stage_is_not_needed_if_the_source_provides_its_fields(
     [fresh] = load_shard(shard.config, shard.store, task, chain())
     assert fresh.remaining_stages == ALL - {"caption", "detect"}, (
         "the filter provides no field, so it is still needed"
+    )
+    stages = chain()
+    caption, measure = (stages[NAMES.index(name)] for name in ("caption", "measure"))
+    caption.provides, caption.annotation = ("caption", Answers.name), Answers
+    measure.annotation = Measures
+    [fresh] = load_shard(shard.config, shard.store, task, stages)
+    assert fresh.remaining_stages == ALL - {"caption", "detect"}, (
+        "no source has annotations: a caption that comes with an input isn't checked"
     )
     shard.committed()
     loaded = shard.load(["detect", "quality_filter", "caption"])

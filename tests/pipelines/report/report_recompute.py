@@ -30,6 +30,8 @@ PLAIN = [
 ]
 WHOLE = {"face_count", "source_side", "caption_tokens", "face_caption_tokens", "text_tokens"}
 WHOLE |= {f"words_{word}" for word in REGION_WORDS}
+CLAIMS = ("checked_claims", "contradictions")  # the synthetic set has none
+WHOLE |= {*CLAIMS}
 METRICS = [
     *PLAIN,
     "source_side",
@@ -140,6 +142,7 @@ def check_data(data: dict[str, Any], folder: Path) -> None:
     answers = Counter({True: "yes", False: "no", None: "unknown"}[row["trainable"]] for row in ok)
     assert data.pop("trainable") == {name: answers[name] for name in ("yes", "no", "unknown")}
     assert data.pop("cut") == sum((row["cut"] or 0) > 0 for row in ok)
+    assert data.pop("contradicted") == sum((row.get("contradictions") or 0) > 0 for row in ok)
     for kind, name in (("licenses", "license"), ("consents", "consent")):
         entry = data.pop(kind)
         assert {e["name"]: e["count"] for e in entry["named"]} == Counter(row[name] for row in ok)
@@ -263,7 +266,7 @@ def check_drift(drift: Row, shards: dict[str, list[Row]]) -> None:
         parts = {shard: rates(rows)[name] for shard, rows in shards.items()}
         shares = {shard: some / whole for shard, (some, whole) in parts.items() if whole}
         series[name] = shares, {shard: whole for shard, (_, whole) in parts.items()}, None
-    for metric in METRICS:
+    for metric in (*METRICS, *CLAIMS):
         if not (numbers := values(everything, metric)):
             continue
         by_shard = {shard: values(written(rows), metric) for shard, rows in shards.items()}
