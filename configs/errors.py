@@ -9,6 +9,7 @@
     ├── StoreError     an output that can't be read or written, after all attempts
     ├── ShardError     a shard or data set that doesn't match its manifest
     ├── QualityError   a data set that breaks the limits of its configuration
+    ├── TrainingError  a training run that can't continue
     └── FaceError      a photograph without a usable face (inference)
 
 Each message says what was given, what was expected, and what to do. Programming errors are not in
@@ -70,6 +71,12 @@ class ShardError(PipelineError):
 
 class QualityError(PipelineError):
     """A data set that breaks the limits of its configuration, so that it isn't fit for training."""
+
+
+class TrainingError(PipelineError):
+    """A training run that can't continue: too many samples can't be read, or the loss is not finite
+    any more.
+    """
 
 
 class FaceError(PipelineError):

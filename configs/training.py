@@ -91,8 +91,10 @@ class TrainConfig:
     # train the UNet too; for the tiny base, which starts from random weights
     train_base: bool = False
     resolution: int = 512  # pixels, a multiple of 8
-    train_batch_size: int = 2
-    gradient_accumulation_steps: int = 1
+    global_batch_size: int = 16  # samples of a step, over all processes, as in the paper
+    # most samples that a process takes through the model together; what is left of its share of
+    # the global batch follows in further micro-batches before the weights change
+    micro_batch_size: int = 2
     gradient_checkpointing: bool = False
     max_train_steps: int = 10_000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -108,18 +110,27 @@ class TrainConfig:
     log_every: int = 10
     # prepared samples that each worker keeps in memory, for small data sets and many epochs
     keep_samples: int = 0
+    # compare each sample that is read with its digest
+    verify_samples: bool = True
+    # samples that can't be read are left out of the loss; the run stops if they are more than this
+    # share of the data set
+    max_bad_share: float = 0.001
+    # an update whose gradient isn't finite is skipped; the run stops after this many in a row
+    max_nonfinite_steps: int = 10
     weights: WeightsConfig = field(default_factory=WeightsConfig)  # of the tiny base's vocabulary
 
     def __post_init__(self) -> None:
         positive = (
             "resolution",
-            "train_batch_size",
-            "gradient_accumulation_steps",
+            "global_batch_size",
+            "micro_batch_size",
             "max_train_steps",
+            "max_nonfinite_steps",
             "log_every",
         )
         for name in (*positive, "checkpointing_steps"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
         for name in ("threads", "num_workers", "checkpoints_total_limit", "keep_samples"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
+        _check(0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share}: expected 0 to 1")
         _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")

@@ -171,6 +171,30 @@ def build_conditions(
     )
 
 
+def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: int) -> Conditions:
+    """Returns the conditions of a sample without text, regions and identity: all its tensors are
+    zero, except for the token ids. It takes the place of one that can't be read.
+    """
+    pixels = torch.zeros(3, spec.vision_size, spec.vision_size)
+    masks = torch.zeros(resolution, resolution)
+    return Conditions(
+        key=key,
+        text="",
+        regions=(),
+        dropped=(),
+        input_ids=empty_ids(tokenizer),
+        input_ids_2=empty_ids(tokenizer, pad_id=_SECOND_PAD),
+        token_mask=torch.zeros(TOKEN_LIMIT, dtype=torch.bool),
+        token_idx=torch.zeros(MAX_REGIONS, dtype=torch.int64),
+        token_valid=torch.zeros(MAX_REGIONS, dtype=torch.bool),
+        region_pixels=pixels.expand(MAX_REGIONS, -1, -1, -1),
+        region_masks=masks.expand(MAX_REGIONS, -1, -1),
+        foreground=masks,
+        clip_pixels=pixels,
+        identity=torch.zeros(IDENTITY_DIM),
+    )
+
+
 def training_pixels(record: Record, resolution: int) -> Tensor:
     """Returns the training image, (3, R, R) in [-1, 1].
 

@@ -15,7 +15,14 @@ _EPSILON: Final = 1e-5
 def noise_loss(
     prediction: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Returns the mean squared error of two tensors (B, C, h, w), computed in float32.
+    """Returns the mean of `noise_errors` over the samples."""
+    return noise_errors(prediction, target, mask, weights).mean()
+
+
+def noise_errors(
+    prediction: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Returns each sample's mean squared error of two tensors (B, C, h, w), (B,) float32.
 
     mask: (B, H, W) in [0, 1], resized to the latents and multiplied into both; as in the
     reference, masked-out elements count as zero error in the mean. weights: (B,), per sample
@@ -26,14 +33,20 @@ def noise_loss(
         small = F.interpolate(mask[:, None].float(), size=prediction.shape[-2:], mode="bilinear")
         prediction, target = prediction * small, target * small
     error = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
-    return (error if weights is None else error * weights).mean()
+    return error if weights is None else error * weights
 
 
 def localisation_loss(scores: Sequence[Tensor], region_masks: Tensor, valid: Tensor) -> Tensor:
-    """Returns the balanced L1 loss that pulls a region token's attention into the region's mask.
+    """Returns the mean of `localisation_errors` over the samples."""
+    return localisation_errors(scores, region_masks, valid).mean()
+
+
+def localisation_errors(scores: Sequence[Tensor], region_masks: Tensor, valid: Tensor) -> Tensor:
+    """Returns each sample's balanced L1 loss, which pulls a region token's attention into the
+    region's mask, (B,).
 
     It is the reference's loss (BalancedL1): the mean normalised attention outside of the mask
-    minus the mean inside it, averaged over valid regions, heads, samples and layers; in [-1, 1].
+    minus the mean inside it, averaged over valid regions, heads and layers; in [-1, 1].
 
     scores: for each hooked layer (B, heads, pixels, R), the region tokens' probabilities.
     region_masks: (B, R, H, W) in [0, 1]. valid: (B, R) bool. Raises ValueError without a layer, or
@@ -44,10 +57,10 @@ def localisation_loss(scores: Sequence[Tensor], region_masks: Tensor, valid: Ten
             "no layer returned scores: pass token_idx to the UNet call, and name in spec.hooked "
             "blocks that the UNet has"
         )
-    return torch.stack([_layer_loss(layer, region_masks, valid) for layer in scores]).mean()
+    return torch.stack([_layer_errors(layer, region_masks, valid) for layer in scores]).mean(0)
 
 
-def _layer_loss(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
+def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
     scores = scores.float()
     height, width = region_masks.shape[-2:]
     rows = round((scores.shape[2] * height / width) ** 0.5)
@@ -65,4 +78,4 @@ def _layer_loss(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
     mean_inside = (scores * inside).sum(2) / (inside.sum(2) + _EPSILON)
     valid = valid[:, None].to(scores.dtype)
     per_head = ((mean_outside - mean_inside) * valid).sum(-1) / (valid.sum(-1) + _EPSILON)
-    return per_head.mean()
+    return per_head.mean(1)

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional as F
 
+from configs.errors import ShardError
 from configs.training import TrainConfig
 from model.conditions import training_pixels
 from model.spec import ModelSpec
@@ -77,9 +78,7 @@ def fit_vae(
 
     count = min(len(shards), _FIT_IMAGES)
     numbers = draws.permutation(len(shards), seed, "vae_pictures", 0)[:count].tolist()
-    images = torch.stack(
-        [training_pixels(record, resolution) for record in shards.records(numbers)]
-    )
+    images = _images(shards, numbers, resolution)
     vae: Any = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -108,6 +107,24 @@ def fit_vae(
     vae.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))
     vae.save_pretrained(base / "vae")
     return float(torch.stack(errors[-20:]).mean())
+
+
+def _images(shards: ShardSet, numbers: list[int], resolution: int) -> torch.Tensor:
+    """Returns the images of those samples that can be read, (N, 3, R, R). Raises ShardError if that
+    is none of them.
+    """
+    images = []
+    for record in shards.records(numbers):
+        if isinstance(record, ShardError):
+            error: Exception = record
+            continue
+        try:
+            images.append(training_pixels(record, resolution))
+        except (ValueError, OSError) as damage:
+            error = damage
+    if not images:
+        raise ShardError(f"{shards.data}: no sample can be read, for example: {error}")
+    return torch.stack(images)
 
 
 def _crops(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

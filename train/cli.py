@@ -31,7 +31,7 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
 
   Stable Diffusion 1.5 on four GPUs, shards on an object store:
     accelerate launch --num_processes 4 -m train.cli --config configs/train/sd15.yaml \\\\
-        data=s3://bucket/fgid output=runs/sd15 train_batch_size=4
+        data=s3://bucket/fgid output=runs/sd15 micro_batch_size=4
 
   Continue a finished run:            … max_train_steps=20000
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy

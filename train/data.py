@@ -16,18 +16,19 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configs.errors import PipelineError
+from configs.errors import PipelineError, ShardError
 from model.conditions import (
     ConditionBatch,
     Conditions,
     DropRates,
+    blank_conditions,
     build_conditions,
     collate,
     drop_conditions,
@@ -40,6 +41,8 @@ from train import draws
 from train.shards import ShardSet
 
 Batch = TypeVar("Batch")
+
+_UNIT_NORM = 1e-3  # largest deviation; embeddings are stored in float32 and normalised
 
 
 class SampleOrder:
@@ -62,11 +65,21 @@ class SampleOrder:
         return int(self._permutation[index])
 
 
+class BadSample(NamedTuple):
+    """A sample that can't be trained on. shard: the name of its tar. reason: for people."""
+
+    key: str
+    shard: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """A micro-batch of B samples, with all random numbers that a step needs except the loss mask.
 
-    position: of its first sample. pixels: (B, 3, R, R) in [-1, 1], the images to learn.
+    position: of its first sample. bad: samples that can't be read; valid: (B,) bool, False at
+    their places, where the other tensors hold a blank sample.
+    pixels: (B, 3, R, R) in [-1, 1], the images to learn.
     clip_images: (n, 3, S, S), the CLIP-normalised images that are not zero; image_rows: (n,)
     int64, their rows among 6·B, which are for each sample the photograph and its five regions.
     latent_noise: (B, 4, h, w), for sampling the VAE's posterior; noise: (B, 4, h, w), the noise to
@@ -75,6 +88,8 @@ class TrainBatch:
 
     position: int
     keys: tuple[str, ...]
+    bad: tuple[BadSample, ...]
+    valid: Tensor
     pixels: Tensor
     clip_images: Tensor
     image_rows: Tensor
@@ -112,7 +127,7 @@ class Preparation:
 
     resolution: side of the training images, in pixels. latent_shape: (4, h, w). timesteps: number
     of the noise schedule's. cache_size: number of prepared samples, the first ones read, that stay
-    in memory, for small data sets with many epochs.
+    in memory, for small data sets with many epochs. verify: compare samples with their digests.
     """
 
     tokenizer: Any
@@ -125,6 +140,11 @@ class Preparation:
     seed: int
     tokenizer_2: Any = None
     cache_size: int = 0
+    verify: bool = True
+
+
+# A sample as it is cached: its conditions, its image (3, R, R), and why it is bad.
+Prepared = tuple[Conditions, Tensor, BadSample | None]
 
 
 class BatchMaker:
@@ -132,14 +152,14 @@ class BatchMaker:
 
     def __init__(self, shards: ShardSet, order: SampleOrder, preparation: Preparation) -> None:
         self._shards, self._order, self._preparation = shards, order, preparation
-        self._cache: dict[int, tuple[Conditions, Tensor]] = {}
+        self._cache: dict[int, Prepared] = {}
 
     def __call__(self, positions: range) -> TrainBatch:
         numbers = [self._order.sample(position) for position in positions]
         samples = self._samples(numbers)
         prep, seed = self._preparation, self._preparation.seed
         conditions = drop_conditions(
-            collate([sample for sample, _ in samples]),
+            collate([sample for sample, _, _ in samples]),
             torch.tensor(
                 [draws.uniform(seed, "drop", position) for position in positions],
                 dtype=torch.float64,
@@ -160,7 +180,9 @@ class BatchMaker:
         return TrainBatch(
             position=positions.start,
             keys=conditions.keys,
-            pixels=torch.stack([pixels for _, pixels in samples]),
+            bad=tuple(bad for _, _, bad in samples if bad),
+            valid=torch.tensor([bad is None for _, _, bad in samples]),
+            pixels=torch.stack([pixels for _, pixels, _ in samples]),
             clip_images=clip_images,
             image_rows=image_rows,
             input_ids=conditions.input_ids,
@@ -175,7 +197,7 @@ class BatchMaker:
             **normal,
         )
 
-    def _samples(self, numbers: list[int]) -> list[tuple[Conditions, Tensor]]:
+    def _samples(self, numbers: list[int]) -> list[Prepared]:
         """Returns the prepared samples, from the cache or from the shards."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._cache]
         prepared = dict(self._cache) if not missing else {**self._cache, **self._prepare(missing)}
@@ -183,17 +205,30 @@ class BatchMaker:
             self._cache[number] = prepared[number]
         return [prepared[number] for number in numbers]
 
-    def _prepare(self, numbers: list[int]) -> dict[int, tuple[Conditions, Tensor]]:
-        prepared = {}
-        for number, record in zip(numbers, self._shards.records(numbers), strict=True):
+    def _prepare(self, numbers: list[int]) -> dict[int, Prepared]:
+        prepared: dict[int, Prepared] = {}
+        records = self._shards.records(numbers, verify=self._preparation.verify)
+        for number, record in zip(numbers, records, strict=True):
             try:
-                prepared[number] = self._prepare_one(record)
-            except (ValueError, OSError) as error:  # Pillow's errors are OSErrors
-                raise self._shards.damaged(number, error) from error
+                conditions, pixels = self._prepare_one(record)
+                prepared[number] = conditions, pixels, None
+            except (ShardError, ValueError, OSError) as error:  # Pillow's errors are OSErrors
+                prepared[number] = self._blank(number, str(error))
         return prepared
 
-    def _prepare_one(self, record: Record) -> tuple[Conditions, Tensor]:
+    def _blank(self, number: int, reason: str) -> Prepared:
+        prep, key = self._preparation, self._shards.keys[number]
+        conditions = blank_conditions(
+            prep.tokenizer, prep.spec, key=key, resolution=prep.resolution
+        )
+        pixels = torch.zeros(3, prep.resolution, prep.resolution)
+        return conditions, pixels, BadSample(key, self._shards.shard_of(number), reason)
+
+    def _prepare_one(self, record: Record | ShardError) -> tuple[Conditions, Tensor]:
         prep = self._preparation
+        if isinstance(record, ShardError):
+            raise record
+        _check_identity(record)
         conditions = build_conditions(
             record,
             prep.tokenizer,
@@ -203,6 +238,14 @@ class BatchMaker:
             tokenizer_2=prep.tokenizer_2,
         )
         return conditions, training_pixels(record, prep.resolution)
+
+
+def _check_identity(record: Record) -> None:
+    """Raises ValueError for an identity that is not a finite vector of unit norm."""
+    if record.identity is not None:
+        norm = float(np.linalg.norm(record.identity.astype(np.float64)))
+        if not abs(norm - 1) <= _UNIT_NORM:  # also if it is NaN
+            raise ValueError(f"the identity embedding has norm {norm:g}, expected 1")
 
 
 def _non_zero_images(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
@@ -254,7 +297,7 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
         multiprocessing_context="fork" if workers else None,
     )
     return _raising(iter(loader))
@@ -267,9 +310,11 @@ def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
         yield batch
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    """Ignores SIGINT in a worker.
+def _ignore_signals(_worker: int) -> None:
+    """Ignores SIGINT and SIGTERM in a worker.
 
-    Ctrl-C sends it to every process of the terminal; the trainer handles it and ends its workers.
+    Ctrl-C sends the first to every process of the terminal, and schedulers send the second to every
+    process of a job; the trainer handles them and ends its workers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

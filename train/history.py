@@ -1,17 +1,20 @@
-"""The loss history of a run, OUT/losses.jsonl with a line for each step, and its summary."""
+"""Files of JSON lines that a run appends to, such as OUT/losses.jsonl: the losses of every step."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from train.step import LOSSES
 
+HISTORY: Final = "losses.jsonl"
 
-class History:
-    """Writes the losses of every step to OUT/losses.jsonl.
+
+class Lines:
+    """A file of JSON lines in which each has a `step`.
 
     step: the step that the run resumes from, 0 for a new run. Lines of later steps, which will be
     trained again, are removed from the file.
@@ -19,37 +22,59 @@ class History:
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
-        self.lines = [line for line in read_history(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if path.is_file():
+            partial = path.with_name(f".{path.name}.partial")
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(_text(line) for line in read_lines(path) if line["step"] <= step)
+            partial.replace(path)
 
-    def add(
+    def read(self) -> Iterator[dict[str, Any]]:
+        return read_lines(self.path)
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(map(_text, lines))
+
+
+class History(Lines):
+    """The losses of every step."""
+
+    def add_losses(
         self, first_step: int, values: Sequence[Sequence[float]], rates: Sequence[float]
     ) -> None:
-        """Appends steps from `first_step` on: for each its LOSSES and its learning rate."""
-        lines = [
+        """Appends steps from `first_step` on: for each its LOSSES and its learning rate. A loss
+        that isn't a finite number is null.
+        """
+        self.add(
             {
                 "step": first_step + index,
-                **{k: round(v, 6) for k, v in zip(LOSSES, row, strict=True)},
+                **{k: _rounded(v) for k, v in zip(LOSSES, row, strict=True)},
                 "lr": rate,
             }
             for index, (row, rate) in enumerate(zip(values, rates, strict=True))
-        ]
-        self.lines.extend(lines)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        )
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a losses.jsonl, up to one that is incomplete; none if there is no file."""
+def _rounded(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the values of a file of JSON lines, up to one that is incomplete; none if there is no
+    file.
+    """
     if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+        return
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                return
 
 
 def summarise(history: History, *, samples: int, seconds: float, finished: bool) -> dict[str, Any]:
@@ -58,21 +83,39 @@ def summarise(history: History, *, samples: int, seconds: float, finished: bool)
     samples, seconds: consumed by the run, including the runs that it resumed. The start and the
     end of a loss are its means over the first and the last tenth of the steps.
     """
-    lines = history.lines
-    tenth = max(1, len(lines) // 10)
-
-    def mean(part: Sequence[dict[str, Any]], name: str) -> float:
-        return round(float(sum(line[name] for line in part)) / max(1, len(part)), 6)
-
+    count, last = 0, 0
+    for line in history.read():
+        count, last = count + 1, line["step"]
+    tenth = max(1, count // 10)
+    start = {name: _Mean() for name in LOSSES}
+    end = {name: _Mean() for name in LOSSES}
+    for index, line in enumerate(history.read()):
+        for name in LOSSES:
+            if index < tenth:
+                start[name].add(line[name])
+            if index >= count - tenth:
+                end[name].add(line[name])
     return {
         "finished": finished,
-        "steps": lines[-1]["step"] if lines else 0,
+        "steps": last,
         "samples": samples,
         "seconds": round(seconds, 1),
         "samples_per_second": round(samples / seconds, 2) if seconds else 0.0,
-        "steps_per_second": round(len(lines) / seconds, 2) if seconds else 0.0,
-        **{
-            name: {"start": mean(lines[:tenth], name), "end": mean(lines[-tenth:], name)}
-            for name in LOSSES
-        },
+        "steps_per_second": round(count / seconds, 2) if seconds else 0.0,
+        **{name: {"start": start[name].value, "end": end[name].value} for name in LOSSES},
     }
+
+
+class _Mean:
+    """The mean of the numbers added; 0 without one."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float | None) -> None:
+        if value is not None:
+            self._sum, self._count = self._sum + value, self._count + 1
+
+    @property
+    def value(self) -> float:
+        return round(self._sum / max(1, self._count), 6)

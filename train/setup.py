@@ -27,8 +27,10 @@ _MAY_CHANGE: Final = (
     "output",
     "model.device",
     "max_train_steps",
-    "train_batch_size",
-    "gradient_accumulation_steps",
+    "micro_batch_size",
+    "max_bad_share",
+    "max_nonfinite_steps",
+    "verify_samples",
     "gradient_checkpointing",
     "mixed_precision",
     "threads",
@@ -152,6 +154,7 @@ def make_optimizer(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=True,  # it can skip an update on the device
     )
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
         config.lr_scheduler,
@@ -182,4 +185,5 @@ def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Pr
         ),
         seed=config.seed,
         cache_size=config.keep_samples,
+        verify=config.verify_samples,
     )

@@ -20,6 +20,7 @@ from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader, SamplePlace
 
 _READERS: Final = 16  # sidecars read at a time
+_COLUMNS: Final = ("key", "tar_offset", "tar_size", "sample_sha256")
 _REBUILD: Final = "Remove its manifest and run make dataset again: it makes the shard again."
 
 
@@ -64,29 +65,30 @@ class ShardSet:
         self.keys: Final = [place.key for place in samples]
         self._tars = np.array([place.tar for place in samples])
         self._spans = np.array([(place.offset, place.size) for place in samples], np.int64)
+        digests = b"".join(bytes.fromhex(place.sha256) or bytes(32) for place in samples)
+        self._digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
         self.digest: Final = _digest(used, None if keys is None else self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def records(self, numbers: Sequence[int]) -> list[Record]:
-        """The records of those samples, in that order. Raises ShardError for one that can't be
-        read.
+    def records(self, numbers: Sequence[int], *, verify: bool = True) -> list[Record | ShardError]:
+        """The records of those samples, in that order; for a damaged one, the error.
+
+        verify: compare the bytes of each with its digest. Raises ShardError if a tar is missing.
         """
         # A new reader: a worker process can't share its parent's connections.
-        places = [
-            SamplePlace(self.keys[number], str(self._tars[number]), *self._spans[number].tolist())
-            for number in numbers
-        ]
-        return self._reader().samples_at(places)
+        return self._reader().samples_at([self._place(n) for n in numbers], verify=verify)
 
-    def damaged(self, number: int, error: Exception) -> ShardError:
-        """The error for a sample whose image or label map can't be decoded."""
-        tar = str(self._tars[number])
-        return ShardError(
-            f"{self.data}/{layout.in_shards(tar)}: sample {self.keys[number]} can't be decoded: "
-            f"{error}. {layout.how_to_repair(tar)}"
-        )
+    def shard_of(self, number: int) -> str:
+        """The name of the tar that has the sample."""
+        return str(self._tars[number])
+
+    def _place(self, number: int) -> SamplePlace:
+        offset, size = self._spans[number].tolist()
+        digest = self._digests[number].tobytes()
+        sha256 = digest.hex() if any(digest) else ""
+        return SamplePlace(self.keys[number], self.shard_of(number), offset, size, sha256)
 
     def dataset_config(self) -> str:
         """The data set's own configuration, as YAML; "" if it has none."""
@@ -113,9 +115,12 @@ def _places(reader: DatasetReader, manifest: Manifest) -> list[SamplePlace]:
         )
     if not manifest.written:
         return []
-    rows = reader.rows(manifest.index, ("key", "tar_offset", "tar_size"), Status.OK).to_pylist()
+    rows = reader.rows(manifest.index, _COLUMNS, Status.OK).to_pylist()
     rows.sort(key=lambda row: row["tar_offset"])
-    places = [SamplePlace(r["key"], tar.name, r["tar_offset"], r["tar_size"]) for r in rows]
+    places = [
+        SamplePlace(r["key"], tar.name, r["tar_offset"], r["tar_size"], r["sample_sha256"] or "")
+        for r in rows
+    ]
     if len(places) != manifest.written or places[-1].offset + places[-1].size > tar.bytes:
         raise ShardError(
             f"{reader}: {manifest.shard} has {manifest.written} samples, its sidecar places "

@@ -22,7 +22,7 @@ from model.consistentid import (
     encode_text,
     predict_noise,
 )
-from model.losses import localisation_loss, noise_loss
+from model.losses import localisation_errors, noise_errors
 from train.data import TrainBatch
 
 LOSSES = ("loss", "noise_loss", "facial_loss")  # the order of `StepLosses.values`
@@ -153,19 +153,30 @@ def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLosses:
-    """total: the loss to minimise. values: (3,), the LOSSES without gradients, on the device."""
+    """total: the loss to minimise. values: (3,), the LOSSES without gradients, and errors: (B,),
+    the loss of each sample, both on the device.
+    """
 
     total: Tensor
     values: Tensor
+    errors: Tensor
 
 
 def step_losses(
-    trained: nn.Module, frozen: Frozen, batch: TrainBatch, config: LossConfig, *, mask: bool
+    trained: nn.Module,
+    frozen: Frozen,
+    batch: TrainBatch,
+    config: LossConfig,
+    *,
+    mask: bool,
+    count: Tensor | None = None,
 ) -> StepLosses:
     """Computes the losses of a micro-batch that is on the device.
 
     trained: a TrainedModel, or accelerate's wrapper of one. mask: leave the background out of the
-    noise loss.
+    noise loss. count: the number of valid samples that the sum of their losses is divided by, a
+    scalar on the device; None: those of this micro-batch. With the number in the global batch, the
+    losses and gradients of its micro-batches add up to those of the whole.
     """
     features = frozen_features(frozen, batch)
     noisy, target = noised_latents(frozen, batch)
@@ -184,11 +195,14 @@ def step_losses(
         if config.snr_gamma
         else None
     )
-    noise = noise_loss(prediction, target, batch.foreground if mask else None, weights)
+    noise = noise_errors(prediction, target, batch.foreground if mask else None, weights)
     facial = (
-        localisation_loss(scores, batch.region_masks, batch.token_valid)
+        localisation_errors(scores, batch.region_masks, batch.token_valid)
         if scores
         else torch.zeros_like(noise)
     )
-    total = noise + config.facial_weight * facial
-    return StepLosses(total=total, values=torch.stack((total, noise, facial)).detach())
+    errors = torch.stack((noise + config.facial_weight * facial, noise, facial), dim=1)
+    errors = torch.where(batch.valid[:, None], errors, 0)
+    divisor = batch.valid.sum() if count is None else count
+    values = errors.sum(0) / divisor.clamp(min=1)
+    return StepLosses(total=values[0], values=values.detach(), errors=errors[:, 0].detach())

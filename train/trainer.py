@@ -1,10 +1,10 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
     OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl
-        summary.json
+        skipped.jsonl  nonfinite.jsonl  summary.json
 
-A step reads no value from the device: losses stay there and are fetched together every
-`log_every` steps.
+A step waits for no value of its own: losses stay on the device and are fetched together every
+`log_every` steps, and its facts (train/facts.py) are read when the next step has been started.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
 from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
 from stages.backends.runtime import pin_threads
 from train import draws
 from train.base import ensure_base
+from train.batches import plan_batches
 from train.data import BatchMaker, SampleOrder, TrainBatch, micro_batches
-from train.history import History, summarise
+from train.facts import Limits, StepCheck, StepFacts
+from train.history import HISTORY, History, summarise
 from train.setup import (
     check_config,
     check_same_run,
@@ -52,6 +54,7 @@ from train.state import (
     write_json,
 )
 from train.step import LOSSES, step_losses
+from train.stopping import Stop, stop_on_signal
 
 
 class Watcher(Protocol):
@@ -119,7 +122,6 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=config.model.device == "cpu",
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(
                 project_dir=str(self.output),
@@ -127,6 +129,16 @@ class Trainer:
                 automatic_checkpoint_naming=False,
             ),
         )
+        self.batch = plan_batches(
+            config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
+        )
+        if len(self.shards) < self.batch.size:
+            raise ConfigError(
+                f"{config.data} has {len(self.shards)} samples, fewer than global_batch_size="
+                f"{self.batch.size}: a step would train on some of them twice. Lower "
+                "global_batch_size, or make a larger data set."
+            )
+        self.order = SampleOrder(len(self.shards), config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
         self.base = self._prepare_output()
@@ -144,7 +156,7 @@ class Trainer:
         # process.
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         self.history = (
-            History(self.output / "losses.jsonl", step=self.progress.step) if self.is_main else None
+            History(self.output / HISTORY, step=self.progress.step) if self.is_main else None
         )
 
     @property
@@ -186,9 +198,9 @@ class Trainer:
     def _batches(self) -> Iterator[TrainBatch]:
         preparation = make_preparation(self.config, self.spec, self.frozen)
         return micro_batches(
-            BatchMaker(self.shards, SampleOrder(len(self.shards), self.config.seed), preparation),
+            BatchMaker(self.shards, self.order, preparation),
             start=self.progress.position,
-            size=self.config.train_batch_size,
+            size=self.batch.micro,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
@@ -206,81 +218,113 @@ class Trainer:
             return self._finish(0)
         if config.report_to != "none":
             self.accelerator.init_trackers("train", config=flatten(asdict(config)))
+        check = self._step_check()
         window: list[Tensor] = []
         rates: list[float] = []
-        with _stop_on_signal() as stop:
+        previous: StepFacts | None = None
+        with stop_on_signal() as stop:
             batches = self._batches()
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
                 rates.append(float(self.schedule.get_last_lr()[0]))
-                window.append(self._step(batches))
+                facts, losses_of_step = self._step(batches, stop)
+                window.append(losses_of_step)
                 progress.step += 1
+                ends = progress.step == config.max_train_steps
+                saves = progress.step % config.checkpointing_steps == 0 or ends
+                if previous is not None:
+                    stop.agreed = check.check(previous)
+                previous = facts
+                if self.accelerator.num_processes == 1:
+                    stop.agreed = stop.agreed or bool(stop.signal)
                 losses = None
-                if progress.step % config.log_every == 0 or progress.step == config.max_train_steps:
+                if progress.step % config.log_every == 0 or saves or stop.agreed:
                     losses = self._fetch_losses(window, rates)
-                    stop.agreed = self._any_process(stop.signal)
-                elif self.accelerator.num_processes == 1:
-                    # Several processes must stop at the same step, so they only agree above.
-                    stop.agreed = bool(stop.signal)
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
-                if (
-                    progress.step % config.checkpointing_steps == 0
-                    and progress.step < config.max_train_steps
-                ):
+                if saves or stop.agreed:
+                    stop.agreed = check.check(previous) or stop.agreed
+                    previous = None
                     self._save()
                 self.watcher.step(progress.step, losses)
-            if window:
-                self._fetch_losses(window, rates)
-            self._save()
-        outcome = self._finish(stop.signal if progress.step < config.max_train_steps else 0)
+        stopped = progress.step < config.max_train_steps
+        outcome = self._finish((stop.signal or signal.SIGTERM) if stopped else 0)
         self.accelerator.end_training()
         return outcome
 
-    def _step(self, batches: Iterator[TrainBatch]) -> Tensor:
-        """Takes one optimizer step over its micro-batches.
+    def _step_check(self) -> StepCheck:
+        from accelerate.utils import gather_object
 
-        Returns the mean losses (3,), on the device.
+        limits = Limits(
+            batch=self.batch.size,
+            samples=len(self.shards),
+            bad_share=self.config.max_bad_share,
+            nonfinite_steps=self.config.max_nonfinite_steps,
+        )
+        return StepCheck(
+            self.output,
+            self.progress.step,
+            limits,
+            lambda position: self.shards.keys[self.order.sample(position)],
+            gather_object,
+            self.watcher.message if self.is_main else None,
+        )
+
+    def _step(self, batches: Iterator[TrainBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
+        """Takes one optimizer step over its micro-batches. An update with a gradient that isn't
+        finite is skipped, which the device decides.
+
+        Returns the step's facts, and this process's part of the losses (3,), on the device; the
+        parts of all processes add up to the losses.
         """
-        config = self.config
+        config, progress, world = self.config, self.progress, self.batch.world
         # Drawn once for the step, so that it doesn't depend on the number of processes.
-        mask = draws.uniform(config.seed, "mask", self.progress.step) < config.loss.mask_loss_prob
+        mask = draws.uniform(config.seed, "mask", progress.step) < config.loss.mask_loss_prob
+        micro = [next(batches) for _ in range(self.batch.accumulation)]
+        own = [float(sum(int(b.valid.sum()) for b in micro)), float(bool(stop.signal))]
+        numbers: Tensor = self.accelerator.reduce(torch.tensor(own, device=self.device), "sum")
         values: list[Tensor] = []
-        for _ in range(config.gradient_accumulation_steps):
-            batch = next(batches).to(self.device)
-            with self.accelerator.accumulate(self.model):
-                losses = step_losses(self.model, self.frozen, batch, config.loss, mask=mask)
-                self.accelerator.backward(losses.total)
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        for index, batch in enumerate(micro):
+            is_last = index == len(micro) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                losses = step_losses(
+                    self.model,
+                    self.frozen,
+                    batch.to(self.device),
+                    config.loss,
+                    mask=mask,
+                    count=numbers[0],
+                )
+                # the processes' gradients are averaged, and should be added
+                self.accelerator.backward(losses.total * world)
             values.append(losses.values)
-            self.progress.position += config.train_batch_size * self.accelerator.num_processes
+        norm = self.accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm)
+        skipped = (~torch.isfinite(norm)).float()
+        self.optimizer.optimizer.found_inf = skipped  # the fused AdamW does nothing where it is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.schedule.step()
-        return torch.stack(values).mean(0)
+        bad = tuple(sample for batch in micro for sample in batch.bad)
+        facts = StepFacts(
+            progress.step + 1, progress.position, torch.cat((numbers, skipped[None])), bad
+        )
+        progress.position += self.batch.size
+        return facts, torch.stack(values).sum(0)
 
     def _fetch_losses(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
         """Fetches the losses of the last steps, records them, and returns their means.
 
         window: (3,) for each step; rates: their learning rates. Both lists are emptied.
         """
-        values: list[list[float]] = self.accelerator.reduce(torch.stack(window), "mean").tolist()
+        values: list[list[float]] = self.accelerator.reduce(torch.stack(window), "sum").tolist()
         means = {name: sum(row[i] for row in values) / len(values) for i, name in enumerate(LOSSES)}
         if self.history is not None:
-            self.history.add(self.progress.step - len(values) + 1, values, rates)
+            self.history.add_losses(self.progress.step - len(values) + 1, values, rates)
         if self.config.report_to != "none":
             self.accelerator.log({**means, "lr": rates[-1]}, step=self.progress.step)
         window.clear()
         rates.clear()
         return means
-
-    def _any_process(self, flag: int) -> bool:
-        """Returns whether `flag` is non-zero on any process."""
-        if self.accelerator.num_processes == 1:
-            return bool(flag)
-        own = torch.tensor([float(bool(flag))], device=self.device)
-        return bool(self.accelerator.reduce(own, "sum").item() > 0)
 
     def _extras(self) -> AdapterExtras:
         base = self.base
@@ -339,40 +383,3 @@ class Trainer:
             write_json(self.output / "summary.json", summary)
         self.accelerator.wait_for_everyone()
         return Outcome(step=progress.step, signal=stop_signal, adapter=adapter, summary=summary)
-
-
-@dataclass(slots=True)
-class _Stop:
-    """Whether to stop training.
-
-    signal: number of the signal received, 0 for none. agreed: all processes stop after this step.
-    """
-
-    signal: int = 0
-    agreed: bool = False
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Records SIGINT (Ctrl-C) or SIGTERM, so that training stops after the current step.
-
-    The previous handlers are restored at the first signal, so a second one ends the process at
-    once, and at exit.
-    """
-    stop = _Stop()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        stop.signal = number
-        restore()
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        restore()

@@ -63,12 +63,15 @@ Value = TypeVar("Value")
 
 
 class SamplePlace(NamedTuple):
-    """Where a written sample is. tar: file name in the shards folder. offset, size: in bytes."""
+    """Where a written sample is. tar: file name in the shards folder. offset, size: in bytes.
+    sha256: of these bytes; "": unknown, in data sets before version 0.2.
+    """
 
     key: str
     tar: str
     offset: int
     size: int
+    sha256: str = ""
 
 
 class DatasetReader:
@@ -219,25 +222,32 @@ class DatasetReader:
         sample = self._sample(io.BytesIO(data), {**row, "members": members}, file)
         return with_row_fields(sample, row)
 
-    def samples_at(self, places: Sequence[SamplePlace]) -> list[Record]:
-        """Returns the samples at these places, in that order. Requests to a remote store are sent
-        together.
+    def samples_at(
+        self, places: Sequence[SamplePlace], *, verify: bool = False
+    ) -> list[Record | ShardError]:
+        """Returns the samples at these places, in that order; for one that is damaged, the error.
+        Requests to a remote store are sent together.
+
+        verify: compare the bytes of each sample with its digest. Raises ShardError if a tar is
+        missing.
         """
         ranges = [(layout.in_shards(p.tar), p.offset, p.offset + p.size) for p in places]
         try:
             parts = self.store.read_ranges(ranges)
         except FileNotFoundError as error:
             raise ShardError(f"{self.store.url}: a tar is missing: {error}") from error
-        records = []
-        for part, place in zip(parts, places, strict=True):
-            try:
-                record = parse_sample(
-                    part, place.key, f"{self.store.url}/{layout.SHARDS}/{place.tar}"
-                )
-            except ShardError as error:
-                raise ShardError(f"{error}. {layout.how_to_repair(place.tar)}") from error
-            records.append(record)
-        return records
+        return [
+            self._sample_at(part, place, verify) for part, place in zip(parts, places, strict=True)
+        ]
+
+    def _sample_at(self, data: bytes, place: SamplePlace, verify: bool) -> Record | ShardError:
+        tar = f"{self.store.url}/{layout.SHARDS}/{place.tar}"
+        try:
+            if verify and place.sha256 and hashlib.sha256(data).hexdigest() != place.sha256:
+                raise ShardError(f"{tar}: the bytes of sample {place.key} are not those written")
+            return parse_sample(data, place.key, tar)
+        except ShardError as error:
+            return ShardError(f"{error}. {layout.how_to_repair(place.tar)}")
 
     def identities(self, columns: list[str] | None = None) -> pa.Table:
         """Returns the rows of identities.parquet; none if the global pass hasn't run yet."""

@@ -88,8 +88,8 @@ def test_the_error_names_the_sample_that_a_sidecar_misplaces(copy: Path) -> None
     table = pq.read_table(path)
     keys = table.column("key").to_pylist()
     pq.write_table(table.set_column(0, "key", [[keys[1], keys[0], *keys[2:]]]), path)
-    with pytest.raises(ShardError, match=keys[1]):
-        ShardSet(str(copy)).records([0])
+    [record] = ShardSet(str(copy)).records([0])
+    assert isinstance(record, ShardError) and keys[1] in str(record)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"shard": "fgid-000000", "written": 3}'])

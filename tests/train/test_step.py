@@ -33,7 +33,7 @@ def test_features_equal_those_of_inference_though_zero_images_are_not_encoded(pa
     positions = range(40)
     features = frozen_features(parts.frozen, parts.make(positions))
     numbers = [parts.make._order.sample(position) for position in positions]
-    conditions = collate([sample for sample, _ in parts.make._samples(numbers)])
+    conditions = collate([sample for sample, _, _ in parts.make._samples(numbers)])
     uniform = torch.tensor(
         [draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64
     )

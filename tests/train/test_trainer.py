@@ -18,7 +18,7 @@ from configs.load import load
 from configs.schema import DatasetConfig
 from configs.training import ModelConfig, OptimConfig, TrainConfig
 from tests.train.helpers import Listener, run, small
-from train.history import read_history
+from train.history import read_lines
 from train.state import checkpoints
 
 
@@ -61,7 +61,8 @@ def test_ten_steps_equal_five_resume_and_five(
     assert resumed.adapter is not None and same(
         weights(straight / "final"), weights(resumed.adapter)
     )
-    assert read_history(straight / "losses.jsonl") == read_history(tmp_path / "halves/losses.jsonl")
+    histories = [read_lines(each / "losses.jsonl") for each in (straight, tmp_path / "halves")]
+    assert [*histories[0]] == [*histories[1]]
 
 
 def test_ten_steps_change_nearly_all_weights(
@@ -78,13 +79,20 @@ def test_accumulating_two_batches_is_one_batch_of_two(
     data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     # AdamW amplifies rounding differences of the weights, so the losses of five steps are compared.
-    whole = run(small(data, tiny_base, tmp_path / "whole", max_train_steps=5, train_batch_size=4))
-    parts = run(
-        small(data, tiny_base, tmp_path / "parts", max_train_steps=5, gradient_accumulation_steps=2)
+    whole = run(
+        small(
+            data,
+            tiny_base,
+            tmp_path / "whole",
+            max_train_steps=5,
+            global_batch_size=4,
+            micro_batch_size=4,
+        )
     )
+    parts = run(small(data, tiny_base, tmp_path / "parts", max_train_steps=5, global_batch_size=4))
     assert parts.summary["samples"] == whole.summary["samples"] == 20
     for one, other in zip(
-        *(read_history(tmp_path / n / "losses.jsonl") for n in ("whole", "parts")), strict=True
+        *([*read_lines(tmp_path / n / "losses.jsonl")] for n in ("whole", "parts")), strict=True
     ):
         assert one["noise_loss"] == pytest.approx(other["noise_loss"], rel=1e-3)
         assert one["lr"] == other["lr"]
@@ -100,7 +108,7 @@ def test_the_output_of_a_run(straight: Path, data: Path, tiny_base: Path) -> Non
     assert (metadata["step"], metadata["position"], metadata["mode"]) == (10, 20, "corrected")
     assert metadata["train"]["optim"]["learning_rate"] == 1e-3
     assert metadata["base"] == str(tiny_base)
-    lines = read_history(straight / "losses.jsonl")
+    lines = [*read_lines(straight / "losses.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, 11))
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["finished"] and (summary["steps"], summary["samples"]) == (10, 20)

@@ -1,0 +1,136 @@
+"""Bad samples, values that are not finite, and signals: what is lost, what is recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import TrainingError
+from configs.training import OptimConfig
+from stages.record import Record
+from tests.train.helpers import Listener, Parts, run, small
+from train.data import SampleOrder
+from train.history import read_lines
+from train.shards import ShardSet
+
+
+@pytest.fixture
+def damaged(data: Path, tmp_path: Path) -> Path:
+    """The data set, with one byte of its third sample changed."""
+    copy = Path(shutil.copytree(data, tmp_path / "damaged"))
+    shards = ShardSet(str(copy))
+    tar = copy / "shards" / shards.shard_of(2)
+    content = bytearray(tar.read_bytes())
+    offset, size = shards._spans[2]
+    content[offset + size // 2] ^= 1
+    tar.write_bytes(content)
+    return copy
+
+
+def test_a_bad_sample_is_left_out_and_the_order_of_the_others_stays(
+    damaged: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(damaged, tiny_base, tmp_path / "out", max_bad_share=0.2, max_train_steps=8)
+    listener = Listener()
+    outcome = run(config, listener)
+    assert outcome.step == 8 and outcome.adapter is not None
+    key = ShardSet(str(data)).keys[2]
+    lines = [*read_lines(tmp_path / "out/skipped.jsonl")]
+    order = SampleOrder(8, config.seed)
+    steps = [1 + position // 2 for position in range(16) if order.sample(position) == 2]
+    assert [line["step"] for line in lines] == steps and len(steps) == 2
+    assert {(line["key"], line["shard"]) for line in lines} == {(key, "fgid-000000.tar")}
+    assert "not those written" in lines[0]["reason"]
+    told = [text for text in listener.messages if key in text]
+    assert len(told) == 1 and told[0].startswith(f"step {steps[0]} leaves out sample {key}")
+
+
+def test_too_many_bad_samples_end_the_run_with_their_share(
+    damaged: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(damaged, tiny_base, tmp_path / "out", max_bad_share=0.1, max_train_steps=8)
+    with pytest.raises(TrainingError, match=r"1 of 8 samples .* max_bad_share=0\.1 allows"):
+        run(config)
+    assert run(replace(config, max_bad_share=0.125)).step == 8
+
+
+def test_the_loss_is_the_mean_over_valid_samples(parts: Parts) -> None:
+    from train.step import step_losses
+
+    config = parts.config.loss
+    batch = parts.make(range(4))
+    blank = replace(batch, valid=torch.tensor([True, True, False, True]))
+    whole = step_losses(parts.trained, parts.frozen, batch, config, mask=False)
+    part = step_losses(parts.trained, parts.frozen, blank, config, mask=False)
+    kept = whole.errors[[0, 1, 3]]
+    torch.testing.assert_close(part.total.detach(), kept.mean())
+    none = replace(batch, valid=torch.zeros(4, dtype=torch.bool))
+    nothing = step_losses(parts.trained, parts.frozen, none, config, mask=False)
+    nothing.total.backward()
+    assert nothing.total.item() == 0
+
+
+@pytest.mark.parametrize("identity", [np.nan, np.inf, 0.0, 2.0])
+def test_an_identity_without_unit_norm_makes_a_sample_bad(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, identity: float
+) -> None:
+    shards = parts.make._shards
+    good = ShardSet.records
+
+    def changed(self: ShardSet, numbers: Any, **options: Any) -> Any:
+        [record] = good(self, numbers, **options)
+        assert isinstance(record, Record)
+        vector = np.zeros(512, np.float32)
+        vector[3] = identity
+        return [replace(record, identity=vector)]
+
+    monkeypatch.setattr(ShardSet, "records", changed)
+    conditions, pixels, bad = parts.make._prepare([5])[5]
+    assert bad is not None and bad.key == shards.keys[5]
+    assert "the identity embedding has norm" in bad.reason
+    assert not conditions.identity.any() and not pixels.any()
+
+
+def poisoned_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter.safetensors")
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    # a learning rate at which the weights explode
+    optim = OptimConfig(learning_rate=1e30, max_grad_norm=1e30)
+    config = small(
+        data,
+        tiny_base,
+        tmp_path / "out",
+        optim=optim,
+        max_nonfinite_steps=3,
+        checkpointing_steps=2,
+        max_train_steps=40,
+    )
+    listener = Listener()
+    with pytest.raises(TrainingError, match="updates of 3 steps in a row were skipped"):
+        run(config, listener)
+    lines = [*read_lines(tmp_path / "out/nonfinite.jsonl")]
+    steps = [line["step"] for line in lines][-3:]
+    assert steps == list(range(steps[0], steps[0] + 3))
+    shards, order = ShardSet(str(data)), SampleOrder(8, config.seed)
+    last = lines[-1]
+    positions = range(2 * (last["step"] - 1), 2 * last["step"])
+    assert last["keys"] == [shards.keys[order.sample(position)] for position in positions]
+    assert all(key in listener.messages[-1] for key in last["keys"])
+    for folder in (tmp_path / "out").glob("checkpoint-*"):
+        assert all(torch.isfinite(value).all() for value in poisoned_weights(folder).values())
+    history = [
+        json.loads(line) for line in (tmp_path / "out/losses.jsonl").read_text().split("\n") if line
+    ]
+    assert all(line["step"] <= last["step"] for line in history)

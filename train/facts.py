@@ -1,0 +1,134 @@
+"""What all processes must know of a step, and what follows from it: samples that were left out,
+updates that were skipped, and whether to stop.
+
+Each step adds up three numbers over the processes. They are read when the next step has been
+started, so that no device waits for the host. So a signal to one process stops all of them at the
+same step, at most two steps later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from configs.errors import TrainingError
+from train.data import BadSample
+from train.history import Lines
+
+SKIPPED: Final = "skipped.jsonl"  # bad samples, which were left out
+NONFINITE: Final = "nonfinite.jsonl"  # steps whose update was skipped, and their samples
+_NAMED: Final = 8  # samples in a message
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """Of one step. position: of its first sample. numbers: (3,) on the device, of all processes:
+    valid samples, processes that received a signal, processes that skipped the update. bad: this
+    process's bad samples.
+    """
+
+    step: int
+    position: int
+    numbers: Tensor
+    bad: tuple[BadSample, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """batch: samples of a step. samples: of the data set. bad_share: share of these that may be
+    bad. nonfinite_steps: consecutive steps whose update may be skipped.
+    """
+
+    batch: int
+    samples: int
+    bad_share: float
+    nonfinite_steps: int
+
+
+class StepCheck:
+    """Checks the facts of every step, in order, on each process.
+
+    output: the run's folder. step: that it resumes from. keys_at: position → the sample's key.
+    gather: lists of all processes, joined; called on all of them together. message: for the user;
+    None on processes other than the main one, which write nothing.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        step: int,
+        limits: Limits,
+        keys_at: Callable[[int], str],
+        gather: Callable[[list[Any]], list[Any]],
+        message: Callable[[str], None] | None,
+    ) -> None:
+        self._output, self._limits, self._keys_at = output, limits, keys_at
+        self._gather, self._message = gather, message
+        self._in_a_row = 0
+        self._skipped = Lines(output / SKIPPED, step=step) if message else None
+        self._nonfinite = Lines(output / NONFINITE, step=step) if message else None
+        self._bad = {line["key"] for line in self._skipped.read()} if self._skipped else set()
+
+    def check(self, facts: StepFacts) -> bool:
+        """Returns whether to stop, since a process received a signal. Raises TrainingError if too
+        many samples are bad, or too many updates in a row were skipped.
+        """
+        valid, stopped, skipped = facts.numbers.tolist()
+        if valid < self._limits.batch:
+            self._leave_out(facts)
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if skipped:
+            self._skip_update(facts)
+        return bool(stopped)
+
+    def _leave_out(self, facts: StepFacts) -> None:
+        bad: list[BadSample] = self._gather(list(facts.bad))
+        lines = [
+            {"step": facts.step, "key": key, "shard": shard, "reason": reason}
+            for key, shard, reason in sorted(bad)
+        ]
+        if self._skipped and self._message:
+            self._skipped.add(lines)
+            for line in lines:
+                if line["key"] not in self._bad:
+                    self._message(
+                        f"step {facts.step:,} leaves out sample {line['key']} of {line['shard']}: "
+                        f"{line['reason']}"
+                    )
+        self._bad |= {line["key"] for line in lines}
+        limits = self._limits
+        if len(self._bad) > limits.bad_share * limits.samples:
+            raise TrainingError(
+                f"{len(self._bad):,} of {limits.samples:,} samples can't be trained on, more than "
+                f"max_bad_share={limits.bad_share:g} allows. {self._output / SKIPPED} lists them "
+                "with their reasons. Repair the data set, or raise max_bad_share; the same command "
+                "continues from the last checkpoint."
+            )
+
+    def _skip_update(self, facts: StepFacts) -> None:
+        positions = range(facts.position, facts.position + self._limits.batch)
+        keys = [self._keys_at(position) for position in positions]
+        if self._nonfinite and self._message:
+            self._nonfinite.add([{"step": facts.step, "keys": keys}])
+            self._message(
+                f"step {facts.step:,}: loss or gradient is not finite, and the update is skipped. "
+                f"Its samples: {_listed(keys)}"
+            )
+        limit = self._limits.nonfinite_steps
+        if self._in_a_row >= limit:
+            raise TrainingError(
+                f"the updates of {self._in_a_row} steps in a row were skipped, up to step "
+                f"{facts.step:,}, since loss or gradient was not finite (max_nonfinite_steps="
+                f"{limit}). {self._output / NONFINITE} lists the steps and their samples. The last "
+                "checkpoint is intact. Lower optim.learning_rate, or set mixed_precision to bf16 "
+                "or no."
+            )
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + more
