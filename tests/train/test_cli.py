@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate.state import AcceleratorState
 from typer.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from tests.pipelines.helpers import zero_images
 from tests.train.helpers import small
 from train.cli import app
 from train.history import read_lines
+from train.state import checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,8 +89,9 @@ def test_a_damaged_image_is_a_line_without_a_traceback(
 
 
 @pytest.mark.slow
-def test_ctrl_c_writes_a_checkpoint_from_which_the_same_command_resumes(
-    preset: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_resumes(
+    preset: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "train.cli", "--config", str(preset)]
     settings = ["max_train_steps=400", "num_workers=2", "log_every=1"]
@@ -98,9 +101,9 @@ def test_ctrl_c_writes_a_checkpoint_from_which_the_same_command_resumes(
     )
     while running.poll() is None and len([*read_lines(output / "losses.jsonl")]) < 3:
         time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGINT)  # to the workers too, as from a terminal
+    os.killpg(running.pid, number)  # to the workers too, as from a terminal or a scheduler
     _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 130, stderr
+    assert running.returncode == 128 + number, stderr
     assert "the same command resumes" in stderr and "Traceback" not in stderr
     last = len([*read_lines(output / "losses.jsonl")])
     resumed = call("--config", preset, f"max_train_steps={last + 2}")
@@ -131,6 +134,25 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
     # resumed by a single process
     third = call("--config", preset, f"output={tmp_path / 'two'}", "max_train_steps=12")
     assert third.exit_code == 0 and "at step 10" in third.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(preset: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["max_train_steps=4000", "log_every=7", "num_workers=1"]
+    command = [sys.executable, *launcher, "-m", "train.cli", "--config", str(preset), *settings]
+    output = tmp_path / "out"
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not [*read_lines(output / "losses.jsonl")]:
+        time.sleep(0.1)
+    ranks = [p for p in psutil.Process(running.pid).children() if "train.cli" in p.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGTERM)
+    _, stderr = running.communicate(timeout=60)
+    steps = {int(text) for text in re.findall(r"stopped after step (\d+)", stderr)}
+    assert len(steps) == 1 and 0 < steps.pop() < 4000, stderr
+    assert stderr.count("the same command resumes") == 2
+    assert not (output / "final").exists() and len(checkpoints(output)) == 1
 
 
 @pytest.fixture
