@@ -153,6 +153,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _build(cast(type[Any], hint), value, f"{name}.")
     if origin is typing.Literal:
         options = typing.get_args(hint)
+        if isinstance(value, bool):  # YAML reads no and off, yes and on as booleans
+            words = ("yes", "on", "true") if value else ("no", "off", "false")
+            value = next((word for word in words if word in options), value)
         if value not in options:
             raise _mismatch(name, value, "one of " + ", ".join(map(str, options)))
         return value

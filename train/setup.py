@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -9,10 +10,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from configs.errors import ConfigError
-from configs.load import load
+from configs.errors import ConfigError, WeightsError
 from configs.training import OptimConfig, TrainConfig
-from model.checkpoint import load_adapter
+from model.checkpoint import CONFIG_FILE, load_adapter
 from model.conditions import DropRates
 from model.consistentid import ConsistentID, load_base
 from model.spec import ModelSpec
@@ -70,12 +70,11 @@ def check_config(config: TrainConfig) -> None:
     make_optimizer(config.optim, config.max_train_steps, [nn.Parameter(torch.zeros(1))])
 
 
-def check_same_run(config: TrainConfig, path: Path) -> None:
-    """Raises ConfigError if `config` would make another model than the configuration at `path`.
-
-    path: config.yaml in the output of the run to resume.
+def check_same_run(config: TrainConfig, checkpoint: Path) -> None:
+    """Raises ConfigError if `config` would make another model than the run that wrote the
+    checkpoint, WeightsError if the checkpoint doesn't state that run's settings.
     """
-    before, now = flatten(asdict(load(TrainConfig, path))), flatten(asdict(config))
+    before, now = flatten(_settings_of(checkpoint)), flatten(asdict(config))
     changes = [
         f"{key}={before.get(key)!r}, now {now[key]!r}"
         for key in now
@@ -83,9 +82,23 @@ def check_same_run(config: TrainConfig, path: Path) -> None:
     ]
     if changes:
         raise ConfigError(
-            f"{path.parent} was started with other settings: {'; '.join(changes)}. Use the same "
+            f"{checkpoint} was made with other settings: {'; '.join(changes)}. Use the same "
             "settings, or another output."
         )
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    """Returns the settings of the run that wrote a checkpoint, from its adapter.json."""
+    path = checkpoint / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["train"]
+        settings: dict[str, Any] = {key: values[key] for key in values}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{path} doesn't state the settings of its run ({type(error).__name__}: {error}). "
+            "Resume from another checkpoint."
+        ) from error
+    return settings
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

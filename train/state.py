@@ -5,12 +5,14 @@
     unet/                               the UNet, if it was trained too
     state.pt                            optimizer, schedule, random states, step, position: tensors
                                         and plain values only
+    files.json                          size and sha256 of each of these files, written last
 
 The last adapter is also in OUT/final, without state.pt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,12 +24,13 @@ from typing import Any, Final
 
 import torch
 
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError, TrainingError, WeightsError
 from model.checkpoint import load_adapter, save_adapter, save_unet
 from train.step import TrainedModel
 
 STATE_FILE: Final = "state.pt"
 DATASET_FILE: Final = "dataset.yaml"
+FILES: Final = "files.json"
 _CHECKPOINT_NAME: Final = re.compile(r"checkpoint-(\d{6,})")
 
 
@@ -58,15 +61,28 @@ def checkpoints(output: Path) -> list[Path]:
     return [path for _, path in sorted(by_step) if (path / STATE_FILE).is_file()]
 
 
-def find_checkpoint(output: Path, requested: str) -> Path | None:
+def find_checkpoint(
+    output: Path, requested: str, message: Callable[[str], None] = lambda text: None
+) -> Path | None:
     """Returns the checkpoint to resume from, or None for a new run.
 
-    requested: "latest", a checkpoint's name or folder, or "" for a new run only. Raises ConfigError
-    if the requested one doesn't exist, or if "" is requested and the output has checkpoints.
+    requested: "latest", which is the newest intact one; a checkpoint's name or folder; or "" for a
+    new run only. message: called with a line for each damaged one. Raises ConfigError if the
+    requested one doesn't exist, or if "" is requested and the output has checkpoints; WeightsError
+    if the requested one, or each one, is damaged.
     """
     existing = checkpoints(output)
     if requested == "latest":
-        return existing[-1] if existing else None
+        for path in reversed(existing):
+            if not (how := damage(path)):
+                return path
+            message(f"{path} is damaged ({how}), so the one before is used")
+        if existing:
+            raise WeightsError(
+                f"all {len(existing)} checkpoints in {output} are damaged. Restore one from a "
+                "copy, or give another output."
+            )
+        return None
     if not requested:
         if existing:
             raise ConfigError(
@@ -76,6 +92,11 @@ def find_checkpoint(output: Path, requested: str) -> Path | None:
         return None
     for path in (output / requested, Path(requested)):
         if (path / STATE_FILE).is_file():
+            if how := damage(path):
+                raise WeightsError(
+                    f"{path} is damaged: {how}. Resume from another one of those in {output}: "
+                    f"{', '.join(each.name for each in existing) or 'none'}."
+                )
             return path
     raise ConfigError(
         f"resume_from_checkpoint={requested}: no checkpoint there. Name one of those in {output}: "
@@ -102,6 +123,8 @@ def write_folder_atomically(target: Path, fill: Callable[[Path], object]) -> Pat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
     if target.exists():
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         target.rename(old)
@@ -109,7 +132,17 @@ def write_folder_atomically(target: Path, fill: Callable[[Path], object]) -> Pat
         shutil.rmtree(old)
     else:
         partial.rename(target)
+    _sync(target.parent)
     return target
+
+
+def _sync(path: Path) -> None:
+    """Writes a file or a folder's entries to the disk, so that they outlast a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(
@@ -130,12 +163,60 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         write_adapter(folder, trained, extras)
         torch.save(state, folder / STATE_FILE)
+        _write_file_list(folder)
 
+    _check_finite(trained, state["step"])
     target = write_folder_atomically(output / checkpoint_name(step), fill)
     if limit:
         for old in checkpoints(output)[:-limit]:
             shutil.rmtree(old)
     return target
+
+
+def _check_finite(trained: TrainedModel, step: int) -> None:
+    """Raises TrainingError if a trained weight is not finite."""
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(
+                f"{name} has values that are not finite after step {step:,}, so no checkpoint is "
+                "written. The one before is intact. Lower optim.learning_rate, or set "
+                "mixed_precision to bf16 or no."
+            )
+
+
+def _write_file_list(folder: Path) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / FILES).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str:
+    """Returns which file of a checkpoint is damaged, and how; "" if none is. Checkpoints of version
+    0.1 have no list of their files, so damage is noticed when they are loaded.
+    """
+    path = folder / FILES
+    if not path.is_file():
+        return ""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{FILES} can't be read"
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size or _sha256(file) != digest:
+            return f"{name} is not as it was written"
+    return ""
 
 
 def remove_partial_folders(output: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
 from stages.backends.runtime import pin_threads
+from stages.storage.lock import RunLock
+from stages.storage.store import Store
 from train import draws
 from train.base import ensure_base
 from train.batches import plan_batches
@@ -102,13 +104,16 @@ class Outcome:
 def train(config: TrainConfig, watcher: Watcher) -> Outcome:
     """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights."""
     check_config(config)
-    return Trainer(config, watcher).run()
+    with ExitStack() as stack:
+        return Trainer(config, watcher, stack).run()
 
 
 class Trainer:
-    """A run. `__init__` loads data and models and resumes from a checkpoint; `run` trains."""
+    """A run. `__init__` loads data and models and resumes from a checkpoint; `run` trains. stack:
+    keeps the lock of the output until it is closed.
+    """
 
-    def __init__(self, config: TrainConfig, watcher: Watcher) -> None:
+    def __init__(self, config: TrainConfig, watcher: Watcher, stack: ExitStack) -> None:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration, set_seed
 
@@ -116,9 +121,9 @@ class Trainer:
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
         self.shards = ShardSet(config.data, config.split)
-        checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint)
+        checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
-            check_same_run(config, self.output / "config.yaml")
+            check_same_run(config, checkpoint)
         self.accelerator = Accelerator(
             cpu=config.model.device == "cpu",
             mixed_precision=config.mixed_precision,
@@ -141,6 +146,9 @@ class Trainer:
         self.order = SampleOrder(len(self.shards), config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
+        if self.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(Store(str(self.output))))
         self.base = self._prepare_output()
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
@@ -150,11 +158,13 @@ class Trainer:
         )
         self.progress = Progress()
         if checkpoint is not None:
-            self._resume(checkpoint)
+            state = self._resume(checkpoint)
         # The loader is not passed to `prepare`, which would split its batches a second time
         # (accelerate #3547). Neither is the schedule: accelerate would advance it once for every
         # process.
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
+        if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = (
             History(self.output / HISTORY, step=self.progress.step) if self.is_main else None
         )
@@ -175,14 +185,14 @@ class Trainer:
         """
         base = ""
         if self.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
             remove_partial_folders(self.output)
             base = ensure_base(self.config, self.spec, self.shards, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()
         return base or ensure_base(self.config, self.spec, self.shards, lambda _: None)
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path) -> dict[str, Any]:
+        """Restores a checkpoint, except for what `prepare` makes; returns its state."""
         state = load_checkpoint(checkpoint, self.trained, with_unet=self.config.train_base)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -194,6 +204,7 @@ class Trainer:
                 f"{self.config.data} has changed since that checkpoint; "
                 "samples come in another order from here"
             )
+        return {"scaler": {}, **state}
 
     def _batches(self) -> Iterator[TrainBatch]:
         preparation = make_preparation(self.config, self.spec, self.frozen)
@@ -354,6 +365,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": random,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             }
             save_checkpoint(
                 self.output,

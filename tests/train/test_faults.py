@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests.train.helpers import Listener, Parts, run, small
 from train.data import SampleOrder
 from train.history import read_lines
 from train.shards import ShardSet
+from train.state import AdapterExtras, save_checkpoint
+from train.trainer import Trainer
 
 
 @pytest.fixture
@@ -134,3 +137,39 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
         json.loads(line) for line in (tmp_path / "out/losses.jsonl").read_text().split("\n") if line
     ]
     assert all(line["step"] <= last["step"] for line in history)
+
+
+def test_a_skipped_update_changes_nothing_and_the_next_one_counts(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(data, tiny_base, tmp_path / "out", max_train_steps=4)
+    snapshots: list[list[torch.Tensor]] = []
+    spoiled = [False]
+
+    def snapshot(step: int) -> None:
+        snapshots.append([p.detach().clone() for p in trainer.parameters])
+        spoiled[0] = step == 1  # the gradient of the second step
+
+    listener = Listener(snapshot)
+    with ExitStack() as stack:
+        trainer = Trainer(config, listener, stack)
+        trainer.parameters[3].register_hook(lambda g: g * torch.nan if spoiled[0] else g)
+        outcome = trainer.run()
+    assert outcome.step == 4
+    first, second, third, _ = snapshots
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(second, third, strict=True))
+    assert {float(s["step"]) for s in trainer.optimizer.state.values()} == {3.0}
+    assert [line["step"] for line in read_lines(tmp_path / "out/nonfinite.jsonl")] == [2]
+    assert "step 2: loss or gradient is not finite" in listener.messages[-1]
+
+
+def test_a_checkpoint_with_values_that_are_not_finite_is_not_written(
+    parts: Parts, tmp_path: Path
+) -> None:
+    extras = AdapterExtras(metadata={}, dataset="", with_unet=False)
+    with torch.no_grad():
+        next(parts.trained.adapter.parameters())[0] = torch.nan
+    with pytest.raises(TrainingError, match="not finite after step 5, so no checkpoint"):
+        save_checkpoint(tmp_path, 5, parts.trained, extras, {"step": 5}, limit=1)
+    assert list(tmp_path.iterdir()) == []

@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError, LockedError, WeightsError
 from configs.load import load
 from configs.schema import DatasetConfig
 from configs.training import ModelConfig, OptimConfig, TrainConfig
+from stages.storage.lock import RunLock
+from stages.storage.store import Store
 from tests.train.helpers import Listener, run, small
+from train.batches import plan_batches
 from train.history import read_lines
 from train.state import checkpoints
 
@@ -189,8 +192,84 @@ def test_the_error_names_a_damaged_state(
 ) -> None:
     output = Path(shutil.copytree(straight, tmp_path / "out"))
     (output / "checkpoint-000010/state.pt").write_bytes(b"nonsense")
+    config = small(data, tiny_base, output, train_base=True)
+    with pytest.raises(WeightsError, match=r"all 1 checkpoints in .* are damaged"):
+        run(config)
+    with pytest.raises(WeightsError, match=r"damaged: state\.pt is not as it was written"):
+        run(replace(config, resume_from_checkpoint="checkpoint-000010"))
+    (output / "checkpoint-000010/files.json").unlink()  # as in version 0.1
     with pytest.raises(WeightsError, match=r"state\.pt can't be read"):
-        run(small(data, tiny_base, output, train_base=True))
+        run(config)
+
+
+def test_an_older_checkpoint_is_used_where_the_newest_is_damaged(
+    straight: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(data, tiny_base, tmp_path / "out", train_base=True, checkpointing_steps=5)
+    run(config)
+    data_file = tmp_path / "out/checkpoint-000010/adapter.safetensors"
+    content = bytearray(data_file.read_bytes())
+    content[-1] ^= 1
+    data_file.write_bytes(content)
+    listener = Listener()
+    resumed = run(config, listener)
+    assert "adapter.safetensors is not as it was written" in listener.messages[0]
+    assert "at step 5" in listener.messages[1]
+    assert resumed.adapter and same(weights(straight / "final"), weights(resumed.adapter))
+
+
+def test_a_checkpoint_in_another_folder_is_resumed(
+    straight: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    elsewhere = str(shutil.copytree(straight / "checkpoint-000010", tmp_path / "saved"))
+    config = small(
+        data, tiny_base, tmp_path / "out", train_base=True, resume_from_checkpoint=elsewhere
+    )
+    listener = Listener()
+    assert run(replace(config, max_train_steps=12), listener).step == 12
+    assert "at step 10" in listener.messages[0]
+
+
+def test_two_runs_do_not_share_an_output(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with RunLock(Store(str(output))), pytest.raises(LockedError, match="Wait until it ends"):
+        run(small(data, tiny_base, output))
+    assert run(small(data, tiny_base, output, max_train_steps=1)).step == 1
+    assert not (output / "run.lock").exists()
+
+
+def test_no_mixed_precision_is_a_word_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "preset.yaml").write_text("mixed_precision: no\n")
+    assert load(TrainConfig, tmp_path / "preset.yaml").mixed_precision == "no"
+    assert load(TrainConfig, None, ["mixed_precision=no"]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (9, "has 8 samples, fewer than global_batch_size=9"),
+        (3, ""),
+    ],
+)
+def test_a_data_set_smaller_than_a_step_is_refused(
+    data: Path, tiny_base: Path, tmp_path: Path, size: int, message: str
+) -> None:
+    config = small(data, tiny_base, tmp_path / "out", global_batch_size=size, max_train_steps=1)
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            run(config)
+    else:
+        assert run(config).summary["samples"] == size
+
+
+def test_the_global_batch_is_divided_among_processes() -> None:
+    plan = plan_batches(16, 3, 2)
+    assert (plan.micro, plan.accumulation) == (2, 4)
+    assert str(plan) == "16 samples a step = 2 processes × 4 micro-batches × 2"
+    assert str(plan_batches(8, 8, 1)) == "8 samples a step = 1 process × 8"
+    with pytest.raises(ConfigError, match=r"among 3 processes\. Start 1, 2, 4, 8 or 16 processes"):
+        plan_batches(16, 2, 3)
 
 
 def test_legacy_mode_trains(data: Path, tiny_base: Path, tmp_path: Path) -> None:
