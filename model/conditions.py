@@ -24,6 +24,9 @@ from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks
 
+# of the images that CLIP was trained on: mean and standard deviation of red, green and blue
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 _SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
 # Margin on every side of the square that region images are cropped to, as a share of the larger
 # side of the regions' bounding box.

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from configs.errors import PipelineError, ShardError
 from model.conditions import (
-    ConditionBatch,
     Conditions,
     DropRates,
     blank_conditions,
@@ -38,6 +37,14 @@ from model.spec import ModelSpec
 from stages.record import Record
 from stages.regions import Mode
 from train import draws
+from train.packing import (
+    BadSample,
+    PackedBatch,
+    packed,
+    unpacked_clip_images,
+    unpacked_masks,
+    unpacked_pixels,
+)
 from train.shards import ShardSet
 
 Batch = TypeVar("Batch")
@@ -65,20 +72,12 @@ class SampleOrder:
         return int(self._permutation[index])
 
 
-class BadSample(NamedTuple):
-    """A sample that can't be trained on. shard: the name of its tar. reason: for people."""
-
-    key: str
-    shard: str
-    reason: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """A micro-batch of B samples, with all random numbers that a step needs except the loss mask.
+    """A micro-batch of B samples on the device, with all random numbers that a step needs except
+    the loss mask.
 
-    position: of its first sample. bad: samples that can't be read; valid: (B,) bool, False at
-    their places, where the other tensors hold a blank sample.
+    valid: (B,) bool, False for a blank sample in the place of one that can't be read.
     pixels: (B, 3, R, R) in [-1, 1], the images to learn.
     clip_images: (n, 3, S, S), the CLIP-normalised images that are not zero; image_rows: (n,)
     int64, their rows among 6·B, which are for each sample the photograph and its five regions.
@@ -88,7 +87,6 @@ class TrainBatch:
 
     position: int
     keys: tuple[str, ...]
-    bad: tuple[BadSample, ...]
     valid: Tensor
     pixels: Tensor
     clip_images: Tensor
@@ -104,21 +102,6 @@ class TrainBatch:
     latent_noise: Tensor
     noise: Tensor
     timesteps: Tensor
-
-    def to(self, device: torch.device | str) -> TrainBatch:
-        """Returns the batch with every tensor on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> TrainBatch:
-        """Returns the batch in pinned memory. The DataLoader calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {
-            name: function(value) for name, value in values.items() if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +131,13 @@ Prepared = tuple[Conditions, Tensor, BadSample | None]
 
 
 class BatchMaker:
-    """Makes the TrainBatch of a range of positions. Runs in the loader's worker processes."""
+    """Makes the micro-batch of a range of positions. Runs in the loader's worker processes."""
 
     def __init__(self, shards: ShardSet, order: SampleOrder, preparation: Preparation) -> None:
         self._shards, self._order, self._preparation = shards, order, preparation
         self._cache: dict[int, Prepared] = {}
 
-    def __call__(self, positions: range) -> TrainBatch:
+    def __call__(self, positions: range) -> PackedBatch:
         numbers = [self._order.sample(position) for position in positions]
         samples = self._samples(numbers)
         prep, seed = self._preparation, self._preparation.seed
@@ -167,34 +150,11 @@ class BatchMaker:
             prep.drop,
             prep.tokenizer,
         )
-        clip_images, image_rows = _non_zero_images(conditions)
-        normal = {
-            name: torch.stack(
-                [draws.normal(prep.latent_shape, seed, name, position) for position in positions]
-            )
-            for name in ("latent_noise", "noise")
-        }
-        timesteps = [
-            draws.integer(prep.timesteps, seed, "timestep", position) for position in positions
-        ]
-        return TrainBatch(
-            position=positions.start,
-            keys=conditions.keys,
-            bad=tuple(bad for _, _, bad in samples if bad),
-            valid=torch.tensor([bad is None for _, _, bad in samples]),
-            pixels=torch.stack([pixels for _, pixels, _ in samples]),
-            clip_images=clip_images,
-            image_rows=image_rows,
-            input_ids=conditions.input_ids,
-            input_ids_2=conditions.input_ids_2,
-            token_mask=conditions.token_mask,
-            token_idx=conditions.token_idx,
-            token_valid=conditions.token_valid,
-            region_masks=conditions.region_masks,
-            foreground=conditions.foreground,
-            identity=conditions.identity,
-            timesteps=torch.tensor(timesteps, dtype=torch.int64),
-            **normal,
+        return packed(
+            conditions,
+            torch.stack([pixels for _, pixels, _ in samples]),
+            [bad for _, _, bad in samples],
+            positions.start,
         )
 
     def _samples(self, numbers: list[int]) -> list[Prepared]:
@@ -248,15 +208,39 @@ def _check_identity(record: Record) -> None:
             raise ValueError(f"the identity embedding has norm {norm:g}, expected 1")
 
 
-def _non_zero_images(conditions: ConditionBatch) -> tuple[Tensor, Tensor]:
-    """Returns the images that the image encoder must see, and their rows among all images.
-
-    They are selected on the CPU: on a GPU, the host would have to wait for their number.
-    """
-    images = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1)
-    images = images.flatten(0, 1)
-    rows = images.flatten(1).any(dim=1).nonzero().flatten()
-    return images[rows], rows
+def unpacked(
+    batch: PackedBatch, preparation: Preparation, device: torch.device | str
+) -> TrainBatch:
+    """Returns a packed micro-batch on the device, with its random numbers."""
+    positions = range(batch.position, batch.position + len(batch.keys))
+    shape, seed = preparation.latent_shape, preparation.seed
+    normal = {
+        name: torch.stack([draws.normal(shape, seed, name, position) for position in positions])
+        for name in ("latent_noise", "noise")
+    }
+    timesteps = [
+        draws.integer(preparation.timesteps, seed, "timestep", position) for position in positions
+    ]
+    moved = batch.to(device)
+    region_masks, foreground = unpacked_masks(moved)
+    return TrainBatch(
+        position=batch.position,
+        keys=batch.keys,
+        valid=moved.valid,
+        pixels=unpacked_pixels(moved),
+        clip_images=unpacked_clip_images(moved),
+        image_rows=moved.image_rows,
+        input_ids=moved.input_ids,
+        input_ids_2=moved.input_ids_2,
+        token_mask=moved.token_mask,
+        token_idx=moved.token_idx,
+        token_valid=moved.token_valid,
+        region_masks=region_masks,
+        foreground=foreground,
+        identity=moved.identity,
+        timesteps=torch.tensor(timesteps, dtype=torch.int64).to(device),
+        **{name: value.to(device) for name, value in normal.items()},
+    )
 
 
 def micro_batches(

@@ -16,8 +16,8 @@ from typing import Any, Final
 from torch import Tensor
 
 from configs.errors import TrainingError
-from train.data import BadSample
 from train.history import Lines
+from train.packing import BadSample
 
 SKIPPED: Final = "skipped.jsonl"  # bad samples, which were left out
 NONFINITE: Final = "nonfinite.jsonl"  # steps whose update was skipped, and their samples

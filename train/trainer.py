@@ -14,9 +14,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,11 @@ from stages.storage.store import Store
 from train import draws
 from train.base import ensure_base
 from train.batches import plan_batches
-from train.data import BatchMaker, SampleOrder, TrainBatch, micro_batches
+from train.data import BatchMaker, SampleOrder, micro_batches, unpacked
 from train.facts import Limits, StepCheck, StepFacts
 from train.history import HISTORY, History, summarise
+from train.outcome import Outcome, Progress, Watcher
+from train.packing import PackedBatch, check_shared_memory
 from train.setup import (
     check_config,
     check_same_run,
@@ -57,48 +59,6 @@ from train.state import (
 )
 from train.step import LOSSES, step_losses
 from train.stopping import Stop, stop_on_signal
-
-
-class Watcher(Protocol):
-    """Receives the messages and the progress of a run, e.g. a progress bar."""
-
-    def message(self, text: str) -> None:
-        """Called with a line for the user."""
-        ...
-
-    def step(self, step: int, losses: dict[str, float] | None) -> None:
-        """Called after every step.
-
-        losses: means over the last `log_every` steps; None after steps that don't fetch them.
-        """
-        ...
-
-
-@dataclass(slots=True)
-class Progress:
-    """The progress of a run, including the runs that it resumed.
-
-    position: samples consumed by all processes. seconds: of training.
-    """
-
-    step: int = 0
-    position: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """The result of a run.
-
-    signal: number of the signal that stopped it, 0 if it reached its last step. adapter: OUT/final,
-    None if it was stopped. summary: the contents of summary.json, empty on other processes than
-    the main one.
-    """
-
-    step: int
-    signal: int
-    adapter: Path | None
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 def train(config: TrainConfig, watcher: Watcher) -> Outcome:
@@ -151,6 +111,7 @@ class Trainer:
             stack.enter_context(RunLock(Store(str(self.output))))
         self.base = self._prepare_output()
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
+        self.preparation = make_preparation(config, self.spec, self.frozen)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.optimizer: Any
         self.optimizer, self.schedule = make_optimizer(
@@ -206,10 +167,15 @@ class Trainer:
             )
         return {"scaler": {}, **state}
 
-    def _batches(self) -> Iterator[TrainBatch]:
-        preparation = make_preparation(self.config, self.spec, self.frozen)
+    def _batches(self) -> Iterator[PackedBatch]:
+        check_shared_memory(
+            size=self.batch.micro,
+            workers=self.config.num_workers,
+            resolution=self.config.resolution,
+            side=self.spec.vision_size,
+        )
         return micro_batches(
-            BatchMaker(self.shards, self.order, preparation),
+            BatchMaker(self.shards, self.order, self.preparation),
             start=self.progress.position,
             size=self.batch.micro,
             rank=self.accelerator.process_index,
@@ -281,7 +247,7 @@ class Trainer:
             self.watcher.message if self.is_main else None,
         )
 
-    def _step(self, batches: Iterator[TrainBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
+    def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
         """Takes one optimizer step over its micro-batches. An update with a gradient that isn't
         finite is skipped, which the device decides.
 
@@ -301,7 +267,7 @@ class Trainer:
                 losses = step_losses(
                     self.model,
                     self.frozen,
-                    batch.to(self.device),
+                    unpacked(batch, self.preparation, self.device),
                     config.loss,
                     mask=mask,
                     count=numbers[0],

@@ -10,11 +10,12 @@ import torch
 
 from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
-from train.data import BatchMaker, SampleOrder
+from train.data import BatchMaker, SampleOrder, TrainBatch, unpacked
+from train.outcome import Outcome
 from train.setup import make_models, make_preparation
 from train.shards import ShardSet
 from train.step import Frozen, TrainedModel
-from train.trainer import Outcome, train
+from train.trainer import train
 
 
 def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfig:
@@ -71,11 +72,14 @@ class Parts:
             config, SPECS["tiny"], config.model.base, torch.device("cpu")
         )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
-        self.make = BatchMaker(shards, SampleOrder(len(shards), config.seed), self.preparation)
+        self.maker = BatchMaker(shards, SampleOrder(len(shards), config.seed), self.preparation)
         self._random = torch.get_rng_state()
+
+    def make(self, positions: range) -> TrainBatch:
+        return unpacked(self.maker(positions), self.preparation, "cpu")
 
     def copy(self) -> Parts:
         """The same models with weights of their own, and torch's random state as it was."""
         torch.set_rng_state(self._random)
-        shared = (self.frozen.base.tokenizer, self.make)
+        shared = (self.frozen.base.tokenizer, self.maker)
         return deepcopy(self, {id(each): each for each in shared})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
 from model.conditions import build_conditions, training_pixels
 from model.spec import SPECS
+from stages.record import Record
 from tests.train.helpers import Parts, small
-from train.data import SampleOrder, TrainBatch, micro_batches
+from train.data import BatchMaker, SampleOrder, TrainBatch, micro_batches, unpacked
+from train.packing import PackedBatch, check_shared_memory
 from train.shards import ShardSet
 
 
@@ -80,6 +83,7 @@ def test_a_batch_has_the_conditions_of_its_records(
     batch = parts.make(range(3))
     for row, key in enumerate(batch.keys):
         record = shards.records([shards.keys.index(key)])[0]
+        assert isinstance(record, Record)
         expected = build_conditions(
             record,
             parts.preparation.tokenizer,
@@ -92,23 +96,24 @@ def test_a_batch_has_the_conditions_of_its_records(
             "token_mask",
             "token_idx",
             "token_valid",
-            "region_masks",
-            "foreground",
             "identity",
         ):
             torch.testing.assert_close(
                 getattr(batch, name)[row], getattr(expected, name), rtol=0, atol=0
             )
+        for name in ("region_masks", "foreground"):  # packed as bits
+            expected_bits = getattr(expected, name) > 0.5
+            assert torch.equal(getattr(batch, name)[row], expected_bits.float())
         torch.testing.assert_close(batch.pixels[row], training_pixels(record, 32), rtol=0, atol=0)
         own_rows = (batch.image_rows >= 6 * row) & (batch.image_rows < 6 * row + 6)
         regions = expected.region_pixels[expected.token_valid]
         images = torch.cat((expected.clip_pixels[None], regions))
-        torch.testing.assert_close(batch.clip_images[own_rows], images, rtol=0, atol=0)
+        torch.testing.assert_close(batch.clip_images[own_rows], images, rtol=0, atol=1e-6)
 
 
 def test_a_sample_is_the_same_in_any_batch(parts: Parts) -> None:
     together, apart = parts.make(range(8, 12)), [parts.make(range(i, i + 1)) for i in range(8, 12)]
-    _same_rows(together, apart)
+    _same_rows(together, *apart)
 
 
 def test_random_numbers_differ_between_positions(parts: Parts) -> None:
@@ -138,19 +143,19 @@ def test_cached_samples_equal_samples_read_again(
     )
     for start in (0, 4, 8):
         positions = range(start, start + 4)
-        _same_rows(with_cache.make(positions), [without.make(positions)])
+        _same_rows(with_cache.make(positions), without.make(positions))
 
 
 def test_workers_make_the_same_batches(parts: Parts) -> None:
     by_main, by_workers = (
-        list(islice(micro_batches(parts.make, start=4, size=2, workers=workers), 3))
+        list(islice(micro_batches(parts.maker, start=4, size=2, workers=workers), 3))
         for workers in (0, 2)
     )
     for one, other in zip(by_main, by_workers, strict=True):
-        _same_rows(one, [other])
+        _same_rows(*(unpacked(each, parts.preparation, "cpu") for each in (one, other)))
 
 
-def _same_rows(whole: TrainBatch, parts: list[TrainBatch]) -> None:
+def _same_rows(whole: TrainBatch, *parts: TrainBatch) -> None:
     for field in fields(TrainBatch):
         values = [getattr(part, field.name) for part in parts]
         if field.name == "image_rows":
@@ -166,3 +171,28 @@ def _no_drops() -> object:
     from configs.training import LossConfig
 
     return LossConfig(drop_text=0, drop_identity=0, drop_both=0)
+
+
+def test_a_packed_sample_has_less_than_two_megabytes_at_512_pixels(
+    shards: ShardSet, data: Path, tiny_base: Path
+) -> None:
+    parts = Parts(small(data, tiny_base, data / "none", resolution=512), shards)
+    parts.preparation = replace(parts.preparation, spec=SPECS["sd15"], resolution=512)
+    maker = BatchMaker(shards, SampleOrder(8, 3), parts.preparation)
+    batch = maker(range(4))
+    tensors = [getattr(batch, field.name) for field in fields(PackedBatch)]
+    size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    assert size / 4 < 2_000_000
+    # at its own resolution, a mask is the label map's, so that nothing is lost by packing
+    assert set(unpacked(batch, parts.preparation, "cpu").region_masks.unique().tolist()) == {0, 1}
+
+
+def test_too_little_shared_memory_is_an_error_that_names_the_settings() -> None:
+    check_shared_memory(size=2, workers=2, resolution=64, side=64)
+    sizes = {"size": 1_000_000, "resolution": 512, "side": 224}
+    message = (
+        r"num_workers=4 and micro_batch_size=1000000 need 15,\d+,\d+ MB .* MB free\. .*shm-size"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_shared_memory(workers=4, **sizes)
+    check_shared_memory(workers=0, **sizes)

@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_valid_samples(parts: Parts) -> None:
 def test_an_identity_without_unit_norm_makes_a_sample_bad(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, identity: float
 ) -> None:
-    shards = parts.make._shards
+    shards = parts.maker._shards
     good = ShardSet.records
 
     def changed(self: ShardSet, numbers: Any, **options: Any) -> Any:
@@ -96,7 +96,7 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
         return [replace(record, identity=vector)]
 
     monkeypatch.setattr(ShardSet, "records", changed)
-    conditions, pixels, bad = parts.make._prepare([5])[5]
+    conditions, pixels, bad = parts.maker._prepare([5])[5]
     assert bad is not None and bad.key == shards.keys[5]
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()

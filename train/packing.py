@@ -1,0 +1,150 @@
+"""Batches as the loader's workers hand them over: images and masks as bytes, no random numbers.
+
+A worker's batch goes through shared memory, of which containers have little. Packed, a sample at
+512 pixels has 2 MB, and 13 MB as it is trained on. Masks are packed as one bit for each pixel, so
+the soft edges of scaled masks become hard.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs.errors import ConfigError
+from model.conditions import CLIP_MEAN, CLIP_STD, ConditionBatch
+from stages.regions import MAX_REGIONS
+
+_FOREGROUND: Final = MAX_REGIONS  # its bit; a region's bit is its slot
+_SHARED: Final = Path("/dev/shm")  # noqa: S108 - where torch's workers put tensors on Linux
+_PREFETCHED: Final = 2  # batches of each worker, torch's default
+_IMAGES: Final = 1 + MAX_REGIONS  # for the image encoder, of a sample
+
+
+class BadSample(NamedTuple):
+    """A sample that can't be trained on. shard: the name of its tar. reason: for people."""
+
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """A micro-batch of B samples. position: of its first sample.
+
+    bad: samples that can't be read; valid: (B,) bool, False at their places, where the other
+    tensors hold a blank sample. pixels: (B, 3, R, R) uint8. masks: (B, R, R) uint8: bit i is the
+    mask of slot i, bit 5 the foreground. clip_images: (n, 3, S, S) uint8, those that are shown to
+    the image encoder; image_rows: (n,) int64, their rows among 6·B, which are for each sample the
+    photograph and its five regions. The other fields are those of `ConditionBatch`.
+    """
+
+    position: int
+    keys: tuple[str, ...]
+    bad: tuple[BadSample, ...]
+    valid: Tensor
+    pixels: Tensor
+    masks: Tensor
+    clip_images: Tensor
+    image_rows: Tensor
+    input_ids: Tensor
+    input_ids_2: Tensor
+    token_mask: Tensor
+    token_idx: Tensor
+    token_valid: Tensor
+    identity: Tensor
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Returns the batch with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """Returns the batch in pinned memory. The DataLoader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {
+            name: function(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+
+def packed(
+    conditions: ConditionBatch, pixels: Tensor, bad: list[BadSample | None], position: int
+) -> PackedBatch:
+    """Packs conditions and training images (B, 3, R, R) in [-1, 1]. bad: for each sample, why it
+    can't be trained on; None if it can.
+    """
+    images = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1)
+    images = images.flatten(0, 1)
+    # selected on the CPU: on a GPU, the host would have to wait for their number
+    rows = images.flatten(1).any(dim=1).nonzero().flatten()
+    masks = torch.cat((conditions.region_masks, conditions.foreground[:, None]), dim=1) > 0.5
+    bits = torch.arange(len(masks[0]), dtype=torch.uint8).view(1, -1, 1, 1)
+    return PackedBatch(
+        position=position,
+        keys=conditions.keys,
+        bad=tuple(each for each in bad if each),
+        valid=torch.tensor([each is None for each in bad]),
+        pixels=((pixels + 1) * 127.5).round().to(torch.uint8),
+        masks=(masks.to(torch.uint8) << bits).sum(1, dtype=torch.uint8),
+        clip_images=((images[rows] * _clip(CLIP_STD) + _clip(CLIP_MEAN)) * 255)
+        .round()
+        .to(torch.uint8),
+        image_rows=rows,
+        input_ids=conditions.input_ids,
+        input_ids_2=conditions.input_ids_2,
+        token_mask=conditions.token_mask,
+        token_idx=conditions.token_idx,
+        token_valid=conditions.token_valid,
+        identity=conditions.identity,
+    )
+
+
+def unpacked_pixels(batch: PackedBatch) -> Tensor:
+    """Returns the training images, (B, 3, R, R) in [-1, 1]."""
+    return batch.pixels.float() / 127.5 - 1.0
+
+
+def unpacked_clip_images(batch: PackedBatch) -> Tensor:
+    """Returns the images for the image encoder, (n, 3, S, S), CLIP-normalised."""
+    images, device = batch.clip_images.float() / 255, batch.clip_images.device
+    return (images - _clip(CLIP_MEAN).to(device)) / _clip(CLIP_STD).to(device)
+
+
+def unpacked_masks(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Returns the masks of the slots (B, 5, R, R) and the foreground (B, R, R), 0 or 1."""
+    bits = torch.arange(_FOREGROUND + 1, dtype=torch.uint8, device=batch.masks.device)
+    masks = ((batch.masks[:, None] >> bits.view(1, -1, 1, 1)) & 1).float()
+    return masks[:, :_FOREGROUND], masks[:, _FOREGROUND]
+
+
+def _clip(values: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
+def check_shared_memory(*, size: int, workers: int, resolution: int, side: int) -> None:
+    """Raises ConfigError if the workers' batches don't fit into the shared memory that is free.
+
+    size: samples of a micro-batch. resolution, side: of the training images and of those for the
+    image encoder, in pixels.
+    """
+    if not workers or not _SHARED.is_dir():
+        return
+    sample = 4 * resolution**2 + 3 * _IMAGES * side**2 + 8_192
+    needed = sample * size * workers * _PREFETCHED
+    free = shutil.disk_usage(_SHARED).free
+    if needed > free:
+        raise ConfigError(
+            f"num_workers={workers} and micro_batch_size={size} need {needed / 1e6:,.0f} MB of "
+            f"shared memory, and {_SHARED} has {free / 1e6:,.0f} MB free. Lower num_workers (0 "
+            "reads samples in the training process) or micro_batch_size, or give the container "
+            f"more, as with `docker run --shm-size={-(-2 * needed // 10**9)}g`."
+        )
