@@ -19,7 +19,6 @@ from itertools import count, islice
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,16 +59,15 @@ class SampleOrder:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self._epoch = -1
-        self._permutation: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._epoch, self._permutation = 0, draws.Permutation(size, seed, "order", 0)
 
     def sample(self, position: int) -> int:
         """Returns the number of the sample at `position`, counted from the start of training."""
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._permutation = draws.permutation(self.size, self.seed, "order", epoch)
-        return int(self._permutation[index])
+            self._permutation = draws.Permutation(self.size, self.seed, "order", epoch)
+        return self._permutation[index]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

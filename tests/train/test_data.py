@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from model.conditions import build_conditions, training_pixels
 from model.spec import SPECS
 from stages.record import Record
 from tests.train.helpers import Parts, small
+from train import draws
 from train.data import BatchMaker, SampleOrder, TrainBatch, micro_batches, unpacked
 from train.packing import PackedBatch, check_shared_memory
 from train.shards import ShardSet
@@ -69,6 +71,31 @@ def test_each_epoch_has_every_sample_once_and_in_another_order(shards: ShardSet)
     epochs = [consumed[start : start + 8] for start in (0, 8, 16)]
     assert all(sorted(epoch) == sorted(shards.keys) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_an_order_is_a_permutation(size: int) -> None:
+    for epoch in range(3):
+        order = draws.Permutation(size, 5, "order", epoch)
+        assert sorted(order[i] for i in range(size)) == list(range(size))
+
+
+def test_an_order_has_no_pattern() -> None:
+    """Of the numbers at neighbouring places, and of a number's places in several epochs."""
+    size = 10_000
+    orders = [draws.Permutation(size, 5, "order", epoch) for epoch in range(2)]
+    one, two = ([order[i] for i in range(size)] for order in orders)
+    for first, second in ((one, range(size)), (one, one[1:] + one[:1]), (one, two)):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.04  # four standard deviations
+    steps = {second - first for first, second in pairwise(one)}
+    assert len(steps) > size / 2
+
+
+def test_an_order_of_a_billion_samples_takes_no_memory() -> None:
+    order = SampleOrder(1_000_000_000, 1)
+    numbers = [order.sample(position) for position in range(999_999_990, 1_000_000_010)]
+    assert len(set(numbers)) == 20 and max(numbers) < 1_000_000_000
+    assert sum(number > 500_000_000 for number in numbers) in range(3, 18)
 
 
 def test_another_seed_is_another_order(shards: ShardSet) -> None:
