@@ -132,14 +132,14 @@ def one_call(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]
 
 def generate(backend: Llava, images: Sequence[Any], prompts: Sequence[str]) -> list[str]:
     """Generates a text for each image with its prompt."""
-    inputs = backend.processor(
+    inputs = backend.decoder.processor(
         images=list(images), text=list(prompts), padding=True, return_tensors="pt"
     )
     with torch.inference_mode():
-        tokens = backend.model.generate(
+        tokens = backend.decoder.model.generate(
             **inputs, max_new_tokens=backend.config.max_new_tokens, do_sample=False
         )
-    texts = backend.tokenizer.batch_decode(
+    texts = backend.decoder.tokenizer.batch_decode(
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [text.strip() for text in texts]

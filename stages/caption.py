@@ -14,7 +14,7 @@ from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
 from configs.common import hashed_settings
 from stages.annotations import Answers
 from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
-from stages.backends.protocols import Answer
+from stages.backends.protocols import Answer, Kind
 from stages.backends.registry import backend_class
 from stages.backends.weights import Weights
 from stages.base import BackendStage, Failed, reject
@@ -32,7 +32,8 @@ _HASHED_IN_0_1: Final = {
     "dtype": "float32",
     "quantize": "none",
 }
-_KINDS: Final = ("coarse", "fine")
+_KINDS: Final = ("coarse", "fine")  # names of the kinds
+_BOTH: Final[tuple[Kind, Kind]] = (0, 1)
 # the reason of failure for each fatal verdict
 _REASONS: Final = {
     EMPTY: "empty_caption",
@@ -126,19 +127,19 @@ class CaptionStage(BackendStage):
             for i, pair in enumerate(answers)
             if not isinstance(pair, Failed)
         }
-        section = self.backend_config
-        for kind, prompt in enumerate((section.retry_prompt, section.face_retry_prompt)):
-            useless = [i for i in drafts if i not in failures and drafts[i][kind].checked.fatal]
-            asked = [records[i] for i in useless]
-            tries = self.backend.ask(asked, prompt, self.resources.batch_size) if asked else []
-            for i, answer in zip(useless, tries, strict=True):
-                if isinstance(answer, Failed):
-                    failures[i] = answer
-                    continue
-                draft = _Draft(answer, mended(answer), drafts[i][kind].checked)
-                drafts[i][kind] = draft
-                if draft.checked.fatal:
-                    failures[i] = _useless(kind, draft)
+        useless = [(i, k) for i, pair in drafts.items() for k in _BOTH if pair[k].checked.fatal]
+        asked = [records[i] for i, _ in useless]
+        kinds = [kind for _, kind in useless]
+        size = self.resources.batch_size
+        tries = self.backend.retry(asked, kinds, size) if asked else []
+        for (i, kind), answer in zip(useless, tries, strict=True):
+            if isinstance(answer, Failed):
+                failures.setdefault(i, answer)
+                continue
+            draft = _Draft(answer, mended(answer), drafts[i][kind].checked)
+            drafts[i][kind] = draft
+            if draft.checked.fatal:
+                failures.setdefault(i, _useless(kind, draft))
         return [
             reject(record, failures[i], self.name)
             if i in failures

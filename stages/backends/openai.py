@@ -27,7 +27,7 @@ import numpy as np
 
 from configs.captions import OpenAIConfig
 from configs.errors import ConfigError, ServerError
-from stages.backends.protocols import Answer, Finish
+from stages.backends.protocols import Answer, Finish, Kind
 from stages.base import Failed
 from stages.codec import encode_jpeg
 from stages.record import Record
@@ -96,11 +96,15 @@ class OpenAICaptioner:
         answers = self._run([(record.image, prompt) for record in records for prompt in prompts])
         return [_pair(*pair) for pair in zip(answers[::2], answers[1::2], strict=True)]
 
-    def ask(
-        self, records: Sequence[Record], prompt: str, batch_size: int = 1
+    def retry(
+        self, records: Sequence[Record], kinds: Sequence[Kind], batch_size: int = 1
     ) -> list[Answer | Failed]:
-        """Returns the answer to `prompt` for each record; the rest is as in `caption`."""
-        answers = self._run([(record.image, prompt) for record in records])
+        """Returns the answer to the second try of that kind for each record; the rest is as in
+        `caption`.
+        """
+        prompts = (self.config.retry_prompt, self.config.face_retry_prompt)
+        questions = [(r.image, prompts[kind]) for r, kind in zip(records, kinds, strict=True)]
+        answers = self._run(questions)
         return [_failed(a) if isinstance(a, Fault) else a for a in answers]
 
     def _run(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:

@@ -22,6 +22,10 @@ class Answer(NamedTuple):
     finish: Finish
 
 
+# of the two captions: 0, of the whole image; 1, of the face
+Kind = Literal[0, 1]
+
+
 class FaceDetector(Protocol):
     def detect(self, image: Image, size: int) -> list[Face]:
         """Returns all faces of the image, highest score first, in pixels of `image`.
@@ -80,10 +84,11 @@ class Captioner(Protocol):
 class Prompted(Protocol):
     """What a captioner has that answers prompts, such as a vision-language model."""
 
-    def ask(
-        self, records: Sequence[Record], prompt: str, batch_size: int
+    def retry(
+        self, records: Sequence[Record], kinds: Sequence[Kind], batch_size: int
     ) -> Sequence[Answer | Failed]:
-        """Returns the answer to `prompt` for each record, or Failed. The rest is as in
-        `Captioner.caption`.
+        """Returns the answer to the prompt of the second try, `config.retry_prompt` or
+        `config.face_retry_prompt`, for each record and the caption of `kinds`; or Failed. A record
+        may be there twice. The rest is as in `Captioner.caption`.
         """
         ...

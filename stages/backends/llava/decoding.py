@@ -1,0 +1,186 @@
+"""Greedy decoding with a vision-language model.
+
+The two prompts of an image share a prefix (template, image, first words): the model processes it
+once and uses its key-value cache for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from configs.errors import WeightsError
+from stages.backends.protocols import Answer
+
+# LLaVA-1.5's, for processors without a chat template
+PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
+
+
+class Decoder:
+    """Answers prompts about images with a loaded model. model: its name, for errors."""
+
+    def __init__(self, processor: Any, model: Any, name: str) -> None:
+        self.processor, self.model, self.name = processor, model, name
+        self.tokenizer: Any = processor.tokenizer
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "left"
+
+    def templated(self, prompt: str) -> str:
+        if not self.processor.chat_template:
+            return PLAIN_TEMPLATE.format(prompt=prompt)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def inputs(self, images: Sequence[Any], texts: Sequence[str]) -> Any:
+        """Returns the processor's model inputs: a row for each image and its text."""
+        from PIL import Image
+
+        return self.processor(
+            images=[Image.fromarray(image) for image in images],
+            text=list(texts),
+            padding=True,
+            return_tensors="pt",
+            **self._special(texts[0]),
+        )
+
+    def _special(self, text: str) -> dict[str, bool]:
+        """Returns the argument by which a text that begins with BOS doesn't get a second one."""
+        return {"add_special_tokens": not text.startswith(self.tokenizer.bos_token or "\0")}
+
+    def moved(self, inputs: Any) -> dict[str, Any]:
+        """Returns the inputs on the model's device, numbers with a point in its dtype."""
+        dtype = self.model.dtype
+        return {
+            name: value.to(self.model.device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def answer(
+        self, images: Sequence[Any], texts: Sequence[str], max_new_tokens: int
+    ) -> list[Answer]:
+        """Returns the answer to the templated prompt of each image."""
+        inputs = self.moved(self.inputs(images, texts))
+        greedy = self.greedy(max_new_tokens)
+        tokens = self.model.generate(**inputs, generation_config=greedy).sequences
+        return self.answers(tokens[:, inputs["input_ids"].shape[1] :])
+
+    def prefix(
+        self, images: Sequence[Any], prompts: Sequence[str]
+    ) -> tuple[dict[str, Any], list[list[int]]]:
+        """Returns the model inputs of the prefix that both prompts share (B rows), and the token
+        ids that follow it (2·B lists: first and second prompt of each image).
+
+        Raises WeightsError if the template puts the image behind the prompt: then the prompts share
+        no prefix with the image in it.
+        """
+        first, second = prompts
+        inputs = self.inputs(images, [first] * len(images))
+        image_id = self.model.config.image_token_id
+        image_token = self.tokenizer.convert_ids_to_tokens(image_id)
+        ids: list[list[int]] = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        tails: list[list[int]] = []
+        lengths: list[int] = []
+        for row in ids:
+            expanded = second.replace(image_token, image_token * row.count(image_id))
+            other: list[int] = self.tokenizer(expanded, **self._special(first))["input_ids"]
+            shared = _common_prefix(row, other)
+            if image_id in row[shared:] or image_id in other[shared:] or not shared:
+                raise WeightsError(
+                    f"caption.llava.model={self.name!r}: its chat template must put the "
+                    "image before the prompt."
+                )
+            tails += [row[shared:], other[shared:]]
+            lengths.append(shared)
+        cut = max(len(row) - length for row, length in zip(ids, lengths, strict=True))
+        assert {len(row) - length for row, length in zip(ids, lengths, strict=True)} == {cut}, (
+            "the first prompt's tail is the same for all images"
+        )
+        for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, :-cut]
+        return self.moved(inputs), tails
+
+    def generate(
+        self, inputs: dict[str, Any], tails: list[list[int]], max_new_tokens: int
+    ) -> list[Answer]:
+        """Processes the prefixes once, then continues each with its two tails. Returns 2·B answers:
+        to the first and the second prompt of each image.
+        """
+        import torch
+
+        # `generate` processes the prefix, so that each model sets the positions in its own way
+        greedy = self.greedy(max_new_tokens=1)
+        cache = self.model.generate(**inputs, generation_config=greedy).past_key_values
+        cache.batch_repeat_interleave(2)
+        language_model = getattr(self.model, "model", self.model)
+        # Qwen-VL: position offsets of images, one row for each sequence
+        if getattr(language_model, "rope_deltas", None) is not None:
+            language_model.rope_deltas = language_model.rope_deltas.repeat_interleave(2, dim=0)
+        padded = self.tokenizer.pad({"input_ids": tails}, return_tensors="pt").to(self.model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids = torch.cat([ids.repeat_interleave(2, dim=0), padded["input_ids"]], dim=1)
+        mask = torch.cat([mask.repeat_interleave(2, dim=0), padded["attention_mask"]], dim=1)
+        tokens = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=self.greedy(max_new_tokens=max_new_tokens),
+        ).sequences
+        return self.answers(tokens[:, ids.shape[1] :])
+
+    def answers(self, tokens: Any) -> list[Answer]:
+        """Returns the answers of generated tokens (rows, T). A row without an end-of-text token was
+        ended by the limit.
+        """
+        import torch
+
+        ends = torch.tensor(self._end_tokens(), device=tokens.device)
+        ended = torch.isin(tokens, ends).any(dim=1).tolist()
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [
+            Answer(text.strip(), "stop" if stopped else "length")
+            for text, stopped in zip(texts, ended, strict=True)
+        ]
+
+    def _end_tokens(self) -> list[int]:
+        """Returns the ids that end an answer: the checkpoint may state one, several or none."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+    def greedy(self, max_new_tokens: int) -> Any:
+        """Returns settings for greedy decoding; those of the checkpoint's generation_config that
+        would change it are not used.
+        """
+        from transformers import GenerationConfig
+
+        own = self.model.generation_config
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            use_cache=True,
+            return_dict_in_generate=True,
+            bos_token_id=own.bos_token_id,
+            eos_token_id=self._end_tokens(),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns the length of the longest common prefix after which each has at least one token."""
+    length = 0
+    for a, b in zip(one[:-1], other[:-1], strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
