@@ -127,7 +127,16 @@ class CaptionConfig:
     attributes: AttributesConfig = field(default_factory=AttributesConfig)
     llava: LlavaConfig = field(default_factory=LlavaConfig)
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
+    # the run stops if more than this share of the first 200 captions of a copy of the stage failed
+    # or needed a second try; 1: it never stops
+    max_useless: float = field(default=0.5, metadata=NOT_HASHED)
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.max_useless <= 1,
+            f"caption.max_useless={self.max_useless}: expected 0 to 1",
+        )
 
 
 def _check_tokens(section: str, count: int) -> None:

@@ -1,7 +1,8 @@
 """Caption: writes a caption of each image and one of its main face, with `config.backend`.
 
 Answers of a vision-language model are checked (stages/answers). What can't be mended is tried once
-more with another prompt; after that the record fails, by the verdict on its second answer.
+more with another prompt; after that the record fails, by the verdict on its second answer. If that
+happens to too many of the first captions, the captioner doesn't fit, and the run stops.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
 from configs.common import hashed_settings
+from configs.errors import QualityError
 from stages.annotations import Answers
 from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
 from stages.backends.protocols import Answer, Kind
@@ -32,6 +34,10 @@ _HASHED_IN_0_1: Final = {
     "dtype": "float32",
     "quantize": "none",
 }
+_FIRST: Final = 200  # captions that tell whether the captioner fits
+_PART: Final = 50
+_EXAMPLES: Final = 10
+_BAD_INPUT: Final = "bad_input"
 _KINDS: Final = ("coarse", "fine")  # names of the kinds
 _BOTH: Final[tuple[Kind, Kind]] = (0, 1)
 # the reason of failure for each fatal verdict
@@ -54,6 +60,48 @@ class _Draft:
     first: Mended | None = None
 
 
+class _FirstCaptions:
+    """Counts the useless captions among the first ones of a copy of the stage. limit: the share
+    that may be useless.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._count, self._useless, self._examples = 0, 0, list[str]()
+
+    @property
+    def counted(self) -> bool:
+        """Whether all first captions are counted."""
+        return self._count >= _FIRST
+
+    def add(self, record: Record) -> None:
+        """Counts a captioned or failed record. Raises QualityError when the limit is exceeded."""
+        if self.counted or record.reason == _BAD_INPUT:
+            return
+        self._count += 1
+        if not (why := _useless_because(record)):
+            return
+        self._useless += 1
+        if len(self._examples) < _EXAMPLES:
+            self._examples.append(f"\n  {record.source}: {why}")
+        if self._useless > self._limit * _FIRST:
+            raise QualityError(
+                f"{self._useless} of the first {self._count} captions failed or needed a second "
+                f"try. Of the first {_FIRST}, at most {self._limit:.0%} may (caption.max_useless). "
+                "Change the prompt or the model, or raise that limit; 1 never stops a run. "
+                f"Finished shards are kept. The first ones:{''.join(self._examples)}"
+            )
+
+
+def _useless_because(record: Record) -> str:
+    """Returns why a record has no caption, or one of a second try only; "" for any other."""
+    if not record.ok:
+        return f"{record.reason}: {record.detail}"
+    answers = record.annotation(Answers)
+    first = zip(_KINDS, answers.first_verdicts if answers else ("", ""), strict=True)
+    return ", ".join(f"{kind} description: {why}, then tried again" for kind, why in first if why)
+
+
 class CaptionStage(BackendStage):
     """Captions the records of a batch together; a record that can't be captioned fails alone.
 
@@ -72,6 +120,7 @@ class CaptionStage(BackendStage):
         super().__init__(config, weights)
         if self._checks:
             self.provides, self.annotation = (*self.provides, Answers.name), Answers
+        self._first = _FirstCaptions(config.max_useless)
 
     @property
     def _checks(self) -> bool:
@@ -102,6 +151,18 @@ class CaptionStage(BackendStage):
         return backend_class(self.name, self.config.backend)
 
     def process(self, records: list[Record]) -> list[Record]:
+        captioned: list[Record] = []
+        while len(captioned) < len(records):
+            # a large window would ask for many more captions than are needed to see that they fail
+            small = self._captioner.independent and not self._first.counted
+            size = _PART if small else len(records)
+            part = self._process(records[len(captioned) :][:size])
+            for record in part:
+                self._first.add(record)
+            captioned += part
+        return captioned
+
+    def _process(self, records: list[Record]) -> list[Record]:
         valid: list[Record] = []
         results: dict[str, Record] = {}
         for record in records:
@@ -193,14 +254,14 @@ def check(record: Record) -> None:
     has five landmarks.
     """
     if not record.image or not record.parsing:
-        raise Failed("bad_input", f"no {'label map' if record.image else 'image'}")
+        raise Failed(_BAD_INPUT, f"no {'label map' if record.image else 'image'}")
     try:
         size = decode_jpeg(record.image).shape[:2]
         labels = decode_labels(record.parsing).shape
         landmarks = len(record.main_face.landmarks)
     except ValueError as error:
-        raise Failed("bad_input", str(error)) from error
+        raise Failed(_BAD_INPUT, str(error)) from error
     if size != labels:
-        raise Failed("bad_input", f"image {size[1]}×{size[0]}, label map {labels[1]}×{labels[0]}")
+        raise Failed(_BAD_INPUT, f"image {size[1]}×{size[0]}, label map {labels[1]}×{labels[0]}")
     if landmarks != 5:
-        raise Failed("bad_input", f"{landmarks} landmarks, expected 5")
+        raise Failed(_BAD_INPUT, f"{landmarks} landmarks, expected 5")

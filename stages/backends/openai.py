@@ -53,6 +53,8 @@ class OpenAICaptioner:
     the environment variable `config.api_key_env`.
     """
 
+    independent = True
+
     def __init__(self, config: OpenAIConfig, weights: Weights | None = None) -> None:
         from openai import AsyncOpenAI, Timeout
 

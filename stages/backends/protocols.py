@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray, Record
@@ -55,7 +55,11 @@ class Captioner(Protocol):
     A captioner may have an attribute `counts: Counter[str]`, for example of tokens. The manifest of
     a shard states what was counted for the shard. If `config.check_answers` exists and is true, the
     captioner also is a Prompted one.
+
+    independent: whether the captions of a record can't depend on the others of its call.
     """
+
+    independent: ClassVar[bool]
 
     def caption(
         self, records: Sequence[Record], batch_size: int

@@ -34,6 +34,8 @@ class Llava:
     that fails.
     """
 
+    independent = False  # in half precision, the last bits depend on the batch
+
     def __init__(self, config: LlavaConfig, weights: Weights | None = None) -> None:
         self.config = config
         self.decoder = Decoder(*load(config, torch_device(config.device)), config.model)
