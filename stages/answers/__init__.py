@@ -31,6 +31,9 @@ VERDICTS: Final = (
     *(EMPTY, LOOP, REFUSAL, NOT_ENGLISH, NAMES_A_PERSON),
     *(THINKING, MARKDOWN, PREAMBLE, CUT),
 )
+# characters that are read: a limit for servers that ignore the limit of tokens, since the rules' time
+# grows faster than the text. 512 tokens are about 2,500 characters.
+_LONGEST: Final = 16_000
 _LEAST_WORDS: Final = 3  # of an answer that says something
 
 
@@ -53,6 +56,9 @@ def mended(answer: Answer) -> Mended:
 
     A text without verdicts is returned as it is.
     """
+    original = answer.text.strip()
+    if len(answer.text) > _LONGEST:
+        answer = Answer(answer.text[:_LONGEST], "length")
     text = answer.text.strip()
     verdicts: set[str] = set()
     text, thinks = without_thinking(text)
@@ -74,7 +80,7 @@ def mended(answer: Answer) -> Mended:
         verdicts=tuple(verdict for verdict in VERDICTS if verdict in verdicts),
         fatal=fatal,
         detail=detail,
-        was_mended=not fatal and text != answer.text.strip(),
+        was_mended=not fatal and text != original,
     )
 
 
