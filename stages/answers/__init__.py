@@ -31,7 +31,7 @@ VERDICTS: Final = (
     *(EMPTY, LOOP, REFUSAL, NOT_ENGLISH, NAMES_A_PERSON),
     *(THINKING, MARKDOWN, PREAMBLE, CUT),
 )
-# characters that are read: a limit for servers that ignore the limit of tokens, since the rules' time
+# characters that are read: a limit for servers that ignore that of tokens, since the rules' time
 # grows faster than the text. 512 tokens are about 2,500 characters.
 _LONGEST: Final = 16_000
 _LEAST_WORDS: Final = 3  # of an answer that says something
