@@ -67,7 +67,7 @@ def test_a_checkpoint_loads_and_its_captions_are_those_of_images_alone(
 ) -> None:
     torch.set_num_threads(1)
     kind, damage = BROKEN.get(layout, (layout, None))
-    folder = make_checkpoint(tmp_path, kind, seed=4, size=PUBLISHED[kind])
+    folder = make_checkpoint(tmp_path, kind, seed=5, size=PUBLISHED[kind])
     equal = records_of(*[(96, 128)] * 4)
     padded = records_of((96, 96), (96, 192), (192, 96), (160, 96))
     expected = None
@@ -90,6 +90,11 @@ def test_a_checkpoint_loads_and_its_captions_are_those_of_images_alone(
         assert len({text for pair in pairs for text in pair}) >= 6, (
             "the test needs captions that depend on image and prompt"
         )
+
+
+def test_a_model_that_can_think_is_told_not_to(tmp_path: Path) -> None:
+    backend = backend_of(make_checkpoint(tmp_path, "qwen3_5"))
+    assert all(prompt.endswith("<think>\n\n</think>\n\n") for prompt in backend.prompts)
 
 
 def test_what_a_processor_states_is_not_replaced(tmp_path: Path) -> None:

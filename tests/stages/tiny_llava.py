@@ -80,6 +80,11 @@ CHAT_TEMPLATE = (
     "endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# what the template of Qwen3.5 adds; the model thinks unless it is told not to
+THINKING_TEMPLATE = (
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% else %}{{ '<think>\n' }}{% endif %}"
+)
 
 
 def make_tokenizer(image_token: str = "<image>") -> Any:
@@ -141,7 +146,9 @@ def make_checkpoint(
         )
     if chat_template:
         image = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<image>"
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", image))
+        template = CHAT_TEMPLATE.replace("<image>", image)
+        template += THINKING_TEMPLATE if kind == "qwen3_5" else ""
+        (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

@@ -36,7 +36,10 @@ class Decoder:
             return PLAIN_TEMPLATE.format(images="<image>\n" * images, prompt=prompt)
         content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
         text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,  # without it, Qwen3.5 thinks up to the limit of tokens
         )
         return text
 
