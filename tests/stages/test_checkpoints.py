@@ -21,13 +21,30 @@ from stages.backends.llava.loading import automatic_dtype
 from stages.codec import encode_jpeg
 from stages.record import Record
 from tests.stages.records import texts_of
-from tests.stages.tiny_llava import (
-    PUBLISHED,
-    Kind,
-    make_checkpoint,
-    with_fast_image_processor,
-    without_processor_config,
-)
+from tests.stages.tiny_llava import PUBLISHED, Kind, make_checkpoint
+
+
+def without_processor_config(folder: Path) -> Path:
+    """Removes what a fine-tuned LLaVA-1.5 checkpoint often lacks: processor_config.json, which
+    states how many tokens an image has.
+    """
+    path = folder / "processor_config.json"
+    images = json.loads(path.read_text())["image_processor"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    path.unlink()
+    return folder
+
+
+def with_fast_image_processor(folder: Path) -> Path:
+    """Names the image processor of a Qwen checkpoint as version 4 of transformers wrote it, whose
+    video processor had no file of its own.
+    """
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor_type"] += "Fast"
+    path.write_text(json.dumps(settings))
+    return folder
+
 
 BROKEN: dict[str, tuple[Kind, Callable[[Path], Path]]] = {
     "llava without processor_config.json": ("llava", without_processor_config),

@@ -152,28 +152,6 @@ def make_checkpoint(
     return folder
 
 
-def without_processor_config(folder: Path) -> Path:
-    """Removes what a fine-tuned LLaVA-1.5 checkpoint often lacks: processor_config.json, which
-    states how many tokens an image has.
-    """
-    path = folder / "processor_config.json"
-    images = json.loads(path.read_text())["image_processor"]
-    (folder / "preprocessor_config.json").write_text(json.dumps(images))
-    path.unlink()
-    return folder
-
-
-def with_fast_image_processor(folder: Path) -> Path:
-    """Names the image processor of a Qwen checkpoint as version 4 of transformers wrote it, whose
-    video processor had no file of its own.
-    """
-    path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text())
-    settings["image_processor_type"] += "Fast"
-    path.write_text(json.dumps(settings))
-    return folder
-
-
 def _write_settings(folder: Path, processor_class: str, **settings: Any) -> None:
     """Writes the settings of a processor whose parts are already saved, as on the hub: its class is
     stated in the image processor's settings.

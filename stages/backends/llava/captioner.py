@@ -61,16 +61,15 @@ class Llava:
         """Returns the answers to both prompts for each record. The model gets `batch_size` images
         at a time, longest first.
         """
-
         below = self.config.face_view_below
         apart = [not self.decoder.shares_prefix or views.has_small_face(r, below) for r in records]
         together = [record for record, each in zip(records, apart, strict=True) if not each]
         others = [record for record, each in zip(records, apart, strict=True) if each]
         pairs = iter(self._pairs(together, batch_size))
         prompts = (self.config.prompt, self.config.face_prompt)
-        kinds: tuple[Kind, Kind] = (0, 1)
-        answers = [self._answers(others, [k] * len(others), prompts, batch_size) for k in kinds]
-        other_pairs = zip(*answers, strict=True)
+        coarse = self._answers(others, [0] * len(others), prompts, batch_size)
+        fine = self._answers(others, [1] * len(others), prompts, batch_size)
+        other_pairs = zip(coarse, fine, strict=True)
         return [next(other_pairs if each else pairs) for each in apart]
 
     def retry(
