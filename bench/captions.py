@@ -25,7 +25,7 @@ from bench.against import Cost, cost_of
 from configs.captions import LlavaConfig
 from stages.backends.llava import Llava
 from stages.backends.runtime import pin_threads
-from stages.codec import decode_jpeg, encode_jpeg
+from stages.codec import encode_jpeg
 from stages.record import Record, key_of
 from tests.stages.tiny_llava import Size, make_checkpoint
 
@@ -109,7 +109,7 @@ def store(
 
 def two_calls(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]:
     """Captions a batch with a `generate` call for each prompt."""
-    images = [Image.fromarray(decode_jpeg(record.image)) for record in records]
+    images = [Image.fromarray(backend.shown(record, 0)[0]) for record in records]
     return list(
         zip(
             *(generate(backend, images, [prompt] * len(images)) for prompt in backend.prompts),
@@ -124,7 +124,7 @@ def one_call(backend: Llava, records: Sequence[Record]) -> list[tuple[str, ...]]
     It tells the gain of the shared prefix from that of a larger batch.
     """
     images = [
-        Image.fromarray(decode_jpeg(record.image)) for record in records for _ in backend.prompts
+        Image.fromarray(backend.shown(record, 0)[0]) for record in records for _ in backend.prompts
     ]
     texts = generate(backend, images, list(backend.prompts) * len(records))
     return list(zip(texts[::2], texts[1::2], strict=True))

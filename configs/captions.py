@@ -51,7 +51,15 @@ class LlavaConfig:
     face_retry_prompt: str = field(
         default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    # pad a picture to a square if the processor would cut off its ends, as LLaVA-1.5's does; false:
+    # as in version 0.1
+    pad_to_square: bool = field(default=True, metadata=introduced(False))
+    # the highest share of the picture's longer side that the main face's box may have in height for
+    # its crop to be shown too, for the face caption; 0: never
+    face_view_below: float = field(default=0.0, metadata=introduced(0.0))
+    # auto: on a GPU, float16 if the checkpoint is stored in it or the GPU has no bfloat16, else
+    # bfloat16; on a CPU float32. The signature doesn't depend on which it is.
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # 4bit: weights as NF4; needs a GPU and bitsandbytes
     quantize: Literal["none", "4bit"] = "none"
     device: str = field(default="auto", metadata=NOT_HASHED)
@@ -59,6 +67,7 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         _check_tokens("llava", self.max_new_tokens)
         _check_prompts("llava", self)
+        _check_views("llava", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +85,12 @@ class OpenAIConfig:
     face_retry_prompt: str = field(
         default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
     )
+    # send a picture in a square, since the server's processor may cut off its ends, as LLaVA-1.5's
+    # does; false: as in version 0.1
+    pad_to_square: bool = field(default=True, metadata=introduced(False))
+    # the highest share of the picture's longer side that the main face's box may have in height for
+    # its crop to be shown too, for the face caption; 0: never
+    face_view_below: float = field(default=0.0, metadata=introduced(0.0))
     # for example http://HOST:8000/v1, without credentials
     base_url: str = field(default="", metadata=NOT_HASHED)
     # name of the environment variable that holds the key
@@ -90,6 +105,7 @@ class OpenAIConfig:
     def __post_init__(self) -> None:
         _check_tokens("openai", self.max_new_tokens)
         _check_prompts("openai", self)
+        _check_views("openai", self)
         check(
             1 <= self.concurrency <= 1024,
             f"caption.openai.concurrency={self.concurrency}: expected 1 to 1024",
@@ -150,3 +166,11 @@ def _check_prompts(section: str, config: LlavaConfig | OpenAIConfig) -> None:
             f"caption.{section}.{name} is empty: expected the prompt of the second try; "
             f"caption.{section}.check_answers=false tries no answer again",
         )
+
+
+def _check_views(section: str, config: LlavaConfig | OpenAIConfig) -> None:
+    check(
+        0 <= config.face_view_below <= 1,
+        f"caption.{section}.face_view_below={config.face_view_below}: expected 0 (no second view) "
+        "to 1 (a second view of every face)",
+    )

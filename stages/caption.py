@@ -18,6 +18,7 @@ from stages.annotations import Answers
 from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
 from stages.backends.protocols import Answer, Kind
 from stages.backends.registry import backend_class
+from stages.backends.views import face_height, has_small_face
 from stages.backends.weights import Weights
 from stages.base import BackendStage, Failed, reject
 from stages.codec import decode_jpeg, decode_labels
@@ -204,7 +205,7 @@ class CaptionStage(BackendStage):
         return [
             reject(record, failures[i], self.name)
             if i in failures
-            else _annotated(record, drafts[i])
+            else _annotated(record, drafts[i], self.backend_config.face_view_below)
             for i, record in enumerate(records)
         ]
 
@@ -218,7 +219,7 @@ def _useless(kind: int, draft: _Draft) -> Failed:
     )
 
 
-def _annotated(record: Record, drafts: Sequence[_Draft]) -> Record:
+def _annotated(record: Record, drafts: Sequence[_Draft], face_view_below: float) -> Record:
     checked, firsts = [d.checked for d in drafts], [d.first for d in drafts]
     answers = Answers(
         answer_finish=tuple(draft.answer.finish for draft in drafts),
@@ -227,6 +228,8 @@ def _annotated(record: Record, drafts: Sequence[_Draft]) -> Record:
         first_verdicts=tuple(" ".join(first.verdicts) if first else "" for first in firsts),
         mended_answers=sum(each.was_mended for each in checked),
         second_tries=sum(first is not None for first in firsts),
+        face_height=face_height(record),
+        face_view=has_small_face(record, face_view_below),
     )
     caption, face_caption = (each.text for each in checked)
     return replace(record, caption=caption, face_caption=face_caption).annotated(answers)

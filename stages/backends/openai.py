@@ -27,6 +27,7 @@ import numpy as np
 
 from configs.captions import OpenAIConfig
 from configs.errors import ConfigError, ServerError
+from stages.backends import views
 from stages.backends.protocols import Answer, Finish, Kind
 from stages.base import Failed
 from stages.codec import encode_jpeg
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 _CONNECT: Final = 10.0  # seconds, at most
 _TEXT: Final = 400  # characters of a server's message that are recorded: some send a page of HTML
+
+
+Question = tuple[tuple[bytes, ...], str]  # JPEGs, prompt
 
 
 class Fault(NamedTuple):
@@ -94,8 +98,9 @@ class OpenAICaptioner:
         """Returns the answers to both prompts for each record, or Failed("caption_failed"). Raises
         ServerError if the server doesn't process a plain test image either.
         """
-        prompts = (self.config.prompt, self.config.face_prompt)
-        answers = self._run([(record.image, prompt) for record in records for prompt in prompts])
+        config = self.config
+        prompts: tuple[tuple[Kind, str], ...] = ((0, config.prompt), (1, config.face_prompt))
+        answers = self._run([(self._shown(r, kind), p) for r in records for kind, p in prompts])
         return [_pair(*pair) for pair in zip(answers[::2], answers[1::2], strict=True)]
 
     def retry(
@@ -105,15 +110,22 @@ class OpenAICaptioner:
         `caption`.
         """
         prompts = (self.config.retry_prompt, self.config.face_retry_prompt)
-        questions = [(r.image, prompts[kind]) for r, kind in zip(records, kinds, strict=True)]
+        questions = [
+            (self._shown(record, kind), prompts[kind])
+            for record, kind in zip(records, kinds, strict=True)
+        ]
         answers = self._run(questions)
         return [_failed(a) if isinstance(a, Fault) else a for a in answers]
 
-    def _run(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:
-        """Returns the answers to questions (JPEG, prompt), in order."""
+    def _shown(self, record: Record, kind: Kind) -> tuple[bytes, ...]:
+        """Returns the JPEGs that are sent for the caption of this kind: one or two."""
+        return views.jpegs(record, kind, self.config.pad_to_square, self.config.face_view_below)
+
+    def _run(self, questions: Sequence[Question]) -> list[Answer | Fault]:
+        """Returns the answers to the questions, in order."""
         return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
 
-    async def _answers(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:
+    async def _answers(self, questions: Sequence[Question]) -> list[Answer | Fault]:
         slots = asyncio.Semaphore(self.config.concurrency)
         tasks = [asyncio.create_task(self._ask(*question, slots)) for question in questions]
         try:
@@ -122,25 +134,27 @@ class OpenAICaptioner:
             for task in tasks:
                 task.cancel()  # after a ServerError, the other requests are pointless
 
-    async def _ask(self, jpeg: bytes, prompt: str, slots: asyncio.Semaphore) -> Answer | Fault:
+    async def _ask(
+        self, jpegs: Sequence[bytes], prompt: str, slots: asyncio.Semaphore
+    ) -> Answer | Fault:
         """Returns the answer, or why this request failed. Raises ServerError if the request fails
         with a plain test image too.
         """
         async with slots:
-            answer = await self._request(jpeg, prompt)
+            answer = await self._request(jpegs, prompt)
             if isinstance(answer, Fault):
-                test = await self._request(_test_image(), prompt)
+                test = await self._request((_test_image(),), prompt)
                 if isinstance(test, Fault):
                     raise ServerError(self._error_message(test))
             return answer
 
-    async def _request(self, jpeg: bytes, prompt: str) -> Answer | Fault:
+    async def _request(self, jpegs: Sequence[bytes], prompt: str) -> Answer | Fault:
         """Sends one request, with retries. Returns the answer, or why all attempts failed."""
         from openai import APIStatusError, OpenAIError
 
-        url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
+        urls = ["data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for jpeg in jpegs]
+        content: list[dict[str, Any]] = [
+            *({"type": "image_url", "image_url": {"url": url}} for url in urls),
             {"type": "text", "text": prompt},
         ]
         messages: Any = [{"role": "user", "content": content}]

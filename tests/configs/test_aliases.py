@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import aliases
-from configs.captions import LlavaConfig, OpenAIConfig
+from configs.captions import CaptionConfig, LlavaConfig, OpenAIConfig
 from configs.errors import ConfigError
 from configs.load import load, load_text, to_yaml
 from configs.schema import DatasetConfig
@@ -87,7 +87,7 @@ def test_a_configuration_of_version_0_1_is_read_and_written_under_the_new_names(
 ) -> None:
     config = load(DatasetConfig, GOLDEN)
     assert (config.caption, config.global_pass) == (
-        DatasetConfig().caption,
+        CaptionConfig(llava=LlavaConfig(dtype="float32")),  # the default of version 0.1
         DatasetConfig().global_pass,
     )
     assert len(warnings(caplog)) == len(CAPTIONS) + 1

@@ -31,14 +31,19 @@ class Request:
     key: str
 
     @property
+    def jpegs(self) -> list[bytes]:
+        """The images, which come before the prompt."""
+        urls = [part["image_url"]["url"] for part in self.body["messages"][0]["content"][:-1]]
+        assert urls and all(url.startswith("data:image/jpeg;base64,") for url in urls)
+        return [base64.b64decode(url.partition(",")[2]) for url in urls]
+
+    @property
     def jpeg(self) -> bytes:
-        url: str = self.body["messages"][0]["content"][0]["image_url"]["url"]
-        assert url.startswith("data:image/jpeg;base64,")
-        return base64.b64decode(url.partition(",")[2])
+        return self.jpegs[0]
 
     @property
     def prompt(self) -> str:
-        text: str = self.body["messages"][0]["content"][1]["text"]
+        text: str = self.body["messages"][0]["content"][-1]["text"]
         return text
 
 

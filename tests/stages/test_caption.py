@@ -70,6 +70,9 @@ def test_the_signature_changes_with_prompt_backend_and_checkpoint(tmp_path: Path
         {"check_answers": False},
         {"retry_prompt": "Who is it?"},
         {"face_retry_prompt": "Which eyes?"},
+        {"pad_to_square": False},
+        {"face_view_below": 0.25},
+        {"dtype": "float32"},
     ):
         changed = CaptionConfig(backend="llava", llava=replace(own, **change))
         assert before != CaptionStage(changed, Weights()).signature(), change

@@ -28,6 +28,7 @@ from tests.stages.records import drawn_record
 GOOD = "A man with a beard looks to the left."
 GOOD_FACE = "The face is oval, the eyes are brown, and the mouth is closed."
 REFUSAL = "I'm sorry, I can't describe this person's face, ears, eyes, nose and mouth."
+FACE_HEIGHT = 290 / 512  # of the drawn face's box
 ANSWERS = {PROMPT: GOOD, FACE_PROMPT: GOOD_FACE, RETRY_PROMPT: GOOD, FACE_RETRY_PROMPT: GOOD_FACE}
 
 
@@ -72,6 +73,8 @@ def test_mended_captions_are_recorded_with_verdicts_and_finish_reasons() -> None
             first_verdicts=("", ""),
             mended_answers=2,
             second_tries=0,
+            face_height=FACE_HEIGHT,
+            face_view=False,
         )
 
 
@@ -94,6 +97,8 @@ def test_a_useless_answer_is_tried_again_with_the_prompt_for_that() -> None:
             first_verdicts=("", "refusal"),
             mended_answers=1,
             second_tries=1,
+            face_height=FACE_HEIGHT,
+            face_view=False,
         )
 
 

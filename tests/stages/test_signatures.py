@@ -63,12 +63,15 @@ LLAVA = (
     "caption.backend=llava",
     "caption.llava.model=checkpoint",
     "caption.llava.check_answers=false",
+    "caption.llava.pad_to_square=false",
+    "caption.llava.dtype=float32",
 )
 OPENAI = (
     "caption.backend=openai",
     "caption.openai.model=someone/model",
     "caption.openai.base_url=http://127.0.0.1:9/v1",
     "caption.openai.check_answers=false",
+    "caption.openai.pad_to_square=false",
 )
 CAPTIONS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
     ((), (), "dd41bd4570df4068"),

@@ -8,15 +8,16 @@ bits depend on the batch's shape, so that a word may differ now and then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from configs.captions import LlavaConfig
+from stages.backends import views
 from stages.backends.llava import checkpoint
 from stages.backends.llava.decoding import Decoder
 from stages.backends.llava.loading import load
 from stages.backends.protocols import Answer, Kind
 from stages.backends.runtime import torch_device
-from stages.codec import decode_jpeg
+from stages.codec import Image
 from stages.record import Record
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class Llava:
     def __init__(self, config: LlavaConfig, weights: Weights | None = None) -> None:
         self.config = config
         self.decoder = Decoder(*load(config, torch_device(config.device)), config.model)
+        images = self.decoder.processor.image_processor
+        self._padding = views.padding_colour(images) if config.pad_to_square else None
         template = self.decoder.templated
         self.prompts = (template(config.prompt), template(config.face_prompt))
-        self.retry_prompts = (template(config.retry_prompt), template(config.face_retry_prompt))
 
     @staticmethod
     def digests(config: LlavaConfig) -> Mapping[str, str]:
@@ -61,13 +63,16 @@ class Llava:
         """Returns the answers to both prompts for each record. The model gets `batch_size` images
         at a time, longest first.
         """
-
-        def answer(_: Sequence[int], images: Sequence[Any]) -> list[tuple[Answer, Answer]]:
-            inputs, tails = self.decoder.prefix(images, self.prompts)
-            answers = self.decoder.generate(inputs, tails, self.config.max_new_tokens)
-            return list(zip(answers[::2], answers[1::2], strict=True))
-
-        return self._in_batches(records, batch_size, answer)
+        below = self.config.face_view_below
+        apart = [not self.decoder.shares_prefix or views.has_small_face(r, below) for r in records]
+        together = [record for record, each in zip(records, apart, strict=True) if not each]
+        others = [record for record, each in zip(records, apart, strict=True) if each]
+        pairs = iter(self._pairs(together, batch_size))
+        prompts = (self.config.prompt, self.config.face_prompt)
+        coarse = self._answers(others, [0] * len(others), prompts, batch_size)
+        fine = self._answers(others, [1] * len(others), prompts, batch_size)
+        other_pairs = zip(coarse, fine, strict=True)
+        return [next(other_pairs if each else pairs) for each in apart]
 
     def retry(
         self, records: Sequence[Record], kinds: Sequence[Kind], batch_size: int = 1
@@ -75,46 +80,73 @@ class Llava:
         """Returns the answer to the second try of that kind for each record, with batches as in
         `caption`.
         """
+        prompts = (self.config.retry_prompt, self.config.face_retry_prompt)
+        return self._answers(records, kinds, prompts, batch_size)
 
-        def answer(batch: Sequence[int], images: Sequence[Any]) -> list[Answer]:
-            texts = [self.retry_prompts[kinds[index]] for index in batch]
-            return self.decoder.answer(images, texts, self.config.max_new_tokens)
+    def _pairs(self, records: Sequence[Record], batch_size: int) -> list[tuple[Answer, Answer]]:
+        """Returns the answers to both prompts about each picture, which the model sees once."""
 
-        return self._in_batches(records, batch_size, answer)
+        def answer(_: Sequence[int], shown: Sequence[list[Image]]) -> list[tuple[Answer, Answer]]:
+            inputs, tails = self.decoder.prefix(shown, self.prompts)
+            answers = self.decoder.generate(inputs, tails, self.config.max_new_tokens)
+            return list(zip(answers[::2], answers[1::2], strict=True))
+
+        return self._in_batches([self.shown(record, 0) for record in records], batch_size, answer)
+
+    def _answers(
+        self,
+        records: Sequence[Record],
+        kinds: Sequence[Kind],
+        prompts: tuple[str, str],
+        batch_size: int,
+    ) -> list[Answer]:
+        """Returns the answer to the prompt of that kind for each record."""
+
+        def answer(batch: Sequence[int], shown: Sequence[list[Image]]) -> list[Answer]:
+            texts = [
+                self.decoder.templated(prompts[kinds[index]], len(images))
+                for index, images in zip(batch, shown, strict=True)
+            ]
+            return self.decoder.answer(shown, texts, self.config.max_new_tokens)
+
+        shown = [self.shown(record, kind) for record, kind in zip(records, kinds, strict=True)]
+        return self._in_batches(shown, batch_size, answer)
+
+    def shown(self, record: Record, kind: Kind) -> list[Image]:
+        """Returns the images that the model gets for the caption of this kind: one or two."""
+        return views.images(record, kind, self._padding, self.config.face_view_below)
 
     def _in_batches(
         self,
-        records: Sequence[Record],
+        shown: Sequence[list[Image]],
         batch_size: int,
-        answer: Callable[[Sequence[int], Sequence[Any]], list[Result]],
+        answer: Callable[[Sequence[int], Sequence[list[Image]]], list[Result]],
     ) -> list[Result]:
-        """Returns what `answer` gives for each record. It gets the indices and the images of
-        `batch_size` records at a time, longest first.
+        """Returns what `answer` gives for the images of each prompt. It gets the indices and the
+        images of `batch_size` prompts at a time, longest first.
         """
         import torch
 
-        images = [decode_jpeg(record.image) for record in records]
-        lengths = self._image_tokens(images)
+        lengths = self._image_tokens(shown)
         order = sorted(
-            range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index)
+            range(len(shown)), key=lambda index: (-lengths[index], shown[index][0].shape[:2], index)
         )
         results: dict[int, Result] = {}
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                answers = answer(batch, [images[index] for index in batch])
+                answers = answer(batch, [shown[index] for index in batch])
                 results |= zip(batch, answers, strict=True)
-        return [results[index] for index in range(len(images))]
+        return [results[index] for index in range(len(shown))]
 
-    def _image_tokens(self, images: Sequence[Any]) -> list[int]:
-        """Returns the number of tokens of each image. The other parts of a prompt have equal
-        lengths.
+    def _image_tokens(self, shown: Sequence[list[Image]]) -> list[int]:
+        """Returns the number of tokens of the images of each prompt. The other parts of prompts of
+        a kind have equal lengths.
 
-        It depends on the image's size only. All processors of transformers have this method, which
+        It depends on the images' sizes only. All processors of transformers have this method, which
         serving engines use.
         """
-        sizes = [image.shape[:2] for image in images]
-        counts: list[int] = self.decoder.processor._get_num_multimodal_tokens(
-            image_sizes=sizes
-        ).num_image_tokens
-        return counts
+        sizes = [image.shape[:2] for images in shown for image in images]
+        counts = self.decoder.processor._get_num_multimodal_tokens(image_sizes=sizes)
+        each = iter(counts.num_image_tokens)
+        return [sum(next(each) for _ in images) for images in shown]

@@ -11,9 +11,10 @@ from typing import Any
 
 from configs.errors import WeightsError
 from stages.backends.protocols import Answer
+from stages.codec import Image
 
 # LLaVA-1.5's, for processors without a chat template
-PLAIN_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
+PLAIN_TEMPLATE = "USER: {images}{prompt} ASSISTANT:"
 
 
 class Decoder:
@@ -25,22 +26,29 @@ class Decoder:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
+        # The state of linear attention (Qwen3.5) would also take in the padding between the prefix
+        # and shorter tails.
+        self.shares_prefix: bool = not model._is_stateful
 
-    def templated(self, prompt: str) -> str:
+    def templated(self, prompt: str, images: int = 1) -> str:
+        """Returns the prompt in the chat template, behind this number of images."""
         if not self.processor.chat_template:
-            return PLAIN_TEMPLATE.format(prompt=prompt)
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            return PLAIN_TEMPLATE.format(images="<image>\n" * images, prompt=prompt)
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
         text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,  # without it, Qwen3.5 thinks up to the limit of tokens
         )
         return text
 
-    def inputs(self, images: Sequence[Any], texts: Sequence[str]) -> Any:
-        """Returns the processor's model inputs: a row for each image and its text."""
-        from PIL import Image
+    def inputs(self, shown: Sequence[Sequence[Image]], texts: Sequence[str]) -> Any:
+        """Returns the processor's model inputs: a row for each text and the images before it."""
+        from PIL.Image import fromarray
 
         return self.processor(
-            images=[Image.fromarray(image) for image in images],
+            images=[[fromarray(image) for image in images] for images in shown],
             text=list(texts),
             padding=True,
             return_tensors="pt",
@@ -60,25 +68,25 @@ class Decoder:
         }
 
     def answer(
-        self, images: Sequence[Any], texts: Sequence[str], max_new_tokens: int
+        self, shown: Sequence[Sequence[Image]], texts: Sequence[str], max_new_tokens: int
     ) -> list[Answer]:
-        """Returns the answer to the templated prompt of each image."""
-        inputs = self.moved(self.inputs(images, texts))
+        """Returns the answer to each templated prompt about its images."""
+        inputs = self.moved(self.inputs(shown, texts))
         greedy = self.greedy(max_new_tokens)
         tokens = self.model.generate(**inputs, generation_config=greedy).sequences
         return self.answers(tokens[:, inputs["input_ids"].shape[1] :])
 
     def prefix(
-        self, images: Sequence[Any], prompts: Sequence[str]
+        self, shown: Sequence[Sequence[Image]], prompts: Sequence[str]
     ) -> tuple[dict[str, Any], list[list[int]]]:
         """Returns the model inputs of the prefix that both prompts share (B rows), and the token
-        ids that follow it (2·B lists: first and second prompt of each image).
+        ids that follow it (2·B lists: first and second prompt of each image). shown: an image each.
 
         Raises WeightsError if the template puts the image behind the prompt: then the prompts share
         no prefix with the image in it.
         """
         first, second = prompts
-        inputs = self.inputs(images, [first] * len(images))
+        inputs = self.inputs(shown, [first] * len(shown))
         image_id = self.model.config.image_token_id
         image_token = self.tokenizer.convert_ids_to_tokens(image_id)
         ids: list[list[int]] = [
