@@ -76,11 +76,15 @@ class OpenAIConfig:
     face_retry_prompt: str = field(
         default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
     )
-    # for example http://HOST:8000/v1, without credentials
+    # For example http://HOST:8000/v1, without credentials; or several, separated by commas, which
+    # share the requests. One that is given twice gets two shares.
     base_url: str = field(default="", metadata=NOT_HASHED)
+    # What the server loaded the model from, such as a folder, as its /v1/models states it; "": ask.
+    # The signature hashes it if it isn't `model`.
+    root: str = field(default="", metadata=NOT_HASHED)
     # name of the environment variable that holds the key
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=NOT_HASHED)
-    # open requests at a time, for each copy of the stage
+    # open requests at a time, over all servers, for each copy of the stage
     concurrency: int = field(default=8, metadata=NOT_HASHED)
     # attempts for each request, if the failures may be temporary
     tries: int = field(default=4, metadata=NOT_HASHED)
@@ -112,11 +116,19 @@ class OpenAIConfig:
             "into the environment variable that caption.openai.api_key_env names: the "
             "configuration is written to every output.",
         )
-        check(
-            re.fullmatch(r"(https?://[^/\s]+(/\S*)?)?", self.base_url) is not None,
-            f"caption.openai.base_url={self.base_url!r}: expected a URL such as "
-            "http://127.0.0.1:8000/v1",
-        )
+        for url in self.base_urls:
+            check(
+                re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None,
+                f"caption.openai.base_url={url!r}: expected a URL such as "
+                "http://127.0.0.1:8000/v1, or several, separated by commas",
+            )
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The URLs in `base_url`, in order."""
+        if not self.base_url:
+            return ()
+        return tuple(url.strip().rstrip("/") for url in self.base_url.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

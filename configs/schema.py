@@ -90,6 +90,13 @@ class ResizeConfig:
         )
         _check(self.max_aspect >= 1, f"resize.max_aspect={self.max_aspect}: expected at least 1")
 
+    @property
+    def longest_side(self) -> int:
+        """The longest side that a resized image can have, pixels. Images that a source brings with
+        label maps aren't resized.
+        """
+        return self.size if self.mode == "squash" else round(self.size * self.max_aspect)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectConfig:

@@ -55,6 +55,11 @@ class Captioner(Protocol):
     A captioner may have an attribute `counts: Counter[str]`, for example of tokens. The manifest of
     a shard states what was counted for the shard. If `config.check_answers` exists and is true, the
     captioner also is a Prompted one.
+
+    It may have two more methods, which take the longest side of the run's images in pixels:
+    `prepare(longest_side, is_useless)`, called before `caption`, with the test for answers that
+    need a second try (None: no answer does); and the static `preflight(config, longest_side)`,
+    called before a run, which raises PipelineError if the captioner can't work.
     """
 
     def caption(

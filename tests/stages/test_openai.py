@@ -128,8 +128,8 @@ def test_concurrency_limits_the_open_requests(records: list[Record]) -> None:
         assert server.most_open == limit and len(server.requests) == 2 * len(records)
 
 
-def test_a_call_takes_at_least_as_many_records_as_requests_may_be_open() -> None:
-    for concurrency, size, window in ((1, 1, 1), (16, 1, 16), (16, 64, 64)):
+def test_a_call_takes_several_times_as_many_records_as_requests_may_be_open() -> None:
+    for concurrency, size, window in ((1, 1, 8), (16, 1, 128), (16, 256, 256)):
         stage = stage_of(
             config_of("http://127.0.0.1:9", concurrency=concurrency),
             placement=PlacementConfig(batch_size=size),
@@ -316,10 +316,12 @@ def test_a_missing_setting_is_an_error_before_the_run_starts() -> None:
 
 def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
     def signature(**changes: Any) -> str:
-        return stage_of(replace(config_of("http://127.0.0.1:9/v1"), **changes)).signature()
+        return stage_of(replace(config, **changes)).signature()
+
+    config = config_of("http://127.0.0.1:9/v1", "a", root="a")
 
     connection = {
-        "base_url": "http://elsewhere/v1",
+        "base_url": "http://elsewhere/v1,http://127.0.0.1:9/v1",
         "api_key_env": "X",
         "concurrency": 1,
         "tries": 9,
@@ -327,7 +329,6 @@ def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
     }
     for name, value in connection.items():
         assert signature(**{name: value}) == signature(), name
-    config = config_of("http://127.0.0.1:9/v1")
     other_settings: dict[str, Any] = {
         "placement": PlacementConfig(cpus=2),
         "llava": LlavaConfig(model="c", prompt="Who?", dtype="float16", device="cuda:1"),

@@ -1,0 +1,75 @@
+"""An event loop in a thread of its own.
+
+Connections stay open between calls, and the caller's thread may already run a loop, as in a
+notebook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Final, TypeVar
+
+_T = TypeVar("_T")
+_JOIN: Final = 5.0  # seconds that the end of the program waits for a thread
+_running: Final[dict[threading.Thread, asyncio.AbstractEventLoop]] = {}
+
+
+class LoopThread:
+    """Runs coroutines in a thread until `stop`. Then, in the thread, the tasks that are left are
+    cancelled, `closing` is awaited, and the loop is closed. The end of the program stops it too.
+    """
+
+    def __init__(self, closing: Callable[[], Awaitable[None]]) -> None:
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(
+            target=_serve, args=(self._loop, closing), name="openai", daemon=True
+        )
+        _running[thread] = self._loop
+        thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Returns the coroutine's result, or raises what it raises."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def stop(self) -> None:
+        """Lets the thread end, without waiting for it: a garbage collection may call this in any
+        thread, this one included. Further calls have no effect.
+        """
+        _stop(self._loop)
+
+
+def _serve(loop: asyncio.AbstractEventLoop, closing: Callable[[], Awaitable[None]]) -> None:
+    async def finish() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await closing()
+        await loop.shutdown_asyncgens()
+        await loop.shutdown_default_executor()
+
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        loop.run_until_complete(finish())
+    finally:
+        loop.close()
+        _running.pop(threading.current_thread(), None)
+
+
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    with suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(loop.stop)
+
+
+@atexit.register
+def _stop_all() -> None:
+    threads = dict(_running)
+    for loop in threads.values():
+        _stop(loop)
+    for thread in threads:
+        thread.join(_JOIN)
