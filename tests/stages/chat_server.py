@@ -95,7 +95,9 @@ def within(context: int) -> Callable[[Request], Reply]:
 
     def decide(request: Request) -> Reply:
         height, width = decode_jpeg(request.jpeg).shape[:2]
-        prompt, answer = width * height // 784 + 20, request.body["max_tokens"]
+        limits = ("max_tokens", "max_completion_tokens")
+        answer = next(request.body[name] for name in limits if name in request.body)
+        prompt = width * height // 784 + 20
         if prompt + answer <= context:
             return completion(request, prompt_tokens=prompt)
         return refusal(
@@ -157,8 +159,10 @@ class ChatServer:
                 server._connections.append(self.connection)
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._send(server._reply(self.path, body, self.headers["Authorization"]))
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                if len(data) == int(self.headers["Content-Length"]):  # else the server is closing
+                    body = json.loads(data)
+                    self._send(server._reply(self.path, body, self.headers["Authorization"]))
 
             def do_GET(self) -> None:
                 body = json.dumps({"object": "list", "data": [*server.models]}).encode()
