@@ -65,7 +65,8 @@ def test_slots_are_busy_over_several_calls_and_second_tries() -> None:
         openai = OpenAIConfig(base_url=server.base_url, model="m", concurrency=CONCURRENCY)
         stage = CaptionStage(CaptionConfig(backend="openai", openai=openai), Weights())
         assert stage.batch_size == len(records) / 2, "the test needs several calls"
-        stage.setup()
+        run_stage(stage, records[:1])  # imports, connections
+        spans.clear()
         captioned = run_stage(stage, records)
     assert all(record.caption == CAPTION for record in captioned)
     assert len(spans) > 2 * len(records), "the test needs second tries"
