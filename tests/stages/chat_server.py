@@ -130,7 +130,8 @@ MODELS = ({"id": "someone/model"}, {"id": "m"})
 
 class ChatServer:
     """A context in which the server listens. requests: all requests; most_open: the highest number
-    of requests that were open at the same time. models: entries of /v1/models. port: 0: any.
+    of requests that were open at the same time. models: entries of /v1/models; none: it
+    has no list. port: 0: any.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class ChatServer:
 
             def do_GET(self) -> None:
                 body = json.dumps({"object": "list", "data": [*server.models]}).encode()
-                is_list = self.path == "/v1/models"
+                is_list = self.path == "/v1/models" and server.models
                 self._send(Reply(200, body) if is_list else refusal(404, f"no {self.path} here"))
 
             def _send(self, reply: Reply) -> None:

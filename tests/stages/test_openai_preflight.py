@@ -165,6 +165,7 @@ def test_the_signature_covers_the_root_if_it_is_not_the_models_name(
 ) -> None:
     plain = signature(config_of("http://127.0.0.1:9/v1", root="m"))
     assert signature(config_of(start(models=[{"id": "m"}]))) == plain
+    assert signature(config_of(start(models=[]))) == plain
     assert signature(config_of(start(models=listed()))) == plain
     assert signature(config_of(start(models=listed("/models/a", name="other")))) == plain
     first = signature(config_of(start(models=listed("/models/a"))))

@@ -114,22 +114,24 @@ def test_requests_of_a_failing_server_go_to_another_one_at_once(
 def test_a_server_comes_back_when_it_answers(
     records: list[Record], start: Callable[..., ChatServer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = start()
+    slow = partial(completion, seconds=0.03)
+    first = start(slow)
     with ExitStack() as stack:
-        second = stack.enter_context(ChatServer())
+        second = stack.enter_context(ChatServer(slow))
         captioner = OpenAICaptioner(config_of(first.base_url, second.base_url, concurrency=2))
         texts(captioner, records)
-        assert len(second.requests) == 12
+        shared = len(second.requests)
+        assert shared >= 6
         port = int(second.base_url.rpartition(":")[2].partition("/")[0])
     texts(captioner, records)
-    assert len(first.requests) == 12 + 24
+    assert len(first.requests) == 24 - shared + 24
     assert f"{second.base_url} is left out" in caplog.text
-    back = start(port=port)
+    back = start(slow, port=port)
     wait_until(lambda: f"{second.base_url} answers again" in caplog.text)
     assert all(request.is_plain for request in back.requests)
     before = len(back.requests)
     texts(captioner, records)
-    assert len(back.requests) - before == 12
+    assert len(back.requests) - before >= 6
 
 
 def test_pauses_grow_while_a_server_fails_and_start_anew_when_it_has_answered(

@@ -114,9 +114,9 @@ print("done")
 
 
 def test_dropped_captioners_and_the_end_of_the_program_print_nothing() -> None:
-    """In Python's development mode, which warns of sockets, transports and loops left open."""
+    """With warnings of sockets, transports and loops that are left open."""
     process = subprocess.run(
-        [sys.executable, "-X", "dev", "-c", DROPPED],
+        [sys.executable, "-W", "always::ResourceWarning", "-c", DROPPED],
         capture_output=True,
         text=True,
         timeout=120,

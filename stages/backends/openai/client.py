@@ -19,6 +19,7 @@ _LIST: Final = 10.0  # seconds for the list of models, at most
 _TEXT: Final = 400  # characters of a server's message that are recorded: some send a page of HTML
 # Names of the limit of tokens. OpenAI's newer models refuse the first; some servers know no other.
 _LIMITS: Final = ("max_tokens", "max_completion_tokens")
+_WITHOUT_LIST: Final = (200, 404, 405, 500, 501)  # status where there is no list of models
 _INVALID: Final = (400, 422)  # status of a request whose content is refused
 
 
@@ -102,14 +103,18 @@ class Client:
             self.open -= 1
 
     async def models(self) -> tuple[Model, ...] | Fault:
-        """Returns the models that the server lists, or why there is no list."""
+        """Returns the models that the server lists, none if it has no list, or why there is no
+        answer. `transformers serve` responds with 500 if its cache of models doesn't exist.
+        """
 
         async def read() -> tuple[Model, ...]:
             timeout = min(_LIST, self._config.timeout)
             response = await self._patient.models.with_raw_response.list(timeout=timeout)
             return tuple(map(_model, json.loads(response.text)["data"]))
 
-        return await self._attempt(read, "no list of models")
+        models = await self._attempt(read, "no list of models")
+        has_none = isinstance(models, Fault) and models.status in _WITHOUT_LIST
+        return () if has_none else models
 
     async def close(self) -> None:
         await self._patient.close()

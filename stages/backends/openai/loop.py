@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 _T = TypeVar("_T")
 _JOIN: Final = 5.0  # seconds that the end of the program waits for a thread
-_running: Final[dict[threading.Thread, asyncio.AbstractEventLoop]] = {}
+_running: Final[dict[threading.Thread, LoopThread]] = {}
 
 
 class LoopThread:
@@ -24,11 +24,9 @@ class LoopThread:
     """
 
     def __init__(self, closing: Callable[[], Awaitable[None]]) -> None:
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(
-            target=_serve, args=(self._loop, closing), name="openai", daemon=True
-        )
-        _running[thread] = self._loop
+        self._loop, self._stopped = asyncio.new_event_loop(), asyncio.Event()
+        thread = threading.Thread(target=self._serve, args=(closing,), name="openai", daemon=True)
+        _running[thread] = self
         thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -39,37 +37,32 @@ class LoopThread:
         """Lets the thread end, without waiting for it: a garbage collection may call this in any
         thread, this one included. Further calls have no effect.
         """
-        _stop(self._loop)
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._stopped.set)
 
+    def _serve(self, closing: Callable[[], Awaitable[None]]) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._until_stopped(closing))
+        finally:
+            self._loop.close()
+            _running.pop(threading.current_thread(), None)
 
-def _serve(loop: asyncio.AbstractEventLoop, closing: Callable[[], Awaitable[None]]) -> None:
-    async def finish() -> None:
+    async def _until_stopped(self, closing: Callable[[], Awaitable[None]]) -> None:
+        await self._stopped.wait()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await closing()
-        await loop.shutdown_asyncgens()
-        await loop.shutdown_default_executor()
-
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        loop.run_until_complete(finish())
-    finally:
-        loop.close()
-        _running.pop(threading.current_thread(), None)
-
-
-def _stop(loop: asyncio.AbstractEventLoop) -> None:
-    with suppress(RuntimeError):  # it is closed
-        loop.call_soon_threadsafe(loop.stop)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
 
 
 @atexit.register
 def _stop_all() -> None:
     threads = dict(_running)
-    for loop in threads.values():
-        _stop(loop)
+    for each in threads.values():
+        each.stop()
     for thread in threads:
         thread.join(_JOIN)
