@@ -88,7 +88,7 @@ class OpenAIConfig:
     concurrency: int = field(default=8, metadata=NOT_HASHED)
     # attempts for each request, if the failures may be temporary
     tries: int = field(default=4, metadata=NOT_HASHED)
-    # seconds for each attempt; all attempts of a request must fit into stuck_after
+    # seconds for each attempt; 16 requests, with all attempts, must fit into stuck_after
     timeout: float = field(default=60.0, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
