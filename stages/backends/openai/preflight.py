@@ -91,6 +91,9 @@ async def _check_one(servers: Servers, client: Client, slots: asyncio.Semaphore)
     models = await client.models()
     if not isinstance(models, Fault):
         checked.models = models
+    elif models.status == 0:
+        checked.fault = models
+        return checked
     questions = largest_questions(servers.config, servers.longest_side)
     replies = await asyncio.gather(*(ask(each._replace(tokens=1)) for each in questions))
     needed, longest = 0, questions[0]

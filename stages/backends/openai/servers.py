@@ -48,8 +48,7 @@ class Servers:
         faults: dict[Client, Fault] = {}
         guilty: dict[Client, Fault] = {}
         while client := self._least_busy(faults):
-            patient = not self._in_rotation({*faults, client})
-            reply = await client.complete(question, patient=patient)
+            reply = await client.complete(question, patient=self._is_last(client, faults))
             if not isinstance(reply, Fault):
                 self._return(client)
                 self._pauses.pop(client, None)
@@ -89,6 +88,13 @@ class Servers:
         rest = [client for client in self.clients if client not in without]
         candidates = self._in_rotation(without) or rest
         return min(candidates, key=lambda c: (c.open / c.share, c.asked / c.share), default=None)
+
+    def _is_last(self, client: Client, failed: Collection[Client]) -> bool:
+        """Returns whether no other server should be asked before this one is asked again."""
+        tried = {*failed, client}
+        if client in self._out:
+            return tried.issuperset(self.clients)
+        return not self._in_rotation(tried)
 
     def _leave(self, faults: Mapping[Client, Fault]) -> None:
         """Leaves servers out, since another one gave an answer."""
