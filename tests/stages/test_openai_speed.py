@@ -75,8 +75,29 @@ def test_slots_are_busy_over_several_calls_and_second_tries() -> None:
     assert share >= 0.9, f"{share:.1%} of the slots"
 
 
+def test_second_tries_are_asked_for_while_first_ones_are_open() -> None:
+    events: list[tuple[str, bool]] = []
+
+    def decide(request: Request) -> Reply:
+        is_second = request.prompt in (RETRY_PROMPT, FACE_RETRY_PROMPT)
+        events.append(("start", is_second))
+        time.sleep(0.2 if request.number % 2 else 0.05)
+        events.append(("end", is_second))
+        return completion(request, text=CAPTION if is_second else REFUSAL)
+
+    with ChatServer(decide) as server:
+        openai = OpenAIConfig(base_url=server.base_url, model="m", concurrency=2)
+        stage = CaptionStage(CaptionConfig(backend="openai", openai=openai), Weights())
+        captioned = run_stage(stage, [drawn_record("one"), drawn_record("two")])
+    assert [record.caption for record in captioned] == [CAPTION] * 2
+    assert len(server.requests) == 8, "each is asked for once"
+    ended = len(events) - events[::-1].index(("end", False)) - 1
+    assert events.index(("start", True)) < ended
+
+
 DROPPED = """
 import gc
+import threading
 from configs.captions import OpenAIConfig
 from configs.errors import ServerError
 from stages.backends.openai import OpenAICaptioner
@@ -97,8 +118,11 @@ with ChatServer(decide) as one, ChatServer() as two:
         OpenAICaptioner.preflight(config, 64)
         captioner = OpenAICaptioner(config)
         captioner.caption(records)
+        [thread] = [each for each in threading.enumerate() if each.name == "openai"]
         del captioner  # with open connections
         gc.collect()
+        thread.join(10)
+        assert not thread.is_alive()
         captioner = OpenAICaptioner(config)
         works = False  # with cancelled requests, or with a server that is waited for
         try:
