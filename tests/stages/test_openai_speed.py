@@ -118,11 +118,12 @@ with ChatServer(decide) as one, ChatServer() as two:
         OpenAICaptioner.preflight(config, 64)
         captioner = OpenAICaptioner(config)
         captioner.caption(records)
-        [thread] = [each for each in threading.enumerate() if each.name == "openai"]
+        threads = [each for each in threading.enumerate() if each.name == "openai"]
         del captioner  # with open connections
         gc.collect()
-        thread.join(10)
-        assert not thread.is_alive()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
         captioner = OpenAICaptioner(config)
         works = False  # with cancelled requests, or with a server that is waited for
         try:
