@@ -91,15 +91,19 @@ class OpenAIConfig:
     # the highest share of the picture's longer side that the main face's box may have in height for
     # its crop to be shown too, for the face caption; 0: never
     face_view_below: float = field(default=0.0, metadata=introduced(0.0))
-    # for example http://HOST:8000/v1, without credentials
+    # For example http://HOST:8000/v1, without credentials; or several, separated by commas, which
+    # share the requests. One that is given twice gets two shares.
     base_url: str = field(default="", metadata=NOT_HASHED)
+    # What the server loaded the model from, such as a folder, as its /v1/models states it; "": ask.
+    # The signature hashes it if it isn't `model`.
+    root: str = field(default="", metadata=NOT_HASHED)
     # name of the environment variable that holds the key
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=NOT_HASHED)
-    # open requests at a time, for each copy of the stage
+    # open requests at a time, over all servers, for each copy of the stage
     concurrency: int = field(default=8, metadata=NOT_HASHED)
     # attempts for each request, if the failures may be temporary
     tries: int = field(default=4, metadata=NOT_HASHED)
-    # seconds for each attempt; all attempts of a request must fit into stuck_after
+    # seconds for each attempt; 16 requests, with all attempts, must fit into stuck_after
     timeout: float = field(default=60.0, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
@@ -128,11 +132,19 @@ class OpenAIConfig:
             "into the environment variable that caption.openai.api_key_env names: the "
             "configuration is written to every output.",
         )
-        check(
-            re.fullmatch(r"(https?://[^/\s]+(/\S*)?)?", self.base_url) is not None,
-            f"caption.openai.base_url={self.base_url!r}: expected a URL such as "
-            "http://127.0.0.1:8000/v1",
-        )
+        for url in self.base_urls:
+            check(
+                re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None,
+                f"caption.openai.base_url={url!r}: expected a URL such as "
+                "http://127.0.0.1:8000/v1, or several, separated by commas",
+            )
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The URLs in `base_url`, in order."""
+        if not self.base_url:
+            return ()
+        return tuple(url.strip().rstrip("/") for url in self.base_url.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

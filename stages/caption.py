@@ -14,6 +14,7 @@ from typing import Any, Final
 from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
 from configs.common import hashed_settings
 from configs.errors import QualityError
+from configs.schema import ResizeConfig
 from stages.annotations import Answers
 from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
 from stages.backends.protocols import Answer, Kind
@@ -108,7 +109,8 @@ class CaptionStage(BackendStage):
 
     Reasons of failure: `bad_input` (image, label map and main face don't fit together),
     `caption_failed` (the model server gave no usable response for this image), `empty_caption`,
-    and if answers are checked those of _REASONS.
+    and if answers are checked those of _REASONS. largest: short and long side of the run's largest
+    image, pixels.
     """
 
     name = "caption"
@@ -117,8 +119,14 @@ class CaptionStage(BackendStage):
     provides: tuple[str, ...] = ("caption", "face_caption")
     config: CaptionConfig
 
-    def __init__(self, config: CaptionConfig, weights: Weights) -> None:
+    def __init__(
+        self,
+        config: CaptionConfig,
+        weights: Weights,
+        largest: tuple[int, int] = ResizeConfig().largest,
+    ) -> None:
         super().__init__(config, weights)
+        self._largest = largest
         if self._checks:
             self.provides, self.annotation = (*self.provides, Answers.name), Answers
         self._first = _FirstCaptions(config.max_useless)
@@ -150,6 +158,18 @@ class CaptionStage(BackendStage):
     @property
     def _captioner(self) -> Any:
         return backend_class(self.name, self.config.backend)
+
+    def preflight(self) -> None:
+        """Raises PipelineError if the captioner has a check that fails, such as of its servers."""
+        check_captioner = getattr(self._captioner, "preflight", None)
+        if check_captioner is not None:
+            check_captioner(self.backend_config, self._largest)
+
+    def setup(self) -> None:
+        super().setup()
+        prepare = getattr(self.backend, "prepare", None)
+        if prepare is not None:
+            prepare(self._largest, _is_useless if self._checks else None)
 
     def process(self, records: list[Record]) -> list[Record]:
         captioned: list[Record] = []
@@ -208,6 +228,10 @@ class CaptionStage(BackendStage):
             else _annotated(record, drafts[i], self.backend_config.face_view_below)
             for i, record in enumerate(records)
         ]
+
+
+def _is_useless(answer: Answer) -> bool:
+    return bool(mended(answer).fatal)
 
 
 def _useless(kind: int, draft: _Draft) -> Failed:

@@ -56,6 +56,11 @@ class Captioner(Protocol):
     a shard states what was counted for the shard. If `config.check_answers` exists and is true, the
     captioner also is a Prompted one.
 
+    It may have two more methods, which take the sides of the run's largest image in pixels:
+    `prepare(largest, is_useless)`, called before `caption`, with the test for answers that
+    need a second try (None: no answer does); and the static `preflight(config, largest)`,
+    called before a run, which raises PipelineError if the captioner can't work.
+
     independent: whether the captions of a record can't depend on the others of its call.
     """
 

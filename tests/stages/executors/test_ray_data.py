@@ -132,9 +132,9 @@ def test_captions_equal_those_of_inline_and_a_server_that_then_refuses_the_key_e
 
     def decide(request: Request) -> Reply:
         """Answers for two photos, which are one shard; refuses when that is committed."""
-        if len(answered) < 2:
+        if len(answered) < 2 and not request.is_plain:
             answered.add(request.jpeg)
-        if request.jpeg in answered:
+        if request.jpeg in answered or not answered:
             return completion(request)
         for _ in range(600):
             if list((tmp_path / "ray" / "shards").glob("*.json")):
