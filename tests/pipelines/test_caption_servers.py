@@ -36,10 +36,11 @@ from tests.stages.tiny_llava import make_checkpoint
 pytestmark = pytest.mark.slow
 
 PROGRAM = """\
-import http.server, subprocess, sys
+import http.server, subprocess, sys, time
 
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        time.sleep(0.5 * (model == "slow"))
         self.send_response(200)
         self.end_headers()
 
@@ -150,7 +151,7 @@ def test_a_server_keeps_its_url_when_it_hangs_and_when_its_actor_is_killed(
     connected: None, program: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    with ServerFleet(spec_of(program, count=2, silent_limit=2.5)) as fleet:
+    with ServerFleet(spec_of(program, "slow", count=2, silent_limit=2.5)) as fleet:
         become_ready(fleet)
         urls = fleet.base_urls
         time.sleep(4)  # as if this process were stopped for a while: the servers aren't silent

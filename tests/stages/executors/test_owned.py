@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,11 @@ def runs(pid: int) -> bool:
         return False
 
 
+def members(group: int) -> set[int]:
+    """Returns the processes of a process group."""
+    return {pid for pid in psutil.pids() if runs(pid) and os.getpgid(pid) == group}
+
+
 def test_it_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     output = tmp_path / "pids"
     script = (
@@ -50,6 +56,8 @@ def test_end_kills_what_ignores_sigterm_and_what_the_command_has_started(tmp_pat
         process = OwnedProcess(["sh", "-c", STUBBORN], output=output)
     pids = pids_in(tmp_path / "pids")
     assert process.poll() is None and pids[0] == process.pid
+    (watcher,) = members(process.pid) - set(pids)
+    os.kill(watcher, signal.SIGKILL)  # `end` doesn't need it
     assert process.end(grace=0.1) == -signal.SIGKILL
     wait_until(lambda: not any(runs(pid) for pid in pids))
     assert process.end(grace=0.1) == -signal.SIGKILL, "the second call does nothing"
