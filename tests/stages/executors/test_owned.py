@@ -14,7 +14,7 @@ from stages.executors.owned import OwnedProcess
 from tests.pipelines.fleet import wait_until
 
 # ignores SIGTERM, as its child does
-STUBBORN = "trap '' TERM; sleep 1000 & echo $$ $!; wait; wait"
+STUBBORN = "trap '' TERM; sleep 60 & echo $$ $!; wait; wait"
 
 
 def pids_in(path: Path) -> list[int]:
@@ -65,7 +65,7 @@ def test_end_kills_what_ignores_sigterm_and_what_the_command_has_started(tmp_pat
 
 def test_what_a_finished_command_has_started_ends_too(tmp_path: Path) -> None:
     with (tmp_path / "pids").open("wb") as output:
-        process = OwnedProcess(["sh", "-c", "sleep 1000 & echo $!; exit 4"], output=output)
+        process = OwnedProcess(["sh", "-c", "sleep 60 & echo $!; exit 4"], output=output)
     pids = pids_in(tmp_path / "pids")
     wait_until(lambda: process.poll() is not None)
     assert process.end(grace=10) == 4

@@ -51,7 +51,7 @@ model, host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("serve", "-
 print("\\x1b[31mloading", model, flush=True)
 if model == "broken":
     sys.exit("no such model")
-subprocess.Popen(["sleep", "1000.5" + port])  # as vLLM has a process for the GPU
+subprocess.Popen(["sleep", "300.5" + port])  # as vLLM has a process for the GPU
 http.server.HTTPServer((host, int(port)), Health).serve_forever()
 """
 
@@ -261,7 +261,7 @@ def server_at(url: str) -> psutil.Process:
 
 def helpers_of(urls: list[str]) -> list[psutil.Process]:
     """Returns the processes that the servers have started."""
-    return [process for url in urls for process in mentioning(f"sleep 1000.5{port_of(url)}")]
+    return [process for url in urls for process in mentioning(f"sleep 300.5{port_of(url)}")]
 
 
 def port_of(url: str) -> str:
