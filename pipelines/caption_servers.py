@@ -131,10 +131,13 @@ def run_caption_servers(
             return 128 + signals.number
         values = {"{base_url}": ",".join(fleet.base_urls), "{model}": settings.served_model}
         address = existing_address(settings.ray) or cluster_address()
-        announce(
-            f"caption.backend=openai caption.openai.model={values['{model}']} "
-            f"caption.openai.base_url={values['{base_url}']} ray.address={address}"
-        )
+        run_settings = {
+            "caption.backend": "openai",
+            "caption.openai.model": values["{model}"],
+            "caption.openai.base_url": values["{base_url}"],
+            "ray.address": address,
+        }
+        announce(shlex.join(f"{name}={value}" for name, value in run_settings.items()))
         if not command:
             while not signals.number:
                 fleet.tick()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ class Fleet:
     @property
     def settings(self) -> dict[str, str]:
         """The settings that the command has printed, for a run that uses the servers."""
-        return dict(setting.split("=", 1) for setting in self.line.split())
+        return dict(setting.split("=", 1) for setting in shlex.split(self.line))
 
     @property
     def base_urls(self) -> list[str]:
