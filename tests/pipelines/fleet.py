@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -21,17 +21,23 @@ from tests.pipelines.helpers import restore_sigint
 TRANSFORMERS: Final = ("--engine", "transformers", "--server-args", "--dtype float32")
 
 
-@dataclass(frozen=True)
 class Fleet:
-    """The command, after it has printed `line`. errors: what it writes to standard error."""
+    """The command, which may still be starting. errors: what it writes to standard error."""
 
-    process: subprocess.Popen[str]
-    line: str
-    errors: Path
+    def __init__(self, process: subprocess.Popen[str], errors: Path) -> None:
+        self.process, self.errors = process, errors
+
+    @cached_property
+    def line(self) -> str:
+        """What the command prints when all servers are ready: settings for a run. Waits for it."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()  # the command has a time limit for each server
+        assert line, self.errors.read_text()
+        return line
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings that the command has printed, for a run that uses the servers."""
+        """Name → value of each setting in `line`."""
         return dict(setting.split("=", 1) for setting in shlex.split(self.line))
 
     @property
@@ -40,6 +46,7 @@ class Fleet:
 
     def processes(self) -> dict[str, int]:
         """Returns base URL → the process that was started last for it."""
+        assert self.line
         log = self.errors.read_text()
         started = dict(re.findall(r"(server \d+) of \d+: process (\d+) on", log))
         ready = dict(re.findall(r"(server \d+) of \d+: ready after .* s, (\S+)", log))
@@ -52,7 +59,7 @@ class Fleet:
 
 @contextmanager
 def caption_servers(model: Path | str, errors: Path, *arguments: str) -> Iterator[Fleet]:
-    """Starts two servers with the command, and waits until they are ready.
+    """Starts two servers with the command, and doesn't wait until they are ready.
 
     errors: a file for standard error. arguments: of the command.
     """
@@ -68,10 +75,7 @@ def caption_servers(model: Path | str, errors: Path, *arguments: str) -> Iterato
             preexec_fn=restore_sigint,
         )
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()  # the command has a time limit for each server
-        assert line, errors.read_text()
-        yield Fleet(process, line, errors)
+        yield Fleet(process, errors)
     finally:
         process.terminate()
         process.communicate(timeout=60)

@@ -70,11 +70,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("llava"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def fleet(
     cluster: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    """Two servers with the checkpoint."""
+    """Two servers with the checkpoint. They start while the first tests run."""
     errors = tmp_path_factory.mktemp("fleet") / "errors.txt"
     with caption_servers(checkpoint, errors, *TRANSFORMERS, f"ray.address={cluster}") as started:
         yield started
@@ -116,37 +116,6 @@ def ask(base_url: str, checkpoint: Path) -> tuple[str, str]:
     return texts
 
 
-def test_both_servers_answer_and_their_urls_are_printed(fleet: Fleet, checkpoint: Path) -> None:
-    assert fleet.settings["caption.backend"] == "openai"
-    assert fleet.settings["caption.openai.model"] == str(checkpoint)
-    first, second = fleet.base_urls
-    assert first != second
-    captions = ask(first, checkpoint)
-    assert all(captions) and ask(second, checkpoint) == captions
-
-
-def test_a_run_beside_the_servers_plans_with_what_they_leave(fleet: Fleet, connected: None) -> None:
-    (node,) = list_nodes()
-    assert node.cpus == pytest.approx(2 - 2 * 0.1)
-
-
-def test_a_killed_server_is_started_again_at_its_url(fleet: Fleet, checkpoint: Path) -> None:
-    url, killed = next(iter(fleet.processes().items()))
-    captions = ask(url, checkpoint)
-    os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: fleet.starts(url) == 2)
-    assert "it ended with signal 9" in fleet.errors.read_text()
-    assert fleet.processes()[url] != killed and not psutil.pid_exists(killed)
-    assert ask(url, checkpoint) == captions
-
-
-def test_sigterm_ends_all_servers(fleet: Fleet, checkpoint: Path) -> None:
-    assert len(mentioning(checkpoint)) >= 3, "the command and two servers"
-    fleet.process.terminate()
-    assert fleet.process.wait(timeout=60) == 0
-    assert not mentioning(checkpoint)
-
-
 def test_a_server_keeps_its_url_when_it_hangs_and_when_its_actor_is_killed(
     connected: None, program: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,20 +140,6 @@ def test_a_server_keeps_its_url_when_it_hangs_and_when_its_actor_is_killed(
         assert {server_at(url) for url in urls}.isdisjoint({hangs, loses_its_actor})
         assert len(mentioning(program)) == 2
     assert not mentioning(program) and not helpers_of(urls)
-
-
-def test_a_server_that_cannot_start_is_an_error_with_the_end_of_its_log(
-    connected: None, program: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with (
-        pytest.raises(ServerError, match="exit status 1 3 times in a row") as raised,
-        ServerFleet(spec_of(program, "broken")) as fleet,
-    ):
-        become_ready(fleet)
-    log = program.with_name("server-1.log")
-    assert str(raised.value).endswith(f"log, {log}:\nloading broken\nno such model")
-    assert "again in 1 s" in caplog.text and "again in 2 s" in caplog.text
-    assert [node.cpus for node in list_nodes()] == [2], "nothing is reserved any more"
 
 
 def test_without_vllm_the_command_says_what_to_install(cluster: str, connected: None) -> None:
@@ -236,6 +191,52 @@ def test_gpus_are_shared_equally(tmp_path: Path) -> None:
     assert (more.count, more.gpus, list(more.arguments[-2:])) == (3, 1, ["--a", "b c"])
     with pytest.raises(ConfigError, match="--gpus 3 --servers 2"):
         CaptionServers(model="m", gpus=3, servers=2)
+
+
+def test_both_servers_answer_and_their_urls_are_printed(fleet: Fleet, checkpoint: Path) -> None:
+    assert fleet.settings["caption.backend"] == "openai"
+    assert fleet.settings["caption.openai.model"] == str(checkpoint)
+    first, second = fleet.base_urls
+    assert first != second
+    captions = ask(first, checkpoint)
+    assert all(captions) and ask(second, checkpoint) == captions
+
+
+def test_a_run_beside_the_servers_plans_with_what_they_leave(fleet: Fleet, connected: None) -> None:
+    (node,) = list_nodes()
+    assert node.cpus == pytest.approx(2 - 2 * 0.1)
+
+
+def test_a_server_that_cannot_start_is_an_error_with_the_end_of_its_log(
+    fleet: Fleet, connected: None, program: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fleet.base_urls
+    with (
+        pytest.raises(ServerError, match="exit status 1 3 times in a row") as raised,
+        ServerFleet(spec_of(program, "broken")) as broken,
+    ):
+        become_ready(broken)
+    log = program.with_name("server-1.log")
+    assert str(raised.value).endswith(f"log, {log}:\nloading broken\nno such model")
+    assert "again in 1 s" in caplog.text and "again in 2 s" in caplog.text
+    assert [node.cpus for node in list_nodes()] == [pytest.approx(1.8)], "as before"
+
+
+def test_a_killed_server_is_started_again_at_its_url(fleet: Fleet, checkpoint: Path) -> None:
+    url, killed = next(iter(fleet.processes().items()))
+    captions = ask(url, checkpoint)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: fleet.starts(url) == 2)
+    assert "it ended with signal 9" in fleet.errors.read_text()
+    assert fleet.processes()[url] != killed and not psutil.pid_exists(killed)
+    assert ask(url, checkpoint) == captions
+
+
+def test_sigterm_ends_all_servers(fleet: Fleet, checkpoint: Path) -> None:
+    assert len(mentioning(checkpoint)) >= 3, "the command and two servers"
+    fleet.process.terminate()
+    assert fleet.process.wait(timeout=60) == 0
+    assert not mentioning(checkpoint)
 
 
 def command_of(cluster: str, program: Path, *command: str) -> list[str]:
