@@ -44,8 +44,8 @@ class CaptionServers:
     gpus: of all servers together, the same number for each. servers: 0: one for each GPU, or one.
     program: of the engine, a path or a name; "": the engine's name. port: of the first server; 0:
     free ones. server_args: more arguments of the program, as in a shell. logs: a folder; "": a
-    temporary one. start_limit: seconds until a server must be ready. Raises ConfigError for numbers
-    that don't fit together.
+    temporary one. start_limit: seconds until a server must be ready. Raises ConfigError for an
+    empty model, and for numbers that don't fit together.
     """
 
     model: str
@@ -61,6 +61,11 @@ class CaptionServers:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError(
+                "--model (MODEL= of make) is empty: expected a hub id, such as "
+                "llava-hf/llava-1.5-7b-hf, or a folder."
+            )
         if self.gpus % self.count:
             raise ConfigError(
                 f"--gpus {self.gpus} --servers {self.servers}: expected a number of GPUs that the "

@@ -181,7 +181,7 @@ def test_sigkill_to_the_command_leaves_no_server(program: Path, tmp_path: Path) 
         wait_until(lambda: not mentioning(program) and not helpers_of(fleet.base_urls), 30)
 
 
-def test_gpus_are_shared_equally(tmp_path: Path) -> None:
+def test_gpus_are_shared_equally_and_a_model_must_be_given(tmp_path: Path) -> None:
     settings = CaptionServers(model="some/model", gpus=8, servers=2, logs=str(tmp_path))
     spec = settings.spec()
     assert (spec.count, spec.gpus) == (2, 4)
@@ -191,6 +191,8 @@ def test_gpus_are_shared_equally(tmp_path: Path) -> None:
     assert (more.count, more.gpus, list(more.arguments[-2:])) == (3, 1, ["--a", "b c"])
     with pytest.raises(ConfigError, match="--gpus 3 --servers 2"):
         CaptionServers(model="m", gpus=3, servers=2)
+    with pytest.raises(ConfigError, match="MODEL= of make"):
+        CaptionServers(model="")
 
 
 def test_both_servers_answer_and_their_urls_are_printed(fleet: Fleet, checkpoint: Path) -> None:
