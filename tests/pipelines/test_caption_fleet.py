@@ -142,8 +142,11 @@ def test_a_server_keeps_its_url_when_it_hangs_and_when_its_actor_is_killed(
     assert not mentioning(program) and not helpers_of(urls)
 
 
-def test_without_vllm_the_command_says_what_to_install(cluster: str, connected: None) -> None:
-    command = ["caption-servers", "--model", "some/model", f"ray.address={cluster}"]
+def test_without_vllm_the_command_says_what_to_install(
+    cluster: str, connected: None, tmp_path: Path
+) -> None:
+    options = ["--model", "some/model", "--logs", str(tmp_path)]
+    command = ["caption-servers", *options, f"ray.address={cluster}"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert "vllm is missing" in result.stderr and "pip install vllm" in result.stderr
