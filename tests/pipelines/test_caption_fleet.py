@@ -5,11 +5,15 @@ health checks, on a real Ray cluster.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,12 +26,14 @@ from configs.errors import ConfigError, ServerError
 from configs.schema import RayConfig
 from pipelines.caption_servers import CaptionServers
 from pipelines.cli import app
+from pipelines.ledger import read_ledger
 from stages.backends.openai import OpenAICaptioner
 from stages.codec import encode_jpeg
 from stages.executors.cluster import list_nodes, ray_cluster
 from stages.executors.fleet import ServerFleet
 from stages.executors.server_actor import ServerSpec
 from stages.record import Record
+from stages.storage.store import Store
 from tests.chaos.cluster import TOKEN, Cluster
 from tests.pipelines.fleet import TRANSFORMERS, Fleet, caption_servers, mentioning, wait_until
 from tests.stages.records import texts_of
@@ -237,11 +243,42 @@ def test_a_killed_server_is_started_again_at_its_url(fleet: Fleet, checkpoint: P
     assert ask(url, checkpoint) == captions
 
 
+def test_a_run_goes_on_when_one_of_its_servers_is_killed(
+    fleet: Fleet, data: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(data, tmp_path / "out"))
+    url, killed = next(iter(fleet.processes().items()))
+    starts, manifests = fleet.starts(url), sorted(output.glob("shards/*.json"))
+    before = [contents(manifest) for manifest in manifests]
+    # random weights write no sentences
+    more = ("check_answers=false", "max_new_tokens=8", "concurrency=4", "tries=1")
+    overrides = [*shlex.split(fleet.line), *(f"caption.openai.{setting}" for setting in more)]
+    overrides += [f"output={output}", "executor=inline", "review.max_untrainable=1"]
+    command = [sys.executable, "-m", "pipelines.cli", "run", "-c", str(output / "config.yaml")]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen([*command, *overrides], stdout=log, stderr=log)
+    wait_until(lambda: contents(manifests[0]) not in (b"", before[0]))
+    assert run.poll() is None
+    os.kill(killed, signal.SIGKILL)  # of three shards, one is captioned
+    assert run.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    ledger = read_ledger(Store(str(output)))
+    assert ledger.written == 8 and not ledger.failed
+    assert all(contents(m) != old for m, old in zip(manifests, before, strict=True))
+    wait_until(lambda: fleet.starts(url) == starts + 1)
+
+
 def test_sigterm_ends_all_servers(fleet: Fleet, checkpoint: Path) -> None:
     assert len(mentioning(checkpoint)) >= 3, "the command and two servers"
     fleet.process.terminate()
     assert fleet.process.wait(timeout=60) == 0
     assert not mentioning(checkpoint)
+
+
+def contents(path: Path) -> bytes:
+    """Returns a file's bytes; none while a run replaces it."""
+    with suppress(FileNotFoundError):
+        return path.read_bytes()
+    return b""
 
 
 def command_of(cluster: str, program: Path, *command: str) -> list[str]:
