@@ -148,8 +148,9 @@ def _picture(servers: Servers) -> str:
 def _how_to_fit(needed: int) -> str:
     start = f"--max-model-len {needed} or more" if needed else "a larger --max-model-len"
     return (
-        f"Start it with {start} (SGLang: --context-length), or lower resize.size, "
-        "resize.max_aspect or caption.openai.max_new_tokens."
+        f"Start it with {start} (SGLang: --context-length), set caption.openai.pad_to_square=false "
+        "if the model sees the whole picture anyway, or lower resize.size, resize.max_aspect or "
+        "caption.openai.max_new_tokens."
     )
 
 
