@@ -34,7 +34,7 @@ from stages.executors.fleet import ServerFleet
 from stages.executors.server_actor import ServerSpec
 from stages.record import Record
 from stages.storage.store import Store
-from tests.chaos.cluster import TOKEN, Cluster
+from tests.chaos.cluster import Cluster
 from tests.pipelines.fleet import TRANSFORMERS, Fleet, caption_servers, mentioning, wait_until
 from tests.stages.records import texts_of
 from tests.stages.tiny_llava import make_checkpoint
@@ -65,9 +65,7 @@ http.server.HTTPServer((host, int(port)), Health).serve_forever()
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster of one node, whose address is a loopback one."""
-    with pytest.MonkeyPatch.context() as patch, Cluster(1) as nodes:
-        for name, value in TOKEN.items():
-            patch.setenv(name, value)
+    with Cluster(1) as nodes:
         yield nodes.address
 
 
