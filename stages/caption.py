@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
+from configs.captions import FACE_PROMPT, PROMPT, CaptionConfig
 from configs.common import hashed_settings
 from stages.annotations import Answers
 from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
@@ -28,7 +28,7 @@ _HASHED_IN_0_1: Final = {
     "model": "",
     "prompt": PROMPT,
     "face_prompt": FACE_PROMPT,
-    "max_new_tokens": MAX_NEW_TOKENS,
+    "max_new_tokens": 512,
     "dtype": "float32",
     "quantize": "none",
 }

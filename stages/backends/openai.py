@@ -48,6 +48,14 @@ class Fault(NamedTuple):
     text: str
 
 
+class _Question(NamedTuple):
+    """An image, a prompt, and the most tokens of the answer."""
+
+    jpeg: bytes
+    prompt: str
+    most: int
+
+
 class OpenAICaptioner:
     """A captioner that asks `config.model` on the server at `config.base_url`. The key is read from
     the environment variable `config.api_key_env`.
@@ -93,7 +101,13 @@ class OpenAICaptioner:
         ServerError if the server doesn't process a plain test image either.
         """
         prompts = (self.config.prompt, self.config.face_prompt)
-        answers = self._run([(record.image, prompt) for record in records for prompt in prompts])
+        answers = self._run(
+            [
+                _Question(record.image, prompt, count)
+                for record in records
+                for prompt, count in zip(prompts, self._most, strict=True)
+            ]
+        )
         return [_pair(*pair) for pair in zip(answers[::2], answers[1::2], strict=True)]
 
     def retry(
@@ -103,50 +117,58 @@ class OpenAICaptioner:
         `caption`.
         """
         prompts = (self.config.retry_prompt, self.config.face_retry_prompt)
-        questions = [(r.image, prompts[kind]) for r, kind in zip(records, kinds, strict=True)]
+        questions = [
+            _Question(record.image, prompts[kind], self._most[kind])
+            for record, kind in zip(records, kinds, strict=True)
+        ]
         answers = self._run(questions)
         return [_failed(a) if isinstance(a, Fault) else a for a in answers]
 
-    def _run(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:
-        """Returns the answers to questions (JPEG, prompt), in order."""
+    @property
+    def _most(self) -> tuple[int, int]:
+        """The most tokens of both captions."""
+        return (self.config.max_new_tokens, self.config.face_max_new_tokens)
+
+    def _run(self, questions: Sequence[_Question]) -> list[Answer | Fault]:
+        """Returns the answers, in order."""
         return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
 
-    async def _answers(self, questions: Sequence[tuple[bytes, str]]) -> list[Answer | Fault]:
+    async def _answers(self, questions: Sequence[_Question]) -> list[Answer | Fault]:
         slots = asyncio.Semaphore(self.config.concurrency)
-        tasks = [asyncio.create_task(self._ask(*question, slots)) for question in questions]
+        tasks = [asyncio.create_task(self._ask(question, slots)) for question in questions]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()  # after a ServerError, the other requests are pointless
 
-    async def _ask(self, jpeg: bytes, prompt: str, slots: asyncio.Semaphore) -> Answer | Fault:
+    async def _ask(self, question: _Question, slots: asyncio.Semaphore) -> Answer | Fault:
         """Returns the answer, or why this request failed. Raises ServerError if the request fails
         with a plain test image too.
         """
         async with slots:
-            answer = await self._request(jpeg, prompt)
+            answer = await self._request(question)
             if isinstance(answer, Fault):
-                test = await self._request(_test_image(), prompt)
+                test = await self._request(question._replace(jpeg=_test_image()))
                 if isinstance(test, Fault):
                     raise ServerError(self._error_message(test))
             return answer
 
-    async def _request(self, jpeg: bytes, prompt: str) -> Answer | Fault:
+    async def _request(self, question: _Question) -> Answer | Fault:
         """Sends one request, with retries. Returns the answer, or why all attempts failed."""
         from openai import APIStatusError, OpenAIError
 
-        url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+        url = "data:image/jpeg;base64," + base64.b64encode(question.jpeg).decode()
         content = [
             {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": prompt},
+            {"type": "text", "text": question.prompt},
         ]
         messages: Any = [{"role": "user", "content": content}]
         try:
             response = await self._client.chat.completions.create(
                 model=self.config.model,
                 messages=messages,
-                max_tokens=self.config.max_new_tokens,
+                max_tokens=question.most,
                 temperature=0,
                 # `transformers serve` would use the checkpoint's setting without it
                 frequency_penalty=0,

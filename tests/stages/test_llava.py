@@ -52,6 +52,7 @@ def records() -> list[Record]:
 
 def config_of(model: Path | str, **changes: Any) -> LlavaConfig:
     settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, **changes}
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return LlavaConfig(model=str(model), **settings)
 
 

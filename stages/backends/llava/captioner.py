@@ -11,20 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs.captions import LlavaConfig
+from configs.errors import ConfigError
 from stages.backends.llava import checkpoint
+from stages.backends.llava.batches import MOST_TIMES, Batches, is_out_of_memory
 from stages.backends.llava.decoding import Decoder
 from stages.backends.llava.loading import load
+from stages.backends.llava.tiles import use_one_tile
 from stages.backends.protocols import Answer, Kind
 from stages.backends.runtime import torch_device
-from stages.codec import decode_jpeg
+from stages.codec import decode_jpeg, jpeg_size
 from stages.record import Record
 
 if TYPE_CHECKING:
     from stages.backends.weights import Weights
 
+Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
-_BATCHES = 4  # batches of one call: their images are sorted by length
+# Batches of one call: their images are sorted by length. On a GPU there are as many of the largest
+# batches, so that the inputs of one are prepared while the model works on the other.
+_BATCHES = 4
+_LARGEST_BATCHES = 2
 
 
 class Llava:
@@ -36,10 +43,16 @@ class Llava:
 
     def __init__(self, config: LlavaConfig, weights: Weights | None = None) -> None:
         self.config = config
-        self.decoder = Decoder(*load(config, torch_device(config.device)), config.model)
+        device = torch_device(config.device)
+        processor, model = load(config, device)
+        if config.tiles == "one":
+            use_one_tile(processor, model)
+        self.decoder = Decoder(processor, model, config.model)
+        self.batches = Batches(device, config.memory_share)
         template = self.decoder.templated
         self.prompts = (template(config.prompt), template(config.face_prompt))
         self.retry_prompts = (template(config.retry_prompt), template(config.face_retry_prompt))
+        self.most = (config.max_new_tokens, config.face_max_new_tokens)
 
     @staticmethod
     def digests(config: LlavaConfig) -> Mapping[str, str]:
@@ -51,21 +64,28 @@ class Llava:
     @staticmethod
     def window(config: LlavaConfig, batch_size: int) -> int:
         """Returns the size of several batches, so that images can be sorted by length."""
+        if config.memory_share > 0 and torch_device(config.device).startswith("cuda"):
+            return batch_size * MOST_TIMES * _LARGEST_BATCHES
         return batch_size * _BATCHES if batch_size > 1 else 1
 
     def caption(
         self, records: Sequence[Record], batch_size: int = 1
     ) -> list[tuple[Answer, Answer]]:
         """Returns the answers to both prompts for each record. The model gets `batch_size` images
-        at a time, longest first.
+        at a time, longest first; less where that doesn't fit into memory, and up to eight times as
+        many on a GPU that has room for them. Raises ConfigError if one image doesn't fit.
         """
 
-        def answer(_: Sequence[int], images: Sequence[Any]) -> list[tuple[Answer, Answer]]:
-            inputs, tails = self.decoder.prefix(images, self.prompts)
-            answers = self.decoder.generate(inputs, tails, self.config.max_new_tokens)
+        def prepare(batch: Sequence[int]) -> tuple[Any, list[list[int]]]:
+            images = [decode_jpeg(records[index].image) for index in batch]
+            return self.decoder.prefix(images, self.prompts)
+
+        def answer(prepared: tuple[Any, list[list[int]]]) -> list[tuple[Answer, Answer]]:
+            inputs, tails = prepared
+            answers = self.decoder.generate(inputs, tails, self.most * (len(tails) // 2))
             return list(zip(answers[::2], answers[1::2], strict=True))
 
-        return self._in_batches(records, batch_size, answer)
+        return self._in_batches(records, batch_size, prepare, answer)
 
     def retry(
         self, records: Sequence[Record], kinds: Sequence[Kind], batch_size: int = 1
@@ -74,44 +94,65 @@ class Llava:
         `caption`.
         """
 
-        def answer(batch: Sequence[int], images: Sequence[Any]) -> list[Answer]:
+        def prepare(batch: Sequence[int]) -> tuple[Any, list[int]]:
+            images = [decode_jpeg(records[index].image) for index in batch]
             texts = [self.retry_prompts[kinds[index]] for index in batch]
-            return self.decoder.answer(images, texts, self.config.max_new_tokens)
+            return self.decoder.inputs(images, texts), [self.most[kinds[index]] for index in batch]
 
-        return self._in_batches(records, batch_size, answer)
+        def answer(prepared: tuple[Any, list[int]]) -> list[Answer]:
+            return self.decoder.answer(*prepared)
+
+        return self._in_batches(records, batch_size, prepare, answer)
 
     def _in_batches(
         self,
         records: Sequence[Record],
         batch_size: int,
-        answer: Callable[[Sequence[int], Sequence[Any]], list[Result]],
+        prepare: Callable[[Sequence[int]], Prepared],
+        answer: Callable[[Prepared], list[Result]],
     ) -> list[Result]:
-        """Returns what `answer` gives for each record. It gets the indices and the images of
-        `batch_size` records at a time, longest first.
+        """Returns what `answer` gives for each record. `prepare` gets the indices of the records of
+        a batch; batches are made of the longest first.
         """
         import torch
 
-        images = [decode_jpeg(record.image) for record in records]
-        lengths = self._image_tokens(images)
-        order = sorted(
-            range(len(images)), key=lambda index: (-lengths[index], images[index].shape[:2], index)
+        def prepared(batch: Sequence[int]) -> Prepared:
+            try:
+                return prepare(batch)
+            except Exception as error:
+                error.add_note(f"inputs {', '.join(records[index].source for index in batch)}")
+                raise
+
+        sizes = [jpeg_size(record.image) for record in records]
+        lengths = self._image_tokens(sizes)
+        order = sorted(range(len(sizes)), key=lambda index: (-lengths[index], sizes[index], index))
+        try:
+            with torch.inference_mode():
+                results = self.batches.run(order, batch_size, prepared, answer)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(self._no_memory(error)) from error
+        return [results[index] for index in range(len(sizes))]
+
+    def _no_memory(self, error: Exception) -> str:
+        config, device = self.config, self.decoder.model.device
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return (
+            f"caption.llava.model={config.model!r}: not even one image fits into the memory of "
+            f"{device} beside the model (batch size 1): {reason} Choose a smaller "
+            f"model, caption.llava.dtype={config.dtype} → bfloat16 or float16, "
+            "caption.llava.quantize=4bit or caption.llava.tiles=one, lower "
+            f"caption.llava.face_max_new_tokens={config.face_max_new_tokens}, or give the stage "
+            "more of the device (caption.placement.gpus)."
         )
-        results: dict[int, Result] = {}
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                answers = answer(batch, [images[index] for index in batch])
-                results |= zip(batch, answers, strict=True)
-        return [results[index] for index in range(len(images))]
 
-    def _image_tokens(self, images: Sequence[Any]) -> list[int]:
-        """Returns the number of tokens of each image. The other parts of a prompt have equal
-        lengths.
+    def _image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Returns the number of tokens of images of these sizes (height, width). The other parts of
+        a prompt have equal lengths.
 
-        It depends on the image's size only. All processors of transformers have this method, which
-        serving engines use.
+        All processors of transformers have this method, which serving engines use.
         """
-        sizes = [image.shape[:2] for image in images]
         counts: list[int] = self.decoder.processor._get_num_multimodal_tokens(
             image_sizes=sizes
         ).num_image_tokens

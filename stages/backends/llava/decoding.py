@@ -6,6 +6,7 @@ once and uses its key-value cache for both.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class Decoder:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
+        # a copy, since a fast tokenizer can't encode in one thread while another one decodes
+        self._decoding: Any = copy.deepcopy(self.tokenizer)
 
     def templated(self, prompt: str) -> str:
         if not self.processor.chat_template:
@@ -59,20 +62,15 @@ class Decoder:
             for name, value in inputs.items()
         }
 
-    def answer(
-        self, images: Sequence[Any], texts: Sequence[str], max_new_tokens: int
-    ) -> list[Answer]:
-        """Returns the answer to the templated prompt of each image."""
-        inputs = self.moved(self.inputs(images, texts))
-        greedy = self.greedy(max_new_tokens)
-        tokens = self.model.generate(**inputs, generation_config=greedy).sequences
-        return self.answers(tokens[:, inputs["input_ids"].shape[1] :])
+    def answer(self, inputs: Any, most: Sequence[int]) -> list[Answer]:
+        """Returns the answer of each row of the model inputs. most: the most tokens of each."""
+        inputs = self.moved(inputs)
+        return self._continued(inputs["input_ids"].shape[1], most, inputs)
 
-    def prefix(
-        self, images: Sequence[Any], prompts: Sequence[str]
-    ) -> tuple[dict[str, Any], list[list[int]]]:
+    def prefix(self, images: Sequence[Any], prompts: Sequence[str]) -> tuple[Any, list[list[int]]]:
         """Returns the model inputs of the prefix that both prompts share (B rows), and the token
-        ids that follow it (2·B lists: first and second prompt of each image).
+        ids that follow it (2·B lists: first and second prompt of each image). `generate` takes
+        both; this may run in another thread.
 
         Raises WeightsError if the template puts the image behind the prompt: then the prompts share
         no prefix with the image in it.
@@ -105,16 +103,15 @@ class Decoder:
         for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
             if name in inputs:
                 inputs[name] = inputs[name][:, :-cut]
-        return self.moved(inputs), tails
+        return inputs, tails
 
-    def generate(
-        self, inputs: dict[str, Any], tails: list[list[int]], max_new_tokens: int
-    ) -> list[Answer]:
+    def generate(self, inputs: Any, tails: list[list[int]], most: Sequence[int]) -> list[Answer]:
         """Processes the prefixes once, then continues each with its two tails. Returns 2·B answers:
-        to the first and the second prompt of each image.
+        to the first and the second prompt of each image. most: the most tokens of each.
         """
         import torch
 
+        inputs = self.moved(inputs)
         # `generate` processes the prefix, so that each model sets the positions in its own way
         greedy = self.greedy(max_new_tokens=1)
         cache = self.model.generate(**inputs, generation_config=greedy).past_key_values
@@ -127,26 +124,36 @@ class Decoder:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         ids = torch.cat([ids.repeat_interleave(2, dim=0), padded["input_ids"]], dim=1)
         mask = torch.cat([mask.repeat_interleave(2, dim=0), padded["attention_mask"]], dim=1)
-        tokens = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=self.greedy(max_new_tokens=max_new_tokens),
-        ).sequences
-        return self.answers(tokens[:, ids.shape[1] :])
+        continued = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        return self._continued(ids.shape[1], most, continued)
 
-    def answers(self, tokens: Any) -> list[Answer]:
-        """Returns the answers of generated tokens (rows, T). A row without an end-of-text token was
-        ended by the limit.
+    def _continued(self, start: int, most: Sequence[int], inputs: dict[str, Any]) -> list[Answer]:
+        """Returns the answer of each row, whose generated tokens begin at `start`. A row ends at
+        its own number of tokens.
         """
         import torch
 
-        ends = torch.tensor(self._end_tokens(), device=tokens.device)
-        ended = torch.isin(tokens, ends).any(dim=1).tolist()
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        limits = torch.tensor(most, device=self.model.device)
+
+        def ended(ids: Any, scores: Any, **others: Any) -> Any:
+            return limits <= ids.shape[1] - start
+
+        tokens = self.model.generate(
+            **inputs, generation_config=self.greedy(max(most)), stopping_criteria=[ended]
+        ).sequences
+        return self.answers(
+            [row[:count] for row, count in zip(tokens[:, start:].tolist(), most, strict=True)]
+        )
+
+    def answers(self, rows: Sequence[list[int]]) -> list[Answer]:
+        """Returns the answers of generated tokens. A row without an end-of-text token was ended by
+        its limit.
+        """
+        ends = {*self._end_tokens()}
+        texts = self._decoding.batch_decode(rows, skip_special_tokens=True)
         return [
-            Answer(text.strip(), "stop" if stopped else "length")
-            for text, stopped in zip(texts, ended, strict=True)
+            Answer(text.strip(), "length" if ends.isdisjoint(row) else "stop")
+            for text, row in zip(texts, rows, strict=True)
         ]
 
     def _end_tokens(self) -> list[int]:
