@@ -6,7 +6,6 @@ once and uses its key-value cache for both.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +25,6 @@ class Decoder:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
-        # a copy, since a fast tokenizer can't encode in one thread while another one decodes
-        self._decoding: Any = copy.deepcopy(self.tokenizer)
 
     def templated(self, prompt: str) -> str:
         if not self.processor.chat_template:
@@ -150,7 +147,7 @@ class Decoder:
         its limit.
         """
         ends = {*self._end_tokens()}
-        texts = self._decoding.batch_decode(rows, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
             Answer(text.strip(), "length" if ends.isdisjoint(row) else "stop")
             for text, row in zip(texts, rows, strict=True)
