@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import cv2
 import torch
 import typer
-from skimage.data import astronaut, cat, chelsea, coffee
+from skimage.data import astronaut, cat, coffee, rocket
 
 from bench.against import Cost, cost_of
 from configs.captions import FACE_MAX_NEW_TOKENS, MAX_NEW_TOKENS, LlavaConfig
@@ -76,7 +76,7 @@ def pictures(count: int) -> list[Record]:
     """Returns `count` different pictures of 512 × 512."""
     photographs = [
         cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-        for image in (astronaut(), cat(), chelsea(), coffee())
+        for image in (astronaut(), cat(), coffee(), rocket())
     ]
     images = [
         encode_jpeg(photographs[n % 4][:: (-1) ** (n // 4), :, :] // (1 + n // 8), 95)

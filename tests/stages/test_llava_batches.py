@@ -245,24 +245,56 @@ def test_an_error_while_inputs_are_prepared_names_the_records_and_ends_the_threa
     assert not [t for t in threading.enumerate() if t.name.startswith("preprocess")]
 
 
-def test_each_caption_ends_at_its_own_number_of_tokens(checkpoint: Path) -> None:
-    records = records_of(3)
-    few, many = (
-        Llava(config_of(checkpoint, max_new_tokens=count, face_max_new_tokens=count))
-        for count in (5, 12)
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
+def test_each_caption_ends_at_its_own_number_of_tokens(kind: Any, tmp_path: Path) -> None:
+    records, folder = records_of(4), make_checkpoint(tmp_path, kind)
+    few, many, mixed = (
+        Llava(config_of(folder, max_new_tokens=coarse, face_max_new_tokens=fine))
+        for coarse, fine in ((5, 5), (12, 12), (5, 12))
     )
-    mixed = Llava(config_of(checkpoint, max_new_tokens=5, face_max_new_tokens=12))
-    # rows that have ended are filled with this token, which must not count as their end
-    mixed.decoder.tokenizer.pad_token = mixed.decoder.tokenizer.eos_token
-    kinds: list[Kind] = [0, 1, 0]
+    # the third token of one face caption ends an answer; rows that have ended are filled with it
+    rows = recorded_rows(many)
+    many.caption(records[:1])
+    end = rows[1][2]
+    for backend in (few, many, mixed):
+        tokenizer = backend.decoder.tokenizer
+        backend.decoder.model.generation_config.eos_token_id = end
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    kinds: list[Kind] = [0, 1, 0, 1]
     short, long = few.caption(records), many.caption(records)
     tries = [few.retry(records, kinds), many.retry(records, kinds)]
-    assert all(a.text != b.text for a, b in zip(short[0], long[0], strict=True))
-    for batch in (1, 3):
+    assert {answer.finish for pair in long for answer in pair} == {"length", "stop"}
+    rows = recorded_rows(mixed)
+    for batch in (1, 4):
+        rows.clear()
         captions = mixed.caption(records, batch)
         assert captions == [(a[0], b[1]) for a, b in zip(short, long, strict=True)]
-        assert {answer.finish for pair in captions for answer in pair} == {"length"}
+        assert max(len(row) for row in rows[::2]) == 5 and max(len(row) for row in rows) == 12
         assert mixed.retry(records, kinds, batch) == [tries[k][n] for n, k in enumerate(kinds)]
+
+
+def recorded_rows(backend: Llava) -> list[list[int]]:
+    """Returns a list that gets the tokens of each later answer."""
+    rows: list[list[int]] = []
+    answers = backend.decoder.answers
+
+    def recording(tokens: Sequence[list[int]]) -> Any:
+        rows.extend(tokens)
+        return answers(tokens)
+
+    backend.decoder.answers = recording  # type: ignore[method-assign]
+    return rows
+
+
+def test_rows_that_have_ended_leave_the_batch(checkpoint: Path) -> None:
+    backend = Llava(config_of(checkpoint, max_new_tokens=3, face_max_new_tokens=7))
+    rows: list[int] = []
+    backend.decoder.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kw: rows.append(len(kw["inputs_embeds"])), with_kwargs=True
+    )
+    backend.caption(records_of(2), 2)
+    # prefix; the tails and two more tokens of both captions; four more of the face captions
+    assert rows == [2, 4, 4, 4, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])

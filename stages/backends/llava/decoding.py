@@ -61,8 +61,7 @@ class Decoder:
 
     def answer(self, inputs: Any, most: Sequence[int]) -> list[Answer]:
         """Returns the answer of each row of the model inputs. most: the most tokens of each."""
-        inputs = self.moved(inputs)
-        return self._continued(inputs["input_ids"].shape[1], most, inputs)
+        return self._continued(self.moved(inputs), most)
 
     def prefix(self, images: Sequence[Any], prompts: Sequence[str]) -> tuple[Any, list[list[int]]]:
         """Returns the model inputs of the prefix that both prompts share (B rows), and the token
@@ -113,44 +112,74 @@ class Decoder:
         greedy = self.greedy(max_new_tokens=1)
         cache = self.model.generate(**inputs, generation_config=greedy).past_key_values
         cache.batch_repeat_interleave(2)
-        language_model = getattr(self.model, "model", self.model)
-        # Qwen-VL: position offsets of images, one row for each sequence
-        if getattr(language_model, "rope_deltas", None) is not None:
-            language_model.rope_deltas = language_model.rope_deltas.repeat_interleave(2, dim=0)
+        rows = torch.arange(len(tails) // 2, device=self.model.device)
+        self._select_positions(rows.repeat_interleave(2))
         padded = self.tokenizer.pad({"input_ids": tails}, return_tensors="pt").to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         ids = torch.cat([ids.repeat_interleave(2, dim=0), padded["input_ids"]], dim=1)
         mask = torch.cat([mask.repeat_interleave(2, dim=0), padded["attention_mask"]], dim=1)
-        continued = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        return self._continued(ids.shape[1], most, continued)
+        return self._continued(
+            {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}, most
+        )
 
-    def _continued(self, start: int, most: Sequence[int], inputs: dict[str, Any]) -> list[Answer]:
-        """Returns the answer of each row, whose generated tokens begin at `start`. A row ends at
-        its own number of tokens.
+    def _continued(self, inputs: dict[str, Any], most: Sequence[int]) -> list[Answer]:
+        """Returns the answer of each row of the model inputs. most: the most tokens of each.
+
+        When the rows with the lowest limit have reached it, all that have ended are left out, since
+        a row costs time and memory as long as it is in the batch.
+        """
+        ends = {*self._end_tokens()}
+        tokens: list[list[int]] = [[] for _ in most]
+        rows, done = [*range(len(most))], 0
+        for limit in sorted({*most}):
+            greedy = self.greedy(max_new_tokens=limit - done)
+            result = self.model.generate(**inputs, generation_config=greedy)
+            new = result.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+            for row, added in zip(rows, new, strict=True):
+                tokens[row] += added
+            left = [
+                index
+                for index, row in enumerate(rows)
+                if most[row] > limit and ends.isdisjoint(tokens[row])
+            ]
+            if not left:
+                break
+            inputs = self._left(result, inputs["attention_mask"], left)
+            rows, done = [rows[index] for index in left], limit
+        return self.answers(tokens)
+
+    def _left(self, result: Any, mask: Any, left: Sequence[int]) -> dict[str, Any]:
+        """Returns the model inputs with which `generate` continues those rows of its result, none
+        of which has ended. mask: the attention mask of the inputs before.
         """
         import torch
 
-        limits = torch.tensor(most, device=self.model.device)
+        ids, cache = result.sequences, result.past_key_values
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        if len(left) < len(ids):
+            index = torch.tensor(left, device=ids.device)
+            ids, mask = ids[index], mask[index]
+            cache.reorder_cache(index)
+            self._select_positions(index)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
 
-        def ended(ids: Any, scores: Any, **others: Any) -> Any:
-            return limits <= ids.shape[1] - start
-
-        tokens = self.model.generate(
-            **inputs, generation_config=self.greedy(max(most)), stopping_criteria=[ended]
-        ).sequences
-        return self.answers(
-            [row[:count] for row, count in zip(tokens[:, start:].tolist(), most, strict=True)]
-        )
+    def _select_positions(self, index: Any) -> None:
+        """Selects, of the position offsets that Qwen-VL has for each row, those of `index`."""
+        language_model = getattr(self.model, "model", self.model)
+        if getattr(language_model, "rope_deltas", None) is not None:
+            language_model.rope_deltas = language_model.rope_deltas[index]
 
     def answers(self, rows: Sequence[list[int]]) -> list[Answer]:
-        """Returns the answers of generated tokens. A row without an end-of-text token was ended by
-        its limit.
+        """Returns the answers of generated tokens. What follows an end-of-text token fills the row;
+        a row without one was ended by its limit.
         """
         ends = {*self._end_tokens()}
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        counts = [next((n for n, token in enumerate(row) if token in ends), None) for row in rows]
+        whole = [row if n is None else row[: n + 1] for row, n in zip(rows, counts, strict=True)]
+        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
         return [
-            Answer(text.strip(), "length" if ends.isdisjoint(row) else "stop")
-            for text, row in zip(texts, rows, strict=True)
+            Answer(text.strip(), "length" if n is None else "stop")
+            for text, n in zip(texts, counts, strict=True)
         ]
 
     def _end_tokens(self) -> list[int]:
