@@ -205,11 +205,11 @@ def generated_tokens(backend: Llava, inputs: Sequence[dict[str, Any]]) -> int:
 
 
 def _generate(backend: Llava, inputs: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    for given, most in zip(inputs, backend.most, strict=True):
+    for rows, most in zip(inputs, backend.most, strict=True):
         tokens = backend.decoder.model.generate(
-            **given, generation_config=backend.decoder.greedy(most)
+            **rows, generation_config=backend.decoder.greedy(most)
         ).sequences
-        yield tokens[:, given["input_ids"].shape[1] :]
+        yield tokens[:, rows["input_ids"].shape[1] :]
 
 
 def rising(backend: Llava, batches: Batches, records: Sequence[Record], batch_size: int) -> Texts:
