@@ -20,11 +20,12 @@ Result = TypeVar("Result")
 MOST_TIMES: Final = 8  # how often the configured batch size the size becomes at most
 _MARGIN: Final = 1.25  # answers may become longer than in the batch that was measured
 _LEFT: Final = 0.9  # share of the memory that other processes leave which is used
-# parts of the messages with which torch, CUDA's libraries and C++ report a lack of memory
+# parts of the messages with which torch, CUDA's libraries, C++ and Linux report a lack of memory
 _MESSAGES: Final = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
+    "Cannot allocate memory",
     "ALLOC_FAILED",
     "bad_alloc",
 )

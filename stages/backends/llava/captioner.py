@@ -38,13 +38,18 @@ class Llava:
     """A captioner that runs in this process.
 
     Building it loads `config.model` (a folder, a hub id, or ID@REVISION). Raises WeightsError if
-    that fails.
+    that fails, ConfigError if the model doesn't fit into memory.
     """
 
     def __init__(self, config: LlavaConfig, weights: Weights | None = None) -> None:
         self.config = config
         device = torch_device(config.device)
-        processor, model = load(config, device)
+        try:
+            processor, model = load(config, device)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _no_memory(config, device, "the model doesn't fit", error) from error
         if config.tiles == "one":
             use_one_tile(processor, model)
         self.decoder = Decoder(processor, model, config.model)
@@ -126,26 +131,16 @@ class Llava:
         sizes = [jpeg_size(record.image) for record in records]
         lengths = self._image_tokens(sizes)
         order = sorted(range(len(sizes)), key=lambda index: (-lengths[index], sizes[index], index))
+        model = self.decoder.model
         try:
             with torch.inference_mode():
                 results = self.batches.run(order, batch_size, prepared, answer)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise ConfigError(self._no_memory(error)) from error
+            what = "not even one image (batch size 1) fits beside the model"
+            raise _no_memory(self.config, str(model.device), what, error) from error
         return [results[index] for index in range(len(sizes))]
-
-    def _no_memory(self, error: Exception) -> str:
-        config, device = self.config, self.decoder.model.device
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return (
-            f"caption.llava.model={config.model!r}: not even one image fits into the memory of "
-            f"{device} beside the model (batch size 1): {reason} Choose a smaller "
-            f"model, caption.llava.dtype={config.dtype} → bfloat16 or float16, "
-            "caption.llava.quantize=4bit or caption.llava.tiles=one, lower "
-            f"caption.llava.face_max_new_tokens={config.face_max_new_tokens}, or give the stage "
-            "more of the device (caption.placement.gpus)."
-        )
 
     def _image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Returns the number of tokens of images of these sizes (height, width). The other parts of
@@ -157,3 +152,15 @@ class Llava:
             image_sizes=sizes
         ).num_image_tokens
         return counts
+
+
+def _no_memory(config: LlavaConfig, device: str, what: str, error: Exception) -> ConfigError:
+    """Returns an error that says `what` doesn't fit into the memory of the device."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"caption.llava.model={config.model!r}: {what} into the memory of {device}: {reason} "
+        f"Choose a smaller model, caption.llava.dtype={config.dtype} → bfloat16 or float16, "
+        "caption.llava.quantize=4bit or caption.llava.tiles=one, lower "
+        f"caption.llava.face_max_new_tokens={config.face_max_new_tokens}, or give the stage more "
+        "of the device (caption.placement.gpus)."
+    )
