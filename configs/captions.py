@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from configs.common import NOT_HASHED, PlacementConfig, check, introduced
+from configs.common import NOT_HASHED, PlacementConfig, check, introduced, introduced_as
 
 # The two prompts of the reference (data/FGID_caption.py).
 PROMPT: Final = (
@@ -28,7 +28,10 @@ FACE_RETRY_PROMPT: Final = (
     "Write plain English sentences about what is visible of the face, ears, eyes, nose and mouth "
     "in this photograph. Name no one."
 )
-MAX_NEW_TOKENS: Final = 512  # of each of the two captions
+# The most tokens of the two captions, in those of the captioner. Training reads 77 CLIP tokens of
+# both together, at most 50 of the face caption: about 60 and 40 words. These are about 70 and 115.
+MAX_NEW_TOKENS: Final = 96
+FACE_MAX_NEW_TOKENS: Final = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,10 @@ class LlavaConfig:
     model: str = ""  # hub id, hub id@revision, or folder
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = MAX_NEW_TOKENS  # of the caption
+    face_max_new_tokens: int = field(
+        default=FACE_MAX_NEW_TOKENS, metadata=introduced_as("max_new_tokens")
+    )
     # mend answers, try useless ones once more with the next two prompts, and fail the record if
     # that doesn't help; false: every answer is a caption, as in version 0.1
     check_answers: bool = field(default=True, metadata=introduced(False))
@@ -62,10 +68,20 @@ class LlavaConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # 4bit: weights as NF4; needs a GPU and bitsandbytes
     quantize: Literal["none", "4bit"] = "none"
+    # of models that divide a picture into tiles (LLaVA-NeXT, OneVision). all: as published; one:
+    # the picture is one tile, for 2.5 times fewer image tokens at 512 × 512, and less detail
+    tiles: Literal["all", "one"] = field(default="all", metadata=introduced("all"))
     device: str = field(default="auto", metadata=NOT_HASHED)
+    # share of a GPU's memory up to which the batch size rises, to at most eight times
+    # caption.placement.batch_size; 0: it doesn't rise
+    memory_share: float = field(default=0.9, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
-        _check_tokens("llava", self.max_new_tokens)
+        check(
+            0 <= self.memory_share <= 1,
+            f"caption.llava.memory_share={self.memory_share}: expected 0 to 1",
+        )
+        _check_tokens("llava", self)
         _check_prompts("llava", self)
         _check_views("llava", self)
 
@@ -77,7 +93,10 @@ class OpenAIConfig:
     model: str = ""  # as the server names it
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = MAX_NEW_TOKENS  # of the caption
+    face_max_new_tokens: int = field(
+        default=FACE_MAX_NEW_TOKENS, metadata=introduced_as("max_new_tokens")
+    )
     # mend answers, try useless ones once more with the next two prompts, and fail the record if
     # that doesn't help; false: every answer is a caption, as in version 0.1
     check_answers: bool = field(default=True, metadata=introduced(False))
@@ -107,7 +126,7 @@ class OpenAIConfig:
     timeout: float = field(default=60.0, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
-        _check_tokens("openai", self.max_new_tokens)
+        _check_tokens("openai", self)
         _check_prompts("openai", self)
         _check_views("openai", self)
         check(
@@ -167,8 +186,10 @@ class CaptionConfig:
         )
 
 
-def _check_tokens(section: str, count: int) -> None:
-    check(count > 0, f"caption.{section}.max_new_tokens={count}: expected at least 1")
+def _check_tokens(section: str, config: LlavaConfig | OpenAIConfig) -> None:
+    for name in ("max_new_tokens", "face_max_new_tokens"):
+        count = getattr(config, name)
+        check(count > 0, f"caption.{section}.{name}={count}: expected at least 1")
 
 
 def _check_prompts(section: str, config: LlavaConfig | OpenAIConfig) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from configs.captions import FACE_PROMPT, MAX_NEW_TOKENS, PROMPT, CaptionConfig
+from configs.captions import FACE_PROMPT, PROMPT, CaptionConfig
 from configs.common import hashed_settings
 from configs.errors import QualityError
 from configs.schema import ResizeConfig
@@ -32,7 +32,7 @@ _HASHED_IN_0_1: Final = {
     "model": "",
     "prompt": PROMPT,
     "face_prompt": FACE_PROMPT,
-    "max_new_tokens": MAX_NEW_TOKENS,
+    "max_new_tokens": 512,
     "dtype": "float32",
     "quantize": "none",
 }

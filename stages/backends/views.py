@@ -10,10 +10,9 @@ from typing import Any, Final
 
 import cv2
 import numpy as np
-import simplejpeg
 
 from stages.backends.protocols import Kind
-from stages.codec import Image, decode_jpeg, encode_jpeg
+from stages.codec import Image, decode_jpeg, encode_jpeg, jpeg_size
 from stages.record import Record
 
 Colour = tuple[int, int, int]
@@ -41,7 +40,7 @@ def square_jpeg(jpeg: bytes) -> bytes:
     """Returns a JPEG of the image in a square of CLIP_MEAN; that of a square image as it is. The
     last result is kept, for the second prompt about a picture.
     """
-    height, width = _size(jpeg)
+    height, width = jpeg_size(jpeg)
     if height == width:
         return jpeg
     return encode_jpeg(square(decode_jpeg(jpeg), CLIP_MEAN), _QUALITY)
@@ -72,7 +71,7 @@ def face_height(record: Record) -> float:
     That is its share of what a model sees that gets the image in a square. Raises ValueError if
     there is no main face.
     """
-    height, width = _size(record.image)
+    height, width = jpeg_size(record.image)
     _, top, _, bottom = record.main_face.box
     return max(0.0, min(bottom, height) - max(top, 0.0)) / max(height, width)
 
@@ -106,6 +105,15 @@ def images(record: Record, kind: Kind, padding: Colour | None, below: float) -> 
     return [*shown, face_crop(record)] if kind == 1 and has_small_face(record, below) else shown
 
 
+def shapes(record: Record, kind: Kind, pad: bool, below: float) -> list[tuple[int, int]]:
+    """Returns (height, width) of what `images` returns, without decoding it."""
+    height, width = jpeg_size(record.image)
+    side = max(height, width)
+    shown = [(side, side) if pad else (height, width)]
+    is_cropped = kind == 1 and has_small_face(record, below)
+    return [*shown, (CROP_SIDE, CROP_SIDE)] if is_cropped else shown
+
+
 def jpegs(record: Record, kind: Kind, pad: bool, below: float) -> tuple[bytes, ...]:
     """Returns the JPEGs of what is shown for a caption of this kind, as `images` does. A picture
     that isn't padded is the record's own JPEG.
@@ -114,9 +122,3 @@ def jpegs(record: Record, kind: Kind, pad: bool, below: float) -> tuple[bytes, .
     if kind == 0 or not has_small_face(record, below):
         return shown
     return (*shown, encode_jpeg(face_crop(record), _QUALITY))
-
-
-def _size(jpeg: bytes) -> tuple[int, int]:
-    """Returns height and width in pixels. Raises ValueError for other data."""
-    height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
-    return int(height), int(width)

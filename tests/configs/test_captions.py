@@ -29,6 +29,7 @@ KEY = "sk-test-5b2d0c9e77"
         ({"tries": 0}, "tries=0"),
         ({"timeout": 0.0}, "timeout=0"),
         ({"max_new_tokens": 0}, r"caption\.openai\.max_new_tokens=0"),
+        ({"face_max_new_tokens": 0}, r"caption\.openai\.face_max_new_tokens=0"),
     ],
 )
 def test_impossible_settings_are_errors_that_do_not_show_a_key(

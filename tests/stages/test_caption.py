@@ -93,6 +93,7 @@ def test_the_stage_works_with_llava_and_with_attributes(tmp_path: Path) -> None:
         prompt="Who?",
         device="cpu",
         max_new_tokens=8,
+        face_max_new_tokens=8,
         check_answers=False,  # the words of random weights have no meaning
     )
     generated = run_stage(stage_of(CaptionConfig(backend="llava", llava=llava)), records)
@@ -103,7 +104,9 @@ def test_the_stage_works_with_llava_and_with_attributes(tmp_path: Path) -> None:
 
 
 def test_useless_answers_of_a_model_are_tried_again_and_fail_by_reason(tmp_path: Path) -> None:
-    llava = LlavaConfig(model=str(make_checkpoint(tmp_path)), device="cpu", max_new_tokens=8)
+    llava = LlavaConfig(
+        model=str(make_checkpoint(tmp_path)), device="cpu", max_new_tokens=8, face_max_new_tokens=8
+    )
     stage = stage_of(CaptionConfig(backend="llava", llava=llava))
     asked: list[tuple[str, int]] = []
     retry = stage.backend.retry

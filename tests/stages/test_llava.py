@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def records() -> list[Record]:
 
 def config_of(model: Path | str, **changes: Any) -> LlavaConfig:
     settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, **changes}
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return LlavaConfig(model=str(model), **settings)
 
 
@@ -184,6 +186,10 @@ def test_a_call_takes_several_batches_of_records(checkpoint: Path) -> None:
             placement=PlacementConfig(batch_size=size),
         )
         assert CaptionStage(config, Weights()).batch_size == window
+    # on a GPU, two of the largest batches that the size may rise to
+    gpu = config_of(checkpoint, device="cuda:0")
+    assert [Llava.window(gpu, size) for size in (1, 8)] == [16, 128]
+    assert Llava.window(replace(gpu, memory_share=0.0), 8) == 32
 
 
 def test_the_error_for_4bit_names_what_is_missing(checkpoint: Path) -> None:

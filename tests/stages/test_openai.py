@@ -43,6 +43,7 @@ KEY = "sk-test-5b2d0c9e77"
 def config_of(base_url: str, model: Path | str = "someone/model", **changes: Any) -> OpenAIConfig:
     settings: dict[str, Any] = {"max_new_tokens": TOKENS, "tries": 2, "timeout": 20.0}
     settings |= {"pad_to_square": False, **changes}  # tests/stages/test_views.py has padded ones
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return OpenAIConfig(base_url=base_url, model=str(model), **settings)
 
 
@@ -319,3 +320,18 @@ def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
         "max_new_tokens": 9,
     }.items():
         assert signature(**{name: value}) != signature(), name
+
+
+def test_each_caption_has_its_own_limit_of_tokens(records: list[Record]) -> None:
+    with ChatServer() as server:
+        config = config_of(server.base_url, max_new_tokens=5, face_max_new_tokens=9)
+        captioner = OpenAICaptioner(config)
+        captioner.caption(records[:2])
+        captioner.retry(records[:2], [1, 0])
+    limits = {(r.prompt, r.body["max_tokens"]) for r in server.requests}
+    assert limits == {
+        (config.prompt, 5),
+        (config.face_prompt, 9),
+        (config.retry_prompt, 5),
+        (config.face_retry_prompt, 9),
+    }

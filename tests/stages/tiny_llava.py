@@ -28,6 +28,7 @@ class Size:
     hidden: int = 48
     layers: int = 3
     heads: int = 4
+    wide: int = 2  # width of the layers' inner part, in times `hidden`
     vision_hidden: int = 32
     vision_layers: int = 3
     positions: int = 512
@@ -170,7 +171,7 @@ def _text(tokenizer: Any, size: Size) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": size.hidden,
-        "intermediate_size": 2 * size.hidden,
+        "intermediate_size": size.wide * size.hidden,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.heads // 2,

@@ -67,20 +67,16 @@ class Decoder:
             for name, value in inputs.items()
         }
 
-    def answer(
-        self, shown: Sequence[Sequence[Image]], texts: Sequence[str], max_new_tokens: int
-    ) -> list[Answer]:
-        """Returns the answer to each templated prompt about its images."""
-        inputs = self.moved(self.inputs(shown, texts))
-        greedy = self.greedy(max_new_tokens)
-        tokens = self.model.generate(**inputs, generation_config=greedy).sequences
-        return self.answers(tokens[:, inputs["input_ids"].shape[1] :])
+    def answer(self, inputs: Any, most: Sequence[int]) -> list[Answer]:
+        """Returns the answer of each row of the model inputs. most: the most tokens of each."""
+        return self._continued(self.moved(inputs), most)
 
     def prefix(
         self, shown: Sequence[Sequence[Image]], prompts: Sequence[str]
-    ) -> tuple[dict[str, Any], list[list[int]]]:
+    ) -> tuple[Any, list[list[int]]]:
         """Returns the model inputs of the prefix that both prompts share (B rows), and the token
         ids that follow it (2·B lists: first and second prompt of each image). shown: an image each.
+        `generate` takes both; this may run in another thread.
 
         Raises WeightsError if the template puts the image behind the prompt: then the prompts share
         no prefix with the image in it.
@@ -113,48 +109,87 @@ class Decoder:
         for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
             if name in inputs:
                 inputs[name] = inputs[name][:, :-cut]
-        return self.moved(inputs), tails
+        return inputs, tails
 
-    def generate(
-        self, inputs: dict[str, Any], tails: list[list[int]], max_new_tokens: int
-    ) -> list[Answer]:
+    def generate(self, inputs: Any, tails: list[list[int]], most: Sequence[int]) -> list[Answer]:
         """Processes the prefixes once, then continues each with its two tails. Returns 2·B answers:
-        to the first and the second prompt of each image.
+        to the first and the second prompt of each image. most: the most tokens of each.
         """
         import torch
 
+        inputs = self.moved(inputs)
         # `generate` processes the prefix, so that each model sets the positions in its own way
         greedy = self.greedy(max_new_tokens=1)
         cache = self.model.generate(**inputs, generation_config=greedy).past_key_values
         cache.batch_repeat_interleave(2)
-        language_model = getattr(self.model, "model", self.model)
-        # Qwen-VL: position offsets of images, one row for each sequence
-        if getattr(language_model, "rope_deltas", None) is not None:
-            language_model.rope_deltas = language_model.rope_deltas.repeat_interleave(2, dim=0)
+        rows = torch.arange(len(tails) // 2, device=self.model.device)
+        self._select_positions(rows.repeat_interleave(2))
         padded = self.tokenizer.pad({"input_ids": tails}, return_tensors="pt").to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         ids = torch.cat([ids.repeat_interleave(2, dim=0), padded["input_ids"]], dim=1)
         mask = torch.cat([mask.repeat_interleave(2, dim=0), padded["attention_mask"]], dim=1)
-        tokens = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=self.greedy(max_new_tokens=max_new_tokens),
-        ).sequences
-        return self.answers(tokens[:, ids.shape[1] :])
+        return self._continued(
+            {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}, most
+        )
 
-    def answers(self, tokens: Any) -> list[Answer]:
-        """Returns the answers of generated tokens (rows, T). A row without an end-of-text token was
-        ended by the limit.
+    def _continued(self, inputs: dict[str, Any], most: Sequence[int]) -> list[Answer]:
+        """Returns the answer of each row of the model inputs. most: the most tokens of each.
+
+        When the rows with the lowest limit have reached it, all that have ended are left out, since
+        a row costs time and memory as long as it is in the batch.
+        """
+        ends = {*self._end_tokens()}
+        tokens: list[list[int]] = [[] for _ in most]
+        rows, done = [*range(len(most))], 0
+        for limit in sorted({*most}):
+            greedy = self.greedy(max_new_tokens=limit - done)
+            result = self.model.generate(**inputs, generation_config=greedy)
+            new = result.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+            for row, added in zip(rows, new, strict=True):
+                tokens[row] += added
+            left = [
+                index
+                for index, row in enumerate(rows)
+                if most[row] > limit and ends.isdisjoint(tokens[row])
+            ]
+            if not left:
+                break
+            inputs = self._left(result, inputs["attention_mask"], left)
+            rows, done = [rows[index] for index in left], limit
+        return self.answers(tokens)
+
+    def _left(self, result: Any, mask: Any, left: Sequence[int]) -> dict[str, Any]:
+        """Returns the model inputs with which `generate` continues those rows of its result, none
+        of which has ended. mask: the attention mask of the inputs before.
         """
         import torch
 
-        ends = torch.tensor(self._end_tokens(), device=tokens.device)
-        ended = torch.isin(tokens, ends).any(dim=1).tolist()
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ids, cache = result.sequences, result.past_key_values
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        if len(left) < len(ids):
+            index = torch.tensor(left, device=ids.device)
+            ids, mask = ids[index], mask[index]
+            cache.reorder_cache(index)
+            self._select_positions(index)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+
+    def _select_positions(self, index: Any) -> None:
+        """Selects, of the position offsets that Qwen-VL has for each row, those of `index`."""
+        language_model = getattr(self.model, "model", self.model)
+        if getattr(language_model, "rope_deltas", None) is not None:
+            language_model.rope_deltas = language_model.rope_deltas[index]
+
+    def answers(self, rows: Sequence[list[int]]) -> list[Answer]:
+        """Returns the answers of generated tokens. What follows an end-of-text token fills the row;
+        a row without one was ended by its limit.
+        """
+        ends = {*self._end_tokens()}
+        counts = [next((n for n, token in enumerate(row) if token in ends), None) for row in rows]
+        whole = [row if n is None else row[: n + 1] for row, n in zip(rows, counts, strict=True)]
+        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
         return [
-            Answer(text.strip(), "stop" if stopped else "length")
-            for text, stopped in zip(texts, ended, strict=True)
+            Answer(text.strip(), "length" if n is None else "stop")
+            for text, n in zip(texts, counts, strict=True)
         ]
 
     def _end_tokens(self) -> list[int]:

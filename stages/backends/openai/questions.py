@@ -29,7 +29,8 @@ def question(
     """Returns the question for a caption of that kind. second: for the second try."""
     first = (config.prompt, config.face_prompt)
     prompts = (config.retry_prompt, config.face_retry_prompt) if second else first
-    return Question(jpegs, prompts[kind], config.max_new_tokens)
+    most = (config.max_new_tokens, config.face_max_new_tokens)
+    return Question(jpegs, prompts[kind], most[kind])
 
 
 def largest_questions(config: OpenAIConfig, largest: tuple[int, int]) -> list[Question]:
