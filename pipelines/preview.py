@@ -98,6 +98,7 @@ def preview(job: Job) -> Preview | None:
             (ready if record.ok else rejected).append(record)
     if not ready:
         return Preview(rejected[:PICTURES], 0.0) if rejected else None
+    job.stages[place].preflight()
     return caption(job, ready, job.config.executor if needs_gpu else "inline")
 
 
@@ -119,15 +120,7 @@ def build_captioner(text: str) -> list[Stage]:
 
 def _to_caption(job: Job) -> Iterator[PendingRecord]:
     """Yields the records of the first shards that need a caption, in order."""
-    tasks = (
-        task
-        for task in job.tasks
-        if not task.exists
-        or task.inputs_changed
-        or task.damaged
-        or task.retry
-        or CaptionStage.name in task.stale_stages
-    )
+    tasks = (task for task in job.tasks if task.may_need(CaptionStage.name))
     for task in islice(tasks, _SHARDS):
         items = job.plan.inputs_of(task.index)
         for pending in load_shard(job.config, job.store, task, job.stages, items):

@@ -54,10 +54,10 @@ def test_a_server_that_does_not_fit_stops_a_run_before_it_changes_anything(
     """512² pixels would fit: the limit is that of the largest picture that the settings allow."""
     output = Path(shutil.copytree(data, tmp_path / "out"))
     before = files(output)
-    with ChatServer(within(5600), models=listed(ROOT, 5600)) as server:
+    with ChatServer(within(5400), models=listed(ROOT, 5400)) as server:
         result = run(output, *openai(server.base_url))
         assert result.exit_code == 2
-        assert "5,881 in all" in result.output and "5,600 (max_model_len)" in result.output
+        assert "5,529 in all" in result.output and "5,400 (max_model_len)" in result.output
         assert files(output) == before
         assert len(server.requests) == 4
         assert all(request.is_plain for request in server.requests)

@@ -67,6 +67,7 @@ def records_of(*sizes: tuple[int, int]) -> list[Record]:
 
 def backend_of(folder: Path, **changes: Any) -> Llava:
     settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": 8, **changes}
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return Llava(LlavaConfig(model=str(folder), **settings))
 
 

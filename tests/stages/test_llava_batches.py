@@ -252,7 +252,9 @@ def test_an_error_while_inputs_are_prepared_names_the_records_and_ends_the_threa
     assert not [t for t in threading.enumerate() if t.name.startswith("preprocess")]
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "kind", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+)
 def test_each_caption_ends_at_its_own_number_of_tokens(kind: Any, tmp_path: Path) -> None:
     records, folder = records_of(4), make_checkpoint(tmp_path, kind)
     few, many, mixed = (
@@ -317,16 +319,16 @@ def test_a_model_with_tiles_can_be_given_one_tile(kind: Any, tmp_path: Path) -> 
     all_tiles, one_tile = (Llava(config_of(folder, tiles=tiles)) for tiles in ("all", "one"))
     shapes = [(high, wide) for high in (20, 28, 56, 83, 100) for wide in (28, 40, 57, 100)]
     for backend in (all_tiles, one_tile):
-        counts = backend._image_tokens(shapes)
+        counts = backend._image_tokens([[shape] for shape in shapes])
         for shape, count in zip(shapes, counts, strict=True):
-            inputs = backend.decoder.inputs([np.zeros((*shape, 3), np.uint8)], ["<image>"])
+            inputs = backend.decoder.inputs([[np.zeros((*shape, 3), np.uint8)]], ["<image>"])
             with torch.inference_mode():  # an error if model and processor disagree
                 backend.decoder.model(**inputs)
             assert int((inputs["input_ids"] == backend.decoder.model.config.image_token_id).sum())
             assert count == int(
                 (inputs["input_ids"] == backend.decoder.model.config.image_token_id).sum()
             )
-    square = [(56, 56)]
+    square = [[(56, 56)]]
     assert one_tile._image_tokens(square) == [16 + 4 * (4 + 1)]
     assert all_tiles._image_tokens(square) == [16 + 8 * (8 + 1)]
     records = records_of(6, [(96, 96), (96, 48), (28, 28)])

@@ -74,26 +74,26 @@ def test_the_largest_picture_is_asked_about_with_all_prompts(
     openai = config.caption.openai
     prompts = {openai.prompt, openai.face_prompt, openai.retry_prompt, openai.face_retry_prompt}
     assert {request.prompt for request in server.requests} == prompts
-    assert max(request.body["max_tokens"] for request in server.requests) == 512
+    assert max(request.body["max_tokens"] for request in server.requests) == 160
     assert server.most_open <= openai.concurrency
 
 
 def test_a_context_that_is_too_short_is_an_error_with_both_numbers(
     start: Callable[..., ChatServer],
 ) -> None:
-    """2048² pixels are 5,369 tokens, with room for the answer 5,881."""
+    """2048² pixels are 5,369 tokens, with room for the answer 5,529."""
     OpenAICaptioner.preflight(
-        config_of(start(within(5881), models=listed(context=5881))), (2048, 2048)
+        config_of(start(within(5529), models=listed(context=5529))), (2048, 2048)
     )
-    server = start(within(5880), models=listed(context=5880))
+    server = start(within(5528), models=listed(context=5528))
     with pytest.raises(ServerError) as caught:
         OpenAICaptioner.preflight(config_of(server), (2048, 2048))
     for part in (
         "2048 × 2048 pixels",
         "5,369 tokens",
-        "5,881 in all",
-        "5,880 (max_model_len)",
-        "--max-model-len 5881 or more",
+        "5,529 in all",
+        "5,528 (max_model_len)",
+        "--max-model-len 5529 or more",
         "lower resize.size",
         "caption.openai.max_new_tokens",
     ):
@@ -117,8 +117,8 @@ def test_a_refusal_of_the_largest_picture_is_an_error_with_the_servers_words(
 def test_no_room_for_the_answer_is_an_error_if_the_server_states_no_context(
     start: Callable[..., ChatServer],
 ) -> None:
-    with pytest.raises(ServerError, match=r"an answer of 512 tokens, .*5369 input tokens"):
-        OpenAICaptioner.preflight(config_of(start(within(5880))), (2048, 2048))
+    with pytest.raises(ServerError, match=r"an answer of 160 tokens, .*5369 input tokens"):
+        OpenAICaptioner.preflight(config_of(start(within(5528))), (2048, 2048))
 
 
 def test_a_model_that_the_server_does_not_have_is_an_error_that_names_those_it_has(

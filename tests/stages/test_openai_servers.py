@@ -259,7 +259,9 @@ def test_the_limit_of_tokens_has_the_name_that_the_server_takes(
         return completion(request)
 
     server = start(decide)
-    captioner = OpenAICaptioner(config_of(server.base_url, concurrency=1, max_new_tokens=33))
+    captioner = OpenAICaptioner(
+        config_of(server.base_url, concurrency=1, max_new_tokens=33, face_max_new_tokens=33)
+    )
     texts(captioner, records)
     refused = first == "max_completion_tokens"
     assert len(server.requests) == 24 + refused, "the name is remembered"

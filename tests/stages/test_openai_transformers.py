@@ -60,7 +60,8 @@ def started(
 
 @pytest.fixture(scope="module")
 def config(checkpoint: Path, started: list[TransformersServer]) -> OpenAIConfig:
-    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "tries": 2, "concurrency": 4}
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "face_max_new_tokens": TOKENS}
+    settings |= {"tries": 2, "concurrency": 4}
     # else the padded pictures are encoded again, with other pixels
     settings["pad_to_square"] = False
     urls = ",".join(server.base_url() for server in started)
@@ -70,7 +71,8 @@ def config(checkpoint: Path, started: list[TransformersServer]) -> OpenAIConfig:
 @pytest.fixture(scope="module")
 def local(checkpoint: Path, records: list[Record]) -> list[Any]:
     """The captions that the model in this process gives."""
-    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "pad_to_square": False}
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "face_max_new_tokens": TOKENS}
+    settings["pad_to_square"] = False
     llava = Llava(LlavaConfig(model=str(checkpoint), device="cpu", **settings))
     captions = llava.caption(records, batch_size=4)
     texts = {text for pair in captions for text in pair}

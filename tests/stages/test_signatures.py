@@ -154,7 +154,7 @@ def test_other_numbers_of_tokens_for_the_two_captions_give_other_signatures(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     chosen = [f"caption.backend={backend}", f"caption.{backend}.model={tmp_path}"]
-    chosen += ["caption.openai.base_url=http://127.0.0.1:9/v1"]
+    chosen += ["caption.openai.base_url=http://127.0.0.1:9/v1", "caption.openai.root=x"]
     signatures = set()
     for coarse, fine in ((512, 512), (64, 64), (64, 512), (512, 64), (96, 160)):
         tokens = {"max_new_tokens": coarse, "face_max_new_tokens": fine}

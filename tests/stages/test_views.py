@@ -72,6 +72,7 @@ def with_each_band_changed(width: int, height: int) -> list[Record]:
 
 def llava(folder: Path, **changes: Any) -> Llava:
     settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": 8, **changes}
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return Llava(LlavaConfig(model=str(folder), **settings))
 
 

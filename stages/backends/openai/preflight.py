@@ -150,7 +150,7 @@ def _how_to_fit(needed: int) -> str:
     return (
         f"Start it with {start} (SGLang: --context-length), set caption.openai.pad_to_square=false "
         "if the model sees the whole picture anyway, or lower resize.size, resize.max_aspect or "
-        "caption.openai.max_new_tokens."
+        "caption.openai.max_new_tokens and face_max_new_tokens."
     )
 
 
