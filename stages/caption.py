@@ -16,7 +16,17 @@ from configs.common import hashed_settings
 from configs.errors import QualityError
 from configs.schema import ResizeConfig
 from stages.annotations import Answers
-from stages.answers import CUT, EMPTY, LOOP, NAMES_A_PERSON, NOT_ENGLISH, REFUSAL, Mended, mended
+from stages.answers import (
+    ANSWERS_VERSION,
+    CUT,
+    EMPTY,
+    LOOP,
+    NAMES_A_PERSON,
+    NOT_ENGLISH,
+    REFUSAL,
+    Mended,
+    mended,
+)
 from stages.backends.protocols import Answer, Kind
 from stages.backends.registry import backend_class
 from stages.backends.views import face_height, has_small_face
@@ -142,7 +152,7 @@ class CaptionStage(BackendStage):
 
     def digests(self) -> Mapping[str, str]:
         digests: Mapping[str, str] = self._captioner.digests(self.backend_config)
-        return digests
+        return {**digests, "answers": ANSWERS_VERSION} if self._checks else digests
 
     @property
     def batch_size(self) -> int:

@@ -17,6 +17,8 @@ from stages.answers.sentences import full_sentences
 from stages.answers.talk import is_refusal, without_talk
 from stages.backends.protocols import Answer
 
+# It rises whenever the same answer gives another result. Captions are made again then.
+ANSWERS_VERSION: Final = "1"
 THINKING: Final = "thinking"
 MARKDOWN: Final = "markdown"
 PREAMBLE: Final = "preamble"

@@ -165,3 +165,15 @@ def test_the_annotation_is_that_of_captioners_that_are_checked() -> None:
 def test_an_empty_prompt_of_the_second_try_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"caption\.openai\.face_retry_prompt is empty"):
         OpenAIConfig(face_retry_prompt=" ")
+
+
+def test_the_signature_depends_on_the_version_of_the_rules_that_check_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def signature(**changes: Any) -> str:
+        config = OpenAIConfig(base_url="http://127.0.0.1:9", model="m", root="m", **changes)
+        return CaptionStage(CaptionConfig(backend="openai", openai=config), Weights()).signature()
+
+    checked, unchecked = signature(), signature(check_answers=False)
+    monkeypatch.setattr("stages.caption.ANSWERS_VERSION", "2")
+    assert signature() != checked and signature(check_answers=False) == unchecked

@@ -31,8 +31,7 @@ class Servers:
     """The servers of `config.base_url`. One that is given several times gets that many shares of
     the requests. Its coroutines must run in one event loop.
 
-    counts: of tokens. largest: short and long side of the run's largest
-    image, pixels.
+    counts: of tokens. largest: short and long side of the run's largest image, pixels.
     """
 
     def __init__(self, config: OpenAIConfig, largest: tuple[int, int]) -> None:
