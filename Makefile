@@ -24,11 +24,11 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train infer report inspect weights test golden chaos quality lint format bench \
-	bench-scale clean
+.PHONY: help install demo dataset train infer report inspect weights caption-servers test golden chaos quality \
+	lint format bench bench-scale clean
 
 help: ## list all targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo
 	@echo '  CONFIG=FILE chooses a preset in configs/; ARGS="key=value …" overrides its settings.'
 
@@ -61,6 +61,10 @@ inspect: install ## show one input in the terminal or as PNG. OUT=… KEY=… AR
 
 weights: install ## fetch weights before a run. PRESET=demo or fgid
 	$(RUN) -m pipelines.cli weights --config configs/dataset/$(PRESET).yaml $(ARGS)
+
+caption-servers: install ## start vLLM servers on a Ray cluster (docs/captions.md). MODEL=… GPUS=… SERVERS= ENGINE= ARGS="-- COMMAND"
+	$(RUN) -m pipelines.cli caption-servers --model "$(MODEL)" $(if $(GPUS),--gpus $(GPUS)) \
+		$(if $(SERVERS),--servers $(SERVERS)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: install ## run all tests, in two processes
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

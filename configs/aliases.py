@@ -15,19 +15,25 @@ _LOG = logging.getLogger(__name__)
 _UNTIL: Final = "0.3.0"
 
 # Configuration class → old key → new keys. Version 0.1 had one set of caption settings for all
-# backends: an old key sets every backend that has the setting, whichever backend is chosen.
+# backends: an old key sets every backend that has the setting, whichever backend is chosen. Its
+# `max_new_tokens` was that of both captions.
 RENAMED_KEYS: Final[Mapping[type[Any], Mapping[str, tuple[str, ...]]]] = {
     DatasetConfig: {
         "neighbours": ("global_pass",),
         **{
             f"caption.{name}": tuple(f"caption.{backend}.{name}" for backend in backends)
             for backends, names in (
-                (("llava", "openai"), ("model", "prompt", "face_prompt", "max_new_tokens")),
+                (("llava", "openai"), ("model", "prompt", "face_prompt")),
                 (("llava",), ("dtype", "quantize", "device")),
                 (("openai",), ("base_url", "api_key_env", "concurrency", "tries", "timeout")),
             )
             for name in names
         },
+        "caption.max_new_tokens": tuple(
+            f"caption.{backend}.{name}"
+            for backend in ("llava", "openai")
+            for name in ("max_new_tokens", "face_max_new_tokens")
+        ),
     }
 }
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from configs.common import NOT_HASHED, PlacementConfig, check, introduced
+from configs.common import NOT_HASHED, PlacementConfig, check, introduced, introduced_as
 
 # The two prompts of the reference (data/FGID_caption.py).
 PROMPT: Final = (
@@ -28,7 +28,10 @@ FACE_RETRY_PROMPT: Final = (
     "Write plain English sentences about what is visible of the face, ears, eyes, nose and mouth "
     "in this photograph. Name no one."
 )
-MAX_NEW_TOKENS: Final = 512  # of each of the two captions
+# The most tokens of the two captions, in those of the captioner. Training reads 77 CLIP tokens of
+# both together, at most 50 of the face caption: about 60 and 40 words. These are about 70 and 115.
+MAX_NEW_TOKENS: Final = 96
+FACE_MAX_NEW_TOKENS: Final = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,10 @@ class LlavaConfig:
     model: str = ""  # hub id, hub id@revision, or folder
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = MAX_NEW_TOKENS  # of the caption
+    face_max_new_tokens: int = field(
+        default=FACE_MAX_NEW_TOKENS, metadata=introduced_as("max_new_tokens")
+    )
     # mend answers, try useless ones once more with the next two prompts, and fail the record if
     # that doesn't help; false: every answer is a caption, as in version 0.1
     check_answers: bool = field(default=True, metadata=introduced(False))
@@ -51,14 +57,33 @@ class LlavaConfig:
     face_retry_prompt: str = field(
         default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    # pad a picture to a square if the processor would cut off its ends, as LLaVA-1.5's does; false:
+    # as in version 0.1
+    pad_to_square: bool = field(default=True, metadata=introduced(False))
+    # the highest share of the picture's longer side that the main face's box may have in height for
+    # its crop to be shown too, for the face caption; 0: never
+    face_view_below: float = field(default=0.0, metadata=introduced(0.0))
+    # auto: on a GPU, float16 if the checkpoint is stored in it or the GPU has no bfloat16, else
+    # bfloat16; on a CPU float32. The signature doesn't depend on which it is.
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # 4bit: weights as NF4; needs a GPU and bitsandbytes
     quantize: Literal["none", "4bit"] = "none"
+    # of models that divide a picture into tiles (LLaVA-NeXT, OneVision). all: as published; one:
+    # the picture is one tile, for 2.5 times fewer image tokens at 512 × 512, and less detail
+    tiles: Literal["all", "one"] = field(default="all", metadata=introduced("all"))
     device: str = field(default="auto", metadata=NOT_HASHED)
+    # share of a GPU's memory up to which the batch size rises, to at most eight times
+    # caption.placement.batch_size; 0: it doesn't rise
+    memory_share: float = field(default=0.9, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
-        _check_tokens("llava", self.max_new_tokens)
+        check(
+            0 <= self.memory_share <= 1,
+            f"caption.llava.memory_share={self.memory_share}: expected 0 to 1",
+        )
+        _check_tokens("llava", self)
         _check_prompts("llava", self)
+        _check_views("llava", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +93,10 @@ class OpenAIConfig:
     model: str = ""  # as the server names it
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = MAX_NEW_TOKENS  # of the caption
+    face_max_new_tokens: int = field(
+        default=FACE_MAX_NEW_TOKENS, metadata=introduced_as("max_new_tokens")
+    )
     # mend answers, try useless ones once more with the next two prompts, and fail the record if
     # that doesn't help; false: every answer is a caption, as in version 0.1
     check_answers: bool = field(default=True, metadata=introduced(False))
@@ -76,20 +104,31 @@ class OpenAIConfig:
     face_retry_prompt: str = field(
         default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
     )
-    # for example http://HOST:8000/v1, without credentials
+    # send a picture in a square, since the server's processor may cut off its ends, as LLaVA-1.5's
+    # does; false: as in version 0.1
+    pad_to_square: bool = field(default=True, metadata=introduced(False))
+    # the highest share of the picture's longer side that the main face's box may have in height for
+    # its crop to be shown too, for the face caption; 0: never
+    face_view_below: float = field(default=0.0, metadata=introduced(0.0))
+    # For example http://HOST:8000/v1, without credentials; or several, separated by commas, which
+    # share the requests. One that is given twice gets two shares.
     base_url: str = field(default="", metadata=NOT_HASHED)
+    # What the server loaded the model from, such as a folder, as its /v1/models states it; "": ask.
+    # The signature hashes it if it isn't `model`.
+    root: str = field(default="", metadata=NOT_HASHED)
     # name of the environment variable that holds the key
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=NOT_HASHED)
-    # open requests at a time, for each copy of the stage
+    # open requests at a time, over all servers, for each copy of the stage
     concurrency: int = field(default=8, metadata=NOT_HASHED)
     # attempts for each request, if the failures may be temporary
     tries: int = field(default=4, metadata=NOT_HASHED)
-    # seconds for each attempt; all attempts of a request must fit into stuck_after
+    # seconds for each attempt; 16 requests, with all attempts, must fit into stuck_after
     timeout: float = field(default=60.0, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
-        _check_tokens("openai", self.max_new_tokens)
+        _check_tokens("openai", self)
         _check_prompts("openai", self)
+        _check_views("openai", self)
         check(
             1 <= self.concurrency <= 1024,
             f"caption.openai.concurrency={self.concurrency}: expected 1 to 1024",
@@ -112,11 +151,19 @@ class OpenAIConfig:
             "into the environment variable that caption.openai.api_key_env names: the "
             "configuration is written to every output.",
         )
-        check(
-            re.fullmatch(r"(https?://[^/\s]+(/\S*)?)?", self.base_url) is not None,
-            f"caption.openai.base_url={self.base_url!r}: expected a URL such as "
-            "http://127.0.0.1:8000/v1",
-        )
+        for url in self.base_urls:
+            check(
+                re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None,
+                f"caption.openai.base_url={url!r}: expected a URL such as "
+                "http://127.0.0.1:8000/v1, or several, separated by commas",
+            )
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The URLs in `base_url`, in order."""
+        if not self.base_url:
+            return ()
+        return tuple(url.strip().rstrip("/") for url in self.base_url.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +174,22 @@ class CaptionConfig:
     attributes: AttributesConfig = field(default_factory=AttributesConfig)
     llava: LlavaConfig = field(default_factory=LlavaConfig)
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
+    # the run stops if more than this share of the first 200 captions of a copy of the stage failed
+    # or needed a second try; 1: it never stops
+    max_useless: float = field(default=0.5, metadata=NOT_HASHED)
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.max_useless <= 1,
+            f"caption.max_useless={self.max_useless}: expected 0 to 1",
+        )
 
-def _check_tokens(section: str, count: int) -> None:
-    check(count > 0, f"caption.{section}.max_new_tokens={count}: expected at least 1")
+
+def _check_tokens(section: str, config: LlavaConfig | OpenAIConfig) -> None:
+    for name in ("max_new_tokens", "face_max_new_tokens"):
+        count = getattr(config, name)
+        check(count > 0, f"caption.{section}.{name}={count}: expected at least 1")
 
 
 def _check_prompts(section: str, config: LlavaConfig | OpenAIConfig) -> None:
@@ -141,3 +199,11 @@ def _check_prompts(section: str, config: LlavaConfig | OpenAIConfig) -> None:
             f"caption.{section}.{name} is empty: expected the prompt of the second try; "
             f"caption.{section}.check_answers=false tries no answer again",
         )
+
+
+def _check_views(section: str, config: LlavaConfig | OpenAIConfig) -> None:
+    check(
+        0 <= config.face_view_below <= 1,
+        f"caption.{section}.face_view_below={config.face_view_below}: expected 0 (no second view) "
+        "to 1 (a second view of every face)",
+    )

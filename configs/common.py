@@ -24,6 +24,13 @@ def introduced(value: Any) -> dict[str, Any]:
     return {"since": value}
 
 
+def introduced_as(name: str) -> dict[str, Any]:
+    """Returns metadata for a setting that was split off the setting `name` of the same class:
+    results are the same as before while both have one value. The rest is as in `introduced`.
+    """
+    return {"since_setting": name}
+
+
 def hashed_settings(config: Any) -> dict[str, Any]:
     """Returns the settings that the signature hashes, by name, of a configuration dataclass and of
     the dataclasses in it: those that are not NOT_HASHED and differ from the value they were
@@ -32,7 +39,9 @@ def hashed_settings(config: Any) -> dict[str, Any]:
     settings = {}
     for field in fields(config):
         value, metadata = getattr(config, field.name), field.metadata
-        unchanged = "since" in metadata and value == metadata["since"]
+        unchanged = ("since" in metadata and value == metadata["since"]) or (
+            "since_setting" in metadata and value == getattr(config, metadata["since_setting"])
+        )
         if metadata.get("hashed", True) and not unchanged:
             settings[field.name] = hashed_settings(value) if is_dataclass(value) else value
     return settings

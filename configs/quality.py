@@ -165,7 +165,8 @@ class ReviewConfig:
 
     spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
     mode: Literal["corrected", "legacy"] = "corrected"
-    # a run fails if more than this share of its samples is not trainable, 0 to 1
+    # a run fails if more than this share of its records is not trainable, 0 to 1: without caption,
+    # since the captioner failed, or without a fused region
     max_untrainable: float = field(default=0.5, metadata=NOT_HASHED)
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 

@@ -90,6 +90,14 @@ class ResizeConfig:
         )
         _check(self.max_aspect >= 1, f"resize.max_aspect={self.max_aspect}: expected at least 1")
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Short and long side of the largest resized image, pixels. Images that a source brings
+        with label maps aren't resized.
+        """
+        aspect = 1.0 if self.mode == "squash" else self.max_aspect
+        return self.size, round(self.size * aspect)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectConfig:

@@ -27,7 +27,7 @@ from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_mask
 # of the images that CLIP was trained on: mean and standard deviation of red, green and blue
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
-_SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
+SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
 # Margin on every side of the square that region images are cropped to, as a share of the larger
 # side of the regions' bounding box.
 _HEAD_MARGIN: Final = 0.1
@@ -174,30 +174,6 @@ def build_conditions(
     )
 
 
-def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: int) -> Conditions:
-    """Returns the conditions of a sample without text, regions and identity: all its tensors are
-    zero, except for the token ids. It takes the place of one that can't be read.
-    """
-    pixels = torch.zeros(3, spec.vision_size, spec.vision_size)
-    masks = torch.zeros(resolution, resolution)
-    return Conditions(
-        key=key,
-        text="",
-        regions=(),
-        dropped=(),
-        input_ids=empty_ids(tokenizer),
-        input_ids_2=empty_ids(tokenizer, pad_id=_SECOND_PAD),
-        token_mask=torch.zeros(TOKEN_LIMIT, dtype=torch.bool),
-        token_idx=torch.zeros(MAX_REGIONS, dtype=torch.int64),
-        token_valid=torch.zeros(MAX_REGIONS, dtype=torch.bool),
-        region_pixels=pixels.expand(MAX_REGIONS, -1, -1, -1),
-        region_masks=masks.expand(MAX_REGIONS, -1, -1),
-        foreground=masks,
-        clip_pixels=pixels,
-        identity=torch.zeros(IDENTITY_DIM),
-    )
-
-
 def training_pixels(record: Record, resolution: int) -> Tensor:
     """Returns the training image, (3, R, R) in [-1, 1].
 
@@ -248,7 +224,7 @@ def _drop_legacy(batch: ConditionBatch, drop: Tensor, tokenizer: Any) -> Conditi
 
 def _without_text(batch: ConditionBatch, drop: Tensor, tokenizer: Any) -> ConditionBatch:
     empty = empty_ids(tokenizer).to(batch.input_ids)
-    empty_2 = empty_ids(tokenizer, pad_id=_SECOND_PAD).to(batch.input_ids)
+    empty_2 = empty_ids(tokenizer, pad_id=SECOND_PAD).to(batch.input_ids)
     batch = replace(
         batch,
         input_ids=torch.where(drop[:, None], empty, batch.input_ids),
@@ -368,12 +344,12 @@ def _second_ids(
     if mode == "legacy" and tokenizer_2 is not None:
         second = tokenizer_2.encode(text, verbose=False)[:TOKEN_LIMIT]
         return torch.tensor(
-            [*second, *[_SECOND_PAD] * (TOKEN_LIMIT - len(second))], dtype=torch.int64
+            [*second, *[SECOND_PAD] * (TOKEN_LIMIT - len(second))], dtype=torch.int64
         )
     first_eos = (
         list(ids).index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else TOKEN_LIMIT
     )
-    padding = [_SECOND_PAD] * (TOKEN_LIMIT - first_eos - 1)
+    padding = [SECOND_PAD] * (TOKEN_LIMIT - first_eos - 1)
     return torch.tensor([*ids[: first_eos + 1], *padding], dtype=torch.int64)
 
 

@@ -31,16 +31,18 @@ class DatasetJob:
 
     @property
     def settings(self) -> ExecutorSettings:
-        config = self.config
-        return ExecutorSettings(
-            threads=config.threads, stuck_after=config.stuck_after, ray=config.ray
-        )
+        return executor_settings(self.config)
 
     def load(self, task: ShardTask, stages: Sequence[Stage]) -> Iterator[PendingRecord]:
         return load_shard(self.config, Store(self.config.output), task, stages)
 
     def commit(self, task: ShardTask, records: Sequence[Record], run: ShardRun) -> Manifest:
         return commit(Store(self.config.output), task.shard, records, self.info, run.finish())
+
+
+def executor_settings(config: DatasetConfig) -> ExecutorSettings:
+    """Returns the part of the configuration that executors read."""
+    return ExecutorSettings(threads=config.threads, stuck_after=config.stuck_after, ray=config.ray)
 
 
 def chain_reference(config: DatasetConfig, chain: Chain) -> ChainReference:

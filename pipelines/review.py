@@ -26,8 +26,9 @@ from model.vocabulary import clip_tokenizer
 from stages.annotations import ABSENT, FUSED, Review
 from stages.backends.weights import Weights
 from stages.base import RecordStage
+from stages.caption import CaptionStage
 from stages.codec import decode_labels
-from stages.record import Record
+from stages.record import Record, Status
 from stages.regions import REGION_WORDS, Mode, region_masks, word_of
 
 if TYPE_CHECKING:
@@ -97,21 +98,31 @@ class ReviewStage(RecordStage):
 
 
 def check_trainable(report: Report, limit: float) -> None:
-    """Raises QualityError, with the reasons, if more than the share `limit` (0 to 1) of all samples
-    is not trainable.
+    """Raises QualityError, with the reasons, if more than the share `limit` (0 to 1) of all records
+    that reached the captioner is not trainable: it failed to caption them, or no region is fused.
     """
-    untrainable = report.tally["trainable", "no"]
-    samples = untrainable + report.tally["trainable", "yes"] + report.tally["trainable", "unknown"]
-    if not samples or untrainable <= limit * samples:
+    unfused = report.tally["trainable", "no"]
+    trained = report.tally["trainable", "yes"] + report.tally["trainable", "unknown"]
+    failed = Counter(
+        {
+            entry["reason"]: entry["count"]
+            for entry in report.stats["data"]["reasons"]
+            if (entry["status"], entry["stage"]) == (Status.FAILED, CaptionStage.name)
+        }
+    )
+    untrainable = unfused + failed.total()
+    records = untrainable + trained
+    if untrainable <= limit * records:
         return
-    reasons = Counter(
+    regions = Counter(
         {key[1]: n for key, n in report.tally.items() if key[0] == "untrainable_because"}
     )
-    regions = ", ".join(f"{reason} of {count} regions" for reason, count in reasons.most_common())
+    reasons = [f"{reason} of {count} records" for reason, count in failed.most_common()]
+    reasons += [f"{reason} of {count} regions" for reason, count in regions.most_common()]
     raise QualityError(
-        f"{untrainable:,} of {samples:,} samples ({untrainable / samples:.0%}) are not trainable, "
-        f"since none of their regions is fused: {regions or 'no region is visible'}. At most "
-        f"{limit:.0%} may be (review.max_untrainable). The shards are kept. Look at the captions "
-        "in the report, and change the face prompt or the model of the caption backend: the next "
-        "run makes captions only."
+        f"{untrainable:,} of {records:,} records ({untrainable / records:.0%}) are not trainable, "
+        f"since they have no caption, or no region is fused: "
+        f"{', '.join(reasons) or 'no region is visible'}. At most {limit:.0%} may be "
+        "(review.max_untrainable). The shards are kept. Look at the captions in the report, and "
+        "change the prompts or the model of the caption backend: the next run makes captions only."
     )

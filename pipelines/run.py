@@ -130,7 +130,8 @@ def plan_job(
     store = Store(config.output)
     _check_output(config, store)
     stages = chain(config)
-    sidecar_columns(ChainInfo.of(stages).annotations)  # fails for two columns of one name
+    annotations = ChainInfo.of(stages, signed=()).annotations
+    sidecar_columns(annotations)  # fails for two columns of one name
     complete_killed_commits(store)
     if repair and not store.names(layout.SHARDS):
         raise ConfigError(f"output={store.url} has no shards, so there is nothing to repair.")
@@ -201,6 +202,7 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
         return
     chain = ChainInfo.of(job.stages)
     with RunLock(store):
+        _preflight(job)
         complete_commits(store)
         _remove_unreadable(store, job.damage)
         write_plan(job.plan, store)
@@ -215,6 +217,13 @@ def execute(job: Job, advance: Advance) -> Iterator[Manifest]:
             for folder in (layout.SHARDS, layout.STAGED):
                 store.sweep(folder)  # a worker may have been killed while it wrote
         run_global_pass(store, config.global_pass, chain)
+
+
+def _preflight(job: Job) -> None:
+    """Lets each stage that a record may need check what it depends on. Raises PipelineError."""
+    for stage in job.stages:
+        if any(task.may_need(stage.name) for task in job.tasks):
+            stage.preflight()
 
 
 def _remove_unreadable(store: Store, damage: Sequence[Damage]) -> None:

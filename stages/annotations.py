@@ -101,6 +101,20 @@ class Answers(Annotation):
         pa.int32(),
         metric=Metric(title="Second tries", note="of the two", whole=True, group="text"),
     )
+    face_height: float = stored(
+        "height of the main face's box as a share of the image's longer side, 0 to 1",
+        pa.float64(),
+        metric=Metric(
+            title="Face height",
+            unit="%",
+            note="of the image's longer side",
+            scale=100,
+            group="text",
+        ),
+    )
+    face_view: bool = stored(
+        "true if the model got the face's crop as a second image for the face caption", pa.bool_()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,12 @@ class Stage(ABC):
         """The most records that `process` takes at a time."""
         return self.resources.batch_size
 
+    def preflight(self) -> None:  # noqa: B027 - most stages need nothing but their weights
+        """Checks what the stage needs besides its weights, such as a model server. It is called in
+        the process that plans a run, before the first shard, if a record may need the stage. Raises
+        PipelineError if the stage can't work.
+        """
+
     def setup(self) -> None:  # noqa: B027 - a stage without weights has nothing to set up
         """Loads weights. It is called on the worker, before the first `process`; further calls have
         no effect.

@@ -23,7 +23,7 @@ def build_stages(config: DatasetConfig) -> list[Stage]:
         DetectStage(config.detect, weights),
         ParseStage(config.parse, weights),
         EmbedStage(config.embed, weights),
-        CaptionStage(config.caption, weights),
+        CaptionStage(config.caption, weights, config.resize.largest),
     ]
     check_chain(chain)
     return chain

@@ -28,9 +28,15 @@ def encode_jpeg(image: Image, quality: int) -> bytes:
     return data
 
 
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Returns a JPEG's (height, width) without decoding it. Raises ValueError for other data."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    return height, width
+
+
 def decode_jpeg(data: bytes) -> Image:
     """Returns a JPEG as RGB (H, W, 3) uint8, read-only. Raises ValueError for other data."""
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    height, width = jpeg_size(data)
     return _decode_cached(data) if height * width <= _CACHED_PIXELS else _decode_jpeg(data)
 
 

@@ -268,7 +268,10 @@ _STAGES: Final = {
     "caption_names_a_person": _answer(
         "states who is in the picture, which the model can't know, or has capitals that look so"
     ),
-    "caption_cut": _answer("was cut off by `max_new_tokens` before the end of its first sentence"),
+    "caption_cut": _answer(
+        "was cut off by `max_new_tokens`, or the face caption by `face_max_new_tokens`, before the "
+        "end of its first sentence"
+    ),
     "contradicted_caption": _dropped(
         "claims",
         "Label map or measures contradict too many claims of the captions "

@@ -21,6 +21,7 @@ import pytest
 from stages.backends.runtime import pin_threads
 from stages.backends.weights import Weights
 from tests import models
+from tests.chaos.cluster import TOKEN
 from tests.sharing import shared_folder
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     pin_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_token() -> Iterator[None]:
+    """One token for all clusters of this process and its children: Ray reads it once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TOKEN.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,17 +24,18 @@ from torch import Tensor
 
 from configs.errors import PipelineError, ShardError
 from model.conditions import (
+    SECOND_PAD,
     Conditions,
     DropRates,
-    blank_conditions,
     build_conditions,
     collate,
     drop_conditions,
+    empty_ids,
     training_pixels,
 )
-from model.spec import ModelSpec
-from stages.record import Record
-from stages.regions import Mode
+from model.spec import TOKEN_LIMIT, ModelSpec
+from stages.record import IDENTITY_DIM, Record
+from stages.regions import MAX_REGIONS, Mode
 from train import draws
 from train.packing import (
     BadSample,
@@ -204,6 +205,30 @@ def _check_identity(record: Record) -> None:
         norm = float(np.linalg.norm(record.identity.astype(np.float64)))
         if not abs(norm - 1) <= _UNIT_NORM:  # also if it is NaN
             raise ValueError(f"the identity embedding has norm {norm:g}, expected 1")
+
+
+def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: int) -> Conditions:
+    """Returns the conditions of a sample without text, regions and identity: all its tensors are
+    zero, except for the token ids. It takes the place of one that can't be read.
+    """
+    pixels = torch.zeros(3, spec.vision_size, spec.vision_size)
+    masks = torch.zeros(resolution, resolution)
+    return Conditions(
+        key=key,
+        text="",
+        regions=(),
+        dropped=(),
+        input_ids=empty_ids(tokenizer),
+        input_ids_2=empty_ids(tokenizer, pad_id=SECOND_PAD),
+        token_mask=torch.zeros(TOKEN_LIMIT, dtype=torch.bool),
+        token_idx=torch.zeros(MAX_REGIONS, dtype=torch.int64),
+        token_valid=torch.zeros(MAX_REGIONS, dtype=torch.bool),
+        region_pixels=pixels.expand(MAX_REGIONS, -1, -1, -1),
+        region_masks=masks.expand(MAX_REGIONS, -1, -1),
+        foreground=masks,
+        clip_pixels=pixels,
+        identity=torch.zeros(IDENTITY_DIM),
+    )
 
 
 def unpacked(

@@ -71,24 +71,25 @@ class StepCheck:
         self._in_a_row = 0
         self._skipped = Lines(output / SKIPPED, step=step) if message else None
         self._nonfinite = Lines(output / NONFINITE, step=step) if message else None
-        self._bad = {line["key"] for line in self._skipped.read()} if self._skipped else set()
+        listed = [line["key"] for line in self._skipped.read()] if self._skipped else []
+        self._bad = set(gather(listed))  # all processes must stop together
 
-    def check(self, facts: StepFacts) -> bool:
+    def check(self, step_facts: StepFacts) -> bool:
         """Returns whether to stop, since a process received a signal. Raises TrainingError if too
         many samples are bad, or too many updates in a row were skipped.
         """
-        valid, stopped, skipped = facts.numbers.tolist()
+        valid, stopped, skipped = step_facts.numbers.tolist()
         if valid < self._limits.batch:
-            self._leave_out(facts)
+            self._leave_out(step_facts)
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if skipped:
-            self._skip_update(facts)
+            self._skip_update(step_facts)
         return bool(stopped)
 
-    def _leave_out(self, facts: StepFacts) -> None:
-        bad: list[BadSample] = self._gather(list(facts.bad))
+    def _leave_out(self, step_facts: StepFacts) -> None:
+        step, bad = step_facts.step, self._gather(list(step_facts.bad))
         lines = [
-            {"step": facts.step, "key": key, "shard": shard, "reason": reason}
+            {"step": step, "key": key, "shard": shard, "reason": reason}
             for key, shard, reason in sorted(bad)
         ]
         if self._skipped and self._message:
@@ -96,7 +97,7 @@ class StepCheck:
             for line in lines:
                 if line["key"] not in self._bad:
                     self._message(
-                        f"step {facts.step:,} leaves out sample {line['key']} of {line['shard']}: "
+                        f"step {step:,} leaves out sample {line['key']} of {line['shard']}: "
                         f"{line['reason']}"
                     )
         self._bad |= {line["key"] for line in lines}
@@ -109,20 +110,21 @@ class StepCheck:
                 "continues from the last checkpoint."
             )
 
-    def _skip_update(self, facts: StepFacts) -> None:
-        positions = range(facts.position, facts.position + self._limits.batch)
+    def _skip_update(self, step_facts: StepFacts) -> None:
+        step, first = step_facts.step, step_facts.position
+        positions = range(first, first + self._limits.batch)
         keys = [self._keys_at(position) for position in positions]
         if self._nonfinite and self._message:
-            self._nonfinite.add([{"step": facts.step, "keys": keys}])
+            self._nonfinite.add([{"step": step, "keys": keys}])
             self._message(
-                f"step {facts.step:,}: loss or gradient is not finite, and the update is skipped. "
+                f"step {step:,}: loss or gradient is not finite, and the update is skipped. "
                 f"Its samples: {_listed(keys)}"
             )
         limit = self._limits.nonfinite_steps
         if self._in_a_row >= limit:
             raise TrainingError(
                 f"the updates of {self._in_a_row} steps in a row were skipped, up to step "
-                f"{facts.step:,}, since loss or gradient was not finite (max_nonfinite_steps="
+                f"{step:,}, since loss or gradient was not finite (max_nonfinite_steps="
                 f"{limit}). {self._output / NONFINITE} lists the steps and their samples. The last "
                 "checkpoint is intact. Lower optim.learning_rate, or set mixed_precision to bf16 "
                 "or no."

@@ -204,14 +204,14 @@ class Trainer:
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
                 rates.append(float(self.schedule.get_last_lr()[0]))
-                facts, losses_of_step = self._step(batches, stop)
+                step_facts, losses_of_step = self._step(batches, stop)
                 window.append(losses_of_step)
                 progress.step += 1
                 ends = progress.step == config.max_train_steps
                 saves = progress.step % config.checkpointing_steps == 0 or ends
                 if previous is not None:
                     stop.agreed = check.check(previous)
-                previous = facts
+                previous = step_facts
                 if self.accelerator.num_processes == 1:
                     stop.agreed = stop.agreed or bool(stop.signal)
                 losses = None
@@ -282,11 +282,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         bad = tuple(sample for batch in micro for sample in batch.bad)
-        facts = StepFacts(
+        step_facts = StepFacts(
             progress.step + 1, progress.position, torch.cat((numbers, skipped[None])), bad
         )
         progress.position += self.batch.size
-        return facts, torch.stack(values).sum(0)
+        return step_facts, torch.stack(values).sum(0)
 
     def _fetch_losses(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
         """Fetches the losses of the last steps, records them, and returns their means.

@@ -3,7 +3,7 @@
 Commands import large libraries only when they run, so that --help is fast.
 """
 
-from pipelines.cli import create, datasets, removal
+from pipelines.cli import create, datasets, removal, servers
 from pipelines.cli.common import app
 
-__all__ = ["app", "create", "datasets", "removal"]
+__all__ = ["app", "create", "datasets", "removal", "servers"]

@@ -14,7 +14,6 @@ import typer
 from configs.errors import PipelineError, QualityError, ShardError
 from pipelines.cli.common import (
     Config,
-    DryRun,
     Output,
     Overrides,
     app,
@@ -30,12 +29,20 @@ if TYPE_CHECKING:
     from configs.schema import DatasetConfig
     from pipelines.run import Job
 
+Preview = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print what would be done and why, and captions of three pictures; change nothing.",
+    ),
+]
+
 
 @app.command()
 def run(
     config: Config = "",
     overrides: Overrides = None,
-    dry_run: DryRun = False,
+    dry_run: Preview = False,
     repair: Annotated[
         bool,
         typer.Option("--repair", help="Read all files first, and make damaged ones again."),
@@ -57,7 +64,7 @@ def retry(
         list[str], typer.Option(help="A reason that `status` shows; may be given several times.")
     ],
     overrides: Overrides = None,
-    dry_run: DryRun = False,
+    dry_run: Preview = False,
 ) -> None:
     """Process inputs again that were dropped or failed with --reason, with OUT's configuration.
 
@@ -104,8 +111,20 @@ def _plan_and_run(
             f"  shard_size was {before}; {settings.shard_size} holds for new shards only. For one "
             "size, make the data set in another output."
         )
-    if not dry_run:
+    if dry_run:
+        _preview(job)
+    else:
         _run(job)
+
+
+def _preview(job: Job) -> None:
+    """Captions some of the pictures of a planned run, and prints the captions."""
+    from pipelines.preview import preview
+
+    if result := preview(job):
+        typer.echo("captions of the first pictures, which aren't kept:")
+        for line in result.lines():
+            typer.echo(line)
 
 
 def _plan_repair(settings: DatasetConfig) -> Job:

@@ -86,6 +86,13 @@ class ShardTask:
     def bytes(self) -> int:
         return self.shard.bytes
 
+    def may_need(self, stage: str) -> bool:
+        """Returns whether a record may need the stage of this name, other than one that a changed
+        rule restores.
+        """
+        is_new = not self.exists or self.inputs_changed or self.damaged
+        return is_new or bool(self.retry) or stage in self.stale_stages
+
 
 @dataclass(kw_only=True)
 class Plan:

@@ -28,15 +28,21 @@ NO_STAGES: Final[StageNames] = frozenset()
 
 
 def load_shard(
-    config: DatasetConfig, store: Store, task: ShardTask, stages: Sequence[Stage]
+    config: DatasetConfig,
+    store: Store,
+    task: ShardTask,
+    stages: Sequence[Stage],
+    items: Sequence[Input] | None = None,
 ) -> Iterator[PendingRecord]:
     """Yields the records of a shard's inputs, in order, each as soon as it has been read.
+
+    items: the inputs; None: those of the output's plan.
 
     Raises ShardError if the output's plan of this shard isn't that of the task, or if a file of
     the shard is damaged; SourceError if a sample would be lost with its input and
     `source.missing` is stop.
     """
-    items = read_inputs(store, task.shard.index)
+    items = read_inputs(store, task.shard.index) if items is None else items
     if len(items) != task.shard.inputs:
         raise ShardError(
             f"{store.url}: the plan of shard {task.shard.index} was changed during this run. Run "

@@ -127,7 +127,7 @@ def _completed(store: Store, config: DatasetConfig, chain: Chain) -> Iterator[No
     """A context that holds the run lock and, at its end, lets the data set follow the log. The
     report, which shows removed records, is deleted first: the caller writes it again.
     """
-    info = ChainInfo.of(chain(config))
+    info = ChainInfo.of(chain(config), signed={"embed"})  # of blocked people
     with RunLock(store):
         complete_commits(store)
         check_log(store, DatasetReader(store).manifests().values())

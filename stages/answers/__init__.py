@@ -17,6 +17,8 @@ from stages.answers.sentences import full_sentences
 from stages.answers.talk import is_refusal, without_talk
 from stages.backends.protocols import Answer
 
+# It rises whenever the same answer gives another result. Captions are made again then.
+ANSWERS_VERSION: Final = "1"
 THINKING: Final = "thinking"
 MARKDOWN: Final = "markdown"
 PREAMBLE: Final = "preamble"
@@ -31,6 +33,9 @@ VERDICTS: Final = (
     *(EMPTY, LOOP, REFUSAL, NOT_ENGLISH, NAMES_A_PERSON),
     *(THINKING, MARKDOWN, PREAMBLE, CUT),
 )
+# characters that are read: a limit for servers that ignore that of tokens, since the rules' time
+# grows faster than the text. 512 tokens are about 2,500 characters.
+_LONGEST: Final = 16_000
 _LEAST_WORDS: Final = 3  # of an answer that says something
 
 
@@ -53,6 +58,9 @@ def mended(answer: Answer) -> Mended:
 
     A text without verdicts is returned as it is.
     """
+    original = answer.text.strip()
+    if len(answer.text) > _LONGEST:
+        answer = Answer(answer.text[:_LONGEST], "length")
     text = answer.text.strip()
     verdicts: set[str] = set()
     text, thinks = without_thinking(text)
@@ -74,7 +82,7 @@ def mended(answer: Answer) -> Mended:
         verdicts=tuple(verdict for verdict in VERDICTS if verdict in verdicts),
         fatal=fatal,
         detail=detail,
-        was_mended=not fatal and text != answer.text.strip(),
+        was_mended=not fatal and text != original,
     )
 
 

@@ -63,7 +63,7 @@ def _texts_of_json(text: str) -> str:
         return text
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return "\n".join(_strings(value))
 

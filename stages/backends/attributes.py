@@ -34,6 +34,8 @@ _SHORT_SIDE: Final = 256
 class Attributes:
     """The captioner for machines without a large GPU; every word of its captions can be checked."""
 
+    independent = True
+
     def __init__(self, config: AttributesConfig, weights: Weights | None = None) -> None:
         """No settings, no weights."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from stages.codec import Image, LabelMap
 from stages.record import Face, FloatArray, Record
@@ -20,6 +20,10 @@ class Answer(NamedTuple):
 
     text: str
     finish: Finish
+
+
+# of the two captions: 0, of the whole image; 1, of the face
+Kind = Literal[0, 1]
 
 
 class FaceDetector(Protocol):
@@ -51,7 +55,16 @@ class Captioner(Protocol):
     A captioner may have an attribute `counts: Counter[str]`, for example of tokens. The manifest of
     a shard states what was counted for the shard. If `config.check_answers` exists and is true, the
     captioner also is a Prompted one.
+
+    It may have two more methods, which take the sides of the run's largest image in pixels:
+    `prepare(largest, is_useless)`, called before `caption`, with the test for answers that
+    need a second try (None: no answer does); and the static `preflight(config, largest)`,
+    called before a run, which raises PipelineError if the captioner can't work.
+
+    independent: whether the captions of a record can't depend on the others of its call.
     """
+
+    independent: ClassVar[bool]
 
     def caption(
         self, records: Sequence[Record], batch_size: int
@@ -80,10 +93,11 @@ class Captioner(Protocol):
 class Prompted(Protocol):
     """What a captioner has that answers prompts, such as a vision-language model."""
 
-    def ask(
-        self, records: Sequence[Record], prompt: str, batch_size: int
+    def retry(
+        self, records: Sequence[Record], kinds: Sequence[Kind], batch_size: int
     ) -> Sequence[Answer | Failed]:
-        """Returns the answer to `prompt` for each record, or Failed. The rest is as in
-        `Captioner.caption`.
+        """Returns the answer to the prompt of the second try, `config.retry_prompt` or
+        `config.face_retry_prompt`, for each record and the caption of `kinds`; or Failed. A record
+        may be there twice. The rest is as in `Captioner.caption`.
         """
         ...

@@ -129,6 +129,8 @@ _HEAD_PITCHED: Final = re.compile(
     r"|tilted (?:up|down|back)(?:wards?)?)\b",
     re.IGNORECASE,
 )
+# characters of a sentence that is read; the time for one grows faster than its length
+_LONGEST: Final = 600
 _UP: Final = ("raised", "lifted", "tilted up", "tilted back")
 
 
@@ -144,6 +146,8 @@ def claims_of(text: str) -> list[Claim]:
         return []
     claims: dict[Claim, None] = {}
     for sentence in sentences(plain):
+        if len(sentence) > _LONGEST:
+            continue
         claims |= dict.fromkeys([*_hair_claims(sentence), *_pose_claims(sentence)])
         for clause, denied in _clauses(sentence):
             for reader in _READERS:

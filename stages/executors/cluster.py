@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,20 @@ def ray_cluster(settings: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_ray(settings: RayConfig) -> None:
+def existing_address(settings: RayConfig) -> str:
+    """Returns the address of the cluster that a run uses; "" if it starts a local one."""
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def cluster_address() -> str:
+    """Returns the address of the cluster that this process is connected to."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _start_ray(settings: RayConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # workers log to their own files
@@ -49,7 +62,7 @@ def _start_ray(settings: RayConfig) -> None:
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address and address != "local":
+    if address := existing_address(settings):
         ray.init(address=address, runtime_env=runtime_env(), **quiet)
         return
     ray.init(
@@ -73,8 +86,14 @@ def runtime_env() -> dict[str, Any] | None:
 
 
 def list_nodes() -> list[Resources]:
-    """Returns the resources of every living node."""
+    """Returns the resources of every living node, without those that placement groups reserve, such
+    as the one of caption servers (stages/executors/fleet.py).
+    """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+    nodes = {node["NodeID"]: Counter(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    for group in ray.util.placement_group_table().values():
+        for bundle, node in group["bundles_to_node_id"].items():
+            if group["state"] != "REMOVED" and node in nodes:
+                nodes[node].subtract(group["bundles"][bundle])
+    return [Resources(max(0.0, node["CPU"]), max(0.0, node["GPU"])) for node in nodes.values()]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, cast
@@ -54,11 +54,13 @@ class ChainInfo:
     annotations: tuple[type[Annotation], ...]
 
     @staticmethod
-    def of(stages: Sequence[Stage]) -> ChainInfo:
-        """Returns what to record about these stages."""
+    def of(stages: Sequence[Stage], signed: Collection[str] | None = None) -> ChainInfo:
+        """Returns what to record about these stages. signed: names of the stages whose signatures
+        are needed; None: all. That of captions from a server asks the server.
+        """
         kinds = [stage.annotation for stage in stages]
         return ChainInfo(
-            signatures=tuple(stage.signature() for stage in stages),
+            signatures=tuple(s.signature() for s in stages if signed is None or s.name in signed),
             annotations=tuple(kind for kind in kinds if kind is not None),
         )
 

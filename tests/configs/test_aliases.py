@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ CAPTIONS = {
     "tries": (2, "openai"),
     "timeout": (5.0, "openai"),
 }
+# keys that have become several in each section
+SPLIT = {"max_new_tokens": ("max_new_tokens", "face_max_new_tokens")}
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +63,15 @@ def test_an_old_caption_key_goes_to_every_backend_that_has_it(
         config = load_text(DatasetConfig, text)
     else:
         config = load(DatasetConfig, None, ["caption.backend=llava", f"caption.{name}={value}"])
-    changed = {name: value}
+    names = SPLIT.get(name, (name,))
+    changed = dict.fromkeys(names, value)
     assert config.caption.llava == (
         LlavaConfig(**changed) if "llava" in sections else LlavaConfig()
     )
     assert config.caption.openai == (
         OpenAIConfig(**changed) if "openai" in sections else OpenAIConfig()
     )
-    renamed = " and ".join(f"caption.{section}.{name}" for section in sections.split())
+    renamed = " and ".join(f"caption.{s}.{new}" for s in sections.split() for new in names)
     assert warnings(caplog) == [
         f"The setting caption.{name} is now {renamed}. The old name is read until version 0.3.0."
     ]
@@ -86,10 +90,13 @@ def test_a_configuration_of_version_0_1_is_read_and_written_under_the_new_names(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = load(DatasetConfig, GOLDEN)
-    assert (config.caption, config.global_pass) == (
-        DatasetConfig().caption,
-        DatasetConfig().global_pass,
+    caption, tokens = DatasetConfig().caption, dict.fromkeys(SPLIT["max_new_tokens"], 512)
+    caption = replace(
+        caption,
+        llava=replace(caption.llava, dtype="float32", **tokens),  # the default of version 0.1
+        openai=replace(caption.openai, **tokens),
     )
+    assert (config.caption, config.global_pass) == (caption, DatasetConfig().global_pass)
     assert len(warnings(caplog)) == len(CAPTIONS) + 1
     load(DatasetConfig, GOLDEN)
     load(DatasetConfig, GOLDEN, ["caption.prompt=Who?"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -52,7 +53,7 @@ def shards(output: Path) -> dict[str, bytes]:
 
 
 def test_checks_are_recorded_and_shown(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: Any
 ) -> None:
     output = Path(shutil.copytree(data, tmp_path / "out"))
     networks = count_model_calls(monkeypatch)
@@ -81,6 +82,16 @@ def test_checks_are_recorded_and_shown(
     assert 'data-of="second_tries"' in page and "Mended answers" in page
     link = f"#images?status=ok&amp;contradictions=1~Infinity&amp;of={sum(tries)}"
     assert link.replace("~", "%7E") in page or link in page
+
+    tab = browser.new_page()
+    tab.goto((output / layout.REPORT).as_uri() + "#images?status=ok&contradictions=1~Infinity")
+    contradicted = tab.locator("#detail-words li", has_text="contradicted: bald=yes")
+    for key in (row["key"] for row in rows if row["contradicted"]):
+        tab.click(f".record[data-key='{key}']")
+        contradicted.wait_for()
+        assert contradicted.inner_text() == f"contradicted: bald=yes: {BALD[:-1]}"
+        tab.keyboard.press("Escape")
+    tab.close()
 
     console = Console(record=True, width=120, file=io.StringIO())
     key = rows[tries.index(1)]["key"]

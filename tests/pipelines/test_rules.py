@@ -120,7 +120,7 @@ def test_a_run_of_untrainable_samples_fails_with_the_reasons(dataset: Path) -> N
     check_trainable(write_report(store), 0.0)
     rows = rows_of(dataset)
     assert all(row["trainable"] and row["text_tokens"] <= 75 for row in rows)
-    with pytest.raises(QualityError, match=r"of 8 samples .* word_not_in_caption of"):
+    with pytest.raises(QualityError, match=r"of 8 records .* word_not_in_caption of"):
         check_trainable(write_report(_with_captions(store, "Nobody. Nothing.")), 0.5)
 
 

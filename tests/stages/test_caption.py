@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from configs.captions import RETRY_PROMPT, CaptionConfig, LlavaConfig
+from configs.captions import CaptionConfig, LlavaConfig
 from configs.errors import ConfigError
+from stages.backends.protocols import Kind
 from stages.backends.weights import Weights
 from stages.base import run_stage
 from stages.caption import CaptionStage
@@ -69,6 +70,9 @@ def test_the_signature_changes_with_prompt_backend_and_checkpoint(tmp_path: Path
         {"check_answers": False},
         {"retry_prompt": "Who is it?"},
         {"face_retry_prompt": "Which eyes?"},
+        {"pad_to_square": False},
+        {"face_view_below": 0.25},
+        {"dtype": "float32"},
     ):
         changed = CaptionConfig(backend="llava", llava=replace(own, **change))
         assert before != CaptionStage(changed, Weights()).signature(), change
@@ -89,6 +93,7 @@ def test_the_stage_works_with_llava_and_with_attributes(tmp_path: Path) -> None:
         prompt="Who?",
         device="cpu",
         max_new_tokens=8,
+        face_max_new_tokens=8,
         check_answers=False,  # the words of random weights have no meaning
     )
     generated = run_stage(stage_of(CaptionConfig(backend="llava", llava=llava)), records)
@@ -99,18 +104,20 @@ def test_the_stage_works_with_llava_and_with_attributes(tmp_path: Path) -> None:
 
 
 def test_useless_answers_of_a_model_are_tried_again_and_fail_by_reason(tmp_path: Path) -> None:
-    llava = LlavaConfig(model=str(make_checkpoint(tmp_path)), device="cpu", max_new_tokens=8)
+    llava = LlavaConfig(
+        model=str(make_checkpoint(tmp_path)), device="cpu", max_new_tokens=8, face_max_new_tokens=8
+    )
     stage = stage_of(CaptionConfig(backend="llava", llava=llava))
-    asked: list[tuple[int, str]] = []
-    ask = stage.backend.ask
+    asked: list[tuple[str, int]] = []
+    retry = stage.backend.retry
 
-    def counted(records: list[Record], prompt: str, batch_size: int) -> Any:
-        asked.append((len(records), prompt))
-        return ask(records, prompt, batch_size)
+    def recorded(records: list[Record], kinds: list[Kind], batch_size: int) -> Any:
+        asked.extend(zip([record.source for record in records], kinds, strict=True))
+        return retry(records, kinds, batch_size)
 
-    stage.backend.ask = counted
+    stage.backend.retry = recorded
     results = run_stage(stage, [drawn_record("one"), drawn_record("two")])
-    assert asked == [(1, RETRY_PROMPT)] * 2, "a record that has failed isn't asked again"
+    assert asked == [(name, kind) for name in ("one", "two") for kind in (0, 1)]
     assert {(r.status, r.stage) for r in results} == {(Status.FAILED, "caption")}
     for result in results:
         assert result.reason in REASONS and "after a second try" in result.detail

@@ -28,6 +28,7 @@ from tests.stages.records import drawn_record
 GOOD = "A man with a beard looks to the left."
 GOOD_FACE = "The face is oval, the eyes are brown, and the mouth is closed."
 REFUSAL = "I'm sorry, I can't describe this person's face, ears, eyes, nose and mouth."
+FACE_HEIGHT = 290 / 512  # of the drawn face's box
 ANSWERS = {PROMPT: GOOD, FACE_PROMPT: GOOD_FACE, RETRY_PROMPT: GOOD, FACE_RETRY_PROMPT: GOOD_FACE}
 
 
@@ -72,6 +73,8 @@ def test_mended_captions_are_recorded_with_verdicts_and_finish_reasons() -> None
             first_verdicts=("", ""),
             mended_answers=2,
             second_tries=0,
+            face_height=FACE_HEIGHT,
+            face_view=False,
         )
 
 
@@ -94,6 +97,8 @@ def test_a_useless_answer_is_tried_again_with_the_prompt_for_that() -> None:
             first_verdicts=("", "refusal"),
             mended_answers=1,
             second_tries=1,
+            face_height=FACE_HEIGHT,
+            face_view=False,
         )
 
 
@@ -160,3 +165,15 @@ def test_the_annotation_is_that_of_captioners_that_are_checked() -> None:
 def test_an_empty_prompt_of_the_second_try_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"caption\.openai\.face_retry_prompt is empty"):
         OpenAIConfig(face_retry_prompt=" ")
+
+
+def test_the_signature_depends_on_the_version_of_the_rules_that_check_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def signature(**changes: Any) -> str:
+        config = OpenAIConfig(base_url="http://127.0.0.1:9", model="m", root="m", **changes)
+        return CaptionStage(CaptionConfig(backend="openai", openai=config), Weights()).signature()
+
+    checked, unchecked = signature(), signature(check_answers=False)
+    monkeypatch.setattr("stages.caption.ANSWERS_VERSION", "2")
+    assert signature() != checked and signature(check_answers=False) == unchecked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,3 +193,11 @@ def test_the_limit_quarantines_a_sample_with_its_claims(samples: list[Record]) -
     assert contradicted(samples[0], min_agreement=1.0).ok
     with pytest.raises(ConfigError, match=r"claims\.min_agreement=1\.5"):
         ClaimsConfig(min_agreement=1.5)
+
+
+@pytest.mark.parametrize("part", ["the face turned a a a ", "head a ", "the head looks ", "no a, "])
+def test_a_caption_without_an_end_takes_little_time(part: str) -> None:
+    """A regular expression that tries many ways would take minutes."""
+    started = time.process_time()
+    assert claims_of(part * (16_000 // len(part))) == []
+    assert time.process_time() - started < 10

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from configs.captions import CaptionConfig, LlavaConfig
 from configs.common import PlacementConfig
 from configs.errors import ConfigError, WeightsError
 from stages.backends.llava import Llava
+from stages.backends.protocols import Kind
 from stages.backends.weights import Weights
 from stages.caption import CaptionStage
-from stages.codec import decode_jpeg, encode_jpeg
+from stages.codec import encode_jpeg
 from stages.record import Record
 from tests.stages.records import texts_of
-from tests.stages.tiny_llava import make_checkpoint
+from tests.stages.tiny_llava import PUBLISHED, make_checkpoint
 
 TOKENS = 24
 BATCH = 3  # images that go through the model together
@@ -51,15 +53,16 @@ def records() -> list[Record]:
 
 def config_of(model: Path | str, **changes: Any) -> LlavaConfig:
     settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": TOKENS, **changes}
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return LlavaConfig(model=str(model), **settings)
 
 
 def expected_caption(backend: Llava, record: Record, prompt: str) -> str:
     """Returns what `generate` writes for one image and one prompt, without a shared cache."""
-    image = Image.fromarray(np.asarray(decode_jpeg(record.image)))
-    inputs = backend.processor(images=[image], text=[prompt], return_tensors="pt")
-    tokens = backend.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-    text: str = backend.tokenizer.decode(
+    image = Image.fromarray(backend.shown(record, 0)[0])
+    inputs = backend.decoder.processor(images=[image], text=[prompt], return_tensors="pt")
+    tokens = backend.decoder.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    text: str = backend.decoder.tokenizer.decode(
         tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return text.strip()
@@ -72,21 +75,25 @@ def expected_captions(backend: Llava, records: list[Record]) -> list[tuple[str, 
     ]
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_batched_captions_with_a_shared_prefix_equal_those_of_generate(
     kind: Any, tmp_path: Path, records: list[Record]
 ) -> None:
-    backend = Llava(config_of(make_checkpoint(tmp_path, kind)))
+    backend = Llava(config_of(make_checkpoint(tmp_path, kind, seed=3)))
     expected = expected_captions(backend, records)
     assert len({text for pair in expected for text in pair}) == 6, (
         "the test needs captions that depend on image and prompt"
     )
     assert texts_of(backend.caption(records, BATCH)) == expected
     assert [pair for record in records for pair in texts_of(backend.caption([record]))] == expected
-    prompt = "Which eyes are visible?"
-    alone = [expected_caption(backend, r, backend._templated(prompt)) for r in records]
+    kinds: list[Kind] = [1, 0, 1]
+    retry_prompts = (backend.config.retry_prompt, backend.config.face_retry_prompt)
+    alone = [
+        expected_caption(backend, record, backend.decoder.templated(retry_prompts[kind]))
+        for record, kind in zip(records, kinds, strict=True)
+    ]
     for size in (1, BATCH):
-        assert [answer.text for answer in backend.ask(records, prompt, size)] == alone
+        assert [answer.text for answer in backend.retry(records, kinds, size)] == alone
 
 
 def test_a_row_that_ends_early_does_not_change_the_others(
@@ -94,7 +101,7 @@ def test_a_row_that_ends_early_does_not_change_the_others(
 ) -> None:
     long = Llava(config_of(checkpoint))
     # the fifth generated token becomes another end-of-text token
-    tokens = long.tokenizer(
+    tokens = long.decoder.tokenizer(
         expected_caption(long, records[0], long.prompts[1]), add_special_tokens=False
     )["input_ids"]
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
@@ -121,7 +128,10 @@ def test_each_image_is_encoded_once_for_both_prompts(
     backend = Llava(config_of(checkpoint))
     encoded: list[int] = []
     inputs: list[tuple[int, ...]] = []
-    vision, language = backend.model.model.vision_tower, backend.model.model.language_model
+    vision, language = (
+        backend.decoder.model.model.vision_tower,
+        backend.decoder.model.model.language_model,
+    )
     vision.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
     language.register_forward_pre_hook(
         lambda _, __, kw: inputs.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True
@@ -130,9 +140,9 @@ def test_each_image_is_encoded_once_for_both_prompts(
     assert encoded == [len(records)]
     (rows, prefix), (both, tail) = inputs[0], inputs[1]
     assert (rows, both) == (len(records), 2 * len(records))
-    whole = backend.processor(images=[np.zeros((28, 28, 3), np.uint8)], text=[backend.prompts[0]])[
-        "input_ids"
-    ][0]
+    whole = backend.decoder.processor(
+        images=[np.zeros((28, 28, 3), np.uint8)], text=[backend.prompts[0]]
+    )["input_ids"][0]
     assert prefix > 16, "the prefix contains the image's 16 tokens"
     assert prefix + tail <= len(whole) + 20, "the tail contains only words of the longer prompt"
     assert all(shape == (2 * len(records), 1) for shape in inputs[2:])
@@ -152,14 +162,14 @@ def test_images_of_equal_length_share_a_batch_and_captions_keep_the_order(
     ]
     backend = Llava(config_of(make_checkpoint(tmp_path, kind), max_new_tokens=8))
     prefixes: list[torch.Tensor] = []
-    prefix = backend._prefix
+    prefix = backend.decoder.prefix
 
-    def recording(images: Any) -> Any:
-        inputs, tails = prefix(images)
+    def recording(images: Any, prompts: Any) -> Any:
+        inputs, tails = prefix(images, prompts)
         prefixes.append(inputs["attention_mask"])
         return inputs, tails
 
-    backend._prefix = recording  # type: ignore[method-assign]
+    backend.decoder.prefix = recording  # type: ignore[method-assign]
     captions = texts_of(backend.caption(records, 2))
     (rows, longest), (others, length) = (mask.shape for mask in prefixes)
     assert rows == others == 2 and longest > length, "the test needs different lengths"
@@ -176,6 +186,10 @@ def test_a_call_takes_several_batches_of_records(checkpoint: Path) -> None:
             placement=PlacementConfig(batch_size=size),
         )
         assert CaptionStage(config, Weights()).batch_size == window
+    # on a GPU, two of the largest batches that the size may rise to
+    gpu = config_of(checkpoint, device="cuda:0")
+    assert [Llava.window(gpu, size) for size in (1, 8)] == [16, 128]
+    assert Llava.window(replace(gpu, memory_share=0.0), 8) == 32
 
 
 def test_the_error_for_4bit_names_what_is_missing(checkpoint: Path) -> None:
@@ -223,7 +237,7 @@ def test_equal_prompts_give_equal_captions(checkpoint: Path, records: list[Recor
 
 def test_dtype_is_that_of_the_loaded_model(checkpoint: Path, records: list[Record]) -> None:
     backend = Llava(config_of(checkpoint, dtype="bfloat16"))
-    assert backend.model.dtype == torch.bfloat16
+    assert backend.decoder.model.dtype == torch.bfloat16
     assert all(text for text in texts_of(backend.caption(records[:1]))[0])
 
 
@@ -251,7 +265,7 @@ def test_a_snapshot_in_the_hub_cache_is_identified_by_its_commit_and_loaded(
     code = (
         "from configs.captions import LlavaConfig; from stages.backends.llava import Llava\n"
         "config = LlavaConfig(model='someone/tiny', device='cpu')\n"
-        "print(Llava.digests(config)['checkpoint'], type(Llava(config).model).__name__)"
+        "print(Llava.digests(config)['checkpoint'], type(Llava(config).decoder.model).__name__)"
     )
     # huggingface_hub reads these variables at import
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -1,11 +1,10 @@
-"""The `openai` backend with real servers: `transformers serve`, and one that records requests."""
+"""The `openai` backend with a server that records requests."""
 
 from __future__ import annotations
 
-import json
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,11 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-import torch
 from skimage.data import astronaut, cat, coffee, rocket
 
 from configs.captions import CaptionConfig, LlavaConfig, OpenAIConfig
 from configs.common import PlacementConfig
 from configs.errors import ConfigError, ServerError
-from stages.backends.llava import Llava
 from stages.backends.openai import OpenAICaptioner
 from stages.backends.weights import Weights
 from stages.base import Failed
@@ -37,15 +34,16 @@ from tests.stages.chat_server import (
     refusal,
 )
 from tests.stages.records import drawn_record, texts_of
-from tests.stages.tiny_llava import make_checkpoint
-from tests.stages.transformers_server import TransformersServer, free_port, transformers_server
+from tests.stages.transformers_server import free_port
 
 TOKENS = 24
 KEY = "sk-test-5b2d0c9e77"
 
 
 def config_of(base_url: str, model: Path | str = "someone/model", **changes: Any) -> OpenAIConfig:
-    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "tries": 2, "timeout": 20.0, **changes}
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "tries": 2, "timeout": 20.0}
+    settings |= {"pad_to_square": False, **changes}  # tests/stages/test_views.py has padded ones
+    settings.setdefault("face_max_new_tokens", settings["max_new_tokens"])
     return OpenAIConfig(base_url=base_url, model=str(model), **settings)
 
 
@@ -81,26 +79,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with sampling settings, which both ways must override by greedy decoding."""
-    torch.set_num_threads(1)
-    folder = make_checkpoint(tmp_path_factory.mktemp("llava"))
-    settings = json.loads((folder / "generation_config.json").read_text())
-    settings |= {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def started(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TransformersServer]:
-    """With the checkpoint. It starts while the first tests run; those that need it are the last."""
-    with transformers_server(checkpoint, tmp_path_factory.mktemp("serve") / "log.txt") as server:
-        yield server
-
-
 def test_a_request_asks_for_greedy_decoding_and_has_the_jpeg_unchanged_before_the_prompt(
     records: list[Record],
 ) -> None:
@@ -128,8 +106,8 @@ def test_concurrency_limits_the_open_requests(records: list[Record]) -> None:
         assert server.most_open == limit and len(server.requests) == 2 * len(records)
 
 
-def test_a_call_takes_at_least_as_many_records_as_requests_may_be_open() -> None:
-    for concurrency, size, window in ((1, 1, 1), (16, 1, 16), (16, 64, 64)):
+def test_a_call_takes_several_times_as_many_records_as_requests_may_be_open() -> None:
+    for concurrency, size, window in ((1, 1, 8), (16, 1, 128), (16, 256, 256)):
         stage = stage_of(
             config_of("http://127.0.0.1:9", concurrency=concurrency),
             placement=PlacementConfig(batch_size=size),
@@ -316,10 +294,12 @@ def test_a_missing_setting_is_an_error_before_the_run_starts() -> None:
 
 def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
     def signature(**changes: Any) -> str:
-        return stage_of(replace(config_of("http://127.0.0.1:9/v1"), **changes)).signature()
+        return stage_of(replace(config, **changes)).signature()
+
+    config = config_of("http://127.0.0.1:9/v1", "a", root="a")
 
     connection = {
-        "base_url": "http://elsewhere/v1",
+        "base_url": "http://elsewhere/v1,http://127.0.0.1:9/v1",
         "api_key_env": "X",
         "concurrency": 1,
         "tries": 9,
@@ -327,7 +307,6 @@ def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
     }
     for name, value in connection.items():
         assert signature(**{name: value}) == signature(), name
-    config = config_of("http://127.0.0.1:9/v1")
     other_settings: dict[str, Any] = {
         "placement": PlacementConfig(cpus=2),
         "llava": LlavaConfig(model="c", prompt="Who?", dtype="float16", device="cuda:1"),
@@ -343,32 +322,16 @@ def test_the_signature_depends_on_settings_that_change_captions_only() -> None:
         assert signature(**{name: value}) != signature(), name
 
 
-@pytest.mark.slow
-def test_a_server_and_the_model_in_this_process_give_the_same_captions(
-    started: TransformersServer, checkpoint: Path, records: list[Record]
-) -> None:
-    local = Llava(LlavaConfig(model=str(checkpoint), device="cpu", max_new_tokens=TOKENS)).caption(
-        records, batch_size=4
-    )
-    assert len({text for pair in local for text in pair}) == 2 * len(records), (
-        "the test needs captions that all differ"
-    )
-    captioner = OpenAICaptioner(config_of(started.base_url(), checkpoint, concurrency=3))
-    assert captioner.caption(records) == local
-    assert captioner.caption(records[::-1]) == local[::-1], "a second call, on open connections"
-    assert captioner.counts["completion_tokens"] == 2 * 2 * len(records) * TOKENS, (
-        "each caption has max_new_tokens"
-    )
-    assert captioner.counts["prompt_tokens"] > 2 * 2 * len(records) * 16, (
-        "each image counts as 16 tokens"
-    )
-
-
-@pytest.mark.slow
-def test_a_model_that_the_server_does_not_have_ends_the_run(
-    started: TransformersServer, records: list[Record]
-) -> None:
-    with pytest.raises(
-        ServerError, match=r"caption\.openai\.model=someone/other: .*status 400.*someone/other"
-    ):
-        OpenAICaptioner(config_of(started.base_url(), "someone/other")).caption(records[:1])
+def test_each_caption_has_its_own_limit_of_tokens(records: list[Record]) -> None:
+    with ChatServer() as server:
+        config = config_of(server.base_url, max_new_tokens=5, face_max_new_tokens=9)
+        captioner = OpenAICaptioner(config)
+        captioner.caption(records[:2])
+        captioner.retry(records[:2], [1, 0])
+    limits = {(r.prompt, r.body["max_tokens"]) for r in server.requests}
+    assert limits == {
+        (config.prompt, 5),
+        (config.face_prompt, 9),
+        (config.retry_prompt, 5),
+        (config.face_retry_prompt, 9),
+    }

@@ -160,6 +160,7 @@ def test_signatures_depend_on_settings_that_change_results_only() -> None:
         "caption.backend=openai",
         "caption.openai.model=a",
         "caption.openai.base_url=http://a",
+        "caption.openai.root=a",
     )
     assert signature(4) != signature(4, *openai)
     assert signature(4, *openai) != signature(4, *openai, "caption.openai.prompt=another")

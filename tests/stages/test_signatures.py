@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -63,27 +64,35 @@ LLAVA = (
     "caption.backend=llava",
     "caption.llava.model=checkpoint",
     "caption.llava.check_answers=false",
+    "caption.llava.pad_to_square=false",
+    "caption.llava.dtype=float32",
+    "caption.llava.max_new_tokens=512",
+    "caption.llava.face_max_new_tokens=512",
 )
 OPENAI = (
     "caption.backend=openai",
     "caption.openai.model=someone/model",
     "caption.openai.base_url=http://127.0.0.1:9/v1",
     "caption.openai.check_answers=false",
+    "caption.openai.pad_to_square=false",
+    "caption.openai.max_new_tokens=512",
+    "caption.openai.face_max_new_tokens=512",
 )
 CAPTIONS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
     ((), (), "dd41bd4570df4068"),
     (LLAVA, (), "4a2ca981a4f807ec"),
     (LLAVA, ("llava.prompt=Who?",), "c2cc0f095770a3cf"),
     (LLAVA, ("llava.face_prompt=Which eyes?",), "d63d655ade229c13"),
-    (LLAVA, ("llava.max_new_tokens=64",), "948e5ee29b02c147"),
+    (LLAVA, ("llava.max_new_tokens=64", "llava.face_max_new_tokens=64"), "948e5ee29b02c147"),
     (LLAVA, ("llava.dtype=float16",), "d489418ddbce19fc"),
     (LLAVA, ("llava.quantize=4bit",), "624b346e26adbdb0"),
     (LLAVA, ("llava.device=cpu", "placement.batch_size=8"), "4a2ca981a4f807ec"),
+    (LLAVA, ("llava.memory_share=0", "llava.tiles=all"), "4a2ca981a4f807ec"),
     (LLAVA, ("openai.concurrency=3",), "4a2ca981a4f807ec"),
     (OPENAI, (), "6a04f2ea11844921"),
     (OPENAI, ("openai.prompt=Who?",), "602226f2ff63d00e"),
     (OPENAI, ("openai.face_prompt=Which eyes?",), "7c02cf43245d443a"),
-    (OPENAI, ("openai.max_new_tokens=64",), "7093be1af2e19959"),
+    (OPENAI, ("openai.max_new_tokens=64", "openai.face_max_new_tokens=64"), "7093be1af2e19959"),
     (OPENAI, ("openai.model=other",), "98510a1c616c3c0a"),
     (OPENAI, ("openai.tries=9", "openai.timeout=5", "openai.api_key_env=X"), "6a04f2ea11844921"),
     # Settings that the chosen backend doesn't read are hashed with the defaults of version 0.1.
@@ -133,7 +142,26 @@ def test_a_caption_signature_covers_the_settings_of_its_backend_as_in_version_0_
     Path("checkpoint/model.safetensors").write_bytes(b"weights")
     overrides = [*backend, *(f"caption.{change}" for change in changes)]
     caption = load(DatasetConfig, None, overrides).caption
+    # as a server that states no root, or the model's name
+    caption = replace(caption, openai=replace(caption.openai, root=caption.openai.model))
     assert CaptionStage(caption, Weights()).signature() == f"caption-1-{expected}"
+
+
+@pytest.mark.parametrize("backend", ["llava", "openai"])
+def test_other_numbers_of_tokens_for_the_two_captions_give_other_signatures(
+    backend: Literal["llava", "openai"], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    chosen = [f"caption.backend={backend}", f"caption.{backend}.model={tmp_path}"]
+    chosen += ["caption.openai.base_url=http://127.0.0.1:9/v1", "caption.openai.root=x"]
+    signatures = set()
+    for coarse, fine in ((512, 512), (64, 64), (64, 512), (512, 64), (96, 160)):
+        tokens = {"max_new_tokens": coarse, "face_max_new_tokens": fine}
+        overrides = [f"caption.{backend}.{name}={count}" for name, count in tokens.items()]
+        config = load(DatasetConfig, None, [*chosen, *overrides]).caption
+        signatures.add(CaptionStage(config, Weights()).signature())
+    assert len(signatures) == 5
 
 
 def test_a_renamed_stage_is_hashed_under_the_name_it_was_introduced_with() -> None:

@@ -35,6 +35,10 @@ class TransformersServer:
             time.sleep(0.1)
         return f"{self._url}/v1"
 
+    def answers(self) -> int:
+        """Returns the number of completions that the server has sent."""
+        return self._log.read_text().count('POST /v1/chat/completions HTTP/1.1" 200')
+
 
 @contextmanager
 def transformers_server(checkpoint: Path, log: Path) -> Iterator[TransformersServer]:

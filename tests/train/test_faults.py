@@ -52,8 +52,10 @@ def test_a_bad_sample_is_left_out_and_the_order_of_the_others_stays(
     assert [line["step"] for line in lines] == steps and len(steps) == 2
     assert {(line["key"], line["shard"]) for line in lines} == {(key, "fgid-000000.tar")}
     assert "not those written" in lines[0]["reason"]
-    told = [text for text in listener.messages if key in text]
-    assert len(told) == 1 and told[0].startswith(f"step {steps[0]} leaves out sample {key}")
+    announced = [text for text in listener.messages if key in text]
+    assert len(announced) == 1 and announced[0].startswith(
+        f"step {steps[0]} leaves out sample {key}"
+    )
 
 
 def test_too_many_bad_samples_end_the_run_with_their_share(
@@ -73,8 +75,8 @@ def test_the_loss_is_the_mean_over_valid_samples(parts: Parts) -> None:
     blank = replace(batch, valid=torch.tensor([True, True, False, True]))
     whole = step_losses(parts.trained, parts.frozen, batch, config, mask=False)
     part = step_losses(parts.trained, parts.frozen, blank, config, mask=False)
-    kept = whole.errors[[0, 1, 3]]
-    torch.testing.assert_close(part.total.detach(), kept.mean())
+    errors_of_valid = whole.errors[[0, 1, 3]]
+    torch.testing.assert_close(part.total.detach(), errors_of_valid.mean())
     none = replace(batch, valid=torch.zeros(4, dtype=torch.bool))
     nothing = step_losses(parts.trained, parts.frozen, none, config, mask=False)
     nothing.total.backward()

@@ -40,6 +40,8 @@ def test_a_refused_caption_fails_alone_and_no_file_contains_the_key(
     images: list[bytes] = []
 
     def decide(request: Request) -> Reply:
+        if request.is_plain:
+            return completion(request)
         images.append(request.jpeg)
         refused = request.jpeg == images[0] and "facial features" in request.prompt
         return refusal(400, f"not for {KEY}") if refused else completion(request)
