@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +22,6 @@ from train.history import read_lines
 from train.shards import ShardSet
 from train.state import AdapterExtras, save_checkpoint
 from train.trainer import Trainer
-
-
-@pytest.fixture
-def damaged(data: Path, tmp_path: Path) -> Path:
-    """The data set, with one byte of its third sample changed."""
-    copy = Path(shutil.copytree(data, tmp_path / "damaged"))
-    shards = ShardSet(str(copy))
-    tar = copy / "shards" / shards.shard_of(2)
-    content = bytearray(tar.read_bytes())
-    offset, size = shards._spans[2]
-    content[offset + size // 2] ^= 1
-    tar.write_bytes(content)
-    return copy
 
 
 def test_a_bad_sample_is_left_out_and_the_order_of_the_others_stays(
