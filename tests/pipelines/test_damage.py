@@ -21,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 import pipelines.run
-from configs.errors import PipelineError
+from configs.errors import PipelineError, ShardError
 from pipelines.cli import app
 from pipelines.cli.common import errors
 from pipelines.run import execute, plan_job
@@ -122,10 +122,12 @@ trainer = typer.Typer()
 
 @trainer.command()
 def read_for_training(data: str) -> None:
-    """Reads what `train` reads of a data set."""
+    """Reads what `train` reads of a data set, and ends with the error that it lists for a sample."""
     with errors():
         shards = ShardSet(data, "train")
-        shards.records(range(len(shards)))
+        for record in shards.records(range(len(shards))):
+            if isinstance(record, ShardError):
+                raise record
         shards.dataset_config()
 
 
