@@ -122,7 +122,7 @@ trainer = typer.Typer()
 
 @trainer.command()
 def read_for_training(data: str) -> None:
-    """Reads what `train` reads of a data set, and ends with the error that it lists for a sample."""
+    """Reads what `train` reads of a data set; ends with the error that it lists for a sample."""
     with errors():
         shards = ShardSet(data, "train")
         for record in shards.records(range(len(shards))):
