@@ -1,4 +1,4 @@
-"""Lists of words, in lower case, by which answers are judged."""
+"""Word lists for the checks of answers. All words are in lower case."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _SHADING: Final = 0.35
 # equally likely deviates of a normal distribution
 _NINTHS: Final = (-1.593, -0.967, -0.589, -0.282, 0.0, 0.282, 0.589, 0.967, 1.593)
 _THIRDS: Final = (-0.967, 0.0, 0.967)
-# names that cover several names of hair_color and of fabric_color, where these can't be told apart
+# group name → names of hair_color or fabric_color that it covers; used where these are ambiguous
 HAIR_GROUPS: Final = {
     "dark": frozenset({"black", "dark", "dark brown"}),
     "brown": frozenset({"dark brown", "brown", "light brown"}),

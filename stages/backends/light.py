@@ -49,8 +49,8 @@ _AROUND_SPREAD: Final = (1.2, 0.2)
 _SAME_LIGHT: Final = 0.7  # largest difference of red or blue from the light estimated without them
 # Casts of photographs after the camera's own white balance.
 _CAST_SPREAD: Final = 0.3
-# A skin whose red and blue are further than this from ordinary is in a black-and-white picture, or
-# in light of one colour: no colour can be told.
+# Skin whose red and blue differ more than this from ordinary skin is in a black-and-white picture
+# or in monochromatic light. No colour is named then.
 _NO_COLOR: Final = 0.75
 
 _LINEAR: Final = np.array(

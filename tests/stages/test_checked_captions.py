@@ -17,6 +17,7 @@ from configs.captions import (
 )
 from configs.errors import ConfigError
 from stages.annotations import Answers
+from stages.answers import ANSWERS_VERSION
 from stages.backends.weights import Weights
 from stages.base import check_chain, run_stage
 from stages.caption import CaptionStage
@@ -167,13 +168,13 @@ def test_an_empty_prompt_of_the_second_try_is_an_error() -> None:
         OpenAIConfig(face_retry_prompt=" ")
 
 
-def test_the_signature_depends_on_the_version_of_the_rules_that_check_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def signature(**changes: Any) -> str:
-        config = OpenAIConfig(base_url="http://127.0.0.1:9", model="m", root="m", **changes)
-        return CaptionStage(CaptionConfig(backend="openai", openai=config), Weights()).signature()
+def test_the_signature_hashes_the_version_of_the_rules_that_check_answers() -> None:
+    """The signature hashes all digests of a stage."""
 
-    checked, unchecked = signature(), signature(check_answers=False)
-    monkeypatch.setattr("stages.caption.ANSWERS_VERSION", "2")
-    assert signature() != checked and signature(check_answers=False) == unchecked
+    def digests(**changes: Any) -> dict[str, str]:
+        config = OpenAIConfig(base_url="http://127.0.0.1:9", model="m", root="m", **changes)
+        stage = CaptionStage(CaptionConfig(backend="openai", openai=config), Weights())
+        return dict(stage.digests())
+
+    assert digests() == {"answers": ANSWERS_VERSION}
+    assert digests(check_answers=False) == {}

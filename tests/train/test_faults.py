@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from configs.errors import TrainingError
 from configs.training import OptimConfig
 from stages.record import Record
 from tests.train.helpers import Listener, Parts, run, small
-from train.data import SampleOrder
+from train.data import BatchMaker, SampleOrder
 from train.history import read_lines
 from train.shards import ShardSet
 from train.state import AdapterExtras, save_checkpoint
@@ -71,20 +71,20 @@ def test_the_loss_is_the_mean_over_valid_samples(parts: Parts) -> None:
 
 @pytest.mark.parametrize("identity", [np.nan, np.inf, 0.0, 2.0])
 def test_an_identity_without_unit_norm_makes_a_sample_bad(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch, identity: float
+    parts: Parts, data: Path, tmp_path: Path, identity: float
 ) -> None:
-    shards = parts.maker._shards
-    good = ShardSet.records
-
-    def changed(self: ShardSet, numbers: Any, **options: Any) -> Any:
-        [record] = good(self, numbers, **options)
-        assert isinstance(record, Record)
-        vector = np.zeros(512, np.float32)
-        vector[3] = identity
-        return [replace(record, identity=vector)]
-
-    monkeypatch.setattr(ShardSet, "records", changed)
-    conditions, pixels, bad = parts.maker._prepare([5])[5]
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    shards = ShardSet(str(copy))
+    [record] = shards.records([5])
+    assert isinstance(record, Record) and record.identity is not None
+    tar, vector = copy / "shards" / shards.shard_of(5), np.zeros(512, np.float32)
+    vector[3] = identity
+    content, before = tar.read_bytes(), record.identity.tobytes()
+    assert content.count(before) == 1
+    tar.write_bytes(content.replace(before, vector.tobytes()))
+    # without verification, which would find the changed bytes first
+    maker = BatchMaker(shards, parts.maker._order, replace(parts.preparation, verify=False))
+    conditions, pixels, bad = maker._prepare([5])[5]
     assert bad is not None and bad.key == shards.keys[5]
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from configs.captions import OpenAIConfig
 from configs.errors import ServerError
@@ -23,8 +24,8 @@ from stages.backends.protocols import Kind
 logger = logging.getLogger(__name__)
 
 # seconds before a server that was left out is asked again; doubled each time
-FIRST_PAUSE: float = 1.0
-LONGEST_PAUSE: float = 60.0
+FIRST_PAUSE: Final = 1.0
+LONGEST_PAUSE: Final = 60.0
 
 
 class Servers:
