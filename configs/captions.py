@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from configs.common import NOT_HASHED, PlacementConfig, check, introduced, introduced_as
 
@@ -40,10 +40,14 @@ class AttributesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LlavaConfig:
-    """Captions written by a vision-language model that the worker loads."""
+class VisionLanguageConfig:
+    """What the backends that ask a vision-language model have in common. section: the name of the
+    backend's section, for errors.
+    """
 
-    model: str = ""  # hub id, hub id@revision, or folder
+    section: ClassVar[str]
+
+    model: str = ""
     prompt: str = PROMPT
     face_prompt: str = FACE_PROMPT
     max_new_tokens: int = MAX_NEW_TOKENS  # of the caption
@@ -57,12 +61,38 @@ class LlavaConfig:
     face_retry_prompt: str = field(
         default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
     )
-    # pad a picture to a square if the processor would cut off its ends, as LLaVA-1.5's does; false:
-    # as in version 0.1
+    # show a picture in a square, since a processor may cut off its ends, as LLaVA-1.5's does (the
+    # backend llava pads for such processors only); false: as in version 0.1
     pad_to_square: bool = field(default=True, metadata=introduced(False))
     # the highest share of the picture's longer side that the main face's box may have in height for
     # its crop to be shown too, for the face caption; 0: never
     face_view_below: float = field(default=0.0, metadata=introduced(0.0))
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "face_max_new_tokens"):
+            count = getattr(self, name)
+            check(count > 0, f"caption.{self.section}.{name}={count}: expected at least 1")
+        for name in ("retry_prompt", "face_retry_prompt"):
+            check(
+                bool(getattr(self, name).strip()),
+                f"caption.{self.section}.{name} is empty: expected the prompt of the second try; "
+                f"caption.{self.section}.check_answers=false tries no answer again",
+            )
+        check(
+            0 <= self.face_view_below <= 1,
+            f"caption.{self.section}.face_view_below={self.face_view_below}: expected 0 (no second "
+            "view) to 1 (a second view of every face)",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlavaConfig(VisionLanguageConfig):
+    """Captions written by a vision-language model that the worker loads. model: a hub id, hub
+    id@revision, or folder.
+    """
+
+    section: ClassVar[str] = "llava"
+
     # auto: on a GPU, float16 if the checkpoint is stored in it or the GPU has no bfloat16, else
     # bfloat16; on a CPU float32. The signature doesn't depend on which it is.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -81,35 +111,17 @@ class LlavaConfig:
             0 <= self.memory_share <= 1,
             f"caption.llava.memory_share={self.memory_share}: expected 0 to 1",
         )
-        _check_tokens("llava", self)
-        _check_prompts("llava", self)
-        _check_views("llava", self)
+        VisionLanguageConfig.__post_init__(self)  # super() doesn't work in a dataclass with slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenAIConfig:
-    """Captions written by a server with OpenAI's chat completions interface."""
+class OpenAIConfig(VisionLanguageConfig):
+    """Captions written by a server with OpenAI's chat completions interface. model: its name on the
+    server.
+    """
 
-    model: str = ""  # as the server names it
-    prompt: str = PROMPT
-    face_prompt: str = FACE_PROMPT
-    max_new_tokens: int = MAX_NEW_TOKENS  # of the caption
-    face_max_new_tokens: int = field(
-        default=FACE_MAX_NEW_TOKENS, metadata=introduced_as("max_new_tokens")
-    )
-    # mend answers, try useless ones once more with the next two prompts, and fail the record if
-    # that doesn't help; false: every answer is a caption, as in version 0.1
-    check_answers: bool = field(default=True, metadata=introduced(False))
-    retry_prompt: str = field(default=RETRY_PROMPT, metadata=introduced(RETRY_PROMPT))
-    face_retry_prompt: str = field(
-        default=FACE_RETRY_PROMPT, metadata=introduced(FACE_RETRY_PROMPT)
-    )
-    # send a picture in a square, since the server's processor may cut off its ends, as LLaVA-1.5's
-    # does; false: as in version 0.1
-    pad_to_square: bool = field(default=True, metadata=introduced(False))
-    # the highest share of the picture's longer side that the main face's box may have in height for
-    # its crop to be shown too, for the face caption; 0: never
-    face_view_below: float = field(default=0.0, metadata=introduced(0.0))
+    section: ClassVar[str] = "openai"
+
     # For example http://HOST:8000/v1, without credentials; or several, separated by commas, which
     # share the requests. One that is given twice gets two shares.
     base_url: str = field(default="", metadata=NOT_HASHED)
@@ -126,9 +138,7 @@ class OpenAIConfig:
     timeout: float = field(default=60.0, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
-        _check_tokens("openai", self)
-        _check_prompts("openai", self)
-        _check_views("openai", self)
+        VisionLanguageConfig.__post_init__(self)  # super() doesn't work in a dataclass with slots
         check(
             1 <= self.concurrency <= 1024,
             f"caption.openai.concurrency={self.concurrency}: expected 1 to 1024",
@@ -184,26 +194,3 @@ class CaptionConfig:
             0 <= self.max_useless <= 1,
             f"caption.max_useless={self.max_useless}: expected 0 to 1",
         )
-
-
-def _check_tokens(section: str, config: LlavaConfig | OpenAIConfig) -> None:
-    for name in ("max_new_tokens", "face_max_new_tokens"):
-        count = getattr(config, name)
-        check(count > 0, f"caption.{section}.{name}={count}: expected at least 1")
-
-
-def _check_prompts(section: str, config: LlavaConfig | OpenAIConfig) -> None:
-    for name in ("retry_prompt", "face_retry_prompt"):
-        check(
-            bool(getattr(config, name).strip()),
-            f"caption.{section}.{name} is empty: expected the prompt of the second try; "
-            f"caption.{section}.check_answers=false tries no answer again",
-        )
-
-
-def _check_views(section: str, config: LlavaConfig | OpenAIConfig) -> None:
-    check(
-        0 <= config.face_view_below <= 1,
-        f"caption.{section}.face_view_below={config.face_view_below}: expected 0 (no second view) "
-        "to 1 (a second view of every face)",
-    )
