@@ -77,7 +77,8 @@ def fit_vae(
     import diffusers
 
     count = min(len(shards), _FIT_IMAGES)
-    numbers = draws.permutation(len(shards), seed, "vae_pictures", 0)[:count].tolist()
+    order = draws.Permutation(len(shards), seed, "vae_pictures", 0)
+    numbers = [order[place] for place in range(min(count, len(shards)))]
     images = _images(shards, numbers, resolution)
     vae: Any = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     vae.train().requires_grad_(True)

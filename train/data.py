@@ -37,6 +37,7 @@ from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mode
 from train import draws
+from train.order import SampleOrder
 from train.packing import (
     BadSample,
     PackedBatch,
@@ -50,25 +51,6 @@ from train.shards import ShardSet
 Batch = TypeVar("Batch")
 
 _UNIT_NORM = 1e-3  # largest deviation; embeddings are stored in float32 and normalised
-
-
-class SampleOrder:
-    """Maps a position in training to a sample number: one shuffled epoch after another.
-
-    size: number of samples. Each epoch has its own permutation, drawn from the seed.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self._epoch, self._permutation = 0, draws.Permutation(size, seed, "order", 0)
-
-    def sample(self, position: int) -> int:
-        """Returns the number of the sample at `position`, counted from the start of training."""
-        epoch, index = divmod(position, self.size)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = draws.Permutation(self.size, self.seed, "order", epoch)
-        return self._permutation[index]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -67,11 +65,25 @@ class Permutation:
             number = self._permuted(number)
         return number
 
+    def place(self, number: int) -> int:
+        """Returns the place at which a number, 0 to size - 1, is."""
+        place = self._unpermuted(number)
+        while place >= self.size:
+            place = self._unpermuted(place)
+        return place
+
     def _permuted(self, number: int) -> int:
         left, right = number >> self._low_bits, number & self._masks[1]
         for index, key in enumerate(self._keys):
             # the halves swap, and so do their sizes
             left, right = right, left ^ (_mixed(right ^ key) & self._masks[index % 2])
+        return left << self._low_bits | right
+
+    def _unpermuted(self, number: int) -> int:
+        left, right = number >> self._low_bits, number & self._masks[1]
+        for index in reversed(range(_ROUNDS)):
+            mask = self._masks[index % 2]
+            left, right = right ^ (_mixed(left ^ self._keys[index]) & mask), left
         return left << self._low_bits | right
 
 
@@ -81,9 +93,3 @@ def _mixed(value: int) -> int:
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _64_BITS
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _64_BITS
     return value ^ value >> 31
-
-
-def permutation(size: int, seed: int, name: str, position: int) -> npt.NDArray[np.int64]:
-    """Returns the numbers 0 to size - 1 in random order."""
-    bits = np.random.PCG64(_hashed_seed(seed, name, position))
-    return np.random.Generator(bits).permutation(size)

@@ -31,9 +31,10 @@ from stages.storage.store import Store
 from train import draws
 from train.base import ensure_base
 from train.batches import plan_batches
-from train.data import BatchMaker, SampleOrder, micro_batches, unpacked
+from train.data import BatchMaker, micro_batches, unpacked
 from train.facts import Limits, StepCheck, StepFacts
 from train.history import HISTORY, History, summarise
+from train.order import SampleOrder
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
 from train.setup import (
@@ -103,7 +104,7 @@ class Trainer:
                 f"{self.batch.size}: a step would train on some of them twice. Lower "
                 "global_batch_size, or make a larger data set."
             )
-        self.order = SampleOrder(len(self.shards), config.seed)
+        self.order = SampleOrder([len(self.shards)], config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
         if self.is_main:

@@ -10,7 +10,8 @@ import torch
 
 from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
-from train.data import BatchMaker, SampleOrder, TrainBatch, unpacked
+from train.data import BatchMaker, TrainBatch, unpacked
+from train.order import SampleOrder
 from train.outcome import Outcome
 from train.setup import make_models, make_preparation
 from train.shards import ShardSet
@@ -72,7 +73,7 @@ class Parts:
             config, SPECS["tiny"], config.model.base, torch.device("cpu")
         )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
-        self.maker = BatchMaker(shards, SampleOrder(len(shards), config.seed), self.preparation)
+        self.maker = BatchMaker(shards, SampleOrder([len(shards)], config.seed), self.preparation)
         self._random = torch.get_rng_state()
 
     def make(self, positions: range) -> TrainBatch:

@@ -18,7 +18,8 @@ from model.spec import SPECS
 from stages.record import Record
 from tests.train.helpers import Parts, small
 from train import draws
-from train.data import BatchMaker, SampleOrder, TrainBatch, micro_batches, unpacked
+from train.data import BatchMaker, TrainBatch, micro_batches, unpacked
+from train.order import SampleOrder
 from train.packing import PackedBatch, check_shared_memory
 from train.shards import ShardSet
 
@@ -27,7 +28,7 @@ class Keys:
     """Makes micro-batches that are lists of keys, without decoding samples."""
 
     def __init__(self, shards: ShardSet, seed: int) -> None:
-        self._keys, self._order = shards.keys, SampleOrder(len(shards), seed)
+        self._keys, self._order = shards.keys, SampleOrder([len(shards)], seed)
 
     def __call__(self, positions: range) -> list[str]:
         return [self._keys[self._order.sample(position)] for position in positions]
@@ -92,14 +93,14 @@ def test_an_order_has_no_pattern() -> None:
 
 
 def test_an_order_of_a_billion_samples_takes_no_memory() -> None:
-    order = SampleOrder(1_000_000_000, 1)
+    order = SampleOrder([1_000_000_000], 1)
     numbers = [order.sample(position) for position in range(999_999_990, 1_000_000_010)]
     assert len(set(numbers)) == 20 and max(numbers) < 1_000_000_000
     assert sum(number > 500_000_000 for number in numbers) in range(3, 18)
 
 
 def test_another_seed_is_another_order(shards: ShardSet) -> None:
-    one, other = (SampleOrder(len(shards), seed) for seed in (1, 2))
+    one, other = (SampleOrder([len(shards)], seed) for seed in (1, 2))
     assert [one.sample(i) for i in range(8)] != [other.sample(i) for i in range(8)]
 
 
@@ -205,7 +206,7 @@ def test_a_packed_sample_has_less_than_two_megabytes_at_512_pixels(
 ) -> None:
     parts = Parts(small(data, tiny_base, data / "none", resolution=512), shards)
     parts.preparation = replace(parts.preparation, spec=SPECS["sd15"], resolution=512)
-    maker = BatchMaker(shards, SampleOrder(8, 3), parts.preparation)
+    maker = BatchMaker(shards, SampleOrder([8], 3), parts.preparation)
     batch = maker(range(4))
     tensors = [getattr(batch, field.name) for field in fields(PackedBatch)]
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

@@ -17,8 +17,9 @@ from configs.errors import TrainingError
 from configs.training import OptimConfig
 from stages.record import Record
 from tests.train.helpers import Listener, Parts, run, small
-from train.data import BatchMaker, SampleOrder
+from train.data import BatchMaker
 from train.history import read_lines
+from train.order import SampleOrder
 from train.shards import ShardSet
 from train.state import AdapterExtras, save_checkpoint
 from train.trainer import Trainer
@@ -33,7 +34,7 @@ def test_a_bad_sample_is_left_out_and_the_order_of_the_others_stays(
     assert outcome.step == 8 and outcome.adapter is not None
     key = ShardSet(str(data)).keys[2]
     lines = [*read_lines(tmp_path / "out/skipped.jsonl")]
-    order = SampleOrder(8, config.seed)
+    order = SampleOrder([8], config.seed)
     steps = [1 + position // 2 for position in range(16) if order.sample(position) == 2]
     assert [line["step"] for line in lines] == steps and len(steps) == 2
     assert {(line["key"], line["shard"]) for line in lines} == {(key, "fgid-000000.tar")}
@@ -114,7 +115,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
     lines = [*read_lines(tmp_path / "out/nonfinite.jsonl")]
     steps = [line["step"] for line in lines][-3:]
     assert steps == list(range(steps[0], steps[0] + 3))
-    shards, order = ShardSet(str(data)), SampleOrder(8, config.seed)
+    shards, order = ShardSet(str(data)), SampleOrder([8], config.seed)
     last = lines[-1]
     positions = range(2 * (last["step"] - 1), 2 * last["step"])
     assert last["keys"] == [shards.keys[order.sample(position)] for position in positions]
