@@ -48,7 +48,7 @@ dataset: install ## photographs → shards and report. CONFIG=configs/dataset/�
 	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)
 
 train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… output=…"
-	$(RUN) -m train.cli --config $(or $(CONFIG),configs/train/demo.yaml) $(ARGS)
+	$(RUN) -m train.cli run --config $(or $(CONFIG),configs/train/demo.yaml) $(ARGS)
 
 infer: install ## a photograph and a prompt → portraits. CONFIG=configs/infer/… ARGS="--photo … --prompt …"
 	$(RUN) -m infer.cli --config $(or $(CONFIG),configs/infer/demo.yaml) $(ARGS)

@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """The settings of `python -m train.cli`."""
+    """The settings of `python -m train.cli run`."""
 
     data: str = ""  # a data set: folder or fsspec URL
     # which side of the data set's split

@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
     from configs.training import TrainConfig
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Train a ConsistentID adapter on FGID shards.",
+)
 
-_HELP = """Train a ConsistentID adapter on FGID shards.
+_RUN_HELP = """Train a ConsistentID adapter on FGID shards.
 
 [bold]key=value[/] overrides the YAML; configs/training.py (TrainConfig) lists every setting.
 Ctrl-C writes a checkpoint and stops. The same command again resumes from the last checkpoint.
@@ -27,10 +33,10 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
 [bold]Examples[/]
 
   A test on a laptop, some minutes, with the output of `make dataset`:
-    python -m train.cli --config configs/train/demo.yaml data=runs/dataset output=runs/train
+    python -m train.cli run --config configs/train/demo.yaml data=runs/dataset output=runs/train
 
   Stable Diffusion 1.5 on four GPUs, shards on an object store:
-    accelerate launch --num_processes 4 -m train.cli --config configs/train/sd15.yaml \\\\
+    accelerate launch --num_processes 4 -m train.cli run --config configs/train/sd15.yaml \\\\
         data=s3://bucket/fgid output=runs/sd15 micro_batch_size=4
 
   Continue a finished run:            … max_train_steps=20000
@@ -44,8 +50,13 @@ Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-
 """
 
 
-@app.command(help=_HELP)
-def main(
+@app.callback()
+def commands() -> None:
+    """Makes `run` a command of its own even while there is no other."""
+
+
+@app.command(help=_RUN_HELP)
+def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,

@@ -40,7 +40,7 @@ def main(
     overrides = [f"data={data}", f"output={adapter}"]
     if steps:
         overrides.append(f"max_train_steps={steps}")
-    _run("train.cli", "--config configs/train/demo.yaml", *overrides)
+    _run("train.cli", "run --config configs/train/demo.yaml", *overrides)
     _print_step(4, "one photograph and a prompt → portraits")
     prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     _run(

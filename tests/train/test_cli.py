@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments: object) -> Result:
-    """The command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    """`run` in this process."""
+    return CliRunner().invoke(app, ["run", *map(str, arguments)])
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,7 @@ def preset(data: Path, tiny_base: Path, tmp_path: Path) -> Path:
 
 def test_help_shows_examples_and_does_not_load_torch() -> None:
     started = time.monotonic()
-    process = start("-m", "train.cli", "--help")
+    process = start("-m", "train.cli", "run", "--help")
     seconds = time.monotonic() - started
     assert process.returncode == 0
     assert "accelerate launch" in process.stdout and "data=" in process.stdout
@@ -93,7 +93,7 @@ def test_a_damaged_image_is_a_line_without_a_traceback(
 def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_resumes(
     preset: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "train.cli", "--config", str(preset)]
+    command = [sys.executable, "-m", "train.cli", "run", "--config", str(preset)]
     settings = ["max_train_steps=400", "num_workers=2", "log_every=1"]
     output = tmp_path / "out"
     running = subprocess.Popen(
@@ -119,7 +119,7 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
     # same environment variables.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = [f"output={tmp_path / 'two'}", "checkpointing_steps=5"]
-    two = start(*launcher, "-m", "train.cli", "--config", preset, *settings)
+    two = start(*launcher, "-m", "train.cli", "run", "--config", preset, *settings)
     assert two.returncode == 0, two.stderr
     one = call("--config", preset, f"output={tmp_path / 'one'}")
     assert one.exit_code == 0, one.stderr
@@ -143,15 +143,15 @@ def test_two_processes_leave_out_the_samples_that_one_does(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = [f"data={damaged}", "max_bad_share=0.125", "checkpointing_steps=4"]
     two = f"output={tmp_path / 'two'}"
-    process = start(*launcher, "-m", "train.cli", "--config", preset, *settings, two)
+    process = start(*launcher, "-m", "train.cli", "run", "--config", preset, *settings, two)
     assert process.returncode == 0, process.stderr
     assert call("--config", preset, *settings, f"output={tmp_path / 'one'}").exit_code == 0
     files = [tmp_path / name / "skipped.jsonl" for name in ("one", "two")]
     one, other = ([*read_lines(path)] for path in files)
-    assert one == other and len(one) == 2
+    assert one == other and len(one) == 3
     # both processes know what was left out before they were resumed
     refused = [*settings, two, "max_bad_share=0.1", "max_train_steps=20"]
-    process = start(*launcher, "-m", "train.cli", "--config", preset, *refused)
+    process = start(*launcher, "-m", "train.cli", "run", "--config", preset, *refused)
     assert process.returncode != 0 and "1 of 8 samples can't be trained on" in process.stderr
 
 
@@ -159,7 +159,16 @@ def test_two_processes_leave_out_the_samples_that_one_does(
 def test_a_signal_to_one_process_stops_all_at_the_same_step(preset: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = ["max_train_steps=4000", "log_every=7", "num_workers=1"]
-    command = [sys.executable, *launcher, "-m", "train.cli", "--config", str(preset), *settings]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "train.cli",
+        "run",
+        "--config",
+        str(preset),
+        *settings,
+    ]
     output = tmp_path / "out"
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while running.poll() is None and not [*read_lines(output / "losses.jsonl")]:
