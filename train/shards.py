@@ -7,7 +7,7 @@ fetched together, and no tar is unpacked or read from its start.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -68,9 +68,27 @@ class ShardSet:
         digests = b"".join(bytes.fromhex(place.sha256) or bytes(32) for place in samples)
         self._digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
         self.digest: Final = _digest(used, None if keys is None else self.keys)
+        self._numbers = {key: number for number, key in enumerate(self.keys)}
+        self._people = _people(reader, self._numbers)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        return self.keys[number]
+
+    def number(self, key: str) -> int | None:
+        """The number of the sample with this key; None if there is none."""
+        return self._numbers.get(key)
+
+    def others(self, number: int) -> list[int]:
+        """The numbers of the other samples of the same person, ascending."""
+        return [other for other in self._people.get(number, ()) if other != number]
+
+    def with_others(self) -> int:
+        """How many samples have another of the same person."""
+        return sum(len(people) > 1 for people in self._people.values())
 
     def records(self, numbers: Sequence[int], *, verify: bool = True) -> list[Record | ShardError]:
         """The records of those samples, in that order; for a damaged one, the error.
@@ -143,6 +161,15 @@ def _keys_on_side(reader: DatasetReader, split: str) -> frozenset[str]:
             "end, or train with split=all."
         )
     return frozenset(row["key"] for row in table.to_pylist() if row["split"] == split)
+
+
+def _people(reader: DatasetReader, numbers: Mapping[str, int]) -> dict[int, list[int]]:
+    """Number of a sample → the numbers of all samples of the same person, ascending."""
+    people: dict[str, list[int]] = {}
+    for row in reader.identities(["key", "identity_id"]).to_pylist():
+        if row["key"] in numbers:
+            people.setdefault(row["identity_id"], []).append(numbers[row["key"]])
+    return {number: sorted(of_one) for of_one in people.values() for number in of_one}
 
 
 def _digest(manifests: Iterable[Manifest], keys: Iterable[str] | None) -> str:

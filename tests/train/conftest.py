@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.train.helpers import Parts, small
+from train.mixture import Mixture
 from train.shards import ShardSet
 
 
 @pytest.fixture(scope="session")
 def built_parts(
-    data: Path, tiny_base: Path, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory
+    data: Path, tiny_base: Path, mixture: Mixture, tmp_path_factory: pytest.TempPathFactory
 ) -> Parts:
-    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), shards)
+    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), mixture)
 
 
 @pytest.fixture

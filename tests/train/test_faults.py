@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from configs.errors import TrainingError
 from configs.training import OptimConfig
 from stages.record import Record
-from tests.train.helpers import Listener, Parts, run, small
+from tests.train.helpers import Listener, Parts, run, small, sources
 from train.data import BatchMaker
 from train.history import read_lines
+from train.mixture import Mixture
 from train.order import SampleOrder
 from train.shards import ShardSet
 from train.state import AdapterExtras, save_checkpoint
@@ -84,8 +85,9 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     assert content.count(before) == 1
     tar.write_bytes(content.replace(before, vector.tobytes()))
     # without verification, which would find the changed bytes first
-    maker = BatchMaker(shards, parts.maker._order, replace(parts.preparation, verify=False))
-    conditions, pixels, bad = maker._prepare([5])[5]
+    mixture = Mixture(sources(copy))
+    maker = BatchMaker(mixture, mixture.order(0), replace(parts.preparation, verify=False))
+    conditions, pixels, bad = maker._prepare([(5, 5)])[5, 5]
     assert bad is not None and bad.key == shards.keys[5]
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()

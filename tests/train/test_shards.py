@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import ConfigError, PipelineError, ShardError, SourceError
+from configs.training import DataSource
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 from tests.train.helpers import run, small
@@ -110,7 +111,9 @@ def test_credentials_in_a_url_are_refused_and_kept_nowhere(
     tiny_base: Path, data: Path, tmp_path: Path, key: str
 ) -> None:
     url = "s3://me:not-to-be-seen@bucket/fgid"
-    config = replace(small(data, tiny_base, tmp_path / "out"), **{key: url})
+    config = small(data, tiny_base, tmp_path / "out")
+    value = (*config.data, DataSource(path=url)) if key == "data" else url
+    config = replace(config, **{key: value})
     with pytest.raises(ConfigError, match="environment") as error:
         run(config)
     assert "not-to-be-seen" not in str(error.value)
