@@ -47,7 +47,6 @@ from train.packing import (
     unpacked_masks,
     unpacked_pixels,
 )
-from train.pairs import Pairs
 
 Batch = TypeVar("Batch")
 
@@ -95,9 +94,8 @@ class Preparation:
     """What turns records into micro-batches.
 
     resolution: side of the training images, in pixels. latent_shape: (4, h, w). timesteps: number
-    of the noise schedule's. pair_probability: that a sample gets the conditions of another one of
-    the same person. cache_size: number of prepared samples and pairs, the first ones read, that
-    stay in memory, for small data sets with many epochs. verify: compare samples with their
+    of the noise schedule's. cache_size: number of prepared samples and pairs, the first ones read,
+    that stay in memory, for small data sets with many epochs. verify: compare samples with their
     digests.
     """
 
@@ -110,7 +108,6 @@ class Preparation:
     drop: DropRates
     seed: int
     tokenizer_2: Any = None
-    pair_probability: float = 0.0
     cache_size: int = 0
     verify: bool = True
 
@@ -126,7 +123,7 @@ class BatchMaker:
 
     def __init__(self, mixture: Mixture, order: SampleOrder, preparation: Preparation) -> None:
         self._mixture, self._order, self._preparation = mixture, order, preparation
-        self._pairs = Pairs(order, mixture.others, preparation.pair_probability)
+        self._pairs = mixture.pairs(order)
         self._cache: dict[Pair, Prepared] = {}
 
     def __call__(self, positions: range) -> PackedBatch:

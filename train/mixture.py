@@ -13,10 +13,11 @@ from typing import Final
 import numpy as np
 
 from configs.errors import ConfigError, ShardError
-from configs.training import DataSource
+from configs.training import DataSource, TrainConfig
 from stages.record import Record
 from stages.storage.reader import DatasetReader
 from train.order import SampleOrder
+from train.pairs import Pairs
 from train.shards import ShardSet
 
 _FACE_STAGES: Final = ("detect", "parse", "embed")  # whose results must be comparable
@@ -28,12 +29,17 @@ class Mixture:
     A sample that two data sets have under one key is two samples. Two samples are of one person
     only within a data set, since each data set clusters its people by itself.
 
-    digest: equal digests mean that an equal seed gives the same sequence of samples. Raises what
-    ShardSet raises, and ConfigError if the data sets were made with different models for the face.
+    pair_prob: share of samples that are conditioned on another one of the same person.
+
+    digest: equal digests mean that an equal seed gives the same sequence of samples and pairs.
+    digests: of each data set's samples. Raises what ShardSet raises; ConfigError if the data sets
+    were made with different models for the face, or if pairs are asked for and there are none.
     """
 
-    def __init__(self, data: Sequence[DataSource], split: str = "all") -> None:
-        self._paths = [source.path for source in data]
+    def __init__(
+        self, data: Sequence[DataSource], split: str = "all", *, pair_prob: float = 0.0
+    ) -> None:
+        self._paths, self._pair_prob = [source.path for source in data], pair_prob
         self._parts = [ShardSet(path, split) for path in self._paths]
         if len(data) > 1:
             _check_face_models({path: _face_models(path) for path in self._paths})
@@ -42,7 +48,15 @@ class Mixture:
         weights = [source.weight for source in data if source.weight is not None]
         self._weights = weights or None
         self._slots = self.order(0).slots
+        self.digests: Final = tuple(part.digest for part in self._parts)
         self.digest: Final = self._digest()
+        if pair_prob and not self.with_others():
+            raise ConfigError(
+                f"pair_prob={pair_prob:g} needs people with at least two samples, and {self} has "
+                f"none with split={split}. A data set knows its people when make dataset has run "
+                "to its end and written identities.parquet. Set pair_prob=0, or add photographs of "
+                "the same people."
+            )
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -53,6 +67,10 @@ class Mixture:
     def order(self, seed: int) -> SampleOrder:
         """Returns the order in which the samples are trained on."""
         return SampleOrder(self._sizes, seed, self._weights)
+
+    def pairs(self, order: SampleOrder) -> Pairs:
+        """Returns which samples give the conditions."""
+        return Pairs(order, self.others, self._pair_prob)
 
     def key(self, number: int) -> str:
         """Returns the key of a sample. It is unique within its data set."""
@@ -123,17 +141,7 @@ class Mixture:
                     "them twice. Lower its weight or global_batch_size."
                 )
 
-    def check_pairs(self, probability: float) -> None:
-        """Raises ConfigError if pairs are asked for, and no person has two samples."""
-        if probability and not self.with_others():
-            raise ConfigError(
-                f"pair_prob={probability:g} needs people with at least two samples, and none of "
-                f"{self} has one, on this side of the split. A data set knows its people when make "
-                "dataset has run to its end, which writes identities.parquet. Set pair_prob=0, or "
-                "add photographs of the same people."
-            )
-
-    def message(self, pair_probability: float) -> str:
+    def message(self) -> str:
         """Returns a line for the user: the samples and shares of several data sets, and how many
         samples can be half of a pair; "" for one data set without pairs.
         """
@@ -143,7 +151,7 @@ class Mixture:
                 f"{path}: {own:,} samples, {share:.1%} of the positions"
                 for path, own, share in zip(self._paths, self._sizes, self._shares(), strict=True)
             ]
-        if pair_probability:
+        if self._pair_prob:
             parts.append(
                 f"{self.with_others():,} of {len(self):,} samples have another of the same person"
             )
@@ -158,11 +166,17 @@ class Mixture:
         return part, number - self._first[part]
 
     def _digest(self) -> str:
-        digests = [part.digest for part in self._parts]
-        if len(digests) == 1:
-            return digests[0]
-        lines = [f"{each} {slots}\n" for each, slots in zip(digests, self._slots, strict=True)]
+        if len(self._parts) == 1 and not self._pair_prob:
+            return self.digests[0]
+        lines = [f"{each} {slots}\n" for each, slots in zip(self.digests, self._slots, strict=True)]
+        if self._pair_prob:
+            lines += [f"{part.people_digest()}\n" for part in self._parts]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def open_mixture(config: TrainConfig) -> Mixture:
+    """Opens the data sets of a run. Raises what Mixture raises."""
+    return Mixture(config.data, config.split, pair_prob=config.pair_prob)
 
 
 def _face_models(path: str) -> dict[str, str]:

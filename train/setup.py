@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +20,11 @@ from stages.storage.remote import refuse_credentials
 from train.data import Preparation
 from train.step import Frozen, TrainedModel, freeze
 
-# Settings that may differ when a run is resumed, as patterns. Others would change the model that it
-# makes.
+# Settings that may differ when a run is resumed. Others would change the model that it makes. A
+# name that ends in a dot stands for all settings below it. Of data, the digest of the samples is
+# compared, which depends on the weights.
 _MAY_CHANGE: Final = (
-    "data.*.path",
+    "data",
     "output",
     "model.device",
     "max_train_steps",
@@ -42,7 +42,7 @@ _MAY_CHANGE: Final = (
     "report_to",
     "log_every",
     "keep_samples",
-    "weights.*",
+    "weights.",
 )
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,9 +53,7 @@ def check_config(config: TrainConfig) -> None:
     for url in (*sources, config.output, config.adapter, config.model.base):
         refuse_credentials(url)
     if not sources or not all(sources):
-        raise ConfigError(
-            "data is empty. Set data=OUT, the output of make dataset, or a list of {path: OUT}."
-        )
+        raise ConfigError("data is empty. Set data=OUT, the output of make dataset.")
     if not config.output:
         raise ConfigError(
             "output is empty. Set output=FOLDER, the folder for checkpoints and the adapter."
@@ -80,19 +78,15 @@ def check_same_run(config: TrainConfig, checkpoint: Path) -> None:
     """
     before, now = flatten(_settings_of(checkpoint)), flatten(asdict(config))
     changes = [
-        f"{key}={_shown(before, key)}, now {_shown(now, key)}"
-        for key in {**now, **before}
-        if now.get(key) != before.get(key) and not any(fnmatchcase(key, p) for p in _MAY_CHANGE)
+        f"{key}={before.get(key)!r}, now {now[key]!r}"
+        for key in now
+        if now[key] != before.get(key) and not key.startswith(_MAY_CHANGE)
     ]
     if changes:
         raise ConfigError(
             f"{checkpoint} was made with other settings: {'; '.join(changes)}. Use the same "
             "settings, or another output."
         )
-
-
-def _shown(settings: dict[str, Any], key: str) -> str:
-    return repr(settings[key]) if key in settings else "not given"
 
 
 def _settings_of(checkpoint: Path) -> dict[str, Any]:
@@ -110,13 +104,9 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Returns nested settings with dotted keys, and lists of plain values as text. A section in a
-    list has its place in the key, as in data.0.path.
-    """
+    """Returns nested settings with dotted keys, and lists as text."""
     items: dict[str, str | int | float | bool] = {}
     for key, value in values.items():
-        if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
-            value = {str(place): item for place, item in enumerate(value)}
         if isinstance(value, dict):
             items.update(flatten(value, f"{prefix}{key}."))
         else:
@@ -209,7 +199,6 @@ def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Pr
             legacy=config.model.mode == "legacy",
         ),
         seed=config.seed,
-        pair_probability=config.pair_prob,
         cache_size=config.keep_samples,
         verify=config.verify_samples,
     )

@@ -90,6 +90,10 @@ class ShardSet:
         """How many samples have another of the same person."""
         return sum(len(people) > 1 for people in self._people.values())
 
+    def people_digest(self) -> str:
+        """A digest of who is shown: equal digests mean that `others` returns the same."""
+        return hashlib.sha256(repr(self._people).encode()).hexdigest()
+
     def records(self, numbers: Sequence[int], *, verify: bool = True) -> list[Record | ShardError]:
         """The records of those samples, in that order; for a damaged one, the error.
 

@@ -33,7 +33,7 @@ from train.batches import plan_batches
 from train.data import BatchMaker, micro_batches, unpacked
 from train.facts import Limits, StepCheck, StepFacts
 from train.history import HISTORY, History, summarise
-from train.mixture import Mixture
+from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
 from train.setup import (
@@ -79,7 +79,7 @@ class Trainer:
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
-        self.mixture = Mixture(config.data, config.split)
+        self.mixture = open_mixture(config)
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
@@ -97,9 +97,8 @@ class Trainer:
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
         self.mixture.check_step(self.batch.size)
-        self.mixture.check_pairs(config.pair_prob)
         self.order = self.mixture.order(config.seed)
-        if message := self.mixture.message(config.pair_prob):
+        if message := self.mixture.message():
             watcher.message(message)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
