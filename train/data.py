@@ -158,7 +158,7 @@ class BatchMaker:
         return prepared
 
     def _blank(self, number: int, reason: str) -> Prepared:
-        prep, key = self._preparation, self._shards.keys[number]
+        prep, key = self._preparation, self._shards.key(number)
         conditions = blank_conditions(
             prep.tokenizer, prep.spec, key=key, resolution=prep.resolution
         )

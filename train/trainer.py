@@ -1,7 +1,7 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
-    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl
-        skipped.jsonl  nonfinite.jsonl  summary.json
+    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
+        losses.jsonl  skipped.jsonl  nonfinite.jsonl  summary.json
 
 A step waits for no value of its own: losses stay on the device and are fetched together every
 `log_every` steps, and its facts (train/facts.py) are read when the next step has been started.
@@ -45,7 +45,7 @@ from train.setup import (
     make_optimizer,
     make_preparation,
 )
-from train.shards import ShardSet
+from train.shards import INDEX, ShardSet
 from train.state import (
     AdapterExtras,
     find_checkpoint,
@@ -81,7 +81,6 @@ class Trainer:
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
-        self.shards = ShardSet(config.data, config.split)
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
@@ -95,6 +94,9 @@ class Trainer:
                 automatic_checkpoint_naming=False,
             ),
         )
+        # the first process makes the index, and the first of a node where it has no such file
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            self.shards = ShardSet(config.data, config.split, self.output / INDEX)
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
@@ -148,6 +150,7 @@ class Trainer:
         base = ""
         if self.is_main:
             remove_partial_folders(self.output)
+            Store(str(self.output)).sweep(INDEX)
             base = ensure_base(self.config, self.spec, self.shards, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()
@@ -243,7 +246,7 @@ class Trainer:
             self.output,
             self.progress.step,
             limits,
-            lambda position: self.shards.keys[self.order.sample(position)],
+            lambda position: self.shards.key(self.order.sample(position)),
             gather_object,
             self.watcher.message if self.is_main else None,
         )

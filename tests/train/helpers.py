@@ -57,6 +57,11 @@ class Listener:
             self.losses.append((step, losses))
 
 
+def keys(shards: ShardSet) -> list[str]:
+    """Returns the keys of all samples, in their order."""
+    return [shards.key(number) for number in range(len(shards))]
+
+
 def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
     return train(config, listener or Listener())
 
