@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,7 @@ class Mixture:
     only within a data set, since each data set clusters its people by itself.
 
     pair_prob: share of samples that are conditioned on another one of the same person.
+    index_folder: local folder for the data sets' indexes; None makes them in a temporary folder.
 
     digest: equal digests mean that an equal seed gives the same sequence of samples and pairs.
     digests: of each data set's samples. Raises what ShardSet raises; ConfigError if the data sets
@@ -37,10 +39,15 @@ class Mixture:
     """
 
     def __init__(
-        self, data: Sequence[DataSource], split: str = "all", *, pair_prob: float = 0.0
+        self,
+        data: Sequence[DataSource],
+        split: str = "all",
+        *,
+        pair_prob: float = 0.0,
+        index_folder: Path | None = None,
     ) -> None:
         self._paths, self._pair_prob = [source.path for source in data], pair_prob
-        self._parts = [ShardSet(path, split) for path in self._paths]
+        self._parts = [ShardSet(path, split, index_folder) for path in self._paths]
         if len(data) > 1:
             _check_face_models({path: _face_models(path) for path in self._paths})
         self._sizes = [len(part) for part in self._parts]
@@ -174,9 +181,9 @@ class Mixture:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_mixture(config: TrainConfig) -> Mixture:
+def open_mixture(config: TrainConfig, index_folder: Path | None = None) -> Mixture:
     """Opens the data sets of a run. Raises what Mixture raises."""
-    return Mixture(config.data, config.split, pair_prob=config.pair_prob)
+    return Mixture(config.data, config.split, pair_prob=config.pair_prob, index_folder=index_folder)
 
 
 def _face_models(path: str) -> dict[str, str]:

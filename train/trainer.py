@@ -1,7 +1,7 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
-    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl
-        skipped.jsonl  nonfinite.jsonl  summary.json
+    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
+        losses.jsonl  skipped.jsonl  nonfinite.jsonl  summary.json
 
 A step waits for no value of its own: losses stay on the device and are fetched together every
 `log_every` steps, and its facts (train/facts.py) are read when the next step has been started.
@@ -44,6 +44,7 @@ from train.setup import (
     make_optimizer,
     make_preparation,
 )
+from train.shards import INDEX
 from train.state import (
     AdapterExtras,
     find_checkpoint,
@@ -79,7 +80,6 @@ class Trainer:
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
-        self.mixture = open_mixture(config)
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
@@ -93,6 +93,9 @@ class Trainer:
                 automatic_checkpoint_naming=False,
             ),
         )
+        # the first process makes the index, and the first of a node where it has no such file
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            self.mixture = open_mixture(config, self.output / INDEX)
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
@@ -143,6 +146,7 @@ class Trainer:
         base = ""
         if self.is_main:
             remove_partial_folders(self.output)
+            Store(str(self.output)).sweep(INDEX)
             base = ensure_base(self.config, self.spec, self.mixture, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()

@@ -32,7 +32,7 @@ def damaged(data: Path, tmp_path: Path) -> Path:
     shards = ShardSet(str(copy))
     tar = copy / "shards" / shards.shard_of(2)
     content = bytearray(tar.read_bytes())
-    offset, size = shards._spans[2]
-    content[offset + size // 2] ^= 1
+    place = shards.place(2)
+    content[place.offset + place.size // 2] ^= 1
     tar.write_bytes(content)
     return copy

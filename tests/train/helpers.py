@@ -14,6 +14,7 @@ from train.data import BatchMaker, TrainBatch, unpacked
 from train.mixture import Mixture
 from train.outcome import Outcome
 from train.setup import make_models, make_preparation
+from train.shards import ShardSet
 from train.step import Frozen, TrainedModel
 from train.trainer import train
 
@@ -58,6 +59,11 @@ class Listener:
         self._on_step(step)
         if losses is not None:
             self.losses.append((step, losses))
+
+
+def keys(samples: ShardSet | Mixture) -> list[str]:
+    """Returns the keys of all samples, in their order."""
+    return [samples.key(number) for number in range(len(samples))]
 
 
 def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
