@@ -52,7 +52,8 @@ class Limits:
 class StepCheck:
     """Checks the facts of every step, in order, on each process.
 
-    output: the run's folder. step: that it resumes from. keys_at: position → the sample's key.
+    output: the run's folder. step: that it resumes from. keys_at: position → the keys of the sample
+    and of its reference, which gives the conditions.
     gather: lists of all processes, joined; called on all of them together. message: for the user;
     None on processes other than the main one, which write nothing.
     """
@@ -62,7 +63,7 @@ class StepCheck:
         output: Path,
         step: int,
         limits: Limits,
-        keys_at: Callable[[int], str],
+        keys_at: Callable[[int], tuple[str, str]],
         gather: Callable[[list[Any]], list[Any]],
         message: Callable[[str], None] | None,
     ) -> None:
@@ -115,12 +116,15 @@ class StepCheck:
     def _skip_update(self, step_facts: StepFacts) -> None:
         step, first = step_facts.step, step_facts.position
         positions = range(first, first + self._limits.batch)
-        keys = [self._keys_at(position) for position in positions]
+        pairs = [self._keys_at(position) for position in positions]
         if self._nonfinite and self._message:
-            self._nonfinite.add([{"step": step, "keys": keys}])
+            keys, references = map(list, zip(*pairs, strict=True))
+            line = {"step": step, "keys": keys}
+            self._nonfinite.add([line if references == keys else line | {"references": references}])
+            used = [*dict.fromkeys(key for pair in pairs for key in pair)]
             self._message(
                 f"step {step:,}: loss or gradient is not finite, and the update is skipped. "
-                f"Its samples: {_listed(keys)}"
+                f"Its samples: {_listed(used)}"
             )
         limit = self._limits.nonfinite_steps
         if self._in_a_row >= limit:

@@ -242,10 +242,15 @@ class Trainer:
             self.output,
             self.progress.step,
             limits,
-            lambda position: self.mixture.key(self.order.sample(position)),
+            self._keys_at,
             gather_object,
             self.watcher.message if self.is_main else None,
         )
+
+    def _keys_at(self, position: int) -> tuple[str, str]:
+        """Returns the keys of the sample at a position and of its reference."""
+        reference = self.mixture.pairs(self.order).reference(position)
+        return self.mixture.key(self.order.sample(position)), self.mixture.key(reference)
 
     def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
         """Takes one optimizer step over its micro-batches. An update with a gradient that isn't
