@@ -52,7 +52,8 @@ class Limits:
 class StepCheck:
     """Checks the facts of every step, in order, on each process.
 
-    output: the run's folder. step: that it resumes from. keys_at: position → the sample's key.
+    output: the run's folder. step: that it resumes from. keys_at: position → the keys of the sample
+    and of its reference, which gives the conditions.
     gather: lists of all processes, joined; called on all of them together. message: for the user;
     None on processes other than the main one, which write nothing.
     """
@@ -62,7 +63,7 @@ class StepCheck:
         output: Path,
         step: int,
         limits: Limits,
-        keys_at: Callable[[int], str],
+        keys_at: Callable[[int], tuple[str, str]],
         gather: Callable[[list[Any]], list[Any]],
         message: Callable[[str], None] | None,
     ) -> None:
@@ -71,7 +72,9 @@ class StepCheck:
         self._in_a_row = 0
         self._skipped = Lines(output / SKIPPED, step=step) if message else None
         self._nonfinite = Lines(output / NONFINITE, step=step) if message else None
-        listed = [line["key"] for line in self._skipped.read()] if self._skipped else []
+        # with its shard: two data sets may have a sample of the same key
+        lines = self._skipped.read() if self._skipped else ()
+        listed = [(line["key"], line["shard"]) for line in lines]
         self._bad = set(gather(listed))  # all processes must stop together
 
     def check(self, step_facts: StepFacts) -> bool:
@@ -95,12 +98,12 @@ class StepCheck:
         if self._skipped and self._message:
             self._skipped.add(lines)
             for line in lines:
-                if line["key"] not in self._bad:
+                if (line["key"], line["shard"]) not in self._bad:
                     self._message(
                         f"step {step:,} leaves out sample {line['key']} of {line['shard']}: "
                         f"{line['reason']}"
                     )
-        self._bad |= {line["key"] for line in lines}
+        self._bad |= {(line["key"], line["shard"]) for line in lines}
         limits = self._limits
         if len(self._bad) > limits.bad_share * limits.samples:
             raise TrainingError(
@@ -113,12 +116,15 @@ class StepCheck:
     def _skip_update(self, step_facts: StepFacts) -> None:
         step, first = step_facts.step, step_facts.position
         positions = range(first, first + self._limits.batch)
-        keys = [self._keys_at(position) for position in positions]
+        pairs = [self._keys_at(position) for position in positions]
         if self._nonfinite and self._message:
-            self._nonfinite.add([{"step": step, "keys": keys}])
+            keys, references = map(list, zip(*pairs, strict=True))
+            line = {"step": step, "keys": keys}
+            self._nonfinite.add([line if references == keys else line | {"references": references}])
+            used = [*dict.fromkeys(key for pair in pairs for key in pair)]
             self._message(
                 f"step {step:,}: loss or gradient is not finite, and the update is skipped. "
-                f"Its samples: {_listed(keys)}"
+                f"Its samples: {_listed(used)}"
             )
         limit = self._limits.nonfinite_steps
         if self._in_a_row >= limit:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.train.helpers import Parts, small
+from configs.training import DataSource
+from tests.train.helpers import Parts, small, with_people
+from train.mixture import Mixture
 from train.shards import ShardSet
 
 
 @pytest.fixture(scope="session")
 def built_parts(
-    data: Path, tiny_base: Path, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory
+    data: Path, tiny_base: Path, mixture: Mixture, tmp_path_factory: pytest.TempPathFactory
 ) -> Parts:
-    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), shards)
+    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), mixture)
 
 
 @pytest.fixture
@@ -31,7 +34,28 @@ def damaged(data: Path, tmp_path: Path) -> Path:
     shards = ShardSet(str(copy))
     tar = copy / "shards" / shards.shard_of(2)
     content = bytearray(tar.read_bytes())
-    offset, size = shards._spans[2]
-    content[offset + size // 2] ^= 1
+    place = shards.place(2)
+    content[place.offset + place.size // 2] ^= 1
     tar.write_bytes(content)
     return copy
+
+
+class Mixed(NamedTuple):
+    """Three data sets with people who have several samples. people: a letter for each sample."""
+
+    sources: tuple[DataSource, ...]
+    people: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """Data sets of 8, 5 and 8 samples, with weights. A portrait has the same key in all of them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    with_people(data, folder / "one", "abababcc")
+    with_people(data, folder / "two", "aab...bc", without_shard=1)
+    with_people(data, folder / "three", "aaaabcde")
+    weights = {"one": 3, "two": 1, "three": 2}
+    return Mixed(
+        tuple(DataSource(path=str(folder / name), weight=w) for name, w in weights.items()),
+        ("abababcc", "aabbc", "aaaabcde"),
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from configs.training import DataSource, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
 from train.data import BatchMaker, TrainBatch, unpacked
-from train.order import SampleOrder
+from train.mixture import Mixture
 from train.outcome import Outcome
 from train.setup import make_models, make_preparation
 from train.shards import ShardSet
@@ -19,10 +23,33 @@ from train.step import Frozen, TrainedModel
 from train.trainer import train
 
 
-def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfig:
+def sources(*folders: Path) -> tuple[DataSource, ...]:
+    return tuple(DataSource(path=str(folder)) for folder in folders)
+
+
+def with_people(data: Path, folder: Path, people: str, *, without_shard: int | None = None) -> Path:
+    """Makes a copy of a data set, in which the samples with equal letters show one person.
+
+    people: a letter for each sample.
+    """
+    shutil.copytree(data, folder)
+    person = dict(zip(keys(ShardSet(str(data))), people, strict=True))
+    table = pq.read_table(folder / "identities.parquet")
+    column = table.column_names.index("identity_id")
+    identities = [f"id-{person[key]}" for key in table.column("key").to_pylist()]
+    table = table.set_column(column, table.schema.field(column), [identities])
+    pq.write_table(table, folder / "identities.parquet")
+    if without_shard is not None:
+        (folder / f"shards/fgid-{without_shard:06d}.json").unlink()
+    return folder
+
+
+def small(
+    data: Path | tuple[DataSource, ...], base: Path, output: Path, **changes: object
+) -> TrainConfig:
     """Returns settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
     values: dict[str, object] = {
-        "data": str(data),
+        "data": sources(data) if isinstance(data, Path) else data,
         "output": str(output),
         "model": ModelConfig(spec="tiny", base=str(base), device="cpu"),
         "optim": OptimConfig(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=2),
@@ -57,6 +84,11 @@ class Listener:
             self.losses.append((step, losses))
 
 
+def keys(samples: ShardSet | Mixture) -> list[str]:
+    """Returns the keys of all samples, in their order."""
+    return [samples.key(number) for number in range(len(samples))]
+
+
 def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
     return train(config, listener or Listener())
 
@@ -64,7 +96,7 @@ def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
 class Parts:
     """The models and the batch maker of a run, without a Trainer."""
 
-    def __init__(self, config: TrainConfig, shards: ShardSet) -> None:
+    def __init__(self, config: TrainConfig, mixture: Mixture) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.frozen: Frozen
@@ -73,7 +105,7 @@ class Parts:
             config, SPECS["tiny"], config.model.base, torch.device("cpu")
         )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
-        self.maker = BatchMaker(shards, SampleOrder([len(shards)], config.seed), self.preparation)
+        self.maker = BatchMaker(mixture, mixture.order(config.seed), self.preparation)
         self._random = torch.get_rng_state()
 
     def make(self, positions: range) -> TrainBatch:
@@ -84,3 +116,18 @@ class Parts:
         torch.set_rng_state(self._random)
         shared = (self.frozen.base.tokenizer, self.maker)
         return deepcopy(self, {id(each): each for each in shared})
+
+
+def assert_same_rows(whole: TrainBatch, *parts: TrainBatch) -> None:
+    """Asserts that a batch has the rows of the parts, in order."""
+    for field in fields(TrainBatch):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name == "image_rows":
+            continue  # numbered within its own batch
+        if isinstance(values[0], Tensor):
+            torch.testing.assert_close(
+                getattr(whole, field.name), torch.cat(values), rtol=0, atol=0
+            )
+    assert (whole.keys, whole.references) == tuple(
+        sum((getattr(part, name) for part in parts), ()) for name in ("keys", "references")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -16,61 +15,19 @@ from configs.errors import ConfigError
 from model.conditions import build_conditions, training_pixels
 from model.spec import SPECS
 from stages.record import Record
-from tests.train.helpers import Parts, small
+from tests.train.helpers import Parts, assert_same_rows, small
 from train import draws
-from train.data import BatchMaker, TrainBatch, micro_batches, unpacked
+from train.data import BatchMaker, micro_batches, unpacked
+from train.mixture import Mixture
 from train.order import SampleOrder
 from train.packing import PackedBatch, check_shared_memory
 from train.shards import ShardSet
 
 
-class Keys:
-    """Makes micro-batches that are lists of keys, without decoding samples."""
-
-    def __init__(self, shards: ShardSet, seed: int) -> None:
-        self._keys, self._order = shards.keys, SampleOrder([len(shards)], seed)
-
-    def __call__(self, positions: range) -> list[str]:
-        return [self._keys[self._order.sample(position)] for position in positions]
-
-
-def keys(
-    shards: ShardSet, count: int, *, world: int, workers: int, size: int, start: int = 0
-) -> list[str]:
-    """Returns the first `count` keys that `world` processes consume, in order of their steps."""
-    make = Keys(shards, 5)
-    ranks: list[Iterator[list[str]]] = [
-        micro_batches(make, start=start, size=size, rank=rank, world=world, workers=workers)
-        for rank in range(world)
-    ]
-    consumed: list[str] = []
-    while len(consumed) < count:
-        for rank in ranks:
-            consumed.extend(next(rank))
-    return consumed[:count]
-
-
-@pytest.mark.parametrize(
-    ("world", "workers", "size"), [(1, 2, 2), (1, 3, 4), (2, 0, 2), (2, 2, 1), (8, 0, 1)]
-)
-def test_the_order_is_that_of_one_process_without_workers(
-    shards: ShardSet, world: int, workers: int, size: int
-) -> None:
-    # 3 shards for up to 8 readers: if shards were split over readers, most readers would have none.
-    assert keys(shards, 40, world=world, workers=workers, size=size) == keys(
-        shards, 40, world=1, workers=0, size=2
-    )
-
-
-def test_it_resumes_within_an_epoch_on_another_number_of_processes(shards: ShardSet) -> None:
-    expected = keys(shards, 40, world=1, workers=0, size=2)
-    assert keys(shards, 27, world=2, workers=1, size=1, start=13) == expected[13:]
-
-
-def test_each_epoch_has_every_sample_once_and_in_another_order(shards: ShardSet) -> None:
-    consumed = keys(shards, 24, world=1, workers=0, size=3)
-    epochs = [consumed[start : start + 8] for start in (0, 8, 16)]
-    assert all(sorted(epoch) == sorted(shards.keys) for epoch in epochs)
+def test_each_epoch_has_every_sample_once_and_in_another_order(mixture: Mixture) -> None:
+    order = mixture.order(5)
+    epochs = [[order.sample(start + place) for place in range(8)] for start in (0, 8, 16)]
+    assert all(sorted(epoch) == [*range(8)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
@@ -105,12 +62,14 @@ def test_another_seed_is_another_order(shards: ShardSet) -> None:
 
 
 def test_a_batch_has_the_conditions_of_its_records(
-    shards: ShardSet, data: Path, tiny_base: Path
+    shards: ShardSet, mixture: Mixture, data: Path, tiny_base: Path
 ) -> None:
-    parts = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), shards)
+    parts = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), mixture)
     batch = parts.make(range(3))
     for row, key in enumerate(batch.keys):
-        record = shards.records([shards.keys.index(key)])[0]
+        number = shards.number(key)
+        assert number is not None
+        record = shards.records([number])[0]
         assert isinstance(record, Record)
         expected = build_conditions(
             record,
@@ -141,7 +100,7 @@ def test_a_batch_has_the_conditions_of_its_records(
 
 def test_a_sample_is_the_same_in_any_batch(parts: Parts) -> None:
     together, apart = parts.make(range(8, 12)), [parts.make(range(i, i + 1)) for i in range(8, 12)]
-    _same_rows(together, *apart)
+    assert_same_rows(together, *apart)
 
 
 def test_random_numbers_differ_between_positions(parts: Parts) -> None:
@@ -164,14 +123,14 @@ def test_conditions_are_dropped_at_the_configured_rates(parts: Parts) -> None:
 
 
 def test_cached_samples_equal_samples_read_again(
-    data: Path, tiny_base: Path, shards: ShardSet, tmp_path: Path
+    data: Path, tiny_base: Path, mixture: Mixture, tmp_path: Path
 ) -> None:
     with_cache, without = (
-        Parts(small(data, tiny_base, tmp_path, keep_samples=size), shards) for size in (3, 0)
+        Parts(small(data, tiny_base, tmp_path, keep_samples=size), mixture) for size in (3, 0)
     )
     for start in (0, 4, 8):
         positions = range(start, start + 4)
-        _same_rows(with_cache.make(positions), without.make(positions))
+        assert_same_rows(with_cache.make(positions), without.make(positions))
 
 
 def test_workers_make_the_same_batches(parts: Parts) -> None:
@@ -180,19 +139,7 @@ def test_workers_make_the_same_batches(parts: Parts) -> None:
         for workers in (0, 2)
     )
     for one, other in zip(by_main, by_workers, strict=True):
-        _same_rows(*(unpacked(each, parts.preparation, "cpu") for each in (one, other)))
-
-
-def _same_rows(whole: TrainBatch, *parts: TrainBatch) -> None:
-    for field in fields(TrainBatch):
-        values = [getattr(part, field.name) for part in parts]
-        if field.name == "image_rows":
-            continue  # numbered within its own batch
-        if isinstance(values[0], Tensor):
-            torch.testing.assert_close(
-                getattr(whole, field.name), torch.cat(values), rtol=0, atol=0
-            )
-    assert whole.keys == tuple(key for part in parts for key in part.keys)
+        assert_same_rows(*(unpacked(each, parts.preparation, "cpu") for each in (one, other)))
 
 
 def _no_drops() -> object:
@@ -202,11 +149,11 @@ def _no_drops() -> object:
 
 
 def test_a_packed_sample_has_less_than_two_megabytes_at_512_pixels(
-    shards: ShardSet, data: Path, tiny_base: Path
+    mixture: Mixture, data: Path, tiny_base: Path
 ) -> None:
-    parts = Parts(small(data, tiny_base, data / "none", resolution=512), shards)
+    parts = Parts(small(data, tiny_base, data / "none", resolution=512), mixture)
     parts.preparation = replace(parts.preparation, spec=SPECS["sd15"], resolution=512)
-    maker = BatchMaker(shards, SampleOrder([8], 3), parts.preparation)
+    maker = BatchMaker(mixture, mixture.order(3), parts.preparation)
     batch = maker(range(4))
     tensors = [getattr(batch, field.name) for field in fields(PackedBatch)]
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

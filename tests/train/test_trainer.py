@@ -19,9 +19,11 @@ from configs.schema import DatasetConfig
 from configs.training import ModelConfig, OptimConfig, TrainConfig
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
+from tests.train.conftest import Mixed
 from tests.train.helpers import Listener, run, small
 from train.batches import plan_batches
 from train.history import read_lines
+from train.mixture import open_mixture
 from train.state import checkpoints
 
 
@@ -66,6 +68,30 @@ def test_ten_steps_equal_five_resume_and_five(
     )
     histories = [read_lines(each / "losses.jsonl") for each in (straight, tmp_path / "halves")]
     assert [*histories[0]] == [*histories[1]]
+
+
+def test_several_data_sets_with_pairs_resume_to_the_same_weights(
+    mixed: Mixed, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(
+        mixed.sources,
+        tiny_base,
+        tmp_path / "straight",
+        pair_prob=0.5,
+        global_batch_size=4,
+        max_train_steps=6,
+        checkpointing_steps=3,
+    )
+    straight, listener = run(config), Listener()
+    # as if the process was killed after step 3
+    shutil.copytree(tmp_path / "straight/checkpoint-000003", tmp_path / "out/checkpoint-000003")
+    config = replace(config, output=str(tmp_path / "out"), num_workers=2, keep_samples=0)
+    resumed = run(config, listener)
+    assert "at step 3" in " ".join(listener.messages) and straight.adapter and resumed.adapter
+    assert same(weights(straight.adapter), weights(resumed.adapter))
+    metadata = json.loads((resumed.adapter / "adapter.json").read_text())
+    assert metadata["data"] == open_mixture(config).digest
+    assert [source["weight"] for source in metadata["train"]["data"]] == [3, 1, 2]
 
 
 def test_ten_steps_change_nearly_all_weights(
@@ -292,7 +318,7 @@ def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ""}, "data=OUT"),
+        ({"data": ()}, "data=OUT"),
         ({"output": ""}, "output=FOLDER"),
         ({"output": "s3://bucket/run"}, "local folder"),
         ({"optim": OptimConfig(lr_scheduler="linaer")}, "expected one of"),
