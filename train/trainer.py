@@ -37,6 +37,7 @@ from train.history import HISTORY, History, summarise
 from train.order import SampleOrder
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
+from train.processes import join_processes
 from train.setup import (
     check_config,
     check_same_run,
@@ -59,14 +60,17 @@ from train.state import (
     write_json,
 )
 from train.step import LOSSES, step_losses
-from train.stopping import Stop, stop_on_signal
+from train.stopping import Stop, Stopping, stop_on_signal
 
 
-def train(config: TrainConfig, watcher: Watcher) -> Outcome:
-    """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights."""
+def train(config: TrainConfig, watcher: Watcher, stopping: Stopping = stop_on_signal) -> Outcome:
+    """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights.
+
+    stopping: a context manager whose Stop tells when to stop.
+    """
     check_config(config)
     with ExitStack() as stack:
-        return Trainer(config, watcher, stack).run()
+        return Trainer(config, watcher, stack).run(stopping)
 
 
 class Trainer:
@@ -75,8 +79,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, watcher: Watcher, stack: ExitStack) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration, set_seed
+        from accelerate.utils import set_seed
 
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
@@ -85,16 +88,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
-        self.accelerator = Accelerator(
-            cpu=config.model.device == "cpu",
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output),
-                logging_dir=str(self.output / "logs"),
-                automatic_checkpoint_naming=False,
-            ),
-        )
+        self.accelerator = join_processes(config)
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
@@ -104,6 +98,8 @@ class Trainer:
                 f"{self.batch.size}: a step would train on some of them twice. Lower "
                 "global_batch_size, or make a larger data set."
             )
+        if self.is_main:
+            watcher.message(f"{self.batch}, on {self.device.type}")
         self.order = SampleOrder([len(self.shards)], config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
@@ -185,7 +181,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def run(self) -> Outcome:
+    def run(self, stopping: Stopping) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
         if progress.step >= config.max_train_steps:
@@ -200,7 +196,7 @@ class Trainer:
         window: list[Tensor] = []
         rates: list[float] = []
         previous: StepFacts | None = None
-        with stop_on_signal() as stop:
+        with stopping() as stop:
             batches = self._batches()
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
