@@ -95,6 +95,9 @@ def _train(config: TrainConfig) -> None:
         TimeRemainingColumn,
     )
 
+    from train.processes import check_launcher, is_first_process
+
+    check_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     import diffusers
@@ -102,7 +105,6 @@ def _train(config: TrainConfig) -> None:
 
     for library in (diffusers, transformers):  # they show a progress bar for each file
         library.utils.logging.disable_progress_bar()
-    from train.processes import is_first_process
     from train.ray_train import train_on_ray
     from train.trainer import train
 

@@ -5,13 +5,14 @@ Ray Train, each of which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MAST
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from configs.errors import ConfigError
 from configs.training import TrainConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
 
 # Variables in which launchers, the last ones of MPI, tell the number of processes.
@@ -23,18 +24,34 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def join_processes(config: TrainConfig) -> Accelerator:
+def check_launcher() -> None:
+    """Raises ConfigError if `accelerate launch` was asked for several processes and started one.
+
+    On CPUs it does so, unless it is given hosts for mpirun. It tells that process the address of
+    the main process, which it does for several processes only, but no rank.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if launched and not any(name in os.environ for name in _COUNTS):
+        raise ConfigError(
+            "accelerate launch was asked for several processes, and has started one: on CPUs it "
+            "starts more only with --mpirun_hostfile. Start them with torchrun "
+            "--nproc-per-node N -m train.cli run …, or give --num_processes 1 and unset "
+            "MASTER_ADDR and MASTER_PORT."
+        )
+
+
+def join_processes(config: TrainConfig, output: Path) -> Accelerator:
     """Returns accelerate's object for this process, connected to the others of the run. Raises
     ConfigError if the run would have another number of processes than the launcher was given.
+
+    output: the run's folder.
     """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    _check_accelerate_launch()
     # Without a GPU, accelerate wouldn't connect the processes unless it is told to use CPUs.
     on_cpu = config.model.device == "cpu" or not torch.accelerator.is_available()
-    output = Path(config.output)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=config.mixed_precision,
@@ -52,18 +69,3 @@ def join_processes(config: TrainConfig) -> Accelerator:
             f"{accelerator.num_processes} of them. Set model.device=cpu to train on CPUs."
         )
     return accelerator
-
-
-def _check_accelerate_launch() -> None:
-    """On CPUs, `accelerate launch --num_processes 2` starts a single process unless it is given
-    hosts for mpirun. It tells that process the address of the main process, which it does for
-    several processes only, but no rank.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if launched and not any(name in os.environ for name in _COUNTS):
-        raise ConfigError(
-            "accelerate launch was asked for several processes, and has started one: on CPUs it "
-            "starts more only with --mpirun_hostfile. Start them with torchrun "
-            "--nproc-per-node N -m train.cli run …, or give --num_processes 1 and unset "
-            "MASTER_ADDR and MASTER_PORT."
-        )

@@ -24,12 +24,12 @@ class Relay:
         self._messages: list[str] = []
         self._step = 0
         self._losses: dict[str, float] | None = None
-        self._told = False
+        self._called = False
         self._signal = 0
 
     def tell(self, news: News) -> int:
         """Takes news for the driver. Returns the number of the signal that it received, or 0."""
-        self._told = True
+        self._called = True
         self._messages += news.messages
         self._step = news.step or self._step
         self._losses = news.losses or self._losses
@@ -40,6 +40,6 @@ class Relay:
         no worker has called `tell` since then.
         """
         self._signal = signal or self._signal
-        news = News(tuple(self._messages), self._step, self._losses) if self._told else None
-        self._messages, self._step, self._losses, self._told = [], 0, None, False
+        news = News(tuple(self._messages), self._step, self._losses) if self._called else None
+        self._messages, self._step, self._losses, self._called = [], 0, None, False
         return news

@@ -88,7 +88,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
-        self.accelerator = join_processes(config)
+        self.accelerator = join_processes(config, self.output)
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
