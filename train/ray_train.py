@@ -86,9 +86,8 @@ def train_on_ray(config: TrainConfig, watcher: Watcher) -> Outcome:
                     heard = now
                     free = ray.available_resources()
                     watcher.message(
-                        f"no worker has run for {_SILENT:.0f} s. Ray waits for room for {workers} "
-                        f"× {_worker(config.ray)}; free are {free.get('CPU', 0):g} CPUs and "
-                        f"{free.get('GPU', 0):g} GPUs."
+                        f"no worker has run for {_SILENT:.0f} s: they are starting, or wait for "
+                        f"room. Free are {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs."
                     )
             _exchange(relay, watcher, stop)
             return fit.outcome()
@@ -256,9 +255,8 @@ def _failures(relay: Any, limit: int) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
             for error in worker_exceptions.values():
-                cause = getattr(error, "_base_exc", None)
-                if isinstance(cause, PipelineError):
-                    raise cause
+                if isinstance(error, PipelineError):
+                    raise error
             self.restarts += 1
             if self.restarts <= limit:
                 text = (
@@ -278,8 +276,8 @@ def _describe(failures: Mapping[int, Exception]) -> str:
     if dead:
         return f"worker {' and '.join(dead)} died"
     rank, error = next(iter(failures.items()))
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"worker {rank} failed: {lines[-1]}"
+    reason = str(error).strip().partition("\n")[0]
+    return f"worker {rank} failed with {type(error).__name__}: {reason}"
 
 
 def _died(failure: Exception) -> bool:

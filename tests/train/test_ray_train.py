@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,9 @@ from typer.testing import CliRunner, Result
 
 from configs.errors import ConfigError
 from configs.load import dump
+from configs.schema import RayConfig
 from configs.training import RayTrainConfig
+from stages.executors.cluster import list_nodes, ray_cluster
 from stages.executors.placement import Resources
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
@@ -36,6 +39,9 @@ from train.state import checkpoints
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster(2, cpus=1) as cluster:
+        with ray_cluster(RayConfig(address=cluster.address)):
+            while len(list_nodes()) < 2:
+                time.sleep(0.2)
         yield cluster
 
 
