@@ -47,8 +47,9 @@ demo: install ## all steps: synthetic portraits → shards and report → traini
 dataset: install ## photographs → shards and report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
 	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)
 
-train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… output=…"
-	$(RUN) -m train.cli run --config $(or $(CONFIG),configs/train/demo.yaml) $(ARGS)
+train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… output=…" RAY_ADDRESS= WORKERS=
+	$(RUN) -m train.cli run --config $(or $(CONFIG),configs/train/demo.yaml) \
+		$(if $(RAY_ADDRESS),ray.address=$(RAY_ADDRESS)) $(if $(WORKERS),ray.workers=$(WORKERS)) $(ARGS)
 
 infer: install ## a photograph and a prompt → portraits. CONFIG=configs/infer/… ARGS="--photo … --prompt …"
 	$(RUN) -m infer.cli --config $(or $(CONFIG),configs/infer/demo.yaml) $(ARGS)

@@ -39,6 +39,10 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
     accelerate launch --num_processes 4 -m train.cli run --config configs/train/sd15.yaml \\\\
         data=s3://bucket/fgid output=runs/sd15 micro_batch_size=4
 
+  Four workers of a Ray cluster; one that dies is started again:
+    python -m train.cli run --config configs/train/sd15.yaml data=s3://bucket/fgid \\
+        output=/mnt/runs/sd15 ray.address=10.0.0.1:6379 ray.workers=4
+
   Continue a finished run:            … max_train_steps=20000
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy
   Show the losses:                    tensorboard --logdir runs/sd15/logs
@@ -46,7 +50,7 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
 [bold]Output[/] folder: final/ (the adapter, for `make infer`), checkpoint-NNNNNN/, config.yaml,
 losses.jsonl, summary.json, logs/.
 
-Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-C.
+Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 
@@ -91,6 +95,9 @@ def _train(config: TrainConfig) -> None:
         TimeRemainingColumn,
     )
 
+    from train.processes import check_launcher, is_first_process
+
+    check_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     import diffusers
@@ -98,9 +105,10 @@ def _train(config: TrainConfig) -> None:
 
     for library in (diffusers, transformers):  # they show a progress bar for each file
         library.utils.logging.disable_progress_bar()
+    from train.ray_train import train_on_ray
     from train.trainer import train
 
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_first = is_first_process()
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -111,7 +119,8 @@ def _train(config: TrainConfig) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not is_first or not sys.stderr.isatty()) as progress:
-        outcome = train(config, _ProgressBar(progress, config.max_train_steps, quiet=not is_first))
+        start = train_on_ray if config.ray.address else train
+        outcome = start(config, _ProgressBar(progress, config.max_train_steps, quiet=not is_first))
     if outcome.signal:
         typer.echo(
             f"stopped after step {outcome.step:,}; the same command resumes from there.", err=True
@@ -139,7 +148,7 @@ class _ProgressBar:
         self._task = progress.add_task("", total=total, loss="–", rate="", start=True)
         self._clock = time.monotonic
         self._started = self._last_line = 0.0  # seconds by the clock
-        self._steps_done = 0  # in this run, not in those before a resume
+        self._first = self._step = total  # first and last step since the run was started
 
     def message(self, text: str) -> None:
         if not self._quiet:
@@ -147,11 +156,12 @@ class _ProgressBar:
 
     def step(self, step: int, losses: dict[str, float] | None) -> None:
         now = self._clock()
-        if not self._steps_done:
-            self._started = self._last_line = now
+        if step <= self._step:  # the first one, or workers of Ray have been started again
+            self._first, self._started = step, now
+            self._last_line = self._last_line or now
             self._progress.reset(self._task, total=self._total, completed=step)
-        rate = self._steps_done / (now - self._started) if now > self._started else 0.0
-        self._steps_done += 1
+        self._step = step
+        rate = (step - self._first) / (now - self._started) if now > self._started else 0.0
         self._progress.update(self._task, completed=step, rate=f"{rate:.1f} steps/s")
         if losses is None:
             return

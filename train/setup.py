@@ -42,6 +42,7 @@ _MAY_CHANGE: Final = (
     "report_to",
     "log_every",
     "keep_samples",
+    "ray.",
     "weights.",
 )
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

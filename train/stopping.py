@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Final, TypeAlias
+
+# Seconds in which a further signal is the first one again: launchers pass on to each process what
+# a scheduler or a terminal has sent to all of them.
+_PASSED_ON: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -21,14 +27,17 @@ class Stop:
     agreed: int = 0
 
 
+Stopping: TypeAlias = Callable[[], AbstractContextManager[Stop]]
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Records SIGINT or SIGTERM, so that training stops after the current step.
+    """Records SIGINT or SIGTERM, so that training stops after the current step. A second signal,
+    more than a second later, ends the process at once.
 
-    The previous handlers are restored at the first signal, so a second one ends the process at
-    once, and at exit.
+    The previous handlers are restored then, and at exit.
     """
-    stop = Stop()
+    stop, first = Stop(), 0.0
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -36,8 +45,12 @@ def stop_on_signal() -> Iterator[Stop]:
             signal.signal(number, handler)
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        stop.signal = number
-        restore()
+        nonlocal first
+        if not stop.signal:
+            stop.signal, first = number, time.monotonic()
+        elif time.monotonic() - first > _PASSED_ON:
+            restore()
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, on_signal)

@@ -36,6 +36,7 @@ from train.history import HISTORY, History, summarise
 from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
+from train.processes import join_processes
 from train.setup import (
     check_config,
     check_same_run,
@@ -58,14 +59,17 @@ from train.state import (
     write_json,
 )
 from train.step import LOSSES, step_losses
-from train.stopping import Stop, stop_on_signal
+from train.stopping import Stop, Stopping, stop_on_signal
 
 
-def train(config: TrainConfig, watcher: Watcher) -> Outcome:
-    """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights."""
+def train(config: TrainConfig, watcher: Watcher, stopping: Stopping = stop_on_signal) -> Outcome:
+    """Starts or resumes a run. Raises PipelineError for wrong settings, data or weights.
+
+    stopping: a context manager whose Stop tells when to stop.
+    """
     check_config(config)
     with ExitStack() as stack:
-        return Trainer(config, watcher, stack).run()
+        return Trainer(config, watcher, stack).run(stopping)
 
 
 class Trainer:
@@ -74,8 +78,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, watcher: Watcher, stack: ExitStack) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration, set_seed
+        from accelerate.utils import set_seed
 
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
@@ -83,16 +86,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
-        self.accelerator = Accelerator(
-            cpu=config.model.device == "cpu",
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output),
-                logging_dir=str(self.output / "logs"),
-                automatic_checkpoint_naming=False,
-            ),
-        )
+        self.accelerator = join_processes(config, self.output)
         # the first process makes the index, and the first of a node where it has no such file
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.mixture = open_mixture(config, self.output / INDEX)
@@ -100,9 +94,11 @@ class Trainer:
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
         self.mixture.check_step(self.batch.size)
+        if self.is_main:
+            watcher.message(f"{self.batch}, on {self.device.type}")
+            if message := self.mixture.message():
+                watcher.message(message)
         self.order = self.mixture.order(config.seed)
-        if message := self.mixture.message():
-            watcher.message(message)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
         if self.is_main:
@@ -184,7 +180,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def run(self) -> Outcome:
+    def run(self, stopping: Stopping) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
         if progress.step >= config.max_train_steps:
@@ -199,7 +195,7 @@ class Trainer:
         window: list[Tensor] = []
         rates: list[float] = []
         previous: StepFacts | None = None
-        with stop_on_signal() as stop:
+        with stopping() as stop:
             batches = self._batches()
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:

@@ -1,7 +1,7 @@
 """Executors: run a chain of stages over shard tasks, in this process or on a Ray cluster. The
 results are the same bytes.
 
-No other package imports ray.
+Besides this package, only train.ray_train imports ray.
 """
 
 from __future__ import annotations

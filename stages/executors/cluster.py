@@ -85,6 +85,19 @@ def runtime_env() -> dict[str, Any] | None:
     return {"py_modules": [str(root / name) for name in PACKAGES]}
 
 
+def start_on_this_node(kind: type[Any]) -> Any:
+    """Starts an object without arguments as a Ray actor on this process's node, so that the death
+    of another node can't end it. The actor is a process, so its module should import little.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(
+        kind
+    ).remote()
+
+
 def list_nodes() -> list[Resources]:
     """Returns the resources of every living node, without those that placement groups reserve, such
     as the one of caption servers (stages/executors/fleet.py).

@@ -28,7 +28,7 @@ class Progress(NamedTuple):
 
 
 class Counter:
-    """On Ray, an actor on the driver's node (`start_counter`)."""
+    """On Ray, an actor on the driver's node."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._attempts: dict[tuple[int, int], int] = {}
@@ -56,19 +56,6 @@ class Counter:
 
     def progress(self, stuck_after: float) -> Progress:
         return Progress(self._finished, self._watchdog.stuck(stuck_after))
-
-
-def start_counter() -> Any:
-    """Starts a Counter as a Ray actor. It runs on the driver's node, so that the death of another
-    node can't end it.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(
-        Counter
-    ).remote()
 
 
 def poll_counter(counter: Any, stuck_after: float) -> Progress | None:

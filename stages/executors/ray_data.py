@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from configs.errors import PipelineError
 from stages.executors.block import BLOCK_SCHEMA, Block
-from stages.executors.cluster import list_nodes, ray_cluster
-from stages.executors.counter import ProgressRelay, poll_counter, start_counter
+from stages.executors.cluster import list_nodes, ray_cluster, start_on_this_node
+from stages.executors.counter import Counter, ProgressRelay, poll_counter
 from stages.executors.job import Advance, ResultT, ShardJob, Task, TaskT
 from stages.executors.placement import TASK_CPUS, Group, plan_groups
 from stages.executors.worker import GroupActor
@@ -61,7 +61,7 @@ def run_ray(
                     group.cpus,
                     group.gpus,
                 )
-            counter = start_counter()
+            counter = start_on_this_node(Counter)
             with ProgressRelay(partial(poll_counter, counter, settings.stuck_after), advance):
                 yield from _stream(job, tasks, groups, counter)
     except ray.exceptions.RayTaskError as error:

@@ -27,7 +27,7 @@ from stages.record import Record
 class GroupActor:
     """Keeps the group's stages, and so their weights, from shard to shard.
 
-    counter: the actor of stages.executors.counter.start_counter.
+    counter: the actor of a stages.executors.counter.Counter.
     """
 
     def __init__(self, job: ShardJob[Any, Any], group: Group, counter: Any) -> None:
