@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Final
+
+_TWICE: Final = 2.0  # seconds in which a signal that was sent once may arrive again
 
 
 @dataclass(slots=True)
@@ -25,10 +30,11 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Records SIGINT or SIGTERM, so that training stops after the current step.
 
-    The previous handlers are restored at the first signal, so a second one ends the process at
-    once, and at exit.
+    A further signal ends the process at once, as the previous handlers do, which are also restored
+    at exit. For two seconds after the first one, further signals have no effect: a signal to all
+    processes arrives a second time from torch's launcher, which passes its own on.
     """
-    stop = Stop()
+    stop, first = Stop(), 0.0
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -36,8 +42,12 @@ def stop_on_signal() -> Iterator[Stop]:
             signal.signal(number, handler)
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        stop.signal = number
-        restore()
+        nonlocal first
+        if not stop.signal:
+            stop.signal, first = number, time.monotonic()
+        elif time.monotonic() - first > _TWICE:
+            restore()
+            os.kill(os.getpid(), number)
 
     for number in previous:
         signal.signal(number, on_signal)

@@ -101,7 +101,9 @@ def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_re
     )
     while running.poll() is None and len([*read_lines(output / "losses.jsonl")]) < 3:
         time.sleep(0.1)
-    os.killpg(running.pid, number)  # to the workers too, as from a terminal or a scheduler
+    for _ in range(2):  # a launcher that gets it too passes it on
+        os.killpg(running.pid, number)  # to the workers too, as from a terminal or a scheduler
+        time.sleep(0.05)
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 128 + number, stderr
     assert "the same command resumes" in stderr and "Traceback" not in stderr
@@ -118,10 +120,10 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
     # On a CPU, accelerate launch doesn't start several processes. Torch's launcher does, with the
     # same environment variables.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = [f"output={tmp_path / 'two'}", "checkpointing_steps=5"]
+    settings = [f"output={tmp_path / 'two'}", "checkpointing_steps=5", "log_keys=true"]
     two = start(*launcher, "-m", "train.cli", "run", "--config", preset, *settings)
     assert two.returncode == 0, two.stderr
-    one = call("--config", preset, f"output={tmp_path / 'one'}")
+    one = call("--config", preset, f"output={tmp_path / 'one'}", "log_keys=true", "num_workers=1")
     assert one.exit_code == 0, one.stderr
     histories = [[*read_lines(tmp_path / name / "losses.jsonl")] for name in ("one", "two")]
     assert len(histories[0]) == len(histories[1]) == 10
@@ -131,9 +133,16 @@ def test_two_processes_do_what_one_does(preset: Path, data: Path, tmp_path: Path
         assert line["lr"] == other["lr"]
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (10, 20)
+    keys = [[*read_lines(tmp_path / name / "keys.jsonl")] for name in ("one", "two")]
+    assert keys[0] == keys[1] and [line["step"] for line in keys[0]] == list(range(1, 11))
+    consumed = [key for line in keys[0] for key in line["keys"]]
+    assert len(consumed) == 20 and len({*consumed[:8]}) == len({*consumed[8:16]}) == 8
+    assert consumed[:8] != consumed[8:16]  # the epochs' orders
     # resumed by a single process
-    third = call("--config", preset, f"output={tmp_path / 'two'}", "max_train_steps=12")
+    settings = [f"output={tmp_path / 'two'}", "max_train_steps=12", "log_keys=true"]
+    third = call("--config", preset, *settings)
     assert third.exit_code == 0 and "at step 10" in third.stderr
+    assert [line["step"] for line in read_lines(tmp_path / "two/keys.jsonl")] == list(range(1, 13))
 
 
 @pytest.mark.slow
