@@ -24,8 +24,8 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train infer report inspect weights caption-servers test golden chaos quality \
-	lint format bench bench-scale clean
+.PHONY: help install demo dataset train infer report inspect weights caption-servers test golden chaos \
+	chaos-train quality lint format bench bench-scale clean
 
 help: ## list all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ golden: install ## compare the model with the reference's recorded outputs
 
 chaos: install ## kill workers, actors, nodes and the driver of a Ray cluster, then compare all bytes. ROUNDS=5
 	$(RUN) -m tests.chaos --rounds $(or $(ROUNDS),5) $(ARGS)
+
+chaos-train: install ## kill, stop and resume training on 1, 2 and 4 processes, then compare samples and weights. ROUNDS=3
+	$(RUN) -m tests.chaos.train --rounds $(or $(ROUNDS),3) $(ARGS)
 
 quality: install ## plant faults in portraits; the rules must drop these and few others. COUNT=… ARGS="--each 20"
 	$(RUN) -m tests.quality --count $(COUNT) $(ARGS)

@@ -152,6 +152,7 @@ class TrainConfig:
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     # steps between two log lines; reading the loss makes the CPU wait for the device
     log_every: int = 10
+    log_keys: bool = False  # write the keys of every step's samples to OUT/keys.jsonl
     # prepared samples that each worker keeps in memory, for small data sets and many epochs
     keep_samples: int = 0
     # compare each sample that is read with its digest

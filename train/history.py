@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from train.packing import PackedBatch
 from train.step import LOSSES
 
 HISTORY: Final = "losses.jsonl"
+KEYS: Final = "keys.jsonl"
 
 
 class Lines:
@@ -53,6 +55,32 @@ class History(Lines):
             }
             for index, (row, rate) in enumerate(zip(values, rates, strict=True))
         )
+
+
+class KeyLog:
+    """The keys of the samples that each step has consumed, in order of positions.
+
+    They are those of the micro-batches that the loader returned, so they can be compared with the
+    order. lines: of OUT/keys.jsonl; None on processes other than the main one. gather: lists of
+    all processes, joined; called on all of them together.
+    """
+
+    def __init__(self, lines: Lines | None, gather: Callable[[list[Any]], list[Any]]) -> None:
+        self._lines, self._gather = lines, gather
+        self._pending: list[tuple[int, int, tuple[str, ...]]] = []  # step, position, keys
+
+    def add(self, step: int, batches: Iterable[PackedBatch]) -> None:
+        """Remembers this process's micro-batches of a step."""
+        self._pending.extend((step, batch.position, batch.keys) for batch in batches)
+
+    def write(self) -> None:
+        """Writes the steps that were added, on all processes, since the last time."""
+        by_step: dict[int, list[str]] = {}
+        for step, _, keys in sorted(self._gather(self._pending)):
+            by_step.setdefault(step, []).extend(keys)
+        self._pending = []
+        if self._lines is not None:
+            self._lines.add({"step": step, "keys": keys} for step, keys in by_step.items())
 
 
 def _rounded(value: float) -> float | None:

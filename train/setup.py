@@ -41,6 +41,7 @@ _MAY_CHANGE: Final = (
     "resume_from_checkpoint",
     "report_to",
     "log_every",
+    "log_keys",
     "keep_samples",
     "ray.",
     "weights.",

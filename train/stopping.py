@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 # Seconds in which a further signal is the first one again: launchers pass on to each process what
 # a scheduler or a terminal has sent to all of them.
-_PASSED_ON: Final = 1.0
+_PASSED_ON: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ Stopping: TypeAlias = Callable[[], AbstractContextManager[Stop]]
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     """Records SIGINT or SIGTERM, so that training stops after the current step. A second signal,
-    more than a second later, ends the process at once.
+    more than two seconds later, ends the process at once.
 
     The previous handlers are restored then, and at exit.
     """

@@ -1,7 +1,7 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
     OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
-        losses.jsonl  skipped.jsonl  nonfinite.jsonl  summary.json
+        losses.jsonl  keys.jsonl (log_keys only)  skipped.jsonl  nonfinite.jsonl  summary.json
 
 A step waits for no value of its own: losses stay on the device and are fetched together every
 `log_every` steps, and its facts (train/facts.py) are read when the next step has been started.
@@ -32,7 +32,7 @@ from train.base import ensure_base
 from train.batches import plan_batches
 from train.data import BatchMaker, micro_batches, unpacked
 from train.facts import Limits, StepCheck, StepFacts
-from train.history import HISTORY, History, summarise
+from train.history import HISTORY, KEYS, History, KeyLog, Lines, summarise
 from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
@@ -78,7 +78,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, watcher: Watcher, stack: ExitStack) -> None:
-        from accelerate.utils import set_seed
+        from accelerate.utils import gather_object, set_seed
 
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
@@ -124,6 +124,8 @@ class Trainer:
         self.history = (
             History(self.output / HISTORY, step=self.progress.step) if self.is_main else None
         )
+        key_lines = Lines(self.output / KEYS, step=self.progress.step) if self.is_main else None
+        self.key_log = KeyLog(key_lines, gather_object) if config.log_keys else None
 
     @property
     def is_main(self) -> bool:
@@ -220,9 +222,9 @@ class Trainer:
                     previous = None
                     self._save()
                 self.watcher.step(progress.step, losses)
-        stopped = progress.step < config.max_train_steps
-        outcome = self._finish((stop.signal or signal.SIGTERM) if stopped else 0)
-        self.accelerator.end_training()
+            stopped = progress.step < config.max_train_steps
+            outcome = self._finish((stop.signal or signal.SIGTERM) if stopped else 0)
+            self.accelerator.end_training()
         return outcome
 
     def _step_check(self) -> StepCheck:
@@ -283,6 +285,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         bad = tuple(sample for batch in micro for sample in batch.bad)
+        if self.key_log is not None:
+            self.key_log.add(progress.step + 1, micro)
         step_facts = StepFacts(
             progress.step + 1, progress.position, torch.cat((numbers, skipped[None])), bad
         )
@@ -298,6 +302,8 @@ class Trainer:
         means = {name: sum(row[i] for row in values) / len(values) for i, name in enumerate(LOSSES)}
         if self.history is not None:
             self.history.add_losses(self.progress.step - len(values) + 1, values, rates)
+        if self.key_log is not None:
+            self.key_log.write()
         if self.config.report_to != "none":
             self.accelerator.log({**means, "lr": rates[-1]}, step=self.progress.step)
         window.clear()

@@ -77,7 +77,7 @@ def two_processes(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPath
     def make(output: Path) -> None:
         preset = output.with_name("two_processes.yaml")
         dump(small(data, tiny_base, output, threads=1, max_train_steps=30), preset)
-        settings = ["model.device=auto", "checkpointing_steps=5"]
+        settings = ["model.device=auto", "checkpointing_steps=5", "log_keys=true"]
         with (output / "messages.txt").open("w") as messages:
             subprocess.run(
                 [sys.executable, *TORCHRUN, "run", "--config", str(preset), *settings],

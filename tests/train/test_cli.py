@@ -101,7 +101,9 @@ def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_re
     )
     while running.poll() is None and len([*read_lines(output / "losses.jsonl")]) < 3:
         time.sleep(0.1)
-    os.killpg(running.pid, number)  # to the workers too, as from a terminal or a scheduler
+    for _ in range(2):  # a launcher that gets it too passes it on
+        os.killpg(running.pid, number)  # to the workers too, as from a terminal or a scheduler
+        time.sleep(0.05)
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 128 + number, stderr
     assert "the same command resumes" in stderr and "Traceback" not in stderr
@@ -117,7 +119,8 @@ def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_re
 def test_two_processes_do_what_one_does(preset: Path, two_processes: Path, tmp_path: Path) -> None:
     messages = (two_processes / "messages.txt").read_text()
     assert messages.count("2 samples a step = 2 processes × 1, on cpu") == 1
-    one = call("--config", preset, f"output={tmp_path / 'one'}", "max_train_steps=30")
+    settings = ["max_train_steps=30", "log_keys=true", "num_workers=1"]
+    one = call("--config", preset, f"output={tmp_path / 'one'}", *settings)
     assert one.exit_code == 0 and "2 samples a step = 1 process × 2, on cpu" in one.stderr
     two = shutil.copytree(two_processes, tmp_path / "two")
     histories = [[*read_lines(tmp_path / name / "losses.jsonl")] for name in ("one", "two")]
@@ -128,9 +131,16 @@ def test_two_processes_do_what_one_does(preset: Path, two_processes: Path, tmp_p
         assert line["lr"] == other["lr"]
     summary = json.loads((two / "summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (30, 60)
+    keys = [[*read_lines(tmp_path / name / "keys.jsonl")] for name in ("one", "two")]
+    assert keys[0] == keys[1] and [line["step"] for line in keys[0]] == list(range(1, 31))
+    consumed = [key for line in keys[0] for key in line["keys"]]
+    assert len(consumed) == 60 and len({*consumed[:8]}) == len({*consumed[8:16]}) == 8
+    assert consumed[:8] != consumed[8:16]  # the epochs' orders
     # resumed by a single process
-    third = call("--config", preset, f"output={two}", "max_train_steps=32")
+    settings = [f"output={two}", "max_train_steps=32", "log_keys=true"]
+    third = call("--config", preset, *settings)
     assert third.exit_code == 0 and "at step 30" in third.stderr
+    assert [line["step"] for line in read_lines(two / "keys.jsonl")] == list(range(1, 33))
 
 
 @pytest.mark.slow

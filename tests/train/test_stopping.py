@@ -1,22 +1,64 @@
-"""Signals, sent to this process."""
+"""Signals: the first one stops after the step, a later one at once."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 
 import pytest
 
+from tests.train.helpers import run, small
 from train.stopping import stop_on_signal
 
 
-def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one() -> None:
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_that_arrives_twice_is_one_and_a_later_one_stops_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_on_signal() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # torchrun's, after the scheduler's
-        signal.raise_signal(signal.SIGINT)
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
         assert stop.signal == signal.SIGTERM
-        time.sleep(1.1)
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("the second signal should have ended the process at once")
+        time.sleep(2.1)
+        send(signal.SIGINT)
+        pytest.fail("the signal did nothing")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def received() -> Iterator[list[int]]:
+    """Signals that reach the handler from before the run."""
+    numbers: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        numbers.append(number)
+
+    previous = signal.signal(signal.SIGTERM, on_signal)
+    yield numbers
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_signal_does_not_interrupt_the_writing_of_the_adapter(
+    data: Path, tiny_base: Path, tmp_path: Path, received: list[int]
+) -> None:
+    output, sent = tmp_path / "out", threading.Event()
+
+    def signal_when_it_is_written() -> None:
+        while not list(output.glob(".final.*.partial")):
+            time.sleep(0.001)
+        send(signal.SIGTERM)
+        sent.set()
+
+    thread = threading.Thread(target=signal_when_it_is_written, daemon=True)
+    thread.start()
+    outcome = run(small(data, tiny_base, output, max_train_steps=1))
+    thread.join(timeout=10)
+    assert sent.is_set() and not received
+    assert outcome.signal == 0 and outcome.adapter is not None
