@@ -117,7 +117,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
 def make_models(
     config: TrainConfig, spec: ModelSpec, base: str, device: torch.device
 ) -> tuple[Frozen, TrainedModel]:
-    """Loads the base model in the configured precision, and makes the trained parts in float32.
+    """Loads the base model in the configured precision, and makes the trained parts in float32,
+    with initial weights from the seed.
 
     base: a folder or a hub id. Raises WeightsError if the base or `config.adapter` can't be
     loaded, ConfigError if the base can't take images of the configured resolution.
@@ -138,12 +139,18 @@ def make_models(
         )
     if config.train_base:
         models.unet.float().requires_grad_(True)
+    torch.manual_seed(config.seed)  # the initial weights depend on nothing else
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
     if config.adapter:
         load_adapter(Path(config.adapter), adapter)
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     return freeze(models, spec.vision_size), TrainedModel(adapter, models.unet).train()
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of the GPU, or the device's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def make_optimizer(
