@@ -27,8 +27,8 @@ from train.history import HISTORY, exact, read_lines
 from train.losses import FetchedLosses, joined, losses_of_process
 from train.order import SampleOrder
 from train.packing import PackedBatch
-from train.segments import Segment, checkpoints_of, read_segments, segment_of
-from train.setup import device_name, make_models, make_preparation
+from train.segments import Segment, checkpoints_of, device_name, read_segments, segment_of
+from train.setup import make_models, make_preparation
 from train.shards import ShardSet
 from train.state import damage, load_unet
 from train.step import LOSSES, Frozen, StepLosses, TrainedModel, masks_background, step_losses

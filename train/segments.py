@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from configs.errors import ConfigError
 from configs.load import load_text
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
 from train.batches import BatchPlan
 from train.history import Lines, read_lines
+from train.outcome import Progress
 from train.state import checkpoints, step_of
 
 DATA: Final = "data.jsonl"
@@ -67,6 +70,36 @@ class Segment:
     def step_at(self, position: int) -> int:
         """Returns the step that trained on the sample at a position."""
         return self.step + 1 + (position - self.position) // self.batch.size
+
+
+def new_segment(
+    config: TrainConfig,
+    progress: Progress,
+    batch: BatchPlan,
+    data: Sequence[str],
+    digest: str,
+    device: torch.device,
+    checkpoint: Path | None,
+) -> Segment:
+    """Returns the segment that a run begins, on this machine. checkpoint: that it resumes from."""
+    return Segment(
+        step=progress.step,
+        position=progress.position,
+        data=tuple(data),
+        digest=digest,
+        settings=asdict(config),
+        processes=batch.world,
+        micro_batch=batch.micro,
+        threads=torch.get_num_threads(),
+        device=device_name(device),
+        torch=torch.__version__,
+        resumed_from=str(checkpoint or ""),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of the GPU, or the device's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def add_segment(output: Path, segment: Segment) -> None:

@@ -148,11 +148,6 @@ def make_models(
     return freeze(models, spec.vision_size), TrainedModel(adapter, models.unet).train()
 
 
-def device_name(device: torch.device) -> str:
-    """Returns the name of the GPU, or the device's kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def make_optimizer(
     config: OptimConfig, steps: int, parameters: list[nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -37,17 +37,17 @@ from train.losses import LossWindow, losses_of_process
 from train.order import SampleOrder
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
-from train.segments import Segment, add_segment, inherit
+from train.segments import add_segment, inherit, new_segment
 from train.setup import (
     check_config,
     check_same_run,
-    device_name,
     flatten,
     make_models,
     make_optimizer,
     make_preparation,
 )
 from train.shards import ShardSet
+from train.spikes import SPIKES, SpikeCheck, SpikeContext
 from train.state import (
     AdapterExtras,
     find_checkpoint,
@@ -130,9 +130,13 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history = (
-            History(self.output / HISTORY, step=self.progress.step) if self.is_main else None
-        )
+        self.history: History | None = None
+        self.spikes: SpikeCheck | None = None
+        if self.is_main:
+            step = self.progress.step
+            self.history = History(self.output / HISTORY, step=step)
+            saved = state.get("spikes") if checkpoint is not None else None
+            self.spikes = SpikeCheck(self._spike_context(), step, saved)
 
     @property
     def is_main(self) -> bool:
@@ -152,7 +156,7 @@ class Trainer:
         if self.is_main:
             remove_partial_folders(self.output)
             if checkpoint is not None:
-                inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE))
+                inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
             base = ensure_base(self.config, self.spec, self.shards, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()
@@ -200,7 +204,11 @@ class Trainer:
             )
             return self._finish(0)
         if self.is_main:
-            add_segment(self.output, self._segment())
+            data = (self.shards.digest,)
+            segment = new_segment(
+                config, progress, self.batch, data, self.shards.digest, self.device, self.checkpoint
+            )
+            add_segment(self.output, segment)
         if config.report_to != "none":
             self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         check = self._step_check()
@@ -236,21 +244,6 @@ class Trainer:
         self.accelerator.end_training()
         return outcome
 
-    def _segment(self) -> Segment:
-        return Segment(
-            step=self.progress.step,
-            position=self.progress.position,
-            data=(self.shards.digest,),
-            digest=self.shards.digest,
-            settings=asdict(self.config),
-            processes=self.batch.world,
-            micro_batch=self.batch.micro,
-            threads=torch.get_num_threads(),
-            device=device_name(self.device),
-            torch=torch.__version__,
-            resumed_from=str(self.checkpoint or ""),
-        )
-
     def _step_check(self) -> StepCheck:
         from accelerate.utils import gather_object
 
@@ -264,9 +257,22 @@ class Trainer:
             self.output,
             self.progress.step,
             limits,
-            lambda position: self.shards.keys[self.order.sample(position)],
+            self._key_at,
             gather_object,
             self.watcher.message if self.is_main else None,
+        )
+
+    def _key_at(self, position: int) -> str:
+        return self.shards.keys[self.order.sample(position)]
+
+    def _spike_context(self) -> SpikeContext:
+        config = self.config
+        return SpikeContext(
+            output=self.output,
+            batch=self.batch.size,
+            key_at=self._key_at,
+            masked=lambda step: masks_background(config.loss, config.seed, step),
+            message=self.watcher.message,
         )
 
     def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
@@ -312,9 +318,11 @@ class Trainer:
         """Fetches the losses of the last steps, records them, and returns their means."""
         fetched, rates = window.fetch()
         means = dict(zip(LOSSES, fetched.values.mean(0, dtype=float).tolist(), strict=True))
-        if self.history is not None:
-            first = self.progress.step - len(rates) + 1
+        if self.history is not None and self.spikes is not None:
+            steps, progress = len(rates), self.progress
+            first = progress.step - steps + 1
             self.history.add_losses(first, fetched.values, rates)
+            self.spikes.add(first, progress.position - steps * self.batch.size, fetched)
         if self.config.report_to != "none":
             self.accelerator.log({**means, "lr": rates[-1]}, step=self.progress.step)
         return means
@@ -347,6 +355,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": random,
+                "spikes": self.spikes.state() if self.spikes else {},
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             }
             save_checkpoint(

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from configs.errors import ConfigError
 from tests.train.helpers import run, small
-from train.cli import app
 from train.history import read_lines
 from train.replay import replay
-from train.segments import read_segments
 
 
 def lines(output: Path) -> dict[int, dict[str, float]]:
