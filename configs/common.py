@@ -31,6 +31,18 @@ def introduced_as(name: str) -> dict[str, Any]:
     return {"since_setting": name}
 
 
+# Metadata of a setting whose value may be given in the place of its section: `data: OUT` for
+# `data: {path: OUT}`.
+ALONE: Final = {"alone": True}
+
+
+def alone(kind: Any) -> str:
+    """Returns the name of a configuration dataclass's setting with the metadata ALONE; "" if it has
+    none.
+    """
+    return next((field.name for field in fields(kind) if field.metadata.get("alone")), "")
+
+
 def hashed_settings(config: Any) -> dict[str, Any]:
     """Returns the settings that the signature hashes, by name, of a configuration dataclass and of
     the dataclasses in it: those that are not NOT_HASHED and differ from the value they were

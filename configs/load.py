@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar, cast
 import yaml
 
 from configs.aliases import rename_keys
-from configs.common import subsection
+from configs.common import alone, subsection
 from configs.errors import ConfigError
 
 T = TypeVar("T")
@@ -30,16 +30,20 @@ _DUMPER: Final[Any] = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 class _Text(str):
     """The value of an override, not yet parsed as YAML: for a field of type str it stays as it is,
-    so that a path may be named 007 or [a].
+    so that a path may be named 007 or [a]. Where a text may stand for a section, it is parsed if it
+    is a list or a section.
     """
 
     def parse(self, hint: Any) -> Any:
         if hint is str:
             return str(self)
         try:
-            return _parse(str(self))
+            value = _parse(str(self))
         except yaml.YAMLError:
             return str(self)
+        item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        is_text = is_dataclass(item) and alone(item) and not isinstance(value, list | dict)
+        return str(self) if is_text else value
 
 
 def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
@@ -148,6 +152,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     value = value.parse(hint) if isinstance(value, _Text) else value
     if is_dataclass(hint):
+        if (setting := alone(hint)) and not isinstance(value, Mapping):
+            value = {setting: value}
         if not isinstance(value, Mapping):
             raise _mismatch(name, value, "a section of keys and values")
         return _build(cast(type[Any], hint), value, f"{name}.")

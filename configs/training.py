@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.common import WeightsConfig
+from configs.common import ALONE, WeightsConfig
 from configs.common import check as _check
 
 
@@ -76,12 +76,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """A data set to train on."""
+
+    path: str = field(default="", metadata=ALONE)  # folder or fsspec URL
+    # share of the samples that are trained on, in any unit: 3 and 1 are three quarters and one
+    # quarter. None, for all data sets: the share is that of their numbers of samples.
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.weight is None or self.weight > 0,
+            f"data: weight {self.weight} of {self.path}: expected more than 0. To read none of a "
+            "data set, leave it out.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """The settings of `python -m train.cli run`."""
 
-    data: str = ""  # a data set: folder or fsspec URL
+    # one data set, as in data=OUT, or a list: [{path: OUT, weight: 3}, {path: OTHER, weight: 1}]
+    data: tuple[DataSource, ...] = ()
     # which side of the data set's split
     split: Literal["train", "val", "all"] = "train"
+    # share of samples whose conditions are another photograph of the same person, if there is one
+    pair_prob: float = 0.0
     output: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -133,4 +153,19 @@ class TrainConfig:
         for name in ("threads", "num_workers", "checkpoints_total_limit", "keep_samples"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
         _check(0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share}: expected 0 to 1")
+        _check(0 <= self.pair_prob <= 1, f"pair_prob={self.pair_prob}: expected 0 to 1")
+        _check_sources(self.data)
         _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")
+
+
+def _check_sources(data: tuple[DataSource, ...]) -> None:
+    paths = [source.path for source in data]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    _check(not twice, f"data: {', '.join(twice)} is given twice. Raise its weight instead.")
+    weighted = [source.path for source in data if source.weight is not None]
+    _check(
+        len(weighted) in (0, len(data)),
+        f"data: weights are given for {', '.join(weighted)}, and not for "
+        f"{', '.join(path for path in paths if path not in weighted)}. Give a weight to all data "
+        "sets, or to none: then each is read in proportion to its number of samples.",
+    )

@@ -136,24 +136,31 @@ def build_conditions(
     prompt: str | None = None,
     resolution: int,
     tokenizer_2: Any = None,
+    reference: Record | None = None,
 ) -> Conditions:
     """Builds the conditions of a record that has an image, a label map and an identity.
 
     prompt: the user's prompt; None builds the conditions of a training sample, whose text is the
     record's captions. tokenizer: a CLIP tokenizer with the marks added (`model.prompt.add_marks`).
     tokenizer_2: SDXL's second one, read in legacy mode only. resolution: side of the masks, in
-    pixels. Raises ValueError if the record lacks one of the three.
+    pixels. reference: a record of the same person. Then photograph, region images and identity are
+    the reference's, text and masks the record's, and a region that one of the two lacks has no
+    slot. Raises ValueError if one of the records lacks one of the three.
     """
     photo, labels, identity = _decode(record)
-    masks = region_masks(labels, mode)
-    text = _text_of(record, tuple(masks), tokenizer, spec, mode, prompt)
+    masks = shown_masks = region_masks(labels, mode)
+    if reference is not None:
+        photo, shown_labels, identity = _decode(reference)
+        shown_masks = region_masks(shown_labels, mode)
+    regions = tuple(name for name in masks if name in shown_masks)
+    text = _text_of(record, regions, tokenizer, spec, mode, prompt)
     tokens, slots, dropped = fused_regions(text, tokenizer, mode)
     mask = torch.zeros(TOKEN_LIMIT, dtype=torch.bool)
     mask[list(tokens.positions)] = True
     idx = torch.zeros(MAX_REGIONS, dtype=torch.int64)
     idx[: len(slots)] = torch.tensor(tokens.positions, dtype=torch.int64)
     side = spec.vision_size
-    images = region_images(photo, {name: masks[name] for name in slots}, masks, mode)
+    images = region_images(photo, {name: shown_masks[name] for name in slots}, shown_masks, mode)
     return Conditions(
         key=record.key,
         text=text.text,

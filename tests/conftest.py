@@ -25,6 +25,7 @@ from tests.chaos.cluster import TOKEN
 from tests.sharing import shared_folder
 
 if TYPE_CHECKING:
+    from train.mixture import Mixture
     from train.shards import ShardSet
 
 pytest_plugins = ["tests.budget"]
@@ -98,6 +99,14 @@ def shards(data: Path) -> ShardSet:
     from train.shards import ShardSet
 
     return ShardSet(str(data))
+
+
+@pytest.fixture(scope="session")
+def mixture(data: Path) -> Mixture:
+    from configs.training import DataSource
+    from train.mixture import Mixture
+
+    return Mixture([DataSource(path=str(data))])
 
 
 @pytest.fixture(scope="session")

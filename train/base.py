@@ -22,7 +22,7 @@ from configs.training import TrainConfig
 from model.conditions import training_pixels
 from model.spec import ModelSpec
 from train import draws
-from train.shards import ShardSet
+from train.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _KL_WEIGHT: Final = 1e-4  # gives latents about unit variance without blurring t
 
 
 def ensure_base(
-    config: TrainConfig, spec: ModelSpec, shards: ShardSet, message: Callable[[str], None]
+    config: TrainConfig, spec: ModelSpec, mixture: Mixture, message: Callable[[str], None]
 ) -> str:
     """Returns the folder or hub id of the base model.
 
@@ -59,14 +59,14 @@ def ensure_base(
             "don't expect good portraits."
         )
         make_tiny_base(folder, Weights(config.weights).fetch("clip_bpe"), config.seed)
-        error = fit_vae(folder, shards, resolution=config.resolution, seed=config.seed)
-        fit = {"data": shards.digest, "mean_absolute_error": round(error, 4)}
+        error = fit_vae(folder, mixture, resolution=config.resolution, seed=config.seed)
+        fit = {"data": mixture.digest, "mean_absolute_error": round(error, 4)}
         (folder / _FITTED_FILE).write_text(json.dumps(fit) + "\n")
     return str(folder)
 
 
 def fit_vae(
-    base: Path, shards: ShardSet, *, resolution: int, seed: int, steps: int = _FIT_STEPS
+    base: Path, mixture: Mixture, *, resolution: int, seed: int, steps: int = _FIT_STEPS
 ) -> float:
     """Train the VAE in base/vae on the data set's images, and write it back.
 
@@ -76,10 +76,10 @@ def fit_vae(
     """
     import diffusers
 
-    count = min(len(shards), _FIT_IMAGES)
-    order = draws.Permutation(len(shards), seed, "vae_pictures", 0)
-    numbers = [order[place] for place in range(min(count, len(shards)))]
-    images = _images(shards, numbers, resolution)
+    count = min(len(mixture), _FIT_IMAGES)
+    order = draws.Permutation(len(mixture), seed, "vae_pictures", 0)
+    numbers = [order[place] for place in range(min(count, len(mixture)))]
+    images = _images(mixture, numbers, resolution)
     vae: Any = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -110,12 +110,12 @@ def fit_vae(
     return float(torch.stack(errors[-20:]).mean())
 
 
-def _images(shards: ShardSet, numbers: list[int], resolution: int) -> torch.Tensor:
+def _images(mixture: Mixture, numbers: list[int], resolution: int) -> torch.Tensor:
     """Returns the images of those samples that can be read, (N, 3, R, R). Raises ShardError if that
     is none of them.
     """
     images = []
-    for record in shards.records(numbers):
+    for record in mixture.records(numbers):
         if isinstance(record, ShardError):
             error: Exception = record
             continue
@@ -124,7 +124,7 @@ def _images(shards: ShardSet, numbers: list[int], resolution: int) -> torch.Tens
         except (ValueError, OSError) as damage:
             error = damage
     if not images:
-        raise ShardError(f"{shards.data}: no sample can be read, for example: {error}")
+        raise ShardError(f"{mixture}: no sample can be read, for example: {error}")
     return torch.stack(images)
 
 

@@ -13,7 +13,7 @@ The loader must not be passed to `accelerator.prepare`, which would split it a s
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, TypeVar
@@ -37,6 +37,7 @@ from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mode
 from train import draws
+from train.mixture import Mixture
 from train.order import SampleOrder
 from train.packing import (
     BadSample,
@@ -46,7 +47,6 @@ from train.packing import (
     unpacked_masks,
     unpacked_pixels,
 )
-from train.shards import ShardSet
 
 Batch = TypeVar("Batch")
 
@@ -58,6 +58,9 @@ class TrainBatch:
     """A micro-batch of B samples on the device, with all random numbers that a step needs except
     the loss mask.
 
+    keys: of the samples. references: keys of the samples that give their conditions, their own
+    except in pairs.
+
     valid: (B,) bool, False for a blank sample in the place of one that can't be read.
     pixels: (B, 3, R, R) in [-1, 1], the images to learn.
     clip_images: (n, 3, S, S), the CLIP-normalised images that are not zero; image_rows: (n,)
@@ -68,6 +71,7 @@ class TrainBatch:
 
     position: int
     keys: tuple[str, ...]
+    references: tuple[str, ...]
     valid: Tensor
     pixels: Tensor
     clip_images: Tensor
@@ -90,8 +94,9 @@ class Preparation:
     """What turns records into micro-batches.
 
     resolution: side of the training images, in pixels. latent_shape: (4, h, w). timesteps: number
-    of the noise schedule's. cache_size: number of prepared samples, the first ones read, that stay
-    in memory, for small data sets with many epochs. verify: compare samples with their digests.
+    of the noise schedule's. cache_size: number of prepared samples and pairs, the first ones read,
+    that stay in memory, for small data sets with many epochs. verify: compare samples with their
+    digests.
     """
 
     tokenizer: Any
@@ -107,6 +112,8 @@ class Preparation:
     verify: bool = True
 
 
+# The numbers of a sample and of its reference, which are the same except in pairs.
+Pair = tuple[int, int]
 # A sample as it is cached: its conditions, its image (3, R, R), and why it is bad.
 Prepared = tuple[Conditions, Tensor, BadSample | None]
 
@@ -114,13 +121,14 @@ Prepared = tuple[Conditions, Tensor, BadSample | None]
 class BatchMaker:
     """Makes the micro-batch of a range of positions. Runs in the loader's worker processes."""
 
-    def __init__(self, shards: ShardSet, order: SampleOrder, preparation: Preparation) -> None:
-        self._shards, self._order, self._preparation = shards, order, preparation
-        self._cache: dict[int, Prepared] = {}
+    def __init__(self, mixture: Mixture, order: SampleOrder, preparation: Preparation) -> None:
+        self._mixture, self._order, self._preparation = mixture, order, preparation
+        self._pairs = mixture.pairs(order)
+        self._cache: dict[Pair, Prepared] = {}
 
     def __call__(self, positions: range) -> PackedBatch:
-        numbers = [self._order.sample(position) for position in positions]
-        samples = self._samples(numbers)
+        pairs = [(self._order.sample(each), self._pairs.reference(each)) for each in positions]
+        samples = self._samples(pairs)
         prep, seed = self._preparation, self._preparation.seed
         conditions = drop_conditions(
             collate([sample for sample, _, _ in samples]),
@@ -135,41 +143,47 @@ class BatchMaker:
             conditions,
             torch.stack([pixels for _, pixels, _ in samples]),
             [bad for _, _, bad in samples],
-            positions.start,
+            references=tuple(self._mixture.key(reference) for _, reference in pairs),
+            position=positions.start,
         )
 
-    def _samples(self, numbers: list[int]) -> list[Prepared]:
+    def _samples(self, pairs: list[Pair]) -> list[Prepared]:
         """Returns the prepared samples, from the cache or from the shards."""
-        missing = [number for number in dict.fromkeys(numbers) if number not in self._cache]
-        prepared = dict(self._cache) if not missing else {**self._cache, **self._prepare(missing)}
-        for number in missing[: max(0, self._preparation.cache_size - len(self._cache))]:
-            self._cache[number] = prepared[number]
-        return [prepared[number] for number in numbers]
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._cache]
+        prepared = self._cache if not missing else {**self._cache, **self._prepare(missing)}
+        for pair in missing[: max(0, self._preparation.cache_size - len(self._cache))]:
+            self._cache[pair] = prepared[pair]
+        return [prepared[pair] for pair in pairs]
 
-    def _prepare(self, numbers: list[int]) -> dict[int, Prepared]:
-        prepared: dict[int, Prepared] = {}
-        records = self._shards.records(numbers, verify=self._preparation.verify)
-        for number, record in zip(numbers, records, strict=True):
-            try:
-                conditions, pixels = self._prepare_one(record)
-                prepared[number] = conditions, pixels, None
-            except (ShardError, ValueError, OSError) as error:  # Pillow's errors are OSErrors
-                prepared[number] = self._blank(number, str(error))
-        return prepared
+    def _prepare(self, pairs: list[Pair]) -> dict[Pair, Prepared]:
+        numbers = sorted({number for pair in pairs for number in pair})
+        read = self._mixture.records(numbers, verify=self._preparation.verify)
+        records = dict(zip(numbers, read, strict=True))
+        return {pair: self._prepare_one(pair, records) for pair in pairs}
 
-    def _blank(self, number: int, reason: str) -> Prepared:
-        prep, key = self._preparation, self._shards.keys[number]
+    def _prepare_one(self, pair: Pair, records: Mapping[int, Record | ShardError]) -> Prepared:
+        number, reference = pair
+        try:
+            shown = None if reference == number else _usable(records[reference])
+            conditions, pixels = self._build(_usable(records[number]), shown)
+        except (ShardError, ValueError, OSError) as error:  # Pillow's errors are OSErrors
+            if reference != number:
+                alone = self._prepare_one((number, number), records)
+                if alone[2] is not None:
+                    return alone
+            return self._blank(number, bad=reference, reason=str(error))
+        return conditions, pixels, None
+
+    def _blank(self, number: int, *, bad: int, reason: str) -> Prepared:
+        prep, mixture = self._preparation, self._mixture
         conditions = blank_conditions(
-            prep.tokenizer, prep.spec, key=key, resolution=prep.resolution
+            prep.tokenizer, prep.spec, key=mixture.key(number), resolution=prep.resolution
         )
         pixels = torch.zeros(3, prep.resolution, prep.resolution)
-        return conditions, pixels, BadSample(key, self._shards.shard_of(number), reason)
+        return conditions, pixels, BadSample(mixture.key(bad), mixture.shard_of(bad), reason)
 
-    def _prepare_one(self, record: Record | ShardError) -> tuple[Conditions, Tensor]:
+    def _build(self, record: Record, reference: Record | None) -> tuple[Conditions, Tensor]:
         prep = self._preparation
-        if isinstance(record, ShardError):
-            raise record
-        _check_identity(record)
         conditions = build_conditions(
             record,
             prep.tokenizer,
@@ -177,16 +191,22 @@ class BatchMaker:
             prep.mode,
             resolution=prep.resolution,
             tokenizer_2=prep.tokenizer_2,
+            reference=reference,
         )
         return conditions, training_pixels(record, prep.resolution)
 
 
-def _check_identity(record: Record) -> None:
-    """Raises ValueError for an identity that is not a finite vector of unit norm."""
+def _usable(record: Record | ShardError) -> Record:
+    """Returns the record. Raises the error in its place, or ValueError for an identity that is not
+    a finite vector of unit norm.
+    """
+    if isinstance(record, ShardError):
+        raise record
     if record.identity is not None:
         norm = float(np.linalg.norm(record.identity.astype(np.float64)))
         if not abs(norm - 1) <= _UNIT_NORM:  # also if it is NaN
             raise ValueError(f"the identity embedding has norm {norm:g}, expected 1")
+    return record
 
 
 def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: int) -> Conditions:
@@ -231,6 +251,7 @@ def unpacked(
     return TrainBatch(
         position=batch.position,
         keys=batch.keys,
+        references=batch.references,
         valid=moved.valid,
         pixels=unpacked_pixels(moved),
         clip_images=unpacked_clip_images(moved),

@@ -71,7 +71,9 @@ class StepCheck:
         self._in_a_row = 0
         self._skipped = Lines(output / SKIPPED, step=step) if message else None
         self._nonfinite = Lines(output / NONFINITE, step=step) if message else None
-        listed = [line["key"] for line in self._skipped.read()] if self._skipped else []
+        # with its shard: two data sets may have a sample of the same key
+        lines = self._skipped.read() if self._skipped else ()
+        listed = [(line["key"], line["shard"]) for line in lines]
         self._bad = set(gather(listed))  # all processes must stop together
 
     def check(self, step_facts: StepFacts) -> bool:
@@ -95,12 +97,12 @@ class StepCheck:
         if self._skipped and self._message:
             self._skipped.add(lines)
             for line in lines:
-                if line["key"] not in self._bad:
+                if (line["key"], line["shard"]) not in self._bad:
                     self._message(
                         f"step {step:,} leaves out sample {line['key']} of {line['shard']}: "
                         f"{line['reason']}"
                     )
-        self._bad |= {line["key"] for line in lines}
+        self._bad |= {(line["key"], line["shard"]) for line in lines}
         limits = self._limits
         if len(self._bad) > limits.bad_share * limits.samples:
             raise TrainingError(

@@ -24,8 +24,9 @@ class SampleOrder:
     sizes: number of samples of each data set. Samples are numbered through all data sets, in the
     given order. weights: share of positions of each data set, in any unit; None: their sizes. Of
     each 10,000 positions, every data set has a fixed number, in random order. Each data set is read
-    in shuffled epochs: every sample once, then all again in another order. Raises ConfigError for a
-    weight that isn't positive, or is so small that a data set gets no position.
+    in shuffled epochs: every sample once, then all again in another order. slots: how many of
+    10,000 positions each data set has. Raises ConfigError for a weight that isn't positive, or is
+    so small that a data set gets no position.
     """
 
     def __init__(
@@ -33,8 +34,8 @@ class SampleOrder:
     ) -> None:
         self.sizes, self.seed = tuple(sizes), seed
         self._first = [0, *accumulate(self.sizes)]  # number of each data set's first sample
-        self._slots = _slots([*map(float, sizes)] if weights is None else weights)
-        self._first_slot = [0, *accumulate(self._slots)]
+        self.slots = _slots([*map(float, sizes)] if weights is None else weights)
+        self._first_slot = [0, *accumulate(self.slots)]
         self._cached: dict[str, tuple[int, draws.Permutation]] = {}
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class SampleOrder:
         block, place = divmod(position, self._first_slot[-1])
         slot = self._mixed(block)[place] if len(self.sizes) > 1 else place
         index = int(np.searchsorted(self._first_slot, slot, side="right")) - 1
-        turn = block * self._slots[index] + slot - self._first_slot[index]
+        turn = block * self.slots[index] + slot - self._first_slot[index]
         epoch, place = divmod(turn, self.sizes[index])
         return self._first[index] + self._shuffled(index, epoch)[place]
 
@@ -55,7 +56,7 @@ class SampleOrder:
         set. They may leave the order by up to 10,000 if there are several data sets.
         """
         index = int(np.searchsorted(self._first, number, side="right")) - 1
-        size, slots = self.sizes[index], self._slots[index]
+        size, slots = self.sizes[index], self.slots[index]
         blocks = -(-end // self._first_slot[-1])
         for epoch in range(-(-blocks * slots // size)):
             turn = epoch * size + self._shuffled(index, epoch).place(number - self._first[index])

@@ -36,7 +36,8 @@ class BadSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """A micro-batch of B samples. position: of its first sample.
+    """A micro-batch of B samples. position: of its first sample. keys: of the samples.
+    references: keys of the samples that give their conditions, their own except in pairs.
 
     bad: samples that can't be read; valid: (B,) bool, False at their places, where the other
     tensors hold a blank sample. pixels: (B, 3, R, R) uint8. masks: (B, R, R) uint8: bit i is the
@@ -47,6 +48,7 @@ class PackedBatch:
 
     position: int
     keys: tuple[str, ...]
+    references: tuple[str, ...]
     bad: tuple[BadSample, ...]
     valid: Tensor
     pixels: Tensor
@@ -77,10 +79,15 @@ class PackedBatch:
 
 
 def packed(
-    conditions: ConditionBatch, pixels: Tensor, bad: list[BadSample | None], position: int
+    conditions: ConditionBatch,
+    pixels: Tensor,
+    bad: list[BadSample | None],
+    *,
+    references: tuple[str, ...],
+    position: int,
 ) -> PackedBatch:
     """Packs conditions and training images (B, 3, R, R) in [-1, 1]. bad: for each sample, why it
-    can't be trained on; None if it can.
+    can't be trained on; None if it can. references: keys.
     """
     images = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1)
     images = images.flatten(0, 1)
@@ -91,6 +98,7 @@ def packed(
     return PackedBatch(
         position=position,
         keys=conditions.keys,
+        references=references,
         bad=tuple(each for each in bad if each),
         valid=torch.tensor([each is None for each in bad]),
         pixels=((pixels + 1) * 127.5).round().to(torch.uint8),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,24 @@ from stages.backends.runtime import pin_threads
 from train.data import BatchMaker, Preparation, unpacked
 from train.history import HISTORY, exact, read_lines
 from train.losses import FetchedLosses, joined, losses_of_process
-from train.order import SampleOrder
+from train.mixture import Mixture, open_mixture
 from train.packing import PackedBatch
 from train.segments import Segment, checkpoints_of, device_name, read_segments, segment_of
 from train.setup import make_models, make_preparation
-from train.shards import ShardSet
+from train.shards import INDEX
 from train.state import damage, load_unet
 from train.step import LOSSES, Frozen, StepLosses, TrainedModel, masks_background, step_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLoss:
-    """losses: the LOSSES by name, None where not finite. left_out: why the sample was left out of
-    the loss; "" if it wasn't.
+    """reference: key of the sample that gave the conditions, which is mostly this one. losses: the
+    LOSSES by name, None where not finite. left_out: why the sample was left out; "" if it wasn't.
     """
 
     key: str
     shard: str
+    reference: str
     timestep: int
     losses: dict[str, float | None]
     left_out: str
@@ -76,17 +78,17 @@ def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
     if step > config.max_train_steps:
         raise ConfigError(f"step {step}: the run has {config.max_train_steps} steps")
     pin_threads(segment.threads)
-    shards = ShardSet(config.data, config.split)
-    if shards.digest != segment.digest:
+    mixture = _open(config, output)
+    if mixture.digest != segment.digest:
         raise ConfigError(
-            f"{config.data} has changed since step {step} was trained, so the step can't be "
+            f"{mixture} has changed since step {step} was trained, so the step can't be "
             "computed again. `python -m train.cli seen` works without the samples."
         )
     run = _Models(config, output)
     checkpoint, after_step = run.load_weights(output, step, segments)
-    order = SampleOrder([len(shards)], config.seed)
+    order = mixture.order(config.seed)
     plan, positions = segment.batch, segment.positions(step)
-    make = BatchMaker(shards, order, run.preparation)
+    make = BatchMaker(mixture, order, run.preparation)
     batches = [
         make(positions[start : start + plan.micro]) for start in range(0, plan.size, plan.micro)
     ]
@@ -95,8 +97,7 @@ def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
     parts = [losses_of_process(losses[rank :: plan.world]) for rank in range(plan.world)]
     fetched = joined(torch.stack(parts)[:, None], plan.accumulation)
     numbers = [order.sample(position) for position in positions]
-    places = [(shards.keys[number], shards.shard_of(number)) for number in numbers]
-    samples = _samples(fetched, places, batches)
+    samples = _samples(fetched, [mixture.shard_of(number) for number in numbers], batches)
     ranks = _by_loss(samples)
     if images is not None:
         _save_images(images, [(samples[rank], _pixels(batches, rank)) for rank in ranks])
@@ -111,6 +112,16 @@ def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
         samples=[samples[rank] for rank in ranks],
         notes=_notes(segment, step, after_step, run.accelerator.device),
     )
+
+
+def _open(config: TrainConfig, output: Path) -> Mixture:
+    """Opens the data of a run with its indexes. If these don't fit the data any more, others are
+    made in a temporary folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="index-") as folder:
+        for path in (output / INDEX).glob("*.arrow"):
+            Path(folder, path.name).symlink_to(path.absolute())
+        return open_mixture(config, Path(folder))
 
 
 class _Models:
@@ -169,24 +180,29 @@ class _Models:
 
 
 def _samples(
-    fetched: FetchedLosses, places: list[tuple[str, str]], batches: list[PackedBatch]
+    fetched: FetchedLosses, shards: list[str], batches: list[PackedBatch]
 ) -> list[SampleLoss]:
-    """Returns the samples of a step by position. places: key and shard of each."""
-    reasons = [
-        next((bad.reason for bad in batch.bad if bad.key == key), "") if not valid else ""
+    """Returns the samples of a step by position. shards: the tar of each."""
+    rows = [
+        (key, reference, not valid, batch)
         for batch in batches
-        for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True)
+        for key, reference, valid in zip(
+            batch.keys, batch.references, batch.valid.tolist(), strict=True
+        )
     ]
     return [
         SampleLoss(
             key=key,
             shard=shard,
+            reference=reference,
             timestep=int(timestep),
             losses=dict(zip(LOSSES, map(exact, errors), strict=True)),
-            left_out=reason,
+            left_out="; ".join(bad.reason for bad in batch.bad if bad.key in (key, reference))
+            if is_bad
+            else "",
         )
-        for (key, shard), timestep, errors, reason in zip(
-            places, fetched.timesteps[0], fetched.errors[0], reasons, strict=True
+        for shard, (key, reference, is_bad, batch), timestep, errors in zip(
+            shards, rows, fetched.timesteps[0], fetched.errors[0], strict=True
         )
     ]
 
@@ -257,8 +273,10 @@ def show(losses: Replay) -> None:
     table = Table("key", "shard", "timestep", *LOSSES, "")
     for sample in losses.samples:
         values = [_text(sample.losses[name]) for name in LOSSES]
-        reason = f"left out: {sample.left_out}" if sample.left_out else ""
-        table.add_row(sample.key, sample.shard, str(sample.timestep), *values, reason)
+        remark = f"left out: {sample.left_out}" if sample.left_out else ""
+        if sample.reference != sample.key:
+            remark += f"{'; ' if remark else ''}conditions of {sample.reference}"
+        table.add_row(sample.key, sample.shard, str(sample.timestep), *values, remark)
     console.print(table)
 
 

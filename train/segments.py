@@ -23,7 +23,9 @@ from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
 from train.batches import BatchPlan
 from train.history import Lines, read_lines
+from train.mixture import Mixture
 from train.outcome import Progress
+from train.shards import INDEX
 from train.state import checkpoints, step_of
 
 DATA: Final = "data.jsonl"
@@ -31,16 +33,18 @@ DATA: Final = "data.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """step, position: how many steps and samples were before it. data: digest of each data set;
-    digest: of all together, as checkpoints have it. settings: of the run, as plain values.
-    processes, micro_batch: how many processes there were, and samples of a micro-batch. threads: of
-    torch. device, torch: name and version. resumed_from: the folder of the checkpoint; "" for a new
-    run. last_step: of the segment; None while no later one is known.
+    """step, position: how many steps and samples were before it. data, indexes: of each data set
+    the digest of its samples, and the name of its index in OUT/index. digest: of all data sets, which
+    checkpoints have too. settings: of the run, as plain values. processes, micro_batch: how many
+    processes there were, and samples of a micro-batch. threads: of torch. device, torch: name and
+    version. resumed_from: the folder of the checkpoint; "" for a new run. last_step: of the
+    segment; None while no later one is known.
     """
 
     step: int
     position: int
     data: tuple[str, ...]
+    indexes: tuple[str, ...]
     digest: str
     settings: dict[str, Any]
     processes: int
@@ -76,8 +80,7 @@ def new_segment(
     config: TrainConfig,
     progress: Progress,
     batch: BatchPlan,
-    data: Sequence[str],
-    digest: str,
+    mixture: Mixture,
     device: torch.device,
     checkpoint: Path | None,
 ) -> Segment:
@@ -85,8 +88,9 @@ def new_segment(
     return Segment(
         step=progress.step,
         position=progress.position,
-        data=tuple(data),
-        digest=digest,
+        data=mixture.digests,
+        indexes=mixture.index_files,
+        digest=mixture.digest,
         settings=asdict(config),
         processes=batch.world,
         micro_batch=batch.micro,
@@ -114,7 +118,8 @@ def read_segments(output: Path) -> list[Segment]:
     is none.
     """
     segments = [
-        Segment(**{**line, "data": tuple(line["data"])}) for line in read_lines(output / DATA)
+        Segment(**{**line, "data": tuple(line["data"]), "indexes": tuple(line["indexes"])})
+        for line in read_lines(output / DATA)
     ]
     if not segments:
         raise ConfigError(
@@ -174,8 +179,8 @@ def inherit(output: Path, checkpoint: Path, names: Sequence[str]) -> None:
     for name in (DATA, *names):
         if (past / name).is_file():
             _copy(past / name, output / name)
-    for source in past.glob("index/*.arrow"):
-        if not (target := output / "index" / source.name).exists():
+    for source in past.glob(f"{INDEX}/*.arrow"):
+        if not (target := output / INDEX / source.name).exists():
             target.parent.mkdir(exist_ok=True)
             _copy(source, target)
     if (past / "base").is_dir() and not (output / "base").exists():

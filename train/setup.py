@@ -21,7 +21,8 @@ from train.data import Preparation
 from train.step import Frozen, TrainedModel, freeze
 
 # Settings that may differ when a run is resumed. Others would change the model that it makes. A
-# name that ends in a dot stands for all settings below it.
+# name that ends in a dot stands for all settings below it. Of data, the digest of the samples is
+# compared, which depends on the weights.
 _MAY_CHANGE: Final = (
     "data",
     "output",
@@ -48,9 +49,10 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 def check_config(config: TrainConfig) -> None:
     """Raises ConfigError for settings that are wrong whatever the data and the models are."""
-    for url in (config.data, config.output, config.adapter, config.model.base):
+    sources = [source.path for source in config.data]
+    for url in (*sources, config.output, config.adapter, config.model.base):
         refuse_credentials(url)
-    if not config.data:
+    if not sources or not all(sources):
         raise ConfigError("data is empty. Set data=OUT, the output of make dataset.")
     if not config.output:
         raise ConfigError(

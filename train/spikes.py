@@ -76,8 +76,8 @@ class SpikeCheck:
             line = self._check(step + index, position + index * self._context.batch, fetched, index)
             if line is not None:
                 lines.append(line)
-        self._lines.add(lines)
         if lines:
+            self._lines.add(lines)
             self._announce(max(lines, key=lambda line: line["samples"][0]["times"]), len(lines))
 
     def _check(

@@ -1,7 +1,7 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
-    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  logs/  losses.jsonl
-        skipped.jsonl  nonfinite.jsonl  summary.json
+    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
+        losses.jsonl  skipped.jsonl  nonfinite.jsonl  summary.json
 
 A step waits for no value of its own: losses stay on the device and are fetched together every
 `log_every` steps, and its facts (train/facts.py) are read when the next step has been started.
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError
 from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
@@ -34,7 +33,7 @@ from train.data import BatchMaker, micro_batches, unpacked
 from train.facts import NONFINITE, SKIPPED, Limits, StepCheck, StepFacts
 from train.history import HISTORY, History, summarise
 from train.losses import LossWindow, losses_of_process
-from train.order import SampleOrder
+from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
 from train.segments import add_segment, inherit, new_segment
@@ -46,7 +45,7 @@ from train.setup import (
     make_optimizer,
     make_preparation,
 )
-from train.shards import ShardSet
+from train.shards import INDEX
 from train.spikes import SPIKES, SpikeCheck, SpikeContext
 from train.state import (
     AdapterExtras,
@@ -83,7 +82,6 @@ class Trainer:
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
         self.output = Path(config.output)
-        self.shards = ShardSet(config.data, config.split)
         checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
         if checkpoint is not None:
             check_same_run(config, checkpoint)
@@ -97,16 +95,16 @@ class Trainer:
                 automatic_checkpoint_naming=False,
             ),
         )
+        # the first process makes the index, and the first of a node where it has no such file
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            self.mixture = open_mixture(config, self.output / INDEX)
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
-        if len(self.shards) < self.batch.size:
-            raise ConfigError(
-                f"{config.data} has {len(self.shards)} samples, fewer than global_batch_size="
-                f"{self.batch.size}: a step would train on some of them twice. Lower "
-                "global_batch_size, or make a larger data set."
-            )
-        self.order = SampleOrder([len(self.shards)], config.seed)
+        self.mixture.check_step(self.batch.size)
+        self.order = self.mixture.order(config.seed)
+        if message := self.mixture.message():
+            watcher.message(message)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
         if self.is_main:
@@ -155,12 +153,13 @@ class Trainer:
         base = ""
         if self.is_main:
             remove_partial_folders(self.output)
+            Store(str(self.output)).sweep(INDEX)
             if checkpoint is not None:
                 inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
-            base = ensure_base(self.config, self.spec, self.shards, self.watcher.message)
+            base = ensure_base(self.config, self.spec, self.mixture, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()
-        return base or ensure_base(self.config, self.spec, self.shards, lambda _: None)
+        return base or ensure_base(self.config, self.spec, self.mixture, lambda _: None)
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Restores a checkpoint, except for what `prepare` makes; returns its state."""
@@ -170,10 +169,10 @@ class Trainer:
         set_random_state(state["random"], self.accelerator.process_index)
         self.progress = Progress(state["step"], state["position"], state["seconds"])
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
-        if state["data"] != self.shards.digest:
+        if state["data"] != self.mixture.digest:
             self.watcher.message(
-                f"{self.config.data} has changed since that checkpoint; "
-                "samples come in another order from here"
+                f"{self.mixture} has changed since that checkpoint; samples come in another order "
+                "from here"
             )
         return {"scaler": {}, **state}
 
@@ -185,7 +184,7 @@ class Trainer:
             side=self.spec.vision_size,
         )
         return micro_batches(
-            BatchMaker(self.shards, self.order, self.preparation),
+            BatchMaker(self.mixture, self.order, self.preparation),
             start=self.progress.position,
             size=self.batch.micro,
             rank=self.accelerator.process_index,
@@ -204,9 +203,8 @@ class Trainer:
             )
             return self._finish(0)
         if self.is_main:
-            data = (self.shards.digest,)
             segment = new_segment(
-                config, progress, self.batch, data, self.shards.digest, self.device, self.checkpoint
+                config, progress, self.batch, self.mixture, self.device, self.checkpoint
             )
             add_segment(self.output, segment)
         if config.report_to != "none":
@@ -249,7 +247,7 @@ class Trainer:
 
         limits = Limits(
             batch=self.batch.size,
-            samples=len(self.shards),
+            samples=len(self.mixture),
             bad_share=self.config.max_bad_share,
             nonfinite_steps=self.config.max_nonfinite_steps,
         )
@@ -263,7 +261,7 @@ class Trainer:
         )
 
     def _key_at(self, position: int) -> str:
-        return self.shards.keys[self.order.sample(position)]
+        return self.mixture.key(self.order.sample(position))
 
     def _spike_context(self) -> SpikeContext:
         config = self.config
@@ -337,10 +335,10 @@ class Trainer:
                 "step": self.progress.step,
                 "position": self.progress.position,
                 "base": base,
-                "data": self.shards.digest,
+                "data": self.mixture.digest,
                 "train": asdict(self.config),
             },
-            dataset=self.shards.dataset_config(),
+            dataset=self.mixture.dataset_config(),
             with_unet=self.config.train_base,
         )
 
@@ -351,7 +349,7 @@ class Trainer:
         if self.is_main:
             state = {
                 **asdict(self.progress),
-                "data": self.shards.digest,
+                "data": self.mixture.digest,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": random,

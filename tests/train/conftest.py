@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.train.helpers import Parts, small
+from train.mixture import Mixture
 from train.shards import ShardSet
 
 
 @pytest.fixture(scope="session")
 def built_parts(
-    data: Path, tiny_base: Path, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory
+    data: Path, tiny_base: Path, mixture: Mixture, tmp_path_factory: pytest.TempPathFactory
 ) -> Parts:
-    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), shards)
+    return Parts(small(data, tiny_base, tmp_path_factory.mktemp("parts")), mixture)
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def damaged(data: Path, tmp_path: Path) -> Path:
     shards = ShardSet(str(copy))
     tar = copy / "shards" / shards.shard_of(2)
     content = bytearray(tar.read_bytes())
-    offset, size = shards._spans[2]
-    content[offset + size // 2] ^= 1
+    place = shards.place(2)
+    content[place.offset + place.size // 2] ^= 1
     tar.write_bytes(content)
     return copy

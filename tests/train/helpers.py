@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from configs.training import DataSource, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
 from train.data import BatchMaker, TrainBatch, unpacked
-from train.order import SampleOrder
+from train.mixture import Mixture
 from train.outcome import Outcome
 from train.setup import make_models, make_preparation
 from train.shards import ShardSet
@@ -19,10 +19,14 @@ from train.step import Frozen, TrainedModel
 from train.trainer import train
 
 
+def sources(*folders: Path) -> tuple[DataSource, ...]:
+    return tuple(DataSource(path=str(folder)) for folder in folders)
+
+
 def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfig:
     """Returns settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
     values: dict[str, object] = {
-        "data": str(data),
+        "data": sources(data),
         "output": str(output),
         "model": ModelConfig(spec="tiny", base=str(base), device="cpu"),
         "optim": OptimConfig(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=2),
@@ -57,6 +61,11 @@ class Listener:
             self.losses.append((step, losses))
 
 
+def keys(samples: ShardSet | Mixture) -> list[str]:
+    """Returns the keys of all samples, in their order."""
+    return [samples.key(number) for number in range(len(samples))]
+
+
 def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
     return train(config, listener or Listener())
 
@@ -64,7 +73,7 @@ def run(config: TrainConfig, listener: Listener | None = None) -> Outcome:
 class Parts:
     """The models and the batch maker of a run, without a Trainer."""
 
-    def __init__(self, config: TrainConfig, shards: ShardSet) -> None:
+    def __init__(self, config: TrainConfig, mixture: Mixture) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.frozen: Frozen
@@ -73,7 +82,7 @@ class Parts:
             config, SPECS["tiny"], config.model.base, torch.device("cpu")
         )
         self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
-        self.maker = BatchMaker(shards, SampleOrder([len(shards)], config.seed), self.preparation)
+        self.maker = BatchMaker(mixture, mixture.order(config.seed), self.preparation)
         self._random = torch.get_rng_state()
 
     def make(self, positions: range) -> TrainBatch:

@@ -19,6 +19,7 @@ from stages.record import Record
 from tests.train.helpers import Parts, small
 from train import draws
 from train.data import BatchMaker, TrainBatch, micro_batches, unpacked
+from train.mixture import Mixture
 from train.order import SampleOrder
 from train.packing import PackedBatch, check_shared_memory
 from train.shards import ShardSet
@@ -28,10 +29,10 @@ class Keys:
     """Makes micro-batches that are lists of keys, without decoding samples."""
 
     def __init__(self, shards: ShardSet, seed: int) -> None:
-        self._keys, self._order = shards.keys, SampleOrder([len(shards)], seed)
+        self._shards, self._order = shards, SampleOrder([len(shards)], seed)
 
     def __call__(self, positions: range) -> list[str]:
-        return [self._keys[self._order.sample(position)] for position in positions]
+        return [self._shards.key(self._order.sample(position)) for position in positions]
 
 
 def keys(
@@ -70,7 +71,8 @@ def test_it_resumes_within_an_epoch_on_another_number_of_processes(shards: Shard
 def test_each_epoch_has_every_sample_once_and_in_another_order(shards: ShardSet) -> None:
     consumed = keys(shards, 24, world=1, workers=0, size=3)
     epochs = [consumed[start : start + 8] for start in (0, 8, 16)]
-    assert all(sorted(epoch) == sorted(shards.keys) for epoch in epochs)
+    every = [shards.key(number) for number in range(8)]
+    assert all(sorted(epoch) == sorted(every) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
@@ -105,12 +107,14 @@ def test_another_seed_is_another_order(shards: ShardSet) -> None:
 
 
 def test_a_batch_has_the_conditions_of_its_records(
-    shards: ShardSet, data: Path, tiny_base: Path
+    shards: ShardSet, mixture: Mixture, data: Path, tiny_base: Path
 ) -> None:
-    parts = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), shards)
+    parts = Parts(small(data, tiny_base, data / "none", loss=_no_drops()), mixture)
     batch = parts.make(range(3))
     for row, key in enumerate(batch.keys):
-        record = shards.records([shards.keys.index(key)])[0]
+        number = shards.number(key)
+        assert number is not None
+        record = shards.records([number])[0]
         assert isinstance(record, Record)
         expected = build_conditions(
             record,
@@ -164,10 +168,10 @@ def test_conditions_are_dropped_at_the_configured_rates(parts: Parts) -> None:
 
 
 def test_cached_samples_equal_samples_read_again(
-    data: Path, tiny_base: Path, shards: ShardSet, tmp_path: Path
+    data: Path, tiny_base: Path, mixture: Mixture, tmp_path: Path
 ) -> None:
     with_cache, without = (
-        Parts(small(data, tiny_base, tmp_path, keep_samples=size), shards) for size in (3, 0)
+        Parts(small(data, tiny_base, tmp_path, keep_samples=size), mixture) for size in (3, 0)
     )
     for start in (0, 4, 8):
         positions = range(start, start + 4)
@@ -202,11 +206,11 @@ def _no_drops() -> object:
 
 
 def test_a_packed_sample_has_less_than_two_megabytes_at_512_pixels(
-    shards: ShardSet, data: Path, tiny_base: Path
+    mixture: Mixture, data: Path, tiny_base: Path
 ) -> None:
-    parts = Parts(small(data, tiny_base, data / "none", resolution=512), shards)
+    parts = Parts(small(data, tiny_base, data / "none", resolution=512), mixture)
     parts.preparation = replace(parts.preparation, spec=SPECS["sd15"], resolution=512)
-    maker = BatchMaker(shards, SampleOrder([8], 3), parts.preparation)
+    maker = BatchMaker(mixture, mixture.order(3), parts.preparation)
     batch = maker(range(4))
     tensors = [getattr(batch, field.name) for field in fields(PackedBatch)]
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from configs.errors import TrainingError
 from configs.training import OptimConfig
 from stages.record import Record
-from tests.train.helpers import Listener, Parts, run, small
+from tests.train.helpers import Listener, Parts, run, small, sources
 from train.data import BatchMaker
 from train.history import read_lines
+from train.mixture import Mixture
 from train.order import SampleOrder
 from train.shards import ShardSet
 from train.state import AdapterExtras, save_checkpoint
@@ -32,7 +33,7 @@ def test_a_bad_sample_is_left_out_and_the_order_of_the_others_stays(
     listener = Listener()
     outcome = run(config, listener)
     assert outcome.step == 8 and outcome.adapter is not None
-    key = ShardSet(str(data)).keys[2]
+    key = ShardSet(str(data)).key(2)
     lines = [*read_lines(tmp_path / "out/skipped.jsonl")]
     order = SampleOrder([8], config.seed)
     steps = [1 + position // 2 for position in range(16) if order.sample(position) == 2]
@@ -84,9 +85,10 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     assert content.count(before) == 1
     tar.write_bytes(content.replace(before, vector.tobytes()))
     # without verification, which would find the changed bytes first
-    maker = BatchMaker(shards, parts.maker._order, replace(parts.preparation, verify=False))
-    conditions, pixels, bad = maker._prepare([5])[5]
-    assert bad is not None and bad.key == shards.keys[5]
+    mixture = Mixture(sources(copy))
+    maker = BatchMaker(mixture, mixture.order(0), replace(parts.preparation, verify=False))
+    conditions, pixels, bad = maker._prepare([(5, 5)])[5, 5]
+    assert bad is not None and bad.key == shards.key(5)
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()
 
@@ -118,7 +120,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
     shards, order = ShardSet(str(data)), SampleOrder([8], config.seed)
     last = lines[-1]
     positions = range(2 * (last["step"] - 1), 2 * last["step"])
-    assert last["keys"] == [shards.keys[order.sample(position)] for position in positions]
+    assert last["keys"] == [shards.key(order.sample(position)) for position in positions]
     assert all(key in listener.messages[-1] for key in last["keys"])
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         assert all(torch.isfinite(value).all() for value in poisoned_weights(folder).values())

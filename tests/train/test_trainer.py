@@ -292,7 +292,7 @@ def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ""}, "data=OUT"),
+        ({"data": ()}, "data=OUT"),
         ({"output": ""}, "output=FOLDER"),
         ({"output": "s3://bucket/run"}, "local folder"),
         ({"optim": OptimConfig(lr_scheduler="linaer")}, "expected one of"),

@@ -1,0 +1,222 @@
+"""Mixture: the samples of one or several data sets, numbered through all of them.
+
+The trainer reads samples through it only, whether there is one data set or more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from configs.errors import ConfigError, ShardError
+from configs.training import DataSource, TrainConfig
+from stages.record import Record
+from stages.storage.reader import DatasetReader
+from train.order import SampleOrder
+from train.pairs import Pairs
+from train.shards import ShardSet
+
+_FACE_STAGES: Final = ("detect", "parse", "embed")  # whose results must be comparable
+
+
+class Mixture:
+    """Every sample on one side of the split of each data set, in the order in which they are given.
+
+    A sample that two data sets have under one key is two samples. Two samples are of one person
+    only within a data set, since each data set clusters its people by itself.
+
+    pair_prob: share of samples that are conditioned on another one of the same person.
+    index_folder: local folder for the data sets' indexes; None makes them in a temporary folder.
+
+    digest: equal digests mean that an equal seed gives the same sequence of samples and pairs.
+    digests, index_files: of each data set's samples. Raises what ShardSet raises; ConfigError if
+    the data sets were made with different models for the face, or if pairs are asked for and there
+    are none.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[DataSource],
+        split: str = "all",
+        *,
+        pair_prob: float = 0.0,
+        index_folder: Path | None = None,
+    ) -> None:
+        self._paths, self._pair_prob = [source.path for source in data], pair_prob
+        self._parts = [ShardSet(path, split, index_folder) for path in self._paths]
+        if len(data) > 1:
+            _check_face_models({path: _face_models(path) for path in self._paths})
+        self._sizes = [len(part) for part in self._parts]
+        self._first = [0, *accumulate(self._sizes)]  # number of each data set's first sample
+        weights = [source.weight for source in data if source.weight is not None]
+        self._weights = weights or None
+        self._slots = self.order(0).slots
+        self.digests: Final = tuple(part.digest for part in self._parts)
+        self.index_files: Final = tuple(part.index_file for part in self._parts)
+        self.digest: Final = self._digest()
+        if pair_prob and not self.with_others():
+            raise ConfigError(
+                f"pair_prob={pair_prob:g} needs people with at least two samples, and {self} has "
+                f"none with split={split}. A data set knows its people when make dataset has run "
+                "to its end and written identities.parquet. Set pair_prob=0, or add photographs of "
+                "the same people."
+            )
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __str__(self) -> str:
+        return ", ".join(self._paths)
+
+    def order(self, seed: int) -> SampleOrder:
+        """Returns the order in which the samples are trained on."""
+        return SampleOrder(self._sizes, seed, self._weights)
+
+    def pairs(self, order: SampleOrder) -> Pairs:
+        """Returns which samples give the conditions."""
+        return Pairs(order, self.others, self._pair_prob)
+
+    def key(self, number: int) -> str:
+        """Returns the key of a sample. It is unique within its data set."""
+        part, own = self._place(number)
+        return self._parts[part].key(own)
+
+    def numbers(self, key: str) -> list[int]:
+        """Returns the numbers of the samples with this key: one for each data set that has it."""
+        own = [part.number(key) for part in self._parts]
+        return [
+            first + number
+            for first, number in zip(self._first, own, strict=False)
+            if number is not None
+        ]
+
+    def others(self, number: int) -> list[int]:
+        """Returns the numbers of the other samples of the same person, ascending. They are on the
+        same side of the split; [] if the data set isn't split.
+        """
+        part, own = self._place(number)
+        return [self._first[part] + other for other in self._parts[part].others(own)]
+
+    def with_others(self) -> int:
+        """Returns how many samples have another of the same person."""
+        return sum(part.with_others() for part in self._parts)
+
+    def records(self, numbers: Sequence[int], *, verify: bool = True) -> list[Record | ShardError]:
+        """Returns the records of those samples, in that order; for a damaged one, the error. Those
+        of one data set are fetched together.
+
+        verify: compare the bytes of each with its digest. Raises ShardError if a tar is missing.
+        """
+        places = [self._place(number) for number in numbers]
+        records: dict[tuple[int, int], Record | ShardError] = {}
+        for part in sorted({part for part, _ in places}):
+            own = [number for index, number in places if index == part]
+            read = self._parts[part].records(own, verify=verify)
+            records |= {(part, n): record for n, record in zip(own, read, strict=True)}
+        return [records[place] for place in places]
+
+    def shard_of(self, number: int) -> str:
+        """Returns the name of the tar that has the sample; of several data sets, its path."""
+        part, own = self._place(number)
+        name = self._parts[part].shard_of(own)
+        return name if len(self._parts) == 1 else f"{self._paths[part]}/shards/{name}"
+
+    def dataset_config(self) -> str:
+        """Returns the first data set's own configuration, as YAML; "" if it has none. Inference
+        runs its stages.
+        """
+        return self._parts[0].dataset_config()
+
+    def check_step(self, size: int) -> None:
+        """Raises ConfigError if a step of `size` samples has some of them twice: if all data sets
+        together have fewer, or one of them has fewer than its share of a step.
+        """
+        if len(self) < size:
+            raise ConfigError(
+                f"{self} has {len(self)} samples, fewer than global_batch_size={size}: a step "
+                "would train on some of them twice. Lower global_batch_size, or make a larger data "
+                "set."
+            )
+        for path, own, share in zip(self._paths, self._sizes, self._shares(), strict=True):
+            if own < share * size:
+                raise ConfigError(
+                    f"{path} has {own} samples, fewer than its share of a step, "
+                    f"{share * size:.1f} of global_batch_size={size}: steps would train on some of "
+                    "them twice. Lower its weight or global_batch_size."
+                )
+
+    def message(self) -> str:
+        """Returns a line for the user: the samples and shares of several data sets, and how many
+        samples can be half of a pair; "" for one data set without pairs.
+        """
+        parts = []
+        if len(self._parts) > 1:
+            parts = [
+                f"{path}: {own:,} samples, {share:.1%} of the positions"
+                for path, own, share in zip(self._paths, self._sizes, self._shares(), strict=True)
+            ]
+        if self._pair_prob:
+            parts.append(
+                f"{self.with_others():,} of {len(self):,} samples have another of the same person"
+            )
+        return "; ".join(parts)
+
+    def _shares(self) -> list[float]:
+        return [slots / sum(self._slots) for slots in self._slots]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Returns the data set of a sample, and its number there."""
+        part = int(np.searchsorted(self._first, number, side="right")) - 1
+        return part, number - self._first[part]
+
+    def _digest(self) -> str:
+        if len(self._parts) == 1 and not self._pair_prob:
+            return self.digests[0]
+        lines = [f"{each} {slots}\n" for each, slots in zip(self.digests, self._slots, strict=True)]
+        if self._pair_prob:
+            lines += [f"{part.people_digest()}\n" for part in self._parts]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def open_mixture(config: TrainConfig, index_folder: Path | None = None) -> Mixture:
+    """Opens the data sets of a run. Raises what Mixture raises."""
+    return Mixture(config.data, config.split, pair_prob=config.pair_prob, index_folder=index_folder)
+
+
+def _face_models(path: str) -> dict[str, str]:
+    """Returns stage → backend, version and weights with which a data set's faces were detected,
+    parsed and embedded.
+    """
+    reader = DatasetReader(path)
+    info, config = reader.dataset_info(), reader.config_values()
+    signatures = dict(zip(info.get("stages", []), info.get("signatures", []), strict=False))
+    digests = {each["name"]: each["sha256"] for each in info.get("weights", [])}
+    models = {}
+    for stage in _FACE_STAGES:
+        backend = info.get("backends", {}).get(stage, "not stated")
+        version = signatures.get(stage, "").removeprefix(f"{stage}-").partition("-")[0]
+        weights = config.get(stage, {}).get("weights", "")
+        models[stage] = f"{backend} {version} {weights} {digests.get(weights, '')[:12]}".strip()
+    return models
+
+
+def _check_face_models(models: dict[str, dict[str, str]]) -> None:
+    """models: path → what _face_models returns. Raises ConfigError if they differ."""
+    (first, expected), *others = models.items()
+    differences = [
+        f"{stage}: {expected[stage]} in {first}, {models[stage]} in {path}"
+        for path, models in others
+        for stage in _FACE_STAGES
+        if models[stage] != expected[stage]
+    ]
+    if differences:
+        raise ConfigError(
+            "the data sets were made with different models for the face, so their regions and "
+            f"identity embeddings can't be compared. {'; '.join(differences)}. Make them with the "
+            "same settings: make dataset with the new ones runs these stages again."
+        )
