@@ -98,6 +98,37 @@ def replay(
         typer.echo(to_json(losses)) if as_json else show(losses)
 
 
+_SEEN_HELP = """List the steps that used samples, and the newest checkpoint that never saw them.
+
+It works after the samples were removed from the data set: the run keeps what it trained on.
+
+[bold]Examples[/]
+
+  python -m train.cli seen runs/sd15 --key 0a1b2c3d4e5f60718293
+  python -m train.cli seen runs/sd15 --takedown runs/dataset    every removal request so far
+"""
+
+
+@app.command(help=_SEEN_HELP)
+def seen(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run.")],
+    key: Annotated[
+        list[str] | None, typer.Option("--key", metavar="KEY", help="Of a sample; repeatable.")
+    ] = None,
+    takedown: Annotated[
+        str, typer.Option(metavar="DATASET", help="A data set: the keys of its removal log.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    with _errors():
+        from train.seen import as_json as to_json
+        from train.seen import as_text
+        from train.seen import seen as search
+
+        answer = search(output, key or [], takedown)
+        typer.echo(to_json(answer) if as_json else as_text(answer))
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turns an error that the user can repair into a line and exit status 2."""

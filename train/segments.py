@@ -26,18 +26,18 @@ from train.history import Lines, read_lines
 from train.mixture import Mixture
 from train.outcome import Progress
 from train.shards import INDEX
-from train.state import checkpoints, step_of
+from train.state import checkpoints
 
 DATA: Final = "data.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """step, position: how many steps and samples were before it. data, indexes: of each data set
-    the digest of its samples, and the name of its index in OUT/index. digest: of all data sets, which
-    checkpoints have too. settings: of the run, as plain values. processes, micro_batch: how many
-    processes there were, and samples of a micro-batch. threads: of torch. device, torch: name and
-    version. resumed_from: the folder of the checkpoint; "" for a new run. last_step: of the
+    """step, position: how many steps and samples were before it. data, indexes: for each data set,
+    the digest of its samples and the name of its index in OUT/index. digest: of all data sets,
+    which checkpoints have too. settings: of the run, as plain values. processes, micro_batch: how
+    many processes there were, and samples of a micro-batch. threads: of torch. device, torch: name
+    and version. resumed_from: the folder of the checkpoint; "" for a new run. last_step: of the
     segment; None while no later one is known.
     """
 
@@ -150,7 +150,7 @@ def checkpoints_of(output: Path, segments: Sequence[Segment]) -> list[tuple[int,
     paths: dict[int, Path] = {}
     for folder, last_step in folders:
         for path in checkpoints(folder):
-            step = step_of(path)
+            step = int(path.name.rpartition("-")[2])
             if last_step is None or step <= last_step:
                 paths.setdefault(step, path)
     first = segments[0].step

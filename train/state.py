@@ -51,11 +51,6 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step:06d}"
 
 
-def step_of(checkpoint: Path) -> int:
-    """Returns the step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def checkpoints(output: Path) -> list[Path]:
     """Returns the complete checkpoints under `output`, oldest first."""
     by_step = [
