@@ -22,6 +22,7 @@ from stages.storage.store import Store
 from train.facts import NONFINITE, SKIPPED
 from train.history import HISTORY, read_lines
 from train.index import SampleIndex, open_index
+from train.mixture import shard_name
 from train.order import SampleOrder
 from train.pairs import Pairs
 from train.segments import Segment, checkpoints_of, read_segments
@@ -95,7 +96,7 @@ def seen(output: Path, keys: Sequence[str], takedown: str = "") -> Seen:
         first_use=first_use,
         checkpoint=str(checkpoint or ""),
         after_step=after_step,
-        command="" if first_use is None else _command(output, checkpoint),
+        command="" if first_use is None else _command(output, segments[-1], takedown, checkpoint),
         notes=_notes(segments),
     )
 
@@ -127,8 +128,11 @@ def _unaffected(
     return None, 0
 
 
-def _command(output: Path, checkpoint: Path | None) -> str:
+def _command(output: Path, segment: Segment, takedown: str, checkpoint: Path | None) -> str:
+    """Returns the command that trains on the data sets as they are now."""
     settings = [f"output={output}-cleaned"]
+    if len(sources := segment.settings["data"]) == 1:
+        settings.insert(0, f"data={takedown or sources[0]['path']}")
     if checkpoint is not None:
         settings += [f"resume_from_checkpoint={checkpoint}", "accept_changes=data"]
     words = ["python", "-m", "train.cli", "run", "--config", f"{output / 'config.yaml'}", *settings]
@@ -154,12 +158,16 @@ class _Spared:
     """Which steps didn't change the weights, or not with a sample."""
 
     def __init__(self, output: Path) -> None:
-        self._left_out = {(line["step"], line["key"]) for line in read_lines(output / SKIPPED)}
+        lines = read_lines(output / SKIPPED)
+        self._left_out = {(line["step"], line["key"], line["shard"]) for line in lines}
         self._steps = {line["step"] for line in read_lines(output / NONFINITE)}
 
-    def remark(self, step: int, keys: Sequence[str]) -> str:
-        """Returns why a step didn't change the weights with a pair of samples; "" if it did."""
-        if any((step, key) in self._left_out for key in keys):
+    def remark(self, step: int, pair: Sequence[tuple[str, str]]) -> str:
+        """Returns why a step didn't change the weights with a pair of samples; "" if it did.
+
+        pair: key and shard of each.
+        """
+        if any((step, *names) in self._left_out for names in pair):
             return "left out: could not be read"
         return "the update was skipped" if step in self._steps else ""
 
@@ -197,13 +205,15 @@ class _Samples:
                     if position >= segment.position:
                         step = segment.step_at(position)
                         pair = (self._order.sample(position), self._pairs.reference(position))
-                        remark = spared.remark(step, [self._key(each) for each in pair])
+                        remark = spared.remark(step, [self._names(each) for each in pair])
                         uses.append(Use(step=step, reference=is_reference, remark=remark))
         return sorted(uses, key=lambda use: use.step)
 
-    def _key(self, number: int) -> str:
+    def _names(self, number: int) -> tuple[str, str]:
+        """Returns key and shard of a sample, as the mixture names them."""
         index, own = self._place(number)
-        return index.key(own)
+        source = self._segment.settings["data"][self._indexes.index(index)]
+        return index.key(own), shard_name(index.tar(own), source["path"], len(self._indexes))
 
     def _others(self, number: int) -> list[int]:
         index, own = self._place(number)

@@ -39,6 +39,7 @@ _MAY_CHANGE: Final = (
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
+    "accept_changes",
     "report_to",
     "log_every",
     "keep_samples",
