@@ -149,6 +149,8 @@ class TrainConfig:
     checkpoints_total_limit: int = 3  # 0: keep all
     # latest, a folder, or "": refuse an output that has checkpoints
     resume_from_checkpoint: str = "latest"
+    # settings that may differ from those of the checkpoint, and data: other samples
+    accept_changes: tuple[str, ...] = ()
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     # steps between two log lines; reading the loss makes the CPU wait for the device
     log_every: int = 10

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Train a ConsistentID adapter on FGID shards.",
+    help="Train a ConsistentID adapter on FGID shards, and ask what a run did.",
 )
 
 _RUN_HELP = """Train a ConsistentID adapter on FGID shards.
@@ -54,11 +56,6 @@ Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-
 """
 
 
-@app.callback()
-def commands() -> None:
-    """Makes `run` a command of its own even while there is no other."""
-
-
 @app.command(help=_RUN_HELP)
 def run(
     overrides: Annotated[
@@ -68,13 +65,81 @@ def run(
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML preset.")
     ] = None,
 ) -> None:
-    from configs.errors import PipelineError, user_message
     from configs.load import load
     from configs.training import TrainConfig
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
-    try:
+    with _errors():
         _train(load(TrainConfig, config, overrides or ()))
+
+
+@app.command(
+    help="""Compute the losses of a step again, sample by sample, without changing anything.
+
+The weights are those of the newest checkpoint before the step. If that is the step before, the loss
+has the bits of the recorded one. The run may go on meanwhile.
+
+[bold]Example[/]
+
+  python -m train.cli replay runs/sd15 --step 12001 --images bad
+"""
+)
+def replay(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run.")],
+    step: Annotated[int, typer.Option("--step", min=1, help="Counted from 1.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save the pictures that the step trained on."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    with _errors():
+        _quiet_libraries()
+        from train.replay import as_json as to_json
+        from train.replay import replay as compute
+        from train.replay import show
+
+        losses = compute(output, step, images=images)
+        typer.echo(to_json(losses)) if as_json else show(losses)
+
+
+_SEEN_HELP = """List the steps that used samples, and the newest checkpoint that never saw them.
+
+It works after the samples were removed from the data set: the run keeps what it trained on.
+
+[bold]Examples[/]
+
+  python -m train.cli seen runs/sd15 --key 0a1b2c3d4e5f60718293
+  python -m train.cli seen runs/sd15 --takedown runs/dataset    every removal request so far
+"""
+
+
+@app.command(help=_SEEN_HELP)
+def seen(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run.")],
+    key: Annotated[
+        list[str] | None, typer.Option("--key", metavar="KEY", help="Of a sample; repeatable.")
+    ] = None,
+    takedown: Annotated[
+        str, typer.Option(metavar="DATASET", help="A data set: the keys of its removal log.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    with _errors():
+        from train.seen import as_json as to_json
+        from train.seen import as_text
+        from train.seen import seen as search
+
+        answer = search(output, key or [], takedown)
+        typer.echo(to_json(answer) if as_json else as_text(answer))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turns an error that the user can repair into a line and exit status 2."""
+    from configs.errors import PipelineError, user_message
+
+    try:
+        yield
     except (PipelineError, OSError) as error:
         if (message := user_message(error)) is None:
             raise
@@ -82,10 +147,21 @@ def run(
         raise typer.Exit(2) from None
 
 
-def _train(config: TrainConfig) -> None:
+def _quiet_libraries() -> None:
     import logging
     import warnings
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):  # they show a progress bar for each file
+        library.utils.logging.disable_progress_bar()
+
+
+def _train(config: TrainConfig) -> None:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -98,13 +174,7 @@ def _train(config: TrainConfig) -> None:
     from train.processes import check_launcher, is_first_process
 
     check_launcher()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):  # they show a progress bar for each file
-        library.utils.logging.disable_progress_bar()
+    _quiet_libraries()
     from train.ray_train import train_on_ray
     from train.trainer import train
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from train.packing import PackedBatch
 from train.step import LOSSES
@@ -42,15 +44,15 @@ class History(Lines):
     """The losses of every step."""
 
     def add_losses(
-        self, first_step: int, values: Sequence[Sequence[float]], rates: Sequence[float]
+        self, first_step: int, values: npt.NDArray[np.float32], rates: Sequence[float]
     ) -> None:
-        """Appends steps from `first_step` on: for each its LOSSES and its learning rate. A loss
-        that isn't a finite number is null.
+        """Appends steps from `first_step` on: for each its LOSSES, (n, 3), and its learning rate. A
+        loss that isn't a finite number is null.
         """
         self.add(
             {
                 "step": first_step + index,
-                **{k: _rounded(v) for k, v in zip(LOSSES, row, strict=True)},
+                **{name: exact(value) for name, value in zip(LOSSES, row, strict=True)},
                 "lr": rate,
             }
             for index, (row, rate) in enumerate(zip(values, rates, strict=True))
@@ -83,8 +85,9 @@ class KeyLog:
             self._lines.add({"step": step, "keys": keys} for step, keys in by_step.items())
 
 
-def _rounded(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
+def exact(value: np.float32) -> float | None:
+    """Returns the shortest decimal number that is `value` as float32; None if it isn't finite."""
+    return float(str(value)) if np.isfinite(value) else None
 
 
 def _text(line: dict[str, Any]) -> str:

@@ -34,8 +34,9 @@ class Mixture:
     index_folder: local folder for the data sets' indexes; None makes them in a temporary folder.
 
     digest: equal digests mean that an equal seed gives the same sequence of samples and pairs.
-    digests: of each data set's samples. Raises what ShardSet raises; ConfigError if the data sets
-    were made with different models for the face, or if pairs are asked for and there are none.
+    digests, index_files: of each data set's samples. Raises what ShardSet raises; ConfigError if
+    the data sets were made with different models for the face, or if pairs are asked for and there
+    are none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Mixture:
         self._weights = weights or None
         self._slots = self.order(0).slots
         self.digests: Final = tuple(part.digest for part in self._parts)
+        self.index_files: Final = tuple(part.index_file for part in self._parts)
         self.digest: Final = self._digest()
         if pair_prob and not self.with_others():
             raise ConfigError(
@@ -121,8 +123,7 @@ class Mixture:
     def shard_of(self, number: int) -> str:
         """Returns the name of the tar that has the sample; of several data sets, its path."""
         part, own = self._place(number)
-        name = self._parts[part].shard_of(own)
-        return name if len(self._parts) == 1 else f"{self._paths[part]}/shards/{name}"
+        return shard_name(self._parts[part].shard_of(own), self._paths[part], len(self._parts))
 
     def dataset_config(self) -> str:
         """Returns the first data set's own configuration, as YAML; "" if it has none. Inference
@@ -179,6 +180,11 @@ class Mixture:
         if self._pair_prob:
             lines += [f"{part.people_digest()}\n" for part in self._parts]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shard_name(tar: str, path: str, count: int) -> str:
+    """Returns the name of a tar in messages. path: of its data set. count: of data sets."""
+    return tar if count == 1 else f"{path}/shards/{tar}"
 
 
 def open_mixture(config: TrainConfig, index_folder: Path | None = None) -> Mixture:

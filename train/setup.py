@@ -39,6 +39,7 @@ _MAY_CHANGE: Final = (
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
+    "accept_changes",
     "report_to",
     "log_every",
     "log_keys",
@@ -121,7 +122,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
 def make_models(
     config: TrainConfig, spec: ModelSpec, base: str, device: torch.device
 ) -> tuple[Frozen, TrainedModel]:
-    """Loads the base model in the configured precision, and makes the trained parts in float32.
+    """Loads the base model in the configured precision, and makes the trained parts in float32,
+    with initial weights from the seed.
 
     base: a folder or a hub id. Raises WeightsError if the base or `config.adapter` can't be
     loaded, ConfigError if the base can't take images of the configured resolution.
@@ -142,6 +144,7 @@ def make_models(
         )
     if config.train_base:
         models.unet.float().requires_grad_(True)
+    torch.manual_seed(config.seed)  # the initial weights depend on nothing else
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
     if config.adapter:
         load_adapter(Path(config.adapter), adapter)

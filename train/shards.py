@@ -42,10 +42,10 @@ class ShardSet:
 
     data: OUT of make dataset, a folder or fsspec URL without credentials. split: train, val or all.
     index_folder: local folder for its index, which is read if it is there and made otherwise; None
-    makes it in a temporary folder. digest: equal digests mean equal samples in equal order. Raises
-    ConfigError for a `data` that can't be opened, SourceError if there is no data set or no
-    sample, ShardError if a shard contradicts its manifest, StoreError if the index can't be
-    written.
+    makes it in a temporary folder. digest: equal digests mean equal samples in equal order.
+    index_file: name of the index. Raises ConfigError for a `data` that can't be opened, SourceError
+    if there is no data set or no sample, ShardError if a shard contradicts its manifest, StoreError
+    if the index can't be written.
     """
 
     def __init__(self, data: str, split: str = "all", index_folder: Path | None = None) -> None:
@@ -71,6 +71,7 @@ class ShardSet:
         else:
             self._index = _index(reader, manifests, split, index_folder, name)
         self.digest: Final = self._index.digest
+        self.index_file: Final = _file_of(name)
         if not len(self) and any(manifest.written for manifest in manifests):
             raise SourceError(
                 f"{data}: none of its samples is on the side split={split}. Train with "
@@ -167,11 +168,15 @@ def _name(manifests: Iterable[Manifest], people: str, split: str) -> str:
     return hashlib.sha256(json.dumps([FORMAT, split, people, shards]).encode()).hexdigest()
 
 
+def _file_of(name: str) -> str:
+    return f"{name}.arrow"
+
+
 def _index(
     reader: DatasetReader, manifests: Sequence[Manifest], split: str, folder: Path, name: str
 ) -> SampleIndex:
     """Returns the index from the folder; makes it if it isn't there or is damaged."""
-    path = folder / f"{name}.arrow"
+    path = folder / _file_of(name)
     index = open_index(path, name)
     if index is None:
         shards = _chosen(reader, manifests, split)

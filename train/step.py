@@ -23,6 +23,7 @@ from model.consistentid import (
     predict_noise,
 )
 from model.losses import localisation_errors, noise_errors
+from train import draws
 from train.data import TrainBatch
 
 LOSSES = ("loss", "noise_loss", "facial_loss")  # the order of `StepLosses.values`
@@ -151,15 +152,23 @@ def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
     return weights
 
 
+def masks_background(config: LossConfig, seed: int, step: int) -> bool:
+    """Returns whether the noise loss of a step, counted from 1, leaves out the background. It is
+    drawn once for a step, so that it doesn't depend on the number of processes.
+    """
+    return draws.uniform(seed, "mask", step - 1) < config.mask_loss_prob
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLosses:
-    """total: the loss to minimise. values: (3,), the LOSSES without gradients, and errors: (B,),
-    the loss of each sample, both on the device.
+    """total: the loss to minimise. values: (3,), the LOSSES without gradients, and errors: (B, 3),
+    those of each sample, both on the device. timesteps: (B,), of the samples.
     """
 
     total: Tensor
     values: Tensor
     errors: Tensor
+    timesteps: Tensor
 
 
 def step_losses(
@@ -205,4 +214,9 @@ def step_losses(
     errors = torch.where(batch.valid[:, None], errors, 0)
     divisor = batch.valid.sum() if count is None else count
     values = errors.sum(0) / divisor.clamp(min=1)
-    return StepLosses(total=values[0], values=values.detach(), errors=errors[:, 0].detach())
+    return StepLosses(
+        total=values[0],
+        values=values.detach(),
+        errors=errors.detach(),
+        timesteps=batch.timesteps,
+    )

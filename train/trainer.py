@@ -27,16 +27,17 @@ from model.spec import spec_named
 from stages.backends.runtime import pin_threads
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
-from train import draws
 from train.base import ensure_base
 from train.batches import plan_batches
 from train.data import BatchMaker, micro_batches, unpacked
-from train.facts import Limits, StepCheck, StepFacts
+from train.facts import NONFINITE, SKIPPED, Limits, StepCheck, StepFacts
 from train.history import HISTORY, KEYS, History, KeyLog, Lines, summarise
+from train.losses import LossWindow, losses_of_process
 from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
 from train.processes import join_processes
+from train.segments import add_segment, inherit, new_segment
 from train.setup import (
     check_config,
     check_same_run,
@@ -46,6 +47,7 @@ from train.setup import (
     make_preparation,
 )
 from train.shards import INDEX
+from train.spikes import SPIKES, SpikeCheck, SpikeContext
 from train.state import (
     AdapterExtras,
     find_checkpoint,
@@ -58,7 +60,7 @@ from train.state import (
     write_folder_atomically,
     write_json,
 )
-from train.step import LOSSES, step_losses
+from train.step import LOSSES, StepLosses, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
 
 
@@ -104,7 +106,7 @@ class Trainer:
         if self.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(Store(str(self.output))))
-        self.base = self._prepare_output()
+        self.base = self._prepare_output(checkpoint)
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
         self.preparation = make_preparation(config, self.spec, self.frozen)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
@@ -113,6 +115,7 @@ class Trainer:
             config.optim, config.max_train_steps, self.parameters
         )
         self.progress = Progress()
+        self.checkpoint = checkpoint
         if checkpoint is not None:
             state = self._resume(checkpoint)
         # The loader is not passed to `prepare`, which would split its batches a second time
@@ -121,9 +124,13 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history = (
-            History(self.output / HISTORY, step=self.progress.step) if self.is_main else None
-        )
+        self.history: History | None = None
+        self.spikes: SpikeCheck | None = None
+        if self.is_main:
+            step = self.progress.step
+            self.history = History(self.output / HISTORY, step=step)
+            saved = state.get("spikes") if checkpoint is not None else None
+            self.spikes = SpikeCheck(self._spike_context(), step, saved)
         key_lines = Lines(self.output / KEYS, step=self.progress.step) if self.is_main else None
         self.key_log = KeyLog(key_lines, gather_object) if config.log_keys else None
 
@@ -136,7 +143,7 @@ class Trainer:
         device: torch.device = self.accelerator.device
         return device
 
-    def _prepare_output(self) -> str:
+    def _prepare_output(self, checkpoint: Path | None) -> str:
         """Makes the output folder and, where it is needed, the tiny base; returns the base to load.
 
         The main process makes them; the others wait for it.
@@ -145,6 +152,8 @@ class Trainer:
         if self.is_main:
             remove_partial_folders(self.output)
             Store(str(self.output)).sweep(INDEX)
+            if checkpoint is not None:
+                inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
             base = ensure_base(self.config, self.spec, self.mixture, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
         self.accelerator.wait_for_everyone()
@@ -191,19 +200,23 @@ class Trainer:
                 f"max_train_steps={2 * progress.step}."
             )
             return self._finish(0)
+        if self.is_main:
+            segment = new_segment(
+                config, progress, self.batch, self.mixture, self.device, self.checkpoint
+            )
+            add_segment(self.output, segment)
         if config.report_to != "none":
             self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         check = self._step_check()
-        window: list[Tensor] = []
-        rates: list[float] = []
+        window = LossWindow(self.batch.accumulation, self.accelerator.gather)
         previous: StepFacts | None = None
         with stopping() as stop:
             batches = self._batches()
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
-                rates.append(float(self.schedule.get_last_lr()[0]))
+                rate = float(self.schedule.get_last_lr()[0])
                 step_facts, losses_of_step = self._step(batches, stop)
-                window.append(losses_of_step)
+                window.add(losses_of_step, rate)
                 progress.step += 1
                 ends = progress.step == config.max_train_steps
                 saves = progress.step % config.checkpointing_steps == 0 or ends
@@ -214,7 +227,7 @@ class Trainer:
                     stop.agreed = stop.agreed or bool(stop.signal)
                 losses = None
                 if progress.step % config.log_every == 0 or saves or stop.agreed:
-                    losses = self._fetch_losses(window, rates)
+                    losses = self._fetch_losses(window)
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
                 if saves or stop.agreed:
@@ -250,20 +263,28 @@ class Trainer:
         reference = self.mixture.pairs(self.order).reference(position)
         return self.mixture.key(self.order.sample(position)), self.mixture.key(reference)
 
+    def _spike_context(self) -> SpikeContext:
+        config = self.config
+        return SpikeContext(
+            output=self.output,
+            batch=self.batch.size,
+            key_at=lambda position: self._keys_at(position)[0],
+            masked=lambda step: masks_background(config.loss, config.seed, step),
+            message=self.watcher.message,
+        )
+
     def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
         """Takes one optimizer step over its micro-batches. An update with a gradient that isn't
         finite is skipped, which the device decides.
 
-        Returns the step's facts, and this process's part of the losses (3,), on the device; the
-        parts of all processes add up to the losses.
+        Returns the step's facts, and this process's part of the losses, on the device.
         """
         config, progress, world = self.config, self.progress, self.batch.world
-        # Drawn once for the step, so that it doesn't depend on the number of processes.
-        mask = draws.uniform(config.seed, "mask", progress.step) < config.loss.mask_loss_prob
+        mask = masks_background(config.loss, config.seed, progress.step + 1)
         micro = [next(batches) for _ in range(self.batch.accumulation)]
         own = [float(sum(int(b.valid.sum()) for b in micro)), float(bool(stop.signal))]
         numbers: Tensor = self.accelerator.reduce(torch.tensor(own, device=self.device), "sum")
-        values: list[Tensor] = []
+        losses_of_micro: list[StepLosses] = []
         for index, batch in enumerate(micro):
             is_last = index == len(micro) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -277,7 +298,7 @@ class Trainer:
                 )
                 # the processes' gradients are averaged, and should be added
                 self.accelerator.backward(losses.total * world)
-            values.append(losses.values)
+            losses_of_micro.append(losses)
         norm = self.accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm)
         skipped = (~torch.isfinite(norm)).float()
         self.optimizer.optimizer.found_inf = skipped  # the fused AdamW does nothing where it is 1
@@ -291,23 +312,21 @@ class Trainer:
             progress.step + 1, progress.position, torch.cat((numbers, skipped[None])), bad
         )
         progress.position += self.batch.size
-        return step_facts, torch.stack(values).sum(0)
+        return step_facts, losses_of_process(losses_of_micro)
 
-    def _fetch_losses(self, window: list[Tensor], rates: list[float]) -> dict[str, float]:
-        """Fetches the losses of the last steps, records them, and returns their means.
-
-        window: (3,) for each step; rates: their learning rates. Both lists are emptied.
-        """
-        values: list[list[float]] = self.accelerator.reduce(torch.stack(window), "sum").tolist()
-        means = {name: sum(row[i] for row in values) / len(values) for i, name in enumerate(LOSSES)}
-        if self.history is not None:
-            self.history.add_losses(self.progress.step - len(values) + 1, values, rates)
+    def _fetch_losses(self, window: LossWindow) -> dict[str, float]:
+        """Fetches the losses of the last steps, records them, and returns their means."""
+        fetched, rates = window.fetch()
+        means = dict(zip(LOSSES, fetched.values.mean(0, dtype=float).tolist(), strict=True))
+        if self.history is not None and self.spikes is not None:
+            steps, progress = len(rates), self.progress
+            first = progress.step - steps + 1
+            self.history.add_losses(first, fetched.values, rates)
+            self.spikes.add(first, progress.position - steps * self.batch.size, fetched)
         if self.key_log is not None:
             self.key_log.write()
         if self.config.report_to != "none":
             self.accelerator.log({**means, "lr": rates[-1]}, step=self.progress.step)
-        window.clear()
-        rates.clear()
         return means
 
     def _extras(self) -> AdapterExtras:
@@ -338,6 +357,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": random,
+                "spikes": self.spikes.state() if self.spikes else {},
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             }
             save_checkpoint(

@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_over_valid_samples(parts: Parts) -> None:
     blank = replace(batch, valid=torch.tensor([True, True, False, True]))
     whole = step_losses(parts.trained, parts.frozen, batch, config, mask=False)
     part = step_losses(parts.trained, parts.frozen, blank, config, mask=False)
-    errors_of_valid = whole.errors[[0, 1, 3]]
+    errors_of_valid = whole.errors[[0, 1, 3], 0]
     torch.testing.assert_close(part.total.detach(), errors_of_valid.mean())
     none = replace(batch, valid=torch.zeros(4, dtype=torch.bool))
     nothing = step_losses(parts.trained, parts.frozen, none, config, mask=False)
