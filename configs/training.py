@@ -82,7 +82,9 @@ class TrainConfig:
     data: str = ""  # a data set: folder or fsspec URL
     # which side of the data set's split
     split: Literal["train", "val", "all"] = "train"
-    output: str = ""
+    output: str = ""  # folder or fsspec URL
+    # where a run whose output is a URL works; "": a folder in $CONSISTENTID_CACHE/train
+    work_folder: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -103,8 +105,10 @@ class TrainConfig:
     num_workers: int = 2  # processes that read samples
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 3  # 0: keep all
-    # latest, a folder, or "": refuse an output that has checkpoints
+    # latest, a name, a folder or URL, or "": refuse an output that has checkpoints
     resume_from_checkpoint: str = "latest"
+    # settings that may differ from those of the checkpoint, and data: other samples
+    accept_changes: tuple[str, ...] = ()
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     # steps between two log lines; reading the loss makes the CPU wait for the device
     log_every: int = 10

@@ -25,8 +25,8 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Records SIGINT or SIGTERM, so that training stops after the current step.
 
-    The previous handlers are restored at the first signal, so a second one ends the process at
-    once, and at exit.
+    After the first signal, a second one ends the process at once, without waiting for the thread
+    that writes a checkpoint. The previous handlers are restored at exit.
     """
     stop = Stop()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -37,7 +37,8 @@ def stop_on_signal() -> Iterator[Stop]:
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         stop.signal = number
-        restore()
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
 
     for number in previous:
         signal.signal(number, on_signal)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# fixtures
+from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
 from tests.train.helpers import Parts, small
 from train.shards import ShardSet
 

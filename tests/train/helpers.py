@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
@@ -84,3 +85,15 @@ class Parts:
         torch.set_rng_state(self._random)
         shared = (self.frozen.base.tokenizer, self.maker)
         return deepcopy(self, {id(each): each for each in shared})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint or of OUT/final."""
+    files = [folder / "adapter.safetensors", *folder.glob("unet/*.safetensors")]
+    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) for key, value in one.items()
+    )
