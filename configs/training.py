@@ -126,7 +126,9 @@ class TrainConfig:
     split: Literal["train", "val", "all"] = "train"
     # share of samples whose conditions are another photograph of the same person, if there is one
     pair_prob: float = 0.0
-    output: str = ""
+    output: str = ""  # folder or fsspec URL
+    # where a run whose output is a URL works; "": a folder in $CONSISTENTID_CACHE/train
+    work_folder: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -147,7 +149,7 @@ class TrainConfig:
     num_workers: int = 2  # processes that read samples
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 3  # 0: keep all
-    # latest, a folder, or "": refuse an output that has checkpoints
+    # latest, a name, a folder or URL, or "": refuse an output that has checkpoints
     resume_from_checkpoint: str = "latest"
     # settings that may differ from those of the checkpoint, and data: other samples
     accept_changes: tuple[str, ...] = ()

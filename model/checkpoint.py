@@ -49,20 +49,24 @@ class AdapterFile:
 
 
 def save_adapter(
-    model: ConsistentID, folder: Path, config: Mapping[str, Any] | None = None
+    model: ConsistentID,
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes a checkpoint of the adapter to `folder` and returns the folder.
 
     The JSON is written last, so a folder that has one is complete. config: entries for the JSON,
-    e.g. the step and the data set's digest; format, mode, spec and versions are added.
+    e.g. the step and the data set's digest; format, mode, spec and versions are added. state: an
+    earlier copy of the model's weights, which are written in place of those that it has now.
     """
     import diffusers
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    weights = _on_cpu(model.state_dict() if state is None else state)
     _write_atomically(
-        folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"})
+        folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"})
     )
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     content = {
@@ -143,23 +147,30 @@ def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, A
     return adapter.config
 
 
-def save_unet(unet: Any, folder: Path) -> Path:
+def save_unet(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
     """Writes a trained UNet to `folder` in diffusers' layout and returns the folder.
 
-    The adapter's attention processors, which are modules of the UNet, are left out.
+    state: an earlier copy of `unet_state(unet)`, which is written in place of the present weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        key: value.detach().cpu().contiguous()
-        for key, value in unet.state_dict().items()
-        if ".processor." not in key
-    }
+    weights = _on_cpu(unet_state(unet) if state is None else state)
     _write_atomically(
         folder / "diffusion_pytorch_model.safetensors",
-        lambda path: save_file(state, path, metadata={"format": "pt"}),
+        lambda path: save_file(weights, path, metadata={"format": "pt"}),
     )
     unet.save_config(folder)
     return folder
+
+
+def unet_state(unet: Any) -> dict[str, Tensor]:
+    """Returns a UNet's weights without the adapter's attention processors, which are modules of
+    it.
+    """
+    return {key: value for key, value in unet.state_dict().items() if ".processor." not in key}
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -23,6 +23,7 @@ from configs.training import TrainConfig
 from model.checkpoint import load_adapter
 from model.spec import spec_named
 from stages.backends.runtime import pin_threads
+from train.checkpoints import damage
 from train.data import BatchMaker, Preparation, unpacked
 from train.history import HISTORY, exact, read_lines
 from train.losses import FetchedLosses, joined, losses_of_process
@@ -31,7 +32,7 @@ from train.packing import PackedBatch
 from train.segments import Segment, checkpoints_of, device_name, read_segments, segment_of
 from train.setup import make_models, make_preparation
 from train.shards import INDEX
-from train.state import damage, load_unet
+from train.state import load_unet
 from train.step import LOSSES, Frozen, StepLosses, TrainedModel, masks_background, step_losses
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from configs.errors import ConfigError
 from stages.storage.exclusions import removed_keys
 from stages.storage.store import Store
+from train.checkpoints import damage
 from train.facts import NONFINITE, SKIPPED
 from train.history import HISTORY, read_lines
 from train.index import SampleIndex, open_index
@@ -27,7 +28,6 @@ from train.order import SampleOrder
 from train.pairs import Pairs
 from train.segments import Segment, checkpoints_of, read_segments
 from train.shards import INDEX
-from train.state import damage
 
 _SHOWN: Final = 12  # steps of a key that are printed, of the first and of the last
 

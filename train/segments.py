@@ -22,11 +22,11 @@ from configs.load import load_text
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
 from train.batches import BatchPlan
+from train.checkpoints import checkpoints
 from train.history import Lines, read_lines
 from train.mixture import Mixture
 from train.outcome import Progress
 from train.shards import INDEX
-from train.state import checkpoints
 
 DATA: Final = "data.jsonl"
 

@@ -2,69 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
 
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError
 from configs.training import OptimConfig, TrainConfig
-from model.checkpoint import CONFIG_FILE, load_adapter
+from model.checkpoint import load_adapter
 from model.conditions import DropRates
 from model.consistentid import ConsistentID, load_base
 from model.spec import ModelSpec
 from stages.storage.remote import refuse_credentials
 from train.data import Preparation
+from train.resume import check_accepted
 from train.step import Frozen, TrainedModel, freeze
 
-# Settings that may differ when a run is resumed. Others would change the model that it makes. A
-# name that ends in a dot stands for all settings below it. Of data, the digest of the samples is
-# compared, which depends on the weights.
-_MAY_CHANGE: Final = (
-    "data",
-    "output",
-    "model.device",
-    "max_train_steps",
-    "micro_batch_size",
-    "max_bad_share",
-    "max_nonfinite_steps",
-    "verify_samples",
-    "gradient_checkpointing",
-    "mixed_precision",
-    "threads",
-    "num_workers",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "accept_changes",
-    "report_to",
-    "log_every",
-    "log_keys",
-    "keep_samples",
-    "ray.",
-    "weights.",
-)
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_config(config: TrainConfig) -> None:
     """Raises ConfigError for settings that are wrong whatever the data and the models are."""
     sources = [source.path for source in config.data]
-    for url in (*sources, config.output, config.adapter, config.model.base):
+    urls = (*sources, config.output, config.adapter, config.model.base)
+    for url in (*urls, config.resume_from_checkpoint):
         refuse_credentials(url)
     if not sources or not all(sources):
         raise ConfigError("data is empty. Set data=OUT, the output of make dataset.")
     if not config.output:
         raise ConfigError(
-            "output is empty. Set output=FOLDER, the folder for checkpoints and the adapter."
+            "output is empty. Set output=FOLDER, the folder or URL for checkpoints and the adapter."
         )
-    if "://" in config.output:
+    if config.work_folder and "://" not in config.output:
         raise ConfigError(
-            f"output={config.output}: expected a local folder. Train to one, then copy it."
+            f"work_folder={config.work_folder} is for an output at a URL, but "
+            f"output={config.output} is a folder. Leave work_folder empty."
         )
+    check_accepted(config)
     if config.model.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"model.device={config.model.device}: expected auto, cpu or cuda")
     if config.model.device == "cuda" and not torch.cuda.is_available():
@@ -73,50 +48,6 @@ def check_config(config: TrainConfig) -> None:
             "with CUDA and its driver."
         )
     make_optimizer(config.optim, config.max_train_steps, [nn.Parameter(torch.zeros(1))])
-
-
-def check_same_run(config: TrainConfig, checkpoint: Path) -> None:
-    """Raises ConfigError if `config` would make another model than the run that wrote the
-    checkpoint, WeightsError if the checkpoint doesn't state that run's settings.
-    """
-    before, now = flatten(_settings_of(checkpoint)), flatten(asdict(config))
-    changes = [
-        f"{key}={before.get(key)!r}, now {now[key]!r}"
-        for key in now
-        if now[key] != before.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if changes:
-        raise ConfigError(
-            f"{checkpoint} was made with other settings: {'; '.join(changes)}. Use the same "
-            "settings, or another output."
-        )
-
-
-def _settings_of(checkpoint: Path) -> dict[str, Any]:
-    """Returns the settings of the run that wrote a checkpoint, from its adapter.json."""
-    path = checkpoint / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["train"]
-        settings: dict[str, Any] = {key: values[key] for key in values}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{path} doesn't state the settings of its run ({type(error).__name__}: {error}). "
-            "Resume from another checkpoint."
-        ) from error
-    return settings
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Returns nested settings with dotted keys, and lists as text."""
-    items: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            items.update(flatten(value, f"{prefix}{key}."))
-        else:
-            items[f"{prefix}{key}"] = (
-                value if isinstance(value, str | int | float | bool) else str(value)
-            )
-    return items
 
 
 def make_models(

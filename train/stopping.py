@@ -33,9 +33,8 @@ Stopping: TypeAlias = Callable[[], AbstractContextManager[Stop]]
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     """Records SIGINT or SIGTERM, so that training stops after the current step. A second signal,
-    more than two seconds later, ends the process at once.
-
-    The previous handlers are restored then, and at exit.
+    more than two seconds later, ends the process at once, without waiting for the thread
+    that writes a checkpoint. The previous handlers are restored at exit.
     """
     stop, first = Stop(), 0.0
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -49,7 +48,7 @@ def stop_on_signal() -> Iterator[Stop]:
         if not stop.signal:
             stop.signal, first = number, time.monotonic()
         elif time.monotonic() - first > _PASSED_ON:
-            restore()
+            signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     for number in previous:

@@ -3,6 +3,8 @@
     OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
         losses.jsonl  keys.jsonl (log_keys only)  skipped.jsonl  nonfinite.jsonl  summary.json
 
+If OUT is on an object store, these files are in a local folder first (train/mirror.py).
+
 A step waits for no value of its own: losses stay on the device and are fetched together every
 `log_every` steps, and its facts (train/facts.py) are read when the next step has been started.
 """
@@ -14,7 +16,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +27,43 @@ from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
 from stages.backends.runtime import pin_threads
-from stages.storage.lock import RunLock
-from stages.storage.store import Store
 from train.base import ensure_base
 from train.batches import plan_batches
+from train.checkpoints import write_folder_atomically
 from train.data import BatchMaker, micro_batches, unpacked
 from train.facts import NONFINITE, SKIPPED, Limits, StepCheck, StepFacts
 from train.history import HISTORY, KEYS, History, KeyLog, Lines, summarise
 from train.losses import LossWindow, losses_of_process
+from train.mirror import open_output
 from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
 from train.processes import join_processes
-from train.segments import add_segment, inherit, new_segment
-from train.setup import (
-    check_config,
-    check_same_run,
+from train.resume import (
+    Samples,
+    agreed_checkpoint,
+    choose_checkpoint,
+    fetch_chosen,
     flatten,
-    make_models,
-    make_optimizer,
-    make_preparation,
+    metadata,
+    start_of_run,
 )
+from train.segments import add_segment, inherit, new_segment
+from train.setup import check_config, make_models, make_optimizer, make_preparation
 from train.shards import INDEX
 from train.spikes import SPIKES, SpikeCheck, SpikeContext
 from train.state import (
     AdapterExtras,
-    find_checkpoint,
+    Snapshot,
     load_checkpoint,
+    load_optimizer,
     random_state,
-    remove_partial_folders,
-    save_checkpoint,
     set_random_state,
-    write_adapter,
-    write_folder_atomically,
     write_json,
 )
 from train.step import LOSSES, StepLosses, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
+from train.writer import CheckpointWriter
 
 
 def train(config: TrainConfig, watcher: Watcher, stopping: Stopping = stop_on_signal) -> Outcome:
@@ -84,14 +86,12 @@ class Trainer:
 
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
-        self.output = Path(config.output)
-        checkpoint = find_checkpoint(self.output, config.resume_from_checkpoint, watcher.message)
-        if checkpoint is not None:
-            check_same_run(config, checkpoint)
+        self.output, self.mirror = open_output(config)
         self.accelerator = join_processes(config, self.output)
         # the first process makes the index, and the first of a node where it has no such file
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.mixture = open_mixture(config, self.output / INDEX)
+        self.samples = Samples(self.mixture.digest, len(self.mixture))
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
@@ -103,9 +103,13 @@ class Trainer:
         self.order = self.mixture.order(config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
+        self.writer: CheckpointWriter | None = None
         if self.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunLock(Store(str(self.output))))
+            limit = config.checkpoints_total_limit
+            self.writer = CheckpointWriter(self.output, limit, watcher.message, self.mirror)
+            stack.enter_context(self.writer)
+        checkpoint = agreed_checkpoint(self._choose_checkpoint if self.is_main else None)
+        self.start = start_of_run(config, checkpoint)
         self.base = self._prepare_output(checkpoint)
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
         self.preparation = make_preparation(config, self.spec, self.frozen)
@@ -143,35 +147,38 @@ class Trainer:
         device: torch.device = self.accelerator.device
         return device
 
+    def _choose_checkpoint(self) -> Path | None:
+        return choose_checkpoint(
+            self.config, self.samples, self.output, self.mirror, self.watcher.message
+        )
+
     def _prepare_output(self, checkpoint: Path | None) -> str:
         """Makes the output folder and, where it is needed, the tiny base; returns the base to load.
 
-        The main process makes them; the others wait for it.
+        The main process makes them; the others wait for it, and fetch from a mirror what their
+        machine lacks.
         """
-        base = ""
-        if self.is_main:
-            remove_partial_folders(self.output)
-            Store(str(self.output)).sweep(INDEX)
+        base, local = "", replace(self.config, output=str(self.output))
+        if self.writer is not None:
             if checkpoint is not None:
                 inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
-            base = ensure_base(self.config, self.spec, self.mixture, self.watcher.message)
+            base = ensure_base(local, self.spec, self.mixture, self.watcher.message)
             dump(self.config, self.output / "config.yaml")
+            self.writer.upload()
         self.accelerator.wait_for_everyone()
-        return base or ensure_base(self.config, self.spec, self.mixture, lambda _: None)
+        if self.mirror is not None:
+            if self.accelerator.is_local_main_process and not self.is_main:
+                fetch_chosen(self.config, checkpoint, self.mirror)
+            self.accelerator.wait_for_everyone()
+        return base or ensure_base(local, self.spec, self.mixture, lambda _: None)
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Restores a checkpoint, except for what `prepare` makes; returns its state."""
         state = load_checkpoint(checkpoint, self.trained, with_unet=self.config.train_base)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        load_optimizer(self.optimizer, self.schedule, state)
         set_random_state(state["random"], self.accelerator.process_index)
         self.progress = Progress(state["step"], state["position"], state["seconds"])
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
-        if state["data"] != self.mixture.digest:
-            self.watcher.message(
-                f"{self.mixture} has changed since that checkpoint; samples come in another order "
-                "from here"
-            )
         return {"scaler": {}, **state}
 
     def _batches(self) -> Iterator[PackedBatch]:
@@ -223,6 +230,8 @@ class Trainer:
                 if previous is not None:
                     stop.agreed = check.check(previous)
                 previous = step_facts
+                if self.writer is not None:
+                    self.writer.check()
                 if self.accelerator.num_processes == 1:
                     stop.agreed = stop.agreed or bool(stop.signal)
                 losses = None
@@ -339,46 +348,43 @@ class Trainer:
                 "step": self.progress.step,
                 "position": self.progress.position,
                 "base": base,
-                "data": self.mixture.digest,
-                "train": asdict(self.config),
+                **metadata(self.config, self.samples, self.start),
             },
             dataset=self.mixture.dataset_config(),
             with_unet=self.config.train_base,
         )
 
     def _save(self) -> None:
+        """Copies the state of the run, and begins to write it. Only the main process does."""
         from accelerate.utils import gather_object
 
         random: list[dict[str, Any]] = gather_object([random_state()])
-        if self.is_main:
-            state = {
-                **asdict(self.progress),
-                "data": self.mixture.digest,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "random": random,
-                "spikes": self.spikes.state() if self.spikes else {},
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            }
-            save_checkpoint(
-                self.output,
+        if self.writer is not None:
+            scaler = self.accelerator.scaler
+            self.writer.save(
                 self.progress.step,
-                self.trained,
-                self._extras(),
-                state,
-                limit=self.config.checkpoints_total_limit,
+                lambda: self._snapshot(
+                    optimizer=self.optimizer.state_dict(),
+                    schedule=self.schedule.state_dict(),
+                    random=random,
+                    spikes=self.spikes.state() if self.spikes else {},
+                    scaler=scaler.state_dict() if scaler else {},
+                ),
             )
-        self.accelerator.wait_for_everyone()
+
+    def _snapshot(self, **state: Any) -> Snapshot:
+        return Snapshot(self.trained, self._extras(), {**asdict(self.progress), **state})
 
     def _finish(self, stop_signal: int) -> Outcome:
-        """Writes the summary and, unless a signal stopped the run, OUT/final."""
+        """Waits for the last checkpoint; writes the summary and, unless a signal stopped the run,
+        OUT/final.
+        """
         progress, adapter, summary = self.progress, None, {}
-        if self.history is not None:
+        if self.history is not None and self.writer is not None:
+            self.writer.wait()
             if not stop_signal:
-                adapter = write_folder_atomically(
-                    self.output / "final",
-                    lambda folder: write_adapter(folder, self.trained, self._extras()),
-                )
+                write_adapter = self._snapshot().write_adapter
+                adapter = write_folder_atomically(self.output / "final", write_adapter)
             summary = summarise(
                 self.history,
                 samples=progress.position,
@@ -386,5 +392,6 @@ class Trainer:
                 finished=not stop_signal,
             )
             write_json(self.output / "summary.json", summary)
+            self.writer.finish(progress.step, with_final=not stop_signal)
         self.accelerator.wait_for_everyone()
         return Outcome(step=progress.step, signal=stop_signal, adapter=adapter, summary=summary)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -72,11 +73,7 @@ class Store:
             with tempfile.NamedTemporaryFile(prefix="store-") as scratch:
                 yield cast(IO[bytes], scratch)
                 scratch.flush()
-                try:
-                    self._call(self._fs.put_file, scratch.name, self.path(name))
-                # the bucket is missing: the local file exists
-                except FileNotFoundError as error:
-                    raise self._failure(error) from error
+                self.upload(Path(scratch.name), name)
             return
         target = Path(self.path(name))
         temporary = target.with_name(f".{target.name}{_TEMPORARY}{uuid4().hex[:8]}")
@@ -91,8 +88,8 @@ class Store:
             if errno.errorcode.get(error.errno or 0) in _UNWRITABLE:
                 raise StoreError(
                     f"{target} can't be written: {error.strerror}. Free disk space, or correct the "
-                    "folder or its permissions; then run the same command again: committed shards "
-                    "are kept."
+                    "folder or its permissions; then run the same command again: what is complete "
+                    "is kept."
                 ) from error
             raise
         finally:
@@ -103,6 +100,28 @@ class Store:
         """Writes a file; replaces one that exists."""
         with self.writer(name) as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
+
+    def upload(self, path: Path, name: str) -> None:
+        """Writes a copy of a local file; replaces one that exists."""
+        if self.local:
+            with self.writer(name) as stream, path.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+            return
+        try:
+            self._call(self._fs.put_file, str(path), self.path(name))
+        except FileNotFoundError as error:  # the bucket is missing: the local file exists
+            raise self._failure(error) from error
+
+    def download(self, name: str, path: Path) -> None:
+        """Copies a file to a local path, in a folder that exists. It appears when it is complete.
+        Raises FileNotFoundError.
+        """
+        temporary = path.with_name(f".{path.name}{_TEMPORARY}{uuid4().hex[:8]}")
+        try:
+            self._call(self._fs.get_file, self.path(name), str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def create(self, name: str, data: str) -> None:
         """Writes a file unless it exists. If two processes call it at the same time, one of them
@@ -265,6 +284,19 @@ class Store:
             name: size for name, size in self._entries(folder).items() if _TEMPORARY not in name
         }
 
+    def tree(self, folder: str = "") -> dict[str, int]:
+        """Returns name relative to `folder` → size in bytes of all files in it and in the folders
+        below.
+        """
+        top = self.path(folder).rstrip("/")
+        self._fs.invalidate_cache()
+        entries = self._call(self._fs.find, top, detail=True)
+        return {
+            path.removeprefix(f"{top}/"): int(entry["size"] or 0)
+            for path, entry in sorted(entries.items())
+            if path.startswith(f"{top}/")
+        }
+
     def sweep(self, folder: str = "", spare: str = "") -> None:
         """Removes the temporary files of killed writers from `folder` ("": the store's top folder),
         except those of the file `spare`. Call it only while no other run writes there.
@@ -309,5 +341,5 @@ class Store:
         return StoreError(
             f"a request to {self.url} failed: {type(error).__name__}: {error}. Check that it "
             "exists, and that the keys and the endpoint in the environment allow reading, writing, "
-            "listing and deleting; then run the same command again: committed shards are kept."
+            "listing and deleting; then run the same command again: what is complete is kept."
         )

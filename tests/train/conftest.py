@@ -14,6 +14,9 @@ import pytest
 from configs.load import dump
 from configs.training import DataSource
 from tests.sharing import shared_folder
+
+# fixtures
+from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
 from tests.train.helpers import TORCHRUN, Parts, small, with_people
 from train.mixture import Mixture
 from train.shards import ShardSet

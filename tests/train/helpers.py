@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.training import DataSource, LossConfig, ModelConfig, OptimConfig, TrainConfig
@@ -136,4 +137,16 @@ def assert_same_rows(whole: TrainBatch, *parts: TrainBatch) -> None:
             )
     assert (whole.keys, whole.references) == tuple(
         sum((getattr(part, name) for part in parts), ()) for name in ("keys", "references")
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint or of OUT/final."""
+    files = [folder / "adapter.safetensors", *folder.glob("unet/*.safetensors")]
+    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) for key, value in one.items()
     )

@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 from configs.load import dump
 from tests.pipelines.helpers import zero_images
 from tests.train.helpers import small
+from train.checkpoints import checkpoints
 from train.cli import app
 from train.history import read_lines
-from train.state import checkpoints
 
 ROOT = Path(__file__).parents[2]
 

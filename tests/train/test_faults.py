@@ -22,8 +22,9 @@ from train.history import read_lines
 from train.mixture import Mixture
 from train.order import SampleOrder
 from train.shards import ShardSet
-from train.state import AdapterExtras, save_checkpoint
+from train.state import AdapterExtras, Snapshot
 from train.trainer import Trainer
+from train.writer import CheckpointWriter
 
 
 def test_a_bad_sample_is_left_out_and_the_order_of_the_others_stays(
@@ -161,6 +162,7 @@ def test_a_checkpoint_with_values_that_are_not_finite_is_not_written(
     extras = AdapterExtras(metadata={}, dataset="", with_unet=False)
     with torch.no_grad():
         next(parts.trained.adapter.parameters())[0] = torch.nan
+    snapshot = Snapshot(parts.trained, extras, {"step": 5})
     with pytest.raises(TrainingError, match="not finite after step 5, so no checkpoint"):
-        save_checkpoint(tmp_path, 5, parts.trained, extras, {"step": 5}, limit=1)
+        CheckpointWriter(tmp_path, 1, print).write(snapshot)
     assert list(tmp_path.iterdir()) == []

@@ -30,10 +30,10 @@ from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.chaos.cluster import Cluster, kill, title_of
 from tests.train.helpers import small
+from train.checkpoints import checkpoints
 from train.cli import app
 from train.history import read_lines
 from train.ray_train import count_workers
-from train.state import checkpoints
 
 
 @pytest.fixture(scope="module")

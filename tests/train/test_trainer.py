@@ -20,22 +20,11 @@ from configs.training import ModelConfig, OptimConfig, TrainConfig
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.train.conftest import Mixed
-from tests.train.helpers import Listener, run, small
+from tests.train.helpers import Listener, run, same, small, weights
 from train.batches import plan_batches
+from train.checkpoints import checkpoints
 from train.history import read_lines
 from train.mixture import open_mixture
-from train.state import checkpoints
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = [folder / "adapter.safetensors", *folder.glob("unet/*.safetensors")]
-    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[key]) for key, value in one.items()
-    )
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +212,8 @@ def test_the_error_names_a_damaged_state(
         run(config)
     with pytest.raises(WeightsError, match=r"damaged: state\.pt is not as it was written"):
         run(replace(config, resume_from_checkpoint="checkpoint-000010"))
-    (output / "checkpoint-000010/files.json").unlink()  # as in version 0.1
-    with pytest.raises(WeightsError, match=r"state\.pt can't be read"):
+    (output / "checkpoint-000010/files.json").write_text('{"format": 3, "files": {}}')
+    with pytest.raises(WeightsError, match="has format 3, but this version reads and writes"):
         run(config)
 
 
@@ -320,7 +309,9 @@ def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path
     [
         ({"data": ()}, "data=OUT"),
         ({"output": ""}, "output=FOLDER"),
-        ({"output": "s3://bucket/run"}, "local folder"),
+        ({"output": "nowhere://bucket/run"}, "can't be opened"),
+        ({"work_folder": "work"}, "for an output at a URL"),
+        ({"accept_changes": ("data", "optim.learning_rat")}, "accept_changes=optim.learning_rat:"),
         ({"optim": OptimConfig(lr_scheduler="linaer")}, "expected one of"),
         ({"model": ModelConfig(spec="tiny", device="tpu")}, "auto, cpu or cuda"),
     ],

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from train.checkpoints import checkpoints, damage
 from train.history import HISTORY, KEYS, read_lines
-from train.state import STATE_FILE, checkpoints, damage
+from train.state import STATE_FILE
 from train.step import LOSSES
 
 # Where the number of processes or the micro-batch changes, sums are rounded otherwise. Measured in

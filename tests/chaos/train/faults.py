@@ -14,7 +14,7 @@ import psutil
 
 from tests.chaos.disk import SmallDisk
 from tests.chaos.train.command import Command, Training
-from train.state import checkpoint_name, checkpoints, damage
+from train.checkpoints import checkpoint_name, checkpoints, damage
 
 _LIMIT = 180.0  # seconds for a start; a longer one counts as hanging
 _JITTER = 0.7  # seconds, at most, between a step and the fault that waits for it

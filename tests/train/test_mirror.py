@@ -1,0 +1,219 @@
+"""Runs whose output is on an S3 server, behind a proxy that injects faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.errors import LockedError, StoreError, WeightsError
+from configs.load import dump
+from configs.training import OptimConfig, TrainConfig
+from stages.storage.lock import RunLock
+from stages.storage.store import Store
+from tests.stages.storage.s3_server import ENVIRONMENT, Bucket, Faults
+from tests.train.helpers import Listener, run, same, small, weights
+from train.checkpoints import checkpoints
+from train.history import read_lines
+from train.mirror import Mirror
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+def settings(data: Path, base: Path, output: str, work: Path, **changes: object) -> TrainConfig:
+    """Six steps and three checkpoints."""
+    values: dict[str, object] = {
+        "optim": OptimConfig(learning_rate=1e-3, lr_scheduler="constant"),
+        "work_folder": str(work) if "://" in output else "",
+        "checkpointing_steps": 2,
+        "max_train_steps": 6,
+    }
+    return small(data, base, Path(), **{**values, "output": output, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run in a local folder."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(settings(data, tiny_base, str(output), output))
+    return output
+
+
+def remote(bucket: Bucket) -> dict[str, bytes]:
+    """Name → contents of all files of the output."""
+    return {key.removeprefix("out/"): bucket.read(key) for key in bucket.stamps()}
+
+
+def local(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".sent"
+    }
+
+
+def test_a_run_to_s3_has_all_its_files_there_in_spite_of_faults(
+    undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    bucket.proxy.reset(Faults(share=0.2, seed=5))
+    config = settings(data, tiny_base, bucket.out, tmp_path / "work", checkpoints_total_limit=2)
+    outcome = run(config)
+    assert outcome.adapter and same(weights(outcome.adapter), weights(undisturbed / "final"))
+    files = remote(bucket)
+    assert files == local(tmp_path / "work")
+    tops = {name.split("/")[0] for name in files}
+    assert tops == {
+        *("checkpoint-000004", "checkpoint-000006", "final"),
+        *("config.yaml", "losses.jsonl", "summary.json"),
+    }
+    secret = ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode()
+    assert not [name for name, content in files.items() if secret in content]
+    changes = [name for method, name in bucket.proxy.changes(f"/{bucket.name}/out/") if method]
+    for step in (2, 4, 6):
+        mine = [name for name in changes if name.startswith(f"checkpoint-{step:06d}/")]
+        assert mine.index(f"checkpoint-{step:06d}/files.json") >= 3  # after the other files
+        assert changes.index("losses.jsonl") < changes.index(mine[0])
+    # of one that is removed, files.json goes first
+    deleted = [
+        name
+        for method, name in bucket.proxy.changes(f"/{bucket.name}/out/checkpoint-")
+        if method == "DELETE"
+    ]
+    assert deleted[0] == "000002/files.json" and {name[:6] for name in deleted} == {"000002"}
+
+
+def test_another_machine_resumes_from_the_newest_intact_checkpoint(
+    undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = settings(data, tiny_base, bucket.out, tmp_path / "one")
+    run(config)
+    bucket.put("out/checkpoint-000006/state.pt", b"nonsense")
+    bucket.put("out/checkpoint-000008/state.pt", b"an upload that was stopped")
+    listener = Listener()
+    outcome = run(replace(config, work_folder=str(tmp_path / "two")), listener)
+    url = f"{bucket.out}/checkpoint"
+    assert listener.messages[:2] == [
+        f"{url}-000008 is passed over: it has no files.json, so it isn't complete",
+        f"{url}-000006 is passed over: state.pt is not as it was written",
+    ]
+    assert "at step 4" in listener.messages[2]
+    assert outcome.adapter and same(weights(outcome.adapter), weights(undisturbed / "final"))
+    lines = [*read_lines(tmp_path / "two/losses.jsonl")]
+    assert lines == [*read_lines(undisturbed / "losses.jsonl")]
+    # what the first machine has is as before, so its newest checkpoint is the store's second one
+    assert remote(bucket) == local(tmp_path / "two")
+    names = {name.split("/")[0] for name in remote(bucket)}
+    assert "checkpoint-000006" in names and "checkpoint-000008" not in names
+
+
+def test_a_kill_during_an_upload_and_another_machine_end_in_the_same_weights(
+    undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = settings(data, tiny_base, bucket.out, tmp_path / "one")
+    dump(config, tmp_path / "preset.yaml")
+    uploading, killed = threading.Event(), threading.Event()
+
+    def stop_at(method: str, target: str) -> str:
+        if method == "PUT" and "checkpoint-000004/state.pt" in target and not killed.is_set():
+            uploading.set()
+            killed.wait(60)
+            return "500"
+        return ""
+
+    bucket.proxy.reset(Faults(always=stop_at))
+    command = [sys.executable, "-m", "train.cli", "run", "--config", str(tmp_path / "preset.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        assert uploading.wait(120)
+    finally:
+        process.kill()
+        process.wait()
+        killed.set()
+    assert "checkpoint-000004/files.json" not in remote(bucket)
+    assert "checkpoint-000004/adapter.safetensors" in remote(bucket)
+    listener = Listener()
+    outcome = run(replace(config, work_folder=str(tmp_path / "two")), listener)
+    assert "at step 2" in " ".join(listener.messages)
+    assert outcome.adapter and same(weights(outcome.adapter), weights(undisturbed / "final"))
+
+
+def test_a_store_that_fails_costs_no_local_work_and_is_an_error_at_the_end(
+    undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    def refuse(method: str, target: str) -> str:
+        return "403" if method == "PUT" and "checkpoint-" in target else ""
+
+    bucket.proxy.reset(Faults(always=refuse))
+    config, listener = settings(data, tiny_base, bucket.out, tmp_path / "work"), Listener()
+    with pytest.raises(StoreError, match=r"work has the checkpoint of step 6, but it can't be up"):
+        run(config, listener)
+    failed = [text for text in listener.messages if "can't be uploaded now" in text]
+    assert len(failed) == 3 and "the next checkpoint tries it again" in failed[0]
+    assert same(weights(tmp_path / "work/final"), weights(undisturbed / "final"))
+    bucket.proxy.reset()
+    assert run(config).step == 6
+    assert remote(bucket) == local(tmp_path / "work")
+
+
+def test_a_run_that_was_continued_elsewhere_is_followed(
+    bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    one = settings(data, tiny_base, bucket.out, tmp_path / "one")
+    run(one)
+    two = replace(
+        one,
+        work_folder=str(tmp_path / "two"),
+        resume_from_checkpoint="checkpoint-000002",
+        max_train_steps=3,
+    )
+    run(two)  # from a checkpoint that only the store has
+    assert [path.name for path in checkpoints(tmp_path / "two")][-1] == "checkpoint-000003"
+    listener = Listener()
+    run(replace(one, max_train_steps=4), listener)
+    assert "one/checkpoint-000003 at step 3" in " ".join(listener.messages)
+    folders = [path.name for path in checkpoints(tmp_path / "one")]
+    assert folders == ["checkpoint-000002", "checkpoint-000003", "checkpoint-000004"]
+    # and from a URL, with an output of its own
+    new = replace(
+        one,
+        output=str(tmp_path / "new"),
+        work_folder="",
+        resume_from_checkpoint=f"{bucket.out}/checkpoint-000003",
+    )
+    listener = Listener()
+    assert run(new, listener).step == 6 and "at step 3" in " ".join(listener.messages)
+    with pytest.raises(
+        WeightsError, match=r"checkpoint-000005 can't be used: it has no files\.json"
+    ):
+        run(
+            replace(
+                new,
+                resume_from_checkpoint=f"{bucket.out}/checkpoint-000005",
+                output=str(tmp_path / "other"),
+            )
+        )
+
+
+def test_the_url_is_locked(bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = settings(data, tiny_base, bucket.out, tmp_path / "work")
+    with RunLock(Store(bucket.out)), pytest.raises(LockedError, match=bucket.out):
+        run(config)
+
+
+def test_a_list_of_files_that_leads_out_of_the_folder_is_damage(
+    undisturbed: Path, bucket: Bucket, tmp_path: Path
+) -> None:
+    for path in (undisturbed / "checkpoint-000006").iterdir():
+        bucket.put(f"out/checkpoint-000006/{path.name}", path.read_bytes())
+    listing = json.loads((undisturbed / "checkpoint-000006/files.json").read_text())
+    listing["files"]["../../escaped"] = listing["files"].pop("state.pt")
+    bucket.put("out/checkpoint-000006/files.json", json.dumps(listing).encode())
+    mirror = Mirror(bucket.out, tmp_path / "work" / "deep")
+    assert "would leave the store" in mirror.fetch(6)
+    assert [*tmp_path.rglob("*escaped*")] == [] and not checkpoints(tmp_path / "work/deep")

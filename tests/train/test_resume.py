@@ -1,0 +1,127 @@
+"""What a resumed run is compared with, and differences that are accepted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from tests.train.helpers import Listener, run, small
+from train.history import read_lines
+from train.resume import Samples, differences
+from train.shards import ShardSet
+
+
+@pytest.fixture(scope="module")
+def first(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of four steps with a constant learning rate."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    run(constant(data, tiny_base, output, 1e-3, max_train_steps=4))
+    return output
+
+
+@pytest.fixture(scope="module")
+def cleaned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set without its last shard."""
+    copy = Path(shutil.copytree(data, tmp_path_factory.mktemp("cleaned") / "data"))
+    for file in (copy / "shards").glob("fgid-000002.*"):
+        file.unlink()
+    return copy
+
+
+def constant(data: Path, base: Path, output: Path, rate: float, **changes: object) -> TrainConfig:
+    optim = OptimConfig(learning_rate=rate, lr_scheduler="constant")
+    return small(data, base, output, **{"optim": optim, **changes})
+
+
+def test_other_samples_are_refused_and_accepted_on_request(
+    first: Path, data: Path, cleaned: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = constant(
+        cleaned,
+        tiny_base,
+        tmp_path / "new",
+        1e-3,
+        max_train_steps=6,
+        resume_from_checkpoint=str(first / "checkpoint-000004"),
+    )
+    old, new = (ShardSet(str(folder), "train").digest[:12] for folder in (data, cleaned))
+    text = f"data had 8 samples with digest {old}, now 6 samples with digest {new}"
+    with pytest.raises(ConfigError, match=rf"{text}\. .*accept_changes=\[data\]"):
+        run(config)
+    listener, accepting = Listener(), replace(config, accept_changes=("data",))
+    assert run(accepting, listener).step == 6
+    assert f"accepted, since checkpoint-000004: {text}" in listener.messages
+    # what follows is compared with the new samples
+    listener = Listener()
+    assert run(replace(config, max_train_steps=7), listener).step == 7
+    assert not [text for text in listener.messages if "accepted" in text]
+    assert "at step 6" in " ".join(listener.messages)
+
+
+def test_an_accepted_learning_rate_takes_effect(
+    first: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(first, tmp_path / "out"))
+    config = constant(data, tiny_base, output, 2e-4, max_train_steps=6)
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate=0\.001, now 0\.0002"):
+        run(config)
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate=0\.001, now 0\.0002"):
+        run(replace(config, accept_changes=("data", "optim.adam_beta1")))
+    run(replace(config, accept_changes=("optim.learning_rate",)))
+    rates = [line["lr"] for line in read_lines(output / "losses.jsonl")]
+    assert rates == [1e-3] * 4 + [2e-4] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"global_batch_size": 4}, "global_batch_size"),
+        ({"seed": 4}, "seed"),
+        ({"split": "all"}, "split"),
+        ({"loss": LossConfig(drop_text=0.2)}, "loss.drop_text"),
+        ({"model": ModelConfig(spec="tiny", base="/other", device="cpu")}, "model.base"),
+        ({"micro_batch_size": 1, "mixed_precision": "bf16", "num_workers": 3}, ""),
+    ],
+)
+def test_a_setting_that_changes_the_result_is_compared(
+    first: Path, data: Path, tiny_base: Path, changes: dict[str, object], name: str
+) -> None:
+    samples = Samples(ShardSet(str(data), "train").digest, 8)
+    config = constant(data, tiny_base, first, 1e-3, **changes)
+    assert name in differences(config, samples, first / "checkpoint-000004") or not name
+    if not name:
+        assert differences(config, samples, first / "checkpoint-000004") == {}
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(
+    first: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(first / "checkpoint-000004", tmp_path / "copy"))
+    content = json.loads((copy / "adapter.json").read_text())
+    del content["train"]["train_base"], content["train"]["seed"]
+    (copy / "adapter.json").write_text(json.dumps(content))
+    config = constant(data, tiny_base, first, 1e-3)
+    samples = Samples(content["data"], content["samples"])
+    assert differences(config, samples, copy) == {"seed": "seed=0, now 3"}
+
+
+def test_a_schedule_that_depends_on_the_number_of_steps_is_announced(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = small(data, tiny_base, tmp_path / "out", max_train_steps=3)
+    run(config)
+    listener = Listener()
+    run(replace(config, max_train_steps=6), listener)
+    assert "lr_scheduler=cosine depends on max_train_steps=3, now 6" in listener.messages[0]
+    # as a run of six steps from the start would have
+    run(replace(config, max_train_steps=6, output=str(tmp_path / "six")))
+    rates = [
+        [line["lr"] for line in read_lines(tmp_path / n / "losses.jsonl")] for n in ("out", "six")
+    ]
+    assert rates[0][3:] == rates[1][3:]
