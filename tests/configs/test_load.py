@@ -11,7 +11,7 @@ from configs.errors import ConfigError
 from configs.load import load, load_text, to_yaml
 from configs.portraits import InferConfig
 from configs.schema import DatasetConfig
-from configs.training import TrainConfig
+from configs.training import DataSource, TrainConfig
 
 PRESETS = [
     (p, k)
@@ -92,3 +92,44 @@ def test_the_home_folder_is_expanded_in_overrides_and_files(
     config = load(DatasetConfig, preset, ["output=~/out", "source.author=~nobody"])
     assert (config.source.path, config.output) == ("/home/me/photos", "/home/me/out")
     assert config.source.author == "~nobody"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", [("a", None)]),
+        ("007", [("007", None)]),
+        ("s3://bucket/a", [("s3://bucket/a", None)]),
+        ("[a, b]", [("a", None), ("b", None)]),
+        ("[{path: a, weight: 2}, {path: b, weight: 1e-1}]", [("a", 2), ("b", 0.1)]),
+        ("[{path: a}, b]", [("a", None), ("b", None)]),
+        ("{path: a, weight: 3}", [("a", 3)]),
+        ("['[a]']", [("[a]", None)]),
+    ],
+)
+def test_data_is_a_path_or_a_list_in_files_and_overrides(
+    tmp_path: Path, text: str, expected: list[tuple[str, float | None]]
+) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"data: {text!r}" if text == "007" else f"data: {text}")
+    for config in (load(TrainConfig, preset), load(TrainConfig, None, [f"data={text}"])):
+        assert [(source.path, source.weight) for source in config.data] == expected
+        assert load_text(TrainConfig, to_yaml(config)) == config
+    # an override replaces the file's data sets
+    assert load(TrainConfig, preset, ["data=z"]).data == (DataSource(path="z"),)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=[{path: a, weight: 2}, {path: b}]", "weights are given for a, and not for b"),
+        ("data=[{path: a, weight: 0}]", "weight 0.0 of a: expected more than 0"),
+        ("data=[{path: a, weigth: 1}]", r"Did you mean data\[0\]\.weight"),
+        ("data=[a, b, a]", "a is given twice"),
+        ("data=[[a]]", r"data\[0\].path=.* expected text"),
+        ("pair_prob=1.5", "pair_prob=1.5: expected 0 to 1"),
+    ],
+)
+def test_data_sets_and_pairs_that_are_impossible_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(TrainConfig, None, [override])

@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from configs.errors import TrainingError
 from configs.training import OptimConfig
 from stages.record import Record
+from tests.train.conftest import Mixed
 from tests.train.helpers import Listener, Parts, run, small, sources
 from train.data import BatchMaker
+from train.facts import Limits, StepCheck, StepFacts
 from train.history import read_lines
-from train.mixture import Mixture
+from train.mixture import Mixture, open_mixture
 from train.order import SampleOrder
+from train.packing import BadSample
 from train.shards import ShardSet
 from train.state import AdapterExtras, Snapshot
 from train.trainer import Trainer
@@ -99,14 +102,15 @@ def poisoned_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
-    data: Path, tiny_base: Path, tmp_path: Path
+    mixed: Mixed, tiny_base: Path, tmp_path: Path
 ) -> None:
     # a learning rate at which the weights explode
     optim = OptimConfig(learning_rate=1e30, max_grad_norm=1e30)
     config = small(
-        data,
+        mixed.sources[:1],
         tiny_base,
         tmp_path / "out",
+        pair_prob=1.0,
         optim=optim,
         max_nonfinite_steps=3,
         checkpointing_steps=2,
@@ -118,11 +122,15 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
     lines = [*read_lines(tmp_path / "out/nonfinite.jsonl")]
     steps = [line["step"] for line in lines][-3:]
     assert steps == list(range(steps[0], steps[0] + 3))
-    shards, order = ShardSet(str(data)), SampleOrder([8], config.seed)
+    mixture = open_mixture(config)
+    order = mixture.order(config.seed)
     last = lines[-1]
     positions = range(2 * (last["step"] - 1), 2 * last["step"])
-    assert last["keys"] == [shards.key(order.sample(position)) for position in positions]
-    assert all(key in listener.messages[-1] for key in last["keys"])
+    assert last["keys"] == [mixture.key(order.sample(position)) for position in positions]
+    references = map(mixture.pairs(order).reference, positions)
+    assert last["references"] == [mixture.key(reference) for reference in references]
+    assert last["references"] != last["keys"]
+    assert all(key in listener.messages[-1] for key in (*last["keys"], *last["references"]))
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         assert all(torch.isfinite(value).all() for value in poisoned_weights(folder).values())
     history = [
@@ -166,3 +174,18 @@ def test_a_checkpoint_with_values_that_are_not_finite_is_not_written(
     with pytest.raises(TrainingError, match="not finite after step 5, so no checkpoint"):
         CheckpointWriter(tmp_path, 1, print).write(snapshot)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_samples_of_one_key_in_two_data_sets_are_two(tmp_path: Path) -> None:
+    limits = Limits(batch=2, samples=20, bad_share=0.05, nonfinite_steps=1)
+    check = StepCheck(tmp_path, 0, limits, lambda _: ("", ""), list, lambda _: None)
+    one, other = (BadSample("key", f"{folder}/shards/fgid-000000.tar", "") for folder in "ab")
+    numbers = torch.tensor([1.0, 0.0, 0.0])
+    for step in (1, 2):
+        check.check(StepFacts(step, 0, numbers, (one,)))
+    with pytest.raises(TrainingError, match="2 of 20 samples"):
+        check.check(StepFacts(3, 0, numbers, (other,)))
+    # also after a resume
+    again = StepCheck(tmp_path, 2, limits, lambda _: ("", ""), list, lambda _: None)
+    with pytest.raises(TrainingError, match="2 of 20 samples"):
+        again.check(StepFacts(3, 0, numbers, (other,)))

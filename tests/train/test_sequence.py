@@ -93,7 +93,7 @@ def test_the_sequence_is_that_of_one_process_however_often_it_is_resumed(
 def test_worker_processes_change_nothing(mixed: Mixed) -> None:
     make = Names(Mixture(mixed.sources, pair_prob=0.5), 3)
     undisturbed = global_batches(make, 6, [Stretch(9, 1, 0, 6)])
-    parts = [Stretch(3, 2, 2, 2), Stretch(2, 1, 3, 4), Stretch(4, 3, 1, 1)]
+    parts = [Stretch(3, 2, 2, 2), Stretch(2, 1, 2, 4), Stretch(4, 3, 1, 1)]
     assert global_batches(make, 6, parts) == undisturbed
 
 
