@@ -96,10 +96,8 @@ class Trainer:
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
         self.mixture.check_step(self.batch.size)
-        if self.is_main:
-            watcher.message(f"{self.batch}, on {self.device.type}")
-            if message := self.mixture.message():
-                watcher.message(message)
+        if self.is_main and (message := self.mixture.message()):
+            watcher.message(message)
         self.order = self.mixture.order(config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
@@ -198,7 +196,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def run(self, stopping: Stopping) -> Outcome:
+    def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
         if progress.step >= config.max_train_steps:
@@ -207,6 +205,8 @@ class Trainer:
                 f"max_train_steps={2 * progress.step}."
             )
             return self._finish(0)
+        if self.is_main:
+            self.watcher.message(f"{self.batch}, on {self.device.type}")
         if self.is_main:
             segment = new_segment(
                 config, progress, self.batch, self.mixture, self.device, self.checkpoint

@@ -52,7 +52,7 @@ def with_people(data: Path, folder: Path, people: str, *, without_shard: int | N
 
 
 def small(
-    data: Path | tuple[DataSource, ...], base: Path, output: Path, **changes: object
+    data: Path | tuple[DataSource, ...], base: Path, output: Path | str, **changes: object
 ) -> TrainConfig:
     """Returns settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
     values: dict[str, object] = {

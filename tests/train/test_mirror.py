@@ -34,7 +34,7 @@ def settings(data: Path, base: Path, output: str, work: Path, **changes: object)
         "checkpointing_steps": 2,
         "max_train_steps": 6,
     }
-    return small(data, base, Path(), **{**values, "output": output, **changes})
+    return small(data, base, output, **{**values, **changes})
 
 
 @pytest.fixture(scope="module")

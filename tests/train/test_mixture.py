@@ -112,5 +112,6 @@ def test_a_run_names_shares_and_pairs_at_its_start(
     assert listener.messages == [
         f"{one}: 8 samples, 50.0% of the positions; {two}: 5 samples, 16.7% of the positions; "
         f"{three}: 8 samples, 33.3% of the positions; "
-        "16 of 21 samples have another of the same person"
+        "16 of 21 samples have another of the same person",
+        "2 samples a step = 1 process × 2, on cpu",
     ]
