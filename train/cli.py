@@ -40,6 +40,7 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
         data=s3://bucket/fgid output=runs/sd15 micro_batch_size=4
 
   Continue a finished run:            … max_train_steps=20000
+  … with another learning rate:       … optim.learning_rate=5e-5 accept_changes=optim.learning_rate
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy
   Show the losses:                    tensorboard --logdir runs/sd15/logs
 

@@ -158,7 +158,8 @@ class Trainer:
         base, local = "", replace(self.config, output=str(self.output))
         if self.writer is not None:
             base = ensure_base(local, self.spec, self.shards, self.watcher.message)
-            dump(self.config, self.output / "config.yaml")
+            # what was accepted for this resume isn't accepted for good
+            dump(replace(self.config, accept_changes=()), self.output / "config.yaml")
             self.writer.upload()
         self.accelerator.wait_for_everyone()
         if self.mirror is not None:
