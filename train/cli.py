@@ -46,6 +46,7 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
         output=/mnt/runs/sd15 ray.address=10.0.0.1:6379 ray.workers=4
 
   Continue a finished run:            … max_train_steps=20000
+  … with another learning rate:       … optim.learning_rate=5e-5 accept_changes=optim.learning_rate
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy
   Show the losses:                    tensorboard --logdir runs/sd15/logs
 

@@ -103,8 +103,9 @@ class Mirror:
         self.fetch_folders()
 
     def fetch(self, step: int) -> str:
-        """Makes the local copy of a checkpoint equal to the store's. With one that is downloaded,
-        the files of lines are too. Returns how the store's copy is damaged, "" if it is intact.
+        """Makes the local copy of a checkpoint equal to the store's. Before one is downloaded, the
+        files of lines are, so that it never lacks them. Returns how the store's copy is damaged, ""
+        if it is intact.
         """
         name = checkpoint_name(step)
         target = self.folder / name
@@ -117,6 +118,11 @@ class Mirror:
         if not damage(target) and (target / FILES).read_bytes() == listing:
             (target / _SENT).touch()
             return ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        for file in self.store.names(""):
+            if file.endswith(_LINES):
+                self.store.download(file, self.folder / file)
 
         def fill(copy: Path) -> None:
             self._download(name, files, copy)
@@ -129,9 +135,6 @@ class Mirror:
             write_folder_atomically(target, fill)
         except _Damaged as fault:
             return str(fault)
-        for file in self.store.names(""):
-            if file.endswith(_LINES):
-                self.store.download(file, self.folder / file)
         return ""
 
     def fetch_folders(self) -> None:

@@ -161,7 +161,8 @@ class Trainer:
             if checkpoint is not None:
                 inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
             base = ensure_base(local, self.spec, self.mixture, self.watcher.message)
-            dump(self.config, self.output / "config.yaml")
+            # what was accepted for this resume isn't accepted for good
+            dump(replace(self.config, accept_changes=()), self.output / "config.yaml")
             self.writer.upload()
         self.accelerator.wait_for_everyone()
         if self.mirror is not None:
@@ -205,16 +206,7 @@ class Trainer:
                 f"max_train_steps={2 * progress.step}."
             )
             return self._finish(0)
-        if self.is_main:
-            self.watcher.message(f"{self.batch}, on {self.device.type}")
-        if self.is_main:
-            segment = new_segment(
-                config, progress, self.batch, self.mixture, self.device, self.checkpoint
-            )
-            add_segment(self.output, segment)
-        if config.report_to != "none":
-            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
-        check = self._step_check()
+        check = self._begin()
         window = LossWindow(self.batch.accumulation, self.accelerator.gather)
         previous: StepFacts | None = None
         with stopping() as stop:
@@ -249,9 +241,19 @@ class Trainer:
             self.accelerator.end_training()
         return outcome
 
-    def _step_check(self) -> StepCheck:
+    def _begin(self) -> StepCheck:
+        """Announces and records on what this run trains, and how. Returns the check of its steps."""
         from accelerate.utils import gather_object
 
+        config = self.config
+        if self.is_main:
+            self.watcher.message(f"{self.batch}, on {self.device.type}")
+            segment = new_segment(
+                config, self.progress, self.batch, self.mixture, self.device, self.checkpoint
+            )
+            add_segment(self.output, segment)
+        if config.report_to != "none":
+            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         limits = Limits(
             batch=self.batch.size,
             samples=len(self.mixture),

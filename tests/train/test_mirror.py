@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import shutil
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.errors import LockedError, StoreError, WeightsError
-from configs.load import dump
 from configs.training import OptimConfig, TrainConfig
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
-from tests.stages.storage.s3_server import ENVIRONMENT, Bucket, Faults
+from tests.stages.storage.s3_server import ENVIRONMENT, Bucket, Faults, Proxy
 from tests.train.helpers import Listener, run, same, small, weights
 from train.checkpoints import checkpoints
 from train.history import read_lines
 from train.mirror import Mirror
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def settings(data: Path, base: Path, output: str, work: Path, **changes: object) -> TrainConfig:
-    """Six steps and three checkpoints."""
+    """Six steps and three checkpoints. output: a URL, or "" for a run to the folder `work`."""
     values: dict[str, object] = {
         "optim": OptimConfig(learning_rate=1e-3, lr_scheduler="constant"),
-        "work_folder": str(work) if "://" in output else "",
         "checkpointing_steps": 2,
         "max_train_steps": 6,
     }
-    return small(data, base, output, **{**values, **changes})
+    config = small(data, base, work, **{**values, **changes})
+    return replace(config, output=output, work_folder=str(work)) if output else config
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run in a local folder."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(settings(data, tiny_base, str(output), output))
+    run(settings(data, tiny_base, "", output))
     return output
 
 
@@ -58,41 +57,64 @@ def local(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_to_s3_has_all_its_files_there_in_spite_of_faults(
-    undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class Finished:
+    """A run to a bucket, through a proxy with faults. changes: (method, name), in order."""
+
+    bucket: Bucket
+    config: TrainConfig
+    changes: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    server_and_client: tuple[Proxy, Any],
+    data: Path,
+    tiny_base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Finished:
+    server, client = server_and_client
+    bucket = Bucket(client, server)
     bucket.proxy.reset(Faults(share=0.2, seed=5))
-    config = settings(data, tiny_base, bucket.out, tmp_path / "work", checkpoints_total_limit=2)
-    outcome = run(config)
-    assert outcome.adapter and same(weights(outcome.adapter), weights(undisturbed / "final"))
-    files = remote(bucket)
-    assert files == local(tmp_path / "work")
-    tops = {name.split("/")[0] for name in files}
-    assert tops == {
+    work = tmp_path_factory.mktemp("finished") / "work"
+    config = settings(data, tiny_base, bucket.out, work, checkpoints_total_limit=2)
+    run(config)
+    return Finished(bucket, config, server.changes(f"/{bucket.name}/out/"))
+
+
+def copied(finished: Finished, bucket: Bucket, work: Path) -> TrainConfig:
+    """Copies a finished run to another bucket and work folder, and returns its settings."""
+    bucket.copy_of(finished.bucket)
+    shutil.copytree(finished.config.work_folder, work)
+    return replace(finished.config, output=bucket.out, work_folder=str(work))
+
+
+def test_a_run_to_s3_has_all_its_files_there_in_spite_of_faults(
+    finished: Finished, undisturbed: Path
+) -> None:
+    work, files = Path(finished.config.work_folder), remote(finished.bucket)
+    assert same(weights(work / "final"), weights(undisturbed / "final"))
+    assert files == local(work)
+    assert {name.split("/")[0] for name in files} == {
         *("checkpoint-000004", "checkpoint-000006", "final"),
         *("config.yaml", "losses.jsonl", "summary.json"),
     }
     secret = ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode()
     assert not [name for name, content in files.items() if secret in content]
-    changes = [name for method, name in bucket.proxy.changes(f"/{bucket.name}/out/") if method]
+    changed = [name for method, name in finished.changes if method != "DELETE"]
     for step in (2, 4, 6):
-        mine = [name for name in changes if name.startswith(f"checkpoint-{step:06d}/")]
-        assert mine.index(f"checkpoint-{step:06d}/files.json") >= 3  # after the other files
-        assert changes.index("losses.jsonl") < changes.index(mine[0])
-    # of one that is removed, files.json goes first
-    deleted = [
-        name
-        for method, name in bucket.proxy.changes(f"/{bucket.name}/out/checkpoint-")
-        if method == "DELETE"
-    ]
-    assert deleted[0] == "000002/files.json" and {name[:6] for name in deleted} == {"000002"}
+        mine = [name for name in changed if name.startswith(f"checkpoint-{step:06d}/")]
+        assert mine[-1].endswith("files.json") and len(set(mine)) == 5
+        assert changed.index("losses.jsonl") < changed.index(mine[0])
+    removed = [name for method, name in finished.changes if method == "DELETE"]
+    checkpoint = [name for name in removed if name.startswith("checkpoint-")]
+    assert checkpoint[0] == "checkpoint-000002/files.json" and len(set(checkpoint)) == 5
 
 
 def test_another_machine_resumes_from_the_newest_intact_checkpoint(
-    undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+    finished: Finished, undisturbed: Path, bucket: Bucket, tmp_path: Path
 ) -> None:
-    config = settings(data, tiny_base, bucket.out, tmp_path / "one")
-    run(config)
+    config = copied(finished, bucket, tmp_path / "one")
     bucket.put("out/checkpoint-000006/state.pt", b"nonsense")
     bucket.put("out/checkpoint-000008/state.pt", b"an upload that was stopped")
     listener = Listener()
@@ -106,8 +128,6 @@ def test_another_machine_resumes_from_the_newest_intact_checkpoint(
     assert outcome.adapter and same(weights(outcome.adapter), weights(undisturbed / "final"))
     lines = [*read_lines(tmp_path / "two/losses.jsonl")]
     assert lines == [*read_lines(undisturbed / "losses.jsonl")]
-    # what the first machine has is as before, so its newest checkpoint is the store's second one
-    assert remote(bucket) == local(tmp_path / "two")
     names = {name.split("/")[0] for name in remote(bucket)}
     assert "checkpoint-000006" in names and "checkpoint-000008" not in names
 
@@ -116,7 +136,6 @@ def test_a_kill_during_an_upload_and_another_machine_end_in_the_same_weights(
     undisturbed: Path, bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     config = settings(data, tiny_base, bucket.out, tmp_path / "one")
-    dump(config, tmp_path / "preset.yaml")
     uploading, killed = threading.Event(), threading.Event()
 
     def stop_at(method: str, target: str) -> str:
@@ -127,13 +146,13 @@ def test_a_kill_during_an_upload_and_another_machine_end_in_the_same_weights(
         return ""
 
     bucket.proxy.reset(Faults(always=stop_at))
-    command = [sys.executable, "-m", "train.cli", "run", "--config", str(tmp_path / "preset.yaml")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    process.start()
     try:
         assert uploading.wait(120)
     finally:
         process.kill()
-        process.wait()
+        process.join()
         killed.set()
     assert "checkpoint-000004/files.json" not in remote(bucket)
     assert "checkpoint-000004/adapter.safetensors" in remote(bucket)
@@ -162,42 +181,39 @@ def test_a_store_that_fails_costs_no_local_work_and_is_an_error_at_the_end(
 
 
 def test_a_run_that_was_continued_elsewhere_is_followed(
-    bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path
+    finished: Finished, bucket: Bucket, tmp_path: Path
 ) -> None:
-    one = settings(data, tiny_base, bucket.out, tmp_path / "one")
-    run(one)
+    one = copied(finished, bucket, tmp_path / "one")
+    older = "checkpoint-000004"
     two = replace(
         one,
         work_folder=str(tmp_path / "two"),
-        resume_from_checkpoint="checkpoint-000002",
-        max_train_steps=3,
+        resume_from_checkpoint=older,
+        max_train_steps=5,
     )
-    run(two)  # from a checkpoint that only the store has
-    assert [path.name for path in checkpoints(tmp_path / "two")][-1] == "checkpoint-000003"
+    run(two)
     listener = Listener()
-    run(replace(one, max_train_steps=4), listener)
-    assert "one/checkpoint-000003 at step 3" in " ".join(listener.messages)
+    assert run(one, listener).step == 6  # its own checkpoint-000006 is of the abandoned run
+    assert "one/checkpoint-000005 at step 5" in " ".join(listener.messages)
     folders = [path.name for path in checkpoints(tmp_path / "one")]
-    assert folders == ["checkpoint-000002", "checkpoint-000003", "checkpoint-000004"]
-    # and from a URL, with an output of its own
-    new = replace(
-        one,
+    assert folders == ["checkpoint-000005", "checkpoint-000006"]
+
+
+def test_a_checkpoint_at_a_url_is_resumed_in_another_output(
+    finished: Finished, tmp_path: Path
+) -> None:
+    url = f"{finished.bucket.out}/checkpoint"
+    config = replace(
+        finished.config,
         output=str(tmp_path / "new"),
         work_folder="",
-        resume_from_checkpoint=f"{bucket.out}/checkpoint-000003",
+        resume_from_checkpoint=f"{url}-000005",
     )
+    with pytest.raises(WeightsError, match=r"000005 can't be used: it has no files\.json"):
+        run(config)
     listener = Listener()
-    assert run(new, listener).step == 6 and "at step 3" in " ".join(listener.messages)
-    with pytest.raises(
-        WeightsError, match=r"checkpoint-000005 can't be used: it has no files\.json"
-    ):
-        run(
-            replace(
-                new,
-                resume_from_checkpoint=f"{bucket.out}/checkpoint-000005",
-                output=str(tmp_path / "other"),
-            )
-        )
+    run(replace(config, resume_from_checkpoint=f"{url}-000004"), listener)
+    assert "at step 4" in listener.messages[0] and not list((tmp_path / "new").glob(".*"))
 
 
 def test_the_url_is_locked(bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path) -> None:
