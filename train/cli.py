@@ -39,6 +39,7 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
     accelerate launch --num_processes 4 -m train.cli run --config configs/train/sd15.yaml \\\\
         data=s3://bucket/fgid output=runs/sd15 micro_batch_size=4
 
+  Several data sets:                  … 'data=[{path: a}, {path: b}]'
   Continue a finished run:            … max_train_steps=20000
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy
   Show the losses:                    tensorboard --logdir runs/sd15/logs
