@@ -45,6 +45,7 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
     python -m train.cli run --config configs/train/sd15.yaml data=s3://bucket/fgid \\
         output=/mnt/runs/sd15 ray.address=10.0.0.1:6379 ray.workers=4
 
+  Several data sets:                  … 'data=[{path: a}, {path: b}]'
   Continue a finished run:            … max_train_steps=20000
   … with another learning rate:       … optim.learning_rate=5e-5 accept_changes=optim.learning_rate
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy

@@ -6,16 +6,17 @@ The trainer reads samples through it only, whether there is one data set or more
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
-
-import numpy as np
+from typing import Any, Final
 
 from configs.errors import ConfigError, ShardError
 from configs.training import DataSource, TrainConfig
 from stages.record import Record
+from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from train.order import SampleOrder
 from train.pairs import Pairs
@@ -59,7 +60,7 @@ class Mixture:
         self.digests: Final = tuple(part.digest for part in self._parts)
         self.index_files: Final = tuple(part.index_file for part in self._parts)
         self.digest: Final = self._digest()
-        if pair_prob and not self.with_others():
+        if pair_prob and not self.with_others:
             raise ConfigError(
                 f"pair_prob={pair_prob:g} needs people with at least two samples, and {self} has "
                 f"none with split={split}. A data set knows its people when make dataset has run "
@@ -102,8 +103,9 @@ class Mixture:
         part, own = self._place(number)
         return [self._first[part] + other for other in self._parts[part].others(own)]
 
+    @cached_property
     def with_others(self) -> int:
-        """Returns how many samples have another of the same person."""
+        """How many samples have another of the same person."""
         return sum(part.with_others() for part in self._parts)
 
     def records(self, numbers: Sequence[int], *, verify: bool = True) -> list[Record | ShardError]:
@@ -161,7 +163,7 @@ class Mixture:
             ]
         if self._pair_prob:
             parts.append(
-                f"{self.with_others():,} of {len(self):,} samples have another of the same person"
+                f"{self.with_others:,} of {len(self):,} samples have another of the same person"
             )
         return "; ".join(parts)
 
@@ -170,7 +172,7 @@ class Mixture:
 
     def _place(self, number: int) -> tuple[int, int]:
         """Returns the data set of a sample, and its number there."""
-        part = int(np.searchsorted(self._first, number, side="right")) - 1
+        part = bisect_right(self._first, number) - 1
         return part, number - self._first[part]
 
     def _digest(self) -> str:
@@ -194,18 +196,27 @@ def open_mixture(config: TrainConfig, index_folder: Path | None = None) -> Mixtu
 
 def _face_models(path: str) -> dict[str, str]:
     """Returns stage → backend, version and weights with which a data set's faces were detected,
-    parsed and embedded.
+    parsed and embedded. Raises ShardError if the data set's files don't state it.
     """
     reader = DatasetReader(path)
-    info, config = reader.dataset_info(), reader.config_values()
-    signatures = dict(zip(info.get("stages", []), info.get("signatures", []), strict=False))
-    digests = {each["name"]: each["sha256"] for each in info.get("weights", [])}
+    try:
+        return _stated_models(reader.dataset_info(), reader.config_values())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{path}: {layout.DATASET} and {layout.CONFIG} don't state its stages "
+            f"({type(error).__name__}: {error}). {layout.how_to_repair(layout.DATASET)}"
+        ) from error
+
+
+def _stated_models(info: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """info, config: contents of dataset.json and config.yaml."""
+    signatures = dict(zip(info["stages"], info["signatures"], strict=False))
+    digests = {each["name"]: each["sha256"] for each in info["weights"]}
     models = {}
     for stage in _FACE_STAGES:
-        backend = info.get("backends", {}).get(stage, "not stated")
-        version = signatures.get(stage, "").removeprefix(f"{stage}-").partition("-")[0]
-        weights = config.get(stage, {}).get("weights", "")
-        models[stage] = f"{backend} {version} {weights} {digests.get(weights, '')[:12]}".strip()
+        backend, weights = info["backends"][stage], config[stage]["weights"]
+        version = signatures[stage].removeprefix(f"{stage}-").partition("-")[0]
+        models[stage] = f"{backend} {version} {weights} {digests[weights][:12]}"
     return models
 
 

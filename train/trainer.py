@@ -242,7 +242,7 @@ class Trainer:
         return outcome
 
     def _begin(self) -> StepCheck:
-        """Announces and records on what this run trains, and how. Returns the check of its steps."""
+        """Announces and records on what the run trains; returns the check of its steps."""
         from accelerate.utils import gather_object
 
         config = self.config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ShardError
 from configs.training import DataSource
 from stages.record import Record
 from tests.train.conftest import Mixed
@@ -42,7 +42,7 @@ def test_other_samples_of_a_person_are_those_of_its_own_data_set(mixed: Mixed) -
         *([2, 4], [7], [9], [11], []),
         *([13, 15, 16], []),
     ]
-    assert mixture.with_others() == 8 + 4 + 4
+    assert mixture.with_others == 8 + 4 + 4
 
 
 def test_the_digest_changes_with_all_that_changes_the_sequence(
@@ -51,8 +51,8 @@ def test_the_digest_changes_with_all_that_changes_the_sequence(
     one, two, _ = (source.path for source in mixed.sources)
 
     def digest(*weights: float, paths: tuple[str, ...] = (one, two), pairs: float = 0) -> str:
-        given = [DataSource(path=p, weight=w) for p, w in zip(paths, weights, strict=True)]
-        return Mixture(given, pair_prob=pairs).digest
+        weighted = [DataSource(path=p, weight=w) for p, w in zip(paths, weights, strict=True)]
+        return Mixture(weighted, pair_prob=pairs).digest
 
     assert digest(2, 1) == digest(4, 2) != digest(3, 1)
     assert digest(8, 5) == Mixture(sources(Path(one), Path(two))).digest
@@ -75,6 +75,9 @@ def test_data_sets_with_other_models_for_the_face_are_refused(data: Path, tmp_pa
         Mixture(sources(data, copy))
     assert f"in {data}, arcface 2 w600k_mbf 1234567890ab in {copy}" in str(error.value)
     assert "detect:" not in str(error.value)
+    (copy / "dataset.json").write_text('{"weights": [1]}')
+    with pytest.raises(ShardError, match=f"{copy}: dataset.json and config.yaml don't state"):
+        Mixture(sources(data, copy))
 
 
 def test_a_step_that_needs_samples_twice_is_refused_before_the_start(
@@ -92,11 +95,11 @@ def test_a_step_that_needs_samples_twice_is_refused_before_the_start(
 
 def test_pairs_need_a_person_with_two_samples(data: Path, tmp_path: Path) -> None:
     # of the eight portraits, all of other people
-    assert Mixture(sources(data)).with_others() == 0
+    assert Mixture(sources(data)).with_others == 0
     with pytest.raises(ConfigError, match=r"pair_prob=0\.5 needs people .* with split=train"):
         Mixture(sources(data), "train", pair_prob=0.5)
     people = with_people(data, tmp_path / "people", "aabbccdd")
-    assert Mixture(sources(data, people), pair_prob=0.5).with_others() == 8
+    assert Mixture(sources(data, people), pair_prob=0.5).with_others == 8
     (people / "identities.parquet").unlink()
     with pytest.raises(ConfigError, match=r"make dataset has run to its end"):
         Mixture(sources(data, people), pair_prob=0.5)
