@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ class Trainer:
             )
         return {"scaler": {}, **state}
 
-    def _batches(self) -> Iterator[PackedBatch]:
+    def _batches(self) -> Generator[PackedBatch, None, None]:
         check_shared_memory(
             size=self.batch.micro,
             workers=self.config.num_workers,
@@ -187,6 +188,22 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
+    def _grouped(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Returns the batches, after letting several processes choose how they send gradients.
+
+        DistributedDataParallel groups the gradients anew after its first backward pass, and of sums
+        of more than two numbers the last bit depends on the groups. So a pass goes first whose
+        gradients are thrown away: then a step has the same groups in each run, resumed or not.
+        """
+        if self.batch.world == 1:
+            return batches
+        first = next(batches)
+        batch = unpacked(first, self.preparation, self.device)
+        losses = step_losses(self.model, self.frozen, batch, self.config.loss, mask=False)
+        self.accelerator.backward(losses.total)
+        self.optimizer.zero_grad()
+        return chain([first], batches)
+
     def run(self) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
@@ -202,8 +219,8 @@ class Trainer:
         window: list[Tensor] = []
         rates: list[float] = []
         previous: StepFacts | None = None
-        with stop_on_signal() as stop:
-            batches = self._batches()
+        with stop_on_signal() as stop, closing(self._batches()) as loaded:
+            batches = self._grouped(loaded)
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
                 rates.append(float(self.schedule.get_last_lr()[0]))
