@@ -30,23 +30,19 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Records SIGINT or SIGTERM, so that training stops after the current step.
 
-    A further signal ends the process at once, as the previous handlers do, which are also restored
-    at exit. For two seconds after the first one, further signals have no effect: a signal to all
-    processes arrives a second time from torch's launcher, which passes its own on.
+    A further signal ends the process at once. For two seconds after the first one, further signals
+    have no effect: a signal to all processes arrives a second time from torch's launcher, which
+    passes its own on. The previous handlers are restored at exit.
     """
     stop, first = Stop(), 0.0
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         nonlocal first
         if not stop.signal:
             stop.signal, first = number, time.monotonic()
         elif time.monotonic() - first > _TWICE:
-            restore()
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     for number in previous:
@@ -54,4 +50,5 @@ def stop_on_signal() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -96,8 +96,8 @@ def misreported(fault: str, training: Training, command: Command, before: int) -
     expected: set[int]
     if fault == "all killed":
         expected = {-signal.SIGKILL}
-    elif several:  # torch's launcher exits 1 whatever its processes do
-        expected = {1}
+    elif several:  # torch's launcher exits 1 whatever its processes do, once it handles signals
+        expected = {1} if before or number is None else {1, -number}
     elif fault == "rank killed":
         expected = {-signal.SIGKILL}
     elif number is not None:  # before the first step, the signal ends the process
