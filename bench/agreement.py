@@ -49,6 +49,7 @@ def main(
 def measure(preset: Path, steps: int) -> None:
     """Trains in one of the processes; the first one prints the result."""
     import torch
+    import transformers
     from torch import distributed
 
     from configs.load import load
@@ -56,6 +57,7 @@ def measure(preset: Path, steps: int) -> None:
     from train.stopping import Stop
     from train.trainer import Trainer
 
+    transformers.utils.logging.disable_progress_bar()
     total = 2 * (steps + _WARMUP)
     config = replace(
         load(TrainConfig, preset),

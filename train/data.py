@@ -13,7 +13,7 @@ The loader must not be passed to `accelerator.prepare`, which would split it a s
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, TypeVar
@@ -278,8 +278,8 @@ def micro_batches(
     world: int = 1,
     workers: int = 0,
     pin: bool = False,
-) -> Iterator[Batch]:
-    """Yields the micro-batches of one process, without end.
+) -> Generator[Batch, None, None]:
+    """Yields the micro-batches of one process, without end. Closing the generator ends its workers.
 
     make: positions → micro-batch, in practice a BatchMaker; it runs in the worker processes.
     start: position of the first sample, counted over all processes. size: samples in a
@@ -313,7 +313,7 @@ def micro_batches(
     return _raising(iter(loader))
 
 
-def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
+def _raising(batches: Iterator[Batch | PipelineError]) -> Generator[Batch, None, None]:
     for batch in batches:
         if isinstance(batch, PipelineError):
             raise batch
@@ -324,7 +324,8 @@ def _ignore_signals(_worker: int) -> None:
     """Ignores SIGINT and SIGTERM in a worker.
 
     Ctrl-C sends the first to every process of the terminal, and schedulers send the second to every
-    process of a job; the trainer handles them and ends its workers.
+    process of a job; the trainer handles them and ends its workers. It must, even after an error:
+    Python sends SIGTERM to the workers when it exits, and waits for them.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ depends on values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,3 +221,20 @@ def step_losses(
         errors=errors.detach(),
         timesteps=batch.timesteps,
     )
+
+
+def group_gradients(
+    trained: nn.Module,
+    frozen: Frozen,
+    batch: TrainBatch,
+    config: LossConfig,
+    backward: Callable[[Tensor], None],
+) -> None:
+    """Lets several processes choose how they send gradients, by a backward pass whose gradients the
+    caller throws away.
+
+    DistributedDataParallel groups the gradients anew after its first backward pass, and of sums of
+    more than two numbers the last bit depends on the groups. With this pass, a step has the same
+    groups in each run, resumed or not.
+    """
+    backward(step_losses(trained, frozen, batch, config, mask=False).total)

@@ -39,10 +39,6 @@ def stop_on_signal() -> Iterator[Stop]:
     stop, first = Stop(), 0.0
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
     def on_signal(number: int, _frame: FrameType | None) -> None:
         nonlocal first
         if not stop.signal:
@@ -56,4 +52,5 @@ def stop_on_signal() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ from train.state import (
     set_random_state,
     write_json,
 )
-from train.step import LOSSES, StepLosses, masks_background, step_losses
+from train.step import LOSSES, StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
 from train.writer import CheckpointWriter
 
@@ -180,7 +181,7 @@ class Trainer:
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
         return {"scaler": {}, **state}
 
-    def _batches(self) -> Iterator[PackedBatch]:
+    def _batches(self) -> Generator[PackedBatch, None, None]:
         check_shared_memory(
             size=self.batch.micro,
             workers=self.config.num_workers,
@@ -197,6 +198,16 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
+    def _grouped(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Returns the batches, after `group_gradients` with the first one."""
+        if self.batch.world == 1:
+            return batches
+        first = next(batches)
+        batch = unpacked(first, self.preparation, self.device)
+        group_gradients(self.model, self.frozen, batch, self.config.loss, self.accelerator.backward)
+        self.optimizer.zero_grad()
+        return chain([first], batches)
+
     def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
@@ -209,8 +220,8 @@ class Trainer:
         check = self._begin()
         window = LossWindow(self.batch.accumulation, self.accelerator.gather)
         previous: StepFacts | None = None
-        with stopping() as stop:
-            batches = self._batches()
+        with stopping() as stop, closing(self._batches()) as loaded:
+            batches = self._grouped(loaded)
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
                 rate = float(self.schedule.get_last_lr()[0])

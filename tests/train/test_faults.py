@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -99,6 +100,17 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
 
 def poisoned_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter.safetensors")
+
+
+def test_an_error_ends_the_workers(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    def fail(step: int) -> None:
+        raise RuntimeError("not a PipelineError")
+
+    # they ignore SIGTERM, which Python sends to them at its exit before it waits for their end
+    with pytest.raises(RuntimeError) as error:
+        run(small(data, tiny_base, tmp_path / "out", num_workers=2), Listener(fail))
+    assert not multiprocessing.active_children()
+    del error  # it refers to the loader
 
 
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -35,13 +36,14 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Command:
     """The command that trains in `output`. mark: identifies its processes. folder: for temporary
-    files and the log.
+    files and the log. pids: of its processes, also of those that have ended.
     """
 
     preset: Path
     output: Path
     folder: Path
     mark: str
+    pids: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, preset: Path, output: Path, folder: Path) -> Command:
@@ -80,7 +82,8 @@ class Command:
                 stderr=stream,
                 preexec_fn=preexec,
             )
-        return Training(process, layout, self.log, begin)
+        self.pids.add(process.pid)
+        return Training(process, layout, self.log, begin, self.pids)
 
     def last_step(self) -> int:
         """Returns the last step in losses.jsonl, 0 if there is none."""
@@ -100,12 +103,15 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A start of the command. begin: where its output begins in the log."""
+    """A start of the command. begin: where its output begins in the log. pids: of all processes
+    that were seen of the round.
+    """
 
     process: subprocess.Popen[bytes]
     layout: Layout
     log: Path
     begin: int
+    pids: set[int]
 
     def text(self) -> str:
         """Returns what this start has printed."""
@@ -127,6 +133,16 @@ class Training:
         """Returns the command's process and all below it, which are the last ones."""
         return [psutil.Process(self.process.pid), *descendants(self.process.pid)]
 
+    def wait(self, until: Callable[[], bool], limit: float) -> bool:
+        """Waits until a condition holds, the start has ended, or `limit` seconds have passed.
+        Returns whether it has not ended.
+        """
+        end = time.monotonic() + limit
+        while self.is_running() and not until() and time.monotonic() < end:
+            self.pids.update(process.pid for process in descendants(self.process.pid))
+            time.sleep(0.1)
+        return self.is_running()
+
 
 def _mark_of(process: psutil.Process) -> str:
     try:
@@ -140,11 +156,19 @@ def shared_files() -> set[str]:
     return {path.name for path in _SHARED.iterdir()} if _SHARED.is_dir() else set()
 
 
-def unused(names: set[str]) -> set[str]:
-    """Returns those files in shared memory that no process uses."""
-    names = names & shared_files()
+def unused(names: set[str], pids: set[int]) -> set[str]:
+    """Returns those files in shared memory that no process uses, except for those that torch has
+    created in processes other than `pids`.
+    """
+    names = {name for name in names & shared_files() if _creator(name) in (None, *pids)}
     in_use = "\n".join(_used_files()) if names else ""
     return {name for name in names if f"/{name}" not in in_use}
+
+
+def _creator(name: str) -> int | None:
+    """Returns the process that has created a file, if torch's name of it says so."""
+    match = re.match(r"torch_(\d+)_", name)
+    return int(match[1]) if match else None
 
 
 def _used_files() -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
+
 from configs.load import dump
 from configs.training import ModelConfig, OptimConfig, TrainConfig
 from model.tiny import make_tiny_base
@@ -21,6 +23,7 @@ def make_preset(folder: Path) -> Path:
     succeed(["synthesize", "--count", str(PORTRAITS), "--seed", "11", str(photos)])
     # small images are decoded fast
     succeed(run_command(photos, data, "executor=inline", "resize.size=256"))
+    transformers.utils.logging.disable_progress_bar()
     make_tiny_base(base, Weights().fetch("clip_bpe"), 0)
     config = TrainConfig(
         data=str(data),

@@ -14,11 +14,11 @@ FAULTS = ("rank killed", "all killed", "SIGTERM to all", "SIGINT to a rank", "di
 MICRO = {1: 2, 2: 1, 4: 1}
 _EARLIEST = 0.3  # share of faults that come before the first step
 _FIRST_ROUNDS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
-    ((2, 2, 2), ("SIGTERM to all", "rank killed")),
-    ((1, 4, 2), ("all killed", "SIGINT to a rank")),
+    ((4, 4), ("SIGTERM to all",)),
+    ((2, 1, 2), ("rank killed", "SIGINT to a rank")),
     ((1, 1, 1, 1), ("disk full", "SIGTERM to all", "all killed")),
 )
-_LATER = ((4, 4, 4), (2, 1, 4), (2, 2, 2, 2), (1, 2, 1, 2), (1, 1, 1, 1), (4, 2, 1))
+_LATER = ((2, 2, 2, 2), (1, 4, 2), (4, 4, 4), (2, 1, 4), (1, 1, 1, 1), (1, 2, 1, 2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class Round:
                 theirs = self.undisturbed.output
                 self.wrong += differences(command.output, theirs, STEPS, same=self.plan.same)
             self.wrong += command.remains()
-            left = unused(shared_files() - shared)
+            left = unused(shared_files() - shared, command.pids)
             self.wrong += [f"/dev/shm/{name} is left" for name in sorted(left)]
         shutil.rmtree(self.folder, ignore_errors=True)
         self.seconds = time.monotonic() - began
