@@ -33,13 +33,13 @@ from train.batches import plan_batches
 from train.checkpoints import write_folder_atomically
 from train.data import BatchMaker, micro_batches, unpacked
 from train.facts import NONFINITE, SKIPPED, Limits, StepCheck, StepFacts
-from train.history import HISTORY, KEYS, History, KeyLog, Lines, summarise
-from train.losses import LossWindow, losses_of_process
+from train.history import HISTORY, summarise
 from train.mirror import open_output
 from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
 from train.processes import join_processes
+from train.records import StepRecords
 from train.resume import (
     Samples,
     agreed_checkpoint,
@@ -52,7 +52,7 @@ from train.resume import (
 from train.segments import add_segment, inherit, new_segment
 from train.setup import check_config, make_models, make_optimizer, make_preparation
 from train.shards import INDEX
-from train.spikes import SPIKES, SpikeCheck, SpikeContext
+from train.spikes import SPIKES, SpikeContext
 from train.state import (
     AdapterExtras,
     Snapshot,
@@ -62,7 +62,7 @@ from train.state import (
     set_random_state,
     write_json,
 )
-from train.step import LOSSES, StepLosses, group_gradients, masks_background, step_losses
+from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
 from train.writer import CheckpointWriter
 
@@ -83,7 +83,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, watcher: Watcher, stack: ExitStack) -> None:
-        from accelerate.utils import gather_object, set_seed
+        from accelerate.utils import set_seed
 
         pin_threads(config.threads)
         self.config, self.watcher = config, watcher
@@ -127,15 +127,15 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history: History | None = None
-        self.spikes: SpikeCheck | None = None
-        if self.is_main:
-            step = self.progress.step
-            self.history = History(self.output / HISTORY, step=step)
-            saved = state.get("spikes") if checkpoint is not None else None
-            self.spikes = SpikeCheck(self._spike_context(), step, saved)
-        key_lines = Lines(self.output / KEYS, step=self.progress.step) if self.is_main else None
-        self.key_log = KeyLog(key_lines, gather_object) if config.log_keys else None
+        self.records = StepRecords(
+            self.progress.step,
+            self._spike_context(),
+            self.batch.accumulation,
+            self.accelerator,
+            is_main=self.is_main,
+            keys=config.log_keys,
+            spikes=state["spikes"] if checkpoint is not None else None,
+        )
 
     @property
     def is_main(self) -> bool:
@@ -218,15 +218,12 @@ class Trainer:
             )
             return self._finish(0)
         check = self._begin()
-        window = LossWindow(self.batch.accumulation, self.accelerator.gather)
         previous: StepFacts | None = None
         with stopping() as stop, closing(self._batches()) as loaded:
             batches = self._grouped(loaded)
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
-                rate = float(self.schedule.get_last_lr()[0])
-                step_facts, losses_of_step = self._step(batches, stop)
-                window.add(losses_of_step, rate)
+                step_facts = self._step(batches, stop)
                 progress.step += 1
                 ends = progress.step == config.max_train_steps
                 saves = progress.step % config.checkpointing_steps == 0 or ends
@@ -239,7 +236,7 @@ class Trainer:
                     stop.agreed = stop.agreed or bool(stop.signal)
                 losses = None
                 if progress.step % config.log_every == 0 or saves or stop.agreed:
-                    losses = self._fetch_losses(window)
+                    losses = self._fetch_losses()
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
                 if saves or stop.agreed:
@@ -295,13 +292,12 @@ class Trainer:
             message=self.watcher.message,
         )
 
-    def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> tuple[StepFacts, Tensor]:
+    def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> StepFacts:
         """Takes one optimizer step over its micro-batches. An update with a gradient that isn't
         finite is skipped, which the device decides.
-
-        Returns the step's facts, and this process's part of the losses, on the device.
         """
         config, progress, world = self.config, self.progress, self.batch.world
+        rate = float(self.schedule.get_last_lr()[0])
         mask = masks_background(config.loss, config.seed, progress.step + 1)
         micro = [next(batches) for _ in range(self.batch.accumulation)]
         own = [float(sum(int(b.valid.sum()) for b in micro)), float(bool(stop.signal))]
@@ -328,27 +324,18 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         bad = tuple(sample for batch in micro for sample in batch.bad)
-        if self.key_log is not None:
-            self.key_log.add(progress.step + 1, micro)
+        self.records.add(progress.step + 1, micro, losses_of_micro, rate)
         step_facts = StepFacts(
             progress.step + 1, progress.position, torch.cat((numbers, skipped[None])), bad
         )
         progress.position += self.batch.size
-        return step_facts, losses_of_process(losses_of_micro)
+        return step_facts
 
-    def _fetch_losses(self, window: LossWindow) -> dict[str, float]:
-        """Fetches the losses of the last steps, records them, and returns their means."""
-        fetched, rates = window.fetch()
-        means = dict(zip(LOSSES, fetched.values.mean(0, dtype=float).tolist(), strict=True))
-        if self.history is not None and self.spikes is not None:
-            steps, progress = len(rates), self.progress
-            first = progress.step - steps + 1
-            self.history.add_losses(first, fetched.values, rates)
-            self.spikes.add(first, progress.position - steps * self.batch.size, fetched)
-        if self.key_log is not None:
-            self.key_log.write()
+    def _fetch_losses(self) -> dict[str, float]:
+        """Records the losses of the last steps, and returns their means."""
+        means = self.records.fetch(self.progress)
         if self.config.report_to != "none":
-            self.accelerator.log({**means, "lr": rates[-1]}, step=self.progress.step)
+            self.accelerator.log(means, step=self.progress.step)
         return means
 
     def _extras(self) -> AdapterExtras:
@@ -380,7 +367,7 @@ class Trainer:
                     optimizer=self.optimizer.state_dict(),
                     schedule=self.schedule.state_dict(),
                     random=random,
-                    spikes=self.spikes.state() if self.spikes else {},
+                    spikes=self.records.state(),
                     scaler=scaler.state_dict() if scaler else {},
                 ),
             )
@@ -393,13 +380,13 @@ class Trainer:
         OUT/final.
         """
         progress, adapter, summary = self.progress, None, {}
-        if self.history is not None and self.writer is not None:
+        if self.records.history is not None and self.writer is not None:
             self.writer.wait()
             if not stop_signal:
                 write_adapter = self._snapshot().write_adapter
                 adapter = write_folder_atomically(self.output / "final", write_adapter)
             summary = summarise(
-                self.history,
+                self.records.history,
                 samples=progress.position,
                 seconds=progress.seconds,
                 finished=not stop_signal,

@@ -1,0 +1,76 @@
+"""What a run records of its steps: losses.jsonl, spikes.jsonl and, if asked for, keys.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.history import HISTORY, KEYS, History, KeyLog, Lines
+from train.losses import LossWindow, losses_of_process
+from train.outcome import Progress
+from train.packing import PackedBatch
+from train.spikes import SpikeCheck, SpikeContext
+from train.step import LOSSES, StepLosses
+
+
+class StepRecords:
+    """The records of steps, on each process. Losses stay on the device until `fetch`.
+
+    step: that the run resumes from. context: for spikes, with the run's folder and the size of a
+    step. accumulation: micro-batches of a process in a step. accelerator: gathers the records of
+    all processes. is_main: whether this process writes. keys: whether to write those of all
+    samples. spikes: what `state` returned at `step`; None for a new run.
+
+    history: the losses of every step; None on processes other than the main one.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        context: SpikeContext,
+        accumulation: int,
+        accelerator: Any,
+        *,
+        is_main: bool,
+        keys: bool,
+        spikes: dict[str, Any] | None,
+    ) -> None:
+        from accelerate.utils import gather_object
+
+        output: Path = context.output
+        self._batch = context.batch
+        self._window = LossWindow(accumulation, accelerator.gather)
+        self.history = History(output / HISTORY, step=step) if is_main else None
+        self._spikes = SpikeCheck(context, step, spikes) if is_main else None
+        lines = Lines(output / KEYS, step=step) if is_main else None
+        gather: Callable[[list[Any]], list[Any]] = gather_object
+        self._keys = KeyLog(lines, gather) if keys else None
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds of the records, as tensors and plain values."""
+        return self._spikes.state() if self._spikes is not None else {}
+
+    def add(
+        self, step: int, micro: Sequence[PackedBatch], losses: Sequence[StepLosses], rate: float
+    ) -> None:
+        """Adds this process's part of a step. micro, losses: of its micro-batches. rate: the
+        learning rate.
+        """
+        self._window.add(losses_of_process(losses), rate)
+        if self._keys is not None:
+            self._keys.add(step, micro)
+
+    def fetch(self, progress: Progress) -> dict[str, float]:
+        """Writes the steps since the last call, up to `progress`, and returns the means of their
+        losses and the last learning rate, `lr`. All processes must call it together.
+        """
+        fetched, rates = self._window.fetch()
+        if self.history is not None and self._spikes is not None:
+            first = progress.step - len(rates) + 1
+            self.history.add_losses(first, fetched.values, rates)
+            self._spikes.add(first, progress.position - len(rates) * self._batch, fetched)
+        if self._keys is not None:
+            self._keys.write()
+        means = fetched.values.mean(0, dtype=float).tolist()
+        return {**dict(zip(LOSSES, means, strict=True)), "lr": rates[-1]}
