@@ -31,6 +31,7 @@ from train.batches import plan_batches
 from train.outcome import Outcome, Watcher
 from train.relay import News, Relay
 from train.setup import check_config
+from train.state import find_checkpoint
 from train.stopping import Stop, stop_on_signal
 
 _INTERVAL: Final = 0.5  # seconds between two calls of the relay
@@ -130,8 +131,14 @@ def _for_workers(config: TrainConfig) -> TrainConfig:
         raise ConfigError("model.device=cpu, but ray.gpus=1. Set ray.gpus=0.")
     if not config.ray.gpus and config.model.device == "cuda":
         raise ConfigError("model.device=cuda, but ray.gpus=0. Set ray.gpus=1.")
-    device = "cuda" if config.ray.gpus else "cpu"
-    return replace(config, model=replace(config.model, device=device))
+    if not config.resume_from_checkpoint:
+        find_checkpoint(Path(config.output), "")  # refuses an output that has checkpoints
+    return replace(
+        config,
+        model=replace(config.model, device="cuda" if config.ray.gpus else "cpu"),
+        # workers that are started again resume from what this run has written
+        resume_from_checkpoint=config.resume_from_checkpoint or "latest",
+    )
 
 
 @contextmanager
