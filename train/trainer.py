@@ -255,20 +255,22 @@ class Trainer:
             self.output,
             self.progress.step,
             limits,
-            self._key_at,
+            lambda position: self._names_at(position)[0],
             gather_object,
             self.watcher.message if self.is_main else None,
         )
 
-    def _key_at(self, position: int) -> str:
-        return self.mixture.key(self.order.sample(position))
+    def _names_at(self, position: int) -> tuple[str, str]:
+        """Returns key and shard of the sample at a position."""
+        number = self.order.sample(position)
+        return self.mixture.key(number), self.mixture.shard_of(number)
 
     def _spike_context(self) -> SpikeContext:
         config = self.config
         return SpikeContext(
             output=self.output,
             batch=self.batch.size,
-            key_at=self._key_at,
+            names_at=self._names_at,
             masked=lambda step: masks_background(config.loss, config.seed, step),
             message=self.watcher.message,
         )
