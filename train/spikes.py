@@ -2,8 +2,8 @@
 
 The noise loss depends on the timestep more than on the sample: over the timesteps it varies by a
 factor of 100. So the last samples are sorted by timestep into groups of equal number, and a loss is
-compared with the median of its group, in units of the median absolute deviation, both of its
-logarithm. Neither is changed much by spikes.
+compared with the medians of the groups beside it, in units of the median absolute deviation, both
+of its logarithm. Neither is changed much by spikes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from train.step import LOSSES
 SPIKES: Final = "spikes.jsonl"
 _WINDOW: Final = 1_024  # samples whose losses are compared with
 _GROUP: Final = 64  # of these
-_FIRST: Final = 128  # samples before anything is compared
+_FIRST: Final = 512  # samples before anything is compared
 _RENEWED: Final = 128  # samples after which the groups are formed again
-_LIMIT: Final = 6.0  # deviations above the median, of the logarithm
+_LIMIT: Final = 4.5  # deviations above the median, of the logarithm
 _DEVIATION: Final = 1.4826  # standard deviation of a normal distribution, in its MADs
 _LEAST: Final = 0.15  # smallest deviation of the logarithm
 _LISTED: Final = 32  # samples in a line of the file
@@ -37,13 +37,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeContext:
-    """output: the run's folder. batch: samples of a step. key_at: position → the sample's key.
-    masked: step → whether its loss leaves out the background. message: for the user.
+    """output: the run's folder. batch: samples of a step. names_at: position → the sample's key and
+    shard. masked: step → whether its loss leaves out the background. message: for the user.
     """
 
     output: Path
     batch: int
-    key_at: Callable[[int], str]
+    names_at: Callable[[int], tuple[str, str]]
     masked: Callable[[int], bool]
     message: Callable[[str], None]
 
@@ -95,16 +95,20 @@ class SpikeCheck:
         if not (logs > limits).any():
             return None
         expected = np.exp(medians)
-        samples = [
-            {
-                "key": self._context.key_at(position + int(rows[i])),
-                "timestep": int(timesteps[i]),
-                **{n: exact(v) for n, v in zip(LOSSES, errors[rows[i]], strict=True)},
-                "expected": float(f"{expected[i]:.6g}"),
-                "times": round(float(noise[rows[i]] / expected[i]), 2),
-            }
-            for i in np.argsort(medians - logs, kind="stable")[:_LISTED]
-        ]
+        samples = []
+        for i in np.argsort(medians - logs, kind="stable")[:_LISTED]:
+            key, shard = self._context.names_at(position + int(rows[i]))
+            values = {n: exact(v) for n, v in zip(LOSSES, errors[rows[i]], strict=True)}
+            samples.append(
+                {
+                    "key": key,
+                    "shard": shard,
+                    "timestep": int(timesteps[i]),
+                    **values,
+                    "expected": float(f"{expected[i]:.6g}"),
+                    "times": round(float(noise[rows[i]] / expected[i]), 2),
+                }
+            )
         return {
             "step": step,
             **{n: exact(v) for n, v in zip(LOSSES, fetched.values[index], strict=True)},
@@ -129,7 +133,7 @@ class _Normal:
 
     def __init__(self) -> None:
         self._window: Floats = np.empty((0, 2))  # timestep, logarithm of the loss
-        self._groups: Floats = np.empty((0, 3))  # last timestep, median, deviation
+        self._groups: Floats = np.empty((0, 3))  # timestep, median, deviation
         self._new = 0  # samples since the groups were formed
 
     def state(self) -> dict[str, Any]:
@@ -149,9 +153,9 @@ class _Normal:
         """
         if not len(self._groups):
             return np.zeros(len(timesteps)), np.full(len(timesteps), np.inf)
-        groups = np.searchsorted(self._groups[:-1, 0], timesteps)
-        _, medians, deviations = self._groups[groups].T
-        return medians, medians + _LIMIT * deviations
+        centres, medians, deviations = self._groups.T
+        expected = np.interp(timesteps, centres, medians)
+        return expected, expected + _LIMIT * np.interp(timesteps, centres, deviations)
 
     def add(self, timesteps: npt.NDArray[np.int64], logs: Floats) -> None:
         rows = np.stack((timesteps.astype(np.float64), logs), axis=1)
@@ -162,11 +166,14 @@ class _Normal:
 
 
 def _groups(window: Floats) -> Floats:
-    """Returns the last timestep, the median and the deviation of each group, (groups, 3)."""
+    """Returns the median timestep, the median and the deviation of each group, (groups, 3). Between
+    the medians, normal losses are interpolated.
+    """
     window = window[np.argsort(window[:, 0], kind="stable")]
-    rows = []
-    for group in np.array_split(window, len(window) // _GROUP):
-        median = np.median(group[:, 1])
-        deviation = _DEVIATION * np.median(np.abs(group[:, 1] - median))
-        rows.append((group[-1, 0], median, max(deviation, _LEAST)))
-    return np.array(rows)
+    groups = np.array_split(window, len(window) // _GROUP)
+    centres, medians = np.array([np.median(group, axis=0) for group in groups]).T
+    rests = [np.abs(group[:, 1] - np.interp(group[:, 0], centres, medians)) for group in groups]
+    # of the groups beside it too: of 64 losses alone, it is uncertain by a fifth
+    beside = [np.concatenate(rests[max(0, i - 1) : i + 2]) for i in range(len(rests))]
+    deviations = [max(_LEAST, _DEVIATION * float(np.median(rest))) for rest in beside]
+    return np.stack((centres, medians, deviations), axis=1)

@@ -97,7 +97,7 @@ def test_a_run_to_s3_has_all_its_files_there_in_spite_of_faults(
     assert files == local(work)
     assert {name.split("/")[0] for name in files} == {
         *("checkpoint-000004", "checkpoint-000006", "final"),
-        *("config.yaml", "losses.jsonl", "summary.json"),
+        *("config.yaml", "data.jsonl", "index", "losses.jsonl", "summary.json"),
     }
     secret = ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode()
     assert not [name for name, content in files.items() if secret in content]
