@@ -12,10 +12,18 @@ The loader must not be passed to `accelerator.prepare`, which would split it a s
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
+from multiprocessing.util import get_temp_dir
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,7 +57,10 @@ from train.packing import (
 from train.shards import ShardSet
 
 Batch = TypeVar("Batch")
+Fetched = TypeVar("Fetched")
+Records = dict[int, Record | ShardError]  # by the samples' numbers
 
+_PARENT_POLL = 0.5  # seconds between two looks at a worker's parent
 _UNIT_NORM = 1e-3  # largest deviation; embeddings are stored in float32 and normalised
 
 
@@ -118,9 +129,19 @@ class BatchMaker:
         self._shards, self._order, self._preparation = shards, order, preparation
         self._cache: dict[int, Prepared] = {}
 
-    def __call__(self, positions: range) -> PackedBatch:
+    def fetch(self, positions: range) -> Records:
+        """Reads the samples of these positions that aren't in the cache. Threads may call it while
+        `make` prepares others. Raises PipelineError for a fault that isn't a sample's.
+        """
+        numbers = {self._order.sample(position): None for position in positions}
+        missing = [number for number in numbers if number not in self._cache]
+        records = self._shards.records(missing, verify=self._preparation.verify)
+        return dict(zip(missing, records, strict=True))
+
+    def make(self, positions: range, records: Records) -> PackedBatch:
+        """Makes the micro-batch from what `fetch` returned for it."""
         numbers = [self._order.sample(position) for position in positions]
-        samples = self._samples(numbers)
+        samples = self._samples(numbers, records)
         prep, seed = self._preparation, self._preparation.seed
         conditions = drop_conditions(
             collate([sample for sample, _, _ in samples]),
@@ -138,24 +159,23 @@ class BatchMaker:
             positions.start,
         )
 
-    def _samples(self, numbers: list[int]) -> list[Prepared]:
-        """Returns the prepared samples, from the cache or from the shards."""
+    def __call__(self, positions: range) -> PackedBatch:
+        return self.make(positions, self.fetch(positions))
+
+    def _samples(self, numbers: list[int], records: Records) -> list[Prepared]:
+        """Returns the prepared samples, from the cache or from their records."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._cache]
-        prepared = dict(self._cache) if not missing else {**self._cache, **self._prepare(missing)}
+        prepared = {number: self._prepare(number, records[number]) for number in missing}
         for number in missing[: max(0, self._preparation.cache_size - len(self._cache))]:
             self._cache[number] = prepared[number]
-        return [prepared[number] for number in numbers]
+        return [prepared[n] if n in prepared else self._cache[n] for n in numbers]
 
-    def _prepare(self, numbers: list[int]) -> dict[int, Prepared]:
-        prepared: dict[int, Prepared] = {}
-        records = self._shards.records(numbers, verify=self._preparation.verify)
-        for number, record in zip(numbers, records, strict=True):
-            try:
-                conditions, pixels = self._prepare_one(record)
-                prepared[number] = conditions, pixels, None
-            except (ShardError, ValueError, OSError) as error:  # Pillow's errors are OSErrors
-                prepared[number] = self._blank(number, str(error))
-        return prepared
+    def _prepare(self, number: int, record: Record | ShardError) -> Prepared:
+        try:
+            conditions, pixels = self._prepare_one(record)
+        except (ShardError, ValueError, OSError) as error:  # Pillow's errors are OSErrors
+            return self._blank(number, str(error))
+        return conditions, pixels, None
 
     def _blank(self, number: int, reason: str) -> Prepared:
         prep, key = self._preparation, self._shards.key(number)
@@ -248,23 +268,31 @@ def unpacked(
     )
 
 
+def _unchanged(_positions: range, fetched: Batch) -> Batch:
+    return fetched
+
+
 def micro_batches(
-    make: Callable[[range], Batch],
+    fetch: Callable[[range], Fetched],
+    make: Callable[[range, Fetched], Batch] = _unchanged,  # type: ignore[assignment]
     *,
     start: int,
     size: int,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    ahead: int = 0,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """Yields the micro-batches of one process, without end.
 
-    make: positions → micro-batch, in practice a BatchMaker; it runs in the worker processes.
-    start: position of the first sample, counted over all processes. size: samples in a
-    micro-batch. rank, world: number of this process, and of all. workers: loader processes; 0
-    loads in this one. pin: copy the tensors into pinned memory. Raises what `make` raises; a
-    PipelineError without the traceback that torch would add to its message.
+    fetch, make: positions → what it takes to make a micro-batch, and from both the micro-batch; in
+    practice a BatchMaker's. They run in the worker processes. ahead: micro-batches that each
+    worker fetches, in threads, while it makes one. start: position of the first sample, counted
+    over all processes. size: samples in a micro-batch. rank, world: number of this process, and of
+    all. workers: loader processes; 0 loads in this one. pin: copy the tensors into pinned memory.
+    Raises what `fetch` and `make` raise; a PipelineError without the traceback that torch would add
+    to its message.
     """
     import webdataset as wds
 
@@ -276,7 +304,8 @@ def micro_batches(
 
     def batches(source: Iterator[range]) -> Iterator[Batch | PipelineError]:
         try:
-            yield from map(make, source)
+            for positions, fetched in fetched_ahead(fetch, source, ahead):
+                yield make(positions, fetched)
         except PipelineError as error:
             yield error
 
@@ -286,10 +315,33 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         multiprocessing_context="fork" if workers else None,
     )
     return _raising(iter(loader))
+
+
+def fetched_ahead(
+    fetch: Callable[[range], Fetched], source: Iterator[range], ahead: int
+) -> Iterator[tuple[range, Fetched]]:
+    """Yields (item, fetch(item)) in the order of `source`. Up to `ahead` further items are fetched
+    meanwhile, each in a thread. An error of `fetch` is raised in its item's turn.
+    """
+    if not ahead:
+        yield from ((item, fetch(item)) for item in source)
+        return
+    pool = ThreadPoolExecutor(ahead, "read-ahead")
+    try:
+        waiting = deque((item, pool.submit(fetch, item)) for item in islice(source, ahead))
+        while waiting:
+            item, future = waiting.popleft()
+            fetched = future.result()
+            waiting.extend(
+                (next_item, pool.submit(fetch, next_item)) for next_item in islice(source, 1)
+            )
+            yield item, fetched
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
@@ -299,11 +351,20 @@ def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
         yield batch
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Ignores SIGINT and SIGTERM in a worker.
+def _start_worker(parent: int, _worker: int) -> None:
+    """Ignores SIGINT and SIGTERM in a worker, and lets it end with the process `parent`.
 
     Ctrl-C sends the first to every process of the terminal, and schedulers send the second to every
-    process of a job; the trainer handles them and ends its workers.
+    process of a job; the trainer handles them and ends its workers. Torch's workers too end after
+    their parent was killed, but not before their requests have been answered.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent").start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL)
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # has a socket of this worker
+    os._exit(1)

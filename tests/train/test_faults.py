@@ -85,7 +85,7 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     tar.write_bytes(content.replace(before, vector.tobytes()))
     # without verification, which would find the changed bytes first
     maker = BatchMaker(shards, parts.maker._order, replace(parts.preparation, verify=False))
-    conditions, pixels, bad = maker._prepare([5])[5]
+    conditions, pixels, bad = maker._prepare(5, shards.records([5], verify=False)[0])
     assert bad is not None and bad.key == shards.key(5)
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()
