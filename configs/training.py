@@ -101,8 +101,8 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0  # of torch on the CPU; 0: $OMP_NUM_THREADS, else all cores
     num_workers: int = 2  # processes that read samples
-    # micro-batches that each of them requests while it prepares one, for stores with a long way
-    read_ahead: int = 4
+    # micro-batches that each of them requests while it prepares one; 0: none
+    read_ahead: int = 8
     # samples of remote data sets that stay on the local disk, over all runs; 0: none
     cache_gb: float = 0.0
     cache_folder: str = ""  # "": samples/ in $CONSISTENTID_CACHE, else in ~/.cache/consistentid

@@ -144,9 +144,12 @@ class Store:
         """Returns name → bytes of the files that exist. Requests to a remote store are sent
         together.
         """
-        if self.local:
-            return {name: self.read(name) for name in names if self.exists(name)}
         contents: dict[str, bytes] = {}
+        if self.local:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    contents[name] = self.read(name)
+            return contents
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
             responses = self._fs.cat_ranges(
