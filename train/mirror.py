@@ -216,5 +216,5 @@ def open_output(config: TrainConfig) -> tuple[Path, Mirror | None]:
         return Path(store.root), None
     url = config.output.rstrip("/")
     name = f"{url.rsplit('/', 1)[-1]}-{sha256(url.encode()).hexdigest()[:12]}"
-    folder = Path(config.work_folder or default_cache().parent / "train" / name)
+    folder = Path(config.work_folder or default_cache("train") / name)
     return folder, Mirror(url, folder)

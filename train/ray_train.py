@@ -28,10 +28,10 @@ from stages.executors.placement import Resources
 from stages.storage.remote import file_system
 from stages.storage.store import Store
 from train.batches import plan_batches
+from train.checkpoints import find_checkpoint
 from train.outcome import Outcome, Watcher
 from train.relay import News, Relay
 from train.setup import check_config
-from train.state import find_checkpoint
 from train.stopping import Stop, stop_on_signal
 
 _INTERVAL: Final = 0.5  # seconds between two calls of the relay

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from stages.storage import layout
 from stages.storage.manifest import Manifest
 from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader, SamplePlace
 from stages.storage.store import Store
+from train.cache import SampleCache
 from train.index import FORMAT, NO_IDENTITY, SampleIndex, ShardSamples, open_index, write_index
 
 INDEX: Final = "index"  # folder of a run's indexes
@@ -42,22 +43,30 @@ class ShardSet:
 
     data: OUT of make dataset, a folder or fsspec URL without credentials. split: train, val or all.
     index_folder: local folder for its index, which is read if it is there and made otherwise; None
-    makes it in a temporary folder. digest: equal digests mean equal samples in equal order.
-    index_file: name of the index. Raises ConfigError for a `data` that can't be opened, SourceError
-    if there is no data set or no sample, ShardError if a shard contradicts its manifest, StoreError
-    if the index can't be written.
+    makes it in a temporary folder. cache: for the samples of a remote data set. digest: equal
+    digests mean equal samples in equal order. index_file: name of the index. Raises ConfigError for
+    a `data` that can't be opened, SourceError if there is no data set or no sample, ShardError if a
+    shard contradicts its manifest, StoreError if the index can't be written.
     """
 
-    def __init__(self, data: str, split: str = "all", index_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        data: str,
+        split: str = "all",
+        index_folder: Path | None = None,
+        cache: SampleCache | None = None,
+    ) -> None:
         self.data = data
         reader = self._reader()
-        manifests = list(reader.manifests().values())
+        self._cache = None if reader.store.local else cache
+        sizes = reader.store.sizes(layout.SHARDS)
+        manifests = list(reader.manifests(names=sizes).values())
         if not manifests:
             raise SourceError(
                 f"{data}: no shards there (looked for {data}/shards/*.json). Run make dataset "
                 "first, then give its output here, as in data=runs/dataset."
             )
-        _check_tars(reader, manifests)
+        _check_tars(reader, manifests, sizes)
         people = _people_digest(reader.store)
         if split != "all" and not people:
             raise SourceError(
@@ -122,7 +131,13 @@ class ShardSet:
         verify: compare the bytes of each with its digest. Raises ShardError if a tar is missing.
         """
         # A new reader: a worker process can't share its parent's connections.
-        return self._reader().samples_at([self.place(n) for n in numbers], verify=verify)
+        reader, places = self._reader(), [self.place(number) for number in numbers]
+        read = reader.parts_at
+        parts = read(places) if self._cache is None else self._cache.read(places, read)
+        return [
+            reader.sample_in(part, place, verify=verify)
+            for part, place in zip(parts, places, strict=True)
+        ]
 
     def dataset_config(self) -> str:
         """Returns the data set's own configuration, as YAML; "" if it has none."""
@@ -135,9 +150,12 @@ class ShardSet:
             raise ConfigError(f"data: {error}") from error
 
 
-def _check_tars(reader: DatasetReader, manifests: Iterable[Manifest]) -> None:
-    """Raises ShardError if a tar is missing or hasn't the size that its manifest states."""
-    sizes = reader.store.sizes(layout.SHARDS)
+def _check_tars(
+    reader: DatasetReader, manifests: Iterable[Manifest], sizes: Mapping[str, int]
+) -> None:
+    """Raises ShardError if a tar is missing or hasn't the size that its manifest states. sizes: of
+    the files, by name.
+    """
     for manifest in manifests:
         tar, size = manifest.tar, sizes.get(manifest.tar.name)
         if size is None:

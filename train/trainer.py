@@ -188,13 +188,16 @@ class Trainer:
             resolution=self.config.resolution,
             side=self.spec.vision_size,
         )
+        maker = BatchMaker(self.mixture, self.order, self.preparation)
         return micro_batches(
-            BatchMaker(self.mixture, self.order, self.preparation),
+            maker.fetch,
+            maker.make,
             start=self.progress.position,
             size=self.batch.micro,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
+            ahead=self.config.read_ahead,
             pin=self.device.type == "cuda",
         )
 

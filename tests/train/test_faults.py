@@ -92,7 +92,7 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     # without verification, which would find the changed bytes first
     mixture = Mixture(sources(copy))
     maker = BatchMaker(mixture, mixture.order(0), replace(parts.preparation, verify=False))
-    conditions, pixels, bad = maker._prepare([(5, 5)])[5, 5]
+    conditions, pixels, bad = maker._prepare((5, 5), {5: mixture.records([5], verify=False)[0]})
     assert bad is not None and bad.key == shards.key(5)
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()
