@@ -115,12 +115,18 @@ def add_segment(output: Path, segment: Segment) -> None:
 
 def read_segments(output: Path) -> list[Segment]:
     """Returns the segments that have steps, and the last one, in order. Raises ConfigError if there
-    is none.
+    is none, or if another version wrote them.
     """
-    segments = [
-        Segment(**{**line, "data": tuple(line["data"]), "indexes": tuple(line["indexes"])})
-        for line in read_lines(output / DATA)
-    ]
+    try:
+        segments = [
+            Segment(**{**line, "data": tuple(line["data"]), "indexes": tuple(line["indexes"])})
+            for line in read_lines(output / DATA)
+        ]
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{output / DATA} was written by another version ({type(error).__name__}: {error}). "
+            "Use the version that trained."
+        ) from error
     if not segments:
         raise ConfigError(
             f"{output / DATA} is missing or empty, so it isn't recorded on what this run trained. "
@@ -157,16 +163,16 @@ def checkpoints_of(output: Path, segments: Sequence[Segment]) -> list[tuple[int,
     return [
         (step, path)
         for step, path in sorted(paths.items(), reverse=True)
-        if step > first and _digest_of(path) == segment_of(segments, step).digest
+        if step > first and _metadata(path).get("data") == segment_of(segments, step).digest
     ]
 
 
-def _digest_of(checkpoint: Path) -> str:
-    """Returns the digest of the data that a checkpoint was written with; "" if it can't be read."""
+def _metadata(checkpoint: Path) -> dict[str, Any]:
+    """Returns the contents of a checkpoint's adapter.json; {} if it can't be read."""
     try:
-        return str(json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return dict(json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def inherit(output: Path, checkpoint: Path, names: Sequence[str]) -> None:
@@ -179,6 +185,7 @@ def inherit(output: Path, checkpoint: Path, names: Sequence[str]) -> None:
     for name in (DATA, *names):
         if (past / name).is_file():
             _copy(past / name, output / name)
+            Lines(output / name, step=_metadata(checkpoint)["step"])  # without later steps
     for source in past.glob(f"{INDEX}/*.arrow"):
         if not (target := output / INDEX / source.name).exists():
             target.parent.mkdir(exist_ok=True)

@@ -136,6 +136,9 @@ def test_two_processes_do_what_one_does(preset: Path, two_processes: Path, tmp_p
     consumed = [key for line in keys[0] for key in line["keys"]]
     assert len(consumed) == 60 and len({*consumed[:8]}) == len({*consumed[8:16]}) == 8
     assert consumed[:8] != consumed[8:16]  # the epochs' orders
+    # one process computes a step's loss as the two did, to the last bit
+    replayed = CliRunner().invoke(app, ["replay", str(two), "--step", "6", "--json"])
+    assert json.loads(replayed.stdout)["equal"], replayed.stdout
     # resumed by a single process
     settings = [f"output={two}", "max_train_steps=32", "log_keys=true"]
     third = call("--config", preset, *settings)
