@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Final, Protocol, TextIO
+from typing import Any, Final, TextIO
 
 import simplejpeg
 import torch
@@ -48,16 +49,20 @@ class Task:
     state: Any = None
 
 
-class Loader(Protocol):
-    """The rest of an epoch. state: JSON from which another process continues after the batches that
-    were yielded.
-    """
+class Loader:
+    """The rest of an epoch."""
 
-    def __init__(self, task: Task) -> None: ...
+    loader: Any  # the library's
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __init__(self, task: Task) -> None:
+        self.task = task
 
-    def state(self) -> Any: ...
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
+
+    def state(self) -> Any:
+        """Returns from what, besides the number of batches, another process continues: JSON."""
+        return None
 
 
 def sample_of(key: str, jpeg: bytes) -> dict[str, Any]:
@@ -65,14 +70,15 @@ def sample_of(key: str, jpeg: bytes) -> dict[str, Any]:
     return {"key": key, "image": torch.from_numpy(simplejpeg.decode_jpeg(jpeg, colorspace="RGB"))}
 
 
-class Ours:
+class Ours(Loader):
     """This project's loader: records by number, in the trainer's order."""
 
     def __init__(self, task: Task) -> None:
         from train.order import SampleOrder
         from train.shards import ShardSet
 
-        self.task, self.shards = task, ShardSet(task.data, "all")
+        super().__init__(task)
+        self.shards = ShardSet(task.data, "all")
         self.order = SampleOrder([len(self.shards)], task.seed)
 
     def make(self, positions: range) -> Any:
@@ -91,9 +97,6 @@ class Ours:
         batches = micro_batches(self.make, start=first * size, size=size, workers=self.task.workers)
         return islice(batches, len(self.shards) // size - first)
 
-    def state(self) -> None:
-        """Nothing: the number of batches is enough."""
-
 
 class Prepared(Ours):
     """This project's loader with all that the trainer prepares for Stable Diffusion 1.5."""
@@ -101,13 +104,14 @@ class Prepared(Ours):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         from model.conditions import DropRates
+        from model.prompt import add_marks
         from model.spec import SPECS
         from model.vocabulary import clip_tokenizer
         from stages.backends.weights import Weights
         from train.data import BatchMaker, Preparation
 
         preparation = Preparation(
-            tokenizer=clip_tokenizer(Weights().fetch("clip_bpe")),
+            tokenizer=add_marks(clip_tokenizer(Weights().fetch("clip_bpe"))),
             spec=SPECS["sd15"],
             mode="corrected",
             resolution=512,
@@ -122,7 +126,7 @@ class Prepared(Ours):
         return self.maker(positions)
 
 
-class WebDataset:
+class WebDataset(Loader):
     """webdataset: shuffled shards, each worker its own, and a buffer of shuffled samples.
 
     It saves no state. The samples that were read before are read again, but not decoded.
@@ -131,8 +135,7 @@ class WebDataset:
     def __init__(self, task: Task) -> None:
         import webdataset as wds
 
-        tars = sorted(str(path) for path in Path(task.data).glob("shards/*.tar"))
-        tars = [tar for tar in tars if "quarantine" not in Path(tar).name]
+        tars = tars_of(Path(task.data))
         dataset = (
             wds.WebDataset(tars, shardshuffle=len(tars), detshuffle=True, seed=task.seed)
             .compose(wds.detshuffle(SHUFFLED, seed=task.seed))
@@ -140,7 +143,7 @@ class WebDataset:
             .map(lambda sample: sample_of(sample["__key__"], sample["jpg"]))
             .batched(task.batch_size, collation_fn=default_collate, partial=False)
         )
-        self.task = task
+        super().__init__(task)
         self.loader = wds.WebLoader(dataset, batch_size=None, num_workers=task.workers)
 
     def _rest(self, samples: Iterator[Any]) -> Iterator[Any]:
@@ -150,20 +153,14 @@ class WebDataset:
         batches = len(range(number, self.task.batches, workers))
         return islice(samples, batches * self.task.batch_size, None)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
 
-    def state(self) -> None:
-        """Nothing: it has none."""
-
-
-class Streaming:
+class Streaming(Loader):
     """mosaicml-streaming with the shuffle that orders all samples of an epoch at random."""
 
     def __init__(self, task: Task) -> None:
         from streaming import StreamingDataLoader, StreamingDataset
 
-        class Pictures(StreamingDataset):  # type: ignore[misc]
+        class Pictures(StreamingDataset):
             def __getitem__(self, at: Any) -> Any:
                 sample = super().__getitem__(at)
                 return sample_of(sample["key"], sample["jpg"])
@@ -182,14 +179,11 @@ class Streaming:
         if task.state is not None:
             self.loader.load_state_dict(task.state)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
-
     def state(self) -> Any:
         return self.loader.state_dict()
 
 
-class LitData:
+class LitData(Loader):
     """LitData: shuffled chunks, and shuffled samples in each."""
 
     def __init__(self, task: Task) -> None:
@@ -207,9 +201,6 @@ class LitData:
         )
         if task.state is not None:
             self.loader.load_state_dict(task.state)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
 
     def state(self) -> Any:
         return self.loader.state_dict()
@@ -257,6 +248,8 @@ def serve(name: str, tasks: TextIO, replies: TextIO) -> None:
         if not child:
             reading = read_epoch(name, Task(**task), save_at)
             Path(result).write_text(json.dumps(asdict(reading)))
+            for worker in multiprocessing.active_children():  # after an error
+                worker.kill()
             return  # ends this process, with the loader's exit handlers
         os.waitpid(child, 0)
         print(file=replies, flush=True)
@@ -345,11 +338,14 @@ def _shared_mb() -> float:
     return shutil.disk_usage("/dev/shm").used / 1e6
 
 
+def tars_of(data: Path) -> list[str]:
+    """Returns the tars of a data set's samples, in order."""
+    return sorted(map(str, data.glob("shards/fgid-??????.tar")))
+
+
 def samples_of(data: Path) -> Iterator[dict[str, Any]]:
     """Yields key and members of all samples of a data set, in order."""
-    for path in sorted(data.glob("shards/*.tar")):
-        if "quarantine" in path.name:
-            continue
+    for path in tars_of(data):
         with tarfile.open(path) as tar:
             for key, members in groupby(tar, lambda member: member.name.partition(".")[0]):
                 sample: dict[str, Any] = {"key": key}
