@@ -94,8 +94,14 @@ class Ours(Loader):
         from train.data import micro_batches
 
         size, first = self.task.batch_size, self.task.batches
-        batches = micro_batches(self.make, start=first * size, size=size, workers=self.task.workers)
-        return islice(batches, len(self.shards) // size - first)
+        epoch = len(self.shards) // size
+
+        def make(positions: range) -> Any:
+            # the trainer's workers would go on with the next epoch; those of the others stop
+            return self.make(positions) if positions.start < epoch * size else None
+
+        batches = micro_batches(make, start=first * size, size=size, workers=self.task.workers)
+        return islice(batches, epoch - first)
 
 
 class Prepared(Ours):
@@ -369,13 +375,7 @@ def convert(name: str, data: Path, output: Path) -> None:
     else:
         from litdata import optimize
 
-        optimize(
-            fn=samples_of,
-            inputs=[data],
-            output_dir=str(output),
-            num_workers=1,
-            chunk_bytes=SHARD_BYTES,
-        )
+        optimize(samples_of, [data], str(output), num_workers=1, chunk_bytes=SHARD_BYTES)
 
 
 def main() -> None:
