@@ -23,6 +23,7 @@ from statistics import median
 import numpy as np
 
 from bench.chains import resizing
+from bench.environments import installed
 from bench.reference_loop import ReferenceLoop
 from configs.load import load
 from configs.schema import DatasetConfig
@@ -154,19 +155,14 @@ def install(folder: Path) -> Path:
 
     Raises SystemExit if the configured package index doesn't have it.
     """
-    uv, python = Path(sys.executable).with_name("uv"), folder / "bin" / "python"
-    if not (folder / "bin" / "img2dataset").exists():
-        subprocess.run(
-            [uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True
-        )
-        installation = subprocess.run(
-            [uv, "pip", "install", "--quiet", "--python", python, "img2dataset"], check=False
-        )
-        if installation.returncode:
-            raise SystemExit(
-                "img2dataset can't be installed from the configured package index. "
-                "Configure one that has it."
-            )
+    try:
+        python = installed(folder, ["img2dataset"])
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            "img2dataset can't be installed from the configured package index. "
+            f"Configure one that has it.\n{error.stderr}"
+        ) from error
+    uv = Path(sys.executable).with_name("uv")
     listed = subprocess.run(
         [uv, "pip", "list", "--python", python, "--format", "json"], check=True, capture_output=True
     )
