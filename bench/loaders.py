@@ -74,17 +74,23 @@ class Ours(Loader):
     """This project's loader: records by number, in the trainer's order."""
 
     def __init__(self, task: Task) -> None:
-        from train.order import SampleOrder
-        from train.shards import ShardSet
+        from configs.training import DataSource
+        from train.mixture import Mixture
 
         super().__init__(task)
-        self.shards = ShardSet(task.data, "all")
-        self.order = SampleOrder([len(self.shards)], task.seed)
+        # the trainer too opens the index that its first start has made
+        index = Path(task.data).with_name("index")
+        self.mixture = Mixture([DataSource(path=task.data)], "all", index_folder=index)
+        self.order = self.mixture.order(task.seed)
 
-    def make(self, positions: range) -> Any:
+    def fetch(self, positions: range) -> Any:
+        """Reads the samples of a micro-batch."""
+        return self.mixture.records([self.order.sample(each) for each in positions])
+
+    def make(self, positions: range, records: Any) -> Any:
         """Makes a micro-batch. Raises the error of a sample that can't be read."""
         samples = []
-        for record in self.shards.records([self.order.sample(each) for each in positions]):
+        for record in records:
             if isinstance(record, Exception):
                 raise record
             samples.append(sample_of(record.key, record.image))
@@ -94,13 +100,18 @@ class Ours(Loader):
         from train.data import micro_batches
 
         size, first = self.task.batch_size, self.task.batches
-        epoch = len(self.shards) // size
+        epoch = len(self.mixture) // size
 
-        def make(positions: range) -> Any:
-            # the trainer's workers would go on with the next epoch; those of the others stop
-            return self.make(positions) if positions.start < epoch * size else None
+        # the trainer's workers would go on with the next epoch; those of the others stop
+        def fetch(positions: range) -> Any:
+            return self.fetch(positions) if positions.start < epoch * size else None
 
-        batches = micro_batches(make, start=first * size, size=size, workers=self.task.workers)
+        def make(positions: range, records: Any) -> Any:
+            return self.make(positions, records) if records is not None else None
+
+        batches = micro_batches(
+            fetch, make, start=first * size, size=size, workers=self.task.workers
+        )
         return islice(batches, epoch - first)
 
 
@@ -126,10 +137,13 @@ class Prepared(Ours):
             drop=DropRates(text=0.05, identity=0.05, both=0.05, legacy=False),
             seed=task.seed,
         )
-        self.maker = BatchMaker(self.shards, self.order, preparation)
+        self.maker = BatchMaker(self.mixture, self.order, preparation)
 
-    def make(self, positions: range) -> Any:
-        return self.maker(positions)
+    def fetch(self, positions: range) -> Any:
+        return self.maker.fetch(positions)
+
+    def make(self, positions: range, records: Any) -> Any:
+        return self.maker.make(positions, records)
 
 
 class WebDataset(Loader):
