@@ -103,14 +103,12 @@ class Ours(Loader):
         epoch = len(self.mixture) // size
 
         # the trainer's workers would go on with the next epoch; those of the others stop
-        def fetch(positions: range) -> Any:
-            return self.fetch(positions) if positions.start < epoch * size else None
-
-        def make(positions: range, records: Any) -> Any:
-            return self.make(positions, records) if records is not None else None
-
         batches = micro_batches(
-            fetch, make, start=first * size, size=size, workers=self.task.workers
+            lambda positions: self.fetch(positions) if positions.start < epoch * size else None,
+            lambda positions, records: None if records is None else self.make(positions, records),
+            start=first * size,
+            size=size,
+            workers=self.task.workers,
         )
         return islice(batches, epoch - first)
 
@@ -137,13 +135,8 @@ class Prepared(Ours):
             drop=DropRates(text=0.05, identity=0.05, both=0.05, legacy=False),
             seed=task.seed,
         )
-        self.maker = BatchMaker(self.mixture, self.order, preparation)
-
-    def fetch(self, positions: range) -> Any:
-        return self.maker.fetch(positions)
-
-    def make(self, positions: range, records: Any) -> Any:
-        return self.maker.make(positions, records)
+        maker = BatchMaker(self.mixture, self.order, preparation)
+        self.fetch, self.make = maker.fetch, maker.make
 
 
 class WebDataset(Loader):
