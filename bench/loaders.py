@@ -310,8 +310,7 @@ def _import(name: str) -> None:
     if name in ("ours", "prepared"):
         import webdataset  # noqa: F401
 
-        import train.data
-        import train.shards  # noqa: F401
+        import train.data  # noqa: F401
     elif name == "streaming":
         try:
             import torchvision  # noqa: F401
@@ -363,9 +362,8 @@ def samples_of(data: Path) -> Iterator[dict[str, Any]]:
             for key, members in groupby(tar, lambda member: member.name.partition(".")[0]):
                 sample: dict[str, Any] = {"key": key}
                 for member in members:
-                    stream = tar.extractfile(member)
-                    assert stream is not None, "a sample's members are files"
-                    sample[member.name.partition(".")[2]] = stream.read()
+                    name = member.name.partition(".")[2]
+                    sample[name] = tar.extractfile(member).read()
                 yield sample
 
 

@@ -130,6 +130,10 @@ class Mixture:
         part, own = self._place(number)
         return shard_name(self._parts[part].shard_of(own), self._paths[part], len(self._parts))
 
+    def name(self, number: int) -> tuple[str, str]:
+        """Returns key and shard of a sample, which name it among all data sets."""
+        return self.key(number), self.shard_of(number)
+
     def dataset_config(self) -> str:
         """Returns the first data set's own configuration, as YAML; "" if it has none. Inference
         runs its stages.

@@ -285,17 +285,12 @@ class Trainer:
         reference = self.mixture.pairs(self.order).reference(position)
         return self.mixture.key(self.order.sample(position)), self.mixture.key(reference)
 
-    def _names_at(self, position: int) -> tuple[str, str]:
-        """Returns key and shard of the sample at a position."""
-        number = self.order.sample(position)
-        return self.mixture.key(number), self.mixture.shard_of(number)
-
     def _spike_context(self) -> SpikeContext:
         config = self.config
         return SpikeContext(
             output=self.output,
             batch=self.batch.size,
-            names_at=self._names_at,
+            names_at=lambda position: self.mixture.name(self.order.sample(position)),
             masked=lambda step: masks_background(config.loss, config.seed, step),
             message=self.watcher.message,
         )
