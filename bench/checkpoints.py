@@ -35,7 +35,7 @@ def make_model() -> TrainedModel:
     """Returns a tiny UNet with an adapter of about 100 MB."""
     import diffusers
 
-    spec = replace(SPECS["tiny"], identity_hidden=3072, facial_dim=512, facial_depth=6)
+    spec = replace(SPECS["tiny"], identity_hidden=4096, facial_dim=512, facial_depth=8)
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(48, 96),

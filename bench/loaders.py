@@ -28,7 +28,7 @@ from torch.utils.data import default_collate, get_worker_info
 Batch = dict[str, Any]  # key: list of str; image: (B, H, W, 3) uint8
 MEMBERS: Final = ("jpg", "parsing.png", "identity.npy", "txt", "json")
 SHARD_BYTES: Final = 64_000_000  # the size at which streaming starts a new shard, and LitData too
-SHUFFLED: Final = 1000  # samples in webdataset's buffer, its default
+SHUFFLED: Final = 1000  # samples in webdataset's buffer
 _MEMORY_POINTS: Final = 4  # of an epoch
 
 

@@ -65,8 +65,10 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Waits for the thread. Its error isn't raised: the run has ended, maybe with another."""
+        """Waits for the thread. An error of it is announced: another one has ended the run."""
         self._join()
+        if self._error is not None:
+            self._message(f"the last checkpoint: {self._error}")
         remove_partial_folders(self._output)  # the copy of a checkpoint at a URL
         self._locks.close()
 
