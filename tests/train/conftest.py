@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from configs.load import dump
-from tests.sharing import shared_folder
-from tests.train.helpers import TORCHRUN, Parts, small
+from tests.train.helpers import Parts, small
 from train.shards import ShardSet
 
 
@@ -40,26 +35,3 @@ def damaged(data: Path, tmp_path: Path) -> Path:
     content[offset + size // 2] ^= 1
     tar.write_bytes(content)
     return copy
-
-
-@pytest.fixture(scope="session")
-def two_processes(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run of 30 steps in two processes, one thread each, started by torchrun.
-
-    Its settings leave the device to the trainer, and it sees no GPU. messages.txt has what both
-    printed to standard error.
-    """
-
-    def make(output: Path) -> None:
-        preset = output.with_name("two_processes.yaml")
-        dump(small(data, tiny_base, output, threads=1, max_train_steps=30), preset)
-        settings = ["model.device=auto", "checkpointing_steps=5"]
-        with (output / "messages.txt").open("w") as messages:
-            subprocess.run(
-                [sys.executable, *TORCHRUN, "run", "--config", str(preset), *settings],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                stderr=messages,
-                check=True,
-            )
-
-    return shared_folder(tmp_path_factory, "two_processes", make)

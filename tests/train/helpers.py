@@ -18,12 +18,6 @@ from train.shards import ShardSet
 from train.step import Frozen, TrainedModel
 from train.trainer import train
 
-# Arguments of Python that start two processes of the command, on one machine.
-TORCHRUN = [
-    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "train.cli"),
-]
-
 
 def small(data: Path, base: Path, output: Path, **changes: object) -> TrainConfig:
     """Returns settings for ten steps of two samples at 32 pixels, on the CPU, without a worker."""
