@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from configs.load import dump
 from configs.training import DataSource
-from tests.sharing import shared_folder
 
 # fixtures
 from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
-from tests.train.helpers import TORCHRUN, Parts, small, with_people
+from tests.train.helpers import Parts, small, with_people
 from train.mixture import Mixture
 from train.shards import ShardSet
 
@@ -67,26 +62,3 @@ def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
         tuple(DataSource(path=str(folder / name), weight=w) for name, w in weights.items()),
         ("abababcc", "aabbc", "aaaabcde"),
     )
-
-
-@pytest.fixture(scope="session")
-def two_processes(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run of 30 steps in two processes, one thread each, started by torchrun.
-
-    Its settings leave the device to the trainer, and it sees no GPU. messages.txt has what both
-    printed to standard error.
-    """
-
-    def make(output: Path) -> None:
-        preset = output.with_name("two_processes.yaml")
-        dump(small(data, tiny_base, output, threads=1, max_train_steps=30), preset)
-        settings = ["model.device=auto", "checkpointing_steps=5", "log_keys=true"]
-        with (output / "messages.txt").open("w") as messages:
-            subprocess.run(
-                [sys.executable, *TORCHRUN, "run", "--config", str(preset), *settings],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                stderr=messages,
-                check=True,
-            )
-
-    return shared_folder(tmp_path_factory, "two_processes", make)

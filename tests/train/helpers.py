@@ -23,12 +23,6 @@ from train.shards import ShardSet
 from train.step import Frozen, TrainedModel
 from train.trainer import train
 
-# Arguments of Python that start two processes of the command, on one machine.
-TORCHRUN = [
-    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "train.cli"),
-]
-
 
 def sources(*folders: Path) -> tuple[DataSource, ...]:
     return tuple(DataSource(path=str(folder)) for folder in folders)

@@ -116,34 +116,41 @@ def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_re
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(preset: Path, two_processes: Path, tmp_path: Path) -> None:
-    messages = (two_processes / "messages.txt").read_text()
-    assert messages.count("2 samples a step = 2 processes × 1, on cpu") == 1
-    settings = ["max_train_steps=30", "log_keys=true", "num_workers=1"]
-    one = call("--config", preset, f"output={tmp_path / 'one'}", *settings)
-    assert one.exit_code == 0 and "2 samples a step = 1 process × 2, on cpu" in one.stderr
-    two = shutil.copytree(two_processes, tmp_path / "two")
+def test_two_processes_do_what_one_does(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Without a GPU, both processes train on CPUs, and know of each other.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    settings = [f"output={tmp_path / 'two'}", "checkpointing_steps=5", "model.device=auto"]
+    settings.append("log_keys=true")
+    two = start(*launcher, "-m", "train.cli", "run", "--config", preset, *settings)
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("2 samples a step = 2 processes × 1, on cpu") == 1
+    one = call("--config", preset, f"output={tmp_path / 'one'}", "log_keys=true", "num_workers=1")
+    assert one.exit_code == 0, one.stderr
+    assert "2 samples a step = 1 process × 2, on cpu" in one.stderr
     histories = [[*read_lines(tmp_path / name / "losses.jsonl")] for name in ("one", "two")]
-    assert len(histories[0]) == len(histories[1]) == 30
+    assert len(histories[0]) == len(histories[1]) == 10
     # the same samples, noise and masks at every step
     for line, other in zip(*histories, strict=True):
         assert line["noise_loss"] == pytest.approx(other["noise_loss"], rel=1e-4)
         assert line["lr"] == other["lr"]
-    summary = json.loads((two / "summary.json").read_text())
-    assert (summary["steps"], summary["samples"]) == (30, 60)
+    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    assert (summary["steps"], summary["samples"]) == (10, 20)
     keys = [[*read_lines(tmp_path / name / "keys.jsonl")] for name in ("one", "two")]
-    assert keys[0] == keys[1] and [line["step"] for line in keys[0]] == list(range(1, 31))
+    assert keys[0] == keys[1] and [line["step"] for line in keys[0]] == list(range(1, 11))
     consumed = [key for line in keys[0] for key in line["keys"]]
-    assert len(consumed) == 60 and len({*consumed[:8]}) == len({*consumed[8:16]}) == 8
+    assert len(consumed) == 20 and len({*consumed[:8]}) == len({*consumed[8:16]}) == 8
     assert consumed[:8] != consumed[8:16]  # the epochs' orders
     # one process computes a step's loss as the two did, to the last bit
-    replayed = CliRunner().invoke(app, ["replay", str(two), "--step", "6", "--json"])
+    replayed = CliRunner().invoke(app, ["replay", str(tmp_path / "two"), "--step", "6", "--json"])
     assert json.loads(replayed.stdout)["equal"], replayed.stdout
     # resumed by a single process
-    settings = [f"output={two}", "max_train_steps=32", "log_keys=true"]
+    settings = [f"output={tmp_path / 'two'}", "max_train_steps=12", "log_keys=true"]
     third = call("--config", preset, *settings)
-    assert third.exit_code == 0 and "at step 30" in third.stderr
-    assert [line["step"] for line in read_lines(two / "keys.jsonl")] == list(range(1, 33))
+    assert third.exit_code == 0 and "at step 10" in third.stderr
+    assert [line["step"] for line in read_lines(tmp_path / "two/keys.jsonl")] == list(range(1, 13))
 
 
 @pytest.mark.slow

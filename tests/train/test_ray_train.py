@@ -83,8 +83,9 @@ def at_once(path: Path, act: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_nothing_but_time(
-    cluster: Cluster, train: Callable[..., Result], two_processes: Path, tmp_path: Path
+    cluster: Cluster, train: Callable[..., Result], tmp_path: Path
 ) -> None:
     output, killed = tmp_path / "out", []
 
@@ -100,16 +101,22 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     assert re.search(r"worker \d died; all workers start again .*1 of at most 3", result.stderr)
     assert re.search(r"resuming from .*checkpoint-0000\d\d at step", result.stderr)
     assert "30 steps" in result.stdout and "adapter in" in result.stdout
+    # The same micro-batches one after another, in this process: their gradients add up to those of
+    # two processes, to the last bit.
+    alone = tmp_path / "alone"
+    settings = ["ray.address=", "micro_batch_size=1", "max_train_steps=30"]
+    assert train(*settings, f"output={alone}").exit_code == 0
     for folder in ("final", "checkpoint-000030"):
         weights, undisturbed = (
-            load_file(run / folder / "adapter.safetensors") for run in (output, two_processes)
+            load_file(run / folder / "adapter.safetensors") for run in (output, alone)
         )
         assert weights.keys() == undisturbed.keys()
         assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
-    lines = [[*read_lines(run / "losses.jsonl")] for run in (output, two_processes)]
+    lines = [[*read_lines(run / "losses.jsonl")] for run in (output, alone)]
     assert lines[0] == lines[1] and len(lines[0]) == 30
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_driver_writes_a_checkpoint(
     train: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -122,6 +129,7 @@ def test_a_signal_to_the_driver_writes_a_checkpoint(
     assert not (output / "final").exists()
 
 
+@pytest.mark.slow
 def test_a_users_error_in_a_worker_ends_the_run_at_once(
     train: Callable[..., Result], tmp_path: Path
 ) -> None:
