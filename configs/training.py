@@ -121,6 +121,11 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0  # of torch on the CPU; 0: $OMP_NUM_THREADS, else all cores
     num_workers: int = 2  # processes that read samples
+    # micro-batches that each of them requests while it prepares one; 0: none
+    read_ahead: int = 8
+    # samples of remote data sets that stay on the local disk, over all runs; 0: none
+    cache_gb: float = 0.0
+    cache_folder: str = ""  # "": samples/ in $CONSISTENTID_CACHE, else in ~/.cache/consistentid
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 3  # 0: keep all
     # latest, a folder, or "": refuse an output that has checkpoints
@@ -150,7 +155,8 @@ class TrainConfig:
         )
         for name in (*positive, "checkpointing_steps"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("threads", "num_workers", "checkpoints_total_limit", "keep_samples"):
+        counts = ("threads", "num_workers", "read_ahead", "checkpoints_total_limit")
+        for name in (*counts, "keep_samples", "cache_gb"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
         _check(0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share}: expected 0 to 1")
         _check(0 <= self.pair_prob <= 1, f"pair_prob={self.pair_prob}: expected 0 to 1")

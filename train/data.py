@@ -12,10 +12,18 @@ The loader must not be passed to `accelerator.prepare`, which would split it a s
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
+from multiprocessing.util import get_temp_dir
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,7 +57,10 @@ from train.packing import (
 )
 
 Batch = TypeVar("Batch")
+Fetched = TypeVar("Fetched")
+Records = dict[int, Record | ShardError]  # by the samples' numbers
 
+_PARENT_POLL = 0.5  # seconds between two looks at a worker's parent
 _UNIT_NORM = 1e-3  # largest deviation; embeddings are stored in float32 and normalised
 
 
@@ -123,12 +134,22 @@ class BatchMaker:
 
     def __init__(self, mixture: Mixture, order: SampleOrder, preparation: Preparation) -> None:
         self._mixture, self._order, self._preparation = mixture, order, preparation
-        self._pairs = mixture.pairs(order)
+        self._references = mixture.pairs(order)
         self._cache: dict[Pair, Prepared] = {}
 
-    def __call__(self, positions: range) -> PackedBatch:
-        pairs = [(self._order.sample(each), self._pairs.reference(each)) for each in positions]
-        samples = self._samples(pairs)
+    def fetch(self, positions: range) -> Records:
+        """Reads the samples of these positions that aren't in the cache. Threads may call it while
+        `make` prepares others. Raises PipelineError for a fault that isn't a sample's.
+        """
+        missing = [pair for pair in self._pairs(positions) if pair not in self._cache]
+        numbers = [*dict.fromkeys(number for pair in missing for number in pair)]
+        records = self._mixture.records(numbers, verify=self._preparation.verify)
+        return dict(zip(numbers, records, strict=True))
+
+    def make(self, positions: range, records: Records) -> PackedBatch:
+        """Makes the micro-batch from what `fetch` returned for it."""
+        pairs = self._pairs(positions)
+        samples = self._samples(pairs, records)
         prep, seed = self._preparation, self._preparation.seed
         conditions = drop_conditions(
             collate([sample for sample, _, _ in samples]),
@@ -147,28 +168,28 @@ class BatchMaker:
             position=positions.start,
         )
 
-    def _samples(self, pairs: list[Pair]) -> list[Prepared]:
-        """Returns the prepared samples, from the cache or from the shards."""
+    def __call__(self, positions: range) -> PackedBatch:
+        return self.make(positions, self.fetch(positions))
+
+    def _pairs(self, positions: range) -> list[Pair]:
+        return [(self._order.sample(p), self._references.reference(p)) for p in positions]
+
+    def _samples(self, pairs: list[Pair], records: Records) -> list[Prepared]:
+        """Returns the prepared samples, from the cache or from their records."""
         missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._cache]
-        prepared = self._cache if not missing else {**self._cache, **self._prepare(missing)}
+        prepared = {pair: self._prepare(pair, records) for pair in missing}
         for pair in missing[: max(0, self._preparation.cache_size - len(self._cache))]:
             self._cache[pair] = prepared[pair]
-        return [prepared[pair] for pair in pairs]
+        return [prepared[pair] if pair in prepared else self._cache[pair] for pair in pairs]
 
-    def _prepare(self, pairs: list[Pair]) -> dict[Pair, Prepared]:
-        numbers = sorted({number for pair in pairs for number in pair})
-        read = self._mixture.records(numbers, verify=self._preparation.verify)
-        records = dict(zip(numbers, read, strict=True))
-        return {pair: self._prepare_one(pair, records) for pair in pairs}
-
-    def _prepare_one(self, pair: Pair, records: Mapping[int, Record | ShardError]) -> Prepared:
+    def _prepare(self, pair: Pair, records: Records) -> Prepared:
         number, reference = pair
         try:
             shown = None if reference == number else _usable(records[reference])
             conditions, pixels = self._build(_usable(records[number]), shown)
         except (ShardError, ValueError, OSError) as error:  # Pillow's errors are OSErrors
             if reference != number:
-                alone = self._prepare_one((number, number), records)
+                alone = self._prepare((number, number), records)
                 if alone[2] is not None:
                     return alone
             return self._blank(number, bad=reference, reason=str(error))
@@ -269,23 +290,31 @@ def unpacked(
     )
 
 
+def _unchanged(_positions: range, fetched: Batch) -> Batch:
+    return fetched
+
+
 def micro_batches(
-    make: Callable[[range], Batch],
+    fetch: Callable[[range], Fetched],
+    make: Callable[[range, Fetched], Batch] = _unchanged,  # type: ignore[assignment]
     *,
     start: int,
     size: int,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    ahead: int = 0,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """Yields the micro-batches of one process, without end.
 
-    make: positions → micro-batch, in practice a BatchMaker; it runs in the worker processes.
-    start: position of the first sample, counted over all processes. size: samples in a
-    micro-batch. rank, world: number of this process, and of all. workers: loader processes; 0
-    loads in this one. pin: copy the tensors into pinned memory. Raises what `make` raises; a
-    PipelineError without the traceback that torch would add to its message.
+    fetch, make: positions → what it takes to make a micro-batch, and from both the micro-batch; in
+    practice a BatchMaker's. They run in the worker processes. ahead: micro-batches that each
+    worker fetches, in threads, while it makes one. start: position of the first sample, counted
+    over all processes. size: samples in a micro-batch. rank, world: number of this process, and of
+    all. workers: loader processes; 0 loads in this one. pin: copy the tensors into pinned memory.
+    Raises what `fetch` and `make` raise; a PipelineError without the traceback that torch would add
+    to its message.
     """
     import webdataset as wds
 
@@ -297,7 +326,8 @@ def micro_batches(
 
     def batches(source: Iterator[range]) -> Iterator[Batch | PipelineError]:
         try:
-            yield from map(make, source)
+            for positions, fetched in fetched_ahead(fetch, source, ahead):
+                yield make(positions, fetched)
         except PipelineError as error:
             yield error
 
@@ -307,10 +337,33 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         multiprocessing_context="fork" if workers else None,
     )
     return _raising(iter(loader))
+
+
+def fetched_ahead(
+    fetch: Callable[[range], Fetched], source: Iterator[range], ahead: int
+) -> Iterator[tuple[range, Fetched]]:
+    """Yields (item, fetch(item)) in the order of `source`. Up to `ahead` further items are fetched
+    meanwhile, each in a thread. An error of `fetch` is raised in its item's turn.
+    """
+    if not ahead:
+        yield from ((item, fetch(item)) for item in source)
+        return
+    pool = ThreadPoolExecutor(ahead, "read-ahead")
+    try:
+        waiting = deque((item, pool.submit(fetch, item)) for item in islice(source, ahead))
+        while waiting:
+            item, future = waiting.popleft()
+            fetched = future.result()
+            waiting.extend(
+                (next_item, pool.submit(fetch, next_item)) for next_item in islice(source, 1)
+            )
+            yield item, fetched
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
@@ -320,11 +373,20 @@ def _raising(batches: Iterator[Batch | PipelineError]) -> Iterator[Batch]:
         yield batch
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Ignores SIGINT and SIGTERM in a worker.
+def _start_worker(parent: int, _worker: int) -> None:
+    """Ignores SIGINT and SIGTERM in a worker, and lets it end with the process `parent`.
 
     Ctrl-C sends the first to every process of the terminal, and schedulers send the second to every
-    process of a job; the trainer handles them and ends its workers.
+    process of a job; the trainer handles them and ends its workers. Torch's workers too end after
+    their parent was killed, but not before their requests have been answered.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent").start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL)
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # has a socket of this worker
+    os._exit(1)

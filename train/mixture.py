@@ -18,6 +18,7 @@ from configs.training import DataSource, TrainConfig
 from stages.record import Record
 from stages.storage import layout
 from stages.storage.reader import DatasetReader
+from train.cache import SampleCache
 from train.order import SampleOrder
 from train.pairs import Pairs
 from train.shards import ShardSet
@@ -33,6 +34,7 @@ class Mixture:
 
     pair_prob: share of samples that are conditioned on another one of the same person.
     index_folder: local folder for the data sets' indexes; None makes them in a temporary folder.
+    cache: for the samples of remote data sets.
 
     digest: equal digests mean that an equal seed gives the same sequence of samples and pairs.
     digests: of each data set's samples. Raises what ShardSet raises; ConfigError if the data sets
@@ -46,9 +48,10 @@ class Mixture:
         *,
         pair_prob: float = 0.0,
         index_folder: Path | None = None,
+        cache: SampleCache | None = None,
     ) -> None:
         self._paths, self._pair_prob = [source.path for source in data], pair_prob
-        self._parts = [ShardSet(path, split, index_folder) for path in self._paths]
+        self._parts = [ShardSet(path, split, index_folder, cache) for path in self._paths]
         if len(data) > 1:
             _check_face_models({path: _face_models(path) for path in self._paths})
         self._sizes = [len(part) for part in self._parts]
@@ -183,9 +186,17 @@ class Mixture:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_mixture(config: TrainConfig, index_folder: Path | None = None) -> Mixture:
+def open_mixture(
+    config: TrainConfig, index_folder: Path | None = None, cache: SampleCache | None = None
+) -> Mixture:
     """Opens the data sets of a run. Raises what Mixture raises."""
-    return Mixture(config.data, config.split, pair_prob=config.pair_prob, index_folder=index_folder)
+    return Mixture(
+        config.data,
+        config.split,
+        pair_prob=config.pair_prob,
+        index_folder=index_folder,
+        cache=cache,
+    )
 
 
 def _face_models(path: str) -> dict[str, str]:

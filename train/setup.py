@@ -16,7 +16,9 @@ from model.checkpoint import CONFIG_FILE, load_adapter
 from model.conditions import DropRates
 from model.consistentid import ConsistentID, load_base
 from model.spec import ModelSpec
+from stages.backends.weights import default_cache
 from stages.storage.remote import refuse_credentials
+from train.cache import SampleCache
 from train.data import Preparation
 from train.step import Frozen, TrainedModel, freeze
 
@@ -36,6 +38,9 @@ _MAY_CHANGE: Final = (
     "mixed_precision",
     "threads",
     "num_workers",
+    "read_ahead",
+    "cache_gb",
+    "cache_folder",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
@@ -114,6 +119,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
                 value if isinstance(value, str | int | float | bool) else str(value)
             )
     return items
+
+
+def sample_cache(config: TrainConfig) -> SampleCache | None:
+    """Returns the configured cache for samples of remote data sets; None if there is none."""
+    if not config.cache_gb:
+        return None
+    folder = Path(config.cache_folder) if config.cache_folder else default_cache("samples")
+    return SampleCache(folder.expanduser(), int(config.cache_gb * 1e9))
 
 
 def make_models(

@@ -26,6 +26,7 @@ from stages.storage import layout
 from stages.storage.manifest import Manifest
 from stages.storage.reader import IDENTITIES_SCHEMA, DatasetReader, SamplePlace
 from stages.storage.store import Store
+from train.cache import SampleCache
 from train.index import FORMAT, NO_IDENTITY, SampleIndex, ShardSamples, open_index, write_index
 
 INDEX: Final = "index"  # folder of a run's indexes
@@ -42,15 +43,22 @@ class ShardSet:
 
     data: OUT of make dataset, a folder or fsspec URL without credentials. split: train, val or all.
     index_folder: local folder for its index, which is read if it is there and made otherwise; None
-    makes it in a temporary folder. digest: equal digests mean equal samples in equal order. Raises
-    ConfigError for a `data` that can't be opened, SourceError if there is no data set or no
-    sample, ShardError if a shard contradicts its manifest, StoreError if the index can't be
-    written.
+    makes it in a temporary folder. cache: for the samples of a remote data set. digest: equal
+    digests mean equal samples in equal order. Raises ConfigError for a `data` that can't be opened,
+    SourceError if there is no data set or no sample, ShardError if a shard contradicts its
+    manifest, StoreError if the index can't be written.
     """
 
-    def __init__(self, data: str, split: str = "all", index_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        data: str,
+        split: str = "all",
+        index_folder: Path | None = None,
+        cache: SampleCache | None = None,
+    ) -> None:
         self.data = data
         reader = self._reader()
+        self._cache = None if reader.store.local else cache
         manifests = list(reader.manifests().values())
         if not manifests:
             raise SourceError(
@@ -121,7 +129,13 @@ class ShardSet:
         verify: compare the bytes of each with its digest. Raises ShardError if a tar is missing.
         """
         # A new reader: a worker process can't share its parent's connections.
-        return self._reader().samples_at([self.place(n) for n in numbers], verify=verify)
+        reader, places = self._reader(), [self.place(number) for number in numbers]
+        read = reader.parts_at
+        parts = read(places) if self._cache is None else self._cache.read(places, read)
+        return [
+            reader.sample_in(part, place, verify=verify)
+            for part, place in zip(parts, places, strict=True)
+        ]
 
     def dataset_config(self) -> str:
         """Returns the data set's own configuration, as YAML; "" if it has none."""

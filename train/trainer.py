@@ -43,6 +43,7 @@ from train.setup import (
     make_models,
     make_optimizer,
     make_preparation,
+    sample_cache,
 )
 from train.shards import INDEX
 from train.state import (
@@ -95,7 +96,7 @@ class Trainer:
         )
         # the first process makes the index, and the first of a node where it has no such file
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
-            self.mixture = open_mixture(config, self.output / INDEX)
+            self.mixture = open_mixture(config, self.output / INDEX, sample_cache(config))
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
@@ -174,13 +175,16 @@ class Trainer:
             resolution=self.config.resolution,
             side=self.spec.vision_size,
         )
+        maker = BatchMaker(self.mixture, self.order, self.preparation)
         return micro_batches(
-            BatchMaker(self.mixture, self.order, self.preparation),
+            maker.fetch,
+            maker.make,
             start=self.progress.position,
             size=self.batch.micro,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
+            ahead=self.config.read_ahead,
             pin=self.device.type == "cuda",
         )
 

@@ -253,14 +253,14 @@ class Weights:
         )
 
 
-def default_cache() -> Path:
-    """Returns weights/ in $CONSISTENTID_CACHE, else in consistentid/ under $XDG_CACHE_HOME or
-    ~/.cache.
+def default_cache(name: str = "weights") -> Path:
+    """Returns the folder of this name in $CONSISTENTID_CACHE, else in consistentid/ under
+    $XDG_CACHE_HOME or ~/.cache.
     """
     if folder := os.environ.get("CONSISTENTID_CACHE"):
-        return Path(folder).expanduser() / "weights"
+        return Path(folder).expanduser() / name
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(parent).expanduser() / "consistentid" / "weights"
+    return Path(parent).expanduser() / "consistentid" / name
 
 
 def _from_upstream(weight: Weight, scratch: Path) -> Path | None:

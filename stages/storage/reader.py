@@ -222,30 +222,27 @@ class DatasetReader:
         sample = self._sample(io.BytesIO(data), {**row, "members": members}, file)
         return with_row_fields(sample, row)
 
-    def samples_at(
-        self, places: Sequence[SamplePlace], *, verify: bool = False
-    ) -> list[Record | ShardError]:
-        """Returns the samples at these places, in that order; for one that is damaged, the error.
-        Requests to a remote store are sent together.
-
-        verify: compare the bytes of each sample with its digest. Raises ShardError if a tar is
-        missing.
+    def parts_at(self, places: Sequence[SamplePlace]) -> list[bytes]:
+        """Returns the bytes of the samples at these places, in that order. Raises ShardError if a
+        tar is missing.
         """
         ranges = [(layout.in_shards(p.tar), p.offset, p.offset + p.size) for p in places]
         try:
-            parts = self.store.read_ranges(ranges)
+            return self.store.read_ranges(ranges)
         except FileNotFoundError as error:
             raise ShardError(f"{self.store.url}: a tar is missing: {error}") from error
-        return [
-            self._sample_at(part, place, verify) for part, place in zip(parts, places, strict=True)
-        ]
 
-    def _sample_at(self, data: bytes, place: SamplePlace, verify: bool) -> Record | ShardError:
+    def sample_in(
+        self, part: bytes, place: SamplePlace, *, verify: bool = False
+    ) -> Record | ShardError:
+        """Returns the sample whose bytes `parts_at` returned; the error if it is damaged. verify:
+        compare its bytes with its digest.
+        """
         tar = f"{self.store.url}/{layout.SHARDS}/{place.tar}"
         try:
-            if verify and place.sha256 and hashlib.sha256(data).hexdigest() != place.sha256:
+            if verify and place.sha256 and hashlib.sha256(part).hexdigest() != place.sha256:
                 raise ShardError(f"{tar}: the bytes of sample {place.key} are not those written")
-            return parse_sample(data, place.key, tar)
+            return parse_sample(part, place.key, tar)
         except ShardError as error:
             return ShardError(f"{error}. {layout.how_to_repair(place.tar)}")
 

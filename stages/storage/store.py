@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.utils import merge_offset_ranges
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from configs.errors import ConfigError, ShardError, StoreError
@@ -31,6 +33,8 @@ _UNWRITABLE: Final = (
     *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOENT"),
 )
 _AT_ONCE: Final = 64  # files requested together
+_GAP: Final = 256 * 1024  # bytes; ranges that are no further apart are read together
+_BLOCK: Final = 8 * 1024**2  # bytes; the largest request of several ranges
 _IN_MEMORY: Final = 64_000_000  # bytes; larger files of a remote store are read from a local copy
 
 
@@ -140,9 +144,12 @@ class Store:
         """Returns name → bytes of the files that exist. Requests to a remote store are sent
         together.
         """
-        if self.local:
-            return {name: self.read(name) for name in names if self.exists(name)}
         contents: dict[str, bytes] = {}
+        if self.local:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    contents[name] = self.read(name)
+            return contents
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
             responses = self._fs.cat_ranges(
@@ -157,17 +164,32 @@ class Store:
         return contents
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Returns the bytes of each (name, start, end). Requests to a remote store are sent
-        together. Raises FileNotFoundError.
+        """Returns the bytes of each (name, start, end). Ranges of one file that are near each other
+        are read together, and requests to a remote store are sent together. Raises
+        FileNotFoundError.
         """
+        names, starts, ends = _columns(ranges)
+        merged = merge_offset_ranges(names, starts, ends, max_gap=_GAP, max_block=_BLOCK)
+        requests = [*zip(*merged, strict=True)]
+        parts = self._read_requests(requests)
+        result = []
+        for name, start, end in ranges:
+            # each range is inside the last request that doesn't begin after it
+            place = bisect_right(requests, (name, start), key=lambda each: each[:2]) - 1
+            first = requests[place][1]
+            result.append(parts[place][start - first : end - first])
+        return result
+
+    def _read_requests(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if self.local:
-            return [self.read(*each) for each in ranges]
-        paths = [self.path(name) for name, _, _ in ranges]
-        starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
-        responses = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+            return [self.read(*each) for each in requests]
+        names, starts, ends = _columns(requests)
+        responses = self._fs.cat_ranges(
+            [self.path(name) for name in names], starts, ends, on_error="return"
+        )
         return [
             response if isinstance(response, bytes) else self.read(*each)
-            for response, each in zip(responses, ranges, strict=True)
+            for response, each in zip(responses, requests, strict=True)
         ]
 
     def open(self, name: str) -> IO[bytes]:
@@ -311,3 +333,7 @@ class Store:
             "exists, and that the keys and the endpoint in the environment allow reading, writing, "
             "listing and deleting; then run the same command again: committed shards are kept."
         )
+
+
+def _columns(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[str], list[int], list[int]]:
+    return [each[0] for each in ranges], [each[1] for each in ranges], [each[2] for each in ranges]

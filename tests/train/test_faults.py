@@ -90,7 +90,8 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     # without verification, which would find the changed bytes first
     mixture = Mixture(sources(copy))
     maker = BatchMaker(mixture, mixture.order(0), replace(parts.preparation, verify=False))
-    conditions, pixels, bad = maker._prepare([(5, 5)])[5, 5]
+    records = dict(enumerate(mixture.records(range(8), verify=False)))
+    conditions, pixels, bad = maker._prepare((5, 5), records)
     assert bad is not None and bad.key == shards.key(5)
     assert "the identity embedding has norm" in bad.reason
     assert not conditions.identity.any() and not pixels.any()

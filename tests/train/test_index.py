@@ -46,18 +46,18 @@ def only_file(folder: Path) -> Path:
 def test_an_index_is_made_once_and_answers_as_one_in_a_temporary_folder(
     data: Path, tmp_path: Path, shards: ShardSet
 ) -> None:
-    made = ShardSet(str(data), "all", tmp_path)
+    first = ShardSet(str(data), "all", tmp_path)
     path = only_file(tmp_path)
     written = path.stat()
-    opened = ShardSet(str(data), "all", tmp_path)
+    second = ShardSet(str(data), "all", tmp_path)
     assert only_file(tmp_path).stat().st_ino == written.st_ino
-    for each in (made, opened):
+    for each in (first, second):
         assert (each.digest, keys(each)) == (shards.digest, keys(shards))
         assert [each.place(n) for n in range(8)] == [shards.place(n) for n in range(8)]
         assert [each.number(key) for key in keys(shards)] == [*range(8)]
         assert each.number("nobody") is None
     with pytest.raises(IndexError):
-        opened.key(8)
+        second.key(8)
 
 
 def test_the_people_and_the_side_of_each_sample_come_from_the_global_pass(

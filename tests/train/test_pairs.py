@@ -145,7 +145,9 @@ def test_a_bad_reference_makes_the_sample_bad_and_is_the_one_that_is_named(
     source = (DataSource(path=str(copy)),)
     mixture = Mixture(source, pair_prob=0.5)
     maker = BatchMaker(mixture, mixture.order(3), parts.preparation)
-    prepared = maker._prepare([(0, 2), (0, 4), (2, 0), (2, 2), (0, 0)])
+    read = dict(enumerate(mixture.records(range(8))))
+    pairs = [(0, 2), (0, 4), (2, 0), (2, 2), (0, 0)]
+    prepared = {pair: maker._prepare(pair, read) for pair in pairs}
     bad = {pair: why and why.key for pair, (_, _, why) in prepared.items()}
     spoiled = mixture.key(2)
     assert bad == {(0, 2): spoiled, (0, 4): None, (2, 0): spoiled, (2, 2): spoiled, (0, 0): None}

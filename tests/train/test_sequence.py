@@ -32,17 +32,21 @@ class Names:
 
 
 class Stretch(NamedTuple):
-    """Some steps between a start and a stop. micro: most samples of a micro-batch."""
+    """Some steps between a start and a stop. micro: most samples of a micro-batch. ahead:
+    micro-batches that are read ahead, which a stop loses.
+    """
 
     steps: int
     world: int
     workers: int
     micro: int
+    ahead: int = 0
 
 
 def stretches(size: int, workers: st.SearchStrategy[int]) -> st.SearchStrategy[Stretch]:
     worlds = st.sampled_from([n for n in range(1, size + 1) if size % n == 0])
-    return st.builds(Stretch, st.integers(1, 5), worlds, workers, st.integers(1, size))
+    micro, ahead = st.integers(1, size), st.integers(0, 3)
+    return st.builds(Stretch, st.integers(1, 5), worlds, workers, micro, ahead)
 
 
 def global_batches(
@@ -52,7 +56,7 @@ def global_batches(
     by other processes. start: position of the first.
     """
     batches = []
-    for steps, world, workers, most in parts:
+    for steps, world, workers, most, ahead in parts:
         plan = plan_batches(size, most, world)
         ranks = [
             micro_batches(
@@ -62,6 +66,7 @@ def global_batches(
                 rank=rank,
                 world=world,
                 workers=workers,
+                ahead=ahead,
             )
             for rank in range(world)
         ]
@@ -104,7 +109,7 @@ def test_the_sequence_is_that_of_one_process_however_often_it_is_resumed(
 def test_worker_processes_change_nothing(mixed: Mixed) -> None:
     samples = Mixture(mixed.sources, pair_prob=0.5)
     undisturbed = global_batches(samples, 3, 6, [Stretch(9, 1, 0, 6)])
-    parts = [Stretch(3, 2, 2, 2), Stretch(2, 1, 2, 4), Stretch(4, 3, 1, 1)]
+    parts = [Stretch(3, 2, 2, 2, 3), Stretch(2, 1, 2, 4), Stretch(4, 3, 1, 1, 1)]
     assert global_batches(samples, 3, 6, parts) == undisturbed
 
 
@@ -117,7 +122,14 @@ def test_the_tensors_don_t_depend_on_processes_workers_and_micro_batches(
 
     def batches(start: int, size: int, rank: int, world: int, workers: int) -> list[TrainBatch]:
         source = micro_batches(
-            maker, start=start, size=size, rank=rank, world=world, workers=workers
+            maker.fetch,
+            maker.make,
+            start=start,
+            size=size,
+            rank=rank,
+            world=world,
+            workers=workers,
+            ahead=workers,
         )
         return [unpacked(next(source), parts.preparation, "cpu") for _ in range(2)]
 
