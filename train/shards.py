@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -59,13 +59,14 @@ class ShardSet:
         self.data = data
         reader = self._reader()
         self._cache = None if reader.store.local else cache
-        manifests = list(reader.manifests().values())
+        sizes = reader.store.sizes(layout.SHARDS)
+        manifests = list(reader.manifests(names=sizes).values())
         if not manifests:
             raise SourceError(
                 f"{data}: no shards there (looked for {data}/shards/*.json). Run make dataset "
                 "first, then give its output here, as in data=runs/dataset."
             )
-        _check_tars(reader, manifests)
+        _check_tars(reader, manifests, sizes)
         people = _people_digest(reader.store)
         if split != "all" and not people:
             raise SourceError(
@@ -148,9 +149,12 @@ class ShardSet:
             raise ConfigError(f"data: {error}") from error
 
 
-def _check_tars(reader: DatasetReader, manifests: Iterable[Manifest]) -> None:
-    """Raises ShardError if a tar is missing or hasn't the size that its manifest states."""
-    sizes = reader.store.sizes(layout.SHARDS)
+def _check_tars(
+    reader: DatasetReader, manifests: Iterable[Manifest], sizes: Mapping[str, int]
+) -> None:
+    """Raises ShardError if a tar is missing or hasn't the size that its manifest states. sizes: of
+    the files, by name.
+    """
     for manifest in manifests:
         tar, size = manifest.tar, sizes.get(manifest.tar.name)
         if size is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -88,11 +88,14 @@ class DatasetReader:
     def __str__(self) -> str:
         return self.store.url
 
-    def manifests(self, *, readable_only: bool = False) -> dict[int, Manifest]:
+    def manifests(
+        self, *, readable_only: bool = False, names: Iterable[str] | None = None
+    ) -> dict[int, Manifest]:
         """Returns number → manifest of every committed shard, in order. readable_only: leave out
-        manifests that are damaged, instead of raising ShardError.
+        manifests that are damaged, instead of raising ShardError. names: of the files of all
+        shards, if the caller has listed them.
         """
-        names = self.store.names(layout.SHARDS)
+        names = self.store.names(layout.SHARDS) if names is None else names
         paths = [layout.in_shards(name) for name in names if layout.is_manifest(name)]
         manifests = []
         for name, data in self.store.read_all(paths).items():

@@ -302,6 +302,8 @@ class Store:
         """Returns base name → size of all that is in `folder`; the size of a folder is 0."""
         self._fs.invalidate_cache()
         try:
+            if self.local:  # ten times as fast as `ls`
+                return dict(self._call(_local_entries, self.path(folder)))
             entries = self._call(self._fs.ls, self.path(folder), detail=True)
         except FileNotFoundError:
             return {}
@@ -333,6 +335,19 @@ class Store:
             "exists, and that the keys and the endpoint in the environment allow reading, writing, "
             "listing and deleting; then run the same command again: committed shards are kept."
         )
+
+
+def _local_entries(folder: str) -> list[tuple[str, int]]:
+    """Returns (base name, size) of all that is in `folder`."""
+    with os.scandir(folder) as entries:
+        return [(entry.name, _size(entry)) for entry in entries]
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size if entry.is_file() else 0
+    except FileNotFoundError:  # a link to nothing, or it was just removed
+        return 0
 
 
 def _columns(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[str], list[int], list[int]]:
