@@ -18,9 +18,10 @@ from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.stages.storage.s3_server import ENVIRONMENT, Bucket, Faults, Proxy
 from tests.train.helpers import Listener, run, same, small, weights
-from train.checkpoints import checkpoints
+from train.checkpoints import checkpoints, damage
 from train.history import read_lines
 from train.mirror import Mirror
+from train.resume import fetch_chosen
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -214,6 +215,19 @@ def test_a_checkpoint_at_a_url_is_resumed_in_another_output(
     listener = Listener()
     run(replace(config, resume_from_checkpoint=f"{url}-000004"), listener)
     assert "at step 4" in listener.messages[0] and not list((tmp_path / "new").glob(".*"))
+
+
+def test_other_machines_of_a_run_fetch_what_the_first_has_chosen(
+    finished: Finished, bucket: Bucket, tmp_path: Path
+) -> None:
+    config = copied(finished, bucket, tmp_path / "one")
+    bucket.put("out/base/unet/config.json", b"{}")
+    bucket.put("out/index/digest.arrow", b"rows")
+    chosen = tmp_path / "other/checkpoint-000004"
+    fetch_chosen(config, chosen, Mirror(bucket.out, tmp_path / "other"))
+    assert local(chosen) == local(tmp_path / "one/checkpoint-000004") and not damage(chosen)
+    assert (tmp_path / "other/base/unet/config.json").read_bytes() == b"{}"
+    assert (tmp_path / "other/index/digest.arrow").read_bytes() == b"rows"
 
 
 def test_the_url_is_locked(bucket: Bucket, data: Path, tiny_base: Path, tmp_path: Path) -> None:
