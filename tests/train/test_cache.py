@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import logging
@@ -10,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,6 +112,19 @@ def test_damaged_bytes_are_returned_but_not_stored(origin: Origin, tmp_path: Pat
     assert samples_in(tmp_path) == []
 
 
+def test_a_subfolder_changes_only_under_its_lock(origin: Origin, tmp_path: Path) -> None:
+    cache = new_cache(tmp_path)
+    origin.read(cache, 0)
+    reader = threading.Thread(target=origin.read, args=(cache, 1))
+    with (tmp_path / "7f/.bytes").open("rb") as counter:
+        fcntl.flock(counter, fcntl.LOCK_EX)
+        reader.start()
+        time.sleep(0.2)
+        assert len(samples_in(tmp_path)) == 1 and reader.is_alive()
+    reader.join()
+    assert len(samples_in(tmp_path)) == 2
+
+
 def read_for_ever(folder: Path, seed: int) -> None:
     origin, cache, rng = Origin(12), new_cache(folder), random.Random(seed)
     while True:
@@ -141,7 +156,7 @@ def test_processes_that_are_killed_while_they_write_leave_the_bound_and_the_byte
         process.join()
     assert 2 * SIZE < most <= SHARE
     # a file that a killed process was writing goes when room is needed
-    (tmp_path / "7f" / f".{origin.places[0].sha256}").write_bytes(b"begun")
+    (tmp_path / "7f" / f".7f{'0' * 62}").write_bytes(b"begun")
     cache = new_cache(tmp_path)
     for number in range(12):
         origin.read(cache, number)
