@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import IO, Any, Final
@@ -27,6 +28,10 @@ from stages.storage.layout import FORMAT_VERSION, READABLE
 _IDENTITY: Final = "identity"
 _MEMBERS: Final = {name: entry.member for name, entry in stored_fields(Record) if entry.member}
 _JSON: Final = {name: entry for name, entry in stored_fields(Record) if entry.json}
+
+# numpy parses a file's header with `ast`, which in Python 3.11 fails at random with a SystemError
+# where two threads use it at once (python/cpython#106905)
+_PARSING: Final = threading.Lock()
 
 # fields of a record that only its row in the sidecar has
 NOT_IN_TARS: Final = frozenset(
@@ -101,7 +106,8 @@ def from_members(members: Mapping[str, bytes]) -> Record:
         )
     if version == 2:
         meta = version2.sample(meta)
-    identity = np.load(io.BytesIO(members[_MEMBERS[_IDENTITY]]), allow_pickle=False)
+    with _PARSING:
+        identity = np.load(io.BytesIO(members[_MEMBERS[_IDENTITY]]), allow_pickle=False)
     if np.shape(identity) != (IDENTITY_DIM,):
         raise ValueError(f"an identity of shape {np.shape(identity)}, expected ({IDENTITY_DIM},)")
     values = {name: meta[name] for name in _JSON if name in meta}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +82,24 @@ def test_reading_an_unknown_format_version_is_an_error() -> None:
     members["json"] = members["json"].replace(version, b'"version": 99')
     with pytest.raises(ValueError, match="format version 99"):
         from_members(members)
+
+
+def test_threads_read_samples_at_the_same_time() -> None:
+    members = to_members(SAMPLE, ())
+    thresholds = gc.get_threshold()
+
+    def switch_threads(*_: object) -> None:
+        time.sleep(0)
+
+    gc.callbacks.append(switch_threads)
+    gc.set_threshold(10)  # many collections, in each of which another thread goes on
+    try:
+        for _ in range(40):
+            with ThreadPoolExecutor(4) as pool:
+                assert len([*pool.map(from_members, [members] * 20)]) == 20
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(switch_threads)
 
 
 def test_a_pickled_identity_is_not_loaded() -> None:
