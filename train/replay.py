@@ -251,7 +251,8 @@ def _notes(segment: Segment, step: int, after_step: int, device: torch.device) -
         )
     if segment.processes > 1:
         notes.append(
-            f"{segment.processes} processes trained, and one computes this: the last digit may differ"
+            f"{segment.processes} processes trained, and one computes this, so the last digit may "
+            "differ"
         )
     here = (device_name(device), torch.__version__)
     if here != (segment.device, segment.torch):
