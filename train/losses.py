@@ -1,6 +1,6 @@
 """The losses of steps: kept on the device, fetched together, and divided into their samples.
 
-Training and replay add up the same numbers in the same order, so their losses have equal bits.
+Training and replay add up the samples' losses in the same order.
 """
 
 from __future__ import annotations
