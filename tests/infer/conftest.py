@@ -11,13 +11,13 @@ from infer import load
 from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity
 from infer.load import load_generator
-from tests.infer.helpers import base_copy, small, write_adapter
+from tests.bases import read_once
+from tests.infer.helpers import small, write_adapter
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _base_read_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "load_base", base_copy)
+    with read_once(load):
         yield
 
 

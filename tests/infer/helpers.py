@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from configs.portraits import InferConfig
 from model.checkpoint import save_adapter
-from model.consistentid import BaseModels, ConsistentID, load_base
-from model.spec import SPECS, ModelSpec
+from model.consistentid import ConsistentID
+from model.spec import SPECS
 from stages.regions import Mode
-
-
-def base_copy(spec: ModelSpec, base: str | Path, **options: Any) -> BaseModels:
-    """What `load_base` returns, with copies of models that were read once: no caller sees another's
-    changes. Tests never change a base's files.
-    """
-    models = _base(spec, Path(base).resolve(), **options)
-    return replace(models, **{name: copy.deepcopy(part) for name, part in models.modules.items()})
-
-
-@cache
-def _base(spec: ModelSpec, base: Path, **options: Any) -> BaseModels:
-    return load_base(spec, base, **options)
+from tests.bases import base_copy
 
 
 def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:

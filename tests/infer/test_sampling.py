@@ -8,7 +8,7 @@ from torch import Tensor
 from infer.sampling import Guidance, decode, denoise, initial_latents
 from model.consistentid import BaseModels, ConsistentID
 from model.spec import SPECS
-from tests.infer.helpers import base_copy
+from tests.bases import base_copy
 
 TINY = SPECS["tiny"]
 

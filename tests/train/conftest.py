@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from configs.training import DataSource
+from tests.bases import read_once
 
 # fixtures
 from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
 from tests.train.helpers import Parts, small, with_people
+from train import setup
 from train.mixture import Mixture
 from train.shards import ShardSet
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _base_read_once() -> Iterator[None]:
+    with read_once(setup):
+        yield
 
 
 @pytest.fixture(scope="session")
