@@ -1,8 +1,8 @@
 """Replay: the losses of a step, computed again from its samples, noise and timesteps.
 
 If a checkpoint has the weights that the step began with, the loss has the bits of the recorded one.
-After a run on several processes it may differ in the last digit: in torch's wrapper for distributed
-training, the attention scores are rounded differently.
+After a run on several processes it may differ in the last digit: on two, the facial loss of a
+sample was rounded differently.
 """
 
 from __future__ import annotations
