@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from configs.errors import PipelineError
 from tests.chaos.disk import SmallDisk
 from tests.chaos.train.command import Command, Training, shared_files, unused
 from tests.chaos.train.compare import differences, not_finite
@@ -106,7 +107,10 @@ class Round:
                 self.wrong.append(
                     f"{newest.name} is damaged; not resumed from {older.name}: {text[-1500:]}"
                 )
-        self.wrong += not_finite(command.output)
+        try:
+            self.wrong += not_finite(command.output)
+        except PipelineError as error:
+            self.wrong.append(f"a checkpoint can't be checked: {error}")
 
     def _limit(self, start: Start, disk: SmallDisk | None) -> Callable[[], None] | None:
         """Gives the disk room. Returns a preexec_fn that limits files instead, where the disk is no
