@@ -5,8 +5,9 @@
     unet/                               the UNet, if it was trained too
     state.pt                            optimizer, schedule, random states, step, position: tensors
                                         and plain values only
-    files.json                          format, and size and sha256 of each of these files; written
-                                        last: a folder without it is not a checkpoint
+    files.json                          format, size and sha256 of each of these files, and its own
+                                        sha256. It is written last: a folder without it is not a
+                                        checkpoint
 
 The last adapter is also in OUT/final, without state.pt and files.json.
 """
@@ -19,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,7 +175,8 @@ def write_file_list(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    text = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    content = {"format": FORMAT, "files": files}
+    text = json.dumps({**content, "sha256": own_digest(content)}, indent=1)
     (folder / FILES).write_text(text + "\n", encoding="utf-8")
 
 
@@ -186,8 +187,10 @@ def file_list(text: str | bytes, name: str) -> dict[str, tuple[int, str]] | None
     """
     try:
         content: dict[str, Any] = json.loads(text)
-        number = content.get("format")
-    except (ValueError, AttributeError):
+        if content.pop("sha256") != own_digest(content):
+            return None
+        number = content["format"]
+    except (ValueError, AttributeError, KeyError, TypeError):
         return None
     if number != FORMAT:
         raise WeightsError(
@@ -219,6 +222,11 @@ def damage(folder: Path) -> str:
         if file.stat().st_size != size or _sha256(file) != digest:
             return f"{name} is not as it was written"
     return ""
+
+
+def own_digest(content: Any) -> str:
+    """Returns the digest that files.json has of its other entries."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ import torch
 from configs.errors import StoreError
 from configs.training import OptimConfig, TrainConfig
 from tests.train.helpers import Listener, Parts, run, same, small, weights
-from train.checkpoints import checkpoints, damage, remove_partial_folders
+from train.checkpoints import checkpoints, damage, remove_partial_folders, write_file_list
 from train.state import AdapterExtras, Snapshot, load_checkpoint
 from train.writer import CheckpointWriter
 
@@ -213,3 +214,16 @@ def test_a_second_signal_does_not_wait_for_a_thread(number: signal.Signals) -> N
         process.send_signal(number)
         time.sleep(2.1)  # a signal that comes earlier is taken for the first one again
     assert process.wait(timeout=20) == -number
+
+
+def test_any_changed_byte_of_the_list_of_files_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "adapter.json").write_text("{}")
+    write_file_list(tmp_path)
+    assert damage(tmp_path) == ""
+    whole = (tmp_path / "files.json").read_bytes()
+    for index in range(len(whole.rstrip())):
+        content = bytearray(whole)
+        content[index] ^= 1
+        (tmp_path / "files.json").write_bytes(content)
+        # a blank between two entries may be any other kind of blank
+        assert damage(tmp_path) or json.loads(content) == json.loads(whole), index

@@ -18,7 +18,7 @@ from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.stages.storage.s3_server import ENVIRONMENT, Bucket, Faults, Proxy
 from tests.train.helpers import Listener, run, same, small, weights
-from train.checkpoints import checkpoints, damage
+from train.checkpoints import checkpoints, damage, own_digest
 from train.history import read_lines
 from train.mirror import Mirror
 from train.resume import fetch_chosen
@@ -243,6 +243,8 @@ def test_a_list_of_files_that_leads_out_of_the_folder_is_damage(
         bucket.put(f"out/checkpoint-000006/{path.name}", path.read_bytes())
     listing = json.loads((undisturbed / "checkpoint-000006/files.json").read_text())
     listing["files"]["../../escaped"] = listing["files"].pop("state.pt")
+    del listing["sha256"]
+    listing["sha256"] = own_digest(listing)
     bucket.put("out/checkpoint-000006/files.json", json.dumps(listing).encode())
     mirror = Mirror(bucket.out, tmp_path / "work" / "deep")
     assert "would leave the store" in mirror.fetch(6)

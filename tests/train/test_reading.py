@@ -130,7 +130,8 @@ def test_a_store_with_faults_gives_the_batches_of_local_files(
     remote.proxy.reset(Faults(0.3, seed=5))
     mixture = Mixture([DataSource(path=remote.out)], cache=cache)
     faults = batches_of(maker_of(mixture, parts), 6, workers=2, ahead=2)
-    assert {request.fault for request in remote.proxy.requests} > {"500", "cut", "lost"}
+    # which faults there are depends on the order in which the workers send their requests
+    assert len({request.fault for request in remote.proxy.requests} - {""}) > 2
     remote.proxy.reset()
     cached = batches_of(maker_of(mixture, parts), 6, ahead=2)
     assert remote.proxy.requests == []
@@ -188,7 +189,6 @@ def test_a_training_process_that_is_killed_leaves_no_worker_and_no_file(
 ) -> None:
     """pause: seconds of each request."""
     folder = Path(tempfile.mkdtemp(prefix="k", dir="/tmp"))  # sockets have short names
-    shared = {*Path("/dev/shm").iterdir()}
 
     def fetch(positions: range) -> torch.Tensor:
         (tmp_path / f"requested-{os.getpid()}").touch()
@@ -209,5 +209,9 @@ def test_a_training_process_that_is_killed_leaves_no_worker_and_no_file(
     main.join()
     gone, alive = psutil.wait_procs(workers, timeout=20)
     assert len(gone) == 2 and not alive
-    assert {*Path("/dev/shm").iterdir()} <= shared and [*folder.iterdir()] == []
+    # torch names shared memory after the process that made it
+    made = [f"torch_{pid}_" for pid in (main.pid, *(worker.pid for worker in workers))]
+    shared = [path.name for path in Path("/dev/shm").iterdir()]
+    assert not [name for name in shared if name.startswith(tuple(made))]
+    assert [*folder.iterdir()] == []
     shutil.rmtree(folder)

@@ -32,8 +32,9 @@ def losses(
 def test_features_equal_those_of_inference_though_zero_images_are_not_encoded(parts: Parts) -> None:
     positions = range(40)
     features = frozen_features(parts.frozen, parts.make(positions))
-    numbers = [parts.maker._order.sample(position) for position in positions]
-    conditions = collate([sample for sample, _, _ in parts.maker._samples(numbers)])
+    pairs = parts.maker._pairs_at(positions)
+    samples = parts.maker._samples(pairs, parts.maker.fetch(positions))
+    conditions = collate([sample for sample, _, _ in samples])
     uniform = torch.tensor(
         [draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64
     )

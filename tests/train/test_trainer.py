@@ -22,7 +22,7 @@ from stages.storage.store import Store
 from tests.train.conftest import Mixed
 from tests.train.helpers import Listener, run, same, small, weights
 from train.batches import plan_batches
-from train.checkpoints import checkpoints
+from train.checkpoints import checkpoints, own_digest
 from train.history import read_lines
 from train.mixture import open_mixture
 
@@ -212,7 +212,9 @@ def test_the_error_names_a_damaged_state(
         run(config)
     with pytest.raises(WeightsError, match=r"damaged: state\.pt is not as it was written"):
         run(replace(config, resume_from_checkpoint="checkpoint-000010"))
-    (output / "checkpoint-000010/files.json").write_text('{"format": 3, "files": {}}')
+    content: dict[str, object] = {"format": 3, "files": {}}
+    text = json.dumps({**content, "sha256": own_digest(content)})
+    (output / "checkpoint-000010/files.json").write_text(text)
     with pytest.raises(WeightsError, match="has format 3, but this version reads and writes"):
         run(config)
 
