@@ -98,8 +98,6 @@ class Trainer:
                 f"{self.batch.size}: a step would train on some of them twice. Lower "
                 "global_batch_size, or make a larger data set."
             )
-        if self.is_main:
-            watcher.message(f"{self.batch}, on {self.device.type}")
         self.order = SampleOrder([len(self.shards)], config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec)
@@ -126,6 +124,8 @@ class Trainer:
         self.history = (
             History(self.output / HISTORY, step=self.progress.step) if self.is_main else None
         )
+        if self.is_main:
+            watcher.message(f"{self.batch}, on {self.device.type}")
 
     @property
     def is_main(self) -> bool:
@@ -181,7 +181,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def run(self, stopping: Stopping) -> Outcome:
+    def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
         if progress.step >= config.max_train_steps:
