@@ -88,16 +88,11 @@ class Ours(Loader):
         return self.mixture.records([self.order.sample(each) for each in positions])
 
     def make(self, positions: range, records: Any) -> Any:
-        """Makes a micro-batch. Raises the error of a sample that can't be read."""
-        samples = []
-        for record in records:
-            if isinstance(record, Exception):
-                raise record
-            samples.append(sample_of(record.key, record.image))
-        return default_collate(samples)
+        """Makes a micro-batch."""
+        return default_collate([sample_of(record.key, record.image) for record in records])
 
     def __iter__(self) -> Iterator[Batch]:
-        from train.data import micro_batches
+        from train.loader import micro_batches
 
         size, first = self.task.batch_size, self.task.batches
         epoch = len(self.mixture) // size
@@ -276,8 +271,8 @@ def read_epoch(name: str, task: Task, save_at: int = 0) -> Reading:
     try:
         _read_epoch(name, task, save_at, reading)
     except Exception as error:  # noqa: BLE001 - any library's
-        text = str(error).strip() or "no message"
-        reading.error = f"{type(error).__name__}: {text.splitlines()[-1]}"
+        *_, text = (str(error).strip() or "no message").splitlines()
+        reading.error = f"{type(error).__name__}: {text}"
     return reading
 
 

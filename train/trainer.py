@@ -31,9 +31,10 @@ from stages.backends.runtime import pin_threads
 from train.base import ensure_base
 from train.batches import plan_batches
 from train.checkpoints import write_folder_atomically
-from train.data import BatchMaker, micro_batches, unpacked
+from train.data import BatchMaker, unpacked
 from train.facts import NONFINITE, SKIPPED, Limits, StepCheck, StepFacts
 from train.history import HISTORY, summarise
+from train.loader import micro_batches
 from train.mirror import open_output
 from train.mixture import open_mixture
 from train.outcome import Outcome, Progress, Watcher
@@ -107,7 +108,9 @@ class Trainer:
             limit = config.checkpoints_total_limit
             self.writer = CheckpointWriter(self.output, limit, watcher.message, self.mirror)
             stack.enter_context(self.writer)
-        checkpoint = agreed_checkpoint(self._choose_checkpoint if self.is_main else None)
+        self.checkpoint = checkpoint = agreed_checkpoint(
+            self._choose_checkpoint if self.is_main else None
+        )
         self.start = start_of_run(config, checkpoint)
         self.base = self._prepare_output(checkpoint)
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
@@ -118,7 +121,6 @@ class Trainer:
             config.optim, config.max_train_steps, self.parameters
         )
         self.progress = Progress()
-        self.checkpoint = checkpoint
         if checkpoint is not None:
             state = self._resume(checkpoint)
         # The loader is not passed to `prepare`, which would split its batches a second time

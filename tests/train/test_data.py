@@ -17,7 +17,8 @@ from model.spec import SPECS
 from stages.record import Record
 from tests.train.helpers import Parts, assert_same_rows, small
 from train import draws
-from train.data import BatchMaker, micro_batches, unpacked
+from train.data import BatchMaker, unpacked
+from train.loader import micro_batches
 from train.mixture import Mixture
 from train.order import SampleOrder
 from train.packing import PackedBatch, check_shared_memory

@@ -24,7 +24,8 @@ from configs.training import DataSource
 from tests.stages.storage.s3_server import Bucket, Faults
 from tests.train.helpers import Parts, assert_same_rows, sources
 from train.cache import SampleCache
-from train.data import BatchMaker, fetched_ahead, micro_batches, unpacked
+from train.data import BatchMaker, unpacked
+from train.loader import fetched_ahead, micro_batches
 from train.mixture import Mixture
 from train.packing import PackedBatch
 from train.shards import ShardSet
@@ -210,8 +211,8 @@ def test_a_training_process_that_is_killed_leaves_no_worker_and_no_file(
     gone, alive = psutil.wait_procs(workers, timeout=20)
     assert len(gone) == 2 and not alive
     # torch names shared memory after the process that made it
-    made = [f"torch_{pid}_" for pid in (main.pid, *(worker.pid for worker in workers))]
+    prefixes = [f"torch_{pid}_" for pid in (main.pid, *(worker.pid for worker in workers))]
     shared = [path.name for path in Path("/dev/shm").iterdir()]
-    assert not [name for name in shared if name.startswith(tuple(made))]
+    assert not [name for name in shared if name.startswith(tuple(prefixes))]
     assert [*folder.iterdir()] == []
     shutil.rmtree(folder)
