@@ -130,6 +130,11 @@ class Mixture:
         part, own = self._place(number)
         return shard_name(self._parts[part].shard_of(own), self._paths[part], len(self._parts))
 
+    def keys_at(self, order: SampleOrder, position: int) -> tuple[str, str]:
+        """Returns the keys of the sample at a position and of its reference."""
+        reference = self.pairs(order).reference(position)
+        return self.key(order.sample(position)), self.key(reference)
+
     def name(self, number: int) -> tuple[str, str]:
         """Returns key and shard of a sample, which name it among all data sets."""
         return self.key(number), self.shard_of(number)

@@ -108,9 +108,8 @@ class Trainer:
             limit = config.checkpoints_total_limit
             self.writer = CheckpointWriter(self.output, limit, watcher.message, self.mirror)
             stack.enter_context(self.writer)
-        self.checkpoint = checkpoint = agreed_checkpoint(
-            self._choose_checkpoint if self.is_main else None
-        )
+        choose = self._choose_checkpoint if self.is_main else None
+        self.checkpoint = checkpoint = agreed_checkpoint(choose)
         self.start = start_of_run(config, checkpoint)
         self.base = self._prepare_output(checkpoint)
         self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
@@ -277,15 +276,10 @@ class Trainer:
             self.output,
             self.progress.step,
             limits,
-            self._keys_at,
+            lambda position: self.mixture.keys_at(self.order, position),
             gather_object,
             self.watcher.message if self.is_main else None,
         )
-
-    def _keys_at(self, position: int) -> tuple[str, str]:
-        """Returns the keys of the sample at a position and of its reference."""
-        reference = self.mixture.pairs(self.order).reference(position)
-        return self.mixture.key(self.order.sample(position)), self.mixture.key(reference)
 
     def _spike_context(self) -> SpikeContext:
         config = self.config
