@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	@$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
 	@touch $@
 
-demo: install ## all steps: synthetic portraits → shards and report → training → portraits. COUNT=64 STEPS=
+demo: install ## all steps: synthetic portraits → shards and report → training → portraits. COUNT=64 STEPS= ARGS="--launcher ray"
 	$(RUN) -m pipelines.demo.run --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 dataset: install ## photographs → shards and report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"

@@ -74,7 +74,7 @@ class Mirror:
 
     def prune(self, newest: int, limit: int) -> None:
         """Removes checkpoints as `train.checkpoints.expired` says, and parts of uploads."""
-        complete = self._complete()
+        complete = self.complete_steps()
         unfinished = self._steps() - complete
         for step in (*expired(complete, newest, limit), *sorted(unfinished)):
             name = checkpoint_name(step)
@@ -162,7 +162,8 @@ class Mirror:
         steps = (step_of(name.partition("/")[0]) for name in self.store.tree())
         return {step for step in steps if step is not None}
 
-    def _complete(self) -> set[int]:
+    def complete_steps(self) -> set[int]:
+        """Returns the steps of the store's complete checkpoints."""
         names = self.store.tree()
         return {step for step in self._steps() if f"{checkpoint_name(step)}/{FILES}" in names}
 

@@ -28,7 +28,8 @@ from stages.executors.placement import Resources
 from stages.storage.remote import file_system
 from stages.storage.store import Store
 from train.batches import plan_batches
-from train.checkpoints import find_checkpoint
+from train.checkpoints import checkpoint_name, find_checkpoint
+from train.mirror import open_output
 from train.outcome import Outcome, Watcher
 from train.relay import News, Relay
 from train.setup import check_config
@@ -36,9 +37,8 @@ from train.stopping import Stop, stop_on_signal
 
 _INTERVAL: Final = 0.5  # seconds between two calls of the relay
 _SILENT: Final = 60.0  # seconds without a worker after which the driver says so
-_FOLDER: Final = (
-    "ray"  # of OUT; holds nothing but Ray Train's marker of a storage that it can write
-)
+# folder in OUT; holds nothing but Ray Train's marker of a storage that it can write
+_FOLDER: Final = "ray"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +132,25 @@ def _for_workers(config: TrainConfig) -> TrainConfig:
     if not config.ray.gpus and config.model.device == "cuda":
         raise ConfigError("model.device=cuda, but ray.gpus=0. Set ray.gpus=1.")
     if not config.resume_from_checkpoint:
-        find_checkpoint(Path(config.output), "")  # refuses an output that has checkpoints
+        _refuse_checkpoints(config)
     return replace(
         config,
         model=replace(config.model, device="cuda" if config.ray.gpus else "cpu"),
         # workers that are started again resume from what this run has written
         resume_from_checkpoint=config.resume_from_checkpoint or "latest",
     )
+
+
+def _refuse_checkpoints(config: TrainConfig) -> None:
+    """Raises ConfigError if the output has checkpoints."""
+    folder, mirror = open_output(config)
+    find_checkpoint(folder, "")
+    if mirror is not None and (steps := mirror.complete_steps()):
+        raise ConfigError(
+            f"{config.output} has checkpoints up to {checkpoint_name(max(steps))}, but "
+            "resume_from_checkpoint is empty. Name another output, or set "
+            "resume_from_checkpoint=latest."
+        )
 
 
 @contextmanager

@@ -10,10 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
+# What comes after `python -m` to train, and settings for it.
+LAUNCHERS: Final[dict[str, tuple[str, list[str]]]] = {
+    "python": ("train.cli", []),
+    "accelerate": ("accelerate.commands.launch --num_processes 1 -m train.cli", []),
+    "ray": ("train.cli", ["ray.address=local", "ray.workers=1", "ray.gpus=0"]),
+}
 PROMPTS = ("a portrait of a person in a garden", "a person wearing a red scarf, film photograph")
 
 
@@ -21,12 +27,19 @@ def main(
     folder: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
     count: Annotated[int, typer.Option(min=8, help="Number of synthetic portraits.")] = 64,
     steps: Annotated[int, typer.Option(help="Training steps; 0: those of the preset.")] = 0,
+    launcher: Annotated[
+        Literal["python", "accelerate", "ray"], typer.Option(help="What starts the training.")
+    ] = "python",
 ) -> None:
-    """Portraits → shards + report → training → portraits, then a summary."""
+    """Portraits → shards + report → training → portraits, then a summary.
+
+    With another launcher, the folder's photographs and data set are used again; training and
+    portraits get folders of their own.
+    """
     started = time.time()
-    photos, data, adapter, portraits = (
-        folder / name for name in ("photos", "dataset", "train", "portraits")
-    )
+    photos, data = folder / "photos", folder / "dataset"
+    ending = "" if launcher == "python" else f"-{launcher}"
+    adapter, portraits = folder / f"train{ending}", folder / f"portraits{ending}"
     _print_step(1, f"{count} synthetic portraits, one photograph, and a set of bad files")
     _run("pipelines.cli", f"synthesize --count {count} --seed 0 --poison", str(photos))
     _print_step(2, "photographs → FGID shards and a report")
@@ -37,10 +50,11 @@ def main(
         f"output={data}",
     )
     _print_step(3, "shards → adapter (Stable Diffusion's classes at tiny size, random weights)")
-    overrides = [f"data={data}", f"output={adapter}"]
+    module, settings = LAUNCHERS[launcher]
+    overrides = [f"data={data}", f"output={adapter}", *settings]
     if steps:
         overrides.append(f"max_train_steps={steps}")
-    _run("train.cli", "run --config configs/train/demo.yaml", *overrides)
+    _run(module, "run --config configs/train/demo.yaml", *overrides)
     _print_step(4, "one photograph and a prompt → portraits")
     prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     _run(
@@ -61,9 +75,10 @@ def _print_step(number: int, text: str) -> None:
 def _run(module: str, command: str, *arguments: str) -> None:
     """Run `python -m MODULE`; exits with its code if it fails.
 
-    command: arguments separated by spaces. arguments: more of them, which may contain spaces.
+    module, command: with arguments separated by spaces. arguments: more of them, which may contain
+    spaces.
     """
-    full_command = [sys.executable, "-m", module, *command.split(), *arguments]
+    full_command = [sys.executable, "-m", *module.split(), *command.split(), *arguments]
     returncode = subprocess.run(full_command, check=False).returncode
     if returncode:
         raise typer.Exit(returncode)

@@ -100,6 +100,13 @@ def test_the_error_names_an_invalid_manifest(copy: Path, text: str) -> None:
         ShardSet(str(copy))
 
 
+def test_a_data_set_of_an_unknown_format_version_is_refused(copy: Path) -> None:
+    path = copy / "shards/fgid-000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(ShardError, match=r"fgid-000001\.json.*version 99"):
+        ShardSet(str(copy))
+
+
 def test_a_version_2_data_set_trains(tiny_base: Path, tmp_path: Path) -> None:
     config = small(Path("tests/data/dataset_v2"), tiny_base, tmp_path / "out", max_train_steps=2)
     outcome = run(config)
