@@ -1,8 +1,7 @@
 """Replay: the losses of a step, computed again from its samples, noise and timesteps.
 
-If a checkpoint has the weights that the step began with, the loss has the bits of the recorded one.
-After a run on several processes it may differ in the last digit: on two, the facial loss of a
-sample was rounded differently.
+If a checkpoint has the weights that the step began with, the loss has the bits of the recorded one,
+however many processes trained.
 """
 
 from __future__ import annotations
@@ -249,11 +248,6 @@ def _notes(segment: Segment, step: int, after_step: int, device: torch.device) -
         notes.append(
             f"the weights are {late} step{'s' if late > 1 else ''} older than those that step "
             f"{step} began with, so its loss differs from the recorded one"
-        )
-    if segment.processes > 1:
-        notes.append(
-            f"{segment.processes} processes trained, and one computes this, so the last digit may "
-            "differ"
         )
     here = (device_name(device), torch.__version__)
     if here != (segment.device, segment.torch):

@@ -12,7 +12,7 @@ from configs.errors import ConfigError
 from configs.training import OptimConfig, TrainConfig
 from model.checkpoint import load_adapter
 from model.conditions import DropRates
-from model.consistentid import ConsistentID, load_base
+from model.consistentid import BaseModels, ConsistentID, load_base
 from model.spec import ModelSpec
 from stages.storage.remote import refuse_credentials
 from train.data import Preparation
@@ -66,6 +66,7 @@ def make_models(
         device=device,
         dtype=_DTYPES[config.mixed_precision],
     )
+    _copy_weights(models)
     if config.mixed_precision == "fp16":
         models.vae.float()  # fp16 overflows in SDXL's VAE
     multiple = models.vae_factor * 2 ** (len(models.unet.config.block_out_channels) - 1)
@@ -82,6 +83,17 @@ def make_models(
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     return freeze(models, spec.vision_size), TrainedModel(adapter, models.unet).train()
+
+
+def _copy_weights(models: BaseModels) -> None:
+    """Copies all weights into memory of their own.
+
+    Those of a file that is mapped into memory begin at any address, and on CPUs the last bit of a
+    product depends on that.
+    """
+    for module in models.modules.values():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def make_optimizer(
