@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
+from multiprocessing import current_process
 from multiprocessing.util import get_temp_dir
 from typing import Any, Final, TypeVar
 
@@ -142,6 +143,9 @@ def _start_worker(parent: int, _worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # The folder for sockets: a new one. An inherited one is used by other processes too, and
+    # `_end_with` removes it.
+    current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
     threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent").start()
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from itertools import count, islice
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import psutil
@@ -190,6 +191,7 @@ def test_a_training_process_that_is_killed_leaves_no_worker_and_no_file(
 ) -> None:
     """pause: seconds of each request."""
     folder = Path(tempfile.mkdtemp(prefix="k", dir="/tmp"))  # sockets have short names
+    inherited = Path(get_temp_dir())  # of this process, and of those that it forks
 
     def fetch(positions: range) -> torch.Tensor:
         (tmp_path / f"requested-{os.getpid()}").touch()
@@ -214,5 +216,5 @@ def test_a_training_process_that_is_killed_leaves_no_worker_and_no_file(
     prefixes = [f"torch_{pid}_" for pid in (main.pid, *(worker.pid for worker in workers))]
     shared = [path.name for path in Path("/dev/shm").iterdir()]
     assert not [name for name in shared if name.startswith(tuple(prefixes))]
-    assert [*folder.iterdir()] == []
+    assert [*folder.iterdir()] == [] and inherited.is_dir()
     shutil.rmtree(folder)
