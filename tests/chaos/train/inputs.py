@@ -7,7 +7,7 @@ from pathlib import Path
 import transformers
 
 from configs.load import dump
-from configs.training import ModelConfig, OptimConfig, TrainConfig
+from configs.training import DataSource, ModelConfig, OptimConfig, TrainConfig
 from model.tiny import make_tiny_base
 from stages.backends.weights import Weights
 from tests.chaos.command import run_command, succeed
@@ -26,7 +26,7 @@ def make_preset(folder: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     make_tiny_base(base, Weights().fetch("clip_bpe"), 0)
     config = TrainConfig(
-        data=str(data),
+        data=(DataSource(path=str(data)),),
         split="all",
         model=ModelConfig(spec="tiny", base=str(base), device="cpu"),
         optim=OptimConfig(learning_rate=1e-3, lr_warmup_steps=2),
