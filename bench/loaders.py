@@ -162,7 +162,22 @@ class WebDataset(Loader):
         return islice(samples, batches * self.task.batch_size, None)
 
 
-class Streaming(Loader):
+class Saved(Loader):
+    """A loader that saves its own state."""
+
+    def _load(self, kind: Any, dataset: Any, task: Task) -> None:
+        """Makes the library's loader, from the saved state if there is one."""
+        self.loader = kind(
+            dataset, batch_size=task.batch_size, num_workers=task.workers, drop_last=True
+        )
+        if task.state is not None:
+            self.loader.load_state_dict(task.state)
+
+    def state(self) -> Any:
+        return self.loader.state_dict()
+
+
+class Streaming(Saved):
     """mosaicml-streaming with the shuffle that orders all samples of an epoch at random."""
 
     def __init__(self, task: Task) -> None:
@@ -181,17 +196,10 @@ class Streaming(Loader):
             num_canonical_nodes=1,
             batch_size=task.batch_size,
         )
-        self.loader = StreamingDataLoader(
-            dataset, batch_size=task.batch_size, num_workers=task.workers, drop_last=True
-        )
-        if task.state is not None:
-            self.loader.load_state_dict(task.state)
-
-    def state(self) -> Any:
-        return self.loader.state_dict()
+        self._load(StreamingDataLoader, dataset, task)
 
 
-class LitData(Loader):
+class LitData(Saved):
     """LitData: shuffled chunks, and shuffled samples in each."""
 
     def __init__(self, task: Task) -> None:
@@ -204,14 +212,7 @@ class LitData(Loader):
             drop_last=True,
             transform=lambda sample: sample_of(sample["key"], sample["jpg"]),
         )
-        self.loader = StreamingDataLoader(
-            dataset, batch_size=task.batch_size, num_workers=task.workers, drop_last=True
-        )
-        if task.state is not None:
-            self.loader.load_state_dict(task.state)
-
-    def state(self) -> Any:
-        return self.loader.state_dict()
+        self._load(StreamingDataLoader, dataset, task)
 
 
 LOADERS: Final[dict[str, type[Loader]]] = {

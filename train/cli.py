@@ -78,7 +78,7 @@ def run(
     help="""Compute the losses of a step again, sample by sample, without changing anything.
 
 The weights are those of the newest checkpoint before the step. If that is the step before, the loss
-has the bits of the recorded one. The run may go on meanwhile.
+has the bits of the recorded one. The run may continue meanwhile.
 
 [bold]Example[/]
 

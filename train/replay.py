@@ -69,7 +69,7 @@ class Replay:
 
 
 def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
-    """Computes the losses of a step of the run in `output`, which may go on meanwhile.
+    """Computes the losses of a step of the run in `output`, which may continue meanwhile.
 
     images: a folder that gets the pictures that the step trained on. Raises ConfigError for a step
     that isn't recorded, or if its data have changed since, and what training raises.

@@ -1,4 +1,4 @@
-"""CheckpointWriter: writes checkpoints in a thread, while training goes on."""
+"""CheckpointWriter: writes checkpoints in a background thread during training."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_samples_requested_ahead_are_neither_lost_nor_doubled_after_a_stop(
         return [*positions]
 
     position, read = 7, list[int]()
-    for steps in stops:  # the consumer stops after so many steps, and goes on from its position
+    for steps in stops:  # the consumer stops after `steps` steps and resumes at its position
         ranks = [
             micro_batches(
                 fetch,

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -20,7 +19,7 @@ from configs.schema import DatasetConfig
 from configs.training import DataSource
 from pipelines.takedown import by_source, take_down
 from stages.storage.store import Store
-from tests.train.helpers import keys, run, small
+from tests.train.helpers import keys, run, small, with_people
 from train.batches import plan_batches
 from train.cli import app
 from train.facts import NONFINITE, SKIPPED
@@ -91,18 +90,6 @@ def test_after_a_take_down_training_goes_on_from_the_checkpoint_that_never_saw_t
     assert result.equal and result.checkpoint == str(output / "checkpoint-000002")
     with pytest.raises(ConfigError, match="has changed since step 3 was trained"):
         replay(output, 3)
-
-
-def with_people(data: Path, folder: Path, people: str) -> Path:
-    """A copy in which samples with equal letters show one person."""
-    shutil.copytree(data, folder)
-    person = dict(zip(keys(ShardSet(str(data))), people, strict=True))
-    table = pq.read_table(folder / "identities.parquet")
-    column = table.column_names.index("identity_id")
-    identities = [f"id-{person[key]}" for key in table.column("key").to_pylist()]
-    table = table.set_column(column, table.schema.field(column), [identities])
-    pq.write_table(table, folder / "identities.parquet")
-    return folder
 
 
 def begin(output: Path, config: Any, mixture: Mixture, step: int, position: int) -> None:

@@ -92,7 +92,7 @@ def test_threads_read_samples_at_the_same_time() -> None:
         time.sleep(0)
 
     gc.callbacks.append(switch_threads)
-    gc.set_threshold(10)  # many collections, in each of which another thread goes on
+    gc.set_threshold(10)  # frequent garbage collections, each of which switches threads
     try:
         for _ in range(40):
             with ThreadPoolExecutor(4) as pool:
