@@ -145,6 +145,8 @@ class TrainConfig:
     max_train_steps: int = 10_000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     seed: int = 0
+    # equal bits on equal GPUs; false lets torch take faster operations, whose last bits vary
+    deterministic: bool = True
     threads: int = 0  # of torch on the CPU; 0: $OMP_NUM_THREADS, else all cores
     num_workers: int = 2  # processes that read samples
     # micro-batches that each of them requests while it prepares one; 0: none

@@ -124,7 +124,8 @@ def unpacked_pixels(batch: PackedBatch) -> Tensor:
 def unpacked_clip_images(batch: PackedBatch) -> Tensor:
     """Returns the images for the image encoder, (n, 3, S, S), CLIP-normalised."""
     images, device = batch.clip_images.float() / 255, batch.clip_images.device
-    return (images - _clip(CLIP_MEAN).to(device)) / _clip(CLIP_STD).to(device)
+    mean, std = (_clip(v).to(device, non_blocking=True) for v in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
 
 
 def unpacked_masks(batch: PackedBatch) -> tuple[Tensor, Tensor]:

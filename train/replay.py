@@ -23,7 +23,7 @@ from configs.errors import ConfigError
 from configs.training import TrainConfig
 from model.checkpoint import load_adapter
 from model.spec import spec_named
-from stages.backends.runtime import pin_threads
+from stages.backends.runtime import deterministic_algorithms, pin_threads
 from train.checkpoints import damage
 from train.data import BatchMaker, Preparation, unpacked
 from train.history import HISTORY, exact, read_lines
@@ -167,17 +167,18 @@ class _Models:
         count = torch.tensor(float(sum(int(batch.valid.sum()) for batch in batches)), device=device)
         mask = masks_background(config.loss, config.seed, step)
         losses = []
-        for batch in batches:
-            # with gradients, as in training: without, torch may choose other kernels
-            of_batch = step_losses(
-                model,
-                self.frozen,
-                unpacked(batch, self.preparation, device),
-                config.loss,
-                mask=mask,
-                count=count,
-            )
-            losses.append(replace(of_batch, total=of_batch.total.detach()))
+        with deterministic_algorithms(config.deterministic):
+            for batch in batches:
+                # with gradients, as in training: without, torch may choose other kernels
+                of_batch = step_losses(
+                    model,
+                    self.frozen,
+                    unpacked(batch, self.preparation, device),
+                    config.loss,
+                    mask=mask,
+                    count=count,
+                )
+                losses.append(replace(of_batch, total=of_batch.total.detach()))
         return losses
 
 

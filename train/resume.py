@@ -30,6 +30,7 @@ _MAY_CHANGE: Final = (
     "verify_samples",
     "gradient_checkpointing",
     "mixed_precision",
+    "deterministic",
     "threads",
     "num_workers",
     "read_ahead",

@@ -134,10 +134,8 @@ class ShardSet:
         reader, places = self._reader(), [self.place(number) for number in numbers]
         read = reader.parts_at
         parts = read(places) if self._cache is None else self._cache.read(places, read)
-        return [
-            reader.sample_in(part, place, verify=verify)
-            for part, place in zip(parts, places, strict=True)
-        ]
+        parts.reverse()  # each is freed when it has been parsed
+        return [reader.sample_in(parts.pop(), place, verify=verify) for place in places]
 
     def dataset_config(self) -> str:
         """Returns the data set's own configuration, as YAML; "" if it has none."""

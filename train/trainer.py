@@ -27,7 +27,7 @@ from torch import Tensor
 from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
-from stages.backends.runtime import pin_threads
+from stages.backends.runtime import deterministic_algorithms, pin_threads
 from train.base import ensure_base
 from train.batches import plan_batches
 from train.checkpoints import write_folder_atomically
@@ -80,13 +80,14 @@ def train(config: TrainConfig, watcher: Watcher, stopping: Stopping = stop_on_si
 
 class Trainer:
     """A run. `__init__` loads data and models and resumes from a checkpoint; `run` trains. stack:
-    keeps the lock of the output until it is closed.
+    ends the use of the output and torch's mode.
     """
 
     def __init__(self, config: TrainConfig, watcher: Watcher, stack: ExitStack) -> None:
         from accelerate.utils import set_seed
 
         pin_threads(config.threads)
+        stack.enter_context(deterministic_algorithms(config.deterministic))
         self.config, self.watcher = config, watcher
         self.output, self.mirror = open_output(config)
         self.accelerator = join_processes(config, self.output)
@@ -300,7 +301,8 @@ class Trainer:
         mask = masks_background(config.loss, config.seed, progress.step + 1)
         micro = [next(batches) for _ in range(self.batch.accumulation)]
         own = [float(sum(int(b.valid.sum()) for b in micro)), float(bool(stop.signal))]
-        numbers: Tensor = self.accelerator.reduce(torch.tensor(own, device=self.device), "sum")
+        local = torch.tensor(own).to(self.device, non_blocking=True)
+        numbers: Tensor = self.accelerator.reduce(local, "sum")
         losses_of_micro: list[StepLosses] = []
         for index, batch in enumerate(micro):
             is_last = index == len(micro) - 1

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from configs.errors import ConfigError
 
 _threads = 0
 
@@ -23,6 +27,33 @@ def pin_threads(count: int) -> None:
     # torch takes seconds to import; a process without a torch model does without it
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(_threads)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Makes torch give the same bits each time, if `wanted`, until the context ends.
+
+    Without it, on GPUs, the backward pass of attention adds its terms in any order. Raises
+    ConfigError if an operation in the context has no deterministic algorithm.
+    """
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        # cuBLAS reads it at its first use, and without it torch refuses deterministic products
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    except RuntimeError as error:
+        if not wanted or "deterministic" not in str(error):
+            raise
+        raise ConfigError(
+            f"{str(error).partition(', but')[0]}. Set deterministic=false: then the last bits of "
+            "results vary."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def onnx_session(path: Path) -> Any:

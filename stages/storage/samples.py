@@ -184,16 +184,33 @@ def parse_sample(data: bytes, key: str, place: str) -> Record:
     """
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                owner, _, extension = member.name.partition(".")
-                stream = tar.extractfile(member)
-                if owner != key or stream is None:
-                    raise ShardError(f"{place}: expected sample {key}, got {member.name!r}")
-                members[extension] = stream.read()
-    except tarfile.TarError as error:
+        for name, contents in _members_in(data):
+            owner, _, extension = name.partition(".")
+            if owner != key:
+                raise ShardError(f"{place}: expected sample {key}, got {name!r}")
+            members[extension] = contents
+    except ValueError as error:
         raise ShardError(f"{place}: sample {key} can't be read: {error}") from error
     return record_of(members, key, f"{place}: sample {key}")
+
+
+def _members_in(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yields name and contents of each member in a part of a tar that TarWriter wrote.
+
+    `tarfile` takes three times as long, because it reads every kind of tar. Raises ValueError if
+    this is not such a part.
+    """
+    start = 0
+    while start < len(data):
+        header = data[start : start + tarfile.BLOCKSIZE]
+        if header[156:157] != tarfile.REGTYPE or header[257:263] != tarfile.POSIX_MAGIC[:6]:
+            raise ValueError(f"there is no header of a file at byte {start}")
+        name, size = header[:100].rstrip(b"\0").decode(), int(header[124:135], 8)
+        start += tarfile.BLOCKSIZE
+        if not 0 <= size <= len(data) - start:
+            raise ValueError(f"{name!r} has {size} bytes, {len(data) - start} are left")
+        yield name, data[start : start + size]
+        start += size + -size % tarfile.BLOCKSIZE
 
 
 def record_of(members: Mapping[str, bytes], key: str, place: str) -> Record:

@@ -59,6 +59,20 @@ def test_ten_steps_equal_five_resume_and_five(
     assert [*histories[0]] == [*histories[1]]
 
 
+def test_only_deterministic_algorithms_are_used_unless_others_are_allowed(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    def use_another(_step: int) -> None:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+    config = small(data, tiny_base, tmp_path / "run", max_train_steps=1)
+    with pytest.raises(ConfigError, match="put_ does not have .* Set deterministic=false"):
+        run(config, Listener(use_another))
+    assert not torch.are_deterministic_algorithms_enabled()
+    resumed = run(replace(config, deterministic=False, max_train_steps=2), Listener(use_another))
+    assert resumed.step == 2
+
+
 def test_several_data_sets_with_pairs_resume_to_the_same_weights(
     mixed: Mixed, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.errors import ShardError
 from stages.annotations import ABSENT, FUSED, Measures, Review
@@ -171,6 +173,22 @@ def test_a_sample_is_read_from_its_place_in_a_tar_and_from_its_bytes(tmp_path: P
     assert parse_sample(part, "0" * 20, "a.tar").key == "0" * 20
     with pytest.raises(ShardError, match=r"expected sample 1{20}"):
         parse_sample(part, "1" * 20, "a.tar")
+
+
+@settings(max_examples=300)
+@given(place=st.integers(0), value=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_part_of_a_tar_is_a_sample_or_a_shard_error(
+    place: int, value: int, cut: bool
+) -> None:
+    stream = io.BytesIO()
+    TarWriter(stream).add(SAMPLE.key, to_members(SAMPLE, ()))
+    part = bytearray(stream.getvalue())
+    # in its second half of cases only in headers, which begin with the key
+    headers = [at for at in range(0, len(part), 512) if part[at : at + 20] == b"0" * 20]
+    at = headers[place % 5] + place // 10 % 512 if place % 2 else place // 2 % len(part)
+    part[at] = value
+    with suppress(ShardError):
+        parse_sample(bytes(part[:at] if cut else part), SAMPLE.key, "a.tar")
 
 
 def numpy_file(values: object) -> bytes:
