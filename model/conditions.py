@@ -253,6 +253,8 @@ def _without_regions(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
 
 
 def _zeroed(values: Tensor, drop: Tensor) -> Tensor:
+    if not drop.any():  # as for most batches, of which this saves a copy
+        return values
     return values.masked_fill(drop.view(-1, *[1] * (values.ndim - 1)), 0)
 
 

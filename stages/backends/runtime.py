@@ -38,11 +38,13 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """
     import torch
 
+    options: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         # cuBLAS reads it at its first use, and without it torch refuses deterministic products
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
+    options.fill_uninitialized_memory = False  # that takes time, and only helps to find errors
     try:
         yield
     except RuntimeError as error:
