@@ -76,9 +76,7 @@ def measure(trainer: Trainer, steps: int) -> dict[str, Any]:
     trainer.writer.wait()
     written = time.perf_counter() - began
     accumulation, size = trainer.batch.accumulation, trainer.batch.size
-    of_steps = [
-        sum(waits[at : at + accumulation]) for at in range(0, len(waits), accumulation)
-    ]
+    of_steps = [sum(waits[at : at + accumulation]) for at in range(0, len(waits), accumulation)]
     usual = statistics.median(seconds[_WARMUP:-1])
     return {
         "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -19,22 +18,56 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.pixels import FOREGROUND, clip_image, clip_normalised, packed_masks, unpacked_masks
 from model.prompt import MarkedText, fused_regions, inference_text, tokenize_marked, training_text
 from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks
 
-# of the images that CLIP was trained on: mean and standard deviation of red, green and blue
-CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
 # Margin on every side of the square that region images are cropped to, as a share of the larger
 # side of the regions' bounding box.
 _HEAD_MARGIN: Final = 0.1
 
 
+class _AsRead:
+    """What the models read of the images and masks of conditions, float32. A batch has a leading
+    axis B. Of a slot that isn't used, and of a photograph that isn't shown, all values are zero; as
+    in the reference, that is not black.
+    """
+
+    __slots__ = ()
+    photo: Tensor
+    has_photo: Tensor
+    region_images: Tensor
+    masks: Tensor
+    token_valid: Tensor
+
+    @property
+    def clip_pixels(self) -> Tensor:
+        """The photograph, CLIP-normalised, (3, S, S)."""
+        shown = self.has_photo[..., None, None, None]
+        return torch.where(shown, clip_normalised(self.photo), 0.0)
+
+    @property
+    def region_pixels(self) -> Tensor:
+        """The region images, CLIP-normalised, (5, 3, S, S)."""
+        shown = self.token_valid[..., None, None, None]
+        return torch.where(shown, clip_normalised(self.region_images), 0.0)
+
+    @property
+    def region_masks(self) -> Tensor:
+        """The regions' masks, (5, R, R), 0 or 1."""
+        return unpacked_masks(self.masks)[0]
+
+    @property
+    def foreground(self) -> Tensor:
+        """The foreground's mask, (R, R), 0 or 1."""
+        return unpacked_masks(self.masks)[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
+class Conditions(_AsRead):
     """The inputs of one sample. R = resolution, S = input side of the image encoder, in pixels.
 
     Up to five regions get a slot; slot i is entry i of every tensor with a leading 5.
@@ -45,8 +78,8 @@ class Conditions:
     token_mask: (77,) bool, True on the nouns that a region is fused into.
     token_idx: (5,) int64, position of each slot's noun. token_valid: (5,) bool, whether the slot
     is used; where it is False, the slot's entries in the other tensors are zero.
-    region_pixels: (5, 3, S, S), CLIP-normalised. region_masks: (5, R, R) in [0, 1].
-    foreground: (R, R) in [0, 1]. clip_pixels: (3, S, S), the photograph, CLIP-normalised.
+    photo: (3, S, S) uint8. has_photo: () bool, whether it is shown to the image encoder.
+    region_images: (5, 3, S, S) uint8. masks: (R, R) uint8, see `model.pixels`.
     identity: (512,) float32, unit norm.
     """
 
@@ -59,15 +92,15 @@ class Conditions:
     token_mask: Tensor
     token_idx: Tensor
     token_valid: Tensor
-    region_pixels: Tensor
-    region_masks: Tensor
-    foreground: Tensor
-    clip_pixels: Tensor
+    photo: Tensor
+    has_photo: Tensor
+    region_images: Tensor
+    masks: Tensor
     identity: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConditionBatch:
+class ConditionBatch(_AsRead):
     """Stacked conditions: the tensors of `Conditions` with a leading axis B."""
 
     keys: tuple[str, ...]
@@ -77,26 +110,19 @@ class ConditionBatch:
     token_mask: Tensor
     token_idx: Tensor
     token_valid: Tensor
-    region_pixels: Tensor
-    region_masks: Tensor
-    foreground: Tensor
-    clip_pixels: Tensor
+    photo: Tensor
+    has_photo: Tensor
+    region_images: Tensor
+    masks: Tensor
     identity: Tensor
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ConditionBatch:
-        """Returns the batch with every tensor on `device` and the pixels in `dtype`.
-
-        The identity and the masks stay float32.
-        """
-        tensors: dict[str, Tensor] = {}
-        for name in _TENSORS:
-            value: Tensor = getattr(self, name)
-            pixels = name in ("region_pixels", "clip_pixels")
-            tensors[name] = value.to(device, dtype if pixels else None, non_blocking=True)
-        return replace(self, **tensors)  # type: ignore[arg-type]
+    def to(self, device: torch.device | str) -> ConditionBatch:
+        """Returns the batch with every tensor on `device`."""
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        return replace(self, **tensors)
 
 
 _TENSORS: Final = tuple(
@@ -171,24 +197,14 @@ def build_conditions(
         token_mask=mask,
         token_idx=idx,
         token_valid=torch.arange(MAX_REGIONS) < len(slots),
-        region_pixels=_padded([_clip_normalised(image, side) for image in images], (3, side, side)),
-        region_masks=_padded(
-            [_crop_mask(masks[name], resolution) for name in slots], (resolution, resolution)
+        photo=clip_image(photo, side),
+        has_photo=torch.tensor(True),
+        region_images=_padded([clip_image(image, side) for image in images], (3, side, side)),
+        masks=packed_masks(
+            [masks[name] for name in slots], foreground_mask(labels, mode), resolution
         ),
-        foreground=_crop_mask(foreground_mask(labels, mode), resolution),
-        clip_pixels=_clip_normalised(photo, side),
         identity=torch.from_numpy(identity.copy()),
     )
-
-
-def training_pixels(record: Record, resolution: int) -> Tensor:
-    """Returns the training image, (3, R, R) in [-1, 1].
-
-    The short side is scaled to R and the centre is cropped, in the same way as for the masks.
-    """
-    with Image.open(io.BytesIO(record.image)) as file:
-        image = _centre_crop(file.convert("RGB"), resolution)
-    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 def collate(samples: Sequence[Conditions]) -> ConditionBatch:
@@ -226,7 +242,7 @@ def drop_conditions(
 
 def _drop_legacy(batch: ConditionBatch, drop: Tensor, tokenizer: Any) -> ConditionBatch:
     batch = _without_text(batch, drop, tokenizer)
-    return replace(batch, clip_pixels=_zeroed(batch.clip_pixels, drop))
+    return replace(batch, has_photo=batch.has_photo & ~drop)
 
 
 def _without_text(batch: ConditionBatch, drop: Tensor, tokenizer: Any) -> ConditionBatch:
@@ -242,19 +258,23 @@ def _without_text(batch: ConditionBatch, drop: Tensor, tokenizer: Any) -> Condit
 
 def _without_identity(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
     batch = replace(
-        batch, identity=_zeroed(batch.identity, drop), clip_pixels=_zeroed(batch.clip_pixels, drop)
+        batch, identity=_zeroed(batch.identity, drop), has_photo=batch.has_photo & ~drop
     )
     return _without_regions(batch, drop)
 
 
 def _without_regions(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
-    names = ("token_mask", "token_idx", "token_valid", "region_pixels", "region_masks")
-    return replace(batch, **{name: _zeroed(getattr(batch, name), drop) for name in names})  # type: ignore[arg-type]
+    visible = torch.where(drop, 1 << FOREGROUND, 255).to(torch.uint8)
+    return replace(
+        batch,
+        token_mask=_zeroed(batch.token_mask, drop),
+        token_idx=_zeroed(batch.token_idx, drop),
+        token_valid=_zeroed(batch.token_valid, drop),
+        masks=batch.masks & visible[:, None, None],
+    )
 
 
 def _zeroed(values: Tensor, drop: Tensor) -> Tensor:
-    if not drop.any():  # as for most batches, of which this saves a copy
-        return values
     return values.masked_fill(drop.view(-1, *[1] * (values.ndim - 1)), 0)
 
 
@@ -275,15 +295,15 @@ def region_images(
     corrected mode all are cropped to one square around all regions: a small or off-centre face
     fills it, and the regions keep their relative positions.
     """
-    black = Image.new("RGB", photo.size)
+    whole = mode == "legacy" or not slots
+    box = (0, 0, *photo.size) if whole else _head_square(masks, photo.size)
+    shown = photo.crop(box)
+    black = Image.new("RGB", shown.size)
     images = []
     for mask in slots.values():
-        alpha = Image.fromarray(mask.astype(np.uint8) * 255).resize(photo.size)
-        images.append(Image.composite(photo, black, alpha))
-    if mode == "legacy" or not slots:
-        return images
-    box = _head_square(masks, photo.size)
-    return [image.crop(box) for image in images]
+        alpha = Image.fromarray(mask.astype(np.uint8) * 255).resize(photo.size).crop(box)
+        images.append(Image.composite(shown, black, alpha))
+    return images
 
 
 def _head_square(masks: dict[str, Mask], size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -362,38 +382,7 @@ def _second_ids(
     return torch.tensor([*ids[: first_eos + 1], *padding], dtype=torch.int64)
 
 
-@lru_cache(maxsize=8)
-def _clip_processor(size: int) -> Any:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
-
-
-def _clip_normalised(image: Image.Image, size: int) -> Tensor:
-    pixels: Tensor = _clip_processor(size)(images=image, return_tensors="pt").pixel_values[0]
-    return pixels
-
-
 def _padded(slots: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Stacks the slots and pads them with zeros to MAX_REGIONS.
-
-    As in the reference, the zeros are added after CLIP's normalisation, so they are not black.
-    """
-    return torch.stack([*slots, *[torch.zeros(shape)] * (MAX_REGIONS - len(slots))])
-
-
-def _centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """Scales the short side to `side` pixels, then crops the centre square."""
-    width, height = image.size
-    scale = side / min(width, height)
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return resized.crop((left, top, left + side, top + side))
-
-
-def _crop_mask(mask: Mask, side: int) -> Tensor:
-    image = _centre_crop(Image.fromarray(mask.astype(np.uint8) * 255), side)
-    return torch.from_numpy(np.array(image, np.float32)) / 255.0
+    """Stacks the slots' images and pads them with zeros to MAX_REGIONS."""
+    empty = torch.zeros(shape, dtype=torch.uint8)
+    return torch.stack([*slots, *[empty] * (MAX_REGIONS - len(slots))])

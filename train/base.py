@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from configs.errors import ShardError
 from configs.training import TrainConfig
-from model.conditions import training_pixels
+from model.pixels import training_pixels
 from model.spec import ModelSpec
 from train import draws
 from train.mixture import Mixture

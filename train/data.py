@@ -18,22 +18,15 @@ from model.conditions import (
     collate,
     drop_conditions,
     empty_ids,
-    training_pixels,
 )
+from model.pixels import clip_normalised, training_image, unpacked_masks, vae_pixels
 from model.spec import TOKEN_LIMIT, ModelSpec
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mode
 from train import draws
 from train.mixture import Mixture
 from train.order import SampleOrder
-from train.packing import (
-    BadSample,
-    PackedBatch,
-    packed,
-    unpacked_clip_images,
-    unpacked_masks,
-    unpacked_pixels,
-)
+from train.packing import BadSample, PackedBatch, packed
 
 Records = dict[int, Record | ShardError]  # by the samples' numbers
 
@@ -101,7 +94,7 @@ class Preparation:
 
 # The numbers of a sample and of its reference, which are the same except in pairs.
 Pair = tuple[int, int]
-# A sample as it is cached: its conditions, its image (3, R, R), and why it is bad.
+# A sample as it is cached: its conditions, its image (3, R, R) uint8, and why it is bad.
 Prepared = tuple[Conditions, Tensor, BadSample | None]
 
 
@@ -176,8 +169,8 @@ class BatchMaker:
         conditions = blank_conditions(
             prep.tokenizer, prep.spec, key=mixture.key(number), resolution=prep.resolution
         )
-        pixels = torch.zeros(3, prep.resolution, prep.resolution)
-        return conditions, pixels, BadSample(mixture.key(bad), mixture.shard_of(bad), reason)
+        image = torch.zeros(3, prep.resolution, prep.resolution, dtype=torch.uint8)
+        return conditions, image, BadSample(mixture.key(bad), mixture.shard_of(bad), reason)
 
     def _build(self, record: Record, reference: Record | None) -> tuple[Conditions, Tensor]:
         prep = self._preparation
@@ -190,7 +183,7 @@ class BatchMaker:
             tokenizer_2=prep.tokenizer_2,
             reference=reference,
         )
-        return conditions, training_pixels(record, prep.resolution)
+        return conditions, training_image(record, prep.resolution)
 
 
 def _usable(record: Record | ShardError) -> Record:
@@ -210,8 +203,7 @@ def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: i
     """Returns the conditions of a sample without text, regions and identity: all its tensors are
     zero, except for the token ids. It takes the place of one that can't be read.
     """
-    pixels = torch.zeros(3, spec.vision_size, spec.vision_size)
-    masks = torch.zeros(resolution, resolution)
+    image = torch.zeros(3, spec.vision_size, spec.vision_size, dtype=torch.uint8)
     return Conditions(
         key=key,
         text="",
@@ -222,10 +214,10 @@ def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: i
         token_mask=torch.zeros(TOKEN_LIMIT, dtype=torch.bool),
         token_idx=torch.zeros(MAX_REGIONS, dtype=torch.int64),
         token_valid=torch.zeros(MAX_REGIONS, dtype=torch.bool),
-        region_pixels=pixels.expand(MAX_REGIONS, -1, -1, -1),
-        region_masks=masks.expand(MAX_REGIONS, -1, -1),
-        foreground=masks,
-        clip_pixels=pixels,
+        photo=image,
+        has_photo=torch.tensor(False),
+        region_images=image.expand(MAX_REGIONS, -1, -1, -1),
+        masks=torch.zeros(resolution, resolution, dtype=torch.uint8),
         identity=torch.zeros(IDENTITY_DIM),
     )
 
@@ -247,14 +239,14 @@ def unpacked(
         draws.integer(preparation.timesteps, seed, "timestep", position) for position in positions
     ]
     moved = batch.to(device)
-    region_masks, foreground = unpacked_masks(moved)
+    region_masks, foreground = unpacked_masks(moved.masks)
     return TrainBatch(
         position=batch.position,
         keys=batch.keys,
         references=batch.references,
         valid=moved.valid,
-        pixels=unpacked_pixels(moved),
-        clip_images=unpacked_clip_images(moved),
+        pixels=vae_pixels(moved.pixels),
+        clip_images=clip_normalised(moved.clip_images),
         image_rows=moved.image_rows,
         input_ids=moved.input_ids,
         input_ids_2=moved.input_ids_2,

@@ -1,8 +1,7 @@
 """Batches as the loader's workers hand them over: images and masks as bytes, no random numbers.
 
 A worker's batch goes through shared memory, of which containers have little. Packed, a sample at
-512 pixels has 2 MB, and 13 MB as it is trained on. Masks are packed as one bit for each pixel, so
-the soft edges of scaled masks become hard.
+512 pixels has 2 MB, and 13 MB as it is trained on.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
-from model.conditions import CLIP_MEAN, CLIP_STD, ConditionBatch
+from model.conditions import ConditionBatch
 from stages.regions import MAX_REGIONS
 
-_FOREGROUND: Final = MAX_REGIONS  # its bit; a region's bit is its slot
 _SHARED: Final = Path("/dev/shm")  # noqa: S108 - where torch's workers put tensors on Linux
 _PREFETCHED: Final = 2  # batches of each worker, torch's default
 _IMAGES: Final = 1 + MAX_REGIONS  # for the image encoder, of a sample
@@ -40,10 +38,10 @@ class PackedBatch:
     references: keys of the samples that give their conditions, their own except in pairs.
 
     bad: samples that can't be read; valid: (B,) bool, False at their places, where the other
-    tensors hold a blank sample. pixels: (B, 3, R, R) uint8. masks: (B, R, R) uint8: bit i is the
-    mask of slot i, bit 5 the foreground. clip_images: (n, 3, S, S) uint8, those that are shown to
-    the image encoder; image_rows: (n,) int64, their rows among 6·B, which are for each sample the
-    photograph and its five regions. The other fields are those of `ConditionBatch`.
+    tensors hold a blank sample. pixels: (B, 3, R, R) uint8. masks: (B, R, R) uint8, see
+    `model.pixels`. clip_images: (n, 3, S, S) uint8, those that are shown to the image encoder;
+    image_rows: (n,) int64, their rows among 6·B, which are for each sample the photograph and its
+    five regions. The other fields are those of `ConditionBatch`.
     """
 
     position: int
@@ -86,26 +84,22 @@ def packed(
     references: tuple[str, ...],
     position: int,
 ) -> PackedBatch:
-    """Packs conditions and training images (B, 3, R, R) in [-1, 1]. bad: for each sample, why it
-    can't be trained on; None if it can. references: keys.
+    """Packs conditions and training images (B, 3, R, R) uint8. bad: for each sample, why it can't
+    be trained on; None if it can. references: keys.
     """
-    images = torch.cat((conditions.clip_pixels[:, None], conditions.region_pixels), dim=1)
-    images = images.flatten(0, 1)
+    images = torch.cat((conditions.photo[:, None], conditions.region_images), dim=1).flatten(0, 1)
+    shown = torch.cat((conditions.has_photo[:, None], conditions.token_valid), dim=1).flatten()
     # selected on the CPU: on a GPU, the host would have to wait for their number
-    rows = images.flatten(1).any(dim=1).nonzero().flatten()
-    masks = torch.cat((conditions.region_masks, conditions.foreground[:, None]), dim=1) > 0.5
-    bits = torch.arange(len(masks[0]), dtype=torch.uint8).view(1, -1, 1, 1)
+    rows = shown.nonzero().flatten()
     return PackedBatch(
         position=position,
         keys=conditions.keys,
         references=references,
         bad=tuple(each for each in bad if each),
         valid=torch.tensor([each is None for each in bad]),
-        pixels=((pixels + 1) * 127.5).round().to(torch.uint8),
-        masks=(masks.to(torch.uint8) << bits).sum(1, dtype=torch.uint8),
-        clip_images=((images[rows] * _clip(CLIP_STD) + _clip(CLIP_MEAN)) * 255)
-        .round()
-        .to(torch.uint8),
+        pixels=pixels,
+        masks=conditions.masks,
+        clip_images=images[rows],
         image_rows=rows,
         input_ids=conditions.input_ids,
         input_ids_2=conditions.input_ids_2,
@@ -114,29 +108,6 @@ def packed(
         token_valid=conditions.token_valid,
         identity=conditions.identity,
     )
-
-
-def unpacked_pixels(batch: PackedBatch) -> Tensor:
-    """Returns the training images, (B, 3, R, R) in [-1, 1]."""
-    return batch.pixels.float() / 127.5 - 1.0
-
-
-def unpacked_clip_images(batch: PackedBatch) -> Tensor:
-    """Returns the images for the image encoder, (n, 3, S, S), CLIP-normalised."""
-    images, device = batch.clip_images.float() / 255, batch.clip_images.device
-    mean, std = (_clip(v).to(device, non_blocking=True) for v in (CLIP_MEAN, CLIP_STD))
-    return (images - mean) / std
-
-
-def unpacked_masks(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Returns the masks of the slots (B, 5, R, R) and the foreground (B, R, R), 0 or 1."""
-    bits = torch.arange(_FOREGROUND + 1, dtype=torch.uint8, device=batch.masks.device)
-    masks = ((batch.masks[:, None] >> bits.view(1, -1, 1, 1)) & 1).float()
-    return masks[:, :_FOREGROUND], masks[:, _FOREGROUND]
-
-
-def _clip(values: tuple[float, float, float]) -> Tensor:
-    return torch.tensor(values).view(1, 3, 1, 1)
 
 
 def check_shared_memory(*, size: int, workers: int, resolution: int, side: int) -> None:

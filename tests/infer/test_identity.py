@@ -76,7 +76,7 @@ def test_differing_lists_the_fields_that_differ(
     generator: ConsistentIDGenerator, person: Identity, stranger: Identity
 ) -> None:
     names = differing(generator.conditions(person, "a"), generator.conditions(stranger, "a b"))
-    assert {"key", "text", "input_ids", "region_pixels", "clip_pixels", "identity"} <= set(names)
+    assert {"key", "text", "input_ids", "region_images", "photo", "identity"} <= set(names)
 
 
 def test_training_conditions_of_an_identitys_record_equal_the_shards(

@@ -8,9 +8,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.conditions import build_conditions, collate, training_pixels
+from model.conditions import build_conditions, collate
 from model.consistentid import BaseModels, ConsistentID, Features, encode_frozen, predict_noise
 from model.losses import localisation_loss, noise_loss
+from model.pixels import training_pixels
 from model.spec import SPECS
 from train.shards import ShardSet
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.training import ModelConfig
-from model.conditions import training_pixels
+from model.pixels import training_pixels
 from model.spec import SPECS
 from tests.train.helpers import small
 from train.base import ensure_base, fit_vae

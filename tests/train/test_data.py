@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
-from model.conditions import build_conditions, training_pixels
+from model.conditions import build_conditions
+from model.pixels import training_pixels
 from model.spec import SPECS
 from stages.record import Record
 from tests.train.helpers import Parts, assert_same_rows, small

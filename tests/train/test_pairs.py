@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from configs.training import DataSource
-from model.conditions import Conditions, DropRates, build_conditions, training_pixels
+from model.conditions import Conditions, DropRates, build_conditions
+from model.pixels import training_pixels
 from model.spec import SPECS
 from stages.codec import decode_labels, encode_labels
 from stages.record import Record
@@ -75,7 +76,7 @@ def test_a_pair_has_the_text_of_one_photograph_and_the_person_of_the_other(
     own, shown = conditions(record), conditions(replace(reference, **captions))
     pair = conditions(record, reference)
     assert pair.key == record.key and pair.regions == own.regions != ()
-    of_record = {"input_ids", "input_ids_2", "token_idx", "region_masks", "foreground"}
+    of_record = {"input_ids", "input_ids_2", "token_idx", "masks"}
     for field in fields(pair):
         value = getattr(pair, field.name)
         if isinstance(value, torch.Tensor):

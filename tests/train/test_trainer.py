@@ -66,7 +66,7 @@ def test_only_deterministic_algorithms_are_used_unless_others_are_allowed(
         torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
 
     config = small(data, tiny_base, tmp_path / "run", max_train_steps=1)
-    with pytest.raises(ConfigError, match="put_ does not have .* Set deterministic=false"):
+    with pytest.raises(ConfigError, match=r"put_ does not have .* Set deterministic=false"):
         run(config, Listener(use_another))
     assert not torch.are_deterministic_algorithms_enabled()
     resumed = run(replace(config, deterministic=False, max_train_steps=2), Listener(use_another))
