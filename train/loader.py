@@ -13,6 +13,7 @@ The loader must not be passed to `accelerator.prepare`, which would split it a s
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import shutil
 import signal
@@ -35,6 +36,10 @@ Batch = TypeVar("Batch")
 Fetched = TypeVar("Fetched")
 
 _PARENT_POLL: Final = 0.5  # seconds between two looks at a worker's parent
+# Settings of glibc's mallopt: from how many free bytes on memory is given back to the system, and
+# from which size on a block is requested from the system by itself.
+_TRIM_THRESHOLD: Final = (-1, 1 << 30)
+_MMAP_THRESHOLD: Final = (-3, 1 << 25)  # the largest possible
 
 
 def _unchanged(_positions: range, fetched: Batch) -> Batch:
@@ -143,6 +148,9 @@ def _start_worker(parent: int, _worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # Every batch needs the same memory again, and new memory costs time, since the system clears it.
+    for setting in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(*setting)
     # The folder for sockets: a new one. An inherited one is used by other processes too, and
     # `_end_with` removes it.
     current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
