@@ -78,6 +78,8 @@ class Contender:
     def read(self, task: Task, save_at: int = 0) -> Reading:
         """Reads an epoch, or the rest of one, in a new process. See `bench.loaders.read_epoch`."""
         process = self._process
+        if process.poll() is not None:
+            return Reading(error="the process died")
         assert process.stdin is not None and process.stdout is not None
         self._result.unlink(missing_ok=True)
         values = [asdict(replace(task, data=str(self._data))), save_at, str(self._result)]

@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from safetensors import SafetensorError
@@ -34,6 +34,7 @@ FORMAT: Final = 2
 _NAME: Final = re.compile(r"checkpoint-(\d{6,})")
 _PARTIAL: Final = ".partial"  # end of the name of a folder that is being written or removed
 _OLD: Final = ".old"  # of one that is being replaced
+_REPLACED: Final = "replaced-"  # begin of the name of a checkpoint that isn't of the run any more
 
 
 def checkpoint_name(step: int) -> str:
@@ -109,6 +110,30 @@ def expired(steps: Iterable[int], newest: int, limit: int) -> list[int]:
     return [*(earlier[:-limit] if limit else ()), *sorted(later)]
 
 
+def later_than(output: Path, step: int) -> list[Path]:
+    """Returns the checkpoints of later steps."""
+    return [path for path in checkpoints(output) if (step_of(path.name) or 0) > step]
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Renames the checkpoints of later steps than that from which a run resumes, since the files of
+    lines lose these steps: a run that is killed before its next checkpoint must not resume from
+    them. `remove_replaced` removes them.
+    """
+    for path in later_than(output, step):
+        target = output / f"{_REPLACED}{path.name}"
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+
+
+def remove_replaced(output: Path) -> list[str]:
+    """Removes what `set_aside` has renamed, and returns the names."""
+    paths = sorted(output.glob(f"{_REPLACED}checkpoint-*"))
+    for path in paths:
+        shutil.rmtree(path)
+    return [path.name for path in paths]
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint; if the process is killed meanwhile, no part of it counts."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}{_PARTIAL}")
@@ -182,7 +207,8 @@ def write_file_list(folder: Path) -> None:
 
 
 def file_list(text: str | bytes, name: str) -> dict[str, tuple[int, str]] | None:
-    """Returns file → (bytes, sha256) of the contents of files.json; None if they can't be read.
+    """Returns file → (bytes, sha256) of the contents of files.json; None if they can't be read, or
+    if a name leads out of the checkpoint's folder.
 
     name: of the checkpoint. Raises WeightsError if it has another format than this version reads.
     """
@@ -199,10 +225,13 @@ def file_list(text: str | bytes, name: str) -> dict[str, tuple[int, str]] | None
             "Continue it with the version that wrote it, or give another output."
         )
     with suppress(TypeError, KeyError, AttributeError, ValueError):
-        return {
+        files = {
             str(file): (int(entry["bytes"]), str(entry["sha256"]))
             for file, entry in content["files"].items()
         }
+        paths = [PurePosixPath(file) for file in files]
+        if not any(path.is_absolute() or ".." in path.parts for path in paths):
+            return files
     return None
 
 

@@ -256,6 +256,12 @@ def unpacked(
         region_masks=region_masks,
         foreground=foreground,
         identity=moved.identity,
-        timesteps=torch.tensor(timesteps, dtype=torch.int64).to(device, non_blocking=True),
-        **{name: value.to(device, non_blocking=True) for name, value in normal.items()},
+        timesteps=_moved(torch.tensor(timesteps, dtype=torch.int64), device),
+        **{name: _moved(value, device) for name, value in normal.items()},
     )
+
+
+def _moved(values: Tensor, device: torch.device | str) -> Tensor:
+    """Returns the values on the device, without waiting for it."""
+    pinned = values.pin_memory() if torch.device(device).type == "cuda" else values
+    return pinned.to(device, non_blocking=True)

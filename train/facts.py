@@ -1,9 +1,9 @@
 """What all processes must know of a step, and what follows from it: samples that were left out,
 updates that were skipped, and whether to stop.
 
-Each step adds up three numbers over the processes. They are read when the next step has been
-started, so that no device waits for the host. So a signal to one process stops all of them at the
-same step, at most two steps later.
+Each step adds up two numbers over the processes. They are read when the next step has been started,
+so that no device waits for the host. So a signal to one process stops all of them at the same step,
+at most two steps later.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from configs.errors import TrainingError
@@ -24,16 +25,36 @@ NONFINITE: Final = "nonfinite.jsonl"  # steps whose update was skipped, and thei
 _NAMED: Final = 8  # samples in a message
 
 
+class HostCopy:
+    """A copy of a tensor in the CPU's memory, which a GPU makes in its turn. `tolist` waits for
+    that, but not for what was given to the GPU later.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        event: Any = torch.cuda.Event
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = event()
+            self._copied.record()
+
+    def tolist(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [float(value) for value in self._values]
+
+
 @dataclass(frozen=True, slots=True)
 class StepFacts:
-    """Of one step. position: of its first sample. numbers: (3,) on the device, of all processes:
-    valid samples, processes that received a signal, processes that skipped the update. bad: this
-    process's bad samples.
+    """Of one step. position: of its first sample. numbers: valid samples and processes that
+    received a signal, of all processes; 1 if the update was skipped, else 0. bad: this process's
+    bad samples.
     """
 
     step: int
     position: int
-    numbers: Tensor
+    numbers: HostCopy
     bad: tuple[BadSample, ...]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from train.checkpoints import sync
 from train.packing import PackedBatch
 from train.step import LOSSES
 
@@ -30,6 +31,7 @@ class Lines:
             partial = path.with_name(f".{path.name}.partial")
             with partial.open("w", encoding="utf-8") as file:
                 file.writelines(_text(line) for line in read_lines(path) if line["step"] <= step)
+            sync(partial)
             partial.replace(path)
 
     def read(self) -> Iterator[dict[str, Any]]:

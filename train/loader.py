@@ -35,6 +35,7 @@ from configs.errors import PipelineError
 Batch = TypeVar("Batch")
 Fetched = TypeVar("Fetched")
 
+_GRACE: Final = 1.0  # seconds in which workers may end by themselves
 _PARENT_POLL: Final = 0.5  # seconds between two looks at a worker's parent
 # Settings of glibc's mallopt: from how many free bytes on memory is given back to the system, and
 # from which size on a block is requested from the system by itself.
@@ -124,7 +125,15 @@ def _loaded(loader: Any) -> Generator[Any, None, None]:
     and wait for them.
     """
     batches = iter(loader)
-    end_workers = getattr(batches, "_shutdown_workers", _nothing)
+
+    def end_workers() -> None:
+        if workers := getattr(batches, "_workers", ()):
+            # torch waits for each, also for one that waits for a slow store
+            late = threading.Timer(_GRACE, lambda: [worker.kill() for worker in workers])
+            late.start()
+            batches._shutdown_workers()
+            late.cancel()
+
     atexit.register(end_workers)
     try:
         for batch in batches:
@@ -136,10 +145,6 @@ def _loaded(loader: Any) -> Generator[Any, None, None]:
         atexit.unregister(end_workers)
 
 
-def _nothing() -> None:
-    pass
-
-
 def _start_worker(parent: int, _worker: int) -> None:
     """Ignores SIGINT and SIGTERM in a worker, and lets it end with the process `parent`.
 
@@ -148,7 +153,7 @@ def _start_worker(parent: int, _worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # Every batch needs the same memory again, and new memory costs time, since the system clears it.
+    # Every batch needs the same memory again. New memory costs time, since the system clears it.
     for setting in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
         ctypes.CDLL(None).mallopt(*setting)
     # The folder for sockets: a new one. An inherited one is used by other processes too, and

@@ -72,6 +72,14 @@ class Mirror:
         """Uploads OUT/final, its adapter.json last."""
         self._send_folder(self.folder / _FINAL, CONFIG_FILE)
 
+    def set_aside(self, step: int) -> None:
+        """Makes the store's checkpoints of later steps incomplete, since the files of lines that
+        are sent next don't have these steps.
+        """
+        for later in self.complete_steps():
+            if later > step:
+                self.store.remove(f"{checkpoint_name(later)}/{FILES}")
+
     def prune(self, newest: int, limit: int) -> None:
         """Removes checkpoints as `train.checkpoints.expired` says, and parts of uploads."""
         complete = self.complete_steps()

@@ -6,6 +6,7 @@ A worker's batch goes through shared memory, of which containers have little. Pa
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -110,16 +111,20 @@ def packed(
     )
 
 
-def check_shared_memory(*, size: int, workers: int, resolution: int, side: int) -> None:
-    """Raises ConfigError if the workers' batches don't fit into the shared memory that is free.
+def check_shared_memory(
+    *, size: int, workers: int, unread: int = 0, resolution: int, side: int
+) -> None:
+    """Raises ConfigError if the batches of the workers of all processes on this machine don't fit
+    into the shared memory that is free.
 
-    size: samples of a micro-batch. resolution, side: of the training images and of those for the
-    image encoder, in pixels.
+    size: samples of a micro-batch. unread: micro-batches that a process itself has there.
+    resolution, side: of the training images and of those for the image encoder, in pixels.
     """
     if not workers or not _SHARED.is_dir():
         return
     sample = 4 * resolution**2 + 3 * _IMAGES * side**2 + 8_192
-    needed = sample * size * workers * _PREFETCHED
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = sample * size * (workers * _PREFETCHED + unread) * processes
     free = shutil.disk_usage(_SHARED).free
     if needed > free:
         raise ConfigError(

@@ -5,6 +5,7 @@ Ray Train, each of which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MAST
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from configs.errors import ConfigError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
+# How long processes wait for one that makes an index, or downloads or uploads a checkpoint. torch's
+# own limit is ten minutes on GPUs.
+_PATIENCE: Final = timedelta(hours=3)
 # Variables in which launchers, the last ones of MPI, tell the number of processes.
 _COUNTS: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -48,12 +52,13 @@ def join_processes(config: TrainConfig, output: Path) -> Accelerator:
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     # Without a GPU, accelerate wouldn't connect the processes unless it is told to use CPUs.
     on_cpu = config.model.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(

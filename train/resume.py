@@ -11,7 +11,7 @@ from typing import Any, Final
 from configs.errors import ConfigError, PipelineError, WeightsError
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
-from train.checkpoints import checkpoints, damage, find_checkpoint, step_of
+from train.checkpoints import checkpoints, damage, find_checkpoint, later_than, step_of
 from train.mirror import Mirror
 
 # Settings that may differ when a run is resumed. Others would change the model that it makes. A
@@ -100,15 +100,18 @@ def choose_checkpoint(
     if checkpoint is None:
         return None
     check_same_run(config, samples, checkpoint, message)
-    later = [
-        path.name
-        for path in checkpoints(output)
-        if (step_of(path.name) or 0) > int(read_metadata(checkpoint)["step"])
-    ]
-    if later:
+    step = int(read_metadata(checkpoint)["step"])
+    if later := [path.name for path in later_than(output, step)]:
+        if step >= config.max_train_steps:
+            raise ConfigError(
+                f"{checkpoint} has all max_train_steps={config.max_train_steps} steps, and "
+                f"{output} has later ones: {', '.join(later)}. To use it as an adapter, give its"
+                " folder to make infer. To train from it, raise max_train_steps or give another "
+                "output."
+            )
         message(
-            f"{', '.join(later)} in {output} will be removed when the next checkpoint is written. "
-            "Copy them now to keep them."
+            f"{', '.join(later)} in {output} are renamed to replaced-checkpoint-…, and removed "
+            "when the next checkpoint is written. Move them now to keep them."
         )
     return checkpoint
 

@@ -22,7 +22,7 @@ from configs.load import load_text
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
 from train.batches import BatchPlan
-from train.checkpoints import checkpoints
+from train.checkpoints import checkpoints, set_aside, sync
 from train.history import Lines, read_lines
 from train.mixture import Mixture
 from train.outcome import Progress
@@ -177,10 +177,12 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 
 def inherit(output: Path, checkpoint: Path, names: Sequence[str]) -> None:
     """Copies the past of a checkpoint's weights from the run that wrote it, if that isn't the run
-    in `output`: the files of lines called `names`, the indexes of the data, and the tiny base.
+    in `output`: the files of lines called `names`, the indexes of the data, and the tiny base. If
+    it is, sets the later checkpoints aside.
     """
     past = checkpoint.parent
     if past.resolve() == output.resolve():
+        set_aside(output, _metadata(checkpoint)["step"])
         return
     for name in (DATA, *names):
         if (past / name).is_file():
@@ -199,4 +201,5 @@ def inherit(output: Path, checkpoint: Path, names: Sequence[str]) -> None:
 def _copy(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.copyfile(source, partial)
+    sync(partial)
     partial.replace(target)

@@ -32,7 +32,7 @@ from train.base import ensure_base
 from train.batches import plan_batches
 from train.checkpoints import write_folder_atomically
 from train.data import BatchMaker, unpacked
-from train.facts import NONFINITE, SKIPPED, Limits, StepCheck, StepFacts
+from train.facts import NONFINITE, SKIPPED, HostCopy, Limits, StepCheck, StepFacts
 from train.history import HISTORY, summarise
 from train.loader import micro_batches
 from train.mirror import open_output
@@ -187,6 +187,7 @@ class Trainer:
         check_shared_memory(
             size=self.batch.micro,
             workers=self.config.num_workers,
+            unread=0 if self.device.type == "cuda" else self.batch.accumulation,
             resolution=self.config.resolution,
             side=self.spec.vision_size,
         )
@@ -326,9 +327,8 @@ class Trainer:
         self.schedule.step()
         bad = tuple(sample for batch in micro for sample in batch.bad)
         self.records.add(progress.step + 1, micro, losses_of_micro, rate)
-        step_facts = StepFacts(
-            progress.step + 1, progress.position, torch.cat((numbers, skipped[None])), bad
-        )
+        copy = HostCopy(torch.cat((numbers, skipped[None])))
+        step_facts = StepFacts(progress.step + 1, progress.position, copy, bad)
         progress.position += self.batch.size
         return step_facts
 

@@ -17,6 +17,7 @@ from train.checkpoints import (
     expired,
     remove_checkpoint,
     remove_partial_folders,
+    remove_replaced,
     step_of,
     sync,
     write_folder_atomically,
@@ -121,8 +122,8 @@ class CheckpointWriter:
         steps = [step_of(path.name) or 0 for path in checkpoints(self._output)]
         for step in expired(steps, snapshot.step, self._limit):
             remove_checkpoint(self._output / checkpoint_name(step))
-            if step > snapshot.step:
-                self._message(f"{checkpoint_name(step)} is removed: the run has passed over it")
+        if removed := remove_replaced(self._output):
+            self._message(f"removed: {', '.join(removed)}")
 
     def finish(self, step: int, *, with_final: bool) -> None:
         """Uploads what isn't uploaded yet, at the end of a run at `step`; with_final: OUT/final
@@ -161,6 +162,9 @@ class CheckpointWriter:
             )
 
     def _send(self, mirror: Mirror, step: int | None) -> None:
+        if step is None:
+            mirror.send()
+            return
+        mirror.set_aside(step)
         mirror.send()
-        if step is not None:
-            mirror.prune(step, self._limit)
+        mirror.prune(step, self._limit)

@@ -17,25 +17,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import StoreError
+from configs.errors import ConfigError, StoreError
 from configs.training import OptimConfig, TrainConfig
 from tests.train.helpers import Listener, Parts, run, same, small, weights
 from train.checkpoints import checkpoints, damage, remove_partial_folders, write_file_list
+from train.history import read_lines
+from train.segments import read_segments
 from train.state import AdapterExtras, Snapshot, load_checkpoint
 from train.writer import CheckpointWriter
 
 # waits in a thread, as for a slow disk, after a signal
 _WAITING = """
-import threading, time
+import ctypes, threading, time
 from train.stopping import stop_on_signal
+mutex = ctypes.create_string_buffer(128)
 with stop_on_signal() as stop:
     print("ready", flush=True)
     while not stop.signal:
         time.sleep(0.01)
     print("stopping", flush=True)
-    thread = threading.Thread(target=time.sleep, args=(60,), daemon=True)
-    thread.start()
-    thread.join()
+    for _ in range(2):  # a lock in C, for which signals end no waiting
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
 
 
@@ -106,7 +108,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
         """Keeps the thread in its message until step 7 is done."""
 
         def message(self, text: str) -> None:
-            if "checkpoint-000008 is removed" in text:
+            if text.startswith("removed:"):
                 released.wait(30)
                 events.append("written")
 
@@ -169,7 +171,7 @@ def test_a_damaged_later_checkpoint_does_not_cost_the_new_one(
     assert names(output) == ["checkpoint-000009"] and not damage(output / "checkpoint-000009")
     damaged, later = listener.messages[:2]
     assert "state.pt is not as it was written" in damaged
-    assert later.startswith("checkpoint-000010 in") and "will be removed when" in later
+    assert later.startswith("checkpoint-000010 in") and "are renamed to" in later
 
 
 def test_checkpoints_that_a_resumed_run_passed_over_are_removed_with_its_first_one(
@@ -187,7 +189,8 @@ def test_checkpoints_that_a_resumed_run_passed_over_are_removed_with_its_first_o
     before: list[list[str]] = []
     listener = Listener(lambda step: before.append(names(output)) if step == 5 else None)
     run(config, listener)
-    assert before == [[f"checkpoint-{step:06d}" for step in (2, 4, 6, 8, 10)]]
+    assert before == [["checkpoint-000002", "checkpoint-000004"]]
+    assert not list(output.glob("replaced-*"))
     assert names(output) == ["checkpoint-000006", "checkpoint-000007"]
     assert "checkpoint-000006, checkpoint-000008, checkpoint-000010 in" in listener.messages[0]
     # the same command continues, although the checkpoint that it names is gone
@@ -195,6 +198,33 @@ def test_checkpoints_that_a_resumed_run_passed_over_are_removed_with_its_first_o
     outcome = run(replace(config, max_train_steps=10), listener)
     assert "checkpoint-000007 continues checkpoint-000004" in listener.messages[0]
     assert outcome.adapter and same(weights(outcome.adapter), weights(five / "final"))
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_leaves_records_of_its_own_steps(
+    output: Path, data: Path, tiny_base: Path
+) -> None:
+    def die(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    config = settings(data, tiny_base, output, max_train_steps=11)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(config, resume_from_checkpoint="checkpoint-000004"), Listener(die))
+    listener = Listener()
+    assert run(config, listener).step == 11
+    assert "at step 4" in listener.messages[0]
+    assert [line["step"] for line in read_lines(output / "losses.jsonl")] == [*range(1, 12)]
+    assert [segment.step for segment in read_segments(output)] == [0, 4]
+
+
+def test_an_older_checkpoint_at_the_last_step_costs_no_later_one(
+    output: Path, data: Path, tiny_base: Path
+) -> None:
+    before = (output / "losses.jsonl").read_bytes(), names(output)
+    config = settings(data, tiny_base, output, resume_from_checkpoint="checkpoint-000004")
+    with pytest.raises(ConfigError, match="checkpoint-000004 has all max_train_steps=4 steps"):
+        run(replace(config, max_train_steps=4))
+    assert ((output / "losses.jsonl").read_bytes(), names(output)) == before
 
 
 def test_a_checkpoint_that_was_being_replaced_is_moved_back(output: Path) -> None:
@@ -206,14 +236,14 @@ def test_a_checkpoint_that_was_being_replaced_is_moved_back(output: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_wait_for_a_thread(number: signal.Signals) -> None:
+def test_a_second_signal_does_not_wait_for_a_library(number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", _WAITING], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in ("ready", "stopping"):
         assert process.stdout.readline().strip() == line
         process.send_signal(number)
         time.sleep(2.1)  # a signal that comes earlier is taken for the first one again
-    assert process.wait(timeout=20) == -number
+    assert process.wait(timeout=20) == 128 + number
 
 
 def test_any_changed_byte_of_the_list_of_files_is_damage(tmp_path: Path) -> None:

@@ -236,16 +236,19 @@ def test_the_url_is_locked(bucket: Bucket, data: Path, tiny_base: Path, tmp_path
         run(config)
 
 
+@pytest.mark.parametrize("absolute", [True, False])
 def test_a_list_of_files_that_leads_out_of_the_folder_is_damage(
-    undisturbed: Path, bucket: Bucket, tmp_path: Path
+    undisturbed: Path, bucket: Bucket, tmp_path: Path, absolute: bool
 ) -> None:
+    name = str(tmp_path / "escaped") if absolute else "../../escaped"
     for path in (undisturbed / "checkpoint-000006").iterdir():
         bucket.put(f"out/checkpoint-000006/{path.name}", path.read_bytes())
     listing = json.loads((undisturbed / "checkpoint-000006/files.json").read_text())
-    listing["files"]["../../escaped"] = listing["files"].pop("state.pt")
+    listing["files"][name] = listing["files"].pop("state.pt")
     del listing["sha256"]
     listing["sha256"] = own_digest(listing)
     bucket.put("out/checkpoint-000006/files.json", json.dumps(listing).encode())
+    bucket.put(f"out/checkpoint-000006/{name}", b"")
     mirror = Mirror(bucket.out, tmp_path / "work" / "deep")
-    assert "would leave the store" in mirror.fetch(6)
+    assert mirror.fetch(6) == "files.json can't be read"
     assert [*tmp_path.rglob("*escaped*")] == [] and not checkpoints(tmp_path / "work/deep")

@@ -110,6 +110,19 @@ def test_further_batches_are_requested_while_one_is_made(ahead: int) -> None:
     reading.close()  # type: ignore[attr-defined]
 
 
+def test_closing_does_not_wait_for_a_slow_store() -> None:
+    def fetch(positions: range) -> range:
+        time.sleep(60 if positions.start else 0)
+        return positions
+
+    reading = micro_batches(fetch, start=0, size=1, workers=1, ahead=1)
+    assert list(next(reading)) == [0]
+    (worker,) = multiprocessing.active_children()
+    began = time.monotonic()
+    reading.close()
+    assert not worker.is_alive() and time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 0), (0, 3), (1, 3)])
 def test_an_error_of_a_request_is_raised_in_its_turn(workers: int, ahead: int) -> None:
     def fetch(positions: range) -> int:

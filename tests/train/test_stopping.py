@@ -29,7 +29,7 @@ def receive_signals(pause: float) -> None:
         raise SystemExit(stop.signal)
 
 
-@pytest.mark.parametrize(("pause", "status"), [(0.1, signal.SIGTERM), (2.1, -signal.SIGINT)])
+@pytest.mark.parametrize(("pause", "status"), [(0.1, signal.SIGTERM), (2.1, 128 + signal.SIGINT)])
 def test_a_signal_that_arrives_twice_is_one_and_a_later_one_stops_at_once(
     pause: float, status: int
 ) -> None:
