@@ -54,28 +54,29 @@ def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str]
     Raises ConfigError for a missing file, an unknown key, or a value of the wrong type or range. A
     text that begins with ~/ gets the path of the home folder.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(
-                f"no configuration at {file}. Presets are in configs/: give one with --config FILE."
-            )
-        try:
-            loaded = _parse(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file} is not valid YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(
-                f"{file} contains a {type(loaded).__name__}; expected keys and values."
-            )
-        values = loaded or {}
-    return _resolve(kind, values, overrides)
+    if path is None:
+        return _resolve(kind, {}, overrides)
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(
+            f"no configuration at {file}. Presets are in configs/: give one with --config FILE."
+        )
+    return load_text(kind, file.read_text(encoding="utf-8"), overrides, name=str(file))
 
 
-def load_text(kind: type[T], text: str, overrides: Iterable[str] = ()) -> T:
-    """Returns a `kind` from YAML text, as `to_yaml` writes it, with `a.b=value` overrides."""
-    return _resolve(kind, _parse(text) or {}, overrides)
+def load_text(
+    kind: type[T], text: str, overrides: Iterable[str] = (), *, name: str = "the configuration"
+) -> T:
+    """Returns a `kind` from YAML text, as `to_yaml` writes it, with `a.b=value` overrides. Raises
+    what `load` does. name: of the text, in errors.
+    """
+    try:
+        loaded = _parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{name} contains a {type(loaded).__name__}; expected keys and values.")
+    return _resolve(kind, loaded or {}, overrides)
 
 
 def dump(config: Any, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,14 +64,15 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML preset.")
+        str | None,
+        typer.Option("--config", "-c", metavar="FILE", help="A YAML preset, also at a URL."),
     ] = None,
 ) -> None:
-    from configs.load import load
-    from configs.training import TrainConfig
-
     with _errors():
-        _train(load(TrainConfig, config, overrides or ()))
+        _train(_configuration(config, overrides or ()))
+
+
+_OUTPUT = "The output of a run, a folder or URL."
 
 
 @app.command(
@@ -86,7 +87,7 @@ has the bits of the recorded one. The run may continue meanwhile.
 """
 )
 def replay(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help=_OUTPUT)],
     step: Annotated[int, typer.Option("--step", min=1, help="Counted from 1.")],
     images: Annotated[
         Path | None,
@@ -117,7 +118,7 @@ It works after the samples were removed from the data set: the run keeps what it
 
 @app.command(help=_SEEN_HELP)
 def seen(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help=_OUTPUT)],
     key: Annotated[
         list[str] | None, typer.Option("--key", metavar="KEY", help="Of a sample; repeatable.")
     ] = None,
@@ -133,6 +134,24 @@ def seen(
 
         answer = search(output, key or [], takedown)
         typer.echo(to_json(answer) if as_json else as_text(answer))
+
+
+def _configuration(path: str | None, overrides: Sequence[str]) -> TrainConfig:
+    """Returns the settings of a run. path: of a YAML file, also an fsspec URL."""
+    from configs.load import load, load_text
+    from configs.training import TrainConfig
+
+    if path is None or "://" not in path:
+        return load(TrainConfig, path, overrides)
+    from configs.errors import ConfigError
+    from stages.storage.store import Store
+
+    folder, _, name = path.rpartition("/")
+    try:
+        text = Store(folder).read(name).decode()
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}") from None
+    return load_text(TrainConfig, text, overrides, name=path)
 
 
 @contextmanager

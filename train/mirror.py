@@ -3,17 +3,21 @@
 A run whose `output` is a URL works in a local folder and copies it: first all other files, in the
 order in which they were written, then each checkpoint, its files.json last. A checkpoint without
 files.json doesn't exist, so a reader sees whole ones only. A run on another machine, whose folder
-is empty, fetches the newest intact checkpoint, and what it needs besides.
+is empty, fetches the newest intact checkpoint, and what it needs besides. Replay and seen, which
+only read, fetch into a temporary folder (`reading`).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+from configs.errors import PipelineError
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
 from stages.backends.weights import default_cache
@@ -34,6 +38,7 @@ from train.shards import INDEX
 
 _FINAL: Final = "final"
 _LINES: Final = ".jsonl"
+_LISTS: Final = (FILES, CONFIG_FILE)
 # in a local checkpoint: the store has it. Not in its files.json.
 _SENT: Final = ".sent"
 
@@ -126,11 +131,7 @@ class Mirror:
         if not damage(target) and (target / FILES).read_bytes() == listing:
             (target / _SENT).touch()
             return ""
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-        for file in self.store.names(""):
-            if file.endswith(_LINES):
-                self.store.download(file, self.folder / file)
+        self.fetch_lines()
 
         def fill(copy: Path) -> None:
             self._download(name, files, copy)
@@ -145,11 +146,44 @@ class Mirror:
             return str(fault)
         return ""
 
+    def fetch_lines(self) -> None:
+        """Makes the local files of lines equal to the store's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in self.store.names(""):
+            if file.endswith(_LINES):
+                self.store.download(file, self.folder / file)
+
+    def fetch_lists(self) -> None:
+        """Fetches what tells which checkpoints the store has, and of which data. Here they count as
+        damaged, without the rest of their files.
+        """
+        steps = sorted(self.complete_steps())
+        names = [f"{checkpoint_name(step)}/{file}" for step in steps for file in _LISTS]
+        for name, content in self.store.read_all(names).items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_bytes(content)
+
+    def damage(self, step: int) -> str:
+        """Returns how the store's copy of a checkpoint is damaged, as far as the sizes of its files
+        tell; "" if it seems intact. Raises WeightsError for another format.
+        """
+        name = checkpoint_name(step)
+        listing = self.store.read_all([f"{name}/{FILES}"]).get(f"{name}/{FILES}", b"")
+        if (files := file_list(listing, f"{self.store.url}/{name}")) is None:
+            return f"{FILES} is missing or can't be read"
+        sizes = self.store.tree(name)
+        wrong = [file for file, (size, _) in files.items() if sizes.get(file) != size]
+        return f"{wrong[0]} is missing or is not as it was written" if wrong else ""
+
     def fetch_folders(self) -> None:
         """Fetches the tiny base model and the indexes of the data that the folder lacks."""
         base = self.folder / "base"
         if not base.exists() and (files := self.store.tree(base.name)):
             write_folder_atomically(base, partial(self._download, base.name, list(files)))
+        self.fetch_indexes()
+
+    def fetch_indexes(self) -> None:
+        """Fetches the indexes of the data that the folder lacks."""
         for name in self.store.names(INDEX):
             if not (target := self.folder / INDEX / name).exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,3 +261,69 @@ def open_output(config: TrainConfig) -> tuple[Path, Mirror | None]:
     name = f"{url.rsplit('/', 1)[-1]}-{sha256(url.encode()).hexdigest()[:12]}"
     folder = Path(config.work_folder or default_cache("train") / name)
     return folder, Mirror(url, folder)
+
+
+class Runs:
+    """Outputs of runs that are only read. A folder is used as it is. Of a URL, there is a copy in
+    the folder `scratch`; neither the URL nor the work folder of its run is changed.
+
+    Methods raise ConfigError for a URL that can't be opened.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._mirrors: dict[str, Mirror] = {}  # by URL
+
+    def open(self, output: str) -> Path:
+        """Returns the local folder of an output, without the weights of a URL's checkpoints."""
+        folder = self.with_checkpoints(output)
+        if (mirror := self._mirror_of(folder)) is not None:
+            mirror.fetch_lines()
+            mirror.fetch_folders()
+        return folder
+
+    def with_checkpoints(self, output: str) -> Path:
+        """Returns the local folder of an output, which of a URL has the checkpoints' lists only."""
+        if "://" not in output:
+            return Path(output)
+        url = output.rstrip("/")
+        if url not in self._mirrors:
+            mirror = Mirror(url, Path(tempfile.mkdtemp(dir=self._scratch)))
+            self._mirrors[url] = mirror
+            mirror.fetch_lists()
+        return self._mirrors[url].folder
+
+    def damage(self, checkpoint: Path) -> str:
+        """Returns how a checkpoint is damaged, "" if it isn't. Of one at a URL, only the sizes of
+        files are compared. Raises WeightsError for another format.
+        """
+        mirror = self._mirror_of(checkpoint.parent)
+        return damage(checkpoint) if mirror is None else mirror.damage(_step(checkpoint))
+
+    def fetch(self, checkpoint: Path) -> str:
+        """Downloads a checkpoint if it is at a URL, and returns how it is damaged."""
+        mirror = self._mirror_of(checkpoint.parent)
+        return damage(checkpoint) if mirror is None else mirror.fetch(_step(checkpoint))
+
+    def named(self, text: str) -> str:
+        """Returns a text with the URLs instead of the local folders of their copies."""
+        for url, mirror in self._mirrors.items():
+            text = text.replace(str(mirror.folder), url)
+        return text
+
+    def _mirror_of(self, folder: Path) -> Mirror | None:
+        return next((each for each in self._mirrors.values() if each.folder == folder), None)
+
+
+@contextmanager
+def reading() -> Iterator[Runs]:
+    """Yields an object that opens outputs, and removes the copies at the end. Errors that are
+    raised meanwhile name the URLs.
+    """
+    with tempfile.TemporaryDirectory(prefix="run-") as scratch:
+        runs = Runs(Path(scratch))
+        try:
+            yield runs
+        except PipelineError as error:
+            error.args = (runs.named(str(error)),)
+            raise

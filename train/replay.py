@@ -24,10 +24,10 @@ from configs.training import TrainConfig
 from model.checkpoint import load_adapter
 from model.spec import spec_named
 from stages.backends.runtime import deterministic_algorithms, pin_threads
-from train.checkpoints import damage
 from train.data import BatchMaker, Preparation, unpacked
 from train.history import HISTORY, exact, read_lines
 from train.losses import FetchedLosses, joined, losses_of_process
+from train.mirror import Runs, reading
 from train.mixture import Mixture, open_mixture
 from train.packing import PackedBatch
 from train.segments import Segment, checkpoints_of, device_name, read_segments, segment_of
@@ -68,12 +68,18 @@ class Replay:
     notes: list[str]
 
 
-def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
-    """Computes the losses of a step of the run in `output`, which may continue meanwhile.
+def replay(output: str | Path, step: int, *, images: Path | None = None) -> Replay:
+    """Computes the losses of a step of the run in `output`, a folder or fsspec URL. The run may
+    continue meanwhile.
 
     images: a folder that gets the pictures that the step trained on. Raises ConfigError for a step
     that isn't recorded, or if its data have changed since, and what training raises.
     """
+    with reading() as runs:
+        return _replay(runs, runs.open(str(output)), step, images)
+
+
+def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
     segments = read_segments(output)
     segment = segment_of(segments, step)
     config = replace(segment.config(), output=str(output))
@@ -87,7 +93,8 @@ def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
             "computed again. `python -m train.cli seen` works without the samples."
         )
     run = _Models(config, output)
-    checkpoint, after_step = run.load_weights(output, step, segments)
+    saved = checkpoints_of(runs, output, segments)
+    checkpoint, after_step = run.load_weights(runs, saved, step, segments)
     order = mixture.order(config.seed)
     plan, positions = segment.batch, segment.positions(step)
     make = BatchMaker(mixture, order, run.preparation)
@@ -106,7 +113,7 @@ def replay(output: Path, step: int, *, images: Path | None = None) -> Replay:
     loss, recorded = exact(fetched.values[0, 0]), _recorded(output, step)
     return Replay(
         step=step,
-        checkpoint=str(checkpoint or ""),
+        checkpoint=runs.named(str(checkpoint or "")),
         after_step=after_step,
         loss=loss,
         recorded=recorded,
@@ -142,17 +149,17 @@ class _Models:
         self.preparation: Preparation = make_preparation(config, spec, self.frozen)
 
     def load_weights(
-        self, output: Path, step: int, segments: list[Segment]
+        self, runs: Runs, saved: list[tuple[int, Path]], step: int, segments: list[Segment]
     ) -> tuple[Path | None, int]:
         """Loads the newest weights from before a step. Returns their checkpoint, None for the
-        initial ones, and its step. Raises ConfigError if there are none.
+        initial ones, and its step. saved: all checkpoints. Raises ConfigError if there are none.
         """
-        for saved, path in checkpoints_of(output, segments):
-            if saved < step and not damage(path):
+        for after_step, path in saved:
+            if after_step < step and not runs.fetch(path):
                 load_adapter(path, self.trained.adapter)
                 if self.config.train_base:
                     load_unet(path / "unet", self.trained.unet)
-                return path, saved
+                return path, after_step
         if segments[0].step:
             raise ConfigError(
                 f"step {step}: no checkpoint before it is left, and the run did not begin with "

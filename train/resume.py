@@ -48,6 +48,7 @@ _MAY_CHANGE: Final = (
 )
 _DATA: Final = "data"  # in accept_changes: the samples
 _LATEST: Final = "latest"
+_RESUMED: Final = ".resumed.partial"  # folder for a checkpoint from another URL, during the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,13 @@ def start_of_run(config: TrainConfig, checkpoint: Path | None) -> str:
     return str(read_metadata(checkpoint).get("start", ""))
 
 
+def origin(config: TrainConfig, checkpoint: Path | None) -> str:
+    """Returns where the checkpoint that a run resumes from is, a folder or URL; "" for None."""
+    if checkpoint is not None and checkpoint.parent.name == _RESUMED:
+        return config.resume_from_checkpoint.rstrip("/")
+    return str(checkpoint or "")
+
+
 def _continuation(config: TrainConfig, samples: Samples, output: Path) -> Path | None:
     """Returns the newest intact checkpoint of this very run, resumed from the requested one."""
     for path in reversed(checkpoints(output)):
@@ -167,7 +175,7 @@ def _fetched(requested: str, output: Path, mirror: Mirror | None) -> str:
     store, name = mirror, requested.rstrip("/")
     if "://" in requested:
         url, _, name = name.rpartition("/")
-        store = Mirror(url, output / ".resumed.partial")
+        store = Mirror(url, output / _RESUMED)
     if store is None or (step := step_of(name)) is None:
         return requested
     if how := store.fetch(step):

@@ -19,10 +19,10 @@ import numpy as np
 from configs.errors import ConfigError
 from stages.storage.exclusions import removed_keys
 from stages.storage.store import Store
-from train.checkpoints import damage
 from train.facts import NONFINITE, SKIPPED
 from train.history import HISTORY, read_lines
 from train.index import SampleIndex, open_index
+from train.mirror import Runs, reading
 from train.mixture import shard_name
 from train.order import SampleOrder
 from train.pairs import Pairs
@@ -64,8 +64,8 @@ class Seen:
     notes: list[str]
 
 
-def seen(output: Path, keys: Sequence[str], takedown: str = "") -> Seen:
-    """Finds the steps of the run in `output` that used samples.
+def seen(output: str | Path, keys: Sequence[str], takedown: str = "") -> Seen:
+    """Finds the steps of the run in `output`, a folder or fsspec URL, that used samples.
 
     keys: of the samples. takedown: a data set, folder or fsspec URL; the keys of its removal log
     are added. Raises ConfigError if there is no key, or if the run isn't recorded.
@@ -73,8 +73,14 @@ def seen(output: Path, keys: Sequence[str], takedown: str = "") -> Seen:
     names = list(dict.fromkeys([*keys, *(sorted(_removed(takedown)) if takedown else ())]))
     if not names:
         raise ConfigError("no keys: give --key KEY, or --takedown DATASET")
+    with reading() as runs:
+        return _seen(runs, runs.open(str(output)), names, takedown)
+
+
+def _seen(runs: Runs, output: Path, names: Sequence[str], takedown: str) -> Seen:
     segments = read_segments(output)
-    first, last = segments[0].step + 1, _last_step(output, segments)
+    saved = checkpoints_of(runs, output, segments)
+    first, last = segments[0].step + 1, _last_step(output, segments, saved)
     spared = _Spared(output)
     uses: dict[str, list[Use]] = {name: [] for name in names}
     absent = set(names)
@@ -87,16 +93,17 @@ def seen(output: Path, keys: Sequence[str], takedown: str = "") -> Seen:
             uses[name] += samples.uses(name, end, spared)
     changing = [use.step for each in uses.values() for use in each if not use.remark]
     first_use = min(changing, default=None)
-    checkpoint, after_step = _unaffected(output, segments, first_use)
+    checkpoint, after_step = _unaffected(runs, saved, segments, first_use)
+    name = runs.named(str(output))
     return Seen(
         uses=uses,
         absent=[name for name in names if name in absent],
         first_step=first,
         last_step=last,
         first_use=first_use,
-        checkpoint=str(checkpoint or ""),
+        checkpoint=checkpoint,
         after_step=after_step,
-        command="" if first_use is None else _command(output, segments[-1], takedown, checkpoint),
+        command="" if first_use is None else _command(name, segments[-1], takedown, checkpoint),
         notes=_notes(segments),
     )
 
@@ -109,33 +116,37 @@ def _removed(data: str) -> frozenset[str]:
     return keys
 
 
-def _last_step(output: Path, segments: Sequence[Segment]) -> int:
-    """Returns the last step that is recorded."""
+def _last_step(output: Path, segments: Sequence[Segment], saved: Sequence[tuple[int, Path]]) -> int:
+    """Returns the last step that is recorded. saved: the checkpoints."""
     steps = [int(line["step"]) for line in read_lines(output / HISTORY)]
-    saved = [step for step, _ in checkpoints_of(output, segments)]
-    return max([segments[-1].step, *steps, *saved])
+    return max([segments[-1].step, *steps, *(step for step, _ in saved)])
 
 
 def _unaffected(
-    output: Path, segments: Sequence[Segment], first_use: int | None
-) -> tuple[Path | None, int]:
-    """Returns the newest checkpoint from before a step, and its step; None and 0 if there is none,
-    or if earlier steps aren't recorded.
+    runs: Runs,
+    saved: Sequence[tuple[int, Path]],
+    segments: Sequence[Segment],
+    first_use: int | None,
+) -> tuple[str, int]:
+    """Returns the newest checkpoint from before a step, and its step; "" and 0 if there is none, or
+    if earlier steps aren't recorded.
     """
-    for step, path in checkpoints_of(output, segments) if not segments[0].step else ():
-        if (first_use is None or step < first_use) and not damage(path):
-            return path, step
-    return None, 0
+    for step, path in saved if not segments[0].step else ():
+        if (first_use is None or step < first_use) and not runs.damage(path):
+            return runs.named(str(path)), step
+    return "", 0
 
 
-def _command(output: Path, segment: Segment, takedown: str, checkpoint: Path | None) -> str:
+def _command(output: str, segment: Segment, takedown: str, checkpoint: str) -> str:
     """Returns the command that trains on the data sets as they are now."""
     settings = [f"output={output}-cleaned"]
+    if work := segment.settings["work_folder"]:  # it has the checkpoints of this run
+        settings.append(f"work_folder={work}-cleaned")
     if len(sources := segment.settings["data"]) == 1:
         settings.insert(0, f"data={takedown or sources[0]['path']}")
-    if checkpoint is not None:
+    if checkpoint:
         settings += [f"resume_from_checkpoint={checkpoint}", "accept_changes=data"]
-    words = ["python", "-m", "train.cli", "run", "--config", f"{output / 'config.yaml'}", *settings]
+    words = ["python", "-m", "train.cli", "run", "--config", f"{output}/config.yaml", *settings]
     return shlex.join(words)
 
 

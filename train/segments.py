@@ -24,8 +24,10 @@ from model.checkpoint import CONFIG_FILE
 from train.batches import BatchPlan
 from train.checkpoints import checkpoints, set_aside, sync
 from train.history import Lines, read_lines
+from train.mirror import Runs
 from train.mixture import Mixture
 from train.outcome import Progress
+from train.resume import origin
 from train.shards import INDEX
 
 DATA: Final = "data.jsonl"
@@ -37,7 +39,7 @@ class Segment:
     the digest of its samples and the name of its index in OUT/index. digest: of all data sets,
     which checkpoints have too. settings: of the run, as plain values. processes, micro_batch: how
     many processes there were, and samples of a micro-batch. threads: of torch. device, torch: name
-    and version. resumed_from: the folder of the checkpoint; "" for a new run. last_step: of the
+    and version. resumed_from: folder or URL of the checkpoint; "" for a new run. last_step: of the
     segment; None while no later one is known.
     """
 
@@ -97,7 +99,7 @@ def new_segment(
         threads=torch.get_num_threads(),
         device=device_name(device),
         torch=torch.__version__,
-        resumed_from=str(checkpoint or ""),
+        resumed_from=origin(config, checkpoint),
     )
 
 
@@ -130,7 +132,7 @@ def read_segments(output: Path) -> list[Segment]:
     if not segments:
         raise ConfigError(
             f"{output / DATA} is missing or empty, so it isn't recorded on what this run trained. "
-            "Give the output folder of a run; runs of version 0.1 have no such file."
+            "Give the output of a run; runs of version 0.1 have no such file."
         )
     following = [*(segment.step for segment in segments[1:]), None]
     closed = [replace(s, last_step=last) for s, last in zip(segments, following, strict=True)]
@@ -146,13 +148,16 @@ def segment_of(segments: Sequence[Segment], step: int) -> Segment:
     raise ConfigError(f"step {step}: expected one of the steps from {first} on, which are recorded")
 
 
-def checkpoints_of(output: Path, segments: Sequence[Segment]) -> list[tuple[int, Path]]:
+def checkpoints_of(runs: Runs, output: Path, segments: Sequence[Segment]) -> list[tuple[int, Path]]:
     """Returns step and folder of each checkpoint of these segments, newest first: those in `output`
-    and those in the folders from which the run was resumed. Left out are those that were written
+    and those in the outputs from which the run was resumed. Left out are those that were written
     with other data than the segments say, which a run that began again at an older one leaves.
     """
     folders: list[tuple[Path, int | None]] = [(output, None)]
-    folders += [(Path(s.resumed_from).parent, s.step) for s in segments if s.resumed_from]
+    for segment in segments:
+        if segment.resumed_from:
+            past = segment.resumed_from.rpartition("/")[0]
+            folders.append((runs.with_checkpoints(past), segment.step))
     paths: dict[int, Path] = {}
     for folder, last_step in folders:
         for path in checkpoints(folder):

@@ -37,11 +37,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeContext:
-    """output: the run's folder. batch: samples of a step. names_at: position → the sample's key and
-    shard. masked: step → whether its loss leaves out the background. message: for the user.
+    """output: the run's folder. name: of the output, for the user. batch: samples of a step.
+    names_at: position → the sample's key and shard. masked: step → whether its loss leaves out the
+    background. message: for the user.
     """
 
     output: Path
+    name: str
     batch: int
     names_at: Callable[[int], tuple[str, str]]
     masked: Callable[[int], bool]
@@ -124,7 +126,7 @@ class SpikeCheck:
         self._context.message(
             f"step {line['step']:,}: a noise loss is far above the median at its timestep. The "
             f"step's samples with the highest: {names}. To see the step: make replay "
-            f"OUT={self._context.output} STEP={line['step']}.{more}"
+            f"OUT={self._context.name} STEP={line['step']}.{more}"
         )
 
 

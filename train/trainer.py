@@ -93,6 +93,8 @@ class Trainer:
         self.accelerator = join_processes(config, self.output)
         # the first process makes the index, and the first of a node where it has no such file
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            if self.mirror is not None and self.accelerator.is_local_main_process:
+                self.mirror.fetch_indexes()
             self.mixture = open_mixture(config, self.output / INDEX)
         self.samples = Samples(self.mixture.digest, len(self.mixture))
         self.batch = plan_batches(
@@ -284,12 +286,12 @@ class Trainer:
         )
 
     def _spike_context(self) -> SpikeContext:
-        config = self.config
         return SpikeContext(
             output=self.output,
+            name=self.config.output,
             batch=self.batch.size,
             names_at=lambda position: self.mixture.name(self.order.sample(position)),
-            masked=lambda step: masks_background(config.loss, config.seed, step),
+            masked=lambda step: masks_background(self.config.loss, self.config.seed, step),
             message=self.watcher.message,
         )
 

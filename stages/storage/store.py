@@ -308,11 +308,14 @@ class Store:
 
     def tree(self, folder: str = "") -> dict[str, int]:
         """Returns name relative to `folder` → size in bytes of all files in it and in the folders
-        below.
+        below; {} if it doesn't exist.
         """
         top = self.path(folder).rstrip("/")
         self._fs.invalidate_cache()
-        entries = self._call(self._fs.find, top, detail=True)
+        try:
+            entries = self._call(self._fs.find, top, detail=True)
+        except FileNotFoundError:  # the bucket is missing
+            return {}
         return {
             path.removeprefix(f"{top}/"): int(entry["size"] or 0)
             for path, entry in sorted(entries.items())

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 import shutil
+import tempfile
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from configs.errors import LockedError, StoreError, WeightsError
-from configs.training import OptimConfig, TrainConfig
+from configs.training import ModelConfig, OptimConfig, TrainConfig
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.stages.storage.s3_server import ENVIRONMENT, Bucket, Faults, Proxy
-from tests.train.helpers import Listener, run, same, small, weights
+from tests.train.helpers import Listener, run, same, small, sources, weights
 from train.checkpoints import checkpoints, damage, own_digest
+from train.cli import app
 from train.history import read_lines
 from train.mirror import Mirror
+from train.mixture import open_mixture
 from train.resume import fetch_chosen
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -113,13 +118,18 @@ def test_a_run_to_s3_has_all_its_files_there_in_spite_of_faults(
 
 
 def test_another_machine_resumes_from_the_newest_intact_checkpoint(
-    finished: Finished, undisturbed: Path, bucket: Bucket, tmp_path: Path
+    finished: Finished, undisturbed: Path, bucket: Bucket, data: Path, tmp_path: Path
 ) -> None:
     config = copied(finished, bucket, tmp_path / "one")
     bucket.put("out/checkpoint-000006/state.pt", b"nonsense")
     bucket.put("out/checkpoint-000008/state.pt", b"an upload that was stopped")
+    # without its sidecars, no index of the data set can be made
+    unindexed = shutil.copytree(
+        data, tmp_path / "data", ignore=shutil.ignore_patterns("fgid-*.parquet")
+    )
     listener = Listener()
-    outcome = run(replace(config, work_folder=str(tmp_path / "two")), listener)
+    two = replace(config, work_folder=str(tmp_path / "two"), data=sources(unindexed))
+    outcome = run(two, listener)
     url = f"{bucket.out}/checkpoint"
     assert listener.messages[:2] == [
         f"{url}-000008 is passed over: it has no files.json, so it isn't complete",
@@ -252,3 +262,123 @@ def test_a_list_of_files_that_leads_out_of_the_folder_is_damage(
     mirror = Mirror(bucket.out, tmp_path / "work" / "deep")
     assert mirror.fetch(6) == "files.json can't be read"
     assert [*tmp_path.rglob("*escaped*")] == [] and not checkpoints(tmp_path / "work/deep")
+
+
+def call(*arguments: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return result.stderr if status else result.stdout
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A run on another machine, so without the folder in which it worked, and with a base of its
+    own. Each of its four steps has a checkpoint. keys: of the samples, in the order of training.
+
+    The tests that use it change no file that another one needs.
+    """
+
+    bucket: Bucket
+    keys: list[str]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(
+    server_and_client: tuple[Proxy, Any],
+    data: Path,
+    tiny_base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Elsewhere:
+    server, client = server_and_client
+    server.reset()
+    bucket = Bucket(client, server)
+    work = tmp_path_factory.mktemp("elsewhere") / "work"
+    shutil.copytree(tiny_base, work / "base")
+    (work / "base/fitted.json").write_text("{}")
+    config = settings(
+        data,
+        tiny_base,
+        bucket.out,
+        work,
+        model=ModelConfig(spec="tiny", device="cpu"),
+        max_train_steps=4,
+        checkpointing_steps=1,
+        checkpoints_total_limit=0,
+    )
+    run(config)
+    shutil.rmtree(work)
+    mixture = open_mixture(config)
+    order = mixture.order(config.seed)
+    return Elsewhere(bucket, [mixture.key(order.sample(place)) for place in range(8)])
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def test_replay_of_a_url_fetches_one_checkpoint_and_changes_nothing(
+    elsewhere: Elsewhere, temporary: Path
+) -> None:
+    bucket, url = elsewhere.bucket, elsewhere.bucket.out
+    bucket.proxy.reset()
+    before = bucket.stamps()
+    answer = json.loads(call("replay", f"{url}/", "--step", 3, "--json"))
+    assert answer["equal"] and answer["checkpoint"] == f"{url}/checkpoint-000002"
+    assert bucket.stamps() == before and [*temporary.iterdir()] == []
+    paths = [each.path for each in bucket.proxy.requests if each.path.endswith("state.pt")]
+    assert {*paths} == {f"/{bucket.name}/out/checkpoint-000002/state.pt"}
+    # a damaged one is passed over
+    content = bytearray(bucket.read("out/checkpoint-000003/adapter.safetensors"))
+    content[-1] ^= 1
+    bucket.put("out/checkpoint-000003/adapter.safetensors", bytes(content))
+    answer = json.loads(call("replay", url, "--step", 4, "--json"))
+    assert answer["after_step"] == 2 and "1 step older" in answer["notes"][0]
+
+
+def test_seen_of_a_url_prints_a_command_that_trains_on_from_there(
+    elsewhere: Elsewhere, temporary: Path
+) -> None:
+    bucket, url, key = elsewhere.bucket, elsewhere.bucket.out, elsewhere.keys[6]
+    bucket.proxy.reset()
+    before = bucket.stamps()
+    answer = json.loads(call("seen", url, "--key", key, "--json"))
+    assert (answer["first_step"], answer["last_step"], answer["first_use"]) == (1, 4, 4)
+    assert answer["checkpoint"] == f"{url}/checkpoint-000003"
+    assert bucket.stamps() == before and [*temporary.iterdir()] == []
+    paths = [each.path for each in bucket.proxy.requests]
+    assert not [path for path in paths if path.endswith(("state.pt", "adapter.safetensors"))]
+    bucket.put("out/checkpoint-000003/state.pt", b"half of it")
+    answer = json.loads(call("seen", url, "--key", key, "--json"))
+    assert answer["checkpoint"] == f"{url}/checkpoint-000002"
+
+    python, _, _, *arguments = shlex.split(answer["command"])
+    assert python == "python" and f"output={url}-cleaned" in arguments
+    [work] = [word for word in arguments if word.startswith("work_folder=")]
+    call(*arguments)
+    shutil.rmtree(work.removeprefix("work_folder="))
+    # the new run's past is at the old URL
+    answer = json.loads(call("replay", f"{url}-cleaned", "--step", 3, "--json"))
+    assert answer["equal"] and answer["checkpoint"] == f"{url}/checkpoint-000002"
+    first = elsewhere.keys[4]  # of step 3
+    answer = json.loads(call("seen", f"{url}-cleaned", "--key", first, "--json"))
+    assert (answer["first_use"], answer["last_step"]) == (3, 4)
+    assert answer["checkpoint"] == f"{url}/checkpoint-000002"
+
+
+def test_what_a_url_lacks_is_an_error_that_names_it(elsewhere: Elsewhere, bucket: Bucket) -> None:
+    bucket.put("out/data.jsonl", elsewhere.bucket.read("out/data.jsonl"))
+    error = call("seen", bucket.out, "--key", "a", status=2)
+    assert error.startswith(f"error: {bucket.out}/index/") and "is missing or damaged" in error
+    for command in (("replay", "--step", 3), ("seen", "--key", "a")):
+        name, *options = command
+        for nowhere in (f"{bucket.out}/nowhere", f"s3://no-{bucket.name}/run"):
+            error = call(name, nowhere, *options, status=2)
+            assert error.startswith(f"error: {nowhere}/data.jsonl is missing or empty")
+        error = call(name, "s3://key:secret@bucket/run", *options, status=2)
+        assert "with a password in it" in error and "secret" not in error
+    error = call("run", "--config", f"{bucket.out}/config.yaml", status=2)
+    assert error == f"error: no configuration at {bucket.out}/config.yaml\n"

@@ -37,6 +37,7 @@ def losses(steps: int, seed: int = 0) -> FetchedLosses:
 def check(output: Path, messages: list[str], step: int, state: object = None) -> SpikeCheck:
     context = SpikeContext(
         output=output,
+        name="s3://bucket/run",
         batch=BATCH,
         names_at=lambda position: (f"key-{position}", "tar"),
         masked=lambda step: step % 2 == 0,
@@ -86,7 +87,7 @@ def test_a_planted_sample_is_named_first_at_any_timestep(tmp_path: Path, timeste
     assert times == sorted(times, reverse=True) and len(times) == BATCH - 2
     [message] = messages
     assert message.startswith(f"step {step}: ") and f": {key} (" in message
-    assert f"make replay OUT={tmp_path} STEP={step}" in message
+    assert f"make replay OUT=s3://bucket/run STEP={step}" in message
 
 
 def test_the_same_is_listed_however_steps_are_fetched_and_after_a_resume(tmp_path: Path) -> None:
