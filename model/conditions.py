@@ -77,7 +77,7 @@ class Conditions(_AsRead):
     input_ids: (77,) int64. input_ids_2: the same text for a second text encoder.
     token_mask: (77,) bool, True on the nouns that a region is fused into.
     token_idx: (5,) int64, position of each slot's noun. token_valid: (5,) bool, whether the slot
-    is used; where it is False, the slot's entries in the other tensors are zero.
+    is used; where it is False, the slot's image isn't shown.
     photo: (3, S, S) uint8. has_photo: () bool, whether it is shown to the image encoder.
     region_images: (5, 3, S, S) uint8. masks: (R, R) uint8, see `model.pixels`.
     identity: (512,) float32, unit norm.
@@ -222,7 +222,7 @@ def drop_conditions(
     """Returns the batch with the text or the identity of some samples dropped.
 
     That trains the unconditional branch of classifier-free guidance. A dropped identity is a zero
-    embedding with zero pixels and no regions. A dropped text is empty, and therefore has no nouns
+    embedding, without photograph and regions. A dropped text is empty, and therefore has no nouns
     to fuse regions into.
 
     draws: (B,) in [0, 1), one per sample. The caller draws them from each sample's own seed, so

@@ -24,7 +24,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
-from multiprocessing import current_process
+from multiprocessing import current_process, get_context
 from multiprocessing.util import get_temp_dir
 from typing import Any, Final, TypeVar
 
@@ -85,15 +85,16 @@ def micro_batches(
             yield error
 
     pipeline = wds.DataPipeline(plan, of_this_process, wds.split_by_worker, batches)
+    closed = get_context("fork").Event()
     loader: Any = torch.utils.data.DataLoader(
         pipeline,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=partial(_start_worker, os.getpid()),
+        worker_init_fn=partial(_start_worker, os.getpid(), closed),
         multiprocessing_context="fork" if workers else None,
     )
-    return _loaded(loader)
+    return _loaded(loader, closed)
 
 
 def fetched_ahead(
@@ -119,7 +120,7 @@ def fetched_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _loaded(loader: Any) -> Generator[Any, None, None]:
+def _loaded(loader: Any, closed: Any) -> Generator[Any, None, None]:
     """Yields the batches of a DataLoader; raises a PipelineError in the place of one. Its workers
     end with the generator, or when Python exits: Python would send them SIGTERM, which they ignore,
     and wait for them.
@@ -127,12 +128,9 @@ def _loaded(loader: Any) -> Generator[Any, None, None]:
     batches = iter(loader)
 
     def end_workers() -> None:
-        if workers := getattr(batches, "_workers", ()):
-            # torch waits for each, also for one that waits for a slow store
-            late = threading.Timer(_GRACE, lambda: [worker.kill() for worker in workers])
-            late.start()
+        closed.set()
+        if loader.num_workers:
             batches._shutdown_workers()
-            late.cancel()
 
     atexit.register(end_workers)
     try:
@@ -145,8 +143,9 @@ def _loaded(loader: Any) -> Generator[Any, None, None]:
         atexit.unregister(end_workers)
 
 
-def _start_worker(parent: int, _worker: int) -> None:
-    """Ignores SIGINT and SIGTERM in a worker, and lets it end with the process `parent`.
+def _start_worker(parent: int, closed: Any, _worker: int) -> None:
+    """Ignores SIGINT and SIGTERM in a worker, and lets it end with the process `parent`, or when
+    the event `closed` is set, even if it waits for a slow store.
 
     Ctrl-C sends the first to every process of the terminal, and schedulers send the second to every
     process of a job; the trainer handles them and ends its workers.
@@ -159,11 +158,13 @@ def _start_worker(parent: int, _worker: int) -> None:
     # The folder for sockets: a new one. An inherited one is used by other processes too, and
     # `_end_with` removes it.
     current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
-    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent").start()
+    threading.Thread(target=_end_with, args=(parent, closed), daemon=True, name="parent").start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PARENT_POLL)
+def _end_with(parent: int, closed: Any) -> None:
+    while os.getppid() == parent and not closed.wait(_PARENT_POLL):
+        pass
+    if closed.is_set():
+        time.sleep(_GRACE)
     shutil.rmtree(get_temp_dir(), ignore_errors=True)  # has a socket of this worker
-    os._exit(1)
+    os._exit(0)  # any other status would be an error for torch

@@ -31,6 +31,7 @@ from train.checkpoints import (
     expired,
     file_list,
     remove_checkpoint,
+    remove_partial_folders,
     step_of,
     write_folder_atomically,
 )
@@ -114,6 +115,15 @@ class Mirror:
                 break
             message(f"{self.store.url}/{checkpoint_name(step)} is passed over: {how}")
         self.fetch_folders()
+
+    def remove_others(self, chosen: Path | None) -> None:
+        """Removes the local checkpoints that the store has, except for the chosen one, and what is
+        left of downloads that were killed.
+        """
+        for path in checkpoints(self.folder):
+            if path != chosen and (path / _SENT).exists():
+                remove_checkpoint(path)
+        remove_partial_folders(self.folder)
 
     def fetch(self, step: int) -> str:
         """Makes the local copy of a checkpoint equal to the store's. Before one is downloaded, the

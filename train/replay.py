@@ -92,16 +92,17 @@ def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
             f"{mixture} has changed since step {step} was trained, so the step can't be "
             "computed again. `python -m train.cli seen` works without the samples."
         )
-    run = _Models(config, output)
-    saved = checkpoints_of(runs, output, segments)
-    checkpoint, after_step = run.load_weights(runs, saved, step, segments)
     order = mixture.order(config.seed)
-    plan, positions = segment.batch, segment.positions(step)
-    make = BatchMaker(mixture, order, run.preparation)
-    batches = [
-        make(positions[start : start + plan.micro]) for start in range(0, plan.size, plan.micro)
-    ]
-    losses = run.losses(batches, step)
+    with deterministic_algorithms(config.deterministic):
+        run = _Models(config, output)
+        saved = checkpoints_of(runs, output, segments)
+        checkpoint, after_step = run.load_weights(runs, saved, step, segments)
+        plan, positions = segment.batch, segment.positions(step)
+        make = BatchMaker(mixture, order, run.preparation)
+        batches = [
+            make(positions[start : start + plan.micro]) for start in range(0, plan.size, plan.micro)
+        ]
+        losses = run.losses(batches, step)
     # micro-batch m of a step went to process m mod W
     parts = [losses_of_process(losses[rank :: plan.world]) for rank in range(plan.world)]
     fetched = joined(torch.stack(parts)[:, None], plan.accumulation)
@@ -174,18 +175,17 @@ class _Models:
         count = torch.tensor(float(sum(int(batch.valid.sum()) for batch in batches)), device=device)
         mask = masks_background(config.loss, config.seed, step)
         losses = []
-        with deterministic_algorithms(config.deterministic):
-            for batch in batches:
-                # with gradients, as in training: without, torch may choose other kernels
-                of_batch = step_losses(
-                    model,
-                    self.frozen,
-                    unpacked(batch, self.preparation, device),
-                    config.loss,
-                    mask=mask,
-                    count=count,
-                )
-                losses.append(replace(of_batch, total=of_batch.total.detach()))
+        for batch in batches:
+            # with gradients, as in training: without, torch may choose other kernels
+            of_batch = step_losses(
+                model,
+                self.frozen,
+                unpacked(batch, self.preparation, device),
+                config.loss,
+                mask=mask,
+                count=count,
+            )
+            losses.append(replace(of_batch, total=of_batch.total.detach()))
         return losses
 
 

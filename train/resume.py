@@ -11,6 +11,7 @@ from typing import Any, Final
 from configs.errors import ConfigError, PipelineError, WeightsError
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
+from stages.storage.layout import LOCK
 from train.checkpoints import checkpoints, damage, find_checkpoint, later_than, step_of
 from train.mirror import Mirror
 
@@ -168,6 +169,8 @@ def fetch_chosen(config: TrainConfig, checkpoint: Path | None, mirror: Mirror) -
         in_output = checkpoint.parent == mirror.folder
         requested = checkpoint.name if in_output else config.resume_from_checkpoint
         _fetched(requested, mirror.folder, mirror)
+    if not (mirror.folder / LOCK).exists():  # else the main process has the same folder
+        mirror.remove_others(checkpoint)
 
 
 def _fetched(requested: str, output: Path, mirror: Mirror | None) -> str:

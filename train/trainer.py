@@ -1,7 +1,7 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
     OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
-        losses.jsonl  keys.jsonl (log_keys only)  skipped.jsonl  nonfinite.jsonl  summary.json
+        summary.json  {data,losses,keys,spikes,skipped,nonfinite}.jsonl
 
 If OUT is on an object store, these files are in a local folder first (train/mirror.py).
 
