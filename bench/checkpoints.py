@@ -81,6 +81,7 @@ def main(
 
     seconds: dict[str, list[tuple[float, float]]] = {"none": [], "at once": [], "background": []}
     for _ in range(rounds):
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as output:
             writer = CheckpointWriter(Path(output), 1, print)
             seconds["none"].append(measure(optimizer.step, None))
