@@ -78,7 +78,7 @@ def fit_vae(
 
     count = min(len(mixture), _FIT_IMAGES)
     order = draws.Permutation(len(mixture), seed, "vae_pictures", 0)
-    numbers = [order[place] for place in range(min(count, len(mixture)))]
+    numbers = [order[place] for place in range(count)]
     images = _images(mixture, numbers, resolution)
     vae: Any = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     vae.train().requires_grad_(True)

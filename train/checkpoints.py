@@ -34,7 +34,7 @@ FORMAT: Final = 2
 _NAME: Final = re.compile(r"checkpoint-(\d{6,})")
 _PARTIAL: Final = ".partial"  # end of the name of a folder that is being written or removed
 _OLD: Final = ".old"  # of one that is being replaced
-_REPLACED: Final = "replaced-"  # begin of the name of a checkpoint that isn't of the run any more
+REPLACED: Final = "replaced-"  # begin of the name of a checkpoint that isn't of the run any more
 
 
 def checkpoint_name(step: int) -> str:
@@ -121,14 +121,14 @@ def set_aside(output: Path, step: int) -> None:
     them. `remove_replaced` removes them.
     """
     for path in later_than(output, step):
-        target = output / f"{_REPLACED}{path.name}"
+        target = output / f"{REPLACED}{path.name}"
         shutil.rmtree(target, ignore_errors=True)
         path.rename(target)
 
 
 def remove_replaced(output: Path) -> list[str]:
     """Removes what `set_aside` has renamed, and returns the names."""
-    paths = sorted(output.glob(f"{_REPLACED}checkpoint-*"))
+    paths = sorted(output.glob(f"{REPLACED}checkpoint-*"))
     for path in paths:
         shutil.rmtree(path)
     return [path.name for path in paths]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import mmap
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process
 from multiprocessing.util import get_temp_dir
 from typing import Any, Final, TypeVar
 
@@ -36,7 +37,7 @@ Batch = TypeVar("Batch")
 Fetched = TypeVar("Fetched")
 
 _GRACE: Final = 1.0  # seconds in which workers may end by themselves
-_PARENT_POLL: Final = 0.5  # seconds between two looks at a worker's parent
+_PARENT_POLL: Final = 0.5  # seconds between two looks of a worker at its parent
 # Settings of glibc's mallopt: from how many free bytes on memory is given back to the system, and
 # from which size on a block is requested from the system by itself.
 _TRIM_THRESHOLD: Final = (-1, 1 << 30)
@@ -85,7 +86,7 @@ def micro_batches(
             yield error
 
     pipeline = wds.DataPipeline(plan, of_this_process, wds.split_by_worker, batches)
-    closed = get_context("fork").Event()
+    closed = mmap.mmap(-1, 1)  # shared with the workers
     loader: Any = torch.utils.data.DataLoader(
         pipeline,
         batch_size=None,
@@ -120,7 +121,7 @@ def fetched_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _loaded(loader: Any, closed: Any) -> Generator[Any, None, None]:
+def _loaded(loader: Any, closed: mmap.mmap) -> Generator[Any, None, None]:
     """Yields the batches of a DataLoader; raises a PipelineError in the place of one. Its workers
     end with the generator, or when Python exits: Python would send them SIGTERM, which they ignore,
     and wait for them.
@@ -128,7 +129,7 @@ def _loaded(loader: Any, closed: Any) -> Generator[Any, None, None]:
     batches = iter(loader)
 
     def end_workers() -> None:
-        closed.set()
+        closed[0] = 1
         if loader.num_workers:
             batches._shutdown_workers()
 
@@ -143,9 +144,9 @@ def _loaded(loader: Any, closed: Any) -> Generator[Any, None, None]:
         atexit.unregister(end_workers)
 
 
-def _start_worker(parent: int, closed: Any, _worker: int) -> None:
+def _start_worker(parent: int, closed: mmap.mmap, _worker: int) -> None:
     """Ignores SIGINT and SIGTERM in a worker, and lets it end with the process `parent`, or when
-    the event `closed` is set, even if it waits for a slow store.
+    the byte of `closed` is set, even if it waits for a slow store.
 
     Ctrl-C sends the first to every process of the terminal, and schedulers send the second to every
     process of a job; the trainer handles them and ends its workers.
@@ -161,10 +162,10 @@ def _start_worker(parent: int, closed: Any, _worker: int) -> None:
     threading.Thread(target=_end_with, args=(parent, closed), daemon=True, name="parent").start()
 
 
-def _end_with(parent: int, closed: Any) -> None:
-    while os.getppid() == parent and not closed.wait(_PARENT_POLL):
-        pass
-    if closed.is_set():
+def _end_with(parent: int, closed: mmap.mmap) -> None:
+    while os.getppid() == parent and not closed[0]:
+        time.sleep(_PARENT_POLL)
+    if closed[0]:
         time.sleep(_GRACE)
     shutil.rmtree(get_temp_dir(), ignore_errors=True)  # has a socket of this worker
     os._exit(0)  # any other status would be an error for torch

@@ -25,6 +25,7 @@ from stages.storage.layout import LOCK
 from stages.storage.store import Store
 from train.checkpoints import (
     FILES,
+    REPLACED,
     checkpoint_name,
     checkpoints,
     damage,
@@ -203,7 +204,7 @@ class Mirror:
         """Yields the local files outside checkpoints and OUT/final, without temporary ones."""
         for path in self.folder.rglob("*"):
             parts = path.relative_to(self.folder).parts
-            hidden = any(part.startswith(".") for part in parts)
+            hidden = any(part.startswith(".") for part in parts) or parts[0].startswith(REPLACED)
             if hidden or parts[0] in (_FINAL, LOCK) or step_of(parts[0]) is not None:
                 continue
             if path.is_file():

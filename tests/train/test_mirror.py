@@ -203,6 +203,7 @@ def test_a_run_that_was_continued_elsewhere_is_followed(
         max_train_steps=5,
     )
     run(two)
+    assert not [name for name in remote(bucket) if "replaced" in name]
     listener = Listener()
     assert run(one, listener).step == 6  # its own checkpoint-000006 is of the abandoned run
     assert "one/checkpoint-000005 at step 5" in " ".join(listener.messages)
@@ -234,8 +235,13 @@ def test_other_machines_of_a_run_fetch_what_the_first_has_chosen(
     bucket.put("out/base/unet/config.json", b"{}")
     bucket.put("out/index/digest.arrow", b"rows")
     chosen = tmp_path / "other/checkpoint-000004"
+    earlier = shutil.copytree(
+        tmp_path / "one/checkpoint-000006", chosen.with_name("checkpoint-000006")
+    )
+    (earlier / ".sent").touch()
     fetch_chosen(config, chosen, Mirror(bucket.out, tmp_path / "other"))
     assert local(chosen) == local(tmp_path / "one/checkpoint-000004") and not damage(chosen)
+    assert not earlier.exists()
     assert (tmp_path / "other/base/unet/config.json").read_bytes() == b"{}"
     assert (tmp_path / "other/index/digest.arrow").read_bytes() == b"rows"
 
