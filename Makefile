@@ -70,8 +70,8 @@ caption-servers: install ## start vLLM servers on a Ray cluster (docs/captions.m
 	$(RUN) -m pipelines.cli caption-servers --model "$(MODEL)" $(if $(GPUS),--gpus $(GPUS)) \
 		$(if $(SERVERS),--servers $(SERVERS)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
-test: install ## run all tests, in two processes
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: install ## run the tests, in two processes. ARGS="-m cluster" runs those that take a minute each on a Ray cluster
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster" $(ARGS)
 
 golden: install ## compare the model with the reference's recorded outputs
 	$(RUN) -m tests.golden.check tests/golden
