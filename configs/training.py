@@ -145,7 +145,7 @@ class TrainConfig:
     max_train_steps: int = 10_000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     seed: int = 0
-    # equal bits on equal GPUs; false lets torch take faster operations, whose last bits vary
+    # only deterministic operations; false lets torch take faster ones, whose last bits vary on GPUs
     deterministic: bool = True
     threads: int = 0  # of torch on the CPU; 0: $OMP_NUM_THREADS, else all cores
     num_workers: int = 2  # processes that read samples

@@ -32,8 +32,8 @@ class HostCopy:
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
-        event: Any = torch.cuda.Event
         if values.is_cuda:
+            event: Any = torch.cuda.Event
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._copied = event()

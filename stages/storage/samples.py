@@ -197,7 +197,7 @@ def parse_sample(data: bytes, key: str, place: str) -> Record:
 def _members_in(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Yields name and contents of each member in a part of a tar that TarWriter wrote.
 
-    `tarfile` takes three times as long, because it reads every kind of tar. Raises ValueError if
+    `tarfile` takes longer, because it reads every kind of tar. Raises ValueError if
     this is not such a part.
     """
     start = 0

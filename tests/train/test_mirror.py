@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import shlex
 import shutil
-import tempfile
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests.train.helpers import Listener, run, same, small, sources, weights
 from train.checkpoints import checkpoints, damage, own_digest
 from train.cli import app
 from train.history import read_lines
-from train.mirror import Mirror
+from train.mirror import Mirror, reading
 from train.mixture import open_mixture
 from train.resume import fetch_chosen
 
@@ -318,23 +317,21 @@ def elsewhere(
     return Elsewhere(bucket, [mixture.key(order.sample(place)) for place in range(8)])
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    return tmp_path / "temporary"
+def test_the_local_copy_of_a_url_is_removed(elsewhere: Elsewhere) -> None:
+    elsewhere.bucket.proxy.reset()
+    with reading() as runs:
+        folder = runs.open(elsewhere.bucket.out)
+        assert (folder / "data.jsonl").is_file()
+    assert not folder.exists()
 
 
-def test_replay_of_a_url_fetches_one_checkpoint_and_changes_nothing(
-    elsewhere: Elsewhere, temporary: Path
-) -> None:
+def test_replay_of_a_url_fetches_one_checkpoint_and_changes_nothing(elsewhere: Elsewhere) -> None:
     bucket, url = elsewhere.bucket, elsewhere.bucket.out
     bucket.proxy.reset()
     before = bucket.stamps()
     answer = json.loads(call("replay", f"{url}/", "--step", 3, "--json"))
     assert answer["equal"] and answer["checkpoint"] == f"{url}/checkpoint-000002"
-    assert bucket.stamps() == before and [*temporary.iterdir()] == []
+    assert bucket.stamps() == before
     paths = [each.path for each in bucket.proxy.requests if each.path.endswith("state.pt")]
     assert {*paths} == {f"/{bucket.name}/out/checkpoint-000002/state.pt"}
     # a damaged one is passed over
@@ -345,16 +342,14 @@ def test_replay_of_a_url_fetches_one_checkpoint_and_changes_nothing(
     assert answer["after_step"] == 2 and "1 step older" in answer["notes"][0]
 
 
-def test_seen_of_a_url_prints_a_command_that_trains_on_from_there(
-    elsewhere: Elsewhere, temporary: Path
-) -> None:
+def test_seen_of_a_url_prints_a_command_that_trains_on_from_there(elsewhere: Elsewhere) -> None:
     bucket, url, key = elsewhere.bucket, elsewhere.bucket.out, elsewhere.keys[6]
     bucket.proxy.reset()
     before = bucket.stamps()
     answer = json.loads(call("seen", url, "--key", key, "--json"))
     assert (answer["first_step"], answer["last_step"], answer["first_use"]) == (1, 4, 4)
     assert answer["checkpoint"] == f"{url}/checkpoint-000003"
-    assert bucket.stamps() == before and [*temporary.iterdir()] == []
+    assert bucket.stamps() == before
     paths = [each.path for each in bucket.proxy.requests]
     assert not [path for path in paths if path.endswith(("state.pt", "adapter.safetensors"))]
     bucket.put("out/checkpoint-000003/state.pt", b"half of it")
