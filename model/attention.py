@@ -10,12 +10,14 @@ arguments to pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from configs.errors import WeightsError
 from model.spec import ModelSpec
 from stages.regions import Mode
 
@@ -75,9 +77,13 @@ class LoRALinear(nn.Module):
         update: Tensor = self.up(self.down(x.to(self.down.weight.dtype)))
         return update.to(x.dtype)
 
-    def delta(self) -> Tensor:
-        """Returns the update as a weight matrix (out_dim, in_dim)."""
-        return self.up.weight @ self.down.weight
+    def added_to(self, weight: Tensor) -> Tensor:
+        """Returns `weight` (out_dim, in_dim) plus the update, in the type of `weight`.
+
+        The sum is computed in float32: in half precision the product alone is wrong by percents.
+        """
+        delta = self.up.weight.float() @ self.down.weight.float()
+        return (weight.float() + delta.to(weight.device)).to(weight.dtype)
 
 
 class LoRASelfAttention(nn.Module):
@@ -89,7 +95,8 @@ class LoRASelfAttention(nn.Module):
     def __init__(self, hidden: int, context: int, rank: int, hook: str = "") -> None:
         super().__init__()
         self.hook = hook
-        self.merged = False
+        # While the LoRA is merged: the attention's own weights, on the CPU.
+        self._unmerged: list[Tensor] = []
         self.to_q_lora = LoRALinear(hidden, hidden, rank)
         self.to_k_lora = LoRALinear(context, hidden, rank)
         self.to_v_lora = LoRALinear(context, hidden, rank)
@@ -131,30 +138,68 @@ class LoRASelfAttention(nn.Module):
             region_scores.add(self.hook, query, key)
         return F.scaled_dot_product_attention(query, key, value)
 
+    @property
+    def merged(self) -> bool:
+        return bool(self._unmerged)
+
     def _linear(self, linear: nn.Module, lora: LoRALinear, x: Tensor) -> Tensor:
         base: Tensor = linear(x)
-        return base if self.merged else base + lora(x)
+        return base if self._unmerged else base + lora(x)
 
     @staticmethod
     def _heads(attn: Any, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-1], attn.heads, -1).transpose(1, 2)
 
+    def _updates(self, attn: Any) -> list[tuple[nn.Parameter, LoRALinear]]:
+        """Returns the attention's own weights, each with its LoRA. A LoRA of peft wraps a layer."""
+        linears = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+        loras = (self.to_q_lora, self.to_k_lora, self.to_v_lora, self.to_out_lora)
+        return [
+            (linear.get_base_layer().weight if hasattr(linear, "get_base_layer") else linear.weight,
+             lora)
+            for linear, lora in zip(linears, loras, strict=True)
+        ]  # fmt: skip
+
     @torch.no_grad()
     def merge(self, attn: Any) -> None:
         """Adds the LoRA to the attention's own weights, for fewer products per step.
 
-        This can't be undone; a second call does nothing.
+        A copy of the weights stays on the CPU for `unmerge`. A second call does nothing. Raises
+        WeightsError if the weights are offloaded.
         """
-        if self.merged:
+        if self._unmerged:
             return
-        for linear, lora in (
-            (attn.to_q, self.to_q_lora),
-            (attn.to_k, self.to_k_lora),
-            (attn.to_v, self.to_v_lora),
-            (attn.to_out[0], self.to_out_lora),
-        ):
-            linear.weight += lora.delta().to(linear.weight)
-        self.merged = True
+        updates = self._updates(attn)
+        if any(weight.is_meta or lora.up.weight.is_meta for weight, lora in updates):
+            raise WeightsError(
+                "the UNet's weights are offloaded, so the adapter can't be merged into them; merge "
+                "before offloading"
+            )
+        self._unmerged = [weight.detach().cpu().clone() for weight, _ in updates]
+        for weight, lora in updates:
+            weight.copy_(lora.added_to(weight))
+
+    @torch.no_grad()
+    def unmerge(self, attn: Any) -> None:
+        """Restores the weights from before `merge`, bit for bit; without a merge it does nothing.
+
+        Raises WeightsError if something else has changed the weights since: restoring them would
+        undo that as well.
+        """
+        if not self._unmerged:
+            return
+        updates = self._updates(attn)
+        for (weight, lora), before in zip(updates, self._unmerged, strict=True):
+            expected = lora.added_to(before.to(weight.device))
+            rounding = 2 * torch.finfo(weight.dtype).eps
+            if not torch.allclose(weight.float(), expected.float(), rtol=rounding, atol=1e-6):
+                raise WeightsError(
+                    "the UNet's attention weights were changed after the adapter was merged into "
+                    "them, for example by fuse_lora; undo that first"
+                )
+        for (weight, _), before in zip(updates, self._unmerged, strict=True):
+            weight.copy_(before)
+        self._unmerged = []
 
 
 class IdentityCrossAttention(LoRASelfAttention):
@@ -197,8 +242,12 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
     Their order is diffusers': blocks down, up, mid; even positions are attn1, odd ones attn2. The
     ID attention starts with the weights of the text's attention. In the blocks of `spec.hooked`
     the cross-attentions are hooked for the localisation loss (legacy: the self-attentions, as in
-    the reference).
+    the reference). Raises WeightsError if another adapter is merged into the UNet's weights.
     """
+    if any(processor.merged for _, processor in _adapted(unet)):
+        raise WeightsError(
+            "another adapter is merged into the UNet's weights; undo that first (unmerge_lora)"
+        )
     hooked_kind = "attn2" if mode == "corrected" else "attn1"
     processors: dict[str, LoRASelfAttention] = {}
     for name in unet.attn_processors:
@@ -222,10 +271,20 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
 
 
 def merge_lora(unet: Any) -> None:
-    """Merges every processor's LoRA into the UNet's weights, for faster inference.
+    """Merges every processor's LoRA into the UNet's weights, for faster inference."""
+    for attn, processor in _adapted(unet):
+        processor.merge(attn)
 
-    This can't be undone.
-    """
-    for name, processor in unet.attn_processors.items():
+
+def unmerge_lora(unet: Any) -> None:
+    """Restores the weights from before `merge_lora`, bit for bit."""
+    for attn, processor in _adapted(unet):
+        processor.unmerge(attn)
+
+
+def _adapted(unet: Any) -> Iterator[tuple[Any, LoRASelfAttention]]:
+    """Yields the attentions that have a processor of the adapter, each with its processor."""
+    for module in unet.modules():
+        processor = getattr(module, "processor", None)
         if isinstance(processor, LoRASelfAttention):
-            processor.merge(unet.get_submodule(name.removesuffix(".processor")))
+            yield module, processor

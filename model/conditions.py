@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from model.pixels import FOREGROUND, clip_image, clip_normalised, packed_masks, unpacked_masks
-from model.prompt import MarkedText, fused_regions, inference_text, tokenize_marked, training_text
-from model.spec import TOKEN_LIMIT, ModelSpec
+from model.prompt import MarkedText, inference_text, training_text
+from model.spec import ModelSpec
+from model.tokens import SECOND_PAD, empty_ids, text_tokens
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mask, Mode, foreground_mask, region_masks
 
-SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
 # Margin on every side of the square that region images are cropped to, as a share of the larger
 # side of the regions' bounding box.
 _HEAD_MARGIN: Final = 0.1
@@ -179,29 +179,27 @@ def build_conditions(
         photo, shown_labels, identity = _decode(reference)
         shown_masks = region_masks(shown_labels, mode)
     regions = tuple(name for name in masks if name in shown_masks)
-    text = _text_of(record, regions, tokenizer, spec, mode, prompt)
-    tokens, slots, dropped = fused_regions(text, tokenizer, mode)
-    mask = torch.zeros(TOKEN_LIMIT, dtype=torch.bool)
-    mask[list(tokens.positions)] = True
-    idx = torch.zeros(MAX_REGIONS, dtype=torch.int64)
-    idx[: len(slots)] = torch.tensor(tokens.positions, dtype=torch.int64)
+    tokens = text_tokens(
+        _text_of(record, regions, tokenizer, spec, mode, prompt), tokenizer, mode, tokenizer_2
+    )
     side = spec.vision_size
-    images = region_images(photo, {name: shown_masks[name] for name in slots}, shown_masks, mode)
+    slots = {name: shown_masks[name] for name in tokens.regions}
+    images = region_images(photo, slots, shown_masks, mode)
     return Conditions(
         key=record.key,
-        text=text.text,
-        regions=slots,
-        dropped=dropped,
-        input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
-        input_ids_2=_second_ids(text.text, tokens.ids, tokenizer, tokenizer_2, mode),
-        token_mask=mask,
-        token_idx=idx,
-        token_valid=torch.arange(MAX_REGIONS) < len(slots),
+        text=tokens.text,
+        regions=tokens.regions,
+        dropped=tokens.dropped,
+        input_ids=tokens.input_ids,
+        input_ids_2=tokens.input_ids_2,
+        token_mask=tokens.token_mask,
+        token_idx=tokens.token_idx,
+        token_valid=tokens.token_valid,
         photo=clip_image(photo, side),
         has_photo=torch.tensor(True),
         region_images=_padded([clip_image(image, side) for image in images], (3, side, side)),
         masks=packed_masks(
-            [masks[name] for name in slots], foreground_mask(labels, mode), resolution
+            [masks[name] for name in tokens.regions], foreground_mask(labels, mode), resolution
         ),
         identity=torch.from_numpy(identity.copy()),
     )
@@ -278,13 +276,6 @@ def _zeroed(values: Tensor, drop: Tensor) -> Tensor:
     return values.masked_fill(drop.view(-1, *[1] * (values.ndim - 1)), 0)
 
 
-def empty_ids(tokenizer: Any, *, pad_id: int | None = None) -> Tensor:
-    """Returns the ids of an empty text, (77,) int64. pad_id: None for the tokenizer's own."""
-    return torch.tensor(
-        tokenize_marked("", tokenizer, keep_eos=True, pad_id=pad_id).ids, dtype=torch.int64
-    )
-
-
 def region_images(
     photo: Image.Image, slots: dict[str, Mask], masks: dict[str, Mask], mode: Mode
 ) -> list[Image.Image]:
@@ -359,27 +350,6 @@ def _text_of(
     if prompt is None:
         return training_text(record.caption, record.face_caption, regions, tokenizer, spec, mode)
     return inference_text(prompt, record.face_caption, regions, tokenizer, spec, mode)
-
-
-def _second_ids(
-    text: str, ids: Sequence[int], tokenizer: Any, tokenizer_2: Any, mode: Mode
-) -> Tensor:
-    """Returns the ids for a second text encoder, (77,) int64.
-
-    legacy: the second tokenizer has no facial mark and tokenizes it as text, which shifts the
-    tokens behind it (reference: the SDXL pipeline). corrected: the first tokenizer's ids with
-    another padding, so that a noun has the same position for both encoders.
-    """
-    if mode == "legacy" and tokenizer_2 is not None:
-        second = tokenizer_2.encode(text, verbose=False)[:TOKEN_LIMIT]
-        return torch.tensor(
-            [*second, *[SECOND_PAD] * (TOKEN_LIMIT - len(second))], dtype=torch.int64
-        )
-    first_eos = (
-        list(ids).index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else TOKEN_LIMIT
-    )
-    padding = [SECOND_PAD] * (TOKEN_LIMIT - first_eos - 1)
-    return torch.tensor([*ids[: first_eos + 1], *padding], dtype=torch.int64)
 
 
 def _padded(slots: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:

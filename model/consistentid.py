@@ -7,11 +7,14 @@ what they do with the UNet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs.errors import WeightsError
@@ -22,6 +25,12 @@ from model.projector import IdentityProjector
 from model.prompt import add_marks
 from model.spec import ModelSpec
 from stages.regions import Mode
+
+
+class HasTextEncoders(Protocol):
+    """`BaseModels`, or a pipeline of diffusers. SDXL has a `text_encoder_2` too."""
+
+    text_encoder: Any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,39 +96,72 @@ def load_base(
         )
     local_encoder = Path(root, "image_encoder").is_dir() and image_encoder is None
     encoder = root if local_encoder else str(image_encoder or spec.image_encoder)
-    variants = {} if variant is None else {"variant": variant}
-    diffusers_options: dict[str, Any] = {"torch_dtype": dtype, **variants}
-    transformers_options: dict[str, Any] = {"dtype": dtype, **variants}
 
-    def part(library: Any, name: str, folder: str, options: dict[str, Any]) -> Any:
-        return getattr(library, name).from_pretrained(root, subfolder=folder, **options)
+    def model(kind: Any, folder: str) -> Any:
+        return load_model(kind, root, subfolder=folder, dtype=dtype, variant=variant)
 
-    try:
-        models = BaseModels(
-            tokenizer=add_marks(part(transformers, "CLIPTokenizer", "tokenizer", {})),
-            text_encoder=part(transformers, "CLIPTextModel", "text_encoder", transformers_options),
-            vae=part(diffusers, "AutoencoderKL", "vae", diffusers_options),
-            unet=diffusers.UNet2DConditionModel.from_pretrained(unet, torch_dtype=dtype)
-            if unet
-            else part(diffusers, "UNet2DConditionModel", "unet", diffusers_options),
-            image_encoder=transformers.CLIPVisionModelWithProjection.from_pretrained(
-                encoder, dtype=dtype, **({"subfolder": "image_encoder"} if local_encoder else {})
-            ),
-            scheduler=part(diffusers, "EulerDiscreteScheduler", "scheduler", {}),
-        )
-        if spec.two_text_encoders:
-            models.tokenizer_2 = part(transformers, "CLIPTokenizer", "tokenizer_2", {})
-            models.text_encoder_2 = part(
-                transformers, "CLIPTextModelWithProjection", "text_encoder_2", transformers_options
-            )
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"base model {root!r} (image encoder {encoder!r}) could not be loaded: {error}; "
-            "name a folder in diffusers' layout, or a hub id (which needs a network)"
-        ) from error
+    def other(kind: Any, folder: str) -> Any:
+        with _named(kind, root, folder):
+            return kind.from_pretrained(root, subfolder=folder)
+
+    models = BaseModels(
+        tokenizer=add_marks(other(transformers.CLIPTokenizer, "tokenizer")),
+        text_encoder=model(transformers.CLIPTextModel, "text_encoder"),
+        vae=model(diffusers.AutoencoderKL, "vae"),
+        unet=load_model(diffusers.UNet2DConditionModel, str(unet), dtype=dtype)
+        if unet
+        else model(diffusers.UNet2DConditionModel, "unet"),
+        image_encoder=load_model(
+            transformers.CLIPVisionModelWithProjection,
+            encoder,
+            subfolder="image_encoder" if local_encoder else "",
+            dtype=dtype,
+        ),
+        scheduler=other(diffusers.EulerDiscreteScheduler, "scheduler"),
+    )
+    if spec.two_text_encoders:
+        models.tokenizer_2 = other(transformers.CLIPTokenizer, "tokenizer_2")
+        models.text_encoder_2 = model(transformers.CLIPTextModelWithProjection, "text_encoder_2")
     for module in models.modules.values():
         module.eval().requires_grad_(False)
     return models.to(device)
+
+
+def load_model(kind: Any, root: str, *, subfolder: str = "", **options: Any) -> Any:
+    """Loads a model of diffusers or transformers, and checks that all of its weights were there.
+
+    The libraries only log a warning for missing weights, and go on with random ones. kind: the
+    class. root, subfolder: a folder or hub id, and the folder in it. options: of `from_pretrained`;
+    those that are None are left out. Raises WeightsError if the model can't be loaded, or names the
+    first missing weight.
+    """
+    passed = {name: value for name, value in options.items() if value is not None}
+    with _named(kind, root, subfolder):
+        model, report = kind.from_pretrained(
+            root, subfolder=subfolder, output_loading_info=True, **passed
+        )
+    # In one library a list of keys, in the other a set; mismatched keys are (key, shape, shape).
+    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if missing:
+        raise WeightsError(
+            f"{'/'.join(filter(None, (root, subfolder)))} lacks {len(missing)} weights of a "
+            f"{kind.__name__}, the first is {missing[0]}. The files are incomplete or of another "
+            "model: download them again, or name another base model."
+        )
+    return model
+
+
+@contextmanager
+def _named(kind: Any, root: str, subfolder: str) -> Iterator[None]:
+    """Adds to an error while loading which part of which model it concerns."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        place = f"the {subfolder} of {root!r}" if subfolder else repr(root)
+        raise WeightsError(
+            f"{place} could not be loaded as a {kind.__name__}: {error}; name a base model in "
+            "diffusers' layout, a folder or a hub id (which needs a network)"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,20 +215,28 @@ def encode_images(image_encoder: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_text(
-    base: BaseModels, input_ids: Tensor, input_ids_2: Tensor | None = None
+    base: HasTextEncoders,
+    input_ids: Tensor,
+    input_ids_2: Tensor | None = None,
+    clip_skip: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Ids (B, 77) → text states (B, 77, C), and the pooled states (B, P) or None.
 
     Only a base with two text encoders has pooled states and needs input_ids_2; ValueError if it
-    gets none.
+    gets none. clip_skip: number of last layers to leave out, as in diffusers' pipelines.
     """
-    if base.text_encoder_2 is None:
-        return base.text_encoder(input_ids)[0], None
+    skipped = clip_skip or 0
+    second_encoder = getattr(base, "text_encoder_2", None)
+    if second_encoder is None:
+        if not skipped:
+            return base.text_encoder(input_ids)[0], None
+        layers = base.text_encoder(input_ids, output_hidden_states=True).hidden_states
+        return base.text_encoder.final_layer_norm(layers[-1 - skipped]), None
     if input_ids_2 is None:
         raise ValueError("this base has two text encoders, but input_ids_2 is None; pass both ids")
-    first = base.text_encoder(input_ids, output_hidden_states=True).hidden_states[-2]
-    second = base.text_encoder_2(input_ids_2, output_hidden_states=True)
-    return torch.cat((first, second.hidden_states[-2]), dim=-1), second.text_embeds
+    first = base.text_encoder(input_ids, output_hidden_states=True).hidden_states[-2 - skipped]
+    second = second_encoder(input_ids_2, output_hidden_states=True)
+    return torch.cat((first, second.hidden_states[-2 - skipped]), dim=-1), second.text_embeds
 
 
 class ConsistentID(nn.Module):
@@ -243,24 +293,33 @@ class ConsistentID(nn.Module):
     def fuse(
         self,
         text_hidden: Tensor,
-        region_hidden: Tensor,
+        regions: Tensor,
         token_mask: Tensor,
         token_valid: Tensor,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """Fuses regions into the marked tokens of the text; see `FacialEncoder.forward`."""
-        return self.FacialEncoder(  # type: ignore[no-any-return]
+        """Fuses regions' tokens (B, R, C) into the marked tokens of the text (B, 77, C); see
+        `FacialEncoder.forward`.
+        """
+        return self.FacialEncoder.fuse(
             text_hidden.to(self.dtype),
-            region_hidden.to(self.dtype),
+            regions.to(self.dtype),
             token_mask,
             token_valid,
             strength,
         )
 
+    def region_tokens(self, region_hidden: Tensor) -> Tensor:
+        """Hidden states of region images (B, R, N, V) → one token each (B, R, C)."""
+        return self.FacialEncoder.region_tokens(region_hidden.to(self.dtype))
+
     def prepare(self, features: Features) -> Tensor:
         """Returns `encoder_hidden_states` (B, 81, C): the fused text, then the ID tokens."""
-        text = self.fuse(
-            features.text_hidden, features.region_hidden, features.token_mask, features.token_valid
+        text = self.FacialEncoder(
+            features.text_hidden.to(self.dtype),
+            features.region_hidden.to(self.dtype),
+            features.token_mask,
+            features.token_valid,
         )
         return torch.cat(
             (text, self.encode_identity(features.identity, features.clip_hidden)), dim=1

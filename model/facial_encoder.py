@@ -85,12 +85,27 @@ class FacialEncoder(nn.Module):
         text_hidden: (B, 77, C). region_hidden: (B, R, N, V). token_mask: (B, 77) bool, the marked
         tokens. token_valid: (B, R) bool, the used slots; each row has as many True entries as the
         row of token_mask, and the n-th valid region is fused into the n-th marked token. strength:
-        (B, R) in [0, 1], interpolates between the text token (0) and the fused one (1); None: 1.
+        (B, R), interpolates between the text token (0) and the fused one (1) and extrapolates
+        beyond; None: 1.
         """
+        regions = self.region_tokens(region_hidden)
+        return self.fuse(text_hidden, regions, token_mask, token_valid, strength)
+
+    def region_tokens(self, region_hidden: Tensor) -> Tensor:
+        """Hidden states of region images (B, R, N, V) → one token each (B, R, C)."""
         batch, slots = region_hidden.shape[:2]
-        regions = self.visual_projection.project(region_hidden.flatten(0, 1)).reshape(
-            batch, slots, -1
-        )
+        return self.visual_projection.project(region_hidden.flatten(0, 1)).reshape(batch, slots, -1)
+
+    def fuse(
+        self,
+        text_hidden: Tensor,
+        regions: Tensor,
+        token_mask: Tensor,
+        token_valid: Tensor,
+        strength: Tensor | None = None,
+    ) -> Tensor:
+        """Does what `forward` does, from the regions' tokens (B, R, C)."""
+        slots = regions.shape[1]
         # Stable sorts put the True entries first and in order. The other positions are distinct
         # too; they are read and written back unchanged.
         positions = torch.argsort(token_mask, dim=1, descending=True, stable=True)[:, :slots]

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import ShardError
-from model.conditions import (
-    SECOND_PAD,
-    Conditions,
-    DropRates,
-    build_conditions,
-    collate,
-    drop_conditions,
-    empty_ids,
-)
+from model.conditions import Conditions, DropRates, build_conditions, collate, drop_conditions
 from model.pixels import clip_normalised, training_image, unpacked_masks, vae_pixels
 from model.spec import TOKEN_LIMIT, ModelSpec
+from model.tokens import SECOND_PAD, empty_ids
 from stages.record import IDENTITY_DIM, Record
 from stages.regions import MAX_REGIONS, Mode
 from train import draws

@@ -3,9 +3,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
-from model.attention import IdentityCrossAttention, RegionScores, merge_lora, token_probabilities
+from configs.errors import WeightsError
+from model.attention import (
+    IdentityCrossAttention,
+    RegionScores,
+    merge_lora,
+    token_probabilities,
+    unmerge_lora,
+)
 from model.consistentid import BaseModels, ConsistentID, predict_noise
 from model.losses import localisation_loss
 from model.spec import SPECS
@@ -136,6 +144,65 @@ def test_merged_lora_gives_the_same_prediction(
     merge_lora(base.unet)
     merge_lora(base.unet)  # a second time must not add it again
     assert torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerging_restores_every_bit(base: BaseModels, dtype: torch.dtype) -> None:
+    trained(base)
+    base.unet.to(dtype)
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    merge_lora(base.unet)
+    changed = [
+        n for n, value in base.unet.state_dict().items() if not torch.equal(value, before[n])
+    ]
+    assert len(changed) == 4 * len(base.unet.attn_processors)
+    unmerge_lora(base.unet)
+    assert all(torch.equal(value, before[n]) for n, value in base.unet.state_dict().items())
+
+
+def test_a_merge_in_half_precision_is_rounded_once(base: BaseModels) -> None:
+    model = trained(base)
+    base.unet.to(torch.bfloat16)
+    attn = base.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    lora = attn.processor.to_q_lora
+    exact = attn.to_q.weight.float() + lora.up.weight.float() @ lora.down.weight.float()
+    merge_lora(base.unet)
+    assert torch.equal(attn.to_q.weight, exact.to(torch.bfloat16)) and model.dtype == torch.float32
+
+
+def test_an_adapter_on_weights_with_another_one_merged_is_refused(base: BaseModels) -> None:
+    trained(base)
+    merge_lora(base.unet)
+    with pytest.raises(WeightsError, match="another adapter is merged"):
+        ConsistentID(TINY, base.unet, "corrected")
+    unmerge_lora(base.unet)
+    ConsistentID(TINY, base.unet, "corrected")
+
+
+def test_weights_that_changed_after_the_merge_are_not_overwritten(base: BaseModels) -> None:
+    trained(base)
+    merge_lora(base.unet)
+    attn = base.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    with torch.no_grad():
+        attn.to_k.weight.add_(0.01)  # as diffusers' fuse_lora does
+    with pytest.raises(WeightsError, match="changed after the adapter was merged"):
+        unmerge_lora(base.unet)
+
+
+def test_a_lora_of_peft_beside_the_adapter_is_independent_of_merging(
+    base: BaseModels, states: Tensor, latents: Tensor
+) -> None:
+    trained(base)
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    base.unet.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    before = predict_noise(base.unet, latents, STEPS, states)[0]
+    merge_lora(base.unet)
+    assert torch.allclose(predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-4)
+    base.unet.disable_adapters()
+    assert not torch.allclose(
+        predict_noise(base.unet, latents, STEPS, states)[0], before, atol=1e-3
+    )
 
 
 def test_id_attention_starts_with_the_weights_of_the_text_attention(base: BaseModels) -> None:

@@ -5,16 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.conditions import (
-    Conditions,
-    DropRates,
-    build_conditions,
-    collate,
-    drop_conditions,
-    empty_ids,
-)
+from model.conditions import Conditions, DropRates, build_conditions, collate, drop_conditions
 from model.pixels import training_pixels
 from model.spec import SPECS
+from model.tokens import empty_ids
 from stages.record import Record
 from stages.regions import LABEL_IDS, region_masks
 from tests.model.portraits import drawn, png, record
