@@ -3,14 +3,12 @@
 The photograph goes through the stages of the data set pipeline, so its record equals that of a
 sample in a shard. An identity also has the image encoder's states, which take longest to compute.
 It has no ID tokens: the adapter computes them quickly, and without them an identity can be used
-with every adapter that has the same image encoder.
+with every adapter that has the same image encoder and face embedder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,46 +19,37 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.errors import FaceError, SourceError
-from configs.schema import DatasetConfig
-from stages.base import Dropped, Stage, reject, run_chain
-from stages.chain import build_stages
-from stages.record import Record, Status, key_of
+from configs.errors import SourceError
+from model.conditions import photo_images
+from model.consistentid import encode_images
+from model.pixels import clip_normalised
+from model.spec import ModelSpec
+from stages.record import Record
 from stages.regions import Mode
 from stages.storage.samples import from_members, to_members
 
-_FORMAT: Final = "consistentid-identity-1"
-
-# A record's reason → the error message. Other reasons concern the file, not the face.
-_FACE_REASONS: Final = {
-    "no_face": "no face found in {photo}",
-    "no_face_parsed": "no face found in {photo}: a face was detected, but no facial skin in it",
-    "face_too_small": "the face in {photo} is too small",
-    "no_identity": "the face in {photo} could not be recognised",
-}
-_MIN_FACE: Final = 32  # short side of the face's box, in pixels of the resized image
-_FACE_ADVICE: Final = (
-    "Give a photograph that shows one face, from the front and at least 100 pixels wide."
-)
-_FILE_ADVICE: Final = "Give a JPEG, PNG, WebP, AVIF or HEIC photograph that opens in a viewer."
+_FORMAT: Final = "consistentid-identity-2"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
 class Identity:
     """A person, from one photograph; tensors are on the CPU.
 
     record: the photograph's record after the stages. regions: names of the R regions in it, in
-    `mode`. clip_hidden: (N, V), the image encoder's states of the photograph; region_hidden: (R,
-    N, V), those of the regions. encoder_fingerprint: (V,), the image encoder's first state of zero
-    pixels, by which a generator recognises its own image encoder.
+    `mode`. spec: the model that the photograph was read for, which makes a difference in legacy
+    mode only. embedder: sha256 of the weights that made the embedding. clip_hidden: (N, V), the
+    image encoder's states of the photograph; region_hidden: (R, N, V), those of the regions;
+    zero_hidden: (N, V), those of zero pixels, for the unconditional branch.
     """
 
     record: Record
     mode: Mode
+    spec: str
+    embedder: str
     regions: tuple[str, ...]
     clip_hidden: Tensor
     region_hidden: Tensor
-    encoder_fingerprint: Tensor
+    zero_hidden: Tensor
 
     @property
     def embedding(self) -> Tensor:
@@ -79,12 +68,19 @@ class Identity:
             f"member.{name}": _bytes_to_tensor(data)
             for name, data in to_members(self.record, ()).items()
         }
-        for name, tensor in _STATE_NAMES.items():
-            tensors[tensor] = getattr(self, name).contiguous()
+        tensors |= {name: getattr(self, name).contiguous() for name in _STATES}
         # A single entry, because safetensors writes several in no fixed order, and saving the same
         # identity again should give the same bytes.
         metadata = {
-            "identity": json.dumps({"format": _FORMAT, "mode": self.mode, "regions": self.regions})
+            "identity": json.dumps(
+                {
+                    "format": _FORMAT,
+                    "mode": self.mode,
+                    "spec": self.spec,
+                    "embedder": self.embedder,
+                    "regions": self.regions,
+                }
+            )
         }
         partial = target.with_name(f".{target.name}.partial")
         save_file(tensors, partial, metadata=metadata)
@@ -118,8 +114,10 @@ class Identity:
             return cls(
                 record=from_members(members),
                 mode=mode,
-                regions=tuple(metadata["regions"]),
-                **{name: tensors[tensor] for name, tensor in _STATE_NAMES.items()},
+                spec=str(metadata["spec"]),
+                embedder=str(metadata["embedder"]),
+                regions=tuple(map(str, metadata["regions"])),
+                **{name: tensors[name] for name in _STATES},
             )
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise SourceError(
@@ -127,83 +125,32 @@ class Identity:
             ) from error
 
 
-# Field of Identity → tensor in its file.
-_STATE_NAMES: Final = {
-    "clip_hidden": "clip_hidden",
-    "region_hidden": "region_hidden",
-    "encoder_fingerprint": "tower",
-}
+_STATES: Final = ("clip_hidden", "region_hidden", "zero_hidden")
 
 
-def read_photo(path: str | Path) -> Record:
-    """Reads a photograph and returns its record before the stages; its source is the file's name.
+@torch.no_grad()
+def encode_photo(
+    record: Record, image_encoder: Any, spec: ModelSpec, mode: Mode, embedder: str
+) -> Identity:
+    """Makes the identity of a record that has been through the stages, e.g. of a shard.
 
-    Raises SourceError for a path that doesn't exist, isn't a regular file, or can't be read.
+    The photograph, its regions and zero pixels go through the image encoder in one call. embedder:
+    sha256 of the weights that made the record's embedding.
     """
-    photo = Path(path)
-    if photo.is_dir():
-        raise SourceError(f"{photo} is a folder; expected one photograph. Name a file in it.")
-    if not photo.exists():
-        raise SourceError(
-            f"no photograph at {photo}. Check the path; it is relative to the current folder."
-        )
-    if not photo.is_file():
-        raise SourceError(f"{photo} is not a regular file; expected a photograph. Name another.")
-    try:
-        data = photo.read_bytes()
-    except OSError as error:
-        raise SourceError(
-            f"{photo} can't be read: {error.strerror or error}. Check its permissions."
-        ) from error
-    return photo_record(data, photo.name)
-
-
-def photo_record(data: bytes, name: str) -> Record:
-    """Returns the record of a photograph before the stages.
-
-    data: the file's bytes. name: the record's source, from which its key is made.
-    """
-    return Record(
-        key=key_of(name), source=name, sha256=hashlib.sha256(data).hexdigest(), image=data
-    )
-
-
-def set_up_stages(config: DatasetConfig) -> list[Stage]:
-    """Builds the data set's stages, in order, and loads their weights."""
-    stages = build_stages(config)
-    for stage in stages:
-        stage.setup()
-    return stages
-
-
-def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
-    """Runs a record through stages that are set up, and returns it.
-
-    photo: name of the photograph in error messages. Raises FaceError if it shows no usable face,
-    SourceError if it is no usable image.
-    """
-    [record] = run_chain(stages, [record])
-    if record.ok and record.main_face.side < _MIN_FACE:
-        detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_MIN_FACE}"
-        record = reject(record, Dropped("face_too_small", detail), "detect")
-    if not record.ok:
-        raise _error_for(record, str(photo or record.source))
-    return record
-
-
-def _error_for(record: Record, photo: str) -> FaceError | SourceError:
-    """Returns the error that explains why a record was dropped or failed."""
-    detail = f" ({record.detail})" if record.detail else ""
-    if record.reason in _FACE_REASONS:
-        return FaceError(
-            f"{_FACE_REASONS[record.reason].format(photo=photo)}{detail}. {_FACE_ADVICE}"
-        )
-    if record.reason == "not_an_image":
-        return SourceError(f"{photo} is not an image{detail}. {_FILE_ADVICE}")
-    outcome = "was rejected" if record.status is Status.DROPPED else "could not be read"
-    reason = record.reason.replace("_", " ")
-    return SourceError(
-        f"{photo} {outcome} in stage {record.stage!r}: {reason}{detail}. {_FILE_ADVICE}"
+    photo, regions = photo_images(record, spec, mode)
+    pixels = clip_normalised(torch.stack((photo, *regions.values())))
+    zeros = torch.zeros_like(pixels[:1])  # zero after normalisation, which is not black
+    batch = torch.cat((pixels, zeros)).to(image_encoder.device)
+    hidden = encode_images(image_encoder, batch).cpu()
+    return Identity(
+        record=record,
+        mode=mode,
+        spec=spec.name,
+        embedder=embedder,
+        regions=tuple(regions),
+        clip_hidden=hidden[0].clone(),
+        region_hidden=hidden[1:-1].clone(),
+        zero_hidden=hidden[-1].clone(),
     )
 
 

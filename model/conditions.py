@@ -205,6 +205,18 @@ def build_conditions(
     )
 
 
+def photo_images(record: Record, spec: ModelSpec, mode: Mode) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the photograph (3, S, S) uint8, and each of its regions' images, in order, scaled and
+    cropped for the image encoder. Raises ValueError as `build_conditions` does.
+    """
+    photo, labels, _ = _decode(record)
+    masks = region_masks(labels, mode)
+    images = region_images(photo, masks, masks, mode)
+    side = spec.vision_size
+    regions = {name: clip_image(image, side) for name, image in zip(masks, images, strict=True)}
+    return clip_image(photo, side), regions
+
+
 def collate(samples: Sequence[Conditions]) -> ConditionBatch:
     """Stacks conditions of equal sizes, in order."""
     return ConditionBatch(

@@ -1,0 +1,154 @@
+"""Reading a photograph of a person: the stages of the data set pipeline, applied to one image."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from configs.errors import FaceError, SourceError
+from configs.schema import DatasetConfig
+from stages.backends.weights import Weights
+from stages.base import Dropped, Stage, reject, run_chain
+from stages.chain import build_stages
+from stages.record import Record, Status, key_of
+
+# A path, an encoded file, an image, RGB (H, W, 3) uint8, or a record before the stages.
+Photo = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | Record
+
+# A record's reason → the error message. Other reasons concern the file, not the face.
+_FACE_REASONS: Final = {
+    "no_face": "no face found in {photo}",
+    "no_face_parsed": "no face found in {photo}: a face was detected, but no facial skin in it",
+    "face_too_small": "the face in {photo} is too small",
+    "no_identity": "the face in {photo} could not be recognised",
+}
+_MIN_FACE: Final = 32  # short side of the face's box, in pixels of the resized image
+_FACE_ADVICE: Final = (
+    "Give a photograph that shows one face, from the front and at least 100 pixels wide."
+)
+_FILE_ADVICE: Final = "Give a JPEG, PNG, WebP, AVIF or HEIC photograph that opens in a viewer."
+
+
+class PhotoReader:
+    """Reads people from photographs. config: of the stages, which should be that of the adapter's
+    training data. Their weights are loaded at the first use, because saved identities don't need
+    them.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.config = config
+        self._stages: list[Stage] | None = None
+
+    @property
+    def embedder(self) -> str:
+        """sha256 of the weights that make the embeddings."""
+        return Weights(self.config.weights).digest(self.config.embed.weights)
+
+    @property
+    def stages(self) -> list[Stage]:
+        if self._stages is None:
+            self._stages = set_up_stages(self.config)
+        return self._stages
+
+    def read(self, photo: Photo, name: str = "") -> Record:
+        """Returns the record of the person in a photograph.
+
+        name: of the photograph in error messages. Raises FaceError if it shows no usable face,
+        SourceError if it isn't a readable image.
+        """
+        record = as_record(photo)
+        shown = name or (str(photo) if isinstance(photo, str | Path) else record.source)
+        return run_stages(record, self.stages, shown)
+
+
+def as_record(photo: Photo) -> Record:
+    """Returns the record of a photograph before the stages. Raises SourceError as `read_photo`."""
+    if isinstance(photo, Record):
+        return photo
+    if isinstance(photo, str | Path):
+        return read_photo(photo)
+    if isinstance(photo, bytes):
+        return photo_record(photo, "photograph")
+    image = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
+    with io.BytesIO() as file:
+        image.save(file, "PNG")
+        return photo_record(file.getvalue(), "photograph")
+
+
+def read_photo(path: str | Path) -> Record:
+    """Reads a photograph and returns its record before the stages; its source is the file's name.
+
+    Raises SourceError for a path that doesn't exist, isn't a regular file, or can't be read.
+    """
+    photo = Path(path)
+    if photo.is_dir():
+        raise SourceError(f"{photo} is a folder; expected one photograph. Name a file in it.")
+    if not photo.exists():
+        raise SourceError(
+            f"no photograph at {photo}. Check the path; it is relative to the current folder."
+        )
+    if not photo.is_file():
+        raise SourceError(f"{photo} is not a regular file; expected a photograph. Name another.")
+    try:
+        data = photo.read_bytes()
+    except OSError as error:
+        raise SourceError(
+            f"{photo} can't be read: {error.strerror or error}. Check its permissions."
+        ) from error
+    return photo_record(data, photo.name)
+
+
+def photo_record(data: bytes, name: str) -> Record:
+    """Returns the record of a photograph before the stages.
+
+    data: the file's bytes. name: the record's source, from which its key is made.
+    """
+    return Record(
+        key=key_of(name), source=name, sha256=hashlib.sha256(data).hexdigest(), image=data
+    )
+
+
+def set_up_stages(config: DatasetConfig) -> list[Stage]:
+    """Builds the data set's stages, in order, and loads their weights."""
+    stages = build_stages(config)
+    for stage in stages:
+        stage.setup()
+    return stages
+
+
+def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
+    """Runs a record through stages that are set up, and returns it.
+
+    photo: name of the photograph in error messages. Raises FaceError if it shows no usable face,
+    SourceError if it is no usable image.
+    """
+    [record] = run_chain(stages, [record])
+    if record.ok and record.main_face.side < _MIN_FACE:
+        detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_MIN_FACE}"
+        record = reject(record, Dropped("face_too_small", detail), "detect")
+    if not record.ok:
+        raise _error_for(record, str(photo or record.source))
+    return record
+
+
+def _error_for(record: Record, photo: str) -> FaceError | SourceError:
+    """Returns the error that explains why a record was dropped or failed."""
+    detail = f" ({record.detail})" if record.detail else ""
+    if record.reason in _FACE_REASONS:
+        return FaceError(
+            f"{_FACE_REASONS[record.reason].format(photo=photo)}{detail}. {_FACE_ADVICE}"
+        )
+    if record.reason == "not_an_image":
+        return SourceError(f"{photo} is not an image{detail}. {_FILE_ADVICE}")
+    outcome = "was rejected" if record.status is Status.DROPPED else "could not be read"
+    reason = record.reason.replace("_", " ")
+    return SourceError(
+        f"{photo} {outcome} in stage {record.stage!r}: {reason}{detail}. {_FILE_ADVICE}"
+    )
