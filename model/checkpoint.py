@@ -1,7 +1,7 @@
 """Adapter checkpoints: a folder of weights and of the configuration that they need.
 
     adapter.safetensors   image_proj_model.*  adapter_modules.*  FacialEncoder.*
-    adapter.json          format, mode, spec (every field), versions, and the caller's entries
+    adapter.json          format, mode, spec (every field), embedder, versions, the caller's entries
 
 The key prefixes are those of the published weights. Published `.bin` files are read too; only
 tensors in them are unpickled.
@@ -10,41 +10,50 @@ tensors in them are unpickled.
 from __future__ import annotations
 
 import json
-import os
-import pickle
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import WeightsError
 from model.consistentid import ConsistentID
-from model.spec import SPECS, ModelSpec
+from model.spec import PUBLISHED_EMBEDDER, SPECS, Embedder, ModelSpec, spec_from_json
+from model.weights_file import beside, check_fit, read_weights, summary_of, write_atomically
 from stages.regions import Mode
 
 FORMAT: Final = 1
 WEIGHTS_FILE: Final = "adapter.safetensors"
 CONFIG_FILE: Final = "adapter.json"
-_PREFIXES: Final = ("image_proj_model", "adapter_modules", "FacialEncoder")
+PREFIXES: Final = ("image_proj_model", "FacialEncoder", "adapter_modules")
 _ALIASES: Final = {"image_proj": "image_proj_model"}  # prefix in ConsistentID-v1.bin → ours
+_FOREIGN: Final = {  # prefix in a file of another kind → its name
+    "unet": "a training state; python -m model.convert makes an adapter of it",
+    "ip_adapter": "an IP-Adapter",
+    "id_encoder": "a PhotoMaker file",
+    "lora_weights": "a PhotoMaker file",
+    "down_blocks": "a UNet",
+    "base_model": "a LoRA",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
     """A checkpoint in memory.
 
-    state: flat, dotted keys. config: the contents of adapter.json; of a published file its name
-    and mode.
+    source: where it was read. state: flat, dotted keys; the tensors may be mapped from the file.
+    embedder: of the identities that it was trained with, None if an older adapter.json doesn't
+    state it. config: the contents of adapter.json; of a published file its name, mode and embedder.
     """
 
+    source: Path
     state: dict[str, Tensor]
     spec: ModelSpec
     mode: Mode
+    embedder: Embedder | None
     config: dict[str, Any]
 
 
@@ -56,59 +65,112 @@ def save_adapter(
 ) -> Path:
     """Writes a checkpoint of the adapter to `folder` and returns the folder.
 
-    The JSON is written last, so a folder that has one is complete. config: entries for the JSON,
-    e.g. the step and the data set's digest; format, mode, spec and versions are added. state: an
-    earlier copy of the model's weights, which are written in place of those that it has now.
+    config: entries for the JSON, e.g. the step and the data set's digest; see `write_adapter`.
+    state: an earlier copy of the model's weights, which are written in place of those that it has
+    now.
+    """
+    weights = model.state_dict() if state is None else state
+    return write_adapter(folder, weights, model.spec, model.mode, config or {})
+
+
+def write_adapter(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    spec: ModelSpec,
+    mode: Mode,
+    config: Mapping[str, Any],
+) -> Path:
+    """Writes a checkpoint to `folder` and returns the folder.
+
+    The JSON is written last, so a folder that has one is complete. One that is replaced is removed
+    before the weights are. config: entries for the JSON, to which format, mode, spec and versions
+    are added.
     """
     import diffusers
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _on_cpu(model.state_dict() if state is None else state)
-    _write_atomically(
-        folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"})
-    )
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     content = {
-        **(config or {}),
+        **config,
         "format": FORMAT,
-        "mode": model.mode,
-        "spec": asdict(model.spec),
+        "mode": mode,
+        "spec": asdict(spec),
         "versions": {name: str(version) for name, version in versions.items()},
     }
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    _write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
+    weights, described = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    with beside(weights) as partial, beside(described) as partial_text:
+        save_file(_on_cpu(state), partial, metadata={"format": "pt"})
+        partial_text.write_text(text)
+        described.unlink(missing_ok=True)
+        partial.replace(weights)
+        partial_text.replace(described)
     return folder
 
 
 def read_adapter(source: Path) -> AdapterFile:
     """Reads a folder that `save_adapter` wrote, its .safetensors, or a published weights file.
 
-    A file without adapter.json beside it is taken for a published one: its mode is legacy, its
-    spec follows from the width of its weights. Raises WeightsError if there is no adapter, if it
-    can't be read, or if its format is newer.
+    Raises WeightsError if there is no adapter, or if a file of it is damaged, of another program or
+    of a newer format; the message names the file, what it holds and what was expected.
     """
     weights = source / WEIGHTS_FILE if source.is_dir() else source
     if not weights.is_file():
+        raise WeightsError(f"{source}: no adapter there{_instead(source)}")
+    if weights.name != WEIGHTS_FILE:
+        return published_adapter(read_weights(weights), weights)
+    path = weights.with_name(CONFIG_FILE)
+    if not path.exists():
         raise WeightsError(
-            f"{source}: no adapter there; check the path. "
-            f"Expected a folder with {WEIGHTS_FILE}, or a weights file."
+            f"{weights.parent}: no {CONFIG_FILE} there, so the adapter was not written to its end, "
+            "or copied in part. Copy the whole folder again, or use an earlier checkpoint."
         )
-    state = _flat_state(weights)
-    config_path = weights.with_name(CONFIG_FILE)
-    if weights.name == WEIGHTS_FILE and config_path.is_file():
-        config = json.loads(config_path.read_text())
-        if config.get("format") != FORMAT:
-            raise WeightsError(
-                f"{config_path}: format {config.get('format')}, but this version reads format "
-                f"{FORMAT}; update consistentid-pipeline"
-            )
-        return AdapterFile(
-            state=state, spec=_spec_of(config, config_path), mode=config["mode"], config=config
-        )
-    spec = _published_spec(state, weights)
+    try:
+        config = _config_in(path)
+        spec, mode = spec_from_json(config.get("spec")), _mode_in(config)
+        embedder = _embedder_in(config)
+    except ValueError as error:
+        raise WeightsError(
+            f"{path}: {error}. The file is damaged, or of another program or version. Copy the "
+            "adapter's folder again, or update consistentid-pipeline."
+        ) from error
     return AdapterFile(
-        state=state, spec=spec, mode="legacy", config={"mode": "legacy", "published": weights.name}
+        source=source,
+        state=_state(read_weights(weights), weights),
+        spec=spec,
+        mode=mode,
+        embedder=embedder,
+        config=config,
+    )
+
+
+def published_adapter(weights: Mapping[str, Tensor], path: Path) -> AdapterFile:
+    """Returns the adapter of a file without adapter.json, in the form of the published ones.
+
+    Its mode is legacy, its embedder that of the published files; its spec follows from the width of
+    its weights, and the rank from the first LoRA. weights: by dotted key, under either name of the
+    projector. path: where they were read. Raises WeightsError for weights of something else.
+    """
+    state = _state(weights, path)
+    norm = state.get("image_proj_model.norm.weight", torch.empty(0))
+    down = state.get("adapter_modules.0.to_q_lora.down.weight", torch.empty(0, 0))
+    width = norm.numel()
+    specs = {spec.cross_attention_dim: spec for spec in SPECS.values()}
+    if width not in specs or down.ndim != 2 or not down.numel():
+        widths = ", ".join(f"{spec.cross_attention_dim} ({name})" for name, spec in SPECS.items())
+        raise WeightsError(
+            f"{path}: ID tokens are {width} wide, and the first LoRA has shape "
+            f"{tuple(down.shape)}; expected a width of {widths} and a LoRA of two dimensions. Name "
+            "an adapter of one of these models."
+        )
+    return AdapterFile(
+        source=path,
+        state=state,
+        spec=replace(specs[width], lora_rank=len(down)),
+        mode="legacy",
+        embedder=PUBLISHED_EMBEDDER,
+        config={"mode": "legacy", "published": path.name, "embedder": asdict(PUBLISHED_EMBEDDER)},
     )
 
 
@@ -116,35 +178,43 @@ def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, A
     """Loads a checkpoint into a model of the same spec and mode, and returns its config.
 
     Raises WeightsError if the modes differ, or if keys are missing, unexpected or of another
-    shape; the message names them.
+    shape; the message names the first of them.
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter(source)
     if adapter.mode != model.mode:
         raise WeightsError(
-            f"the checkpoint was made in {adapter.mode} mode, the model in {model.mode}; set "
-            f"model.mode={adapter.mode}"
+            f"{adapter.source}: the checkpoint was made in {adapter.mode} mode, the model in "
+            f"{model.mode}; set model.mode={adapter.mode}"
         )
-    own = model.state_dict()
-    faults = (
-        _key_summary("missing", own.keys() - adapter.state.keys()),
-        _key_summary("unexpected", adapter.state.keys() - own.keys()),
-        _key_summary(
-            "mis-shaped",
-            (
-                f"{key} {tuple(value.shape)}, expected {tuple(own[key].shape)}"
-                for key, value in adapter.state.items()
-                if key in own and value.shape != own[key].shape
-            ),
-        ),
-    )
-    if any(faults):
-        raise WeightsError(
-            f"the checkpoint doesn't fit model {model.spec.name!r}: "
-            f"{'; '.join(filter(None, faults))}. "
-            f"It was made for {adapter.spec.name!r}; load it with that model and its base."
-        )
+    _check_adapter(adapter, model)
     model.load_state_dict(adapter.state, strict=True)
     return adapter.config
+
+
+def build_adapter(
+    adapter: AdapterFile, unet: Any, dtype: torch.dtype, device: torch.device | str
+) -> ConsistentID:
+    """Puts a checkpoint into `unet` and returns the model, frozen, in `dtype` on `device`.
+
+    Unlike a new model that `load_adapter` fills, it never has weights of its own: its modules are
+    made on the meta device, and get copies of the checkpoint's tensors. Raises WeightsError as
+    `load_adapter` does; the UNet then has the processors that it had before.
+    """
+    before = dict(unet.attn_processors)
+    try:
+        with torch.device("meta"):
+            model = ConsistentID(adapter.spec, unet, adapter.mode)
+        _check_adapter(adapter, model)
+        # copies: on CPUs, the last bit of a product depends on where a mapped tensor begins
+        state = {
+            key: value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            for key, value in adapter.state.items()
+        }
+        model.load_state_dict(state, strict=True, assign=True)
+    except BaseException:
+        unet.set_attn_processor(before)
+        raise
+    return model.requires_grad_(False).eval()
 
 
 def save_unet(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
@@ -154,7 +224,7 @@ def save_unet(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = None
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = _on_cpu(unet_state(unet) if state is None else state)
-    _write_atomically(
+    write_atomically(
         folder / "diffusion_pytorch_model.safetensors",
         lambda path: save_file(weights, path, metadata={"format": "pt"}),
     )
@@ -173,77 +243,76 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` write a file beside `path`, then renames it to `path`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    write(partial)
-    partial.replace(path)
-
-
-def _flat_state(weights: Path) -> dict[str, Tensor]:
-    """Reads a weights file, nested by prefix or flat, as dotted keys under the current prefixes."""
-    try:
-        if weights.suffix == ".safetensors":
-            nested: Mapping[str, Any] = load_file(weights)
-        else:
-            nested = torch.load(weights, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+def _check_adapter(adapter: AdapterFile, model: ConsistentID) -> None:
+    if fault := check_fit(adapter.state, model.state_dict()):
         raise WeightsError(
-            f"{weights}: not a readable weights file ({error}); download it again."
-        ) from error
-    except pickle.UnpicklingError as error:  # what torch raises for anything but tensors
-        raise WeightsError(
-            f"{weights}: contains objects other than tensors, which are not loaded for safety; "
-            "get the file from its author."
-        ) from error
-    flat: dict[str, Tensor] = {}
-    for key, value in nested.items():
-        parts = (
-            {f"{key}.{inner}": tensor for inner, tensor in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
+            f"{adapter.source} doesn't fit model {model.spec.name!r} on this UNet: {fault}. It was "
+            f"made for {adapter.spec.name!r}; load it with that model and its base."
         )
-        for name, tensor in parts.items():
-            head, _, rest = name.partition(".")
-            flat[f"{_ALIASES.get(head, head)}.{rest}"] = tensor
-    heads = {key.partition(".")[0] for key in flat}
-    if heads != set(_PREFIXES):
+
+
+def _state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Returns the weights under the current prefixes. Raises WeightsError for other prefixes."""
+    heads = dict.fromkeys(key.partition(".")[0] for key in weights)
+    if sorted(_ALIASES.get(head, head) for head in heads) != sorted(PREFIXES):
+        kind = next((name for head, name in _FOREIGN.items() if head in heads), "")
+        if not kind and any("lora" in key for key in weights):
+            kind = "a LoRA"
         raise WeightsError(
-            f"{weights}: holds {', '.join(sorted(heads)) or 'nothing'}; expected "
-            f"{', '.join(_PREFIXES)}. Name a ConsistentID adapter, not a base model or a LoRA."
+            f"{path}: holds {summary_of(list(heads))}; expected {', '.join(PREFIXES)} (image_proj "
+            "is accepted as the first), each once. Name a ConsistentID adapter"
+            f"{f'; this looks like {kind}' if kind else ', not a base model or a LoRA'}."
         )
-    return flat
+    parts = {key: key.partition(".") for key in weights}
+    return {
+        f"{_ALIASES.get(head, head)}.{rest}": weights[key] for key, (head, _, rest) in parts.items()
+    }
 
 
-def _spec_of(config: Mapping[str, Any], path: Path) -> ModelSpec:
-    spec_fields = {field.name for field in fields(ModelSpec)}
-    values = config.get("spec")
-    if (
-        not isinstance(values, dict)
-        or not set(values) <= spec_fields
-        or config.get("mode") not in ("legacy", "corrected")
-    ):
-        raise WeightsError(
-            f"{path}: no valid spec and mode in it; the file is damaged or of a newer version. "
-            "Save the adapter again, or update consistentid-pipeline."
-        )
-    return ModelSpec(**{**values, "hooked": tuple(values.get("hooked", ()))})
-
-
-def _published_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
-    norm = state.get("image_proj_model.norm.weight")
-    width = 0 if norm is None else len(norm)
-    for spec in SPECS.values():
-        if spec.base and spec.cross_attention_dim == width:
-            return spec
-    raise WeightsError(
-        f"{path}: ID tokens are {width} wide; expected 768 (SD 1.5) or 2048 (SDXL). Name an "
-        "adapter of one of these models."
+def _instead(source: Path) -> str:
+    """Returns what is there in place of an adapter, and what to do."""
+    if not source.is_dir():
+        return f"; check the path. Expected a folder with {WEIGHTS_FILE}, or a weights file."
+    names = sorted(path.name for path in source.iterdir())
+    return (
+        f". The folder holds {summary_of(names)}; expected {WEIGHTS_FILE} and {CONFIG_FILE}. Name "
+        "the folder of an adapter, or a published weights file itself."
     )
 
 
-def _key_summary(kind: str, keys: Iterable[str]) -> str:
-    """Returns the number of keys and the first four of them; "" for none."""
-    names = sorted(keys)
-    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-    return f"{len(names)} {kind} ({shown})" if names else ""
+def _config_in(path: Path) -> dict[str, Any]:
+    """Returns the contents of adapter.json. Raises ValueError if it has none of this format."""
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"it can't be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it isn't JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"it holds a JSON {type(config).__name__}, expected an object")
+    version = config.get("format")
+    if type(version) is not int:
+        raise ValueError(f"its format is {version!r}, expected the number {FORMAT}")
+    if version != FORMAT:
+        raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
+    return config
+
+
+def _mode_in(config: Mapping[str, Any]) -> Mode:
+    modes: tuple[Mode, ...] = get_args(Mode)
+    for mode in modes:
+        if mode == config.get("mode"):
+            return mode
+    raise ValueError(f"mode is {config.get('mode')!r}, expected {' or '.join(modes)}")
+
+
+def _embedder_in(config: Mapping[str, Any]) -> Embedder | None:
+    entry = config.get("embedder")
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or entry.keys() != {"name", "sha256"}:
+        raise ValueError(f"embedder is {entry!r}, expected an object with name and sha256")
+    try:
+        return Embedder(**entry)
+    except ValueError as error:
+        raise ValueError(f"embedder.{error}") from error

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import re
+from dataclasses import MISSING, dataclass, fields
+from typing import Final, get_type_hints
 
 from stages.regions import Mode
 
-__all__ = ["SPECS", "TOKEN_LIMIT", "Mode", "ModelSpec", "spec_named"]
+__all__ = [
+    "PUBLISHED_EMBEDDER",
+    "SPECS",
+    "TOKEN_LIMIT",
+    "Embedder",
+    "Mode",
+    "ModelSpec",
+    "spec_from_json",
+    "spec_named",
+]
 
 TOKEN_LIMIT: Final = 77  # CLIP's text length, BOS and EOS included
+_LARGEST: Final = 65_536  # of a size in a spec; a larger one is a damaged file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedder:
+    """The model that computes identity embeddings; those of another one have no meaning to an
+    adapter.
+
+    name: of its weights, in the table of weights. sha256: of its weights file, in hexadecimal.
+    """
+
+    name: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for fields that aren't a name and a digest."""
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name is {self.name!r}, expected the name of weights")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 is {self.sha256!r}, expected 64 hexadecimal digits")
+
+
+# of buffalo_l, with which the published weights were trained
+PUBLISHED_EMBEDDER: Final = Embedder(
+    name="w600k_r50", sha256="4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,3 +142,38 @@ def spec_named(name: str) -> ModelSpec:
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(SPECS)}")
     return SPECS[name]
+
+
+def spec_from_json(values: object) -> ModelSpec:
+    """Returns the spec of which `values` is `asdict`, read from JSON.
+
+    A field that has a default may be missing. Raises ValueError, which names the first wrong field,
+    its value, and what was expected.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"spec is {_shown(values)}, expected an object with the model's sizes")
+    types = get_type_hints(ModelSpec)
+    for field in fields(ModelSpec):
+        if field.name not in values and field.default is MISSING:
+            raise ValueError(f"spec.{field.name} is missing, expected {_expected(field.name)}")
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"spec.{name} is a field that this version doesn't have")
+        valid = type(value) is types[name]
+        if types[name] is int:
+            valid = valid and 1 <= value <= _LARGEST
+        elif name == "hooked":
+            valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if not valid:
+            raise ValueError(f"spec.{name} is {_shown(value)}, expected {_expected(name)}")
+    return ModelSpec(**{**values, "hooked": tuple(values["hooked"])})
+
+
+def _expected(name: str) -> str:
+    kinds = {int: f"a whole number from 1 to {_LARGEST:,}", str: "a text", bool: "true or false"}
+    return kinds.get(get_type_hints(ModelSpec)[name], "a list of texts")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from configs.errors import ConfigError, ShardError
 from configs.training import DataSource, TrainConfig
+from model.spec import Embedder
 from stages.record import Record
 from stages.storage import layout
 from stages.storage.reader import DatasetReader
@@ -145,6 +146,18 @@ class Mixture:
         """
         return self._parts[0].dataset_config()
 
+    def embedder(self) -> Embedder | None:
+        """Returns the model that computed the identities, which is one for all data sets; None if
+        the first one's files don't state it.
+        """
+        reader = DatasetReader(self._paths[0])
+        info, config = reader.dataset_info(), reader.config_values()
+        try:
+            name = config["embed"]["weights"]
+            return Embedder(name=name, sha256=_weights_digests(info)[name])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
     def check_step(self, size: int) -> None:
         """Raises ConfigError if a step of `size` samples has some of them twice: if all data sets
         together have fewer, or one of them has fewer than its share of a step.
@@ -229,13 +242,18 @@ def _face_models(path: str) -> dict[str, str]:
 def _stated_models(info: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
     """info, config: contents of dataset.json and config.yaml."""
     signatures = dict(zip(info["stages"], info["signatures"], strict=False))
-    digests = {each["name"]: each["sha256"] for each in info["weights"]}
+    digests = _weights_digests(info)
     models = {}
     for stage in _FACE_STAGES:
         backend, weights = info["backends"][stage], config[stage]["weights"]
         version = signatures[stage].removeprefix(f"{stage}-").partition("-")[0]
         models[stage] = f"{backend} {version} {weights} {digests[weights][:12]}"
     return models
+
+
+def _weights_digests(info: dict[str, Any]) -> dict[str, str]:
+    """Returns name → sha256 of the weights files. info: contents of dataset.json."""
+    return {each["name"]: each["sha256"] for each in info["weights"]}
 
 
 def _check_face_models(models: dict[str, dict[str, str]]) -> None:

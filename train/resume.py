@@ -11,6 +11,7 @@ from typing import Any, Final
 from configs.errors import ConfigError, PipelineError, WeightsError
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
+from model.spec import Embedder
 from stages.storage.layout import LOCK
 from train.checkpoints import checkpoints, damage, find_checkpoint, later_than, step_of
 from train.mirror import Mirror
@@ -55,23 +56,26 @@ _RESUMED: Final = ".resumed.partial"  # folder for a checkpoint from another URL
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What a run trains on. digest: equal digests mean equal samples in equal order. count: of
-    samples.
+    samples. embedder: of their identities, None if the data sets don't state it.
     """
 
     digest: str
     count: int
+    embedder: Embedder | None = None
 
     def __str__(self) -> str:
         return f"{self.count:,} samples with digest {self.digest[:12]}"
 
 
 def metadata(config: TrainConfig, samples: Samples, start: str) -> dict[str, Any]:
-    """Returns the entries of a checkpoint's adapter.json that a resumed run is compared with.
+    """Returns the entries of a checkpoint's adapter.json that say what the run trains on; a resumed
+    run is compared with them.
 
     start: the checkpoint that the run was resumed from by name, "" for none.
     """
     numbers = {"data": samples.digest, "samples": samples.count}
-    return {"train": asdict(config), **numbers, "start": start}
+    embedder = samples.embedder and asdict(samples.embedder)
+    return {"train": asdict(config), **numbers, "embedder": embedder, "start": start}
 
 
 def choose_checkpoint(

@@ -96,7 +96,7 @@ class Trainer:
             if self.mirror is not None and self.accelerator.is_local_main_process:
                 self.mirror.fetch_indexes()
             self.mixture = open_mixture(config, self.output / INDEX)
-        self.samples = Samples(self.mixture.digest, len(self.mixture))
+        self.samples = Samples(self.mixture.digest, len(self.mixture), self.mixture.embedder())
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
