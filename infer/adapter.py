@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError
 from configs.load import load
 from configs.schema import DatasetConfig, DetectConfig, EmbedConfig
 from infer.conditioning import Ids, PersonTokens, TextStates, person_tokens, text_states
@@ -33,7 +34,8 @@ class Adapter:
 
     file: the adapter. unet: gets its attention processors; `remove` restores the ones before.
     device, dtype: of its weights. reader: reads photographs as its training data was read. digest:
-    sha256 of the weights file. Raises WeightsError as `model.checkpoint.build_adapter`.
+    sha256 of the weights file. image_encoder: a folder or hub id; "": the one of the spec. Raises
+    WeightsError as `model.checkpoint.build_adapter`.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Adapter:
         device: torch.device,
         dtype: torch.dtype,
         digest: str = "",
+        image_encoder: str = "",
     ) -> None:
         self._processors = dict(unet.attn_processors)
         self.model: ConsistentID = build_adapter(file, unet, dtype=dtype, device=device)
         self.model.requires_grad_(False).eval()
         self.file, self.unet, self.reader, self.digest = file, unet, reader, digest
+        self.image_encoder = image_encoder or file.spec.image_encoder
         self.strength: dict[str, float] = {}
         self._people: weakref.WeakKeyDictionary[Identity, PersonTokens] = (
             weakref.WeakKeyDictionary()
@@ -62,10 +66,15 @@ class Adapter:
         """sha256 of the weights that made the embeddings it was trained with; "" if unknown."""
         return self.file.embedder.sha256 if self.file.embedder else ""
 
+    def is_in(self, unet: Any) -> bool:
+        """Whether the adapter is in `unet` now."""
+        return next(iter(unet.attn_processors.values())) is self.model.adapter_modules[0]
+
     def remove(self) -> None:
         """Restores the UNet's weights and processors from before, bit for bit."""
-        unmerge_lora(self.unet)
-        self.unet.set_attn_processor(dict(self._processors))
+        if self.is_in(self.unet):
+            unmerge_lora(self.unet)
+            self.unet.set_attn_processor(dict(self._processors))
 
     @contextmanager
     def removed(self) -> Iterator[None]:
@@ -111,8 +120,8 @@ class Adapter:
     def tokens_of(self, people: Sequence[Identity], device: torch.device) -> list[PersonTokens]:
         """Returns the tokens of people, which are computed once for each.
 
-        The projector and the facial encoder are moved to `device`; where they were elsewhere before,
-        as on a pipeline with offloading, they are moved back.
+        The projector and the facial encoder are moved to `device`, and back if the UNet is
+        elsewhere, as on a pipeline with offloading.
         """
         missing = [person for person in dict.fromkeys(people) if person not in self._people]
         if missing:
@@ -210,7 +219,7 @@ class _Texts:
 
 
 def _key(text: Ids, device: torch.device, clip_skip: int | None) -> object:
-    return (*text.first.tolist(), *text.second.tolist(), str(device), clip_skip)
+    return (*text[0].tolist(), *text[1].tolist(), str(device), clip_skip)
 
 
 def _version(encoders: HasTextEncoders) -> object:
@@ -228,13 +237,20 @@ def _version(encoders: HasTextEncoders) -> object:
     return tuple(weakref.ref(module) for module in modules), versions
 
 
-def reading_config(source: Path, file: AdapterFile) -> DatasetConfig:
+def reading_config(
+    source: Path, file: AdapterFile, dataset: str | Path | DatasetConfig | None = None
+) -> DatasetConfig:
     """Returns the configuration of the stages that read photographs for an adapter.
 
-    source: its folder or file. The configuration is the file beside the adapter, else the default
-    with the adapter's own face embedder: identities of another one have no meaning to it. Published
-    weights were trained with buffalo_l's detector and embedder.
+    source: its folder or file. dataset: a configuration, or a file, to take in place of its own.
+    That is the file beside the adapter, else the default with the adapter's own face embedder:
+    identities of another one have no meaning to it. Published weights were trained with buffalo_l's
+    detector and embedder.
     """
+    if isinstance(dataset, DatasetConfig):
+        return dataset
+    if dataset:
+        return load(DatasetConfig, dataset)
     folder = source if source.is_dir() else source.parent
     path = folder / DATASET_FILE
     if (folder / CONFIG_FILE).is_file() and path.is_file():
@@ -247,12 +263,8 @@ def reading_config(source: Path, file: AdapterFile) -> DatasetConfig:
     )
 
 
-def weights_file(source: Path) -> Path:
-    """Returns the weights file of an adapter's folder or file. Raises WeightsError without one."""
-    path = source / WEIGHTS_FILE if source.is_dir() else source
-    if not path.is_file():
-        raise WeightsError(
-            f"{source}: no adapter there; check the path. Expected a folder with {WEIGHTS_FILE}, "
-            "or a weights file."
-        )
-    return path
+def file_digest(source: Path) -> str:
+    """Returns the sha256 of the weights file of an adapter's folder or file."""
+    weights = source / WEIGHTS_FILE if source.is_dir() else source
+    with weights.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,6 +20,8 @@ from model.prompt import inference_text, tokenize_marked, without_marks
 from model.tokens import SECOND_PAD, TextTokens, text_tokens
 from stages.regions import MAX_REGIONS, word_of
 
+Ids = tuple[Tensor, Tensor]  # of a text, (77,) each, for the first and the second text encoder
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PersonTokens:
@@ -61,14 +63,6 @@ class Guidance:
     pooled_early: Tensor | None = None
     pooled_late: Tensor | None = None
     pooled_negative: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ids:
-    """Token ids (77,) of a text, for the first and the second text encoder."""
-
-    first: Tensor
-    second: Tensor
 
 
 @torch.no_grad()
@@ -115,7 +109,7 @@ def plain_ids(text: str, tokenizer: Any, text_2: str | None = None) -> Ids:
         torch.tensor(tokenize_marked(each, tokenizer, keep_eos=True, pad_id=pad).ids)
         for each, pad in ((text, None), (text if text_2 is None else text_2, SECOND_PAD))
     )
-    return Ids(first=first, second=second)
+    return first, second
 
 
 def early_ids(model: ConsistentID, tokens: TextTokens, prompt: str, tokenizer: Any) -> Ids:
@@ -125,7 +119,7 @@ def early_ids(model: ConsistentID, tokens: TextTokens, prompt: str, tokenizer: A
     text encoders, of the prompt alone (as in the reference's pipelines for SD1.5 and SDXL).
     """
     if model.mode == "corrected":
-        return Ids(first=tokens.input_ids, second=tokens.input_ids_2)
+        return tokens.input_ids, tokens.input_ids_2
     two = model.spec.two_text_encoders
     return plain_ids(prompt if two else without_marks(tokens.text), tokenizer)
 
@@ -135,7 +129,7 @@ def text_states(
     encoders: HasTextEncoders, texts: Sequence[Ids], device: torch.device, clip_skip: int | None
 ) -> TextStates:
     """Encodes texts in one call; equal ones once."""
-    keys = [(tuple(each.first.tolist()), tuple(each.second.tolist())) for each in texts]
+    keys = [(tuple(first.tolist()), tuple(second.tolist())) for first, second in texts]
     unique = list(dict.fromkeys(keys))
     first, second = (
         torch.tensor([key[n] for key in unique], dtype=torch.int64, device=device) for n in (0, 1)

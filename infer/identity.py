@@ -9,7 +9,8 @@ with every adapter that has the same image encoder and face embedder.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,17 +131,22 @@ _STATES: Final = ("clip_hidden", "region_hidden", "zero_hidden")
 
 @torch.no_grad()
 def encode_photo(
-    record: Record, image_encoder: Any, spec: ModelSpec, mode: Mode, embedder: str
+    record: Record,
+    image_encoder: Any,
+    spec: ModelSpec,
+    mode: Mode,
+    embedder: str,
+    device: torch.device | str = "cpu",
 ) -> Identity:
     """Makes the identity of a record that has been through the stages, e.g. of a shard.
 
     The photograph, its regions and zero pixels go through the image encoder in one call. embedder:
-    sha256 of the weights that made the record's embedding.
+    sha256 of the weights that made the record's embedding. device: of the image encoder.
     """
     photo, regions = photo_images(record, spec, mode)
     pixels = clip_normalised(torch.stack((photo, *regions.values())))
     zeros = torch.zeros_like(pixels[:1])  # zero after normalisation, which is not black
-    batch = torch.cat((pixels, zeros)).to(image_encoder.device)
+    batch = torch.cat((pixels, zeros)).to(device)
     hidden = encode_images(image_encoder, batch).cpu()
     return Identity(
         record=record,
@@ -152,6 +158,15 @@ def encode_photo(
         region_hidden=hidden[1:-1].clone(),
         zero_hidden=hidden[-1].clone(),
     )
+
+
+def joined(people: Sequence[Identity]) -> Identity:
+    """Returns the first of several identities of one person, with the mean of their embeddings."""
+    if len(people) == 1:
+        return people[0]
+    mean = torch.stack([person.embedding for person in people]).mean(0)
+    record = replace(people[0].record, identity=(mean / mean.norm()).numpy())
+    return replace(people[0], record=record)
 
 
 def _bytes_to_tensor(data: bytes) -> Tensor:

@@ -57,7 +57,7 @@ class PhotoReader:
             self._stages = set_up_stages(self.config)
         return self._stages
 
-    def read(self, photo: Photo, name: str = "") -> Record:
+    def read(self, photo: Photo, name: str = "", face: int | None = None) -> Record:
         """Returns the record of the person in a photograph.
 
         name: of the photograph in error messages. Raises FaceError if it shows no usable face,

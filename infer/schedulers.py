@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any, Final
 
 from configs.errors import ConfigError
@@ -51,15 +52,36 @@ def check_scheduler(name: str) -> None:
     )
 
 
-def make_scheduler(name: str, base: Any) -> Any:
+def make_scheduler(name: str, base: Any, options: Mapping[str, Any] | None = None) -> Any:
     """Makes the scheduler with that class name and the noise schedule of `base`.
 
-    base: the base model's own scheduler. Raises ConfigError as `check_scheduler` does.
+    base: the base model's own scheduler. options: settings that differ from it, for example
+    use_karras_sigmas. Raises ConfigError as `check_scheduler` does, and for an unknown option.
     """
     import diffusers
 
     check_scheduler(name)
-    return getattr(diffusers, name).from_config(base.config)
+    kind = getattr(diffusers, name)
+    parameters = inspect.signature(kind).parameters
+    for option in options or {}:
+        if option not in parameters:
+            close = difflib.get_close_matches(option, parameters, 3, cutoff=0.4)
+            raise ConfigError(
+                f"scheduler_options: {name} has no option {option!r}. "
+                f"{f'Did you mean {close[0]}?' if close else f'It has {chr(44).join(parameters)}.'}"
+            )
+    return unclipped(kind.from_config(base.config, **(options or {})))
+
+
+def unclipped(scheduler: Any) -> Any:
+    """Returns the scheduler, or one that doesn't clip samples if it does.
+
+    Latents exceed the ±1 that images are clipped to. DDIM and DDPM clip unless the configuration
+    that they are made from says otherwise, and that of other schedulers says nothing.
+    """
+    if not scheduler.config.get("clip_sample"):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, clip_sample=False)
 
 
 def merge_position(start_merge_step: int, steps: int, evaluations: int) -> int:

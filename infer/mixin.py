@@ -1,0 +1,349 @@
+"""ConsistentIDMixin: what a pipeline of diffusers needs to make images of a person.
+
+It turns people and prompts into `prompt_embeds`, text and ID tokens, and leaves the rest to
+diffusers' own call; a callback swaps the embeddings when the second phase begins.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Self, cast
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from configs.errors import ConfigError
+from configs.load import to_yaml
+from configs.schema import DatasetConfig
+from infer.adapter import DATASET_FILE, Adapter, file_digest, reading_config
+from infer.components import adapter_path, load_image_encoder, load_models, precision
+from infer.conditioning import Guidance
+from infer.identity import Identity, encode_photo, joined
+from infer.phases import Phases, merge_step
+from infer.photo import Photo, PhotoReader
+from infer.request import embeddings, guidance_of
+from infer.schedulers import unclipped
+from model.attention import merge_lora, unmerge_lora
+from model.checkpoint import read_adapter, save_adapter
+
+logger = logging.getLogger("consistentid")
+
+DEFAULT_MERGE: Final = 0.6  # of the steps; 30 of 50 in the reference's demos
+ADAPTER_FOLDER: Final = "consistentid"  # in the folder of `save_pretrained`
+_HUB: Final = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class ConsistentIDMixin:
+    """Adds a person's identity to a Stable Diffusion or SDXL pipeline of diffusers.
+
+    consistentid: the adapter, None before `load_consistentid_adapter`; without one the pipeline is
+    diffusers' own. failed_images: numbers of the last call's images whose latents weren't finite.
+    """
+
+    consistentid: Adapter | None = None
+    failed_images: tuple[int, ...] = ()
+
+    # attributes of diffusers' pipelines
+    unet: Any
+    scheduler: Any
+    image_encoder: Any
+    register_modules: Any
+    load_config: Any
+    _execution_device: torch.device
+    _callback_tensor_inputs: list[str]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Loads a base model; options are those of diffusers, and dtype may be "auto".
+
+        Unlike diffusers, it raises WeightsError if a weight is missing. A folder that
+        `save_pretrained` wrote brings its adapter along.
+        """
+        root = str(pretrained_model_name_or_path)
+        options = _with_precision(options)
+        hub = {name: options[name] for name in _HUB if name in options}
+        index = cls.load_config(root, **hub)
+        models = load_models(root, index, options)
+        pipe: Self = cast(Any, super()).from_pretrained(root, **options, **models)
+        if Path(root, ADAPTER_FOLDER).is_dir():
+            pipe.load_consistentid_adapter(root, subfolder=ADAPTER_FOLDER)
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
+        """Loads a base model from one checkpoint file, as diffusers does; dtype may be "auto"."""
+        pipe: Self = cast(Any, super()).from_single_file(
+            str(pretrained_model_link_or_path), **_with_precision(options)
+        )
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+        """Makes a pipeline of this class from another one's parts, its adapter included.
+
+        The weights are shared. Unlike diffusers, their types stay as they are if no dtype is given.
+        """
+        options = _with_precision(options)
+        options.setdefault("dtype", pipeline.unet.conv_in.weight.dtype)
+        pipe: Self = cast(Any, super()).from_pipe(pipeline, **options)
+        pipe.consistentid = getattr(pipeline, "consistentid", None)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Saves the base model as diffusers does, and the adapter in `consistentid/` beside it."""
+        adapter = self.consistentid
+        if adapter is None:
+            cast(Any, super()).save_pretrained(save_directory, **options)
+            return
+        with adapter.removed():
+            cast(Any, super()).save_pretrained(save_directory, **options)
+        folder = Path(save_directory, ADAPTER_FOLDER)
+        save_adapter(adapter.model, folder, adapter.file.config)
+        (folder / DATASET_FILE).write_text(to_yaml(adapter.reader.config), encoding="utf-8")
+
+    def load_consistentid_adapter(
+        self,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str = "",
+        weight_name: str = "",
+        trigger_word: str = "",
+        *,
+        dataset: str | Path | DatasetConfig | None = None,
+        image_encoder: str = "",
+        **hub: Any,
+    ) -> None:
+        """Puts an adapter into the UNet; one that was loaded before is removed.
+
+        pretrained_model_name_or_path: a folder of the trainer, a published file or a hub id.
+        weight_name: of the file, for a hub id of published weights, e.g. ConsistentID-v1.bin.
+        trigger_word: accepted for the sake of the reference's interface, where it has no effect
+        either. dataset: the stages that read photographs; None: those of the adapter's training
+        data. image_encoder: a folder or hub id, for a pipeline without one; it is loaded when the
+        first photograph is encoded. hub: cache_dir, revision, token and the like. Raises
+        WeightsError for an adapter that can't be loaded or doesn't fit the UNet.
+        """
+        self.unload_consistentid_adapter()
+        path = adapter_path(pretrained_model_name_or_path, subfolder, weight_name, **hub)
+        file = read_adapter(path)
+        if (path / "unet").is_dir():
+            logger.warning(
+                "%s has a unet/ beside the adapter, which was trained together with it; it is not "
+                "loaded here. Pass it to from_pretrained: unet=UNet2DConditionModel.from_pretrained"
+                '("%s")',
+                path,
+                path / "unet",
+            )
+        config = (
+            dataset if isinstance(dataset, DatasetConfig) else reading_config(path, file, dataset)
+        )
+        weight = self.unet.conv_in.weight
+        self.consistentid = Adapter(
+            file,
+            self.unet,
+            PhotoReader(config),
+            device=weight.device,
+            dtype=weight.dtype,
+            digest=file_digest(path),
+            image_encoder=image_encoder,
+        )
+
+    def unload_consistentid_adapter(self) -> None:
+        """Removes the adapter; the UNet is bit for bit as it was before."""
+        if self.consistentid is not None:
+            self.consistentid.remove()
+            self.consistentid = None
+
+    def set_consistentid_scale(self, scale: float | Mapping[str, float]) -> None:
+        """Sets the weight of the person: 1 as in training, 0 for none.
+
+        A number is the weight of the ID tokens' attention. A mapping sets single parts: `identity`
+        that weight, and `face`, `eyes`, `ears`, `nose` or `mouth` the weight of the photograph in
+        that region's token, where 0 leaves the word alone.
+        """
+        self._adapter.set_scale(scale)
+
+    def fuse_consistentid(self) -> None:
+        """Adds the adapter's LoRA to the UNet's weights, for faster steps."""
+        merge_lora(self._adapter.unet)
+
+    def unfuse_consistentid(self) -> None:
+        """Restores the UNet's weights from before `fuse_consistentid`, bit for bit."""
+        unmerge_lora(self._adapter.unet)
+
+    def encode_identity(
+        self, images: Photo | Sequence[Photo], *, name: str = "", face: int | None = None
+    ) -> Identity:
+        """Reads a person from a photograph, or from several of the same person.
+
+        The embedding of several is their mean, the rest is the first's; legacy mode reads the first
+        alone, as the reference does. face: see `PhotoReader.read`. Raises FaceError if a photograph
+        shows no usable face, SourceError if it isn't a readable image.
+        """
+        adapter = self._adapter
+        spec, mode = adapter.model.spec, adapter.model.mode
+        photos = list(images) if isinstance(images, list | tuple) else [images]
+        if mode == "legacy":
+            photos = photos[:1]
+        records = [adapter.reader.read(photo, name, face) for photo in photos]
+        with self._image_encoder(adapter) as (encoder, device):
+            people = [
+                encode_photo(record, encoder, spec, mode, adapter.reader.embedder, device)
+                for record in records
+            ]
+        return joined(people)
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *arguments: Any,
+        input_id_images: Photo | Sequence[Photo] | None = None,
+        identity: Identity | Sequence[Identity] | None = None,
+        start_merge_step: float = DEFAULT_MERGE,
+        face_caption: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Makes images as diffusers' pipeline does, of a person.
+
+        prompt, arguments, options: those of diffusers' class. input_id_images: a photograph or
+        several of one person, see `encode_identity`. identity: in place of them, a person or one
+        for each prompt. start_merge_step: the steps up to it see the plain text, later ones the
+        text with fused regions; an int is a number of steps, a float a share of them. face_caption:
+        describes the face in place of the photograph's own description.
+
+        Raises ConfigError without an adapter or a person, PipelineError if the latents of all
+        images are not finite. If those of some are not, `failed_images` names them.
+        """
+        own = cast(Any, super()).__call__
+        call = inspect.signature(own).bind_partial(prompt, *arguments, **options).arguments
+        call |= call.pop("kwargs", {})
+        if self.consistentid is None and input_id_images is None and identity is None:
+            return own(**call)
+        adapter = self._adapter
+        if (input_id_images is None) == (identity is None):
+            raise ConfigError(
+                "an adapter is loaded: pass either input_id_images or identity, or unload it"
+            )
+        if identity is None:
+            identity = self.encode_identity(input_id_images)
+        people = [identity] if isinstance(identity, Identity) else list(identity)
+        self._check_settings()
+        guidance = guidance_of(self, adapter, people, call, face_caption)
+        phases = self._phases(guidance, call, start_merge_step, adapter.model.mode == "legacy")
+        call |= embeddings(guidance, late=phases.first_is_empty)
+        call["callback_on_step_end"] = phases
+        call["callback_on_step_end_tensor_inputs"] = phases.tensors(self._callback_tensor_inputs)
+        with self._text_for_controlnet(adapter):
+            output = own(**call)
+        self.failed_images = phases.failed
+        if phases.failed:
+            logger.warning(
+                "the latents of images %s are not finite, so these images are black; the others "
+                "are not affected. Use dtype=float32 or a lower guidance_scale",
+                ", ".join(map(str, phases.failed)),
+            )
+        return output
+
+    def _phases(
+        self, guidance: Guidance, call: Mapping[str, Any], start_merge_step: float, legacy: bool
+    ) -> Phases:
+        """Makes the callback of a call. call: its arguments."""
+        defaults = inspect.signature(cast(Any, super()).__call__).parameters
+
+        def value(name: str) -> Any:
+            return call.get(name, defaults[name].default if name in defaults else None)
+
+        schedule = next((s for name in ("timesteps", "sigmas") if (s := call.get(name))), None)
+        steps = len(schedule) if schedule else int(value("num_inference_steps"))
+        strength, begin = value("strength"), value("denoising_start")
+        left_out = 0 if strength is None else steps - min(int(steps * strength), steps)
+        callback = call.get("callback_on_step_end")
+        inputs = call.get("callback_on_step_end_tensor_inputs") or ["latents"]
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            inputs = callback.tensor_inputs
+        return Phases(
+            guidance,
+            copies=value("num_images_per_prompt") or 1,
+            merge=merge_step(start_merge_step, steps),
+            steps=steps,
+            skipped=left_out if begin is None else round(begin * steps),
+            legacy=legacy,
+            callback=callback,
+            inputs=inputs,
+        )
+
+    def _check_settings(self) -> None:
+        """Corrects a scheduler that clips latents, and warns of half precision on a CPU."""
+        self.scheduler = unclipped(self.scheduler)
+        dtype = self.unet.conv_in.weight.dtype
+        if dtype == torch.float16 and self._execution_device.type == "cpu":
+            logger.warning(
+                "float16 on a CPU is emulated, which takes many times as long as float32; use "
+                'dtype="auto" or float32'
+            )
+
+    @contextmanager
+    def _text_for_controlnet(self, adapter: Adapter) -> Iterator[None]:
+        """Hides the ID tokens from a ControlNet, which has only seen texts. The reference doesn't,
+        so neither does legacy mode.
+        """
+        controlnet = getattr(self, "controlnet", None)
+        if controlnet is None or adapter.model.mode == "legacy":
+            yield
+            return
+        count = adapter.model.spec.num_tokens
+
+        def text_alone(_: Any, arguments: Any, options: dict[str, Any]) -> Any:
+            states = options["encoder_hidden_states"]
+            return arguments, options | {"encoder_hidden_states": states[:, :-count]}
+
+        handle = controlnet.register_forward_pre_hook(text_alone, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _image_encoder(self, adapter: Adapter) -> Iterator[tuple[Any, torch.device]]:
+        """Yields the image encoder, which is loaded at the first use, and the device of its input.
+
+        If diffusers has moved the other models off the device, the encoder goes too, afterwards.
+        """
+        device: torch.device = self._execution_device
+        encoder = self.image_encoder
+        if encoder is None:
+            if not adapter.image_encoder:
+                raise ConfigError(
+                    "the pipeline has no image encoder, which the photograph needs; pass "
+                    "image_encoder=FOLDER to load_consistentid_adapter"
+                )
+            dtype = self.unet.conv_in.weight.dtype
+            encoder = load_image_encoder(adapter.image_encoder, dtype)
+            self.register_modules(image_encoder=encoder)
+        managed = hasattr(encoder, "_hf_hook")  # accelerate moves it
+        if not managed:
+            encoder.to(device)
+        yield encoder, device
+        if not managed and hasattr(self.unet, "_hf_hook"):
+            encoder.to("cpu")
+
+    @property
+    def _adapter(self) -> Adapter:
+        """The adapter. Raises ConfigError if there is none in the UNet."""
+        adapter = self.consistentid
+        if adapter is None or not adapter.is_in(self.unet):
+            raise ConfigError(
+                "no ConsistentID adapter is loaded in this pipeline's UNet; call "
+                "load_consistentid_adapter first"
+            )
+        return adapter
+
+
+def _with_precision(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with dtype in place of torch_dtype, as a type in place of a name."""
+    named = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    return named if dtype is None else named | {"dtype": precision(dtype)}

@@ -1,0 +1,179 @@
+"""A call of a pipeline: from its arguments and people to the UNet's conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+
+from configs.errors import ConfigError
+from infer.adapter import Adapter
+from infer.conditioning import (
+    Guidance,
+    TextStates,
+    early_ids,
+    guidance_states,
+    plain_ids,
+    prompt_tokens,
+)
+from infer.identity import Identity
+from model.tokens import TextTokens
+
+_TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+
+
+def guidance_of(
+    pipe: Any,
+    adapter: Adapter,
+    people: Sequence[Identity],
+    call: Mapping[str, Any],
+    face_caption: str | None = None,
+) -> Guidance:
+    """Computes the conditioning of a call.
+
+    pipe: the pipeline, for its tokenizers, text encoders and device. people: one, or one for each
+    prompt. call: the arguments of diffusers' call. Raises ConfigError if the numbers of prompts,
+    negative prompts and people differ, or if a person doesn't fit the adapter.
+    """
+    for person in people:
+        adapter.check(person)
+    with _lora_scale(pipe, call):
+        if call.get("prompt_embeds") is not None:
+            return _from_embeddings(pipe, adapter, people, call)
+        return _from_prompts(pipe, adapter, people, call, face_caption)
+
+
+def embeddings(guidance: Guidance, *, late: bool) -> dict[str, Any]:
+    """Returns the arguments of diffusers' call that replace the prompts. late: whether to begin
+    with the second phase.
+    """
+    arguments: dict[str, Any] = dict.fromkeys(_TEXTS[::2])
+    arguments["prompt_embeds"] = guidance.late if late else guidance.early
+    arguments["negative_prompt_embeds"] = guidance.negative
+    if guidance.pooled_negative is not None:
+        arguments |= dict.fromkeys(_TEXTS)
+        pooled = guidance.pooled_late if late else guidance.pooled_early
+        arguments["pooled_prompt_embeds"] = pooled
+        arguments["negative_pooled_prompt_embeds"] = guidance.pooled_negative
+    return arguments
+
+
+def _from_prompts(
+    pipe: Any,
+    adapter: Adapter,
+    people: Sequence[Identity],
+    call: Mapping[str, Any],
+    face_caption: str | None,
+) -> Guidance:
+    model, device = adapter.model, pipe._execution_device
+    tokenizer = adapter.marked(pipe.tokenizer)
+    tokenizer_2 = getattr(pipe, "tokenizer_2", None)
+    given = call.get("prompt")
+    if not isinstance(given, str | list | tuple) or not given:
+        raise ConfigError(f"prompt={given!r}: expected a text or a list of texts")
+    count = 1 if isinstance(given, str) else len(given)
+    prompts = [text or "" for text in _texts(pipe, given, count, "prompt")]
+    seconds = _texts(pipe, call.get("prompt_2"), count, "prompt_2")
+    each = _for_each(people, count, "prompts")
+    tokens: list[TextTokens] = []
+    for person, prompt, second in zip(each, prompts, seconds, strict=True):
+        caption = person.record.face_caption if face_caption is None else face_caption
+        arguments = (caption, tokenizer, tokenizer_2)
+        marked = prompt_tokens(model, person, prompt, *arguments)
+        if second is not None:
+            other = prompt_tokens(model, person, second, *arguments)
+            marked = replace(marked, input_ids_2=other.input_ids_2)
+        tokens.append(marked)
+    early = [early_ids(model, *pair, tokenizer) for pair in zip(tokens, prompts, strict=True)]
+    late = [(text.input_ids, text.input_ids_2) for text in tokens]
+    return guidance_states(
+        model,
+        adapter.tokens_of(each, device),
+        tokens,
+        early=adapter.text_states(pipe, early, device, call.get("clip_skip")),
+        late=adapter.text_states(pipe, late, device, call.get("clip_skip")),
+        negative=_negative_states(pipe, adapter, call, count),
+        strength=adapter.strength,
+    )
+
+
+def _from_embeddings(
+    pipe: Any, adapter: Adapter, people: Sequence[Identity], call: Mapping[str, Any]
+) -> Guidance:
+    """Adds ID tokens to text embeddings that the caller computed. No regions are fused, since it
+    isn't known where their nouns are.
+    """
+    positive: Tensor = call["prompt_embeds"]
+    count = len(positive)
+    tokens = adapter.tokens_of(_for_each(people, count, "prompt_embeds"), pipe._execution_device)
+    negative = call.get("negative_prompt_embeds")
+    pooled_negative = call.get("negative_pooled_prompt_embeds")
+    if negative is None:
+        states = _negative_states(pipe, adapter, call, count)
+        negative, pooled_negative = states.hidden, states.pooled
+    identity, no_identity = (
+        torch.stack([getattr(each, name) for each in tokens]).to(positive)
+        for name in ("identity", "no_identity")
+    )
+    text = torch.cat((positive, identity), dim=1)
+    pooled = call.get("pooled_prompt_embeds")
+    return Guidance(
+        early=text,
+        late=text,
+        negative=torch.cat((negative.to(positive), no_identity), dim=1),
+        pooled_early=pooled,
+        pooled_late=pooled,
+        pooled_negative=pooled_negative,
+    )
+
+
+def _negative_states(
+    pipe: Any, adapter: Adapter, call: Mapping[str, Any], count: int
+) -> TextStates:
+    """Encodes the negative prompts; as in diffusers, clip_skip doesn't concern them."""
+    firsts = _texts(pipe, call.get("negative_prompt"), count, "negative_prompt")
+    seconds = _texts(pipe, call.get("negative_prompt_2"), count, "negative_prompt_2")
+    tokenizer = adapter.marked(pipe.tokenizer)
+    texts = [plain_ids(a or "", tokenizer, b) for a, b in zip(firsts, seconds, strict=True)]
+    return adapter.text_states(pipe, texts, pipe._execution_device)
+
+
+def _texts(pipe: Any, texts: str | Sequence[str] | None, count: int, name: str) -> list[str | None]:
+    """Returns a text or None for each of `count` prompts, with the tokens of textual inversion."""
+    if texts is None or isinstance(texts, str):
+        listed: list[str | None] = [texts] * count
+    else:
+        listed = list(texts)
+    if len(listed) != count:
+        raise ConfigError(f"{len(listed)} texts in {name} for {count} prompts; pass one or {count}")
+    if not hasattr(pipe, "maybe_convert_prompt"):
+        return listed
+    return [
+        None if text is None else pipe.maybe_convert_prompt(text, pipe.tokenizer) for text in listed
+    ]
+
+
+def _for_each(people: Sequence[Identity], count: int, name: str) -> list[Identity]:
+    if len(people) not in (1, count):
+        raise ConfigError(f"{len(people)} people for {count} {name}; pass one person or {count}")
+    return list(people) * (count if len(people) == 1 else 1)
+
+
+@contextmanager
+def _lora_scale(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """Scales LoRA of peft in the text encoders, as diffusers does while it encodes prompts."""
+    scale = (call.get("cross_attention_kwargs") or {}).get("scale")
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    scaled = [encoder for encoder in encoders if encoder is not None and scale is not None]
+    for encoder in scaled:
+        scale_lora_layers(encoder, scale)
+    try:
+        yield
+    finally:
+        for encoder in scaled:
+            unscale_lora_layers(encoder, scale)
