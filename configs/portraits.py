@@ -27,8 +27,8 @@ class AdaptedModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionStrength:
-    """The weight of the photograph in each region's token: 0 (the word alone) to 1 (fully fused
-    with the region's image).
+    """The weight of the photograph in each region's token: 0 is the word alone, 1 the word fused
+    with the region's image, as in training; more exaggerates.
     """
 
     face: float = 1.0
@@ -40,7 +40,7 @@ class RegionStrength:
     def __post_init__(self) -> None:
         for name in ("face", "ears", "eyes", "nose", "mouth"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"region_strength.{name}={value}: expected 0 to 1")
+            _check(value >= 0, f"region_strength.{name}={value}: expected at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +56,19 @@ class InferConfig:
     prompts: tuple[str, ...] = ()
     output: str = "runs/portraits"
     overwrite: bool = False  # replace portraits in `output` that have another configuration
+    face: int = 0  # which face of the photograph, from left to right from 1 on; 0: the largest
+    # describes the face in place of the photograph's own description; "": that one
+    face_caption: str = ""
     prompt_template: str = "{prompt}"
     negative_prompt: str = ""
     scheduler: str = "EulerDiscreteScheduler"  # any of diffusers' schedulers, by class name
+    # its options that differ from the base model's, NAME=VALUE, for example use_karras_sigmas=true
+    # or timestep_spacing=trailing
+    scheduler_options: tuple[str, ...] = ()
     num_inference_steps: int = 50
-    # steps up to this one use the plain text, later ones the text with fused regions
-    start_merge_step: int = 30
+    # steps up to this one use the plain text, later ones the text with fused regions; under 1 a
+    # share of the steps, else a number of steps
+    start_merge_step: float = 0.6
     guidance_scale: float = 5.0
     height: int = 768
     width: int = 512
@@ -72,7 +79,11 @@ class InferConfig:
     region_strength: RegionStrength = field(default_factory=RegionStrength)
     merge_lora: bool = True  # add the adapter's LoRA to the UNet's weights: faster steps
     seed: int = 2024
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    # auto: float16 on a GPU, float32 on a CPU
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    # which models stay in the CPU's memory until they are needed. model: one model at a time is on
+    # the GPU; sequential: one layer at a time, which needs least memory and is slow
+    offload: Literal["none", "model", "sequential"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
@@ -83,12 +94,16 @@ class InferConfig:
         for name in ("height", "width"):
             value = getattr(self, name)
             _check(value > 0 and value % 8 == 0, f"{name}={value}: expected a multiple of 8")
+        merge = self.start_merge_step
         _check(
-            0 <= self.start_merge_step <= self.num_inference_steps,
-            f"start_merge_step={self.start_merge_step}: expected 0 to "
+            0 <= merge <= self.num_inference_steps and (merge < 1 or merge == int(merge)),
+            f"start_merge_step={merge:g}: expected a share under 1, or a number of steps up to "
             f"num_inference_steps={self.num_inference_steps}; "
             "a later step would never fuse the facial regions",
         )
+        bad = [option for option in self.scheduler_options if not option.partition("=")[2]]
+        _check(not bad, f"scheduler_options: {bad}: expected NAME=VALUE")
+        _check(self.face >= 0, f"face={self.face}: expected 1 for the leftmost face, 0: largest")
         _check(self.id_scale >= 0, f"id_scale={self.id_scale}: expected at least 0")
         _check(
             "{prompt}" in self.prompt_template,

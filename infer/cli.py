@@ -22,8 +22,8 @@ from configs.errors import ConfigError, PipelineError, user_message
 
 if TYPE_CHECKING:
     from configs.portraits import InferConfig
-    from infer.generator import ConsistentIDGenerator
     from infer.identity import Identity
+    from infer.mixin import ConsistentIDMixin
     from infer.portrait import Portrait
 
 SETTINGS_FILE: Final = "infer.yaml"
@@ -158,20 +158,18 @@ def _run(settings: InferConfig) -> None:
     folder = Path(settings.output).expanduser()
     _check_output(folder, settings)
     started = time.perf_counter()
-    person, generator = _load(settings)
+    person, pipe = _load(settings)
     loaded = time.perf_counter()
-    typer.echo(
-        f"{person.record.source}: {', '.join(person.regions)}; model {generator.model.spec.name}",
-        err=True,
-    )
-    if generator.model.spec.name == "tiny":
+    spec = pipe.adapter.model.spec.name
+    typer.echo(f"{person.record.source}: {', '.join(person.regions)}; model {spec}", err=True)
+    if spec == "tiny":
         typer.echo(
             "the tiny model was trained on few images: expect blurred faces, not likenesses",
             err=True,
         )
     _prepare_output(folder, settings)
     person.save(folder / IDENTITY_FILE)
-    paths = _write_portraits(folder, person, generator, settings)
+    paths = _write_portraits(folder, person, pipe, settings)
     ended = time.perf_counter()
     typer.echo(
         f"{len(paths)} portraits in {ended - loaded:.1f} s, after {loaded - started:.1f} s of "
@@ -182,25 +180,29 @@ def _run(settings: InferConfig) -> None:
     typer.echo(f"contact sheet: {folder / SHEET_FILE}")
 
 
-def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDGenerator]:
-    """Loads the person and the generator.
+def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDMixin]:
+    """Loads the person and the pipeline.
 
     The face stages run first, so that a photograph without a face fails before gigabytes of other
     models are loaded.
     """
-    from infer.identity import Identity, read_photo, run_stages, set_up_stages
-    from infer.load import dataset_config, load_generator
+    from infer.adapter import reading_config
+    from infer.identity import Identity
+    from infer.load import configured_adapter, load_pipeline
+    from infer.photo import PhotoReader
+    from model.checkpoint import read_adapter
     from stages.backends.runtime import pin_threads
 
     if settings.identity:
         person = Identity.load(Path(settings.identity).expanduser())
-        return person, load_generator(settings)
-    photograph = read_photo(Path(settings.photo).expanduser())
-    dataset = dataset_config(settings)
+        return person, load_pipeline(settings)
+    source = configured_adapter(settings)
+    dataset = reading_config(source, read_adapter(source), settings.dataset)
     pin_threads(dataset.threads or _allowed_threads())
-    record = run_stages(photograph, set_up_stages(dataset), settings.photo)
-    generator = load_generator(settings)
-    return generator.encode(record), generator
+    photo = Path(settings.photo).expanduser()
+    record = PhotoReader(dataset).read(photo, settings.photo, settings.face)
+    pipe = load_pipeline(settings)
+    return pipe.encode_identity(record), pipe
 
 
 def _allowed_threads() -> int:
@@ -210,16 +212,17 @@ def _allowed_threads() -> int:
 
 
 def _write_portraits(
-    folder: Path, person: Identity, generator: ConsistentIDGenerator, settings: InferConfig
+    folder: Path, person: Identity, pipe: ConsistentIDMixin, settings: InferConfig
 ) -> list[Path]:
     """Writes the portraits, then the contact sheet; returns the portraits' paths."""
+    from infer.generate import evaluations, generate
     from infer.sheet import contact_sheet
 
     portraits: list[Portrait] = []
     paths: list[Path] = []
     count = len(settings.prompts) * settings.num_images_per_prompt
-    with _progress(count * generator.evaluations(settings)) as advance:
-        for portrait in generator.generate(person, settings.prompts, settings, advance):
+    with _progress(count * evaluations(pipe, settings)) as advance:
+        for portrait in generate(pipe, person, settings, advance):
             paths.append(portrait.save(folder))
             portraits.append(portrait)
     contact_sheet(person, portraits).save(folder / SHEET_FILE)

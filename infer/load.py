@@ -1,32 +1,31 @@
-"""Loads a generator from a configuration: finds its adapter, base model and data set stages."""
+"""Loads a pipeline from a configuration: finds its adapter, base model and precision."""
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 from configs.errors import ConfigError
-from configs.load import load
 from configs.portraits import InferConfig
-from configs.schema import DatasetConfig, DetectConfig, EmbedConfig
-from infer.generator import ConsistentIDGenerator
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, load_adapter, read_adapter
-from model.consistentid import ConsistentID, load_base
+from infer.adapter import reading_config
+from infer.components import precision
+from infer.mixin import ConsistentIDMixin
+from infer.pipelines import ConsistentIDPipeline, ConsistentIDXLPipeline
+from model.checkpoint import AdapterFile, read_adapter
+from model.consistentid import load_model
 from stages.backends.runtime import torch_device
 
-DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
+logger = logging.getLogger("consistentid")
 
 
-def load_generator(config: InferConfig) -> ConsistentIDGenerator:
-    """Loads the generator of a configuration, on its device.
+def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
+    """Loads the pipeline of a configuration, on its device, with its adapter.
 
     Raises ConfigError if the configuration doesn't fit the adapter, WeightsError for weights that
     can't be loaded.
     """
-    import torch
-
-    source = adapter_path(config)
+    source = configured_adapter(config)
     adapter = read_adapter(source)
     for name, own in (("spec", adapter.spec.name), ("mode", adapter.mode)):
         requested = getattr(config.model, name)
@@ -35,27 +34,40 @@ def load_generator(config: InferConfig) -> ConsistentIDGenerator:
                 f"model.{name}={requested}, but {source} is of {name} {own}. Set "
                 f"model.{name}=auto, or use the preset for this adapter."
             )
-    dataset = dataset_config(config)
-    device, dtype = torch_device(config.model.device), getattr(torch, config.dtype)
-    folder = _folder(source)
-    base = load_base(
-        adapter.spec,
-        base_of(config, adapter),
-        image_encoder=config.model.image_encoder or None,
-        unet=folder / "unet" if (folder / "unet").is_dir() else None,
-        device=device,
-        dtype=dtype,
-        variant=config.model.variant or None,
+    from diffusers import UNet2DConditionModel
+
+    device = torch_device(config.model.device)
+    dtype = precision(config.dtype, device)
+    base = base_of(config, source, adapter)
+    options: dict[str, Any] = {}
+    if config.model.variant:
+        options["variant"] = config.model.variant
+    unet = source / "unet"
+    if unet.is_dir():
+        logger.info("the UNet of %s takes the place of that of %s", unet, base)
+        options["unet"] = load_model(UNet2DConditionModel, str(unet), dtype=dtype)
+    kind = ConsistentIDXLPipeline if adapter.spec.two_text_encoders else ConsistentIDPipeline
+    if config.model.image_encoder:
+        options["image_encoder"] = None  # the adapter's is loaded when it is needed
+    pipe = kind.from_pretrained(base, dtype=dtype, **options)
+    pipe.load_consistentid_adapter(
+        source,
+        dataset=reading_config(source, adapter, config.dataset),
+        image_encoder=config.model.image_encoder,
     )
-    if base.vae.config.get("force_upcast"):  # SDXL's VAE overflows in half precision
-        base.vae.float()
-    model = ConsistentID(adapter.spec, base.unet, adapter.mode)
-    load_adapter(adapter, model)
-    model.requires_grad_(False).to(device, dtype)
-    return ConsistentIDGenerator(base, model, config, dataset, digest=adapter_digest(source))
+    if config.merge_lora:
+        pipe.fuse_consistentid()
+    if config.offload == "none":
+        pipe.to(device)
+    elif config.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def adapter_path(config: InferConfig) -> Path:
+def configured_adapter(config: InferConfig) -> Path:
     """Returns the path of the adapter. Raises ConfigError if none is set or it doesn't exist."""
     if not config.adapter:
         raise ConfigError(
@@ -71,7 +83,7 @@ def adapter_path(config: InferConfig) -> Path:
     return source
 
 
-def base_of(config: InferConfig, adapter: AdapterFile) -> str:
+def base_of(config: InferConfig, source: Path, adapter: AdapterFile) -> str:
     """Returns the base model's folder or hub id.
 
     It is model.base, else the spec's, else `base/` beside the adapter's folder, where the trainer
@@ -79,7 +91,8 @@ def base_of(config: InferConfig, adapter: AdapterFile) -> str:
     """
     if config.model.base or adapter.spec.base:
         return config.model.base or adapter.spec.base
-    local = _folder(adapter_path(config)).resolve().parent / "base"
+    folder = source if source.is_dir() else source.parent
+    local = folder.resolve().parent / "base"
     if not local.is_dir():
         raise ConfigError(
             f"adapter={config.adapter} is of spec {adapter.spec.name}, whose base model is made "
@@ -87,34 +100,3 @@ def base_of(config: InferConfig, adapter: AdapterFile) -> str:
             "Set model.base=FOLDER, the base model that it was trained with."
         )
     return str(local)
-
-
-def dataset_config(config: InferConfig) -> DatasetConfig:
-    """Returns the configuration of the stages that read the photograph.
-
-    It is config.dataset, else the file beside the adapter, else the defaults. Published weights
-    get the defaults with buffalo_l's detector and embedder, because they were trained with its
-    identities; those of another embedder have no meaning to them.
-    """
-    source = adapter_path(config)
-    if config.dataset:
-        return load(DatasetConfig, config.dataset)
-    path = _folder(source) / DATASET_FILE
-    if path.is_file():
-        return load(DatasetConfig, path)
-    if (_folder(source) / CONFIG_FILE).is_file():
-        return DatasetConfig()
-    return DatasetConfig(
-        detect=DetectConfig(weights="det_10g"), embed=EmbedConfig(weights="w600k_r50")
-    )
-
-
-def adapter_digest(source: Path) -> str:
-    """Returns the sha256 of the adapter's weights file."""
-    weights = source / WEIGHTS_FILE if source.is_dir() else source
-    with weights.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _folder(source: Path) -> Path:
-    return source if source.is_dir() else source.parent

@@ -25,10 +25,11 @@ from infer.conditioning import Guidance
 from infer.identity import Identity, encode_photo, joined
 from infer.phases import Phases, merge_step
 from infer.photo import Photo, PhotoReader
-from infer.request import embeddings, guidance_of
+from infer.request import embeddings, guidance_of, prompt_text
 from infer.schedulers import unclipped
 from model.attention import merge_lora, unmerge_lora
 from model.checkpoint import read_adapter, save_adapter
+from model.tokens import TextTokens
 
 logger = logging.getLogger("consistentid")
 
@@ -53,6 +54,8 @@ class ConsistentIDMixin:
     image_encoder: Any
     register_modules: Any
     load_config: Any
+    vae_scale_factor: int
+    tokenizer: Any
     _execution_device: torch.device
     _callback_tensor_inputs: list[str]
 
@@ -129,7 +132,7 @@ class ConsistentIDMixin:
         self.unload_consistentid_adapter()
         path = adapter_path(pretrained_model_name_or_path, subfolder, weight_name, **hub)
         file = read_adapter(path)
-        if (path / "unet").is_dir():
+        if (path / "unet").is_dir() and not _is_from(self.unet, path / "unet"):
             logger.warning(
                 "%s has a unet/ beside the adapter, which was trained together with it; it is not "
                 "loaded here. Pass it to from_pretrained: unet=UNet2DConditionModel.from_pretrained"
@@ -164,18 +167,18 @@ class ConsistentIDMixin:
         that weight, and `face`, `eyes`, `ears`, `nose` or `mouth` the weight of the photograph in
         that region's token, where 0 leaves the word alone.
         """
-        self._adapter.set_scale(scale)
+        self.adapter.set_scale(scale)
 
     def fuse_consistentid(self) -> None:
         """Adds the adapter's LoRA to the UNet's weights, for faster steps."""
-        merge_lora(self._adapter.unet)
+        merge_lora(self.adapter.unet)
 
     def unfuse_consistentid(self) -> None:
         """Restores the UNet's weights from before `fuse_consistentid`, bit for bit."""
-        unmerge_lora(self._adapter.unet)
+        unmerge_lora(self.adapter.unet)
 
     def encode_identity(
-        self, images: Photo | Sequence[Photo], *, name: str = "", face: int | None = None
+        self, images: Photo | list[Photo], *, name: str = "", face: int | None = None
     ) -> Identity:
         """Reads a person from a photograph, or from several of the same person.
 
@@ -183,9 +186,9 @@ class ConsistentIDMixin:
         alone, as the reference does. face: see `PhotoReader.read`. Raises FaceError if a photograph
         shows no usable face, SourceError if it isn't a readable image.
         """
-        adapter = self._adapter
+        adapter = self.adapter
         spec, mode = adapter.model.spec, adapter.model.mode
-        photos = list(images) if isinstance(images, list | tuple) else [images]
+        photos = images if isinstance(images, list) else [images]
         if mode == "legacy":
             photos = photos[:1]
         records = [adapter.reader.read(photo, name, face) for photo in photos]
@@ -196,11 +199,19 @@ class ConsistentIDMixin:
             ]
         return joined(people)
 
+    def prompt_tokens(
+        self, person: Identity, prompt: str, face_caption: str | None = None
+    ) -> TextTokens:
+        """Returns the text that the second phase reads for a prompt, with the regions fused into
+        it. face_caption: as in a call.
+        """
+        return prompt_text(self, self.adapter, person, prompt, face_caption)
+
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         *arguments: Any,
-        input_id_images: Photo | Sequence[Photo] | None = None,
+        input_id_images: Photo | list[Photo] | None = None,
         identity: Identity | Sequence[Identity] | None = None,
         start_merge_step: float = DEFAULT_MERGE,
         face_caption: str | None = None,
@@ -222,13 +233,13 @@ class ConsistentIDMixin:
         call |= call.pop("kwargs", {})
         if self.consistentid is None and input_id_images is None and identity is None:
             return own(**call)
-        adapter = self._adapter
-        if (input_id_images is None) == (identity is None):
+        adapter = self.adapter
+        if identity is None and input_id_images is not None:
+            identity = self.encode_identity(input_id_images)
+        elif identity is None or input_id_images is not None:
             raise ConfigError(
                 "an adapter is loaded: pass either input_id_images or identity, or unload it"
             )
-        if identity is None:
-            identity = self.encode_identity(input_id_images)
         people = [identity] if isinstance(identity, Identity) else list(identity)
         self._check_settings()
         guidance = guidance_of(self, adapter, people, call, face_caption)
@@ -331,7 +342,7 @@ class ConsistentIDMixin:
             encoder.to("cpu")
 
     @property
-    def _adapter(self) -> Adapter:
+    def adapter(self) -> Adapter:
         """The adapter. Raises ConfigError if there is none in the UNet."""
         adapter = self.consistentid
         if adapter is None or not adapter.is_in(self.unet):
@@ -340,6 +351,11 @@ class ConsistentIDMixin:
                 "load_consistentid_adapter first"
             )
         return adapter
+
+
+def _is_from(model: Any, folder: Path) -> bool:
+    """Returns whether a model of diffusers was loaded from a folder."""
+    return Path(model.config.get("_name_or_path") or "").resolve() == folder.resolve()
 
 
 def _with_precision(options: Mapping[str, Any]) -> dict[str, Any]:

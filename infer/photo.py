@@ -60,10 +60,13 @@ class PhotoReader:
     def read(self, photo: Photo, name: str = "", face: int | None = None) -> Record:
         """Returns the record of the person in a photograph.
 
-        name: of the photograph in error messages. Raises FaceError if it shows no usable face,
+        A record that has been through the stages, e.g. one of a shard, is returned as it is. name:
+        of the photograph in error messages. Raises FaceError if it shows no usable face,
         SourceError if it isn't a readable image.
         """
         record = as_record(photo)
+        if record.ok and record.complete:
+            return record
         shown = name or (str(photo) if isinstance(photo, str | Path) else record.source)
         return run_stages(record, self.stages, shown)
 

@@ -50,8 +50,8 @@ class Portrait:
         return path
 
 
-def portrait_seed(seed: int, prompt_index: int, image_index: int, purpose: str = "latents") -> int:
-    """Returns the seed of the random generator for one purpose of one image, in [0, 2**63)."""
-    name = f"consistentid/{seed}/{prompt_index}/{image_index}/{purpose}"
+def portrait_seed(seed: int, prompt_index: int, image_index: int) -> int:
+    """Returns the seed of an image's random generator, in [0, 2**63)."""
+    name = f"consistentid/{seed}/{prompt_index}/{image_index}"
     # 63 bits are the most that torch accepts
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -63,6 +63,31 @@ def embeddings(guidance: Guidance, *, late: bool) -> dict[str, Any]:
     return arguments
 
 
+def prompt_text(
+    pipe: Any, adapter: Adapter, person: Identity, prompt: str, face_caption: str | None
+) -> TextTokens:
+    """Returns the text of a prompt's second phase. face_caption: None for the photograph's own."""
+    caption = person.record.face_caption if face_caption is None else face_caption
+    tokenizer, tokenizer_2 = adapter.marked(pipe.tokenizer), getattr(pipe, "tokenizer_2", None)
+    return prompt_tokens(adapter.model, person, prompt, caption, tokenizer, tokenizer_2)
+
+
+def _both_texts(
+    pipe: Any,
+    adapter: Adapter,
+    person: Identity,
+    prompt: str,
+    prompt_2: str | None,
+    face_caption: str | None,
+) -> TextTokens:
+    """Returns a prompt's text; prompt_2: another prompt for the second text encoder."""
+    tokens = prompt_text(pipe, adapter, person, prompt, face_caption)
+    if prompt_2 is None:
+        return tokens
+    second = prompt_text(pipe, adapter, person, prompt_2, face_caption)
+    return replace(tokens, input_ids_2=second.input_ids_2)
+
+
 def _from_prompts(
     pipe: Any,
     adapter: Adapter,
@@ -70,9 +95,7 @@ def _from_prompts(
     call: Mapping[str, Any],
     face_caption: str | None,
 ) -> Guidance:
-    model, device = adapter.model, pipe._execution_device
-    tokenizer = adapter.marked(pipe.tokenizer)
-    tokenizer_2 = getattr(pipe, "tokenizer_2", None)
+    device = pipe._execution_device
     given = call.get("prompt")
     if not isinstance(given, str | list | tuple) or not given:
         raise ConfigError(f"prompt={given!r}: expected a text or a list of texts")
@@ -80,19 +103,17 @@ def _from_prompts(
     prompts = [text or "" for text in _texts(pipe, given, count, "prompt")]
     seconds = _texts(pipe, call.get("prompt_2"), count, "prompt_2")
     each = _for_each(people, count, "prompts")
-    tokens: list[TextTokens] = []
-    for person, prompt, second in zip(each, prompts, seconds, strict=True):
-        caption = person.record.face_caption if face_caption is None else face_caption
-        arguments = (caption, tokenizer, tokenizer_2)
-        marked = prompt_tokens(model, person, prompt, *arguments)
-        if second is not None:
-            other = prompt_tokens(model, person, second, *arguments)
-            marked = replace(marked, input_ids_2=other.input_ids_2)
-        tokens.append(marked)
-    early = [early_ids(model, *pair, tokenizer) for pair in zip(tokens, prompts, strict=True)]
+    tokens = [
+        _both_texts(pipe, adapter, *row, face_caption)
+        for row in zip(each, prompts, seconds, strict=True)
+    ]
+    tokenizer = adapter.marked(pipe.tokenizer)
+    early = [
+        early_ids(adapter.model, *pair, tokenizer) for pair in zip(tokens, prompts, strict=True)
+    ]
     late = [(text.input_ids, text.input_ids_2) for text in tokens]
     return guidance_states(
-        model,
+        adapter.model,
         adapter.tokens_of(each, device),
         tokens,
         early=adapter.text_states(pipe, early, device, call.get("clip_skip")),

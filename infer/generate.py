@@ -1,0 +1,194 @@
+"""Portraits of a configuration, in batches over prompts and seeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from configs.errors import ConfigError, PipelineError
+from configs.portraits import InferConfig
+from infer.identity import Identity
+from infer.mixin import ConsistentIDMixin
+from infer.portrait import Portrait, portrait_seed
+from infer.schedulers import make_scheduler
+from model.prompt import without_marks
+
+logger = logging.getLogger("consistentid")
+
+StepCallback = Callable[[int], None]  # called with the number of portraits in the batch
+Job = tuple[int, int]  # number of the prompt, number of the image
+
+
+def generate(
+    pipe: ConsistentIDMixin,
+    person: Identity,
+    settings: InferConfig,
+    on_step: StepCallback | None = None,
+) -> Iterator[Portrait]:
+    """Yields portraits in the order of `settings.prompts`, `num_images_per_prompt` for each.
+
+    They are made while the caller iterates. Portrait i of prompt j depends on (seed, i, j), and not
+    on how many are made; its batch may change the last bits. on_step: called after each evaluation
+    of the UNet. A portrait that can't be made is logged and left out. Raises ConfigError for
+    settings or a person that don't fit the pipeline, PipelineError if the memory isn't enough for
+    one portrait.
+    """
+    _apply(pipe, settings)
+    jobs = [
+        (prompt, image)
+        for prompt in range(len(settings.prompts))
+        for image in range(settings.num_images_per_prompt)
+    ]
+    for start in range(0, len(jobs), settings.batch_size):
+        yield from _batch(
+            pipe, person, settings, jobs[start : start + settings.batch_size], on_step
+        )
+
+
+def evaluations(pipe: ConsistentIDMixin, settings: InferConfig) -> int:
+    """Returns how often the UNet is evaluated for one portrait."""
+    scheduler = _scheduler(pipe, settings)
+    scheduler.set_timesteps(settings.num_inference_steps)
+    return len(scheduler.timesteps)
+
+
+def _scheduler(pipe: ConsistentIDMixin, settings: InferConfig) -> Any:
+    options = dict(option.split("=", 1) for option in settings.scheduler_options)
+    values = {name: yaml.safe_load(value) for name, value in options.items()}
+    return make_scheduler(settings.scheduler, pipe.scheduler, values)
+
+
+def _apply(pipe: ConsistentIDMixin, settings: InferConfig) -> None:
+    """Sets the pipeline's scheduler and scales. Raises ConfigError for sizes that don't fit."""
+    factor = pipe.vae_scale_factor
+    if settings.height % factor or settings.width % factor:
+        raise ConfigError(
+            f"width={settings.width}, height={settings.height}: this base model needs multiples of "
+            f"{factor}"
+        )
+    pipe.scheduler = _scheduler(pipe, settings)
+    pipe.set_consistentid_scale({"identity": settings.id_scale, **asdict(settings.region_strength)})
+
+
+def _batch(
+    pipe: ConsistentIDMixin,
+    person: Identity,
+    settings: InferConfig,
+    jobs: Sequence[Job],
+    on_step: StepCallback | None,
+) -> Iterator[Portrait]:
+    """Makes portraits together; if the memory isn't enough, in halves."""
+    try:
+        images = _images(pipe, person, settings, jobs, on_step)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_memory_error(error):
+            raise
+        if len(jobs) == 1:
+            raise PipelineError(
+                f"the memory isn't enough for one portrait of {settings.width}×{settings.height} "
+                "pixels. Make it smaller (width=, height=), or set offload=model or "
+                "offload=sequential, or dtype=bfloat16."
+            ) from error
+        middle = len(jobs) // 2
+        logger.warning(
+            "the memory isn't enough for %d portraits together; making %d", len(jobs), middle
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for part in (jobs[:middle], jobs[middle:]):
+            yield from _batch(pipe, person, settings, part, on_step)
+        return
+    for row, (job, image) in enumerate(zip(jobs, images, strict=True)):
+        if row in pipe.failed_images:
+            logger.warning("portrait %d of prompt %d was not made: see above", *reversed(job))
+            continue
+        yield Portrait(
+            pixels=np.asarray(image.convert("RGB")),
+            prompt=settings.prompts[job[0]],
+            prompt_index=job[0],
+            image_index=job[1],
+            settings=_metadata(pipe, person, settings, job),
+        )
+
+
+def _images(
+    pipe: ConsistentIDMixin,
+    person: Identity,
+    settings: InferConfig,
+    jobs: Sequence[Job],
+    on_step: StepCallback | None,
+) -> Any:
+    merge = settings.start_merge_step
+
+    def report(_pipe: Any, _step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(len(jobs))
+        return {}
+
+    return pipe(
+        prompt=[apply_template(settings.prompts[prompt], settings) for prompt, _ in jobs],
+        negative_prompt=[settings.negative_prompt] * len(jobs),
+        identity=person,
+        face_caption=settings.face_caption or None,
+        num_inference_steps=settings.num_inference_steps,
+        start_merge_step=merge if merge < 1 else int(merge),
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        generator=[
+            torch.Generator().manual_seed(portrait_seed(settings.seed, *job)) for job in jobs
+        ],
+        callback_on_step_end=report,
+    ).images
+
+
+def apply_template(prompt: str, settings: InferConfig) -> str:
+    """Puts the prompt into `prompt_template`. Braces in the prompt have no special meaning."""
+    return settings.prompt_template.replace("{prompt}", prompt)
+
+
+def _is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory is missing; on a CPU torch raises a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _metadata(
+    pipe: ConsistentIDMixin, person: Identity, settings: InferConfig, job: Job
+) -> dict[str, str]:
+    """Returns a portrait's settings for its PNG; `text` is what the text encoder reads."""
+    adapter = pipe.adapter
+    prompt = settings.prompts[job[0]]
+    tokens = pipe.prompt_tokens(
+        person, apply_template(prompt, settings), settings.face_caption or None
+    )
+    return {
+        "prompt": prompt,
+        "negative_prompt": settings.negative_prompt,
+        "text": without_marks(tokens.text),
+        "regions": ", ".join(tokens.regions),
+        "seed": str(settings.seed),
+        "prompt_index": str(job[0]),
+        "image_index": str(job[1]),
+        "steps": str(settings.num_inference_steps),
+        "start_merge_step": f"{settings.start_merge_step:g}",
+        "guidance_scale": str(settings.guidance_scale),
+        "id_scale": str(settings.id_scale),
+        "scheduler": settings.scheduler,
+        "scheduler_options": ", ".join(settings.scheduler_options),
+        "size": f"{settings.width}x{settings.height}",
+        "dtype": str(pipe.unet.conv_in.weight.dtype).removeprefix("torch."),
+        "mode": adapter.model.mode,
+        "spec": adapter.model.spec.name,
+        "adapter_sha256": adapter.digest,
+        "photo": person.record.source,
+        "photo_sha256": person.record.sha256,
+        "Software": "ConsistentID",
+    }
