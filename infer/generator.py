@@ -290,6 +290,7 @@ class ConsistentIDGenerator:
             guidance_scale=settings.guidance_scale,
             mode=self.model.mode,
             generator=_step_generators(settings.seed, prompt_index, numbers),
+            vae_factor=factor,
             on_step=None if on_step is None else lambda _step, rows: on_step(len(rows)),
         )
         return decode(self.base.vae, final)
