@@ -122,6 +122,7 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     extra: Callable[[Tensor, Tensor, Tensor], dict[str, Any]] | None = None,
     on_step: StepCallback | None = None,
+    vae_factor: int = 8,
 ) -> Tensor:
     """Denoises standard normal latents (B, 4, h, w).
 
@@ -129,7 +130,8 @@ def denoise(
     compares with `<=`. guidance_scale: with 1 or less the unconditional branch is not evaluated.
     eta: DDIM's. generator: for schedulers that add noise at every step; a list has one for each
     image. extra: returns further UNet arguments from the UNet's input, the timestep and the states,
-    e.g. a ControlNet's residuals. Raises ValueError if latents and guidance differ in batch size.
+    e.g. a ControlNet's residuals. vae_factor: side of the square of pixels that a latent encodes.
+    Raises ValueError if latents and guidance differ in batch size.
     """
     if len(latents) != len(guidance.late):
         raise ValueError(
@@ -138,7 +140,7 @@ def denoise(
     scheduler.set_timesteps(steps, device=latents.device)
     options = _step_options(scheduler, eta, generator)
     guided = guidance_scale > 1.0
-    time_ids = _time_ids(latents) if guidance.pooled_late is not None else None
+    time_ids = _time_ids(latents, vae_factor) if guidance.pooled_late is not None else None
     latents = latents * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
         first = step <= merge_step if mode == "legacy" else step < merge_step
@@ -199,7 +201,7 @@ def _step_options(
     }
 
 
-def _time_ids(latents: Tensor) -> Tensor:
+def _time_ids(latents: Tensor, vae_factor: int) -> Tensor:
     """Returns SDXL's (1, 6): original size, the crop's corner, target size, in pixels."""
-    height, width = (8 * side for side in latents.shape[-2:])  # a latent encodes 8 × 8 pixels
+    height, width = (vae_factor * side for side in latents.shape[-2:])
     return torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)

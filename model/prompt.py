@@ -204,7 +204,9 @@ def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
 
     This is `process_text_with_markers` of its functions.py. Regions whose word doesn't occur in
     lower case are dropped. The n-th remaining region is paired with the n-th mark although their
-    orders differ, so with both eyes and ears in the text, each gets the other's image.
+    orders differ, so with both eyes and ears in the text, each gets the other's image. Where a
+    clause has several marks, or a region's word is missing, punctuation may be left as clauses of
+    its own: "a face <|facial|> and a nose <|facial|>, .,".
     """
     available = [
         word for word in REGION_WORDS if any(word_of(region) == word for region in regions)
@@ -217,15 +219,16 @@ def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
     clauses: list[str] = []
     for word in available:
         mark = f"<|{word}|>"
-        at = text.find(mark)
-        if at < 0:
-            continue
-        start = max(text.rfind(stop, 0, at) for stop in ",.;") + 1
-        end = min(
-            stop for stop in (*(text.find(stop, at) for stop in ",.;"), len(text)) if stop >= 0
-        )
-        clauses.append(text[start:end].strip() + ",")
-        text = text[:start] + text[end:]
+        # -1 for a mark that isn't in the text (any more). The reference goes on with this position,
+        # so a clause may be the last character of a short remainder.
+        start = text.find(mark)
+        ends = (text.find(stop, start + len(mark)) for stop in ",.;")
+        end = min((stop for stop in ends if stop >= 0), default=len(text))
+        if start > 0:
+            start = max(text.rfind(stop, 0, start) for stop in ",.;") + 1
+        if clause := text[start:end].strip():
+            clauses.append(clause + ",")
+            text = text[:start] + text[end:]
     marked = " ".join(clauses)
     for word in available:
         marked = marked.replace(f"<|{word}|>", FACIAL_MARK)

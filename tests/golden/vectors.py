@@ -7,9 +7,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
-import diffusers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -48,23 +47,26 @@ class Case:
 
 
 class Golden:
-    """A folder of golden vectors.
+    """A model's golden vectors in a folder: those of SD1.5, with texts, masks and losses, or those
+    of SDXL.
 
-    answers: the reference's outputs by name, some inputs among them. compared: names of those that
-    were compared or are inputs.
+    prefix: of the weights' and inputs' names that belong to this model. answers: the reference's
+    outputs by name, some inputs among them. compared: names of those that were compared or are
+    inputs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.config: dict[str, Any] = json.loads((folder / "golden.json").read_text())
-        self.texts: list[dict[str, Any]] = json.loads((folder / "texts.json").read_text())
-        self.answers = load_file(folder / "golden.safetensors")
+    def __init__(self, folder: Path, model: Literal["sd15", "sdxl"] = "sd15") -> None:
+        self.folder = folder
+        self.prefix, stem = ("", "golden") if model == "sd15" else ("xl.", "golden_sdxl")
+        self.config: dict[str, Any] = json.loads((folder / f"{stem}.json").read_text())
+        self.answers = load_file(folder / f"{stem}.safetensors")
         self.compared = {name for name in self.answers if name.endswith(_INPUTS)}
         self.seed = int(self.config["seed"])
         self.generator = _import_file(folder / self.config.get("fill", "fill.py"))
         vision, unet = self.config["vision_config"], self.config["unet_config"]
         self.image_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
         self.spec: ModelSpec = replace(
-            SPECS["sd15"],
+            SPECS[model],
             cross_attention_dim=unet["cross_attention_dim"],
             vision_dim=vision["hidden_size"],
             vision_size=vision["image_size"],
@@ -77,23 +79,25 @@ class Golden:
         return tensor
 
     @torch.no_grad()
-    def fill(self, module: nn.Module, prefix: str, old_root: str = "") -> Any:
-        """Fills a module with the reference's weights, and returns it.
+    def fill(
+        self, module: nn.Module, prefix: str, old_root: str = "", *, shared: bool = False
+    ) -> Any:
+        """Fills a module, which may be on the meta device, with the reference's weights, and
+        returns it.
 
         old_root: prefix of the module's keys in the older releases that the golden keys are of.
+        shared: whether both models have the module's weights.
         """
-        if not old_root:
-            return self.generator.fill(module, self.seed, prefix).eval()
+        prefix = prefix if shared else self.prefix + prefix
+        weights = {}
         for key, value in module.state_dict().items():
+            has_root = key.startswith((old_root, *PROJECTION_KEYS))
             if value.is_floating_point():
-                has_root = key.startswith((old_root, *PROJECTION_KEYS))
-                old_key = key if has_root else old_root + key
-                value.copy_(self.generator.weight(prefix + old_key, tuple(value.shape), self.seed))
+                weights[key] = self.generator.weight(
+                    prefix + (key if has_root else old_root + key), tuple(value.shape), self.seed
+                )
+        module.load_state_dict(weights, strict=False, assign=True)
         return module.eval()
-
-    def unet(self) -> Any:
-        """Makes the UNet, without an adapter, with the reference's weights."""
-        return self.fill(diffusers.UNet2DConditionModel(**self.config["unet_config"]), "unet.")
 
     def case(
         self, name: str, output: Tensor, tolerance: float = MODULES, relative: bool = False
