@@ -120,11 +120,20 @@ def fused_regions(
 
 def named_regions(text: str) -> tuple[str, ...]:
     """Returns those of REGION_WORDS that a text contains, in any form and case."""
-    return tuple(
-        word
-        for word in REGION_WORDS
-        if any(re.search(rf"\b{form}\b", text, re.IGNORECASE) for form in _FORMS[word])
-    )
+    return tuple(region_nouns(text))
+
+
+def region_nouns(text: str, regions: Sequence[str] = REGION_WORDS) -> dict[str, re.Match[str]]:
+    """Returns for each region that a text names the noun that gets its mark in corrected mode.
+
+    regions: names as in `stages.regions.region_masks`, in whose order the result is.
+    """
+    nouns: dict[str, re.Match[str]] = {}
+    for region in regions:
+        forms = (re.search(rf"\b{form}\b", text, re.IGNORECASE) for form in _FORMS[word_of(region)])
+        if match := next((match for match in forms if match), None):
+            nouns[region] = match
+    return nouns
 
 
 def region_words(face_caption: str) -> dict[str, int]:
@@ -340,18 +349,9 @@ def _leading_part(text: str, fits: Callable[[str], bool]) -> str:
 
 def _marked_clauses(face_caption: str, regions: Sequence[str]) -> tuple[list[_Clause], list[str]]:
     """Returns the description's clauses with marks, and the regions that it doesn't name."""
-    region_at: dict[int, str] = {}  # offset of a noun's end → its region
-    missing: list[str] = []
-    for region in regions:
-        forms = (
-            re.search(rf"\b{form}\b", face_caption, re.IGNORECASE)
-            for form in _FORMS[word_of(region)]
-        )
-        match = next((match for match in forms if match), None)
-        if match is None:
-            missing.append(region)
-        else:
-            region_at[match.end()] = region
+    nouns = region_nouns(face_caption, regions)
+    region_at = {match.end(): region for region, match in nouns.items()}
+    missing = [region for region in regions if region not in nouns]
     clauses: list[_Clause] = []
     for piece in re.finditer(r"[^,.;!?]+[,.;!?]*\s*", face_caption):
         ends = sorted(end for end in region_at if piece.start() < end <= piece.end())

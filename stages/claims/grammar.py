@@ -1,4 +1,5 @@
-"""Reads from a caption what it claims of glasses, hat, hair, mouth, ears and pose.
+"""Reads from a caption what it claims of glasses, hat, hair, mouth, ears and pose, and on request
+what it claims of traits that aren't measured, such as the colour of the eyes.
 
 The grammar knows few forms and leaves out what may mean something else: degrees ("partly hidden"),
 other people, things that are held, and the subject's own left and right.
@@ -15,7 +16,8 @@ from stages.answers.sentences import sentences, unquoted
 
 class Claim(NamedTuple):
     """A claim. topic: glasses, hat, hair_color, bald, mouth, teeth, smile, ears, turned, gaze or
-    pitched. value: what the caption says of it, see `claims_of`. text: the words.
+    pitched; of unmeasured ones a key of QUALITIES or PRESENT. value: what the caption says of it,
+    see `claims_of`. text: the words.
     """
 
     topic: str
@@ -129,17 +131,66 @@ _HEAD_PITCHED: Final = re.compile(
     r"|tilted (?:up|down|back)(?:wards?)?)\b",
     re.IGNORECASE,
 )
+# Unmeasured topics with several values: (noun, value → words).
+QUALITIES: Final[dict[str, tuple[str, dict[str, str]]]] = {
+    "eye_color": (
+        "eyes",
+        {
+            "blue": "blue",
+            "green": "green",
+            "brown": "brown|dark|black|amber",
+            "hazel": "hazel",
+            "grey": "grey|gray",
+        },
+    ),
+    "eyes": ("eyes", {"open": "open", "closed": "closed|shut"}),
+    "hair_length": (
+        "hair",
+        {"long": "long|shoulder-length|waist-length", "short": "short|cropped|buzzed"},
+    ),
+    "skin": (
+        "(?:skin|complexion)",
+        {"light": "fair|pale|light|white", "dark": "dark|black|brown|deep", "olive": "olive|tan"},
+    ),
+    "face_shape": (
+        "face",
+        {
+            "round": "round",
+            "oval": "oval",
+            "square": "square",
+            "heart": "heart-shaped",
+            "long": "long",
+        },
+    ),
+    "nose": ("nose", {"large": "large|big|broad|wide", "small": "small|tiny|narrow|slender|thin"}),
+    "lips": ("lips", {"full": "full|thick|plump", "thin": "thin|narrow"}),
+}
+# Unmeasured topics that are present (yes) or not (no) → words.
+PRESENT: Final = {
+    "beard": r"beard|bearded|goatee|stubble|facial hair",
+    "mustache": r"mo?ustache",
+    "freckles": r"freckles|freckled",
+    "wrinkles": r"wrinkles|wrinkled|crow's[- ]feet",
+    "earrings": r"earrings?",
+    "makeup": r"make-?up|lipstick|mascara|eyeliner|eye ?shadow",
+    "necklace": r"necklace",
+    "laugh": r"laugh(?:s|ing|ter)?",
+    "mask": r"(?:face |surgical )?mask",
+    "scarf": r"scarf",
+}
+_SHAVEN: Final = re.compile(r"\b(?:clean-shaven|beardless)\b", re.IGNORECASE)
 # characters of a sentence that is read; the time for one grows faster than its length
 _LONGEST: Final = 600
 _UP: Final = ("raised", "lifted", "tilted up", "tilted back")
 
 
-def claims_of(text: str) -> list[Claim]:
+def claims_of(text: str, *, unmeasured: bool = False) -> list[Claim]:
     """Returns the claims of an English caption, in order; none if it speaks of several people.
 
-    Values: yes or no (glasses, hat, bald, teeth, smile); a key of _COLORS; open or closed (mouth);
-    visible, both, one or hidden (ears); left, right, front or profile, as the viewer sees it
-    (turned, gaze); up or down (pitched, gaze).
+    unmeasured: also those that no label map or measure can confirm. Values: yes or no (glasses,
+    hat, bald, teeth, smile, PRESENT); a key of _COLORS; open or closed (mouth); visible, both, one
+    or hidden (ears); left, right, front or profile, as the viewer sees it (turned, gaze); up or
+    down (pitched, gaze); those of QUALITIES.
     """
     plain = unquoted(text.replace("’", "'"))
     if _SEVERAL.search(plain):
@@ -150,9 +201,17 @@ def claims_of(text: str) -> list[Claim]:
             continue
         claims |= dict.fromkeys([*_hair_claims(sentence), *_pose_claims(sentence)])
         for clause, denied in _clauses(sentence):
-            for reader in _READERS:
+            for reader in (*_READERS, *(_UNMEASURED if unmeasured else ())):
                 claims |= dict.fromkeys(reader(clause, denied))
     return list(claims)
+
+
+def conflict(one: Claim, other: Claim) -> bool:
+    """True if two claims can't both hold of one picture: "blue eyes" and "brown eyes"."""
+    first, second = one[:2], other[:2]
+    if one.topic == other.topic:
+        return one.value != other.value and {one.value, other.value} not in _BOTH_HOLD
+    return (first, second) in _EXCLUDE or (second, first) in _EXCLUDE
 
 
 def _clauses(sentence: str) -> Iterator[tuple[str, bool]]:
@@ -226,6 +285,31 @@ def _ears(clause: str, denied: bool) -> Iterator[Claim]:
         yield Claim("ears", "both" if both else "one" if counted else "visible", clause)
 
 
+def _quality(topic: str) -> Callable[[str, bool], Iterator[Claim]]:
+    noun, values = QUALITIES[topic]
+    value_of = {word: value for value, words in values.items() for word in words.split("|")}
+    words = "|".join(sorted(value_of, key=len, reverse=True))
+    between = rf"(?!(?:{words}|of|in|on|under|around|near|behind|above|his|her|their|the|a)\b)"
+    gap = rf"(?:,? {between}[\w-]+){{0,2}}"
+    pattern = re.compile(
+        rf"(?<![\w-])({words})(?:-\w+)?{gap},? {noun}\b"
+        rf"|\b{noun} (?:(?:is|are|appears?) )?(?:[\w-]+ )?({words})\b(?! (?:hair|lashes|circles))",
+        re.IGNORECASE,
+    )
+
+    def read(clause: str, denied: bool) -> Iterator[Claim]:
+        match = None if denied or _VAGUE.search(clause) else pattern.search(clause)
+        if match:
+            yield Claim(topic, value_of[(match[1] or match[2]).lower()], match[0])
+
+    return read
+
+
+def _shaven(clause: str, denied: bool) -> Iterator[Claim]:
+    if not denied and _SHAVEN.search(clause):
+        yield Claim("beard", "no", clause)
+
+
 def _pose_claims(sentence: str) -> Iterator[Claim]:
     if _NO.search(sentence) or _OWN_SIDE.search(sentence):
         return
@@ -243,3 +327,27 @@ def _pose_claims(sentence: str) -> Iterator[Claim]:
 
 
 _READERS: Final = (_worn("glasses", _GLASSES), _worn("hat", _HAT), _bald, _mouth, _smile, _ears)
+_UNMEASURED: Final = (
+    *(_quality(topic) for topic in QUALITIES),
+    *(_worn(topic, re.compile(rf"\b(?:{words})\b", re.I)) for topic, words in PRESENT.items()),
+    _shaven,
+)
+# Values of one topic that can both hold.
+_BOTH_HOLD: Final = (
+    {"visible", "both"},
+    {"visible", "one"},
+    {"left", "profile"},
+    {"right", "profile"},
+    {"left", "up"},
+    {"left", "down"},
+    {"right", "up"},
+    {"right", "down"},
+)
+# Claims of two topics that can't both hold.
+_EXCLUDE: Final = {
+    (("mouth", "closed"), ("teeth", "yes")),
+    (("mouth", "closed"), ("laugh", "yes")),
+    (("smile", "no"), ("laugh", "yes")),
+    *((("bald", "yes"), ("hair_color", color)) for color in _COLORS),
+    *((("bald", "yes"), ("hair_length", length)) for length in ("long", "short")),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ from configs.errors import ConfigError
 from configs.quality import ClaimsConfig
 from stages.annotations import Claims, Measures
 from stages.claims import ClaimsStage
-from stages.claims.grammar import claims_of
+from stages.claims.grammar import claims_of, conflict
 from stages.record import Record, Status
 from stages.storage.reader import DatasetReader
 
@@ -52,12 +53,48 @@ READ = [
     ("The head is tilted to the left.", ""),
     ("Her head is tilted back.", "pitched=up"),
     ("Two women, one with glasses.", ""),
+    ("She has blue eyes, freckles and earrings.", ""),
+]
+UNMEASURED = [
+    ("She has large, dark blue eyes and green shoes.", "eye_color=blue"),
+    ("Her eyes are closed. The eyes are hazel.", "eyes=closed eye_color=hazel"),
+    ("He isn't bearded. A clean-shaven man.", "beard=no beard=no"),
+    ("A man with a goatee and no mustache.", "beard=yes mustache=no"),
+    ("Long brown hair, light brown skin.", "hair_color=brown hair_length=long skin=dark"),
+    ("A round face with a small nose and full lips.", "face_shape=round nose=small lips=full"),
+    ("She laughs, and wears earrings.", "smile=yes laugh=yes earrings=yes"),
+    ("A blue shirt near her eyes. The eyes are not green.", ""),
 ]
 
 
 @pytest.mark.parametrize(("text", "expected"), READ)
 def test_what_the_grammar_reads(text: str, expected: str) -> None:
     assert [f"{c.topic}={c.value}" for c in claims_of(text)] == expected.split(), claims_of(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), UNMEASURED)
+def test_unmeasured_claims_are_read_on_request(text: str, expected: str) -> None:
+    claims = claims_of(text, unmeasured=True)
+    assert [f"{c.topic}={c.value}" for c in claims] == expected.split(), claims
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("blue eyes", "brown eyes", True),
+        ("blue eyes", "blue eyes, a beard", False),
+        ("The mouth is closed.", "He laughs.", True),
+        ("He laughs.", "The mouth is closed.", True),
+        ("He smiles.", "The mouth is closed.", False),
+        ("A bald man.", "A man with black hair.", True),
+        ("Both ears are visible.", "The ears are visible.", False),
+        ("The head is in profile to the left.", "She is turned to the left.", False),
+        ("The head is in profile to the left.", "The face is seen from the front.", True),
+    ],
+)
+def test_claims_that_cannot_both_hold_conflict(one: str, other: str, expected: bool) -> None:
+    pairs = itertools.product(claims_of(one, unmeasured=True), claims_of(other, unmeasured=True))
+    assert any(conflict(first, second) for first, second in pairs) == expected
 
 
 @pytest.fixture(scope="module")
