@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -290,6 +292,13 @@ def test_a_target_is_replaced_only_if_asked_and_only_by_its_kind(
     assert same(read_any(file).state, read_any(adapter).state)
     with pytest.raises(ConfigError, match="is a folder, expected a file"):
         convert(adapter, folder, Form.PUBLISHED, Precision.SAME, overwrite=True)
+
+
+def test_help_shows_examples_and_loads_no_model_library() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "model.convert", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "mine.bin --dtype float16" in process.stdout
+    assert "typer" in process.stderr and "torch" not in process.stderr
 
 
 def test_what_a_form_leaves_out_is_said(adapter: Path, tmp_path: Path) -> None:
