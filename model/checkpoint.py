@@ -31,7 +31,6 @@ CONFIG_FILE: Final = "adapter.json"
 PREFIXES: Final = ("image_proj_model", "FacialEncoder", "adapter_modules")
 _ALIASES: Final = {"image_proj": "image_proj_model"}  # prefix in ConsistentID-v1.bin → ours
 _FOREIGN: Final = {  # prefix in a file of another kind → its name
-    "unet": "a training state; python -m model.convert makes an adapter of it",
     "ip_adapter": "an IP-Adapter",
     "id_encoder": "a PhotoMaker file",
     "lora_weights": "a PhotoMaker file",
@@ -256,7 +255,9 @@ def _state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     heads = dict.fromkeys(key.partition(".")[0] for key in weights)
     if sorted(_ALIASES.get(head, head) for head in heads) != sorted(PREFIXES):
         kind = next((name for head, name in _FOREIGN.items() if head in heads), "")
-        if not kind and any("lora" in key for key in weights):
+        if {"unet", "FacialEncoder"} <= heads.keys():
+            kind = "a training state, of which python -m model.convert makes an adapter"
+        elif not kind and any("lora" in key for key in weights):
             kind = "a LoRA"
         raise WeightsError(
             f"{path}: holds {summary_of(list(heads))}; expected {', '.join(PREFIXES)} (image_proj "

@@ -94,7 +94,7 @@ def read_any(source: Path) -> AdapterFile:
     WeightsError for anything else; for a wrong key the message names the first, what was given and
     what was expected.
     """
-    adapter = _training_adapter(source) or read_adapter(source)
+    adapter = _without_json(source) or read_adapter(source)
     expected = expected_state(adapter.spec)
     if fault := check_fit(adapter.state, expected):
         raise WeightsError(
@@ -104,21 +104,16 @@ def read_any(source: Path) -> AdapterFile:
     return replace(adapter, state={key: adapter.state[key] for key in expected})
 
 
-def _training_adapter(source: Path) -> AdapterFile | None:
-    """Reads a training state; returns None if `source` isn't one."""
+def _without_json(source: Path) -> AdapterFile | None:
+    """Reads a published file or a training state; returns None if `source` is neither."""
     path = source
-    if source.is_dir():
-        if (source / WEIGHTS_FILE).exists():
-            return None
-        names = [name for name in _TRAINING_STATES if (source / name).is_file()]
-        if not names:
-            return None
-        path = source / names[0]
-    elif not source.is_file() or source.name == WEIGHTS_FILE:
+    if source.is_dir() and not (source / WEIGHTS_FILE).exists():
+        path = next((source / n for n in _TRAINING_STATES if (source / n).is_file()), source)
+    if not path.is_file() or path.name == WEIGHTS_FILE:
         return None
     weights = read_weights(path)
     if not any(key.startswith("unet.") for key in weights):
-        return None
+        return published_adapter(weights, path)
     adapter = published_adapter(_without_unet(weights), path)
     config = {name: value for name, value in adapter.config.items() if name != "published"}
     return replace(adapter, config={**config, "training_state": path.name})

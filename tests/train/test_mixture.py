@@ -10,6 +10,7 @@ import pytest
 
 from configs.errors import ConfigError, ShardError
 from configs.training import DataSource
+from model.spec import Embedder
 from stages.record import Record
 from tests.train.conftest import Mixed
 from tests.train.helpers import Listener, keys, run, small, sources, with_people
@@ -73,11 +74,15 @@ def test_data_sets_with_other_models_for_the_face_are_refused(data: Path, tmp_pa
     (copy / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(ConfigError) as error:
         Mixture(sources(data, copy))
+    own = weights["sha256"]
+    assert Mixture(sources(copy)).embedder() == Embedder(name="w600k_mbf", sha256=own)
+    assert Mixture(sources(data)).embedder() != Mixture(sources(copy)).embedder()
     assert f"in {data}, arcface 2 w600k_mbf 1234567890ab in {copy}" in str(error.value)
     assert "detect:" not in str(error.value)
     (copy / "dataset.json").write_text('{"weights": [1]}')
     with pytest.raises(ShardError, match=f"{copy}: dataset.json and config.yaml don't state"):
         Mixture(sources(data, copy))
+    assert Mixture(sources(copy)).embedder() is None
 
 
 def test_a_step_that_needs_samples_twice_is_refused_before_the_start(

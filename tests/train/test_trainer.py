@@ -17,6 +17,7 @@ from configs.errors import ConfigError, LockedError, WeightsError
 from configs.load import load
 from configs.schema import DatasetConfig
 from configs.training import ModelConfig, OptimConfig, TrainConfig
+from stages.backends.weights import WEIGHTS
 from stages.storage.lock import RunLock
 from stages.storage.store import Store
 from tests.train.conftest import Mixed
@@ -94,6 +95,8 @@ def test_several_data_sets_with_pairs_resume_to_the_same_weights(
     assert same(weights(straight.adapter), weights(resumed.adapter))
     metadata = json.loads((resumed.adapter / "adapter.json").read_text())
     assert metadata["data"] == open_mixture(config).digest
+    weights_file = WEIGHTS["w600k_mbf"]  # of the data sets' embed stage
+    assert metadata["embedder"] == {"name": "w600k_mbf", "sha256": weights_file.sha256}
     assert [source["weight"] for source in metadata["train"]["data"]] == [3, 1, 2]
 
 
