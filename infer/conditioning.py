@@ -126,7 +126,10 @@ def early_ids(model: ConsistentID, tokens: TextTokens, prompt: str, tokenizer: A
 
 @torch.no_grad()
 def text_states(
-    encoders: HasTextEncoders, texts: Sequence[Ids], device: torch.device, clip_skip: int | None
+    encoders: HasTextEncoders,
+    texts: Sequence[Ids],
+    device: torch.device,
+    clip_skip: int | None = None,
 ) -> TextStates:
     """Encodes texts in one call; equal ones once."""
     keys = [(tuple(first.tolist()), tuple(second.tolist())) for first, second in texts]

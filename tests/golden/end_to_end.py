@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -15,17 +15,15 @@ from accelerate import init_empty_weights
 from PIL import Image
 from torch import Tensor
 
-from infer.sampling import TextStates, denoise, guidance_states
-from model.conditions import SECOND_PAD, Conditions, build_conditions, collate
-from model.consistentid import (
-    BaseModels,
-    ConsistentID,
-    Features,
-    encode_frozen,
-    encode_images,
-    encode_text,
-)
-from model.prompt import tokenize_marked, without_marks
+from configs.schema import DatasetConfig
+from infer.adapter import Adapter
+from infer.conditioning import plain_ids, text_states
+from infer.identity import encode_photo
+from infer.photo import PhotoReader
+from infer.pipelines import ConsistentIDPipeline, ConsistentIDXLPipeline
+from model.checkpoint import AdapterFile
+from model.conditions import Conditions, build_conditions, collate
+from model.consistentid import BaseModels, ConsistentID
 from stages.record import Record
 from tests.golden.vectors import EXACT, LATENTS, PROJECTION_KEYS, Case, Golden, shapes
 
@@ -99,11 +97,11 @@ def check_sd15(golden: Golden, base: BaseModels, model: ConsistentID) -> Iterato
     yield golden.case("e2e.valid_mask", batch.token_valid, EXACT)
     yield golden.case("e2e.facial_clip_mean", batch.region_pixels.mean((-1, -2)))
 
-    features, negative, early = _texts(golden, base, conditions, without_marks(conditions.text))
-    latents, steps = _sample(golden, base, model, features, negative, early)
+    latents, steps = _run(golden, golden, base, model, ConsistentIDPipeline)
     uncond, cond = steps[-1].context
-    yield golden.case("e2e.clean_prompt", features.text_hidden)
-    yield golden.case("e2e.negative", negative.hidden)
+    clean_prompt, negative = _texts(golden, base, conditions)
+    yield golden.case("e2e.clean_prompt", clean_prompt)
+    yield golden.case("e2e.negative", negative)
     yield golden.case("e2e.facial_cond", cond[None, :77])
     yield golden.case("e2e.facial_uncond", uncond[None, :77])
     yield golden.case("e2e.id_cond", cond[None, 77:])
@@ -124,25 +122,24 @@ def check_sdxl(
     yield Case("xl.keys.text_2", shapes(base.text_encoder_2), config["text_2_keys"])
 
     conditions = _conditions(golden, photographs, base)
-    features, negative, early = _texts(golden, base, conditions, config["e2e"]["prompt"])
-    latents, steps = _sample(golden, base, model, features, negative, early)
-    yield golden.case("xl.e2e.clean_prompt", features.text_hidden)
-    yield golden.case("xl.e2e.negative", negative.hidden)
+    clean_prompt, negative = _texts(golden, base, conditions)
+    yield golden.case("xl.e2e.clean_prompt", clean_prompt)
+    yield golden.case("xl.e2e.negative", negative)
+    latents, steps = _run(golden, photographs, base, model, ConsistentIDXLPipeline)
     for phase, step in (("phase1", steps[0]), ("phase2", steps[3])):
         for name in ("context", "pooled", "time_ids"):
             yield golden.case(f"xl.e2e.{phase}.{name}", getattr(step, name))
     yield golden.case("xl.e2e.final_latents", latents, LATENTS, relative=True)
 
 
-def _conditions(golden: Golden, photographs: Golden, base: BaseModels) -> Conditions:
-    """Builds the conditions of the call."""
-    call = golden.config["e2e"]
+def _record(golden: Golden, photographs: Golden) -> Record:
+    """Returns the photograph's record. photographs: the golden vectors that have it."""
     identity = golden.tensor("face_id", 512)
     photo, labels = (
         photographs.answers[f"e2e.{name}"].numpy().repeat(4, 0).repeat(4, 1)
         for name in ("photo", "labels")
     )
-    record = Record(
+    return Record(
         key="0" * 20,
         source="golden",
         image=_png(photo),
@@ -151,13 +148,18 @@ def _conditions(golden: Golden, photographs: Golden, base: BaseModels) -> Condit
         width=photo.shape[1],
         height=photo.shape[0],
     )
+
+
+def _conditions(golden: Golden, photographs: Golden, base: BaseModels) -> Conditions:
+    """Builds the conditions of the call."""
+    record = _record(golden, photographs)
     return build_conditions(
         record,
         base.tokenizer,
-        replace(golden.spec, template=call["caption"]),
+        golden.spec,
         "legacy",
-        prompt=call["prompt"],
-        resolution=photo.shape[0],
+        prompt=golden.config["e2e"]["prompt"],
+        resolution=record.height,
         tokenizer_2=base.tokenizer_2,
     )
 
@@ -168,34 +170,24 @@ def _png(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return file.getvalue()
 
 
-def _texts(
-    golden: Golden, base: BaseModels, conditions: Conditions, early: str
-) -> tuple[Features, TextStates, TextStates]:
-    """Returns the features of the facial prompt, and the states of the negative prompt and of
-    `early`, the first phase's text.
+def _texts(golden: Golden, base: BaseModels, conditions: Conditions) -> tuple[Tensor, Tensor]:
+    """Returns the states of the facial prompt, before regions are fused, and of the negative
+    prompt.
     """
-    states = []
-    for text in (golden.config["e2e"]["negative_prompt"], early):
-        ids, ids_2 = (
-            torch.tensor([tokenize_marked(text, base.tokenizer, keep_eos=True, pad_id=pad).ids])
-            for pad in (None, SECOND_PAD)
-        )
-        hidden, pooled = encode_text(base, ids, ids_2)
-        states.append(TextStates(hidden=hidden, pooled=pooled))
-    return encode_frozen(base, collate([conditions])), states[0], states[1]
+    negative = plain_ids(golden.config["e2e"]["negative_prompt"], base.tokenizer)
+    states = text_states(
+        base,
+        [(conditions.input_ids, conditions.input_ids_2), negative],
+        torch.device("cpu"),
+    )
+    return states.hidden[:1], states.hidden[1:]
 
 
-def _sample(
-    golden: Golden,
-    base: BaseModels,
-    model: ConsistentID,
-    features: Features,
-    negative: TextStates,
-    early: TextStates,
+def _run(
+    golden: Golden, photographs: Golden, base: BaseModels, model: ConsistentID, kind: Any
 ) -> tuple[Tensor, list[Step]]:
     """Returns the final latents of the call, and what the UNet was given in each step."""
-    call, size = golden.config["e2e"], golden.spec.vision_size
-    steps: list[Step] = []
+    call, steps = golden.config["e2e"], []
 
     def record_step(_unet: Any, _arguments: Any, options: dict[str, Any]) -> None:
         added = options["added_cond_kwargs"] or {}
@@ -203,25 +195,56 @@ def _sample(
             Step(options["encoder_hidden_states"], added.get("text_embeds"), added.get("time_ids"))
         )
 
-    guidance = guidance_states(
-        model,
-        features,
-        early=early,
-        negative=negative,
-        zero_hidden=encode_images(base.image_encoder, torch.zeros(1, 3, size, size)),
+    pipe = _pipeline(golden, base, model, kind)
+    latents = golden.tensor(
+        f"{golden.prefix}e2e.latents", *golden.answers[f"{golden.prefix}e2e.final_latents"].shape
     )
-    shape = golden.answers[f"{golden.prefix}e2e.final_latents"].shape
+    person = encode_photo(
+        _record(golden, photographs), base.image_encoder, golden.spec, "legacy", embedder=""
+    )
     hook = base.unet.register_forward_pre_hook(record_step, with_kwargs=True)
-    latents = denoise(
-        base.unet,
-        base.scheduler,
-        guidance,
-        golden.tensor(f"{golden.prefix}e2e.latents", *shape),
-        steps=call["steps"],
-        merge_step=call["start_merge_step"],
+    final = pipe(
+        call["prompt"],
+        negative_prompt=call["negative_prompt"],
+        identity=person,
+        latents=latents,
+        height=latents.shape[2] * pipe.vae_scale_factor,
+        width=latents.shape[3] * pipe.vae_scale_factor,
+        num_inference_steps=call["steps"],
+        start_merge_step=call["start_merge_step"],
         guidance_scale=call["guidance_scale"],
-        mode="legacy",
-        vae_factor=call["vae_scale_factor"],
-    )
+        output_type="latent",
+    ).images
     hook.remove()
-    return latents, steps
+    return final, steps
+
+
+def _pipeline(golden: Golden, base: BaseModels, model: ConsistentID, kind: Any) -> Any:
+    """Makes the pipeline of `kind` from the models, with the adapter in it."""
+    second = {} if base.tokenizer_2 is None else {"tokenizer_2": base.tokenizer_2}
+    unused = {} if second else {"safety_checker": None, "requires_safety_checker": False}
+    pipe = kind(
+        **base.modules,
+        **second,
+        **unused,
+        tokenizer=base.tokenizer,
+        scheduler=base.scheduler,
+        feature_extractor=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    file = AdapterFile(
+        source=golden.folder,
+        state=model.state_dict(),
+        spec=golden.spec,
+        mode="legacy",
+        embedder=None,
+        config={},
+    )
+    pipe.consistentid = Adapter(
+        file,
+        base.unet,
+        PhotoReader(DatasetConfig()),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    return pipe

@@ -71,6 +71,7 @@ class Golden:
             vision_dim=vision["hidden_size"],
             vision_size=vision["image_size"],
             lora_rank=self.config["lora_rank"],
+            template=self.config["e2e"]["caption"],
         )
 
     def tensor(self, key: str, *shape: int) -> Tensor:
