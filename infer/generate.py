@@ -39,20 +39,26 @@ def generate(
     settings or a person that don't fit the pipeline, PipelineError if the memory isn't enough for
     one portrait.
     """
+    own = pipe.scheduler
     _apply(pipe, settings)
     jobs = [
         (prompt, image)
         for prompt in range(len(settings.prompts))
         for image in range(settings.num_images_per_prompt)
     ]
-    for start in range(0, len(jobs), settings.batch_size):
-        yield from _batch(
-            pipe, person, settings, jobs[start : start + settings.batch_size], on_step
-        )
+    size = settings.batch_size
+    try:
+        for start in range(0, len(jobs), size):
+            yield from _batch(pipe, person, settings, jobs[start : start + size], on_step)
+    finally:
+        pipe.scheduler = own
 
 
 def evaluations(pipe: ConsistentIDMixin, settings: InferConfig) -> int:
-    """Returns how often the UNet is evaluated for one portrait."""
+    """Returns how often the UNet is evaluated for one portrait.
+
+    Some schedulers evaluate it more than once in a step.
+    """
     scheduler = _scheduler(pipe, settings)
     scheduler.set_timesteps(settings.num_inference_steps)
     return len(scheduler.timesteps)

@@ -1,24 +1,15 @@
-"""Fixtures: adapters over the tiny base, a generator with one of them, and two people."""
+"""Fixtures: adapters over the tiny base, a pipeline with one of them, and two people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from infer import load
-from infer.generator import ConsistentIDGenerator
 from infer.identity import Identity
-from infer.load import load_generator
-from tests.bases import read_once
+from infer.load import load_pipeline
+from infer.pipelines import ConsistentIDPipeline
 from tests.infer.helpers import small, write_adapter
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _base_read_once() -> Iterator[None]:
-    with read_once(load):
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +31,11 @@ def legacy_adapter(trained: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def generator(adapter: Path) -> ConsistentIDGenerator:
-    return load_generator(small(adapter))
+def pipe(adapter: Path) -> ConsistentIDPipeline:
+    """A pipeline that tests share. They may set its scheduler and scales, which `generate` sets
+    anew, and must leave its models as they are.
+    """
+    return load_pipeline(small(adapter))
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +44,10 @@ def photo(portraits: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def person(generator: ConsistentIDGenerator, photo: Path) -> Identity:
-    return generator.identity(photo)
+def person(pipe: ConsistentIDPipeline, photo: Path) -> Identity:
+    return pipe.encode_identity(photo)
 
 
 @pytest.fixture(scope="session")
-def stranger(generator: ConsistentIDGenerator, portraits: Path) -> Identity:
-    return generator.identity(sorted(portraits.glob("*.jpg"))[1])
+def stranger(pipe: ConsistentIDPipeline, portraits: Path) -> Identity:
+    return pipe.encode_identity(sorted(portraits.glob("*.jpg"))[1])

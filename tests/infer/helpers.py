@@ -10,6 +10,7 @@ from configs.portraits import InferConfig
 from model.checkpoint import save_adapter
 from model.consistentid import ConsistentID
 from model.spec import SPECS
+from stages.backends.weights import Weights
 from stages.regions import Mode
 from tests.bases import base_copy
 
@@ -25,7 +26,8 @@ def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
         for name, value in model.named_parameters():
             if name.endswith("up.weight"):
                 torch.nn.init.normal_(value, std=0.05)
-    return save_adapter(model, folder, {"step": 0})
+    embedder = {"name": "w600k_mbf", "sha256": Weights().digest("w600k_mbf")}
+    return save_adapter(model, folder, {"step": 0, "embedder": embedder})
 
 
 def small(adapter: Path, **changes: object) -> InferConfig:

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 from configs.load import load, to_yaml
 from configs.portraits import InferConfig
 from infer.cli import app
-from infer.generator import ConsistentIDGenerator
+from infer.generate import generate
 from infer.identity import Identity
+from infer.pipelines import ConsistentIDPipeline
 from infer.sheet import contact_sheet
 from tests.infer.helpers import small
 
@@ -155,9 +156,10 @@ def test_presets_are_there() -> None:
 
 
 def test_the_sheet_shows_photograph_and_portraits(
-    generator: ConsistentIDGenerator, person: Identity
+    pipe: ConsistentIDPipeline, adapter: Path, person: Identity
 ) -> None:
-    portraits = list(generator.generate(person, ["a", "a much longer prompt " * 12]))
+    settings = small(adapter, prompts=("a", "a much longer prompt " * 12))
+    portraits = list(generate(pipe, person, settings))
     sheet = np.asarray(contact_sheet(person, portraits))
     with Image.open(io.BytesIO(person.record.image)) as file:
         photograph = np.asarray(file.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
