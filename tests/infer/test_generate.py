@@ -62,15 +62,7 @@ def test_images_of_a_batch_differ_by_rounding_only(
     three = replace(settings, num_images_per_prompt=3)
     for scheduler in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
         alone, together = (
-            images(
-                pipe,
-                person,
-                settings,
-                batch_size=size,
-                num_images_per_prompt=3,
-                scheduler=scheduler,
-            )
-            for size in (1, 2)
+            images(pipe, person, three, batch_size=size, scheduler=scheduler) for size in (1, 2)
         )
         for one, other in zip(alone, together, strict=True):
             assert np.abs(one.astype(int) - other.astype(int)).max() <= 2, scheduler

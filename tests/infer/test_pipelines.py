@@ -1,0 +1,386 @@
+"""The pipelines against a denoising loop of the test's own, and beside diffusers' other parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image
+from torch import Tensor
+
+from configs.errors import ConfigError, WeightsError
+from infer.identity import Identity
+from infer.pipelines import (
+    ConsistentIDControlNetPipeline,
+    ConsistentIDImg2ImgPipeline,
+    ConsistentIDInpaintPipeline,
+    ConsistentIDPipeline,
+)
+from infer.request import guidance_of
+from model.consistentid import predict_noise
+
+SIZE = {"height": 32, "width": 32}
+STEPS = 6
+CALL = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent"}
+SCHEDULERS = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+]
+
+
+def seeded(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe: Any, person: Identity, prompt: Any = "a man", **changes: Any) -> Tensor:
+    call = {"generator": seeded(), "identity": person, **CALL, **changes}
+    latents: Tensor = pipe(prompt, **call).images
+    return latents
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether latents differ by rounding only."""
+    return one.shape == other.shape and float((one - other).abs().max()) < 1e-4
+
+
+@pytest.fixture
+def own(trained: Path, adapter: Path) -> ConsistentIDPipeline:
+    """A pipeline that the test may change."""
+    pipe = ConsistentIDPipeline.from_pretrained(trained / "base")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_consistentid_adapter(adapter)
+    return pipe
+
+
+@torch.no_grad()
+def denoised(pipe: Any, person: Identity, prompt: str, merge: int) -> Tensor:
+    """Denoises in a loop that is written out. merge: evaluations of the UNet in the first phase."""
+    guidance = guidance_of(pipe, pipe.adapter, [person], {"prompt": prompt})
+    scheduler, generator = pipe.scheduler, seeded()
+    scheduler.set_timesteps(STEPS)
+    latents = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    options = pipe.prepare_extra_step_kwargs(generator, 0.0)
+    for step, timestep in enumerate(scheduler.timesteps):
+        states = guidance.early if step < merge else guidance.late
+        both = scheduler.scale_model_input(torch.cat((latents, latents)), timestep)
+        noise, _ = predict_noise(pipe.unet, both, timestep, torch.cat((guidance.negative, states)))
+        negative, positive = noise.chunk(2)
+        noise = negative + 2.0 * (positive - negative)
+        latents = scheduler.step(noise, timestep, latents, **options).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_latents_equal_those_of_a_loop_bit_for_bit(
+    own: ConsistentIDPipeline, person: Identity, name: str
+) -> None:
+    base = own.scheduler.config
+    own.scheduler = getattr(diffusers, name).from_config(base, clip_sample=False)
+    own.scheduler.set_timesteps(STEPS)
+    evaluations = len(own.scheduler.timesteps)
+    for start, merge in ((0, 0), (4, round(4 * evaluations / STEPS)), (0.5, evaluations // 2)):
+        expected = denoised(own, person, "a man", merge)
+        assert torch.equal(run(own, person, start_merge_step=start), expected), start
+    assert not torch.equal(run(own, person, start_merge_step=1.0), expected)
+
+
+def contexts(pipe: Any) -> tuple[list[Tensor], Callable[[], None]]:
+    """Returns a list that gets what the UNet's cross-attention reads, and a function to stop."""
+    states: list[Tensor] = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda _module, _arguments, options: states.append(options["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
+    return states, hook.remove
+
+
+def test_prompts_people_and_seeds_in_one_call(
+    pipe: ConsistentIDPipeline, person: Identity, stranger: Identity
+) -> None:
+    rows = [("a man", person, 1), ("a woman", stranger, 2), ("a man", stranger, 3)]
+    together = run(
+        pipe,
+        [who for _, who, _ in rows],  # type: ignore[arg-type]
+        [prompt for prompt, _, _ in rows],
+        generator=[seeded(seed) for _, _, seed in rows],
+        negative_prompt=["ugly", "", "ugly"],
+    )
+    negatives = ("ugly", "", "ugly")
+    for row, negative, (prompt, who, seed) in zip(together, negatives, rows, strict=True):
+        alone = run(pipe, who, prompt, generator=seeded(seed), negative_prompt=negative)
+        assert close(row[None], alone), (prompt, seed)
+    copies = run(pipe, person, generator=[seeded(5), seeded(1)], num_images_per_prompt=2)
+    assert close(copies[1:], run(pipe, person))
+    with pytest.raises(ConfigError, match="2 people for 3 prompts"):
+        run(pipe, [person, stranger], ["a", "b", "c"])  # type: ignore[arg-type]
+
+
+def test_a_photograph_and_its_identity_give_the_same(
+    pipe: ConsistentIDPipeline, person: Identity, photo: Path
+) -> None:
+    expected = run(pipe, person)
+    with Image.open(photo) as image:
+        image.load()
+    for given in (photo, [str(photo)], photo.read_bytes()):
+        assert torch.equal(run(pipe, None, input_id_images=given), expected)  # type: ignore[arg-type]
+    assert not torch.equal(run(pipe, None, input_id_images=image.rotate(5)), expected)  # type: ignore[arg-type]
+
+
+def test_text_is_encoded_once_and_people_are_projected_once(
+    own: ConsistentIDPipeline, person: Identity
+) -> None:
+    calls: list[str] = []
+    modules = {
+        "text": own.text_encoder,
+        "image": own.image_encoder,
+        "projector": own.adapter.model.image_proj_model,
+        "regions": own.adapter.model.FacialEncoder.visual_projection,
+    }
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    run(own, person, ["a man", "a woman"], generator=None)
+    assert sorted(calls) == ["projector", "regions", "text", "text"]
+    run(own, person, ["a man", "a woman"], generator=None)
+    assert len(calls) == 4, "everything is cached"
+    with torch.no_grad():
+        next(own.text_encoder.parameters()).mul_(1.5)
+    run(own, person, "a man")
+    assert calls.count("text") == 4, "the encoder's weights changed"
+
+
+def test_loading_and_unloading_leaves_the_base_bit_for_bit(
+    trained: Path, adapter: Path, legacy_adapter: Path, person: Identity
+) -> None:
+    pipe = ConsistentIDPipeline.from_pretrained(trained / "base")
+    pipe.set_progress_bar_config(disable=True)
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    processors = dict(pipe.unet.attn_processors)
+    plain = pipe("a man", generator=seeded(), **CALL).images
+    pipe.load_consistentid_adapter(adapter)
+    first = run(pipe, person)
+    pipe.fuse_consistentid()
+    assert close(run(pipe, person), first) and not torch.equal(run(pipe, person), first)
+    pipe.load_consistentid_adapter(legacy_adapter)  # the merged one is removed before
+    pipe.load_consistentid_adapter(adapter)
+    assert torch.equal(run(pipe, person), first)
+    pipe.fuse_consistentid()
+    pipe.unfuse_consistentid()
+    assert torch.equal(run(pipe, person), first)
+    pipe.unload_consistentid_adapter()
+    after = pipe.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert pipe.unet.attn_processors == processors
+    assert torch.equal(pipe("a man", generator=seeded(), **CALL).images, plain)
+    with pytest.raises(ConfigError, match="no ConsistentID adapter is loaded"):
+        run(pipe, person)
+
+
+def test_scales(own: ConsistentIDPipeline, person: Identity) -> None:
+    first = run(own, person)
+    results = [first]
+    for scale in (0.5, {"eyes": 1.2, "mouth": 0}, {"identity": 0}):
+        own.set_consistentid_scale(scale)
+        results.append(run(own, person))
+    assert len({float(each.sum()) for each in results}) == 4
+    own.set_consistentid_scale({"identity": 1, "eyes": 1, "mouth": 1})
+    assert torch.equal(run(own, person), first)
+    for wrong in ({"chin": 1}, -1, {"eyes": float("nan")}):
+        with pytest.raises(ConfigError, match="scale of"):
+            own.set_consistentid_scale(wrong)
+
+
+def test_saving_and_loading_gives_the_same_pipeline(
+    own: ConsistentIDPipeline, person: Identity, tmp_path: Path
+) -> None:
+    first = run(own, person)
+    own.fuse_consistentid()
+    own.save_pretrained(tmp_path)
+    assert close(run(own, person), first)
+    again = ConsistentIDPipeline.from_pretrained(tmp_path, dtype="auto")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, person), first)
+    assert again.adapter.reader.config == own.adapter.reader.config
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert not any("processor" in name for name in stock.unet.state_dict())
+
+
+def test_the_callers_callback_and_embeddings_are_respected(
+    pipe: ConsistentIDPipeline, person: Identity
+) -> None:
+    steps: list[int] = []
+
+    def callback(
+        _pipe: Any, step: int, _time: Any, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        steps.append(step)
+        assert set(tensors) == {"latents"}
+        return {"latents": tensors["latents"] * (2.0 if step == STEPS - 1 else 1.0)}
+
+    doubled = run(pipe, person, callback_on_step_end=callback)
+    assert steps == list(range(STEPS)) and torch.equal(doubled, 2 * run(pipe, person))
+    for cutoff in (0.3, 0.8):  # before and after the second phase begins
+        cut = SDCFGCutoffCallback(cutoff_step_ratio=cutoff)
+        assert run(pipe, person, callback_on_step_end=cut).isfinite().all()
+    embeddings = pipe.encode_prompt("a man", "cpu", 1, True)
+    own = run(
+        pipe,
+        person,
+        None,
+        prompt_embeds=embeddings[0],
+        negative_prompt_embeds=embeddings[1],
+    )
+    assert close(own, run(pipe, person, face_caption="a person", start_merge_step=1.0)) is False
+    assert torch.equal(
+        own, run(pipe, person, None, prompt_embeds=embeddings[0], negative_prompt="")
+    )
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_image_to_image_begins_the_second_phase_at_the_same_noise(
+    own: ConsistentIDPipeline, person: Identity, strength: float
+) -> None:
+    pipe = ConsistentIDImg2ImgPipeline.from_pipe(own)
+    pipe.set_progress_bar_config(disable=True)
+    states, stop = contexts(pipe)
+    call = {name: value for name, value in CALL.items() if name not in SIZE}
+    picture = Image.new("RGB", (32, 32), "teal")
+    options = {"generator": seeded(), "num_inference_steps": 10, "start_merge_step": 8}
+    pipe("a man", image=picture, strength=strength, identity=person, **(call | options))
+    stop()
+    late = [not torch.equal(each, states[0]) for each in states]
+    steps = round(10 * strength)
+    assert len(states) == steps and sum(late) == 2, "steps 8 and 9 of ten"
+
+
+def test_in_painting_all_of_a_picture_is_making_one(
+    own: ConsistentIDPipeline, person: Identity
+) -> None:
+    pipe = ConsistentIDInpaintPipeline.from_pipe(own)
+    pipe.set_progress_bar_config(disable=True)
+    picture, white = Image.new("RGB", (32, 32), "teal"), Image.new("L", (32, 32), 255)
+    whole = run(pipe, person, image=picture, mask_image=white, strength=1.0)
+    assert close(whole, run(own, person))
+    half = white.copy()
+    half.paste(0, (0, 0, 16, 32))
+    part = run(pipe, person, image=picture, mask_image=half, strength=1.0)
+    assert torch.equal(part[..., :4], run(pipe, person, image=picture, mask_image=half)[..., :4])
+    assert not close(part[..., :4], whole[..., :4])
+
+
+def test_a_controlnet_sees_the_text_without_id_tokens(
+    own: ConsistentIDPipeline, person: Identity
+) -> None:
+    controlnet = diffusers.ControlNetModel.from_unet(own.unet, conditioning_channels=3)
+    pipe = ConsistentIDControlNetPipeline.from_pipe(own, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    lengths: list[int] = []
+    controlnet.register_forward_pre_hook(
+        lambda _module, _arguments, options: lengths.append(
+            options["encoder_hidden_states"].shape[1]
+        ),
+        with_kwargs=True,
+    )
+    picture = Image.new("RGB", (32, 32), "teal")
+    assert torch.equal(run(pipe, person, image=picture), run(own, person)), "its output is zero"
+    assert set(lengths) == {77}
+    with torch.no_grad():
+        controlnet.controlnet_mid_block.weight.normal_(std=0.3)
+    assert not close(run(pipe, person, image=picture), run(own, person))
+
+
+def test_a_lora_beside_the_adapter_in_either_order(
+    trained: Path, adapter: Path, person: Identity, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora"
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(trained / "base")
+    write_lora(stock, lora)
+    results = []
+    for lora_first in (True, False):
+        pipe = ConsistentIDPipeline.from_pretrained(trained / "base")
+        pipe.set_progress_bar_config(disable=True)
+        if lora_first:
+            pipe.load_lora_weights(lora)
+        pipe.load_consistentid_adapter(adapter)
+        without = run(pipe, person)
+        if not lora_first:
+            pipe.load_lora_weights(lora)
+        results.append(run(pipe, person))
+        pipe.fuse_consistentid()
+        assert close(run(pipe, person), results[-1])
+        pipe.unfuse_consistentid()
+        assert torch.equal(run(pipe, person), results[-1])
+        weak = run(pipe, person, cross_attention_kwargs={"scale": 0.0})
+        pipe.unload_lora_weights()
+        assert close(weak, run(pipe, person)) and not close(results[-1], weak)
+        if not lora_first:
+            assert torch.equal(run(pipe, person), without)
+    assert torch.equal(*results)
+
+
+def write_lora(stock: Any, folder: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    stock.unet.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(stock.unet))
+    stock.save_lora_weights(folder, unet_lora_layers=state)
+
+
+def test_slicing_and_tiling_of_the_vae(own: ConsistentIDPipeline, person: Identity) -> None:
+    options = {"output_type": "np", "num_images_per_prompt": 2, "height": 64, "width": 64}
+    whole = run(own, person, **options)
+    own.vae.enable_slicing()
+    assert abs(run(own, person, **options) - whole).max() < 1e-5
+    own.vae.enable_tiling()
+    own.vae.tile_sample_min_size = own.vae.tile_latent_min_size = 8
+    tiled = run(own, person, **options)
+    assert tiled.shape == whole.shape and 0 < abs(tiled - whole).mean() < 0.2
+
+
+def test_an_incomplete_base_is_refused(trained: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for part in (trained / "base").iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    for name, file in (
+        ("text_encoder", "model.safetensors"),
+        ("unet", "diffusion_pytorch_model.safetensors"),
+    ):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        for part in (trained / "base" / name).iterdir():
+            (tmp_path / name / part.name).symlink_to(part)
+        weights = load_file(tmp_path / name / file)
+        lost = sorted(weights)[3]
+        del weights[lost]
+        (tmp_path / name / file).unlink()
+        save_file(weights, tmp_path / name / file, metadata={"format": "pt"})
+        with pytest.raises(WeightsError, match=rf"{name} lacks 1 weights .* the first is {lost}"):
+            ConsistentIDPipeline.from_pretrained(tmp_path)
+        (tmp_path / name / file).unlink()
+        (tmp_path / name / file).symlink_to(trained / "base" / name / file)
+
+
+def test_half_precision_on_a_cpu_is_warned_of(
+    own: ConsistentIDPipeline, person: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    own.to(torch.bfloat16)
+    assert run(own, person).dtype == torch.bfloat16
+    assert "emulated" not in caplog.text
+    own.to(torch.float16)
+    run(own, person, num_inference_steps=1)
+    assert "float16 on a CPU is emulated" in caplog.text
