@@ -109,7 +109,7 @@ class LegacyReader:
 
 def _no_face(face: int, count: int) -> Dropped:
     if count:
-        return Dropped("no_face", f"face {face} of {count}, counted from 0")
+        return Dropped("no_face", f"face {face} was asked for, counted from 0; there are {count}")
     return Dropped(
         "no_face",
         f"none over score {_MIN_SCORE} without a border around the photograph, as in the "

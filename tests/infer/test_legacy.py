@@ -30,6 +30,8 @@ from stages.backends.bisenet import bisenet
 from stages.backends.weights import Weights
 from stages.codec import decode_labels
 from stages.record import Record
+from stages.resize import as_read
+from stages.storage.samples import from_members, to_members
 from tests.bases import base_copy
 
 # the first label of each of the reference's regions, in its order
@@ -179,7 +181,53 @@ def test_a_portrait_that_only_a_border_makes_detectable_has_no_face(
 
 def test_a_face_that_is_not_there_is_said(pair: Path, readers: dict[str, LegacyReader]) -> None:
     record = readers["sd15"].read(photograph(pair), 2)
-    assert (record.reason, record.detail) == ("no_face", "face 2 of 2, counted from 0")
+    assert record.reason == "no_face"
+    assert record.detail == "face 2 was asked for, counted from 0; there are 2"
+
+
+def test_the_record_is_the_same_after_saving(pair: Path, readers: dict[str, LegacyReader]) -> None:
+    image = Image.open(pair).convert("L")
+    record = readers["sd15"].read(photo_record(png(image), "grey.png"))
+    saved = from_members(to_members(record, ()))
+    assert record.ok and (saved.image, saved.parsing) == (record.image, record.parsing)
+    assert np.array_equal(saved.identity, record.identity)  # type: ignore[arg-type]
+    assert (saved.faces, saved.face) == (record.faces, record.face)
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "unchanged"),
+    [
+        ("RGB", "JPEG", True),
+        ("L", "JPEG", False),
+        ("CMYK", "JPEG", False),
+        ("RGB", "WEBP", True),
+        ("RGBA", "WEBP", False),
+        ("P", "GIF", False),
+        ("I;16", "PNG", False),
+        ("RGB", "TIFF", True),
+        ("RGB", "BMP", True),
+        ("RGB", "AVIF", False),
+    ],
+)
+def test_every_format_is_read_as_diffusers_reads_it(
+    mode: str, form: str, unchanged: bool, tmp_path: Path
+) -> None:
+    gradient = Image.linear_gradient("L").resize((48, 64))
+    image = Image.merge("RGB", (gradient, gradient.rotate(90), gradient.rotate(180)))
+    path = tmp_path / f"image.{form.lower()}"
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(64, 48) * 20)
+    elif mode == "RGBA":
+        image.putalpha(gradient)
+    else:
+        image = image.convert(mode)
+    image.save(path)
+    data = path.read_bytes()
+    file, pixels = as_read(data, ResizeConfig())
+    assert np.array_equal(pixels, np.array(load_image(str(path))))
+    assert (file == data) == unchanged
+    with Image.open(io.BytesIO(file)) as stored:
+        assert np.array_equal(np.array(stored.convert("RGB")), pixels)
 
 
 def test_a_file_that_must_change_becomes_a_png_of_its_pixels(
