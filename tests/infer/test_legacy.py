@@ -120,10 +120,10 @@ def pair(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers() -> dict[str, LegacyReader]:
-    made = {name: LegacyReader(SPECS[name], DatasetConfig()) for name in ("sd15", "sdxl")}
-    for reader in made.values():
+    both = {name: LegacyReader(SPECS[name], DatasetConfig()) for name in ("sd15", "sdxl")}
+    for reader in both.values():
         reader.set_up()
-    return made
+    return both
 
 
 def photograph(path: Path) -> Record:
