@@ -40,7 +40,7 @@ class DetectStage(BackendStage, RecordStage):
 
 def find_faces(detector: FaceDetector, image: Image, config: DetectConfig) -> list[Face]:
     """Returns the faces detected at the first of `config.scales` that detects any, in pixels of
-    `image`; boxes may extend beyond its edges.
+    `image`, rounded to 0.01, with scores rounded to 0.0001; boxes may extend beyond its edges.
     """
     border = round(config.pad * max(image.shape[:2]))
     padded = image
@@ -48,11 +48,19 @@ def find_faces(detector: FaceDetector, image: Image, config: DetectConfig) -> li
         padded = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT)
     for size in config.scales:
         if faces := detector.detect(padded, size):
-            return [_shifted(face, -border) for face in faces]
+            return [_rounded(face, -border) for face in faces]
     return []
 
 
-def _shifted(face: Face, offset: int) -> Face:
-    x1, y1, x2, y2 = (round(value + offset, 2) for value in face.box)
-    landmarks = tuple((round(x + offset, 2), round(y + offset, 2)) for x, y in face.landmarks)
-    return replace(face, box=(x1, y1, x2, y2), landmarks=landmarks)
+def _rounded(face: Face, offset: int) -> Face:
+    """Returns the face, rounded and shifted by `offset` pixels."""
+
+    def place(value: float) -> float:
+        return round(round(value, 2) + offset, 2)
+
+    x1, y1, x2, y2 = (place(value) for value in face.box)
+    return Face(
+        box=(x1, y1, x2, y2),
+        landmarks=tuple((place(x), place(y)) for x, y in face.landmarks),
+        score=round(face.score, 4),
+    )

@@ -26,15 +26,16 @@ class EmbedStage(BackendStage):
         images = [decode_jpeg(record.image) for record in records]
         features = self.backend.embed(images, [record.main_face for record in records])
         return [
-            self._with_identity(record, feature)
+            with_identity(record, feature)
             for record, feature in zip(records, features, strict=True)
         ]
 
-    def _with_identity(self, record: Record, feature: FloatArray) -> Record:
-        norm = float(np.linalg.norm(feature))
-        if feature.shape != (IDENTITY_DIM,) or not 1e-6 < norm < np.inf:
-            return reject(
-                record, Failed("no_identity", f"shape {feature.shape}, norm {norm:.4f}"), self.name
-            )
-        identity = np.asarray(feature / np.float32(norm), np.float32)
-        return replace(record, identity=identity, identity_norm=round(norm, 6))
+
+def with_identity(record: Record, feature: FloatArray) -> Record:
+    """Returns the record with the identity of the network's output, or failed if that is none."""
+    norm = float(np.linalg.norm(feature))
+    if feature.shape != (IDENTITY_DIM,) or not 1e-6 < norm < np.inf:
+        failure = Failed("no_identity", f"shape {feature.shape}, norm {norm:.4f}")
+        return reject(record, failure, EmbedStage.name)
+    identity = np.asarray(feature / np.float32(norm), np.float32)
+    return replace(record, identity=identity, identity_norm=round(norm, 6))

@@ -113,6 +113,30 @@ def as_jpeg(data: bytes, config: ResizeConfig) -> tuple[bytes, int, int]:
     return data if usable else encode_jpeg(pixels, config.jpeg_quality), width, height
 
 
+def as_read(data: bytes, config: ResizeConfig) -> tuple[bytes, Image]:
+    """Returns (file, pixels) of an image at its own size, upright RGB (H, W, 3) uint8, as
+    diffusers' `load_image` reads it: decoded by Pillow; of transparent pixels the colour counts.
+
+    The file is `data` if Pillow reads these pixels from it, else a PNG of them. Raises Failed as
+    `decode`.
+    """
+    with _open(data, config) as opened:
+        try:
+            usable = (
+                opened.format in (*_FORMATS, "MPO")  # MPO: of JPEGs with further pictures
+                and opened.mode == "RGB"
+                and opened.getexif().get(_ORIENTATION, 1) == 1
+            )
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        except Exception as error:  # noqa: BLE001 - Pillow raises many types for broken data
+            raise _undecodable(error, data) from None
+    if not usable:
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=1)
+        data = file.getvalue()
+    return data, np.asarray(image, np.uint8)
+
+
 def _open(data: bytes, config: ResizeConfig) -> PILImage.Image:
     """Opens an image: reads and checks its header, without decoding pixels. Raises Failed."""
     if not data:

@@ -102,3 +102,7 @@ class Embedder(_Cached):
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
         vectors = self._cached(images, tuple(faces), lambda: self._model.embed(images, faces))
         return [vector.copy() for vector in vectors]
+
+    def embed_crops(self, crops: Sequence[Image]) -> list[FloatArray]:
+        vectors = self._cached(crops, None, lambda: self._model.embed_crops(crops))
+        return [vector.copy() for vector in vectors]

@@ -48,6 +48,10 @@ class IdentityEmbedder(Protocol):
         """
         ...
 
+    def embed_crops(self, crops: Sequence[Image]) -> list[FloatArray]:
+        """Returns the same for aligned faces, BGR (112, 112, 3)."""
+        ...
+
 
 class Captioner(Protocol):
     """Writes captions. `config` is the backend's section of CaptionConfig.

@@ -14,8 +14,6 @@ from stages.record import Face
 
 
 class Scrfd:
-    """Face detector. Rounds coordinates to 0.01 pixels and scores to 0.0001."""
-
     def __init__(self, config: DetectConfig, weights: Weights) -> None:
         from insightface.model_zoo.scrfd import SCRFD
 
@@ -34,6 +32,6 @@ class Scrfd:
 
 
 def _face(box: Any, points: Any) -> Face:
-    x1, y1, x2, y2 = (round(float(value), 2) for value in box[:4])
-    landmarks = tuple((round(float(x), 2), round(float(y), 2)) for x, y in points)
-    return Face(box=(x1, y1, x2, y2), landmarks=landmarks, score=round(float(box[4]), 4))
+    x1, y1, x2, y2, score = (float(value) for value in box)
+    landmarks = tuple((float(x), float(y)) for x, y in points)
+    return Face(box=(x1, y1, x2, y2), landmarks=landmarks, score=score)
