@@ -100,8 +100,8 @@ def write_adapter(
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     weights, described = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     with beside(weights) as partial, beside(described) as partial_text:
-        save_file(_on_cpu(state), partial, metadata={"format": "pt"})
         partial_text.write_text(text)
+        save_file(_on_cpu(state), partial, metadata={"format": "pt"})
         described.unlink(missing_ok=True)
         partial.replace(weights)
         partial_text.replace(described)

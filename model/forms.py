@@ -126,14 +126,12 @@ def _without_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     its names, which is that in the UNet.
     """
     state = {key: value for key, value in weights.items() if not key.startswith("unet.")}
-    if any(key.startswith("adapter_modules.") for key in state):
-        return state
     processors = [key for key in weights if key.startswith("unet.") and ".processor." in key]
     paths = sorted({key.partition(".processor.")[0] for key in processors}, key=_place)
     number = {path: index for index, path in enumerate(paths)}
     for key in processors:
         path, _, rest = key.partition(".processor.")
-        state[f"adapter_modules.{number[path]}.{rest}"] = weights[key]
+        state.setdefault(f"adapter_modules.{number[path]}.{rest}", weights[key])
     return state
 
 

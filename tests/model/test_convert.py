@@ -152,6 +152,18 @@ def test_round_trips_keep_every_bit_and_equal_input_gives_equal_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
+def test_tensors_that_share_memory_are_written_apart(adapter: Path, tmp_path: Path) -> None:
+    state = load_file(adapter / WEIGHTS_FILE)
+    norm = torch.arange(1_000.0)
+    state["image_proj_model.norm.weight"], state["image_proj_model.norm.bias"] = (
+        norm[:128],
+        norm[64:192],
+    )
+    torch.save(state, tmp_path / "shared.bin")
+    assert invoke(tmp_path / "shared.bin", tmp_path / "mine")[0] == 0
+    assert same(read_adapter(tmp_path / "mine").state, state)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_training_state_becomes_its_adapter(
     base: BaseModels, adapter: Path, tmp_path: Path, name: str
