@@ -64,6 +64,7 @@ def without(name: str) -> dict[str, Any]:
         ({"spec": {**asdict(TINY), "lora_rank": "128"}}, "spec.lora_rank is '128', expected a w"),
         ({"spec": {**asdict(TINY), "lora_rank": True}}, "spec.lora_rank is True"),
         ({"spec": {**asdict(TINY), "lora_rank": 10**30}}, "expected a whole number from 1 to"),
+        ({"spec": {**asdict(TINY), "facial_depth": 65}}, "expected a whole number from 1 to 64"),
         ({"spec": {**asdict(TINY), "num_tokens": 0}}, "spec.num_tokens is 0"),
         ({"spec": {**asdict(TINY), "shortcut": 1}}, "spec.shortcut is 1, expected true or false"),
         ({"spec": {**asdict(TINY), "base": None}}, "spec.base is None, expected a text"),
