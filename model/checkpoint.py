@@ -30,6 +30,8 @@ WEIGHTS_FILE: Final = "adapter.safetensors"
 CONFIG_FILE: Final = "adapter.json"
 PREFIXES: Final = ("image_proj_model", "FacialEncoder", "adapter_modules")
 _ALIASES: Final = {"image_proj": "image_proj_model"}  # prefix in ConsistentID-v1.bin → ours
+_WIDTH_KEY: Final = "image_proj_model.norm.weight"
+_RANK_KEY: Final = "adapter_modules.0.to_q_lora.down.weight"
 _FOREIGN: Final = {  # prefix in a file of another kind → its name
     "ip_adapter": "an IP-Adapter",
     "id_encoder": "a PhotoMaker file",
@@ -100,8 +102,8 @@ def write_adapter(
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     weights, described = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     with beside(weights) as partial, beside(described) as partial_text:
-        save_file(_on_cpu(state), partial, metadata={"format": "pt"})
         partial_text.write_text(text)
+        save_file(_on_cpu(state), partial, metadata={"format": "pt"})
         described.unlink(missing_ok=True)
         partial.replace(weights)
         partial_text.replace(described)
@@ -152,21 +154,18 @@ def published_adapter(weights: Mapping[str, Tensor], path: Path) -> AdapterFile:
     projector. path: where they were read. Raises WeightsError for weights of something else.
     """
     state = _state(weights, path)
-    norm = state.get("image_proj_model.norm.weight", torch.empty(0))
-    down = state.get("adapter_modules.0.to_q_lora.down.weight", torch.empty(0, 0))
-    width = norm.numel()
+    width, rank = (_first_side(state, key, path) for key in (_WIDTH_KEY, _RANK_KEY))
     specs = {spec.cross_attention_dim: spec for spec in SPECS.values()}
-    if width not in specs or down.ndim != 2 or not down.numel():
+    if width not in specs:
         widths = ", ".join(f"{spec.cross_attention_dim} ({name})" for name, spec in SPECS.items())
         raise WeightsError(
-            f"{path}: ID tokens are {width} wide, and the first LoRA has shape "
-            f"{tuple(down.shape)}; expected a width of {widths} and a LoRA of two dimensions. Name "
-            "an adapter of one of these models."
+            f"{path}: ID tokens are {width} wide, expected {widths}. Name an adapter of one of "
+            "these models."
         )
     return AdapterFile(
         source=path,
         state=state,
-        spec=replace(specs[width], lora_rank=len(down)),
+        spec=replace(specs[width], lora_rank=rank),
         mode="legacy",
         embedder=PUBLISHED_EMBEDDER,
         config={"mode": "legacy", "published": path.name, "embedder": asdict(PUBLISHED_EMBEDDER)},
@@ -268,6 +267,18 @@ def _state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {
         f"{_ALIASES.get(head, head)}.{rest}": weights[key] for key, (head, _, rest) in parts.items()
     }
+
+
+def _first_side(state: Mapping[str, Tensor], key: str, path: Path) -> int:
+    """Returns a weight's first dimension. Raises WeightsError if there is no such weight."""
+    shape = state[key].shape if key in state else ()
+    if not shape or not shape[0]:
+        what = f"of shape {tuple(shape)}" if key in state else "not in it"
+        raise WeightsError(
+            f"{path}: {key} is {what}; expected a tensor, by which the model's sizes are "
+            "recognised. Get the file from its author again."
+        )
+    return int(shape[0])
 
 
 def _instead(source: Path) -> str:

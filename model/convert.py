@@ -137,7 +137,7 @@ def convert(
     forms.check_target(target, folder=form is Form.ADAPTER, overwrite=overwrite)
     adapter = forms.read_any(source)
     if form is Form.IP_ADAPTER:
-        forms.check_faceid_plus(adapter)
+        adapter = forms.faceid_plus(adapter)
     adapter = forms.cast(adapter, None if dtype is Precision.SAME else getattr(torch, dtype))
     write = {
         Form.ADAPTER: forms.write_folder,

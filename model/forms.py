@@ -50,8 +50,12 @@ _BLOCKS: Final = {
 }
 
 # what diffusers' class for FaceID-Plus projectors fixes
-_FACEID_PLUS: Final = {"num_tokens": 4, "identity_hidden": 1024, "projector_depth": 4}
-_FACEID_DIM_HEAD: Final = 64
+_FACEID_PLUS: Final = {
+    "num_tokens": 4,
+    "identity_hidden": 1024,
+    "projector_depth": 4,
+    "dim_head": 64,
+}
 
 
 def expected_state(spec: ModelSpec) -> dict[str, Tensor]:
@@ -126,14 +130,12 @@ def _without_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     its names, which is that in the UNet.
     """
     state = {key: value for key, value in weights.items() if not key.startswith("unet.")}
-    if any(key.startswith("adapter_modules.") for key in state):
-        return state
     processors = [key for key in weights if key.startswith("unet.") and ".processor." in key]
     paths = sorted({key.partition(".processor.")[0] for key in processors}, key=_place)
     number = {path: index for index, path in enumerate(paths)}
     for key in processors:
         path, _, rest = key.partition(".processor.")
-        state[f"adapter_modules.{number[path]}.{rest}"] = weights[key]
+        state.setdefault(f"adapter_modules.{number[path]}.{rest}", weights[key])
     return state
 
 
@@ -177,26 +179,25 @@ def write_published(adapter: AdapterFile, target: Path) -> None:
 
 def write_ip_adapter(adapter: AdapterFile, target: Path) -> None:
     """Writes projector, ID attention and LoRA as IP-Adapter's FaceID-Plus files have them, in
-    safetensors if `target` ends so. The facial encoder is left out.
-
-    Raises WeightsError for a projector of other sizes than FaceID-Plus has.
+    safetensors if `target` ends so.
     """
-    check_faceid_plus(adapter)
     nested = _nested(adapter.state)
     content = {"image_proj": nested["image_proj_model"], "ip_adapter": nested["adapter_modules"]}
-    if target.suffix != ".safetensors":
+    if target.suffix.lower() != ".safetensors":
         write_atomically(target, lambda path: _save(content, path))
         return
     flat = {f"{name}.{key}": value for name, part in content.items() for key, value in part.items()}
     write_atomically(target, lambda path: save_file(flat, path, metadata={"format": "pt"}))
 
 
-def check_faceid_plus(adapter: AdapterFile) -> None:
-    """Raises WeightsError for a projector of other sizes than FaceID-Plus has."""
+def faceid_plus(adapter: AdapterFile) -> AdapterFile:
+    """Returns the adapter without its facial encoder. Raises WeightsError for a projector of other
+    sizes than FaceID-Plus has.
+    """
     spec = adapter.spec
     wrong = [
         f"{name} {getattr(spec, name)}, expected {value}"
-        for name, value in {**_FACEID_PLUS, "dim_head": _FACEID_DIM_HEAD}.items()
+        for name, value in _FACEID_PLUS.items()
         if getattr(spec, name) != value
     ]
     if wrong:
@@ -204,6 +205,8 @@ def check_faceid_plus(adapter: AdapterFile) -> None:
             f"{adapter.source}: IP-Adapter's FaceID-Plus form has a projector of fixed sizes; "
             f"given {'; '.join(wrong)}. Convert an adapter of sd15 or sdxl."
         )
+    state = {k: value for k, value in adapter.state.items() if not k.startswith("FacialEncoder.")}
+    return replace(adapter, state=state)
 
 
 def write_folder(adapter: AdapterFile, target: Path) -> None:

@@ -21,6 +21,7 @@ __all__ = [
 
 TOKEN_LIMIT: Final = 77  # CLIP's text length, BOS and EOS included
 _LARGEST: Final = 65_536  # of a size in a spec; a larger one is a damaged file
+_DEEPEST: Final = 64  # of a depth, so that a damaged file doesn't cost minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ def spec_from_json(values: object) -> ModelSpec:
             raise ValueError(f"spec.{name} is a field that this version doesn't have")
         valid = type(value) is types[name]
         if types[name] is int:
-            valid = valid and 1 <= value <= _LARGEST
+            valid = valid and 1 <= value <= _largest(name)
         elif name == "hooked":
             valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if not valid:
@@ -169,8 +170,16 @@ def spec_from_json(values: object) -> ModelSpec:
     return ModelSpec(**{**values, "hooked": tuple(values["hooked"])})
 
 
+def _largest(name: str) -> int:
+    return _DEEPEST if name.endswith("depth") else _LARGEST
+
+
 def _expected(name: str) -> str:
-    kinds = {int: f"a whole number from 1 to {_LARGEST:,}", str: "a text", bool: "true or false"}
+    kinds = {
+        int: f"a whole number from 1 to {_largest(name):,}",
+        str: "a text",
+        bool: "true or false",
+    }
     return kinds.get(get_type_hints(ModelSpec)[name], "a list of texts")
 
 

@@ -28,7 +28,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises WeightsError for a file that can't be read, and for values other than tensors.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             content: Any = load_file(path)
         else:
             content = torch.load(

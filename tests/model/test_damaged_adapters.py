@@ -19,6 +19,10 @@ from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from model.spec import SPECS
 
 TINY = SPECS["tiny"]
+PUBLISHED = {
+    key: torch.tensor(1.0)
+    for key in ("image_proj.norm.weight", "FacialEncoder.a", "adapter_modules.a")
+}
 
 
 def error_of(source: Path) -> str:
@@ -64,6 +68,7 @@ def without(name: str) -> dict[str, Any]:
         ({"spec": {**asdict(TINY), "lora_rank": "128"}}, "spec.lora_rank is '128', expected a w"),
         ({"spec": {**asdict(TINY), "lora_rank": True}}, "spec.lora_rank is True"),
         ({"spec": {**asdict(TINY), "lora_rank": 10**30}}, "expected a whole number from 1 to"),
+        ({"spec": {**asdict(TINY), "facial_depth": 65}}, "expected a whole number from 1 to 64"),
         ({"spec": {**asdict(TINY), "num_tokens": 0}}, "spec.num_tokens is 0"),
         ({"spec": {**asdict(TINY), "shortcut": 1}}, "spec.shortcut is 1, expected true or false"),
         ({"spec": {**asdict(TINY), "base": None}}, "spec.base is None, expected a text"),
@@ -199,16 +204,38 @@ def write_huge(path: Path) -> None:
             "this looks like a training state, of which python -m model.convert",
         ),
         (
-            "narrow.safetensors",
-            lambda path: save_file(
+            "part.bin",
+            lambda path: torch.save({**PUBLISHED, "image_proj.norm.weight": torch.ones(768)}, path),
+            "adapter_modules.0.to_q_lora.down.weight is not in it; expected a tensor",
+        ),
+        (
+            "none.bin",
+            lambda path: torch.save(PUBLISHED, path),
+            "norm.weight is of shape (); expected a tensor",
+        ),
+        (
+            "rank.bin",
+            lambda path: torch.save(
                 {
-                    "image_proj.norm.weight": torch.zeros(512),
-                    "FacialEncoder.a": torch.zeros(1),
-                    "adapter_modules.a": torch.zeros(1),
+                    **PUBLISHED,
+                    "image_proj.norm.weight": torch.ones(768),
+                    "adapter_modules.0.to_q_lora.down.weight": torch.ones(0, 320),
                 },
                 path,
             ),
-            "ID tokens are 512 wide",
+            "adapter_modules.0.to_q_lora.down.weight is of shape (0, 320)",
+        ),
+        (
+            "narrow.safetensors",
+            lambda path: save_file(
+                {
+                    **PUBLISHED,
+                    "image_proj.norm.weight": torch.zeros(512),
+                    "adapter_modules.0.to_q_lora.down.weight": torch.zeros(4, 320),
+                },
+                path,
+            ),
+            "ID tokens are 512 wide, expected 128 (tiny), 768 (sd15), 2048 (sdxl)",
         ),
     ],
 )
