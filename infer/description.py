@@ -30,14 +30,16 @@ from infer.clauses import (
 )
 from stages.claims.grammar import QUALITIES, Claim, claims_of, conflict
 
+CONTRADICTED: Final = "the prompt says "  # begins the reason of what the prompt contradicts
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """What goes into a prompt of a face caption.
 
     text: with each region's noun that the caption has. left_out: (phrase, reason) of what isn't in
-    the text, in the order in which it was left out. A reason is a key of _MOMENT, or says which
-    words of the prompt contradict the phrase.
+    the text, in the order in which it was left out. A reason is a key of _MOMENT, or CONTRADICTED
+    with the words of the prompt that contradict the phrase.
     """
 
     text: str
@@ -106,7 +108,8 @@ _CUT: Final = (
     (
         "expression",
         re.compile(
-            r" ?\b(?:in|with|into|and) (?:a|an) (?:[\w-]+,? ){0,3}?"
+            r" ?\b(?:in|with|into|and) (?:a|an) (?:(?!(?:and|with|an?|hair|beard|face|ears?|eyes?"
+            r"|nose|mouth|lips) )[\w-]+,? ){0,3}?"
             r"(?:smile|grin|smirk|frown|pout|expression|laugh|(?:neutral|firm) line)\b",
             re.IGNORECASE,
         ),
@@ -124,6 +127,8 @@ _CUT: Final = (
 _VAGUE: Final = re.compile(
     r"\b(?:slightly|slight|faint|subtle|partly|partially|somewhat|half|mostly) ", re.IGNORECASE
 )
+# Topics whose value stands before a noun → the noun.
+_NOUNS: Final = {"hair_color": "hair"} | {topic: noun for topic, (noun, _) in QUALITIES.items()}
 # What follows a unit that is left out, and says nothing without it.
 _FOLLOWS: Final = re.compile(r"(?:into|against|behind|as|from)\b", re.IGNORECASE)
 _PERSON: Final = _pattern(
@@ -175,12 +180,13 @@ class _Reader:
             for match in pattern.finditer(text)
         ]
         for claim in _read(text):
-            # "brown" of "brown eyes"; a verb's predicate is a unit of its own
-            word = re.match(r"(?!\w+ (?:is|are)\b)[\w-]+,? (?=.)", claim.text)
+            # "brown" of "brown eyes"; that of "the eyes are brown" is a unit of its own
+            noun = _NOUNS.get(claim.topic)
+            word = noun and re.match(rf"(?!{noun}\b)[\w-]+,? (?=.*{noun}$)", claim.text, re.I)
             phrase = rf"(?:\b(?:dark|light|bright) )?{re.escape(claim.text)}"
             match = word and re.search(phrase, text)
             reason = self._contradicted([claim], same_topic=True)
-            if word and match and reason and claim.topic in ("hair_color", *QUALITIES):
+            if word and match and reason:
                 spans.append((match.start(), match.end() - len(claim.text) + word.end(), reason))
         rest, left_out, last = "", list[tuple[str, str]](), 0
         for start, end, reason in sorted(spans):
@@ -228,7 +234,7 @@ class _Reader:
         for claim in claims:
             for wanted in self.claims:
                 if conflict(claim, wanted) and (claim.topic == wanted.topic or not same_topic):
-                    return f"the prompt says {wanted.text!r}"
+                    return f"{CONTRADICTED}{wanted.text!r}"
         return ""
 
 

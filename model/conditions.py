@@ -73,7 +73,8 @@ class Conditions(_AsRead):
     Up to five regions get a slot; slot i is entry i of every tensor with a leading 5.
 
     key: the record's. text: with marks. regions: names of the slots' regions, in order. dropped:
-    (region, reason) of the regions without a slot.
+    (region, reason) of the regions without a slot. cut: words of the prompt for which the text has
+    no room, see `model.prompt.MarkedText`.
     input_ids: (77,) int64. input_ids_2: the same text for a second text encoder.
     token_mask: (77,) bool, True on the nouns that a region is fused into.
     token_idx: (5,) int64, position of each slot's noun. token_valid: (5,) bool, whether the slot
@@ -87,6 +88,7 @@ class Conditions(_AsRead):
     text: str
     regions: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
+    cut: str = ""
     input_ids: Tensor
     input_ids_2: Tensor
     token_mask: Tensor
@@ -192,6 +194,7 @@ def build_conditions(
         text=text.text,
         regions=slots,
         dropped=dropped,
+        cut=text.cut,
         input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
         input_ids_2=_second_ids(text.text, tokens.ids, tokenizer, tokenizer_2, mode),
         token_mask=mask,
