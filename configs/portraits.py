@@ -59,6 +59,8 @@ class InferConfig:
     face: int = 0  # which face of the photograph, from left to right from 1 on; 0: the largest
     # describes the face in place of the photograph's own description; "": that one
     face_caption: str = ""
+    # whether the photograph's expression, pose, glasses and the like go into the prompts too
+    describe_moment: bool = False
     prompt_template: str = "{prompt}"
     negative_prompt: str = ""
     scheduler: str = "EulerDiscreteScheduler"  # any of diffusers' schedulers, by class name

@@ -59,6 +59,7 @@ class Adapter:
             weakref.WeakKeyDictionary()
         )
         self._texts = _Texts()
+        self._notices: set[str] = set()
         self._tokenizer: tuple[int, Any] | None = None
 
     @property
@@ -129,6 +130,12 @@ class Adapter:
                 for person in missing:
                     self._people[person] = person_tokens(self.model, person, device)
         return [self._people[person] for person in people]
+
+    def is_new(self, notice: str) -> bool:
+        """Whether a notice is given for the first time."""
+        seen = notice in self._notices
+        self._notices.add(notice)
+        return not seen
 
     def check(self, person: Identity) -> None:
         """Raises ConfigError for an identity that was made for another kind of adapter."""

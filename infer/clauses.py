@@ -135,9 +135,9 @@ def _keep_nouns(part: Part, named: set[str]) -> None:
     if not missing:
         return
     link = _LINK.match(part.text)
-    phrases = []
+    phrases, last = list[str](), 0
     for start, word, region in missing:
-        articles = _ARTICLE.findall(part.text[:start])
+        articles, last = _ARTICLE.findall(part.text[last:start]), start
         phrases.append(f"{articles[-1]} {word}" if articles else word)
         named.add(region)
     noun = (link[0] if link else "") + " and ".join(phrases)

@@ -197,10 +197,12 @@ def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDMixin]:
         person = Identity.load(Path(settings.identity).expanduser())
         return person, load_pipeline(settings)
     source = configured_adapter(settings)
-    dataset = reading_config(source, read_adapter(source), settings.dataset)
+    adapter = read_adapter(source)
+    dataset = reading_config(source, adapter, settings.dataset)
     pin_threads(dataset.threads or _allowed_threads())
     photo = Path(settings.photo).expanduser()
-    record = PhotoReader(dataset).read(photo, settings.photo, settings.face)
+    reader = PhotoReader(dataset, adapter.spec, adapter.mode)
+    record = reader.read(photo, settings.photo, settings.face)
     pipe = load_pipeline(settings)
     return pipe.encode_identity(record), pipe
 

@@ -11,9 +11,9 @@ prompt is read by the grammar of claims.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Final
 
 from infer.clauses import (
@@ -30,14 +30,16 @@ from infer.clauses import (
 )
 from stages.claims.grammar import QUALITIES, Claim, claims_of, conflict
 
+CONTRADICTED: Final = "the prompt says "  # begins the reason of what the prompt contradicts
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """What goes into a prompt of a face caption.
 
     text: with each region's noun that the caption has. left_out: (phrase, reason) of what isn't in
-    the text, in the order in which it was left out. A reason is a key of _MOMENT, or says which
-    words of the prompt contradict the phrase.
+    the text, in the order in which it was left out. A reason is a key of _MOMENT, or CONTRADICTED
+    with the words of the prompt that contradict the phrase.
     """
 
     text: str
@@ -106,7 +108,8 @@ _CUT: Final = (
     (
         "expression",
         re.compile(
-            r" ?\b(?:in|with|into|and) (?:a|an) (?:[\w-]+,? ){0,3}?"
+            r" ?\b(?:in|with|into|and) (?:a|an) (?:(?!(?:and|with|an?|hair|beard|face|ears?|eyes?"
+            r"|nose|mouth|lips) )[\w-]+,? ){0,3}?"
             r"(?:smile|grin|smirk|frown|pout|expression|laugh|(?:neutral|firm) line)\b",
             re.IGNORECASE,
         ),
@@ -124,6 +127,8 @@ _CUT: Final = (
 _VAGUE: Final = re.compile(
     r"\b(?:slightly|slight|faint|subtle|partly|partially|somewhat|half|mostly) ", re.IGNORECASE
 )
+# Topics whose value stands before a noun → the noun.
+_NOUNS: Final = {"hair_color": "hair"} | {topic: noun for topic, (noun, _) in QUALITIES.items()}
 # What follows a unit that is left out, and says nothing without it.
 _FOLLOWS: Final = re.compile(r"(?:into|against|behind|as|from)\b", re.IGNORECASE)
 _PERSON: Final = _pattern(
@@ -175,13 +180,14 @@ class _Reader:
             for match in pattern.finditer(text)
         ]
         for claim in _read(text):
-            # "brown" of "brown eyes"; a verb's predicate is a unit of its own
-            word = re.match(r"(?!\w+ (?:is|are)\b)[\w-]+,? (?=.)", claim.text)
-            phrase = rf"(?:\b(?:dark|light|bright) )?{re.escape(claim.text)}"
-            match = word and re.search(phrase, text)
+            # "brown" of "brown eyes"; that of "the eyes are brown" is a unit of its own
+            noun = _NOUNS.get(claim.topic)
+            word = noun and re.match(rf"(?!{noun}\b)[\w-]+,? (?=.*{noun}$)", claim.text, re.I)
             reason = self._contradicted([claim], same_topic=True)
-            if word and match and reason and claim.topic in ("hair_color", *QUALITIES):
-                spans.append((match.start(), match.end() - len(claim.text) + word.end(), reason))
+            if word and reason:
+                rest = re.escape(claim.text[word.end() :])
+                phrase = rf"\b(?:(?:dark|light|bright) )?{re.escape(word[0])}(?={rest})"
+                spans.extend((*match.span(), reason) for match in re.finditer(phrase, text))
         rest, left_out, last = "", list[tuple[str, str]](), 0
         for start, end, reason in sorted(spans):
             if start >= last:
@@ -191,7 +197,7 @@ class _Reader:
 
     def _without_units(self, text: str) -> Description:
         """Leaves out units; of a region that nothing else names, the bare noun stays."""
-        whole = {claim[:2] for claim in _read(text)}
+        whole = _read(text)
         clauses = clauses_of(text)
         for parts in clauses:
             self._judge(parts, whole)
@@ -201,8 +207,8 @@ class _Reader:
             left_out=tuple(entry for parts in clauses for entry in left_out_phrases(parts)),
         )
 
-    def _judge(self, parts: Sequence[Part], whole: set[tuple[str, str]]) -> None:
-        """Sets the reasons of a clause's units. whole: topic and value of the caption's claims."""
+    def _judge(self, parts: Sequence[Part], whole: Sequence[Claim]) -> None:
+        """Sets the reasons of a clause's units. whole: the claims of all of the caption."""
         is_verb = [VERB.fullmatch(part.text) is not None for part in parts]
         for index, part in enumerate(parts):
             if not is_verb[index]:
@@ -215,20 +221,20 @@ class _Reader:
             if before.reason and not part.reason and _goes_with(before, part):
                 part.reason = before.reason
 
-    def _reason(self, before: Sequence[Part], part: Part, whole: set[tuple[str, str]]) -> str:
+    def _reason(self, before: Sequence[Part], part: Part, whole: Sequence[Claim]) -> str:
         """Returns why a unit is left out, "" if it stays. before: the units before it."""
-        claims = [claim for claim in _added(before, part) if _agrees(claim, whole)]
+        claims = chain.from_iterable(_in_context(claim, whole) for claim in _added(before, part))
         if reason := self._contradicted(claims):
             return reason
         reasons = () if self.moment else _MOMENT.items()
         return next((reason for reason, words in reasons if words.search(part.text)), "")
 
-    def _contradicted(self, claims: Sequence[Claim], *, same_topic: bool = False) -> str:
+    def _contradicted(self, claims: Iterable[Claim], *, same_topic: bool = False) -> str:
         """Returns what in the prompt contradicts one of the claims, "" if nothing does."""
         for claim in claims:
             for wanted in self.claims:
                 if conflict(claim, wanted) and (claim.topic == wanted.topic or not same_topic):
-                    return f"the prompt says {wanted.text!r}"
+                    return f"{CONTRADICTED}{wanted.text!r}"
         return ""
 
 
@@ -261,11 +267,14 @@ def _added(before: Sequence[Part], part: Part) -> list[Claim]:
     verb = bare_unit(next((p.text for p in reversed(before) if VERB.fullmatch(p.text)), ""))
     subject = before[0].text
     context = f"{subject} {verb}" if verb and not MODIFIER.match(bare) else subject
-    apart = {claim[:2] for claim in _read(subject)}
-    claims = _read(f"{context} {bare}")
-    return [claim for claim in claims if claim[:2] not in apart]
+    own = _read(bare)
+    others = {claim[:2] for claim in (*_read(subject), *own)}
+    added = [claim for claim in _read(f"{context} {bare}") if claim[:2] not in others]
+    return [*own, *added]
 
 
-def _agrees(claim: Claim, whole: set[tuple[str, str]]) -> bool:
-    """False if the whole text claims otherwise: in "no beard or hat", "hat" is denied."""
-    return claim[:2] in whole or all(topic != claim.topic for topic, _ in whole)
+def _in_context(claim: Claim, whole: Sequence[Claim]) -> list[Claim]:
+    """Returns what the whole text claims instead: "hat" is denied in "no glasses, hat or beard"."""
+    same_topic = [other for other in whole if other.topic == claim.topic]
+    agrees = not same_topic or any(other.value == claim.value for other in same_topic)
+    return [claim] if agrees else same_topic

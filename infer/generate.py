@@ -142,6 +142,7 @@ def _images(
         negative_prompt=[settings.negative_prompt] * len(jobs),
         identity=person,
         face_caption=settings.face_caption or None,
+        describe_moment=settings.describe_moment,
         num_inference_steps=settings.num_inference_steps,
         start_merge_step=merge if merge < 1 else int(merge),
         guidance_scale=settings.guidance_scale,
@@ -172,8 +173,9 @@ def _metadata(
     """Returns a portrait's settings for its PNG; `text` is what the text encoder reads."""
     adapter = pipe.adapter
     prompt = settings.prompts[job[0]]
-    tokens = pipe.prompt_tokens(
-        person, apply_template(prompt, settings), settings.face_caption or None
+    text = apply_template(prompt, settings)
+    tokens, _ = pipe.prompt_text(
+        person, text, settings.face_caption or None, settings.describe_moment
     )
     return {
         "prompt": prompt,

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from configs.schema import DatasetConfig
+from infer.notices import face_index
 from model.spec import ModelSpec
 from stages.backends.arcface import insightface_crop
 from stages.backends.weights import Weights
@@ -45,6 +46,13 @@ _SD15: Final = _Reading(swapped=True, detector_size=640, parser_size=512)
 _SDXL: Final = _Reading(swapped=False, detector_size=512, parser_size=1280)
 
 
+_NO_FACE: Final = Dropped(
+    "no_face",
+    f"none over score {_MIN_SCORE} without a border around the photograph, as in the reference; a "
+    "face that fills it needs one",
+)
+
+
 class LegacyReader:
     """Makes records of photographs as the reference's pipeline for `spec` would use them.
 
@@ -73,11 +81,13 @@ class LegacyReader:
         """Returns the record of a photograph, with image, label map and identity, or rejected with
         a reason of the data set's stages.
 
-        photo: its `image` holds the file. face: which of the faces in the detector's order, whose
-        best scored one is 0. The image is the photograph at its own size, in its own file unless
-        that is rotated or not RGB (`stages.resize.as_read`). The label map has the size of the
-        parser's input, and may lack the skin: then the reference uses the regions that there are.
+        photo: its `image` holds the file. face: number of the face from the left, from 1 on; 0: the
+        first in the detector's order, which has the best score. The image is the photograph at its
+        own size, in its own file unless that is rotated or not RGB (`stages.resize.as_read`). The
+        label map has the size of the parser's input, and may lack the skin: then the reference uses
+        the regions that there are.
         Without a face the record is dropped: the reference goes on with an embedding of zeros.
+        Raises ConfigError if there are fewer faces than `face`.
         """
         try:
             file, pixels = as_read(photo.image, self._limits)
@@ -86,12 +96,13 @@ class LegacyReader:
         reversed_pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         bgr, rgb = (pixels, reversed_pixels) if self._reading.swapped else (reversed_pixels, pixels)
         faces = self._detect.backend.detect(rgb, self._reading.detector_size)
-        if not 0 <= face < len(faces):
-            return reject(photo, _no_face(face, len(faces)), DetectStage.name)
+        if not faces:
+            return reject(photo, _NO_FACE, DetectStage.name)
+        index = face_index(faces, face) if face else 0
         side = self._reading.parser_size
         squashed = Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)
         [labels] = self._parse.backend.parse([np.asarray(squashed)])
-        [feature] = self._embed.backend.embed_crops([insightface_crop(bgr, faces[face])])
+        [feature] = self._embed.backend.embed_crops([insightface_crop(bgr, faces[index])])
         height, width = pixels.shape[:2]
         record = replace(
             photo,
@@ -101,17 +112,7 @@ class LegacyReader:
             source_width=width,
             source_height=height,
             faces=tuple(faces),
-            face=face,
+            face=index,
             parsing=encode_labels(labels),
         )
         return with_identity(record, feature)
-
-
-def _no_face(face: int, count: int) -> Dropped:
-    if count:
-        return Dropped("no_face", f"face {face} was asked for, counted from 0; there are {count}")
-    return Dropped(
-        "no_face",
-        f"none over score {_MIN_SCORE} without a border around the photograph, as in the "
-        "reference; a face that fills it needs one",
-    )

@@ -25,7 +25,7 @@ from infer.conditioning import Guidance
 from infer.identity import Identity, encode_photo, joined
 from infer.phases import Phases, merge_step
 from infer.photo import Photo, PhotoReader
-from infer.request import embeddings, guidance_of, prompt_text
+from infer.request import FaceText, embeddings, guidance_of, prompt_text
 from infer.schedulers import unclipped
 from model.attention import merge_lora, unmerge_lora
 from model.checkpoint import read_adapter, save_adapter
@@ -147,7 +147,7 @@ class ConsistentIDMixin:
         self.consistentid = Adapter(
             file,
             self.unet,
-            PhotoReader(config),
+            PhotoReader(config, file.spec, file.mode),
             device=weight.device,
             dtype=weight.dtype,
             digest=file_digest(path),
@@ -178,7 +178,7 @@ class ConsistentIDMixin:
         unmerge_lora(self.adapter.unet)
 
     def encode_identity(
-        self, images: Photo | list[Photo], *, name: str = "", face: int | None = None
+        self, images: Photo | list[Photo], *, name: str = "", face: int = 0
     ) -> Identity:
         """Reads a person from a photograph, or from several of the same person.
 
@@ -199,13 +199,18 @@ class ConsistentIDMixin:
             ]
         return joined(people)
 
-    def prompt_tokens(
-        self, person: Identity, prompt: str, face_caption: str | None = None
-    ) -> TextTokens:
-        """Returns the text that the second phase reads for a prompt, with the regions fused into
-        it. face_caption: as in a call.
+    def prompt_text(
+        self,
+        person: Identity,
+        prompt: str,
+        face_caption: str | None = None,
+        describe_moment: bool = False,
+    ) -> tuple[TextTokens, list[str]]:
+        """Returns the text that the second phase reads for a prompt, and what a user should know of
+        it: words that were cut, regions that aren't used. The arguments are those of a call.
         """
-        return prompt_text(self, self.adapter, person, prompt, face_caption)
+        face = FaceText(face_caption, describe_moment)
+        return prompt_text(self, self.adapter, person, prompt, face)
 
     def __call__(
         self,
@@ -215,6 +220,7 @@ class ConsistentIDMixin:
         identity: Identity | Sequence[Identity] | None = None,
         start_merge_step: float = DEFAULT_MERGE,
         face_caption: str | None = None,
+        describe_moment: bool = False,
         **options: Any,
     ) -> Any:
         """Makes images as diffusers' pipeline does, of a person.
@@ -223,7 +229,8 @@ class ConsistentIDMixin:
         several of one person, see `encode_identity`. identity: in place of them, a person or one
         for each prompt. start_merge_step: the steps up to it see the plain text, later ones the
         text with fused regions; an int is a number of steps, a float a share of them. face_caption:
-        describes the face in place of the photograph's own description.
+        describes the face in place of the photograph's own description, of which only what belongs
+        to the person is used: with describe_moment also expression, pose, glasses and the like.
 
         Raises ConfigError without an adapter or a person, PipelineError if the latents of all
         images are not finite. If those of some are not, `failed_images` names them.
@@ -242,7 +249,7 @@ class ConsistentIDMixin:
             )
         people = [identity] if isinstance(identity, Identity) else list(identity)
         self._check_settings()
-        guidance = guidance_of(self, adapter, people, call, face_caption)
+        guidance = guidance_of(self, adapter, people, call, FaceText(face_caption, describe_moment))
         phases = self._phases(guidance, call, start_merge_step, adapter.model.mode == "legacy")
         call |= embeddings(guidance, late=phases.first_is_empty)
         call["callback_on_step_end"] = phases

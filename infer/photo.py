@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,10 +15,17 @@ from PIL import Image
 
 from configs.errors import FaceError, SourceError
 from configs.schema import DatasetConfig
+from infer.legacy import LegacyReader
+from infer.notices import face_index, face_notice
+from model.spec import ModelSpec
 from stages.backends.weights import Weights
 from stages.base import Dropped, Stage, reject, run_chain
 from stages.chain import build_stages
+from stages.detect import DetectStage
 from stages.record import Record, Status, key_of
+from stages.regions import Mode
+
+logger = logging.getLogger("consistentid")
 
 # A path, an encoded file, an image, RGB (H, W, 3) uint8, or a record before the stages.
 Photo = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | Record
@@ -37,13 +45,16 @@ _FILE_ADVICE: Final = "Give a JPEG, PNG, WebP, AVIF or HEIC photograph that open
 
 
 class PhotoReader:
-    """Reads people from photographs. config: of the stages, which should be that of the adapter's
-    training data. Their weights are loaded at the first use, because saved identities don't need
-    them.
+    """Reads people from photographs for a model.
+
+    config: of the stages, which should be that of the adapter's training data. Their weights are
+    loaded at the first use, because saved identities don't need them. In legacy mode photographs
+    are read as the reference does, see `infer.legacy`.
     """
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, spec: ModelSpec, mode: Mode) -> None:
         self.config = config
+        self._legacy = LegacyReader(spec, config) if mode == "legacy" else None
         self._stages: list[Stage] | None = None
 
     @property
@@ -51,24 +62,38 @@ class PhotoReader:
         """sha256 of the weights that make the embeddings."""
         return Weights(self.config.weights).digest(self.config.embed.weights)
 
-    @property
-    def stages(self) -> list[Stage]:
-        if self._stages is None:
-            self._stages = set_up_stages(self.config)
-        return self._stages
-
-    def read(self, photo: Photo, name: str = "", face: int | None = None) -> Record:
+    def read(self, photo: Photo, name: str = "", face: int = 0) -> Record:
         """Returns the record of the person in a photograph.
 
         A record that has been through the stages, e.g. one of a shard, is returned as it is. name:
-        of the photograph in error messages. Raises FaceError if it shows no usable face,
-        SourceError if it isn't a readable image.
+        of the photograph in error messages. face: number of the person from the left, from 1 on; 0:
+        the largest face, in legacy mode the detector's first. If there are several faces, it is
+        logged which was taken. Raises FaceError if there is no usable face, SourceError if the
+        photograph isn't a readable image, ConfigError if there are fewer faces than `face`.
         """
         record = as_record(photo)
         if record.ok and record.complete:
             return record
         shown = name or (str(photo) if isinstance(photo, str | Path) else record.source)
-        return run_stages(record, self.stages, shown)
+        record = self._read(record, face)
+        if not record.ok:
+            raise _error_for(record, shown)
+        if notice := face_notice(record.faces, record.face):
+            logger.warning("%s: %s", shown, notice)
+        return record
+
+    def _read(self, record: Record, face: int) -> Record:
+        if self._legacy is not None:
+            self._legacy.set_up()
+            return self._legacy.read(record, face)
+        if self._stages is None:
+            self._stages = set_up_stages(self.config)
+        end = 1 + [stage.name for stage in self._stages].index(DetectStage.name)
+        [record] = run_chain(self._stages[:end], [record])
+        if record.ok and face:
+            record = replace(record, face=face_index(record.faces, face))
+        [record] = run_chain(self._stages[end:], [record])
+        return _without_small_face(record)
 
 
 def as_record(photo: Photo) -> Record:
@@ -126,19 +151,12 @@ def set_up_stages(config: DatasetConfig) -> list[Stage]:
     return stages
 
 
-def run_stages(record: Record, stages: Sequence[Stage], photo: str | Path | None = None) -> Record:
-    """Runs a record through stages that are set up, and returns it.
-
-    photo: name of the photograph in error messages. Raises FaceError if it shows no usable face,
-    SourceError if it is no usable image.
-    """
-    [record] = run_chain(stages, [record])
-    if record.ok and record.main_face.side < _MIN_FACE:
-        detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_MIN_FACE}"
-        record = reject(record, Dropped("face_too_small", detail), "detect")
-    if not record.ok:
-        raise _error_for(record, str(photo or record.source))
-    return record
+def _without_small_face(record: Record) -> Record:
+    """Returns the record, dropped if its face is too small to be recognised."""
+    if not record.ok or record.main_face.side >= _MIN_FACE:
+        return record
+    detail = f"{record.main_face.side:.0f} pixels wide, expected at least {_MIN_FACE}"
+    return reject(record, Dropped("face_too_small", detail), "detect")
 
 
 def _error_for(record: Record, photo: str) -> FaceError | SourceError:

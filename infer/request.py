@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -21,10 +22,25 @@ from infer.conditioning import (
     plain_ids,
     prompt_tokens,
 )
+from infer.description import describe
 from infer.identity import Identity
+from infer.notices import prompt_notices
 from model.tokens import TextTokens
 
+logger = logging.getLogger("consistentid")
+
 _TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+
+
+@dataclass(frozen=True, slots=True)
+class FaceText:
+    """How a call describes the face. caption: None for the photograph's own description. moment:
+    whether that goes into the prompt with what only belongs to the moment, such as the expression.
+    Legacy mode describes every face alike.
+    """
+
+    caption: str | None = None
+    moment: bool = False
 
 
 def guidance_of(
@@ -32,7 +48,7 @@ def guidance_of(
     adapter: Adapter,
     people: Sequence[Identity],
     call: Mapping[str, Any],
-    face_caption: str | None = None,
+    face: FaceText,
 ) -> Guidance:
     """Computes the conditioning of a call.
 
@@ -45,7 +61,7 @@ def guidance_of(
     with _lora_scale(pipe, call):
         if call.get("prompt_embeds") is not None:
             return _from_embeddings(pipe, adapter, people, call)
-        return _from_prompts(pipe, adapter, people, call, face_caption)
+        return _from_prompts(pipe, adapter, people, call, face)
 
 
 def embeddings(guidance: Guidance, *, late: bool) -> dict[str, Any]:
@@ -64,12 +80,23 @@ def embeddings(guidance: Guidance, *, late: bool) -> dict[str, Any]:
 
 
 def prompt_text(
-    pipe: Any, adapter: Adapter, person: Identity, prompt: str, face_caption: str | None
-) -> TextTokens:
-    """Returns the text of a prompt's second phase. face_caption: None for the photograph's own."""
-    caption = person.record.face_caption if face_caption is None else face_caption
-    tokenizer, tokenizer_2 = adapter.marked(pipe.tokenizer), getattr(pipe, "tokenizer_2", None)
-    return prompt_tokens(adapter.model, person, prompt, caption, tokenizer, tokenizer_2)
+    pipe: Any, adapter: Adapter, person: Identity, prompt: str, face: FaceText
+) -> tuple[TextTokens, list[str]]:
+    """Returns the text of a prompt's second phase, and what its author should know of it."""
+    description = None
+    if adapter.model.mode == "corrected":
+        description = describe(
+            person.record.face_caption, prompt, override=face.caption, moment=face.moment
+        )
+    tokens = prompt_tokens(
+        adapter.model,
+        person,
+        prompt,
+        description.text if description else "",
+        adapter.marked(pipe.tokenizer),
+        getattr(pipe, "tokenizer_2", None),
+    )
+    return tokens, prompt_notices(tokens, description)
 
 
 def _both_texts(
@@ -78,13 +105,19 @@ def _both_texts(
     person: Identity,
     prompt: str,
     prompt_2: str | None,
-    face_caption: str | None,
+    face: FaceText,
 ) -> TextTokens:
-    """Returns a prompt's text; prompt_2: another prompt for the second text encoder."""
-    tokens = prompt_text(pipe, adapter, person, prompt, face_caption)
+    """Returns a prompt's text, and logs what its author should know.
+
+    prompt_2: another prompt for the second text encoder.
+    """
+    tokens, notices = prompt_text(pipe, adapter, person, prompt, face)
+    for notice in notices:
+        if adapter.is_new(notice):
+            logger.warning(notice)
     if prompt_2 is None:
         return tokens
-    second = prompt_text(pipe, adapter, person, prompt_2, face_caption)
+    second, _ = prompt_text(pipe, adapter, person, prompt_2, face)
     return replace(tokens, input_ids_2=second.input_ids_2)
 
 
@@ -93,7 +126,7 @@ def _from_prompts(
     adapter: Adapter,
     people: Sequence[Identity],
     call: Mapping[str, Any],
-    face_caption: str | None,
+    face: FaceText,
 ) -> Guidance:
     device = pipe._execution_device
     given = call.get("prompt")
@@ -104,8 +137,7 @@ def _from_prompts(
     seconds = _texts(pipe, call.get("prompt_2"), count, "prompt_2")
     each = _for_each(people, count, "prompts")
     tokens = [
-        _both_texts(pipe, adapter, *row, face_caption)
-        for row in zip(each, prompts, seconds, strict=True)
+        _both_texts(pipe, adapter, *row, face) for row in zip(each, prompts, seconds, strict=True)
     ]
     tokenizer = adapter.marked(pipe.tokenizer)
     early = [

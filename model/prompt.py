@@ -43,12 +43,14 @@ class MarkedText:
     """A text with marks.
 
     regions: the region of each mark, in the order of the slots. dropped: (region, reason) of the
-    regions without a mark.
+    regions without a mark. cut: the last words of the prompt, or in corrected mode of the caption,
+    that the token limit leaves no room for; "" if all are read.
     """
 
     text: str
     regions: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...] = ()
+    cut: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,9 +205,16 @@ def inference_text(
         )
     marked = mark_clauses(spec.template, regions)
     text = f"{prompt}{spec.detail_prefix}{marked.text}"
+    cut = ""
     if _length(text, tokenizer) > TOKEN_LIMIT:
-        text = f"{spec.detail_prefix}{marked.text} Caption:{prompt}"
-    return MarkedText(text=text, regions=marked.regions, dropped=marked.dropped)
+        before = f"{spec.detail_prefix}{marked.text} Caption:"
+        text = f"{before}{prompt}"
+        # Without marks, and without the EOS that legacy texts lose.
+        words = _fitting_words(
+            prompt, lambda part: _length(without_marks(before + part), tokenizer) - 1 <= TOKEN_LIMIT
+        )
+        cut = " ".join(prompt.split()[words:])
+    return MarkedText(text=text, regions=marked.regions, dropped=marked.dropped, cut=cut)
 
 
 def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
@@ -316,7 +325,8 @@ def _fit_text(main: str, face_caption: str, regions: Sequence[str], tokenizer: A
                 texts, index, clause.full, lambda: fits(_joined(lead, detail()), TOKEN_LIMIT - 2)
             )
     slots = tuple(region for index in sorted(texts) for region in clauses[index].regions)
-    return MarkedText(text=_joined(lead, detail()), regions=slots, dropped=tuple(dropped))
+    cut = " ".join(main.split())[len(lead) :].strip() if lead != main else ""
+    return MarkedText(text=_joined(lead, detail()), regions=slots, dropped=tuple(dropped), cut=cut)
 
 
 def _joined(main: str, detail: str) -> str:
@@ -337,14 +347,19 @@ def _leading_part(text: str, fits: Callable[[str], bool]) -> str:
     """Returns as many leading words as fit, if possible up to the end of a clause."""
     if fits(text):
         return text
+    part = " ".join(text.split()[: _fitting_words(text, fits)])
+    end = max(part.rfind(stop) for stop in ",.;!?")
+    return part[: end + 1] if end > 0 else part
+
+
+def _fitting_words(text: str, fits: Callable[[str], bool]) -> int:
+    """Returns how many leading words of a text fit."""
     words = text.split()
     low, high = 0, len(words)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(" ".join(words[:middle])) else (low, middle - 1)
-    part = " ".join(words[:low])
-    end = max(part.rfind(stop) for stop in ",.;!?")
-    return part[: end + 1] if end > 0 else part
+    return low
 
 
 def _marked_clauses(face_caption: str, regions: Sequence[str]) -> tuple[list[_Clause], list[str]]:

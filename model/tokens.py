@@ -18,9 +18,13 @@ SECOND_PAD: Final = 0  # SDXL's second tokenizer pads with "!", not with EOS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTokens:
-    """A marked text as the model reads it; the fields are those of `Conditions`."""
+    """A marked text as the model reads it; the fields are those of `Conditions`.
+
+    cut: the last words of the user's prompt that aren't read; "" if all are.
+    """
 
     text: str
+    cut: str
     regions: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
     input_ids: Tensor
@@ -43,6 +47,7 @@ def text_tokens(
     idx[: len(slots)] = torch.tensor(tokens.positions, dtype=torch.int64)
     return TextTokens(
         text=text.text,
+        cut=text.cut,
         regions=slots,
         dropped=dropped,
         input_ids=torch.tensor(tokens.ids, dtype=torch.int64),

@@ -243,7 +243,7 @@ def _pipeline(golden: Golden, base: BaseModels, model: ConsistentID, kind: Any) 
     pipe.consistentid = Adapter(
         file,
         base.unet,
-        PhotoReader(DatasetConfig()),
+        PhotoReader(DatasetConfig(), golden.spec, "legacy"),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

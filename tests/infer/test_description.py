@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -130,6 +131,10 @@ FREE = [
     ("She has a sunburnt nose and a wide, toothy smile.", "She has a sunburnt nose."),
     ("He wears sunglasses. The woman is smiling.", ""),
     ("smiling, eyes closed", "eyes"),
+    ("Her gaze is steady, and her nose is small.", "Her nose is small."),
+    ("The man has an open mouth.", "The man has a mouth."),
+    ("A smile on her face. Her face is round.", "Her face is round."),
+    ("A woman with a face and a smile.", "A woman with a face."),
     (
         "A mouth with full lips showing the edge of the upper teeth, as if speaking.",
         "A mouth with full lips.",
@@ -180,7 +185,10 @@ CONTRADICTED = [
     ("The face is seen from the front.", "her face is in profile", "The face.", "in profile"),
     ("She has freckles and fair skin.", "a woman with no freckles, dark skin",
      "She has skin.", "dark skin"),
-    ("No beard, glasses or hat.", "wearing a red hat", "No beard, glasses or hat.", ""),
+    ("No glasses, hat, or beard.", "a man without a hat", "No glasses, hat, or beard.", ""),
+    ("No glasses, hat, or beard.", "wearing a red hat", "No glasses, or beard.",
+     "wearing a red hat"),
+    ("A man with light brown hair.", "black hair", "A man with hair.", "black hair"),
     ("The ears are visible.", "both ears are visible", "The ears are visible.", ""),
 ]  # fmt: skip
 
@@ -223,14 +231,17 @@ def check(caption: str, prompt: str, moment: bool) -> None:
 @pytest.mark.parametrize("name", ["tuned", "held_out"])
 def test_answers_of_vision_language_models_keep_their_regions(name: str) -> None:
     answers = json.loads((ANSWERS / f"{name}.json").read_text(encoding="utf-8"))
-    for answer in answers:
-        check(answer["text"], "a man with green eyes and a hat, mouth closed", False)
+    texts = [answer["text"] for answer in answers if not answer["verdicts"]]
+    assert sum(bool(named_regions(text)) for text in texts) > 30
+    for text in texts:
+        check(text, "a man with green eyes and a hat, mouth closed", False)
 
 
-VOCABULARY = """The the her a an one of both two face eyes ears eye nose mouth lips Mouth is are has
-and with in behind that wears looks smiling closed wide open visible turned brown blue large round
-hair beard hat glasses smile teeth showing lit , , . ; ! ’s “ç no not"""
-PIECES = st.lists(st.sampled_from(re.findall(r"\S+", VOCABULARY)), max_size=40)
+FRAGMENTS = """the|The|her|a|an|one of the|both|two|face|eyes|ears|eye|nose|mouth|lips|Mouth|is|are|
+has|and|with|in a|behind|that|she|he wears|looks|looks at|smiling|closed|wide open|visible|turned|
+brown|blue|large|round|hair|beard|hat|glasses|smile|teeth|showing|lit|,|,|.|;|!|’s|“ç|no|not|
+in a soft smile"""
+PIECES = st.lists(st.sampled_from(FRAGMENTS.replace("\n", "").split("|")), max_size=30)
 
 
 @settings(max_examples=250, deadline=None)
@@ -246,3 +257,11 @@ def test_every_word_and_region_is_accounted_for(
 def test_any_text_is_described(caption: str, prompt: str) -> None:
     description = describe(caption, prompt)
     assert describe(description.text, prompt).text == description.text
+
+
+@pytest.mark.parametrize("part", ["brown eyes and ", "with a closed ", "the face turned a a a "])
+def test_a_caption_without_an_end_takes_little_time(part: str) -> None:
+    """One pass for each phrase would take minutes."""
+    started = time.process_time()
+    describe(part * (16_000 // len(part)), "blue eyes, mouth closed")
+    assert time.process_time() - started < 10
