@@ -48,7 +48,7 @@ def guidance_of(
     adapter: Adapter,
     people: Sequence[Identity],
     call: Mapping[str, Any],
-    face: FaceText,
+    face: FaceText = FaceText(),
 ) -> Guidance:
     """Computes the conditioning of a call.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
 from infer.identity import Identity
 from infer.load import load_pipeline
@@ -41,6 +42,15 @@ def pipe(adapter: Path) -> ConsistentIDPipeline:
 @pytest.fixture(scope="session")
 def photo(portraits: Path) -> Path:
     return sorted(portraits.glob("*.jpg"))[0]
+
+
+@pytest.fixture(scope="session")
+def distant(photo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photograph with a wide border, without which legacy mode's detector misses the face."""
+    path = tmp_path_factory.mktemp("distant") / "distant.png"
+    with Image.open(photo) as image:
+        ImageOps.expand(image.convert("RGB"), image.width // 2, "gray").save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -97,10 +97,10 @@ def test_regions_have_an_effect_in_the_second_phase_only(
 
 
 def test_legacy_mode_has_one_more_step_in_the_first_phase(
-    legacy_adapter: Path, photo: Path, settings: InferConfig
+    legacy_adapter: Path, distant: Path, settings: InferConfig
 ) -> None:
     legacy = load_pipeline(small(legacy_adapter))
-    person = legacy.encode_identity(photo)
+    person = legacy.encode_identity(distant)
     no_regions = RegionStrength(face=0, ears=0, eyes=0, nose=0, mouth=0)
     late = [
         images(legacy, person, settings, start_merge_step=3, region_strength=r)
@@ -139,8 +139,8 @@ def test_braces_in_a_prompt_have_no_meaning_to_the_template(
     pipe: ConsistentIDPipeline, person: Identity, settings: InferConfig
 ) -> None:
     wrapped = replace(settings, prompt_template="photo of {prompt}, film")
-    text = pipe.prompt_tokens(person, apply_template("a {man}", wrapped)).text
-    assert text.startswith("photo of a {man}, film")
+    tokens, _ = pipe.prompt_text(person, apply_template("a {man}", wrapped))
+    assert tokens.text.startswith("photo of a {man}, film")
 
 
 def test_merged_lora_gives_the_same_images(

@@ -64,7 +64,7 @@ def test_conditions_of_a_shard_equal_those_of_inference(
 ) -> None:
     model, tokenizer = pipe.adapter.model, pipe.adapter.marked(pipe.tokenizer)
     caption = from_shard.face_caption
-    tokens = pipe.prompt_tokens(person, prompt, caption)
+    tokens, _ = pipe.prompt_text(person, prompt, caption)
     expected = build_conditions(
         from_shard, tokenizer, model.spec, model.mode, prompt=prompt, resolution=64
     )

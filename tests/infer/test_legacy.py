@@ -21,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from configs.errors import ConfigError
 from configs.schema import DatasetConfig, ResizeConfig
-from infer.identity import photo_record
 from infer.legacy import LegacyReader
+from infer.photo import photo_record
 from model.conditions import build_conditions
 from model.spec import SPECS
 from stages.backends.bisenet import bisenet
@@ -145,10 +146,13 @@ def test_conditions_of_a_photograph_are_the_references(
     tiny_base: Path,
 ) -> None:
     expected, reader = derived(pair, model, networks), readers[model]
-    first, second = (reader.read(photograph(pair), face) for face in (0, 1))
+    first, left, right = (reader.read(photograph(pair), number) for number in (0, 1, 2))
     assert len(expected.faces) == len(first.faces) == 2
-    for record, embedding in zip((first, second), expected.faces, strict=True):
+    assert first.face == 0 and {left.face, right.face} == {0, 1}
+    assert left.main_face.box[0] < right.main_face.box[0]
+    for record in (first, left, right):
         assert record.ok and record.image == pair.read_bytes()
+        embedding = expected.faces[record.face]
         np.testing.assert_allclose(record.identity, embedding, rtol=0, atol=1e-4)
     assert np.abs(expected.faces[0] - expected.faces[1]).max() > 0.05
     assert np.array_equal(decode_labels(first.parsing), expected.labels)
@@ -180,9 +184,8 @@ def test_a_portrait_that_only_a_border_makes_detectable_has_no_face(
 
 
 def test_a_face_that_is_not_there_is_said(pair: Path, readers: dict[str, LegacyReader]) -> None:
-    record = readers["sd15"].read(photograph(pair), 2)
-    assert record.reason == "no_face"
-    assert record.detail == "face 2 was asked for, counted from 0; there are 2"
+    with pytest.raises(ConfigError, match="face=3: the photograph shows 2 faces"):
+        readers["sd15"].read(photograph(pair), 3)
 
 
 def test_the_record_is_the_same_after_saving(pair: Path, readers: dict[str, LegacyReader]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,3 +412,49 @@ def test_half_precision_on_a_cpu_is_warned_of(
     own.to(torch.float16)
     run(own, person, num_inference_steps=1)
     assert "float16 on a CPU is emulated" in caplog.text
+
+
+def test_the_description_of_the_face_and_what_is_said_of_it(
+    own: ConsistentIDPipeline, person: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    caption = "A face with brown eyes, a nose and a mouth that is open in a smile."
+    smiling = dataclasses.replace(
+        person, record=dataclasses.replace(person.record, face_caption=caption)
+    )
+    texts = {
+        "default": own.prompt_text(smiling, "a man")[0].text,
+        "moment": own.prompt_text(smiling, "a man", describe_moment=True)[0].text,
+        "own": own.prompt_text(smiling, "a man", "a face with a scar")[0].text,
+    }
+    assert "brown" in texts["default"] and "smile" not in texts["default"]
+    assert "smile" in texts["moment"] and "scar" in texts["own"] and "brown" not in texts["own"]
+    latents = [
+        run(own, smiling, describe_moment=moment, start_merge_step=0) for moment in (False, True)
+    ]
+    assert not torch.equal(*latents)
+    for _ in range(2):
+        run(own, smiling, "a man with blue eyes in " + "a very large forest, " * 30)
+    assert caplog.text.count("The prompt is too long for the 77 tokens") == 1
+    assert caplog.text.count("since the prompt says 'blue eyes'") == 1
+
+
+def test_one_of_several_faces_is_chosen_by_its_number(
+    pipe: ConsistentIDPipeline,
+    person: Identity,
+    stranger: Identity,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images = [
+        Image.open(io.BytesIO(each.record.image)).resize((512, 512)) for each in (person, stranger)
+    ]
+    both = Image.new("RGB", (1024, 512))
+    for number, image in enumerate(images):
+        both.paste(image, (512 * number, 0))
+    both.save(tmp_path / "both.png")
+    left, right = (pipe.encode_identity(tmp_path / "both.png", face=n) for n in (1, 2))
+    assert "The photograph shows 2 faces" in caplog.text
+    for face, expected, other in ((left, person, stranger), (right, stranger, person)):
+        assert face.embedding @ expected.embedding > 0.8 > face.embedding @ other.embedding
+    with pytest.raises(ConfigError, match="face=3: the photograph shows 2 faces"):
+        pipe.encode_identity(tmp_path / "both.png", face=3)
