@@ -63,10 +63,12 @@ def has_key(kind: type[Any], names: list[str]) -> bool:
 
 
 def unknown_keys(text: str) -> Iterator[str]:
-    """Yields the keys in a text that name a section and no setting of it."""
+    """Yields the keys in a text that name a section, no setting of it, and no module."""
     classes = sections()
     for key in KEY.findall(text):
         section, *names = key.split(".")
+        if Path(ROOT, *key.split(".")).with_suffix(".py").is_file():
+            continue
         if section in classes and not any(has_key(kind, names) for kind in classes[section]):
             yield key
 
