@@ -26,6 +26,7 @@ from stages.regions import REGION_WORDS
 
 DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
 _CACHED_TEXTS: Final = 64
+_REMEMBERED: Final = 16  # people
 _ENCODERS: Final = ("image_proj_model", "FacialEncoder")
 
 
@@ -60,6 +61,10 @@ class Adapter:
         )
         self._texts = _Texts()
         self._notices: set[str] = set()
+        # by the image encoder that read them
+        self._read: weakref.WeakKeyDictionary[Any, dict[object, Identity]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._tokenizer: tuple[int, Any] | None = None
 
     @property
@@ -130,6 +135,18 @@ class Adapter:
                 for person in missing:
                     self._people[person] = person_tokens(self.model, person, device)
         return [self._people[person] for person in people]
+
+    def remembered(self, encoder: Any, key: object) -> Identity | None:
+        """Returns the person that `remember` was given for this image encoder and key."""
+        return None if encoder is None else self._read.get(encoder, {}).get(key)
+
+    def remember(self, encoder: Any, key: object, person: Identity) -> Identity:
+        """Remembers a person, and forgets the one from longest ago if there are many."""
+        people = self._read.setdefault(encoder, {})
+        people[key] = person
+        while len(people) > _REMEMBERED:
+            del people[next(iter(people))]
+        return person
 
     def is_new(self, notice: str) -> bool:
         """Whether a notice is given for the first time."""

@@ -24,7 +24,7 @@ from infer.components import adapter_path, load_image_encoder, load_models, prec
 from infer.conditioning import Guidance
 from infer.identity import Identity, encode_photo, joined
 from infer.phases import Phases, merge_step
-from infer.photo import Photo, PhotoReader
+from infer.photo import Photo, PhotoReader, as_record, shown_name
 from infer.request import FaceText, embeddings, guidance_of, prompt_text
 from infer.schedulers import unclipped
 from model.attention import merge_lora, unmerge_lora
@@ -183,21 +183,27 @@ class ConsistentIDMixin:
         """Reads a person from a photograph, or from several of the same person.
 
         The embedding of several is their mean, the rest is the first's; legacy mode reads the first
-        alone, as the reference does. face: see `PhotoReader.read`. Raises FaceError if a photograph
-        shows no usable face, SourceError if it isn't a readable image.
+        alone, as the reference does. The last people are remembered, so the same photograph isn't
+        read again. face: see `PhotoReader.read`. Raises FaceError if a photograph shows no usable
+        face, SourceError if it isn't a readable image.
         """
         adapter = self.adapter
         spec, mode = adapter.model.spec, adapter.model.mode
         photos = images if isinstance(images, list) else [images]
-        if mode == "legacy":
-            photos = photos[:1]
-        records = [adapter.reader.read(photo, name, face) for photo in photos]
+        files = [as_record(photo) for photo in (photos[:1] if mode == "legacy" else photos)]
+        key = (face, *(f"{file.source} {file.sha256}" for file in files))
+        if (person := adapter.remembered(self.image_encoder, key)) is not None:
+            return person
+        records = [
+            adapter.reader.read(file, name or shown_name(photo), face)
+            for file, photo in zip(files, photos, strict=False)
+        ]
         with self._image_encoder(adapter) as (encoder, device):
             people = [
                 encode_photo(record, encoder, spec, mode, adapter.reader.embedder, device)
                 for record in records
             ]
-        return joined(people)
+        return adapter.remember(self.image_encoder, key, joined(people))
 
     def prompt_text(
         self,

@@ -74,7 +74,7 @@ class PhotoReader:
         record = as_record(photo)
         if record.ok and record.complete:
             return record
-        shown = name or (str(photo) if isinstance(photo, str | Path) else record.source)
+        shown = name or shown_name(photo)
         record = self._read(record, face)
         if not record.ok:
             raise _error_for(record, shown)
@@ -94,6 +94,13 @@ class PhotoReader:
             record = replace(record, face=face_index(record.faces, face))
         [record] = run_chain(self._stages[end:], [record])
         return _without_small_face(record)
+
+
+def shown_name(photo: Photo) -> str:
+    """Returns the name of a photograph for messages: its path, or where its record came from."""
+    if isinstance(photo, Record):
+        return photo.source
+    return str(photo) if isinstance(photo, str | Path) else "the photograph"
 
 
 def as_record(photo: Photo) -> Record:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -17,7 +18,9 @@ from configs.portraits import InferConfig
 from infer.cli import app
 from infer.generate import generate
 from infer.identity import Identity
+from infer.load import load_pipeline
 from infer.pipelines import ConsistentIDPipeline
+from infer.portrait import portrait_seed
 from infer.sheet import contact_sheet
 from tests.infer.helpers import small
 
@@ -175,3 +178,43 @@ def _contains(sheet: np.ndarray, tile: np.ndarray) -> bool:
     height, width = tile.shape[:2]
     corners = np.argwhere((sheet == tile[0, 0]).all(-1))
     return any(np.array_equal(sheet[y : y + height, x : x + width], tile) for y, x in corners)
+
+
+def test_portraits_equal_those_of_the_pipeline(
+    preset: Path, pipe: ConsistentIDPipeline, photo: Path, tmp_path: Path
+) -> None:
+    result = run("--config", preset, "--photo", photo, "--prompt", "a", "--prompt", "b")
+    assert result.exit_code == 0, result.output
+    for number, prompt in enumerate("ab"):
+        seed = portrait_seed(5, number, 0)
+        [expected] = pipe(
+            prompt,
+            negative_prompt="blurry",
+            input_id_images=photo,
+            num_inference_steps=4,
+            start_merge_step=2,
+            guidance_scale=2.0,
+            height=32,
+            width=32,
+            generator=torch.Generator().manual_seed(seed),
+        ).images
+        with Image.open(tmp_path / f"out/portrait-{number:02d}-00.png") as image:
+            assert np.array_equal(np.asarray(image), np.asarray(expected)), prompt
+
+
+def test_an_adapter_that_was_trained_with_its_unet_gets_that_unet(
+    adapter: Path, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run" / "final"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "base").symlink_to((adapter.parent / "base").resolve())
+    for name in ("adapter.safetensors", "adapter.json"):
+        (folder / name).symlink_to(adapter / name)
+    (folder / "unet").symlink_to((adapter.parent / "base" / "unet").resolve())
+    settings = small(folder, output=str(tmp_path / "out"), prompts=("a",), photo=str(photo))
+    pipe = load_pipeline(settings)
+    assert Path(pipe.unet.config["_name_or_path"]) == folder / "unet"
+    assert "not loaded here" not in caplog.text
+    pipe.unet.register_to_config(_name_or_path="")
+    pipe.load_consistentid_adapter(folder)
+    assert f"{folder} has a unet/ beside the adapter" in caplog.text

@@ -163,7 +163,7 @@ def test_a_photograph_and_its_identity_give_the_same(
 
 
 def test_text_is_encoded_once_and_people_are_projected_once(
-    own: ConsistentIDPipeline, person: Identity
+    own: ConsistentIDPipeline, person: Identity, photo: Path
 ) -> None:
     calls: list[str] = []
     modules = {
@@ -174,6 +174,9 @@ def test_text_is_encoded_once_and_people_are_projected_once(
     }
     for name, module in modules.items():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    assert own.encode_identity(photo) is own.encode_identity(str(photo))
+    assert calls == ["image"], "the photograph is read once"
+    calls.clear()
     run(own, person, ["a man", "a woman"], generator=None)
     assert sorted(calls) == ["projector", "regions", "text", "text"]
     run(own, person, ["a man", "a woman"], generator=None)
