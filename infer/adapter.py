@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,17 @@ import torch
 from configs.errors import ConfigError
 from configs.load import load
 from configs.schema import DatasetConfig, DetectConfig, EmbedConfig
+from infer.components import adapter_path
 from infer.conditioning import Ids, PersonTokens, TextStates, person_tokens, text_states
 from infer.identity import Identity
 from infer.photo import PhotoReader
 from model.attention import merge_lora, unmerge_lora
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, build_adapter
+from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, build_adapter, read_adapter
 from model.consistentid import ConsistentID, HasTextEncoders
 from model.prompt import add_marks
 from stages.regions import REGION_WORDS
+
+logger = logging.getLogger("consistentid")
 
 DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
 _CACHED_TEXTS: Final = 64
@@ -94,6 +98,26 @@ class Adapter:
             self.unet.set_attn_processor(installed)
             if merged:
                 merge_lora(self.unet)
+
+    @contextmanager
+    def hidden_from(self, controlnet: Any) -> Iterator[None]:
+        """Hides the ID tokens from a ControlNet, which has only seen texts. The reference doesn't,
+        so neither does legacy mode. controlnet: None if the pipeline has none.
+        """
+        if controlnet is None or self.model.mode == "legacy":
+            yield
+            return
+        count = self.model.spec.num_tokens
+
+        def text_alone(_: Any, arguments: Any, options: dict[str, Any]) -> Any:
+            states = options["encoder_hidden_states"]
+            return arguments, options | {"encoder_hidden_states": states[:, :-count]}
+
+        handle = controlnet.register_forward_pre_hook(text_alone, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @property
     def merged(self) -> bool:
@@ -259,6 +283,44 @@ def _version(encoders: HasTextEncoders) -> object:
         for tensor in module.parameters()
     ]
     return tuple(weakref.ref(module) for module in modules), versions
+
+
+def install_adapter(
+    unet: Any,
+    source: str | Path,
+    subfolder: str = "",
+    weight_name: str = "",
+    *,
+    dataset: str | Path | DatasetConfig | None = None,
+    image_encoder: str = "",
+    **hub: Any,
+) -> Adapter:
+    """Puts an adapter into a UNet; the arguments are those of `load_consistentid_adapter`."""
+    path = adapter_path(source, subfolder, weight_name, **hub)
+    file = read_adapter(path)
+    if (path / "unet").is_dir() and not _is_from(unet, path / "unet"):
+        logger.warning(
+            "%s has a unet/ beside the adapter, which was trained together with it; it is not "
+            "loaded here. Pass it to from_pretrained: unet=UNet2DConditionModel.from_pretrained"
+            '("%s")',
+            path,
+            path / "unet",
+        )
+    weight = unet.conv_in.weight
+    return Adapter(
+        file,
+        unet,
+        PhotoReader(reading_config(path, file, dataset), file.spec, file.mode),
+        device=weight.device,
+        dtype=weight.dtype,
+        digest=file_digest(path),
+        image_encoder=image_encoder,
+    )
+
+
+def _is_from(model: Any, folder: Path) -> bool:
+    """Returns whether a model of diffusers was loaded from a folder."""
+    return Path(model.config.get("_name_or_path") or "").resolve() == folder.resolve()
 
 
 def reading_config(

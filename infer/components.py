@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,8 @@ import torch
 from configs.errors import ConfigError, WeightsError
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from model.consistentid import load_model
+
+logger = logging.getLogger("consistentid")
 
 _MODELS: Final = (
     *("text_encoder", "text_encoder_2", "image_encoder", "vae", "unet", "controlnet"),
@@ -35,6 +38,15 @@ def precision(dtype: Any, device: str | None = None) -> Any:
     if not isinstance(torch_type, torch.dtype) or not torch_type.is_floating_point:
         raise ConfigError(f"dtype={dtype!r}: expected auto, float32, float16 or bfloat16")
     return torch_type
+
+
+def check_precision(model: Any, device: torch.device) -> None:
+    """Warns of half precision on a CPU. device: on which the model runs."""
+    if model.conv_in.weight.dtype == torch.float16 and device.type == "cpu":
+        logger.warning(
+            "float16 on a CPU is emulated, which takes many times as long as float32; use "
+            'dtype="auto" or float32'
+        )
 
 
 def load_models(root: str, index: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,7 @@ diffusers' own call; a callback swaps the embeddings when the second phase begin
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
@@ -19,21 +17,25 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from configs.errors import ConfigError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
-from infer.adapter import DATASET_FILE, Adapter, file_digest, reading_config
-from infer.components import adapter_path, load_image_encoder, load_models, precision
+from infer.adapter import DATASET_FILE, Adapter, install_adapter
+from infer.components import check_precision, load_models, precision
 from infer.conditioning import Guidance
-from infer.identity import Identity, encode_photo, joined
-from infer.phases import Phases, merge_step
-from infer.photo import Photo, PhotoReader, as_record, shown_name
-from infer.request import FaceText, embeddings, guidance_of, prompt_text
+from infer.identity import Identity
+from infer.phases import DEFAULT_MERGE, FirstPhase, Phases, merge_step, steps_of
+from infer.photo import Photo
+from infer.request import (
+    FaceText,
+    embeddings,
+    encode_people,
+    guidance_of,
+    people_of,
+    prompt_text,
+)
 from infer.schedulers import unclipped
 from model.attention import merge_lora, unmerge_lora
-from model.checkpoint import read_adapter, save_adapter
+from model.checkpoint import save_adapter
 from model.tokens import TextTokens
 
-logger = logging.getLogger("consistentid")
-
-DEFAULT_MERGE: Final = 0.6  # of the steps; 30 of 50 in the reference's demos
 ADAPTER_FOLDER: Final = "consistentid"  # in the folder of `save_pretrained`
 _HUB: Final = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -130,28 +132,14 @@ class ConsistentIDMixin:
         WeightsError for an adapter that can't be loaded or doesn't fit the UNet.
         """
         self.unload_consistentid_adapter()
-        path = adapter_path(pretrained_model_name_or_path, subfolder, weight_name, **hub)
-        file = read_adapter(path)
-        if (path / "unet").is_dir() and not _is_from(self.unet, path / "unet"):
-            logger.warning(
-                "%s has a unet/ beside the adapter, which was trained together with it; it is not "
-                "loaded here. Pass it to from_pretrained: unet=UNet2DConditionModel.from_pretrained"
-                '("%s")',
-                path,
-                path / "unet",
-            )
-        config = (
-            dataset if isinstance(dataset, DatasetConfig) else reading_config(path, file, dataset)
-        )
-        weight = self.unet.conv_in.weight
-        self.consistentid = Adapter(
-            file,
+        self.consistentid = install_adapter(
             self.unet,
-            PhotoReader(config, file.spec, file.mode),
-            device=weight.device,
-            dtype=weight.dtype,
-            digest=file_digest(path),
+            pretrained_model_name_or_path,
+            subfolder,
+            weight_name,
+            dataset=dataset,
             image_encoder=image_encoder,
+            **hub,
         )
 
     def unload_consistentid_adapter(self) -> None:
@@ -187,23 +175,7 @@ class ConsistentIDMixin:
         read again. face: see `PhotoReader.read`. Raises FaceError if a photograph shows no usable
         face, SourceError if it isn't a readable image.
         """
-        adapter = self.adapter
-        spec, mode = adapter.model.spec, adapter.model.mode
-        photos = images if isinstance(images, list) else [images]
-        files = [as_record(photo) for photo in (photos[:1] if mode == "legacy" else photos)]
-        key = (face, *(f"{file.source} {file.sha256}" for file in files))
-        if (person := adapter.remembered(self.image_encoder, key)) is not None:
-            return person
-        records = [
-            adapter.reader.read(file, name or shown_name(photo), face)
-            for file, photo in zip(files, photos, strict=False)
-        ]
-        with self._image_encoder(adapter) as (encoder, device):
-            people = [
-                encode_photo(record, encoder, spec, mode, adapter.reader.embedder, device)
-                for record in records
-            ]
-        return adapter.remember(self.image_encoder, key, joined(people))
+        return encode_people(self, self.adapter, images, name, face)
 
     def prompt_text(
         self,
@@ -247,28 +219,17 @@ class ConsistentIDMixin:
         if self.consistentid is None and input_id_images is None and identity is None:
             return own(**call)
         adapter = self.adapter
-        if identity is None and input_id_images is not None:
-            identity = self.encode_identity(input_id_images)
-        elif identity is None or input_id_images is not None:
-            raise ConfigError(
-                "an adapter is loaded: pass either input_id_images or identity, or unload it"
-            )
-        people = [identity] if isinstance(identity, Identity) else list(identity)
-        self._check_settings()
+        people = people_of(self, adapter, input_id_images, identity)
+        self.scheduler = unclipped(self.scheduler)
+        check_precision(self.unet, self._execution_device)
         guidance = guidance_of(self, adapter, people, call, FaceText(face_caption, describe_moment))
         phases = self._phases(guidance, call, start_merge_step, adapter.model.mode == "legacy")
         call |= embeddings(guidance, late=phases.first_is_empty)
         call["callback_on_step_end"] = phases
         call["callback_on_step_end_tensor_inputs"] = phases.tensors(self._callback_tensor_inputs)
-        with self._text_for_controlnet(adapter):
+        with adapter.hidden_from(getattr(self, "controlnet", None)):
             output = own(**call)
         self.failed_images = phases.failed
-        if phases.failed:
-            logger.warning(
-                "the latents of images %s are not finite, so these images are black; the others "
-                "are not affected. Use dtype=float32 or a lower guidance_scale",
-                ", ".join(map(str, phases.failed)),
-            )
         return output
 
     def _phases(
@@ -280,8 +241,7 @@ class ConsistentIDMixin:
         def value(name: str) -> Any:
             return call.get(name, defaults[name].default if name in defaults else None)
 
-        schedule = next((s for name in ("timesteps", "sigmas") if (s := call.get(name))), None)
-        steps = len(schedule) if schedule else int(value("num_inference_steps"))
+        steps = steps_of({"num_inference_steps": value("num_inference_steps"), **call})
         strength, begin = value("strength"), value("denoising_start")
         left_out = 0 if strength is None else steps - min(int(steps * strength), steps)
         callback = call.get("callback_on_step_end")
@@ -290,69 +250,12 @@ class ConsistentIDMixin:
             inputs = callback.tensor_inputs
         return Phases(
             guidance,
+            first=FirstPhase(merge=merge_step(start_merge_step, steps), steps=steps, legacy=legacy),
             copies=value("num_images_per_prompt") or 1,
-            merge=merge_step(start_merge_step, steps),
-            steps=steps,
             skipped=left_out if begin is None else round(begin * steps),
-            legacy=legacy,
             callback=callback,
             inputs=inputs,
         )
-
-    def _check_settings(self) -> None:
-        """Corrects a scheduler that clips latents, and warns of half precision on a CPU."""
-        self.scheduler = unclipped(self.scheduler)
-        dtype = self.unet.conv_in.weight.dtype
-        if dtype == torch.float16 and self._execution_device.type == "cpu":
-            logger.warning(
-                "float16 on a CPU is emulated, which takes many times as long as float32; use "
-                'dtype="auto" or float32'
-            )
-
-    @contextmanager
-    def _text_for_controlnet(self, adapter: Adapter) -> Iterator[None]:
-        """Hides the ID tokens from a ControlNet, which has only seen texts. The reference doesn't,
-        so neither does legacy mode.
-        """
-        controlnet = getattr(self, "controlnet", None)
-        if controlnet is None or adapter.model.mode == "legacy":
-            yield
-            return
-        count = adapter.model.spec.num_tokens
-
-        def text_alone(_: Any, arguments: Any, options: dict[str, Any]) -> Any:
-            states = options["encoder_hidden_states"]
-            return arguments, options | {"encoder_hidden_states": states[:, :-count]}
-
-        handle = controlnet.register_forward_pre_hook(text_alone, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _image_encoder(self, adapter: Adapter) -> Iterator[tuple[Any, torch.device]]:
-        """Yields the image encoder, which is loaded at the first use, and the device of its input.
-
-        If diffusers has moved the other models off the device, the encoder goes too, afterwards.
-        """
-        device: torch.device = self._execution_device
-        encoder = self.image_encoder
-        if encoder is None:
-            if not adapter.image_encoder:
-                raise ConfigError(
-                    "the pipeline has no image encoder, which the photograph needs; pass "
-                    "image_encoder=FOLDER to load_consistentid_adapter"
-                )
-            dtype = self.unet.conv_in.weight.dtype
-            encoder = load_image_encoder(adapter.image_encoder, dtype)
-            self.register_modules(image_encoder=encoder)
-        managed = hasattr(encoder, "_hf_hook")  # accelerate moves it
-        if not managed:
-            encoder.to(device)
-        yield encoder, device
-        if not managed and hasattr(self.unet, "_hf_hook"):
-            encoder.to("cpu")
 
     @property
     def adapter(self) -> Adapter:
@@ -364,11 +267,6 @@ class ConsistentIDMixin:
                 "load_consistentid_adapter first"
             )
         return adapter
-
-
-def _is_from(model: Any, folder: Path) -> bool:
-    """Returns whether a model of diffusers was loaded from a folder."""
-    return Path(model.config.get("_name_or_path") or "").resolve() == folder.resolve()
 
 
 def _with_precision(options: Mapping[str, Any]) -> dict[str, Any]:

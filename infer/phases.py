@@ -1,9 +1,11 @@
-"""The two phases of denoising, as a callback of diffusers' pipelines."""
+"""The two phases of denoising: where the second begins, and a callback of diffusers' pipelines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,7 +14,10 @@ from configs.errors import ConfigError, PipelineError
 from infer.conditioning import Guidance
 from infer.schedulers import merge_position
 
+logger = logging.getLogger("consistentid")
+
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+DEFAULT_MERGE: Final = 0.6  # of the steps; 30 of 50 in the reference's demos
 
 
 def merge_step(start_merge_step: float, steps: int) -> int:
@@ -31,39 +36,81 @@ def merge_step(start_merge_step: float, steps: int) -> int:
     return round(start_merge_step * steps) if share else int(start_merge_step)
 
 
+def steps_of(call: Mapping[str, Any]) -> int:
+    """Returns the steps of the whole schedule that a call's arguments ask for."""
+    own = [call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None]
+    return len(own[0]) if own else int(call["num_inference_steps"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstPhase:
+    """The first phase: `merge` of the schedule's `steps`. legacy: it has one evaluation of the UNet
+    more, since the reference compares with `<=`.
+    """
+
+    merge: int
+    steps: int
+    legacy: bool
+
+    def evaluations(self, scheduler: Any) -> int:
+        """Returns how many of the UNet's evaluations it has, with a scheduler whose timesteps are
+        set. Those at the beginning that img2img leaves out are counted too.
+        """
+        every = len(scheduler.timesteps)
+        return merge_position(self.merge, self.steps, every) + self.legacy
+
+
+def failed_images(latents: Tensor) -> tuple[int, ...]:
+    """Returns the numbers of images whose last latents aren't finite, and warns of them.
+
+    Raises PipelineError if those of all images aren't.
+    """
+    finite = latents.flatten(1).isfinite().all(1).tolist()
+    failed = tuple(row for row, good in enumerate(finite) if not good)
+    if not any(finite):
+        raise PipelineError(
+            f"the latents of all {len(finite)} images are not finite, so there is nothing to "
+            "decode. Use dtype=float32 or bfloat16, a lower guidance_scale or another "
+            "scheduler; if that doesn't help, the adapter's weights are damaged."
+        )
+    if failed:
+        logger.warning(
+            "the latents of images %s are not finite, so these images are black; the others "
+            "are not affected. Use dtype=float32 or a lower guidance_scale",
+            ", ".join(map(str, failed)),
+        )
+    return failed
+
+
 class Phases:
     """Swaps the embeddings for those of the second phase, and checks the last latents.
 
-    guidance: rows of the prompts. copies: images of each prompt. merge: steps in the first phase.
-    steps: of the whole schedule. skipped: those at its beginning that the pipeline leaves out, as
-    img2img does. legacy: the first phase has one evaluation of the UNet more, since the reference
-    compares with `<=`. callback, inputs: the caller's own callback, which is called before the
-    swap, and the tensors that it wants.
+    guidance: rows of the prompts. copies: images of each prompt. skipped: steps at the beginning of
+    the schedule that the pipeline leaves out, as img2img does. callback, inputs: the caller's own
+    callback, which is called before the swap, and the tensors that it wants.
     """
 
     def __init__(
         self,
         guidance: Guidance,
         *,
+        first: FirstPhase,
         copies: int,
-        merge: int,
-        steps: int,
         skipped: int,
-        legacy: bool,
         callback: StepCallback | None = None,
         inputs: Sequence[str] = ("latents",),
     ) -> None:
         self._late = {"prompt_embeds": guidance.late.repeat_interleave(copies, 0)}
         if guidance.pooled_late is not None:
             self._late["add_text_embeds"] = guidance.pooled_late.repeat_interleave(copies, 0)
-        self._merge, self._steps, self._skipped, self._legacy = merge, steps, skipped, legacy
+        self._first, self._skipped = first, skipped
         self._callback, self._inputs = callback, list(inputs)
         self.failed: tuple[int, ...] = ()
 
     @property
     def first_is_empty(self) -> bool:
         """Whether the first phase is over before the first step."""
-        return self._merge + self._legacy <= self._skipped
+        return self._first.merge + self._first.legacy <= self._skipped
 
     def tensors(self, available: Sequence[str]) -> list[str]:
         """Returns what the callback needs of the pipeline's `_callback_tensor_inputs`."""
@@ -76,24 +123,13 @@ class Phases:
             own = {name: tensors[name] for name in self._inputs}
             tensors |= self._callback(pipe, step, timestep, own) or {}
         scheduler = pipe.scheduler
-        position = merge_position(self._merge, self._steps, len(scheduler.timesteps)) + self._legacy
-        if step + 1 + self._skipped * scheduler.order == position:
+        if step + 1 + self._skipped * scheduler.order == self._first.evaluations(scheduler):
             for name, late in self._late.items():
                 if name in tensors:
                     tensors[name] = _swapped(tensors[name], late)
         if step == pipe.num_timesteps - 1:
-            self._check(tensors["latents"])
+            self.failed = failed_images(tensors["latents"])
         return tensors
-
-    def _check(self, latents: Tensor) -> None:
-        finite = latents.flatten(1).isfinite().all(1).tolist()
-        self.failed = tuple(row for row, good in enumerate(finite) if not good)
-        if not any(finite):
-            raise PipelineError(
-                f"the latents of all {len(finite)} images are not finite, so there is nothing to "
-                "decode. Use dtype=float32 or bfloat16, a lower guidance_scale or another "
-                "scheduler; if that doesn't help, the adapter's weights are damaged."
-            )
 
 
 def _swapped(current: Tensor, late: Tensor) -> Tensor:

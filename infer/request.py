@@ -14,6 +14,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from infer.adapter import Adapter
+from infer.components import load_image_encoder
 from infer.conditioning import (
     Guidance,
     TextStates,
@@ -23,8 +24,9 @@ from infer.conditioning import (
     prompt_tokens,
 )
 from infer.description import describe
-from infer.identity import Identity
+from infer.identity import Identity, encode_photo, joined
 from infer.notices import prompt_notices
+from infer.photo import Photo, as_record, shown_name
 from model.tokens import TextTokens
 
 logger = logging.getLogger("consistentid")
@@ -41,6 +43,47 @@ class FaceText:
 
     caption: str | None = None
     moment: bool = False
+
+
+def encode_people(
+    pipe: Any, adapter: Adapter, photos: Photo | list[Photo], name: str = "", face: int = 0
+) -> Identity:
+    """Does what `ConsistentIDMixin.encode_identity` does, with any pipeline's image encoder."""
+    spec, mode = adapter.model.spec, adapter.model.mode
+    listed = photos if isinstance(photos, list) else [photos]
+    files = [as_record(photo) for photo in (listed[:1] if mode == "legacy" else listed)]
+    key = (face, *(f"{file.source} {file.sha256}" for file in files))
+    if (person := adapter.remembered(pipe.image_encoder, key)) is not None:
+        return person
+    records = [
+        adapter.reader.read(file, name or shown_name(photo), face)
+        for file, photo in zip(files, listed, strict=False)
+    ]
+    with _image_encoder(pipe, adapter) as (encoder, device):
+        people = [
+            encode_photo(record, encoder, spec, mode, adapter.reader.embedder, device)
+            for record in records
+        ]
+    return adapter.remember(pipe.image_encoder, key, joined(people))
+
+
+def people_of(
+    pipe: Any,
+    adapter: Adapter,
+    photos: Photo | list[Photo] | None,
+    identity: Identity | Sequence[Identity] | None,
+) -> list[Identity]:
+    """Returns the people of a call, which gives either photographs of one or identities.
+
+    Raises ConfigError if it gives both or nothing.
+    """
+    if (identity is None) == (photos is None):
+        raise ConfigError(
+            "an adapter is loaded: pass either input_id_images or identity, or unload it"
+        )
+    if photos is not None:
+        identity = encode_people(pipe, adapter, photos)
+    return [identity] if isinstance(identity, Identity) else list(identity or ())
 
 
 def guidance_of(
@@ -209,6 +252,31 @@ def _texts(pipe: Any, texts: str | Sequence[str] | None, count: int, name: str) 
     return [
         None if text is None else pipe.maybe_convert_prompt(text, pipe.tokenizer) for text in listed
     ]
+
+
+@contextmanager
+def _image_encoder(pipe: Any, adapter: Adapter) -> Iterator[tuple[Any, torch.device]]:
+    """Yields the image encoder, which is loaded at the first use, and the device of its input.
+
+    If diffusers has moved the other models off the device, the encoder goes too, afterwards.
+    """
+    device: torch.device = pipe._execution_device
+    encoder = pipe.image_encoder
+    if encoder is None:
+        if not adapter.image_encoder:
+            raise ConfigError(
+                "the pipeline has no image encoder, which the photograph needs; pass "
+                "image_encoder=FOLDER to load_consistentid_adapter"
+            )
+        encoder = load_image_encoder(adapter.image_encoder, pipe.unet.conv_in.weight.dtype)
+        register = getattr(pipe, "register_modules", None) or pipe.update_components  # of a modular
+        register(image_encoder=encoder)
+    managed = hasattr(encoder, "_hf_hook")  # accelerate moves it
+    if not managed:
+        encoder.to(device)
+    yield encoder, device
+    if not managed and hasattr(pipe.unet, "_hf_hook"):
+        encoder.to("cpu")
 
 
 def _for_each(people: Sequence[Identity], count: int, name: str) -> list[Identity]:

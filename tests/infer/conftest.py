@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from infer.identity import Identity
 from infer.load import load_pipeline
 from infer.pipelines import ConsistentIDPipeline
-from tests.infer.helpers import small, write_adapter
+from tests.infer.helpers import TINY_XL, make_tiny_xl, small, write_adapter
+from tests.sharing import shared_folder
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,22 @@ def adapter(trained: Path) -> Path:
 @pytest.fixture(scope="session")
 def legacy_adapter(trained: Path) -> Path:
     return write_adapter(trained / "base", trained / "legacy", "legacy")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A tiny SDXL base in diffusers' layout."""
+    return shared_folder(tmp_path_factory, "xl", lambda folder: make_tiny_xl(folder, tiny_base))
+
+
+@pytest.fixture(scope="session")
+def xl_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_xl: Path) -> Path:
+    return write_adapter(tiny_xl, tmp_path_factory.mktemp("xl") / "final", "corrected", TINY_XL)
+
+
+@pytest.fixture(scope="session")
+def xl_legacy_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_xl: Path) -> Path:
+    return write_adapter(tiny_xl, tmp_path_factory.mktemp("xl") / "legacy", "legacy", TINY_XL)
 
 
 @pytest.fixture(scope="session")

@@ -1,33 +1,108 @@
-"""An adapter with random weights, and settings for few steps and small portraits."""
+"""A tiny SDXL base, adapters with random weights, settings for few steps and small portraits."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 
 from configs.portraits import InferConfig
 from model.checkpoint import save_adapter
-from model.consistentid import ConsistentID
-from model.spec import SPECS
+from model.consistentid import ConsistentID, load_model
+from model.spec import SPECS, ModelSpec
 from stages.backends.weights import Weights
 from stages.regions import Mode
 from tests.bases import base_copy
 
+# The photographs' states are those of the tiny model, so a person fits both in corrected mode.
+TINY_XL: Final = replace(
+    SPECS["tiny"],
+    name="tiny_xl",
+    cross_attention_dim=192,  # of the first text encoder 128, of the second 64
+    hooked=("down_blocks.1", "mid_block", "up_blocks.0"),
+    two_text_encoders=True,
+    detail_prefix=SPECS["sdxl"].detail_prefix,
+    template=SPECS["sdxl"].template,
+)
 
-def write_adapter(base: Path, folder: Path, mode: Mode) -> Path:
+
+def make_tiny_xl(folder: Path, base: Path) -> Path:
+    """Writes an SDXL base with random weights. Its UNet and second text encoder are new, the rest
+    are links to the tiny base.
+    """
+    import diffusers
+    import transformers
+
+    linked = ("tokenizer", "text_encoder", "image_encoder", "feature_extractor", "vae", "scheduler")
+    for name in linked:
+        (folder / name).symlink_to(base / name)
+    (folder / "tokenizer_2").symlink_to(base / "tokenizer")
+    text = transformers.CLIPTextConfig(
+        vocab_size=49_408,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=32,
+        bos_token_id=49_406,
+        eos_token_id=49_407,
+        pad_token_id=49_407,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        transformers.CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
+        diffusers.UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            transformer_layers_per_block=1,
+            cross_attention_dim=TINY_XL.cross_attention_dim,
+            attention_head_dim=(2, 4),  # diffusers' name for the number of heads
+            norm_num_groups=16,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        ).save_pretrained(folder / "unet")
+    index = json.loads((base / "model_index.json").read_text()) | {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+    for name in ("requires_safety_checker", "safety_checker"):
+        del index[name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_adapter(base: Path, folder: Path, mode: Mode, spec: ModelSpec = SPECS["tiny"]) -> Path:
     """Writes an adapter with random weights, also in the half of the LoRA that starts at zero.
 
     So every part of it changes the result.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        model = ConsistentID(SPECS["tiny"], base_copy(SPECS["tiny"], base).unet, mode)
+        model = ConsistentID(spec, _unet(base, spec), mode)
         for name, value in model.named_parameters():
             if name.endswith("up.weight"):
                 torch.nn.init.normal_(value, std=0.05)
     embedder = {"name": "w600k_mbf", "sha256": Weights().digest("w600k_mbf")}
     return save_adapter(model, folder, {"step": 0, "embedder": embedder})
+
+
+def _unet(base: Path, spec: ModelSpec) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    if spec.name == "tiny":
+        return base_copy(spec, base).unet  # other tests have read it
+    return load_model(UNet2DConditionModel, str(base), subfolder="unet")
 
 
 def small(adapter: Path, **changes: object) -> InferConfig:
