@@ -7,6 +7,7 @@ vocabulary, a file of 1.4 MB.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -97,7 +98,7 @@ def _drawn(key: str, shape: torch.Size, generator: torch.Generator, device: str)
     """Returns a weight as a layer of a trained model could have it: norms near 1, sums near 1."""
     values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     if len(shape) > 1:
-        scaled = values * shape[-1] ** -0.5 * (0.1 if "_lora.up" in key else 1)
+        scaled = values * (0.1 if "_lora.up" in key else 1.0) / math.sqrt(shape[-1])
     else:
         scaled = values * 0.02 + (1 if "norm" in key and key.endswith("weight") else 0)
     return scaled.half().cpu()

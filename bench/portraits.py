@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -303,10 +303,11 @@ class ReferenceOrder:
             size = (setup.size[1], setup.size[0])
             time_ids = torch.tensor([[*size, 0, 0, *size]] * 2, device=setup.device)
             time_ids = time_ids.to(setup.dtype)
+        negative, no_pooled = unconditional[0], cast(Tensor, unconditional[1])
         for step, timestep in enumerate(scheduler.timesteps):
             states, pooled = phases[step > _merge(steps)]
-            both = torch.cat((unconditional[0], states))
-            added = None if pooled is None else torch.cat((unconditional[1], pooled))
+            both = torch.cat((negative, states))
+            added = None if pooled is None else torch.cat((no_pooled, pooled))
             rows = scheduler.scale_model_input(torch.cat((latents, latents)), timestep)
             predicted, _ = predict_noise(
                 self._pipe.unet, rows, timestep, both, pooled=added, time_ids=time_ids
@@ -314,7 +315,7 @@ class ReferenceOrder:
             without, with_person = predicted.chunk(2)
             guided = without + GUIDANCE * (with_person - without)
             latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
-        return latents
+        return cast(Tensor, latents)
 
     def _decoded(self, latents: Tensor) -> Images:
         vae = self._pipe.vae

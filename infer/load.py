@@ -1,4 +1,4 @@
-"""Loads a pipeline from a configuration: finds its adapter, base model and precision."""
+"""Loads a pipeline from a configuration: finds its adapter, LoRA, base model and precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
+from safetensors import SafetensorError
+
+from configs.errors import ConfigError, WeightsError
 from configs.portraits import InferConfig
 from infer.adapter import reading_config
 from infer.components import precision
@@ -55,6 +57,8 @@ def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
         dataset=reading_config(source, adapter, config.dataset),
         image_encoder=config.model.image_encoder,
     )
+    if config.lora:
+        _load_lora(pipe, config)
     if config.merge_lora:
         pipe.fuse_consistentid()
     if config.offload == "none":
@@ -65,6 +69,20 @@ def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
         pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _load_lora(pipe: Any, config: InferConfig) -> None:
+    """Loads `config.lora`; with merge_lora nothing of it stays beside the base's weights."""
+    try:
+        pipe.load_lora_weights(config.lora, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(
+            f"lora={config.lora} could not be loaded: {error}. Expected a LoRA for this base "
+            "model in a .safetensors: a file, its folder, or a hub id (which needs a network)."
+        ) from error
+    if config.merge_lora:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
 
 
 def configured_adapter(config: InferConfig) -> Path:
