@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -92,6 +93,7 @@ def main(
     vocabulary: Annotated[Path | None, typer.Option(help="CLIP's vocabulary file.")] = None,
 ) -> None:
     """Measure both orders of work and print a table and a line of JSON."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of the processes, before they import it
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device != "cpu"
     dtype = dtype or ("float16" if on_gpu else "float32")
