@@ -6,12 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError
 from configs.portraits import InferConfig
 from infer.adapter import reading_config
-from infer.components import precision
+from infer.components import load_lora, precision
 from infer.mixin import ConsistentIDMixin
 from infer.pipelines import ConsistentIDPipeline, ConsistentIDXLPipeline
 from model.checkpoint import AdapterFile, read_adapter
@@ -58,7 +56,7 @@ def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
         image_encoder=config.model.image_encoder,
     )
     if config.lora:
-        _load_lora(pipe, config)
+        load_lora(pipe, config.lora, merge=config.merge_lora)
     if config.merge_lora:
         pipe.fuse_consistentid()
     if config.offload == "none":
@@ -69,20 +67,6 @@ def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
         pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _load_lora(pipe: Any, config: InferConfig) -> None:
-    """Loads `config.lora`; with merge_lora nothing of it stays beside the base's weights."""
-    try:
-        pipe.load_lora_weights(config.lora, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(
-            f"lora={config.lora} could not be loaded: {error}. Expected a LoRA for this base "
-            "model in a .safetensors: a file, its folder, or a hub id (which needs a network)."
-        ) from error
-    if config.merge_lora:
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
 
 
 def configured_adapter(config: InferConfig) -> Path:
