@@ -44,7 +44,7 @@ import typer
 from PIL import Image, ImageOps
 
 from bench.bases import make_adapter, make_base
-from bench.planning import peak
+from bench.memory import peak
 from bench.portraits import SECTIONS, Clock, Order, Ours, ReferenceOrder, Setup
 from bench.synthetic_person import synthetic_person
 from configs.schema import DatasetConfig
