@@ -16,7 +16,7 @@ first of them changes from turn to turn. It measures:
 - warm: further images of the same person, each with a new prompt, and the time until the UNet's
   first step. Ours keeps the person; the reference's order reads the photograph each time;
 - per image in batches of four prompts, of which the reference's order makes one at a time;
-- the peak of the process's memory, and of the GPU's.
+- the peak of the process's memory, with and without mapped files, and of the GPU's.
 
 A third process, *saved*, is ours with the identity from a file, without an image encoder. Printed
 are medians as a table, then everything as a line of JSON. Both orders should make the same images:
@@ -44,8 +44,8 @@ import typer
 from PIL import Image, ImageOps
 
 from bench.bases import make_adapter, make_base
-from bench.memory import peak
-from bench.portraits import SECTIONS, Clock, Order, Ours, ReferenceOrder, Setup
+from bench.memory import own_peak, peak
+from bench.portraits import SECTIONS, Clock, Images, Order, Ours, ReferenceOrder, Setup
 from bench.synthetic_person import synthetic_person
 from configs.schema import DatasetConfig
 from pipelines.demo.synthesize import write_portraits
@@ -227,6 +227,26 @@ def measure(task: Task) -> dict[str, Any]:
         order = ReferenceOrder(setup, clock)
     else:
         order = Ours(setup, clock, task.identity if task.order == "saved" else None)
+    with own_peak() as own:
+        first, result = _one_by_one(task, order, clock)
+    result["peaks"] = {"MB": peak(), "MB without mapped files": own[0]}
+    if setup.device == "cuda":
+        result["peaks"]["GPU MB"] = torch.cuda.max_memory_allocated() / 2**20
+    result["batch"] = []
+    if task.batches and setup.device != "cpu":
+        order.images([_prompt(0)] * _BATCH, range(_BATCH), 1)  # a GPU chooses kernels by shape
+    for number in range(task.batches):
+        prompts = [f"{_prompt(index)}, {number}" for index in range(_BATCH)]
+        clock.start()
+        order.images(prompts, range(_BATCH), task.steps)
+        result["batch"].append(clock.elapsed / _BATCH)
+    if isinstance(order, Ours) and order.person is not None and task.order == "ours":
+        order.person.save(task.identity)
+    return result | {"image": first[0]}
+
+
+def _one_by_one(task: Task, order: Order, clock: Clock) -> tuple[Images, dict[str, Any]]:
+    """Loads everything and makes the first image, which is returned, and the warm ones."""
     clock.start()
     order.load_base()
     result: dict[str, Any] = {"base": clock.elapsed}
@@ -241,18 +261,7 @@ def measure(task: Task) -> dict[str, Any]:
         clock.start()
         order.images([_prompt(number)], [number], task.steps)
         result["warm"].append(_times(clock, *SECTIONS))
-    result["peaks"] = _peaks(setup.device)
-    result["batch"] = []
-    if task.batches and setup.device != "cpu":
-        order.images([_prompt(0)] * _BATCH, range(_BATCH), 1)  # a GPU chooses kernels by shape
-    for number in range(task.batches):
-        prompts = [f"{_prompt(index)}, {number}" for index in range(_BATCH)]
-        clock.start()
-        order.images(prompts, range(_BATCH), task.steps)
-        result["batch"].append(clock.elapsed / _BATCH)
-    if isinstance(order, Ours) and order.person is not None and task.order == "ours":
-        order.person.save(task.identity)
-    return result | {"image": first[0]}
+    return first, result
 
 
 def _quieten() -> None:
@@ -273,13 +282,6 @@ def _times(clock: Clock, *sections: str) -> Values:
     seconds = {name: clock.seconds.get(name, 0.0) for name in sections}
     other = total - sum(seconds.values())
     return {"first step": clock.first_step, **seconds, "other": other, "total": total}
-
-
-def _peaks(device: str) -> Values:
-    peaks = {"MB": peak()}
-    if device == "cuda":
-        peaks["GPU MB"] = torch.cuda.max_memory_allocated() / 2**20
-    return peaks
 
 
 def _difference(results: Mapping[str, Sequence[dict[str, Any]]]) -> float:

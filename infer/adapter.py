@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,10 +34,10 @@ _ENCODERS: Final = ("image_proj_model", "FacialEncoder")
 class Adapter:
     """An adapter in a UNet.
 
-    file: the adapter. unet: gets its attention processors; `remove` restores the ones before.
-    device, dtype: of its weights. reader: reads photographs as its training data was read. digest:
-    see `file_digest`. image_encoder: a folder or hub id; "": the one of the spec. Raises
-    WeightsError as `model.checkpoint.build_adapter`.
+    file: the adapter; the attribute has no weights. unet: gets its attention processors; `remove`
+    restores the ones before. device, dtype: of its weights. reader: reads photographs as its
+    training data was read. digest: see `file_digest`. image_encoder: a folder or hub id; "": the
+    one of the spec. Raises WeightsError as `model.checkpoint.build_adapter`.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Adapter:
         self._processors = dict(unet.attn_processors)
         self.model: ConsistentID = build_adapter(file, unet, dtype=dtype, device=device)
         self.model.requires_grad_(False).eval()
-        self.file, self.unet, self.reader, self._digest = file, unet, reader, digest
+        self.file = replace(file, state={})  # the model has copies; the file needs no memory
+        self.unet, self.reader, self._digest = unet, reader, digest
         self.image_encoder = image_encoder or file.spec.image_encoder
         self.strength: dict[str, float] = {}
         self._people: weakref.WeakKeyDictionary[Identity, PersonTokens] = (

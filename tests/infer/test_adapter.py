@@ -23,3 +23,7 @@ def test_marks_are_added_to_a_copy_of_the_tokenizer(pipe: ConsistentIDPipeline) 
     assert len(marked.encode(FACIAL_MARK)) == 3
     assert FACIAL_MARK not in pipe.tokenizer.get_vocab()
     assert marked._merges is pipe.tokenizer._merges, "copying it takes half a second"
+
+
+def test_the_weights_of_the_file_are_not_held(pipe: ConsistentIDPipeline) -> None:
+    assert pipe.adapter.file.spec.name == "tiny" and not pipe.adapter.file.state
