@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from bench.planning import peak
+from bench.memory import peak
 from pipelines.dedup import (
     Neighbours,
     cluster,

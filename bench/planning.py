@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.memory import peak
 from configs.schema import DatasetConfig, SourceConfig
 from pipelines.planning.plan import make_plan, write_plan
 from stages.storage.store import Store
@@ -63,20 +64,6 @@ def measure(count: int, again: bool) -> dict[str, Any]:
     )
     names = ("start_mb", "planned_mb", "replanned_mb")
     return {"inputs": count, **dict(zip(names, peaks, strict=False)), "seconds": round(seconds, 1)}
-
-
-def peak(pid: int | str = "self") -> float:
-    """Returns the peak resident MB of a process, 0.0 if it has ended.
-
-    It is read from /proc, because getrusage also counts what its parent used before the fork.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except FileNotFoundError:
-        return 0.0
-    return round(
-        next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0) / 1024, 1
-    )
 
 
 def main(

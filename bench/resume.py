@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import typer
 
-from bench.planning import peak
+from bench.memory import peak
 from pipelines.ledger import read_ledger
 from pipelines.lint import lint
 from stages.codec import Image, decode_jpeg, encode_jpeg

@@ -25,10 +25,9 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 
+from bench.bases import make_base
 from configs.load import load
 from configs.training import TrainConfig
-from model.vocabulary import clip_tokenizer
-from stages.backends.weights import Weights
 from train.packing import PackedBatch
 from train.stopping import Stop
 from train.trainer import Trainer
@@ -49,7 +48,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if random_base is not None:
         if not random_base.exists():
-            make_base(random_base, device)
+            make_base(random_base, "sd15", device)
         settings = replace(settings, model=replace(settings.model, base=str(random_base)))
     with tempfile.TemporaryDirectory(prefix="training-") as folder, ExitStack() as stack:
         settings = replace(settings, output=folder, max_train_steps=steps + _WARMUP + 2)
@@ -102,48 +101,6 @@ def _timed(batches: Iterator[PackedBatch], waits: list[float]) -> Iterator[Packe
         batch = next(batches)
         waits.append(time.perf_counter() - began)
         yield batch
-
-
-def make_base(folder: Path, device: str) -> None:
-    """Writes Stable Diffusion 1.5 and CLIP ViT-H/14 with random weights, in diffusers' layout."""
-    import diffusers
-    import transformers
-
-    text = transformers.CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        patch_size=14,
-        projection_dim=1024,
-        hidden_act="gelu",
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        parts = {
-            "text_encoder": transformers.CLIPTextModel(text),
-            "image_encoder": transformers.CLIPVisionModelWithProjection(vision),
-            "vae": diffusers.AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                sample_size=512,
-            ),
-            # diffusers' defaults are the sizes of Stable Diffusion 1.5, except for this width
-            "unet": diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        }
-    partial = folder.with_name(f".{folder.name}")
-    for name, part in parts.items():
-        part.half().save_pretrained(partial / name)
-    clip_tokenizer(Weights().fetch("clip_bpe")).save_pretrained(partial / "tokenizer")
-    diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    ).save_pretrained(partial / "scheduler")
-    partial.rename(folder)
 
 
 class _Messages:

@@ -49,6 +49,8 @@ class InferConfig:
 
     model: AdaptedModelConfig = field(default_factory=AdaptedModelConfig)
     adapter: str = ""  # a checkpoint folder, .safetensors or a published .bin
+    # a LoRA in diffusers' or peft's format, beside the adapter: a folder, .safetensors or hub id
+    lora: str = ""
     # configuration of the stages that process the photograph; "": the one in the checkpoint
     dataset: str = ""
     photo: str = ""
@@ -79,7 +81,8 @@ class InferConfig:
     batch_size: int = 1
     id_scale: float = 1.0  # weight of the ID tokens' attention
     region_strength: RegionStrength = field(default_factory=RegionStrength)
-    merge_lora: bool = True  # add the adapter's LoRA to the UNet's weights: faster steps
+    # add the adapter's LoRA, and that of `lora`, to the base's weights: faster steps
+    merge_lora: bool = True
     seed: int = 2024
     # auto: float16 on a GPU, float32 on a CPU
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

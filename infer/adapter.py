@@ -7,7 +7,9 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,10 +39,10 @@ _ENCODERS: Final = ("image_proj_model", "FacialEncoder")
 class Adapter:
     """An adapter in a UNet.
 
-    file: the adapter. unet: gets its attention processors; `remove` restores the ones before.
-    device, dtype: of its weights. reader: reads photographs as its training data was read. digest:
-    sha256 of the weights file. image_encoder: a folder or hub id; "": the one of the spec. Raises
-    WeightsError as `model.checkpoint.build_adapter`.
+    file: the adapter; the attribute has no weights. unet: gets its attention processors; `remove`
+    restores the ones before. device, dtype: of its weights. reader: reads photographs as its
+    training data was read. digest: see `file_digest`. image_encoder: a folder or hub id; "": the
+    one of the spec. Raises WeightsError as `model.checkpoint.build_adapter`.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Adapter:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        digest: str = "",
+        digest: Future[str] | None = None,
         image_encoder: str = "",
     ) -> None:
         self._processors = dict(unet.attn_processors)
         self.model: ConsistentID = build_adapter(file, unet, dtype=dtype, device=device)
         self.model.requires_grad_(False).eval()
-        self.file, self.unet, self.reader, self.digest = file, unet, reader, digest
+        self.file = replace(file, state={})  # the model has copies; the file needs no memory
+        self.unet, self.reader, self._digest = unet, reader, digest
         self.image_encoder = image_encoder or file.spec.image_encoder
         self.strength: dict[str, float] = {}
         self._people: weakref.WeakKeyDictionary[Identity, PersonTokens] = (
@@ -70,6 +73,11 @@ class Adapter:
             weakref.WeakKeyDictionary()
         )
         self._tokenizer: tuple[int, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights file; "" if it wasn't asked for."""
+        return self._digest.result() if self._digest else ""
 
     @property
     def embedder(self) -> str:
@@ -144,7 +152,10 @@ class Adapter:
     def marked(self, tokenizer: Any) -> Any:
         """Returns a copy of a pipeline's tokenizer that has the marks too."""
         if self._tokenizer is None or self._tokenizer[0] != len(tokenizer):
-            self._tokenizer = (len(tokenizer), add_marks(copy.deepcopy(tokenizer)))
+            # its table of 49,000 merges is never changed, so it is shared
+            merges = getattr(tokenizer, "_merges", None)
+            shared = {id(merges): merges}
+            self._tokenizer = (len(tokenizer), add_marks(copy.deepcopy(tokenizer, shared)))
         return self._tokenizer[1]
 
     def tokens_of(self, people: Sequence[Identity], device: torch.device) -> list[PersonTokens]:
@@ -349,8 +360,18 @@ def reading_config(
     )
 
 
-def file_digest(source: Path) -> str:
-    """Returns the sha256 of the weights file of an adapter's folder or file."""
+def file_digest(source: Path) -> Future[str]:
+    """Returns the sha256 of the weights file of an adapter's folder or file, which is computed in
+    the background: for SDXL's it takes seconds.
+    """
     weights = source / WEIGHTS_FILE if source.is_dir() else source
-    with weights.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    stream = weights.open("rb")  # now, in case that it is replaced
+
+    def digest() -> str:
+        with stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(digest)
+    executor.shutdown(wait=False)
+    return future

@@ -1,4 +1,4 @@
-"""Finding and loading what a pipeline is made of: precision, base model, image encoder, adapter."""
+"""Finding and loading what a pipeline is made of: precision, models, adapter, LoRA."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 
 from configs.errors import ConfigError, WeightsError
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -99,6 +100,24 @@ def load_image_encoder(root: str, dtype: torch.dtype) -> Any:
     subfolder = "image_encoder" if Path(root, "image_encoder").is_dir() else ""
     model = load_model(CLIPVisionModelWithProjection, root, subfolder=subfolder, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def load_lora(pipe: Any, source: str, *, merge: bool) -> None:
+    """Loads a LoRA into a pipeline's UNet, and its text encoders if it has weights for them.
+
+    source: a .safetensors, its folder or a hub id. merge: whether to add it to the base's weights
+    for good, so that nothing of it stays beside them. Raises WeightsError if it can't be loaded.
+    """
+    try:
+        pipe.load_lora_weights(source, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(
+            f"lora={source} could not be loaded: {error}. Expected a LoRA for this base model in a "
+            ".safetensors: the file, its folder, or a hub id (which needs a network)."
+        ) from error
+    if merge:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
 
 
 def adapter_path(

@@ -196,6 +196,7 @@ def _metadata(
         "mode": adapter.model.mode,
         "spec": adapter.model.spec.name,
         "adapter_sha256": adapter.digest,
+        "lora": settings.lora,
         "photo": person.record.source,
         "photo_sha256": person.record.sha256,
         "Software": "ConsistentID",

@@ -1,4 +1,4 @@
-"""Loads a pipeline from a configuration: finds its adapter, base model and precision."""
+"""Loads a pipeline from a configuration: finds its adapter, LoRA, base model and precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.portraits import InferConfig
 from infer.adapter import reading_config
-from infer.components import precision
+from infer.components import load_lora, precision
 from infer.mixin import ConsistentIDMixin
 from infer.pipelines import ConsistentIDPipeline, ConsistentIDXLPipeline
 from model.checkpoint import AdapterFile, read_adapter
@@ -55,6 +55,8 @@ def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
         dataset=reading_config(source, adapter, config.dataset),
         image_encoder=config.model.image_encoder,
     )
+    if config.lora:
+        load_lora(pipe, config.lora, merge=config.merge_lora)
     if config.merge_lora:
         pipe.fuse_consistentid()
     if config.offload == "none":

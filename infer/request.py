@@ -193,7 +193,7 @@ def _from_prompts(
         tokens,
         early=adapter.text_states(pipe, early, device, call.get("clip_skip")),
         late=adapter.text_states(pipe, late, device, call.get("clip_skip")),
-        negative=_negative_states(pipe, adapter, call, count),
+        negative=_negative_states(pipe, adapter, call, count, device),
         strength=adapter.strength,
     )
 
@@ -205,12 +205,12 @@ def _from_embeddings(
     isn't known where their nouns are.
     """
     positive: Tensor = call["prompt_embeds"]
-    count = len(positive)
-    tokens = adapter.tokens_of(_for_each(people, count, "prompt_embeds"), pipe._execution_device)
+    count, device = len(positive), pipe._execution_device
+    tokens = adapter.tokens_of(_for_each(people, count, "prompt_embeds"), device)
     negative = call.get("negative_prompt_embeds")
     pooled_negative = call.get("negative_pooled_prompt_embeds")
     if negative is None:
-        states = _negative_states(pipe, adapter, call, count)
+        states = _negative_states(pipe, adapter, call, count, device)
         negative, pooled_negative = states.hidden, states.pooled
     identity, no_identity = (
         torch.stack([getattr(each, name) for each in tokens]).to(positive)
@@ -229,14 +229,17 @@ def _from_embeddings(
 
 
 def _negative_states(
-    pipe: Any, adapter: Adapter, call: Mapping[str, Any], count: int
+    pipe: Any, adapter: Adapter, call: Mapping[str, Any], count: int, device: torch.device
 ) -> TextStates:
-    """Encodes the negative prompts; as in diffusers, clip_skip doesn't concern them."""
+    """Encodes the negative prompts; as in diffusers, clip_skip doesn't concern them.
+
+    device: the pipeline's, which diffusers finds by visiting all of its modules.
+    """
     firsts = _texts(pipe, call.get("negative_prompt"), count, "negative_prompt")
     seconds = _texts(pipe, call.get("negative_prompt_2"), count, "negative_prompt_2")
     tokenizer = adapter.marked(pipe.tokenizer)
     texts = [plain_ids(a or "", tokenizer, b) for a, b in zip(firsts, seconds, strict=True)]
-    return adapter.text_states(pipe, texts, pipe._execution_device)
+    return adapter.text_states(pipe, texts, device)
 
 
 def _texts(pipe: Any, texts: str | Sequence[str] | None, count: int, name: str) -> list[str | None]:

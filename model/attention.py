@@ -175,7 +175,7 @@ class LoRASelfAttention(nn.Module):
                 "the UNet's weights are offloaded, so the adapter can't be merged into them; merge "
                 "before offloading"
             )
-        self._unmerged = [weight.detach().cpu().clone() for weight, _ in updates]
+        self._unmerged = [weight.detach().to("cpu", copy=True) for weight, _ in updates]
         for weight, lora in updates:
             weight.copy_(lora.added_to(weight))
 

@@ -21,6 +21,7 @@ from infer.identity import Identity
 from infer.load import load_pipeline
 from infer.pipelines import ConsistentIDPipeline
 from infer.portrait import portrait_seed
+from infer.schedulers import known_schedulers
 from infer.sheet import contact_sheet
 from tests.infer.helpers import small
 
@@ -150,12 +151,14 @@ def test_help_shows_examples_and_loads_no_model_library() -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_and_open_with_their_command(path: Path) -> None:
-    assert load(InferConfig, path).scheduler == "EulerDiscreteScheduler"
+    settings = load(InferConfig, path)
+    few_steps = "LCMScheduler" if settings.lora else "EulerDiscreteScheduler"
+    assert settings.scheduler == few_steps and few_steps in known_schedulers()
     assert f"--config {path}" in path.read_text().split("\n\n")[0]
 
 
 def test_presets_are_there() -> None:
-    assert {path.stem for path in PRESETS} >= {"demo", "sd15"}
+    assert {path.stem for path in PRESETS} >= {"demo", "fast", "sd15"}
 
 
 def test_the_sheet_shows_photograph_and_portraits(
