@@ -15,7 +15,7 @@ first of them changes from turn to turn. It measures:
 - cold: loading the adapter and the image encoder, and the first image from the photograph;
 - warm: further images of the same person, each with a new prompt, and the time until the UNet's
   first step. Ours keeps the person; the reference's order reads the photograph each time;
-- per image in batches of four prompts, of which the reference's order makes one at a time;
+- per image in batches of four prompts; the reference's order makes one at a time, as when warm;
 - the peak of the process's memory, with and without mapped files, and of the GPU's.
 
 A third process, *saved*, is ours with the identity from a file, without an image encoder. Printed
@@ -232,14 +232,9 @@ def measure(task: Task) -> dict[str, Any]:
     result["peaks"] = {"MB": peak(), "MB without mapped files": own[0]}
     if setup.device == "cuda":
         result["peaks"]["GPU MB"] = torch.cuda.max_memory_allocated() / 2**20
-    result["batch"] = []
-    if task.batches and setup.device != "cpu":
-        order.images([_prompt(0)] * _BATCH, range(_BATCH), 1)  # a GPU chooses kernels by shape
-    for number in range(task.batches):
-        prompts = [f"{_prompt(index)}, {number}" for index in range(_BATCH)]
-        clock.start()
-        order.images(prompts, range(_BATCH), task.steps)
-        result["batch"].append(clock.elapsed / _BATCH)
+    result["batch"] = _batches(task, order, clock)
+    if task.order == "reference":  # it makes them one by one, as the warm images
+        result["batch"] = [row["total"] for row in result["warm"]]
     if isinstance(order, Ours) and order.person is not None and task.order == "ours":
         order.person.save(task.identity)
     return result | {"image": first[0]}
@@ -262,6 +257,21 @@ def _one_by_one(task: Task, order: Order, clock: Clock) -> tuple[Images, dict[st
         order.images([_prompt(number)], [number], task.steps)
         result["warm"].append(_times(clock, *SECTIONS))
     return first, result
+
+
+def _batches(task: Task, order: Order, clock: Clock) -> list[float]:
+    """Returns the seconds for an image of each batch."""
+    if task.order != "ours" or not task.batches:
+        return []
+    if task.setup.device != "cpu":
+        order.images([_prompt(0)] * _BATCH, range(_BATCH), 1)  # a GPU chooses kernels by shape
+    seconds = []
+    for number in range(task.batches):
+        prompts = [f"{_prompt(index)}, {number}" for index in range(_BATCH)]
+        clock.start()
+        order.images(prompts, range(_BATCH), task.steps)
+        seconds.append(clock.elapsed / _BATCH)
+    return seconds
 
 
 def _quieten() -> None:
