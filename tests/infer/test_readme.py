@@ -18,7 +18,7 @@ def test_the_code_runs(
     page: str, adapter: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = adapter.parent
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/mine").symlink_to(trained)
     (tmp_path / "JackAILab").mkdir()
