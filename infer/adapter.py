@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -19,10 +19,12 @@ from configs.errors import ConfigError
 from configs.load import load
 from configs.schema import DatasetConfig, DetectConfig, EmbedConfig
 from infer.components import adapter_path
-from infer.conditioning import Ids, PersonTokens, TextStates, person_tokens, text_states
+from infer.conditioning import Ids, PersonTokens, TextStates, person_tokens
 from infer.identity import Identity
+from infer.offload import resident, uncompiled
 from infer.photo import PhotoReader
-from model.attention import merge_lora, unmerge_lora
+from infer.text_cache import TextCache
+from model.attention import merge_lora
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, build_adapter, read_adapter
 from model.consistentid import ConsistentID, HasTextEncoders
 from model.prompt import add_marks
@@ -31,13 +33,14 @@ from stages.regions import REGION_WORDS
 logger = logging.getLogger("consistentid")
 
 DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
-_CACHED_TEXTS: Final = 64
 _REMEMBERED: Final = 16  # people
 _ENCODERS: Final = ("image_proj_model", "FacialEncoder")
+_ATTRIBUTE: Final = "consistentid_adapter"  # of a UNet that has one
+_CACHES: Final = ("_people", "_texts", "_notices", "_read", "_tokenizer")
 
 
 class Adapter:
-    """An adapter in a UNet.
+    """An adapter in a UNet, and in all pipelines that share it, see `adapter_in`.
 
     file: the adapter; the attribute has no weights. unet: gets its attention processors; `remove`
     restores the ones before. device, dtype: of its weights. reader: reads photographs as its
@@ -56,6 +59,11 @@ class Adapter:
         digest: Future[str] | None = None,
         image_encoder: str = "",
     ) -> None:
+        if getattr(unet, "encoder_hid_proj", None) is not None:
+            raise ConfigError(
+                "an IP-Adapter is loaded in the UNet, and both replace its attention; call "
+                "unload_ip_adapter first"
+            )
         self._processors = dict(unet.attn_processors)
         self.model: ConsistentID = build_adapter(file, unet, dtype=dtype, device=device)
         self.model.requires_grad_(False).eval()
@@ -63,16 +71,32 @@ class Adapter:
         self.unet, self.reader, self._digest = unet, reader, digest
         self.image_encoder = image_encoder or file.spec.image_encoder
         self.strength: dict[str, float] = {}
+        self._forget()
+        setattr(uncompiled(unet), _ATTRIBUTE, self)
+
+    def _forget(self) -> None:
+        """Empties the caches."""
         self._people: weakref.WeakKeyDictionary[Identity, PersonTokens] = (
             weakref.WeakKeyDictionary()
         )
-        self._texts = _Texts()
+        self._texts = TextCache()
         self._notices: set[str] = set()
         # by the image encoder that read them
         self._read: weakref.WeakKeyDictionary[Any, dict[object, Identity]] = (
             weakref.WeakKeyDictionary()
         )
         self._tokenizer: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the caches out of copies and pickles: they hold weak references."""
+        state = {name: value for name, value in vars(self).items() if name not in _CACHES}
+        return state | {"_digest": self.digest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        digest: Future[str] = Future()
+        digest.set_result(state["_digest"])
+        vars(self).update(state, _digest=digest)
+        self._forget()
 
     @property
     def digest(self) -> str:
@@ -85,27 +109,57 @@ class Adapter:
         return self.file.embedder.sha256 if self.file.embedder else ""
 
     def is_in(self, unet: Any) -> bool:
-        """Whether the adapter is in `unet` now."""
-        return next(iter(unet.attn_processors.values())) is self.model.adapter_modules[0]
+        """Whether all of the adapter is in `unet` now; a user may have set other processors."""
+        current = unet.attn_processors.values()
+        return all(a is b for a, b in zip(current, self.model.adapter_modules, strict=True))
 
     def remove(self) -> None:
-        """Restores the UNet's weights and processors from before, bit for bit."""
-        if self.is_in(self.unet):
-            unmerge_lora(self.unet)
-            self.unet.set_attn_processor(dict(self._processors))
+        """Restores the UNet's weights and processors from before, bit for bit. Processors that have
+        been put in place of the adapter's stay.
+        """
+        self._take_out()
+        if adapter_in(self.unet) is self:
+            delattr(uncompiled(self.unet), _ATTRIBUTE)
 
     @contextmanager
     def removed(self) -> Iterator[None]:
         """Takes the adapter out of the UNet for a while; a merged one is merged again."""
         merged = self.merged
         installed = dict(self.unet.attn_processors)
-        self.remove()
+        self._take_out()
         try:
             yield
         finally:
-            self.unet.set_attn_processor(installed)
+            with resident(self.unet):
+                self.unet.set_attn_processor(installed)
             if merged:
-                merge_lora(self.unet)
+                self.merge()
+
+    def merge(self) -> None:
+        """Adds the LoRA to the UNet's weights; see `model.attention.merge_lora`."""
+        with resident(self.unet):
+            merge_lora(self.unet)
+
+    def unmerge(self) -> None:
+        """Restores the UNet's weights from before `merge`, bit for bit; also where other processors
+        have been put in place of the adapter's.
+        """
+        with resident(self.unet):
+            for name, processor in zip(self._processors, self.model.adapter_modules, strict=True):
+                cast(Any, processor).unmerge(
+                    self.unet.get_submodule(name.removesuffix(".processor"))
+                )
+
+    def _take_out(self) -> None:
+        self.unmerge()
+        own = {id(processor) for processor in self.model.adapter_modules}
+        with resident(self.unet):
+            self.unet.set_attn_processor(
+                {
+                    name: self._processors[name] if id(processor) in own else processor
+                    for name, processor in self.unet.attn_processors.items()
+                }
+            )
 
     @contextmanager
     def hidden_from(self, controlnet: Any) -> Iterator[None]:
@@ -143,8 +197,8 @@ class Adapter:
                 raise ConfigError(
                     f"scale of {name!r}: expected one of identity, {', '.join(REGION_WORDS)}"
                 )
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"scale of {name}: {value}; expected a number of at least 0")
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ConfigError(f"scale of {name}: {value!r}; expected a number of at least 0")
         self.strength |= {name: float(v) for name, v in parts.items() if name != "identity"}
         if "identity" in parts:
             self.model.set_scale(parts["identity"])
@@ -164,7 +218,11 @@ class Adapter:
         The projector and the facial encoder are moved to `device`, and back if the UNet is
         elsewhere, as on a pipeline with offloading.
         """
-        missing = [person for person in dict.fromkeys(people) if person not in self._people]
+        missing = [
+            person
+            for person in dict.fromkeys(people)
+            if person not in self._people or self._people[person].identity.device != device
+        ]
         if missing:
             with self._encoders_on(device):
                 for person in missing:
@@ -236,64 +294,13 @@ class Adapter:
         before = next(modules[0].parameters()).device
         for module in modules:
             module.to(device)
-        yield
-        offloaded = next(self.unet.parameters()).device != device
-        if before != device and offloaded:
-            for module in modules:
-                module.to(before)
-
-
-class _Texts:
-    """States of the last texts that an encoder read. They are forgotten when the encoder's weights
-    change; an encoder with a LoRA of peft is not cached, because its scale may change unseen.
-    """
-
-    def __init__(self) -> None:
-        self._version: object = None
-        self._states: dict[object, TextStates] = {}
-
-    def states(
-        self,
-        encoders: HasTextEncoders,
-        texts: Sequence[Ids],
-        device: torch.device,
-        clip_skip: int | None,
-    ) -> TextStates:
-        version = _version(encoders)
-        if version is None:
-            return text_states(encoders, texts, device, clip_skip)
-        keys = [_key(text, device, clip_skip) for text in texts]
-        if version != self._version or len(self._states) + len(keys) > _CACHED_TEXTS:
-            self._version, self._states = version, {}
-        missing = {k: text for k, text in zip(keys, texts, strict=True) if k not in self._states}
-        if missing:
-            new = text_states(encoders, list(missing.values()), device, clip_skip)
-            self._states |= {key: new.rows([row]) for row, key in enumerate(missing)}
-        rows = [self._states[key] for key in keys]
-        pooled = [row.pooled for row in rows if row.pooled is not None]
-        return TextStates(
-            hidden=torch.cat([row.hidden for row in rows]),
-            pooled=torch.cat(pooled) if pooled else None,
-        )
-
-
-def _key(text: Ids, device: torch.device, clip_skip: int | None) -> object:
-    return (*text[0].tolist(), *text[1].tolist(), str(device), clip_skip)
-
-
-def _version(encoders: HasTextEncoders) -> object:
-    """Returns a value that changes with the text encoders' weights; None if that can't be told."""
-    names = ("text_encoder", "text_encoder_2")
-    modules = [each for name in names if (each := getattr(encoders, name, None)) is not None]
-    if any(getattr(module, "peft_config", None) for module in modules):
-        return None
-    # Weak references, because a new module may get the addresses of one that is gone.
-    versions = [
-        (id(tensor), tensor._version, tensor.dtype)
-        for module in modules
-        for tensor in module.parameters()
-    ]
-    return tuple(weakref.ref(module) for module in modules), versions
+        try:
+            yield
+        finally:
+            offloaded = next(self.unet.parameters()).device != device
+            if before != device and offloaded:
+                for module in modules:
+                    module.to(before)
 
 
 def install_adapter(
@@ -306,7 +313,10 @@ def install_adapter(
     image_encoder: str = "",
     **hub: Any,
 ) -> Adapter:
-    """Puts an adapter into a UNet; the arguments are those of `load_consistentid_adapter`."""
+    """Puts an adapter into a UNet; the arguments are those of `load_consistentid_adapter`.
+
+    One that is there is removed, unless the new one can't be read.
+    """
     path = adapter_path(source, subfolder, weight_name, **hub)
     file = read_adapter(path)
     if (path / "unet").is_dir() and not _is_from(unet, path / "unet"):
@@ -317,16 +327,26 @@ def install_adapter(
             path,
             path / "unet",
         )
-    weight = unet.conv_in.weight
-    return Adapter(
-        file,
-        unet,
-        PhotoReader(reading_config(path, file, dataset), file.spec, file.mode),
-        device=weight.device,
-        dtype=weight.dtype,
-        digest=file_digest(path),
-        image_encoder=image_encoder,
-    )
+    reader = PhotoReader(reading_config(path, file, dataset), file.spec, file.mode)
+    if (before := adapter_in(unet)) is not None:
+        before.remove()
+    with resident(unet):
+        weight = unet.conv_in.weight
+        return Adapter(
+            file,
+            unet,
+            reader,
+            device=weight.device,
+            dtype=weight.dtype,
+            digest=file_digest(path),
+            image_encoder=image_encoder,
+        )
+
+
+def adapter_in(unet: Any) -> Adapter | None:
+    """Returns the adapter that was put into a UNet, None if there is none."""
+    adapter: Adapter | None = getattr(uncompiled(unet), _ATTRIBUTE, None)
+    return adapter
 
 
 def _is_from(model: Any, folder: Path) -> bool:

@@ -27,15 +27,17 @@ def precision(dtype: Any, device: str | None = None) -> Any:
     """Returns the torch type for a setting: "auto", a name such as "float16", or a torch type.
 
     device: None for that which `torch_device("auto")` chooses. auto: float16 on a GPU, float32 on
-    a CPU. A mapping from a part's name to its type is returned as it is. Raises ConfigError for an
-    unknown name.
+    a CPU. A mapping from a part's name to its setting is one to its type. Raises ConfigError for
+    an unknown name.
     """
-    if not isinstance(dtype, str):
+    if isinstance(dtype, Mapping):
+        return {name: precision(each, device) for name, each in dtype.items()}
+    if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
         return torch.float32 if on_cpu else torch.float16
-    torch_type = getattr(torch, dtype, None)
+    torch_type = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(torch_type, torch.dtype) or not torch_type.is_floating_point:
         raise ConfigError(f"dtype={dtype!r}: expected auto, float32, float16 or bfloat16")
     return torch_type
@@ -62,7 +64,8 @@ def load_models(root: str, index: Mapping[str, Any], options: Mapping[str, Any])
     models = {}
     for name in _MODELS:
         library, kind = index.get(name) or (None, None)
-        if library in _LIBRARIES and kind and name not in options:
+        several = kind == "MultiControlNetModel"  # not a class of diffusers' own namespace
+        if library in _LIBRARIES and kind and not several and name not in options:
             dtype = _dtype_of(options.get("dtype"), name)
             models[name] = _load(root, name, library, kind, options.get("variant"), dtype, shared)
     return models
@@ -89,6 +92,20 @@ def _dtype_of(dtype: Any, name: str) -> torch.dtype:
     if isinstance(dtype, Mapping):
         dtype = dtype.get(name, dtype.get("default"))
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def check_complete(pipe: Any, source: str) -> None:
+    """Checks that all weights of a pipeline's models were in a checkpoint file: diffusers leaves
+    missing ones on the meta device. Raises WeightsError, which names the first.
+    """
+    for name, model in pipe.components.items():
+        state = model.state_dict() if isinstance(model, torch.nn.Module) else {}
+        missing = sorted(key for key, value in state.items() if value.is_meta)
+        if missing:
+            raise WeightsError(
+                f"{source} lacks {len(missing)} weights of its {name}, the first is {missing[0]}. "
+                "The file is incomplete or of another model: download it again, or name another."
+            )
 
 
 def load_image_encoder(root: str, dtype: torch.dtype) -> Any:

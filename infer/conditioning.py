@@ -112,16 +112,20 @@ def plain_ids(text: str, tokenizer: Any, text_2: str | None = None) -> Ids:
     return first, second
 
 
-def early_ids(model: ConsistentID, tokens: TextTokens, prompt: str, tokenizer: Any) -> Ids:
-    """Returns the ids of the text that the first phase reads.
+def early_ids(
+    model: ConsistentID, tokens: TextTokens, prompt: str, prompt_2: str | None, tokenizer: Any
+) -> Ids:
+    """Returns the ids of the text that the first phase reads. prompt_2: another prompt for the
+    second text encoder.
 
     corrected: those of the second phase. legacy: those of the same text, cut with an EOS; with two
     text encoders, of the prompt alone (as in the reference's pipelines for SD1.5 and SDXL).
     """
     if model.mode == "corrected":
         return tokens.input_ids, tokens.input_ids_2
-    two = model.spec.two_text_encoders
-    return plain_ids(prompt if two else without_marks(tokens.text), tokenizer)
+    if model.spec.two_text_encoders:
+        return plain_ids(prompt, tokenizer, prompt_2)
+    return plain_ids(without_marks(tokens.text), tokenizer)
 
 
 @torch.no_grad()

@@ -7,21 +7,23 @@ diffusers' own call; a callback swaps the embeddings when the second phase begin
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, WeightsError
 from configs.load import to_yaml
 from configs.schema import DatasetConfig
-from infer.adapter import DATASET_FILE, Adapter, install_adapter
-from infer.components import check_precision, load_models, precision
+from infer.adapter import DATASET_FILE, Adapter, adapter_in, install_adapter
+from infer.components import check_complete, check_precision, load_models, precision
 from infer.conditioning import Guidance
 from infer.identity import Identity
-from infer.phases import DEFAULT_MERGE, FirstPhase, Phases, merge_step, steps_of
+from infer.phases import DEFAULT_MERGE, FirstPhase, Phases, merge_step, schedule, steps_of
 from infer.photo import Photo
 from infer.request import (
     FaceText,
@@ -30,24 +32,23 @@ from infer.request import (
     guidance_of,
     people_of,
     prompt_text,
+    texts_of,
 )
 from infer.schedulers import unclipped
-from model.attention import merge_lora, unmerge_lora
 from model.checkpoint import save_adapter
 from model.tokens import TextTokens
 
 ADAPTER_FOLDER: Final = "consistentid"  # in the folder of `save_pretrained`
+_UNCHANGED: Final = object()  # in place of a type, for models that keep theirs
 _HUB: Final = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class ConsistentIDMixin:
     """Adds a person's identity to a Stable Diffusion or SDXL pipeline of diffusers.
 
-    consistentid: the adapter, None before `load_consistentid_adapter`; without one the pipeline is
-    diffusers' own. failed_images: numbers of the last call's images whose latents weren't finite.
+    failed_images: numbers of the last call's images whose latents weren't finite.
     """
 
-    consistentid: Adapter | None = None
     failed_images: tuple[int, ...] = ()
 
     # attributes of diffusers' pipelines
@@ -56,6 +57,7 @@ class ConsistentIDMixin:
     image_encoder: Any
     register_modules: Any
     load_config: Any
+    config_name: str
     vae_scale_factor: int
     tokenizer: Any
     _execution_device: torch.device
@@ -80,32 +82,52 @@ class ConsistentIDMixin:
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
-        """Loads a base model from one checkpoint file, as diffusers does; dtype may be "auto"."""
-        pipe: Self = cast(Any, super()).from_single_file(
-            str(pretrained_model_link_or_path), **_with_precision(options)
-        )
+        """Loads a base model from one checkpoint file, as diffusers does; dtype may be "auto".
+
+        Unlike diffusers, it raises WeightsError if a weight is missing.
+        """
+        source = str(pretrained_model_link_or_path)
+        try:
+            pipe: Self = cast(Any, super()).from_single_file(source, **_with_precision(options))
+        except NotImplementedError as error:  # of torch, for weights on the meta device
+            raise WeightsError(
+                f"{source} lacks weights of the base model ({error}). The file is incomplete or of "
+                "another model: download it again, or name another."
+            ) from error
+        check_complete(pipe, source)
         return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
         """Makes a pipeline of this class from another one's parts, its adapter included.
 
-        The weights are shared. Unlike diffusers, their types stay as they are if no dtype is given.
+        The weights are shared, so an adapter that one of them loads or unloads is so for both.
+        Unlike diffusers, their types stay as they are if no dtype is given.
         """
-        options = _with_precision(options)
-        options.setdefault("dtype", pipeline.unet.conv_in.weight.dtype)
+        options = {"dtype": _UNCHANGED} | _with_precision(options)
         pipe: Self = cast(Any, super()).from_pipe(pipeline, **options)
-        pipe.consistentid = getattr(pipeline, "consistentid", None)
         return pipe
 
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """Does what diffusers' does; `from_pipe` calls it with a type in any case."""
+        if options.get("dtype") is _UNCHANGED:
+            return self
+        return cast(Self, cast(Any, super()).to(*arguments, **options))
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Saves the base model as diffusers does, and the adapter in `consistentid/` beside it."""
+        """Saves the base model as diffusers does, and the adapter in `consistentid/` beside it.
+
+        The folder names diffusers' own class, so `DiffusionPipeline.from_pretrained` loads it too.
+        """
         adapter = self.consistentid
+        with nullcontext() if adapter is None else adapter.removed():
+            cast(Any, super()).save_pretrained(save_directory, **options)
+        own = (kind for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
+        index = Path(save_directory, self.config_name)
+        values = json.loads(index.read_text()) | {"_class_name": next(own).__name__}
+        index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         if adapter is None:
-            cast(Any, super()).save_pretrained(save_directory, **options)
             return
-        with adapter.removed():
-            cast(Any, super()).save_pretrained(save_directory, **options)
         folder = Path(save_directory, ADAPTER_FOLDER)
         save_adapter(adapter.model, folder, adapter.file.config)
         (folder / DATASET_FILE).write_text(to_yaml(adapter.reader.config), encoding="utf-8")
@@ -131,8 +153,7 @@ class ConsistentIDMixin:
         first photograph is encoded. hub: cache_dir, revision, token and the like. Raises
         WeightsError for an adapter that can't be loaded or doesn't fit the UNet.
         """
-        self.unload_consistentid_adapter()
-        self.consistentid = install_adapter(
+        install_adapter(
             self.unet,
             pretrained_model_name_or_path,
             subfolder,
@@ -146,7 +167,28 @@ class ConsistentIDMixin:
         """Removes the adapter; the UNet is bit for bit as it was before."""
         if self.consistentid is not None:
             self.consistentid.remove()
-            self.consistentid = None
+
+    def load_ip_adapter(self, *arguments: Any, **options: Any) -> None:
+        """Loads an IP-Adapter as diffusers does. Raises ConfigError if a ConsistentID adapter is
+        loaded: both replace the UNet's attention.
+        """
+        self._check_unloaded("an IP-Adapter")
+        cast(Any, super()).load_ip_adapter(*arguments, **options)
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Does what diffusers' does. Raises ConfigError for the UNet if a ConsistentID adapter is
+        loaded, which has its own projections.
+        """
+        if unet:
+            self._check_unloaded("fuse_qkv_projections of the UNet")
+        cast(Any, super()).fuse_qkv_projections(unet=unet, vae=vae)
+
+    def _check_unloaded(self, other: str) -> None:
+        if self.consistentid is not None:
+            raise ConfigError(
+                f"{other} can't be used beside a ConsistentID adapter, since both replace the "
+                "UNet's attention; call unload_consistentid_adapter first"
+            )
 
     def set_consistentid_scale(self, scale: float | Mapping[str, float]) -> None:
         """Sets the weight of the person: 1 as in training, 0 for none.
@@ -159,11 +201,11 @@ class ConsistentIDMixin:
 
     def fuse_consistentid(self) -> None:
         """Adds the adapter's LoRA to the UNet's weights, for faster steps."""
-        merge_lora(self.adapter.unet)
+        self.adapter.merge()
 
     def unfuse_consistentid(self) -> None:
         """Restores the UNet's weights from before `fuse_consistentid`, bit for bit."""
-        unmerge_lora(self.adapter.unet)
+        self.adapter.unmerge()
 
     def encode_identity(
         self, images: Photo | list[Photo], *, name: str = "", face: int = 0
@@ -188,7 +230,8 @@ class ConsistentIDMixin:
         it: words that were cut, regions that aren't used. The arguments are those of a call.
         """
         face = FaceText(face_caption, describe_moment)
-        return prompt_text(self, self.adapter, person, prompt, face)
+        [text] = texts_of(self, prompt, 1, "prompt")
+        return prompt_text(self, self.adapter, person, text or "", face)
 
     def __call__(
         self,
@@ -236,35 +279,46 @@ class ConsistentIDMixin:
         self, guidance: Guidance, call: Mapping[str, Any], start_merge_step: float, legacy: bool
     ) -> Phases:
         """Makes the callback of a call. call: its arguments."""
-        defaults = inspect.signature(cast(Any, super()).__call__).parameters
-
-        def value(name: str) -> Any:
-            return call.get(name, defaults[name].default if name in defaults else None)
-
-        steps = steps_of({"num_inference_steps": value("num_inference_steps"), **call})
-        strength, begin = value("strength"), value("denoising_start")
-        left_out = 0 if strength is None else steps - min(int(steps * strength), steps)
+        parameters = inspect.signature(cast(Any, super()).__call__).parameters
+        call = {name: each.default for name, each in parameters.items()} | dict(call)
+        steps = steps_of(call)
+        first = FirstPhase(merge=merge_step(start_merge_step, steps), steps=steps, legacy=legacy)
+        scheduler, skipped = schedule(self, call, steps)
         callback = call.get("callback_on_step_end")
         inputs = call.get("callback_on_step_end_tensor_inputs") or ["latents"]
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             inputs = callback.tensor_inputs
         return Phases(
             guidance,
-            first=FirstPhase(merge=merge_step(start_merge_step, steps), steps=steps, legacy=legacy),
-            copies=value("num_images_per_prompt") or 1,
-            skipped=left_out if begin is None else round(begin * steps),
+            evaluations=first.evaluations(scheduler) - skipped,
+            copies=call["num_images_per_prompt"] or 1,
             callback=callback,
             inputs=inputs,
         )
 
     @property
+    def consistentid(self) -> Adapter | None:
+        """The adapter in the pipeline's UNet, None if there is none: then the pipeline is
+        diffusers' own. Pipelines that share the UNet share the adapter.
+        """
+        return adapter_in(self.unet)
+
+    @property
     def adapter(self) -> Adapter:
-        """The adapter. Raises ConfigError if there is none in the UNet."""
+        """The adapter. Raises ConfigError if there is none in the UNet, or if something else has
+        replaced its attention processors.
+        """
         adapter = self.consistentid
-        if adapter is None or not adapter.is_in(self.unet):
+        if adapter is None:
             raise ConfigError(
                 "no ConsistentID adapter is loaded in this pipeline's UNet; call "
                 "load_consistentid_adapter first"
+            )
+        if not adapter.is_in(self.unet):
+            raise ConfigError(
+                "the adapter's attention processors were replaced by others, as attention slicing, "
+                "xformers, fuse_qkv_projections and set_attn_processor do; do without them, and "
+                "load the adapter again"
             )
         return adapter
 

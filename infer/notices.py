@@ -74,12 +74,12 @@ def face_index(faces: Sequence[Face], number: int) -> int:
 
     Raises ConfigError if there is no such face.
     """
-    if not 1 <= number <= len(faces):
+    if not isinstance(number, int) or not 1 <= number <= len(faces):
         count = {0: "no face", 1: "1 face"}.get(len(faces), f"{len(faces)} faces")
         expected = {0: "give another photograph", 1: "expected 1"}.get(
             len(faces), f"expected 1 (on the left) to {len(faces)}"
         )
-        raise ConfigError(f"face={number}: the photograph shows {count}; {expected}")
+        raise ConfigError(f"face={number!r}: the photograph shows {count}; {expected}")
     return _from_left(faces)[number - 1]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
 from configs.errors import ConfigError, PipelineError
@@ -27,9 +30,10 @@ def merge_step(start_merge_step: float, steps: int) -> int:
     outside of 0 to `steps`, or 0.0 to 1.0.
     """
     share = isinstance(start_merge_step, float)
-    if not 0 <= start_merge_step <= (1 if share else steps):
+    number = isinstance(start_merge_step, int | float) and not isinstance(start_merge_step, bool)
+    if not number or not 0 <= start_merge_step <= (1 if share else steps):
         raise ConfigError(
-            f"start_merge_step={start_merge_step}: expected a number of steps, 0 to {steps} "
+            f"start_merge_step={start_merge_step!r}: expected a number of steps, 0 to {steps} "
             "(num_inference_steps), or a share of them, 0.0 to 1.0; later, the facial regions "
             "would never be fused"
         )
@@ -39,7 +43,33 @@ def merge_step(start_merge_step: float, steps: int) -> int:
 def steps_of(call: Mapping[str, Any]) -> int:
     """Returns the steps of the whole schedule that a call's arguments ask for."""
     own = [call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None]
-    return len(own[0]) if own else int(call["num_inference_steps"])
+    steps = len(own[0]) if own else call["num_inference_steps"]
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"num_inference_steps={steps!r}: expected a number of steps, at least 1")
+    return steps
+
+
+def schedule(pipe: Any, call: Mapping[str, Any], steps: int) -> tuple[Any, int]:
+    """Returns a copy of a pipeline's scheduler whose timesteps are those of a call, and how many of
+    them the pipeline leaves out at the beginning, as img2img does for `strength` and
+    `denoising_start`.
+
+    call: the arguments of diffusers' call and their defaults. The pipeline's own `get_timesteps`
+    decides, because the timesteps of a share of the schedule depend on the scheduler.
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    custom = (call.get("timesteps"), call.get("sigmas"))
+    _, steps = retrieve_timesteps(scheduler, steps, "cpu", *custom)
+    rest_of = getattr(type(pipe), "get_timesteps", None)
+    if rest_of is None:
+        return scheduler, 0
+    begin = call.get("denoising_start")
+    share = isinstance(begin, float) and 0 < begin < 1  # what diffusers takes for one
+    options = {"denoising_start": begin} if share else {}
+    rest, _ = rest_of(
+        SimpleNamespace(scheduler=scheduler), steps, call["strength"], "cpu", **options
+    )
+    return scheduler, len(scheduler.timesteps) - len(rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +115,8 @@ def failed_images(latents: Tensor) -> tuple[int, ...]:
 class Phases:
     """Swaps the embeddings for those of the second phase, and checks the last latents.
 
-    guidance: rows of the prompts. copies: images of each prompt. skipped: steps at the beginning of
-    the schedule that the pipeline leaves out, as img2img does. callback, inputs: the caller's own
+    guidance: rows of the prompts. copies: images of each prompt. evaluations: of the UNet in the
+    first phase, without those that the pipeline leaves out. callback, inputs: the caller's own
     callback, which is called before the swap, and the tensors that it wants.
     """
 
@@ -94,23 +124,22 @@ class Phases:
         self,
         guidance: Guidance,
         *,
-        first: FirstPhase,
+        evaluations: int,
         copies: int,
-        skipped: int,
         callback: StepCallback | None = None,
         inputs: Sequence[str] = ("latents",),
     ) -> None:
         self._late = {"prompt_embeds": guidance.late.repeat_interleave(copies, 0)}
         if guidance.pooled_late is not None:
             self._late["add_text_embeds"] = guidance.pooled_late.repeat_interleave(copies, 0)
-        self._first, self._skipped = first, skipped
+        self._evaluations = evaluations
         self._callback, self._inputs = callback, list(inputs)
         self.failed: tuple[int, ...] = ()
 
     @property
     def first_is_empty(self) -> bool:
         """Whether the first phase is over before the first step."""
-        return self._first.merge + self._first.legacy <= self._skipped
+        return self._evaluations <= 0
 
     def tensors(self, available: Sequence[str]) -> list[str]:
         """Returns what the callback needs of the pipeline's `_callback_tensor_inputs`."""
@@ -122,8 +151,7 @@ class Phases:
         if self._callback is not None:
             own = {name: tensors[name] for name in self._inputs}
             tensors |= self._callback(pipe, step, timestep, own) or {}
-        scheduler = pipe.scheduler
-        if step + 1 + self._skipped * scheduler.order == self._first.evaluations(scheduler):
+        if step + 1 == self._evaluations:
             for name, late in self._late.items():
                 if name in tensors:
                     tensors[name] = _swapped(tensors[name], late)

@@ -7,11 +7,11 @@ import io
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from configs.errors import FaceError, SourceError
 from configs.schema import DatasetConfig
@@ -37,6 +37,7 @@ _FACE_REASONS: Final = {
     "face_too_small": "the face in {photo} is too small",
     "no_identity": "the face in {photo} could not be recognised",
 }
+_PNG_MODES: Final = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # that a PNG file can have
 _MIN_FACE: Final = 32  # short side of the face's box, in pixels of the resized image
 _FACE_ADVICE: Final = (
     "Give a photograph that shows one face, from the front and at least 100 pixels wide."
@@ -53,9 +54,13 @@ class PhotoReader:
     """
 
     def __init__(self, config: DatasetConfig, spec: ModelSpec, mode: Mode) -> None:
-        self.config = config
+        self.config, self._spec, self._mode = config, spec, mode
         self._legacy = LegacyReader(spec, config) if mode == "legacy" else None
         self._stages: list[Stage] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes copies and pickles without weights, which are loaded at the first use."""
+        return PhotoReader, (self.config, self._spec, self._mode)
 
     @property
     def embedder(self) -> str:
@@ -111,10 +116,33 @@ def as_record(photo: Photo) -> Record:
         return read_photo(photo)
     if isinstance(photo, bytes):
         return photo_record(photo, "photograph")
-    image = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
-    with io.BytesIO() as file:
-        image.save(file, "PNG")
-        return photo_record(file.getvalue(), "photograph")
+    try:
+        if isinstance(photo, np.ndarray):
+            image = _image_of(photo)
+        elif isinstance(photo, Image.Image):
+            image = ImageOps.exif_transpose(photo)  # which the file's reader does too
+        else:
+            raise TypeError(f"it is of type {type(photo).__name__}")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
+        if image.mode not in _PNG_MODES:
+            image = image.convert("I;16" if image.mode == "I" else "RGB")
+        with io.BytesIO() as file:
+            image.save(file, "PNG")
+            return photo_record(file.getvalue(), "photograph")
+    except (OSError, ValueError, TypeError) as error:
+        raise SourceError(
+            f"the photograph can't be used: {error}. Give a path, a file's bytes, an image of "
+            "Pillow, or an array (H, W, 3) of uint8."
+        ) from error
+
+
+def _image_of(array: npt.NDArray[Any]) -> Image.Image:
+    """Returns the image of an array (H, W, 3) of uint8; (H, W) is grey, a fourth channel alpha."""
+    grey = array.ndim == 2
+    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(f"it is an array of shape {array.shape} and type {array.dtype}")
+    return Image.fromarray(array)
 
 
 def read_photo(path: str | Path) -> Record:

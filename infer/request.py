@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
@@ -50,7 +50,9 @@ def encode_people(
 ) -> Identity:
     """Does what `ConsistentIDMixin.encode_identity` does, with any pipeline's image encoder."""
     spec, mode = adapter.model.spec, adapter.model.mode
-    listed = photos if isinstance(photos, list) else [photos]
+    listed = list(photos) if isinstance(photos, list | tuple) else [photos]
+    if not listed:
+        raise ConfigError("no photograph is given; expected one, or several of one person")
     files = [as_record(photo) for photo in (listed[:1] if mode == "legacy" else listed)]
     key = (face, *(f"{file.source} {file.sha256}" for file in files))
     if (person := adapter.remembered(pipe.image_encoder, key)) is not None:
@@ -83,7 +85,13 @@ def people_of(
         )
     if photos is not None:
         identity = encode_people(pipe, adapter, photos)
-    return [identity] if isinstance(identity, Identity) else list(identity or ())
+    people = [identity] if isinstance(identity, Identity) else identity
+    if not isinstance(people, list | tuple) or not all(isinstance(p, Identity) for p in people):
+        raise ConfigError(
+            f"identity={type(identity).__name__}: expected what encode_identity or Identity.load "
+            "returns, or a list of such"
+        )
+    return list(people)
 
 
 def guidance_of(
@@ -101,6 +109,8 @@ def guidance_of(
     """
     for person in people:
         adapter.check(person)
+    if not isinstance(face.caption, str | None):
+        raise ConfigError(f"face_caption={face.caption!r}: expected a text that describes the face")
     with _lora_scale(pipe, call):
         if call.get("prompt_embeds") is not None:
             return _from_embeddings(pipe, adapter, people, call)
@@ -172,19 +182,20 @@ def _from_prompts(
     face: FaceText,
 ) -> Guidance:
     device = pipe._execution_device
-    given = call.get("prompt")
-    if not isinstance(given, str | list | tuple) or not given:
-        raise ConfigError(f"prompt={given!r}: expected a text or a list of texts")
-    count = 1 if isinstance(given, str) else len(given)
-    prompts = [text or "" for text in _texts(pipe, given, count, "prompt")]
-    seconds = _texts(pipe, call.get("prompt_2"), count, "prompt_2")
+    texts = call.get("prompt")
+    if not isinstance(texts, str | list | tuple) or texts in ([], ()):
+        raise ConfigError(f"prompt={texts!r}: expected a text or a list of texts")
+    count = 1 if isinstance(texts, str) else len(texts)
+    prompts = [text or "" for text in texts_of(pipe, texts, count, "prompt")]
+    seconds = texts_of(pipe, call.get("prompt_2"), count, "prompt_2")
     each = _for_each(people, count, "prompts")
     tokens = [
         _both_texts(pipe, adapter, *row, face) for row in zip(each, prompts, seconds, strict=True)
     ]
     tokenizer = adapter.marked(pipe.tokenizer)
     early = [
-        early_ids(adapter.model, *pair, tokenizer) for pair in zip(tokens, prompts, strict=True)
+        early_ids(adapter.model, *row, tokenizer)
+        for row in zip(tokens, prompts, seconds, strict=True)
     ]
     late = [(text.input_ids, text.input_ids_2) for text in tokens]
     return guidance_states(
@@ -235,19 +246,20 @@ def _negative_states(
 
     device: the pipeline's, which diffusers finds by visiting all of its modules.
     """
-    firsts = _texts(pipe, call.get("negative_prompt"), count, "negative_prompt")
-    seconds = _texts(pipe, call.get("negative_prompt_2"), count, "negative_prompt_2")
+    firsts = texts_of(pipe, call.get("negative_prompt"), count, "negative_prompt")
+    seconds = texts_of(pipe, call.get("negative_prompt_2"), count, "negative_prompt_2")
     tokenizer = adapter.marked(pipe.tokenizer)
     texts = [plain_ids(a or "", tokenizer, b) for a, b in zip(firsts, seconds, strict=True)]
     return adapter.text_states(pipe, texts, device)
 
 
-def _texts(pipe: Any, texts: str | Sequence[str] | None, count: int, name: str) -> list[str | None]:
+def texts_of(
+    pipe: Any, texts: str | Sequence[str] | None, count: int, name: str
+) -> list[str | None]:
     """Returns a text or None for each of `count` prompts, with the tokens of textual inversion."""
-    if texts is None or isinstance(texts, str):
-        listed: list[str | None] = [texts] * count
-    else:
-        listed = list(texts)
+    listed = list(texts) if isinstance(texts, list | tuple) else [cast(str | None, texts)] * count
+    if not all(isinstance(text, str | None) for text in listed):
+        raise ConfigError(f"{name}={texts!r}: expected a text or a list of texts")
     if len(listed) != count:
         raise ConfigError(f"{len(listed)} texts in {name} for {count} prompts; pass one or {count}")
     if not hasattr(pipe, "maybe_convert_prompt"):

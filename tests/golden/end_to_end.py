@@ -240,7 +240,7 @@ def _pipeline(golden: Golden, base: BaseModels, model: ConsistentID, kind: Any) 
         embedder=None,
         config={},
     )
-    pipe.consistentid = Adapter(
+    Adapter(
         file,
         base.unet,
         PhotoReader(DatasetConfig(), golden.spec, "legacy"),
