@@ -204,7 +204,9 @@ def _load(settings: InferConfig) -> tuple[Identity, ConsistentIDMixin]:
     reader = PhotoReader(dataset, adapter.spec, adapter.mode)
     record = reader.read(photo, settings.photo, settings.face)
     pipe = load_pipeline(settings)
-    return pipe.encode_identity(record), pipe
+    person = pipe.encode_identity(record)
+    pipe.image_encoder = None  # it has no further use, and takes as much memory as the UNet
+    return person, pipe
 
 
 def _allowed_threads() -> int:

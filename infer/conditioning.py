@@ -135,14 +135,17 @@ def text_states(
     device: torch.device,
     clip_skip: int | None = None,
 ) -> TextStates:
-    """Encodes texts in one call; equal ones once."""
+    """Encodes texts, equal ones once, and each by itself: in a batch, the last bits of a text's
+    states would depend on the other texts.
+    """
     keys = [(tuple(first.tolist()), tuple(second.tolist())) for first, second in texts]
-    unique = list(dict.fromkeys(keys))
-    first, second = (
-        torch.tensor([key[n] for key in unique], dtype=torch.int64, device=device) for n in (0, 1)
-    )
-    hidden, pooled = encode_text(encoders, first, second, clip_skip)
-    return TextStates(hidden=hidden, pooled=pooled).rows([unique.index(key) for key in keys])
+    unique = {}
+    for key in dict.fromkeys(keys):
+        first, second = (torch.tensor([ids], device=device) for ids in key)
+        unique[key] = encode_text(encoders, first, second, clip_skip)
+    hidden = torch.cat([unique[key][0] for key in keys])
+    pooled = [states for key in keys if (states := unique[key][1]) is not None]
+    return TextStates(hidden=hidden, pooled=torch.cat(pooled) if pooled else None)
 
 
 @torch.no_grad()

@@ -162,16 +162,22 @@ def _both_texts(
 ) -> TextTokens:
     """Returns a prompt's text, and logs what its author should know.
 
-    prompt_2: another prompt for the second text encoder.
+    prompt_2: another prompt for the second text encoder. Regions are fused into the states of both
+    encoders at the positions that they have in the first prompt.
     """
     tokens, notices = prompt_text(pipe, adapter, person, prompt, face)
+    if prompt_2 is not None:
+        second, _ = prompt_text(pipe, adapter, person, prompt_2, face)
+        if not torch.equal(second.token_mask, tokens.token_mask):
+            notices.append(
+                "prompt_2 has another number of tokens than prompt, so the regions' nouns are "
+                "elsewhere in it, and the second text encoder's share of them changes other words."
+            )
+        tokens = replace(tokens, input_ids_2=second.input_ids_2)
     for notice in notices:
         if adapter.is_new(notice):
             logger.warning(notice)
-    if prompt_2 is None:
-        return tokens
-    second, _ = prompt_text(pipe, adapter, person, prompt_2, face)
-    return replace(tokens, input_ids_2=second.input_ids_2)
+    return tokens
 
 
 def _from_prompts(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from infer.identity import Identity
@@ -78,3 +80,27 @@ def person(pipe: ConsistentIDPipeline, photo: Path) -> Identity:
 @pytest.fixture(scope="session")
 def stranger(pipe: ConsistentIDPipeline, portraits: Path) -> Identity:
     return pipe.encode_identity(sorted(portraits.glob("*.jpg"))[1])
+
+
+@pytest.fixture(scope="session")
+def loaded(trained: Path) -> ConsistentIDPipeline:
+    return ConsistentIDPipeline.from_pretrained(trained / "base")
+
+
+@pytest.fixture
+def bare(loaded: ConsistentIDPipeline) -> ConsistentIDPipeline:
+    """A pipeline without adapter that the test may change."""
+    parts = {
+        name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part
+        for name, part in loaded.components.items()
+    }
+    pipe = ConsistentIDPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def own(bare: ConsistentIDPipeline, adapter: Path) -> ConsistentIDPipeline:
+    """A pipeline with an adapter that the test may change."""
+    bare.load_consistentid_adapter(adapter)
+    return bare

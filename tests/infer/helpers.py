@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from configs.portraits import InferConfig
+from infer.identity import Identity
 from model.checkpoint import save_adapter
 from model.consistentid import ConsistentID, load_model
 from model.spec import SPECS, ModelSpec
@@ -27,6 +30,11 @@ TINY_XL: Final = replace(
     detail_prefix=SPECS["sdxl"].detail_prefix,
     template=SPECS["sdxl"].template,
 )
+
+
+SIZE = {"height": 32, "width": 32}
+STEPS = 6
+CALL = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent"}
 
 
 def make_tiny_xl(folder: Path, base: Path) -> Path:
@@ -119,3 +127,40 @@ def small(adapter: Path, **changes: object) -> InferConfig:
         "seed": 5,
     }
     return InferConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def seeded(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe: Any, person: Identity, prompt: Any = "a man", **changes: Any) -> Tensor:
+    call = {"generator": seeded(), "identity": person, **CALL, **changes}
+    latents: Tensor = pipe(prompt, **call).images
+    return latents
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether latents differ by rounding only."""
+    return one.shape == other.shape and float((one - other).abs().max()) < 1e-4
+
+
+def contexts(pipe: Any) -> tuple[list[Tensor], Callable[[], None]]:
+    """Returns a list that gets what the UNet's cross-attention reads, and a function to stop."""
+    states: list[Tensor] = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda _module, _arguments, options: states.append(options["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
+    return states, hook.remove
+
+
+def write_lora(stock: Any, folder: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    stock.unet.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(stock.unet))
+    stock.save_lora_weights(folder, unet_lora_layers=state)

@@ -15,7 +15,7 @@ from infer.components import precision
 from infer.identity import Identity
 from infer.photo import as_record
 from infer.pipelines import ConsistentIDPipeline
-from tests.infer.test_pipelines import run
+from tests.infer.helpers import run
 
 ARRAY = np.full((64, 64, 3), 99, np.uint8)
 

@@ -23,28 +23,11 @@ from infer.pipelines import (
     ConsistentIDImg2ImgPipeline,
     ConsistentIDPipeline,
 )
-from tests.infer import test_pipelines
-from tests.infer.test_pipelines import close, seeded, write_lora
+from tests.infer import helpers
+from tests.infer.helpers import close, seeded, write_lora
 
 CPU = torch.device("cpu")
-CALL = test_pipelines.CALL | {"num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def loaded(trained: Path) -> ConsistentIDPipeline:
-    return ConsistentIDPipeline.from_pretrained(trained / "base")
-
-
-@pytest.fixture
-def bare(loaded: ConsistentIDPipeline) -> ConsistentIDPipeline:
-    """A pipeline without adapter that the test may change."""
-    parts = {
-        name: copy.deepcopy(part) if isinstance(part, nn.Module) else part
-        for name, part in loaded.components.items()
-    }
-    pipe = ConsistentIDPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+CALL = helpers.CALL | {"num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +42,7 @@ def expected(pipe: ConsistentIDPipeline, person: Identity) -> Tensor:
 
 
 def run(pipe: Any, person: Identity, **changes: Any) -> Tensor:
-    return test_pipelines.run(pipe, person, **(CALL | changes))
+    return helpers.run(pipe, person, **(CALL | changes))
 
 
 def without(pipe: Any) -> Tensor:

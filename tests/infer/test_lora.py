@@ -16,8 +16,7 @@ from infer.generate import generate
 from infer.identity import Identity
 from infer.load import load_pipeline
 from infer.pipelines import ConsistentIDPipeline
-from tests.infer.helpers import small
-from tests.infer.test_pipelines import write_lora
+from tests.infer.helpers import small, write_lora
 
 
 def test_a_lora_is_loaded_beside_the_adapter_or_merged(

@@ -1,11 +1,9 @@
-"""The pipelines against a denoising loop of the test's own, and beside diffusers' other parts."""
+"""The pipelines against a denoising loop of the test's own; adapters, people, texts."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,12 @@ from torch import Tensor
 
 from configs.errors import ConfigError, WeightsError
 from infer.identity import Identity
-from infer.pipelines import (
-    ConsistentIDControlNetPipeline,
-    ConsistentIDImg2ImgPipeline,
-    ConsistentIDInpaintPipeline,
-    ConsistentIDPipeline,
-)
+from infer.pipelines import ConsistentIDPipeline
 from infer.request import guidance_of
 from infer.schedulers import merge_position
 from model.consistentid import predict_noise
+from tests.infer.helpers import CALL, STEPS, close, run, seeded
 
-SIZE = {"height": 32, "width": 32}
-STEPS = 6
-CALL = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent"}
 SCHEDULERS = [
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
@@ -41,45 +32,6 @@ SCHEDULERS = [
     "LCMScheduler",
     "PNDMScheduler",
 ]
-
-
-def seeded(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def run(pipe: Any, person: Identity, prompt: Any = "a man", **changes: Any) -> Tensor:
-    call = {"generator": seeded(), "identity": person, **CALL, **changes}
-    latents: Tensor = pipe(prompt, **call).images
-    return latents
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    """Whether latents differ by rounding only."""
-    return one.shape == other.shape and float((one - other).abs().max()) < 1e-4
-
-
-@pytest.fixture(scope="module")
-def loaded(trained: Path) -> ConsistentIDPipeline:
-    return ConsistentIDPipeline.from_pretrained(trained / "base")
-
-
-@pytest.fixture
-def bare(loaded: ConsistentIDPipeline) -> ConsistentIDPipeline:
-    """A pipeline without adapter that the test may change."""
-    parts = {
-        name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part
-        for name, part in loaded.components.items()
-    }
-    pipe = ConsistentIDPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def own(bare: ConsistentIDPipeline, adapter: Path) -> ConsistentIDPipeline:
-    """A pipeline with an adapter that the test may change."""
-    bare.load_consistentid_adapter(adapter)
-    return bare
 
 
 @torch.no_grad()
@@ -114,16 +66,6 @@ def test_latents_equal_those_of_a_loop_bit_for_bit(
     assert not torch.equal(run(own, person, start_merge_step=1.0), expected)
 
 
-def contexts(pipe: Any) -> tuple[list[Tensor], Callable[[], None]]:
-    """Returns a list that gets what the UNet's cross-attention reads, and a function to stop."""
-    states: list[Tensor] = []
-    hook = pipe.unet.register_forward_pre_hook(
-        lambda _module, _arguments, options: states.append(options["encoder_hidden_states"]),
-        with_kwargs=True,
-    )
-    return states, hook.remove
-
-
 def test_prompts_people_and_seeds_in_one_call(
     pipe: ConsistentIDPipeline, person: Identity, stranger: Identity
 ) -> None:
@@ -153,11 +95,11 @@ def test_a_photograph_and_its_identity_give_the_same(
     # the phrases of a description depend on the file's name, which an image has none of
     described = {"face_caption": "a face with eyes, a nose and a mouth"}
     expected = run(pipe, person, **described)
-    for given in (photo, [str(photo)], photo.read_bytes()):
-        latents = run(pipe, None, input_id_images=given, **described)  # type: ignore[arg-type]
+    for shown in (photo, [str(photo)], photo.read_bytes()):
+        latents = run(pipe, None, input_id_images=shown, **described)  # type: ignore[arg-type]
         assert torch.equal(latents, expected)
-    for given in (image, np.asarray(image)):  # decoded by Pillow, so a pixel may differ by one
-        assert float(pipe.encode_identity(given).embedding @ person.embedding) > 0.99
+    for shown in (image, np.asarray(image)):  # decoded by Pillow, so a pixel may differ by one
+        assert float(pipe.encode_identity(shown).embedding @ person.embedding) > 0.99
     turned = run(pipe, None, input_id_images=image.rotate(5), **described)  # type: ignore[arg-type]
     assert not torch.equal(turned, expected)
 
@@ -178,13 +120,13 @@ def test_text_is_encoded_once_and_people_are_projected_once(
     assert calls == ["image"], "the photograph is read once"
     calls.clear()
     run(own, person, ["a man", "a woman"], generator=None)
-    assert sorted(calls) == ["projector", "regions", "text", "text"]
+    assert sorted(calls) == ["projector", "regions", *["text"] * 3], "two prompts, a negative one"
     run(own, person, ["a man", "a woman"], generator=None)
-    assert len(calls) == 4, "everything is cached"
+    assert len(calls) == 5, "everything is cached"
     with torch.no_grad():
         next(own.text_encoder.parameters()).mul_(1.5)
     run(own, person, "a man")
-    assert calls.count("text") == 4, "the encoder's weights changed"
+    assert calls.count("text") == 5, "the encoder's weights changed"
 
 
 def test_loading_and_unloading_leaves_the_base_bit_for_bit(
@@ -272,114 +214,6 @@ def test_the_callers_callback_and_embeddings_are_respected(
     assert torch.equal(
         own, run(pipe, person, None, prompt_embeds=embeddings[0], negative_prompt="")
     )
-
-
-@pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_image_to_image_begins_the_second_phase_at_the_same_noise(
-    own: ConsistentIDPipeline, person: Identity, strength: float
-) -> None:
-    pipe = ConsistentIDImg2ImgPipeline.from_pipe(own)
-    pipe.set_progress_bar_config(disable=True)
-    states, stop = contexts(pipe)
-    call = {name: value for name, value in CALL.items() if name not in SIZE}
-    picture = Image.new("RGB", (32, 32), "teal")
-    options = {"generator": seeded(), "num_inference_steps": 10, "start_merge_step": 8}
-    pipe("a man", image=picture, strength=strength, identity=person, **(call | options))
-    stop()
-    late = [not torch.equal(each, states[0]) for each in states]
-    steps = round(10 * strength)
-    assert len(states) == steps and sum(late) == 2, "steps 8 and 9 of ten"
-
-
-def test_in_painting_all_of_a_picture_is_making_one(
-    own: ConsistentIDPipeline, person: Identity
-) -> None:
-    pipe = ConsistentIDInpaintPipeline.from_pipe(own)
-    pipe.set_progress_bar_config(disable=True)
-    picture, white = Image.new("RGB", (32, 32), "teal"), Image.new("L", (32, 32), 255)
-    options = {"image": picture, "latents": torch.randn(1, 4, 8, 8, generator=seeded())}
-    whole = run(pipe, person, mask_image=white, strength=1.0, **options)
-    assert close(whole, run(own, person, latents=options["latents"]))
-    half = white.copy()
-    half.paste(0, (0, 0, 16, 32))
-    part = run(pipe, person, mask_image=half, strength=1.0, **options)
-    assert part.shape == whole.shape and not close(part[..., :4], whole[..., :4])
-
-
-def test_a_controlnet_sees_the_text_without_id_tokens(
-    own: ConsistentIDPipeline, person: Identity
-) -> None:
-    with own.adapter.removed():
-        controlnet = diffusers.ControlNetModel.from_unet(
-            own.unet, conditioning_embedding_out_channels=(16, 32, 96)
-        )
-    pipe = ConsistentIDControlNetPipeline.from_pipe(own, controlnet=controlnet)
-    pipe.set_progress_bar_config(disable=True)
-    lengths: list[int] = []
-    controlnet.mid_block.register_forward_pre_hook(
-        lambda _module, _arguments, options: lengths.append(
-            options["encoder_hidden_states"].shape[1]
-        ),
-        with_kwargs=True,
-    )
-    picture = Image.new("RGB", (32, 32), "teal")
-    assert torch.equal(run(pipe, person, image=picture), run(own, person)), "its output is zero"
-    assert set(lengths) == {77}
-    with torch.no_grad():
-        controlnet.controlnet_mid_block.weight.normal_(std=0.3)
-    assert not close(run(pipe, person, image=picture), run(own, person))
-
-
-def test_a_lora_beside_the_adapter_in_either_order(
-    trained: Path, adapter: Path, person: Identity, tmp_path: Path
-) -> None:
-    lora = tmp_path / "lora"
-    stock = diffusers.StableDiffusionPipeline.from_pretrained(trained / "base")
-    write_lora(stock, lora)
-    results = []
-    for lora_first in (True, False):
-        pipe = ConsistentIDPipeline.from_pretrained(trained / "base")
-        pipe.set_progress_bar_config(disable=True)
-        if lora_first:
-            pipe.load_lora_weights(lora)
-        pipe.load_consistentid_adapter(adapter)
-        without = run(pipe, person)
-        if not lora_first:
-            pipe.load_lora_weights(lora)
-        results.append(run(pipe, person))
-        pipe.fuse_consistentid()
-        assert close(run(pipe, person), results[-1])
-        pipe.unfuse_consistentid()
-        assert torch.equal(run(pipe, person), results[-1])
-        weak = run(pipe, person, cross_attention_kwargs={"scale": 0.0})
-        pipe.unload_lora_weights()
-        assert close(weak, run(pipe, person)) and not close(results[-1], weak)
-        if not lora_first:
-            assert torch.equal(run(pipe, person), without)
-    assert torch.equal(*results)
-
-
-def write_lora(stock: Any, folder: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    torch.manual_seed(3)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    stock.unet.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(stock.unet))
-    stock.save_lora_weights(folder, unet_lora_layers=state)
-
-
-def test_slicing_and_tiling_of_the_vae(own: ConsistentIDPipeline, person: Identity) -> None:
-    options = {"output_type": "np", "num_images_per_prompt": 2, "height": 64, "width": 64}
-    whole = run(own, person, **options)
-    own.vae.enable_slicing()
-    assert abs(run(own, person, **options) - whole).max() < 1e-5
-    own.vae.enable_tiling()
-    own.vae.tile_sample_min_size, own.vae.tile_latent_min_size = 32, 8
-    tiled = run(own, person, **options)
-    assert tiled.shape == whole.shape and 0 < abs(tiled - whole).mean() < 0.2
 
 
 def test_an_incomplete_base_is_refused(trained: Path, tmp_path: Path) -> None:

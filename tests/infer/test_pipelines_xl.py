@@ -22,7 +22,7 @@ from infer.pipelines import (
 from infer.request import FaceText, guidance_of
 from infer.schedulers import merge_position
 from model.consistentid import predict_noise
-from tests.infer.test_pipelines import CALL, SIZE, STEPS, close, contexts, run, seeded
+from tests.infer.helpers import CALL, SIZE, STEPS, close, contexts, run, seeded
 
 PICTURE = Image.new("RGB", (32, 32), "teal")
 WITHOUT_SIZE = {name: value for name, value in CALL.items() if name not in SIZE}
@@ -106,6 +106,7 @@ def test_the_second_prompts_reach_the_second_encoder(
     legacy: ConsistentIDXLPipeline,
     person: Identity,
     legacy_person: Identity,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for pipe, who in ((xl, person), (legacy, legacy_person)):
         pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -116,6 +117,7 @@ def test_the_second_prompts_reach_the_second_encoder(
             for change in ("prompt_2", "negative_prompt", "negative_prompt_2"):
                 other = run(pipe, who, **call, **{change: "a red coat"})
                 assert not close(first, other), (change, merge, pipe.adapter.model.mode)
+    assert "prompt_2 has another number of tokens than prompt" in caplog.text
 
 
 def test_rows_copies_guidance_and_sizes(
