@@ -70,8 +70,8 @@ caption-servers: install ## start vLLM servers on a Ray cluster (docs/captions.m
 	$(RUN) -m pipelines.cli caption-servers --model "$(MODEL)" $(if $(GPUS),--gpus $(GPUS)) \
 		$(if $(SERVERS),--servers $(SERVERS)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
-test: install ## run the tests, in two processes. ARGS="-m cluster" runs those that take a minute each on a Ray cluster
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster" $(ARGS)
+test: install ## run the tests, in two processes. ARGS="-m thorough" runs those that take long and are left out
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough" $(ARGS)
 
 golden: install ## compare the model with the reference's recorded outputs
 	$(RUN) -m tests.golden.check tests/golden

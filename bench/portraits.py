@@ -242,7 +242,7 @@ class ReferenceOrder:
         early, late, negative = (
             self._text(ids)
             for ids in (
-                early_ids(self._model, tokens, prompt, self._tokenizer),
+                early_ids(self._model, tokens, prompt, None, self._tokenizer),
                 (tokens.input_ids, tokens.input_ids_2),
                 plain_ids(NEGATIVE, self._tokenizer),
             )

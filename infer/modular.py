@@ -328,8 +328,6 @@ def load_consistentid_adapter(
     """
     if pipe.unet is None:
         raise ConfigError("the pipeline has no UNet yet; call load_components first")
-    if pipe.consistentid is not None:
-        pipe.consistentid.remove()
     adapter = install_adapter(
         pipe.unet,
         source,

@@ -60,6 +60,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_the_model_gives_every_answer_of_the_reference(cases: dict[str, Case]) -> None:
     config = json.loads((HERE / "golden.json").read_text())
@@ -74,6 +75,7 @@ def test_the_model_gives_every_answer_of_the_reference(cases: dict[str, Case]) -
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_kind_of_answer_can_fail(
     cases: dict[str, Case], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ from infer.pipelines import (
 from tests.infer import helpers
 from tests.infer.helpers import close, seeded, write_lora
 
+pytestmark = pytest.mark.thorough
 CPU = torch.device("cpu")
 CALL = helpers.CALL | {"num_inference_steps": 2}
 

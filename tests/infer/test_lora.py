@@ -18,6 +18,8 @@ from infer.load import load_pipeline
 from infer.pipelines import ConsistentIDPipeline
 from tests.infer.helpers import small, write_lora
 
+pytestmark = pytest.mark.thorough
+
 
 def test_a_lora_is_loaded_beside_the_adapter_or_merged(
     trained: Path, adapter: Path, pipe: ConsistentIDPipeline, person: Identity, tmp_path: Path

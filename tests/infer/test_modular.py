@@ -37,6 +37,7 @@ from infer.pipelines import (
 )
 from tests.infer.helpers import TINY_XL
 
+pytestmark = pytest.mark.thorough
 SIZE = {"height": 32, "width": 32}
 STEPS, GUIDANCE = 3, 2.0
 SHARED = {"num_inference_steps": STEPS, "output_type": "latent"}

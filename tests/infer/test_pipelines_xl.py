@@ -24,6 +24,7 @@ from infer.schedulers import merge_position
 from model.consistentid import predict_noise
 from tests.infer.helpers import CALL, SIZE, STEPS, close, contexts, run, seeded
 
+pytestmark = pytest.mark.thorough
 PICTURE = Image.new("RGB", (32, 32), "teal")
 WITHOUT_SIZE = {name: value for name, value in CALL.items() if name not in SIZE}
 

@@ -155,6 +155,7 @@ def test_two_processes_do_what_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_accelerate_launch_trains_and_one_process_instead_of_two_is_an_error(
     preset: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_accelerate_launch_trains_and_one_process_instead_of_two_is_an_error(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_leave_out_the_samples_that_one_does(
     preset: Path, damaged: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +192,7 @@ def test_two_processes_leave_out_the_samples_that_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_signal_to_one_process_stops_all_at_the_same_step(preset: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = ["max_train_steps=4000", "log_every=7", "num_workers=1"]

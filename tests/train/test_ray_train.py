@@ -116,7 +116,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     assert lines[0] == lines[1] and len(lines[0]) == 30
 
 
-@pytest.mark.cluster
+@pytest.mark.thorough
 def test_a_signal_to_the_driver_writes_a_checkpoint(
     train: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_signal_to_the_driver_writes_a_checkpoint(
     assert not (output / "final").exists()
 
 
-@pytest.mark.cluster
+@pytest.mark.thorough
 def test_a_users_error_in_a_worker_ends_the_run_at_once(
     train: Callable[..., Result], tmp_path: Path
 ) -> None:

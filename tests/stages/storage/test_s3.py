@@ -293,7 +293,7 @@ def test_a_run_that_was_killed_during_an_upload_continues_to_the_same_bytes(
     assert list(lint(Store(bucket.out))) == []
 
 
-@pytest.mark.cluster
+@pytest.mark.thorough
 def test_ray_reads_from_and_writes_to_s3_and_writes_no_keys(
     bucket: Bucket, portraits: Path, tmp_path: Path
 ) -> None:
