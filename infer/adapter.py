@@ -36,7 +36,7 @@ DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adap
 _REMEMBERED: Final = 16  # people
 _ENCODERS: Final = ("image_proj_model", "FacialEncoder")
 _ATTRIBUTE: Final = "consistentid_adapter"  # of a UNet that has one
-_CACHES: Final = ("_people", "_texts", "_notices", "_read", "_tokenizer")
+_CACHES: Final = ("_people", "_texts", "_notices", "_read", "_tokenizer", "zero_states")
 
 
 class Adapter:
@@ -81,10 +81,11 @@ class Adapter:
         )
         self._texts = TextCache()
         self._notices: set[str] = set()
-        # by the image encoder that read them
+        # by image encoder: people, and the first state of zero pixels (V,)
         self._read: weakref.WeakKeyDictionary[Any, dict[object, Identity]] = (
             weakref.WeakKeyDictionary()
         )
+        self.zero_states: weakref.WeakKeyDictionary[Any, torch.Tensor] = weakref.WeakKeyDictionary()
         self._tokenizer: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

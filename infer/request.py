@@ -27,6 +27,7 @@ from infer.description import describe
 from infer.identity import Identity, encode_photo, joined
 from infer.notices import prompt_notices
 from infer.photo import Photo, as_record, shown_name
+from model.consistentid import encode_images
 from model.tokens import TextTokens
 
 logger = logging.getLogger("consistentid")
@@ -66,6 +67,7 @@ def encode_people(
             encode_photo(record, encoder, spec, mode, adapter.reader.embedder, device)
             for record in records
         ]
+    adapter.zero_states[pipe.image_encoder] = people[0].zero_hidden[0]
     return adapter.remember(pipe.image_encoder, key, joined(people))
 
 
@@ -109,6 +111,7 @@ def guidance_of(
     """
     for person in people:
         adapter.check(person)
+    _check_encoder(pipe, adapter, people)
     if not isinstance(face.caption, str | None):
         raise ConfigError(f"face_caption={face.caption!r}: expected a text that describes the face")
     with _lora_scale(pipe, call):
@@ -298,6 +301,30 @@ def _image_encoder(pipe: Any, adapter: Adapter) -> Iterator[tuple[Any, torch.dev
     yield encoder, device
     if not managed and hasattr(pipe.unet, "_hf_hook"):
         encoder.to("cpu")
+
+
+def _check_encoder(pipe: Any, adapter: Adapter, people: Sequence[Identity]) -> None:
+    """Raises ConfigError for a person whom another image encoder than the pipeline's has encoded.
+
+    Its states of zero pixels tell: it computes them once. Without an image encoder in the pipeline
+    nothing is compared.
+    """
+    if pipe.image_encoder is None:
+        return
+    own = adapter.zero_states.get(pipe.image_encoder)
+    if own is None:
+        with _image_encoder(pipe, adapter) as (encoder, device):
+            side = adapter.model.spec.vision_size
+            own = encode_images(encoder, torch.zeros(1, 3, side, side, device=device))[0, 0].cpu()
+        adapter.zero_states[pipe.image_encoder] = own
+    for person in people:
+        # The tolerance allows for half precision. Other image encoders differ by far more.
+        zero = person.zero_hidden[0].float()
+        if zero.shape != own.shape or not torch.allclose(zero, own.float(), rtol=0.05, atol=0.05):
+            raise ConfigError(
+                f"the identity of {person.record.source} was made with another image encoder than "
+                "the pipeline's; make it again from the photograph"
+            )
 
 
 def _for_each(people: Sequence[Identity], count: int, name: str) -> list[Identity]:

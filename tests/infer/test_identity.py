@@ -165,6 +165,7 @@ def test_an_identity_that_does_not_fit_the_adapter_is_refused(
         (legacy, replace(person, mode="legacy", spec="sdxl"), "made for sdxl"),
         (pipe, replace(person, embedder="0" * 64), "by a face embedder with sha256 000000000000"),
         (pipe, replace(person, clip_hidden=person.clip_hidden[:, :9]), "another image encoder"),
+        (pipe, replace(person, zero_hidden=-person.zero_hidden), "another image encoder than"),
     ]
     for each, other, message in cases:
         with pytest.raises(ConfigError, match=message):
