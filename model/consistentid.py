@@ -72,18 +72,14 @@ def load_base(
     base: str | Path | None = None,
     *,
     image_encoder: str | Path | None = None,
-    unet: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    variant: str | None = None,
 ) -> BaseModels:
     """Loads the base model, frozen and in eval mode.
 
     base: a folder in diffusers' layout or a hub id; None: spec.base. image_encoder: a folder or
     hub id; None: `image_encoder/` in the base's folder if there is one, else spec.image_encoder.
-    unet: a folder with a UNet to load in place of the base's, e.g. a trained one. variant: of the
-    weights' files, as in diffusers, e.g. "fp16". Raises WeightsError if a part is missing or can't
-    be downloaded.
+    Raises WeightsError if a part or one of its weights is missing, or can't be downloaded.
     """
     import diffusers
     import transformers
@@ -98,7 +94,7 @@ def load_base(
     encoder = root if local_encoder else str(image_encoder or spec.image_encoder)
 
     def model(kind: Any, folder: str) -> Any:
-        return load_model(kind, root, subfolder=folder, dtype=dtype, variant=variant)
+        return load_model(kind, root, subfolder=folder, dtype=dtype)
 
     def other(kind: Any, folder: str) -> Any:
         with _named(kind, root, folder):
@@ -108,9 +104,7 @@ def load_base(
         tokenizer=add_marks(other(transformers.CLIPTokenizer, "tokenizer")),
         text_encoder=model(transformers.CLIPTextModel, "text_encoder"),
         vae=model(diffusers.AutoencoderKL, "vae"),
-        unet=load_model(diffusers.UNet2DConditionModel, str(unet), dtype=dtype)
-        if unet
-        else model(diffusers.UNet2DConditionModel, "unet"),
+        unet=model(diffusers.UNet2DConditionModel, "unet"),
         image_encoder=load_model(
             transformers.CLIPVisionModelWithProjection,
             encoder,
@@ -335,14 +329,12 @@ def predict_noise(
     token_idx: Tensor | None = None,
     pooled: Tensor | None = None,
     time_ids: Tensor | None = None,
-    **extra: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs the UNet; returns its prediction (B, 4, h, w) and the hooked layers' region scores.
 
     latents: (B, 4, h, w); states: (B, 81, C). Both may have any floating type; the prediction has
     the UNet's. token_idx: (B, 5), the region tokens whose scores are returned (see
-    `RegionScores`); without it the list is empty. pooled (B, P), time_ids (B, 6): of SDXL. extra:
-    further arguments of the UNet, e.g. a ControlNet's residuals.
+    `RegionScores`); without it the list is empty. pooled (B, P), time_ids (B, 6): of SDXL.
     """
     region_scores = None if token_idx is None else RegionScores(token_idx)
     dtype = unet.conv_in.weight.dtype  # unet.dtype may be that of the adapter's processors
@@ -354,6 +346,5 @@ def predict_noise(
         cross_attention_kwargs=None if region_scores is None else {"region_scores": region_scores},
         added_cond_kwargs=added,
         return_dict=False,
-        **extra,
     )[0]
     return prediction, [] if region_scores is None else region_scores.scores

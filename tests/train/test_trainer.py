@@ -156,11 +156,12 @@ def test_the_output_of_a_run(straight: Path, data: Path, tiny_base: Path) -> Non
     assert not [path for path in straight.iterdir() if path.name.startswith(".")]
 
 
-def test_a_trained_unet_loads_as_a_base(straight: Path, tiny_base: Path) -> None:
-    from model.consistentid import load_base
-    from model.spec import SPECS
+def test_a_trained_unet_loads_as_a_base(straight: Path) -> None:
+    from diffusers import UNet2DConditionModel
 
-    unet = load_base(SPECS["tiny"], tiny_base, unet=straight / "final/unet").unet
+    from model.consistentid import load_model
+
+    unet = load_model(UNet2DConditionModel, str(straight / "final/unet"))
     own = load_file(straight / "final/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, own[key]) for key, value in unet.state_dict().items())
 
