@@ -95,7 +95,7 @@ def _units(clause: str) -> list[Part]:
 def keep_nouns(clauses: Sequence[Sequence[Part]]) -> None:
     """Lets the noun of each region stay that only units name which are left out.
 
-    A verb without a predicate, and a subject of which nothing is said any more, are left out too.
+    A verb without a predicate, and a subject whose predicates are all removed, are removed too.
     """
     parts = list(chain.from_iterable(clauses))
     named = set(named_regions(" ".join(part.text for part in parts if not part.reason)))
@@ -107,7 +107,7 @@ def keep_nouns(clauses: Sequence[Sequence[Part]]) -> None:
 
 
 def _drop_remnants(parts: Sequence[Part]) -> None:
-    """Leaves out a verb without a predicate, and a subject of which nothing is said any more."""
+    """Removes verbs without a predicate, and subjects whose predicates are all removed."""
     for index, part in enumerate(parts[:-1]):
         following = parts[index + 1]
         after = bare_unit(next((p.text for p in parts[index + 1 :] if p.remaining), ""))

@@ -213,7 +213,7 @@ class _Reader:
         for index, part in enumerate(parts):
             if not is_verb[index]:
                 part.reason = self._reason(parts[:index], part, whole)
-        for part in parts[1:]:  # what is said of a subject that is left out
+        for part in parts[1:]:  # a removed subject's predicates are removed for the same reason
             if not parts[0].reason or CONJUNCTION.match(part.text):
                 break
             part.reason = parts[0].reason

@@ -89,7 +89,7 @@ class ConsistentIDMixin:
         source = str(pretrained_model_link_or_path)
         try:
             pipe: Self = cast(Any, super()).from_single_file(source, **_with_precision(options))
-        except NotImplementedError as error:  # of torch, for weights on the meta device
+        except NotImplementedError as error:  # raised by torch when it moves a missing weight
             raise WeightsError(
                 f"{source} lacks weights of the base model ({error}). The file is incomplete or of "
                 "another model: download it again, or name another."

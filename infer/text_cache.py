@@ -53,7 +53,9 @@ def _key(text: Ids, device: torch.device, clip_skip: int | None) -> object:
 
 
 def _version(encoders: HasTextEncoders) -> object:
-    """Returns a value that changes with the text encoders' weights; None if that can't be told."""
+    """Returns a value that changes with the text encoders' weights. None for an encoder with a LoRA
+    of peft, because its scale changes the states too.
+    """
     names = ("text_encoder", "text_encoder_2")
     modules = [each for name in names if (each := getattr(encoders, name, None)) is not None]
     if any(getattr(module, "peft_config", None) for module in modules):

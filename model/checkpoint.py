@@ -282,7 +282,7 @@ def _first_side(state: Mapping[str, Tensor], key: str, path: Path) -> int:
 
 
 def _instead(source: Path) -> str:
-    """Returns what is there in place of an adapter, and what to do."""
+    """Returns the end of an error message: what the path holds, and what was expected."""
     if not source.is_dir():
         return f"; check the path. Expected a folder with {WEIGHTS_FILE}, or a weights file."
     names = sorted(path.name for path in source.iterdir())

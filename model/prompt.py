@@ -237,8 +237,8 @@ def mark_clauses(face_caption: str, regions: Sequence[str]) -> MarkedText:
     clauses: list[str] = []
     for word in available:
         mark = f"<|{word}|>"
-        # -1 for a mark that isn't in the text (any more). The reference goes on with this position,
-        # so a clause may be the last character of a short remainder.
+        # find returns -1 for a mark that the text doesn't contain, or that was in a moved clause.
+        # The reference uses -1 as a position, so the clause may be the last character.
         start = text.find(mark)
         ends = (text.find(stop, start + len(mark)) for stop in ",.;")
         end = min((stop for stop in ends if stop >= 0), default=len(text))

@@ -1,4 +1,4 @@
-"""What is said of prompts, and of photographs of several people."""
+"""Notices about prompts and about photographs of several people."""
 
 from __future__ import annotations
 
