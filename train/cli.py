@@ -68,7 +68,7 @@ def run(
         typer.Option("--config", "-c", metavar="FILE", help="A YAML preset, also at a URL."),
     ] = None,
 ) -> None:
-    with _errors():
+    with user_errors():
         _train(_configuration(config, overrides or ()))
 
 
@@ -95,8 +95,8 @@ def replay(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    with _errors():
-        _quiet_libraries()
+    with user_errors():
+        quiet_libraries()
         from train.replay import as_json as to_json
         from train.replay import replay as compute
         from train.replay import show
@@ -127,7 +127,7 @@ def seen(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    with _errors():
+    with user_errors():
         from train.seen import as_json as to_json
         from train.seen import as_text
         from train.seen import seen as search
@@ -155,7 +155,7 @@ def _configuration(path: str | None, overrides: Sequence[str]) -> TrainConfig:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turns an error that the user can repair into a line and exit status 2."""
     from configs.errors import PipelineError, user_message
 
@@ -168,7 +168,8 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Hides progress bars and warnings of libraries that don't concern the user."""
     import logging
     import warnings
 
@@ -195,7 +196,7 @@ def _train(config: TrainConfig) -> None:
     from train.processes import check_launcher, is_first_process
 
     check_launcher()
-    _quiet_libraries()
+    quiet_libraries()
     from train.ray_train import train_on_ray
     from train.trainer import train
 

