@@ -33,7 +33,7 @@ _THREADS: Final = 4
 _UNWRITTEN: Final = (Status.DROPPED, Status.FAILED)
 _OUTCOME: Final = ("status", "stage", "reason")
 _PROVENANCE: Final = ("license", "author", "consent")
-_TALLIED: Final = (*_PROVENANCE, "trainable", "width", "height", "regions")
+_TALLIED: Final = (*_PROVENANCE, "person", "trainable", "width", "height", "regions")
 
 Outcome = tuple[str, str, str]  # status, stage, reason; of samples ("ok", "", "")
 
@@ -170,6 +170,8 @@ def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
     for name in _PROVENANCE:
         names = pc.fill_null(written[name], "")
         tally.update({(name, value): count for value, count in _value_counts(names)})
+    # their number only: a person's name is in no summary
+    tally["person_stated",] = pc.sum(pc.not_equal(written["person"], "")).as_py() or 0
     for value, count in _value_counts(written["trainable"]):
         tally["trainable", {True: "yes", False: "no", None: "unknown"}[value]] += count
     width, height = (pc.cast(written[name], pa.int64()) for name in ("width", "height"))

@@ -156,6 +156,7 @@ def test_a_record_shows_everything_recorded_of_it(open_page: Open, browsed: Path
         row["face_caption"],
         row["sha256"],
         row["author"],
+        row["person"],
         key,
         near[key]["identity_id"],
     ):

@@ -56,6 +56,7 @@ def store(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         "image": [*images, grey.getvalue(), b"<!doctype html>"],
         "license": [*LICENSES, "", ""],
         "author": [*AUTHORS, "", ""],
+        "person": ["Ada Lovelace", "Ada Lovelace", *[None] * 6],
         "name": [*(f"person of note {number}.jpg" for number in range(6)), "grey.jpg", "page.jpg"],
     }
     pq.write_table(pa.table(rows), folder / "in.parquet")
@@ -119,6 +120,9 @@ def test_every_number_recomputes_from_the_sidecars(store: Store) -> None:
     licenses = Counter(" ".join((row["license"] or "not stated").split()) for row in samples)
     assert {name: int(count) for name, [count] in table(body, "licence").items()} == licenses
     assert sum(int(count) for [count] in table(body, "author").values()) == len(samples)
+    stated = sum(bool(row["person"]) for row in samples)
+    assert f"The source states the person of {stated} samples" in body and stated > 0
+    assert "Lovelace" not in body
     identities = pq.read_table(Path(store.root) / "identities.parquet").to_pylist()
     sides = {
         side: [
