@@ -45,7 +45,7 @@ class Summary:
     untrainable: those of them that are not trainable. sides: by name of the split's side. divided:
     identities on both sides. identities: sha256 of identities.parquet, "" without one. takedowns:
     kind of request → (requests, inputs). config, dataset: values of config.yaml and dataset.json,
-    without paths. columns: of the sidecars.
+    without paths. columns: of the sidecars. lacking: names of columns that some shards don't have.
     """
 
     manifests: Sequence[Manifest]
@@ -63,6 +63,7 @@ class Summary:
     config: dict[str, Any]
     dataset: dict[str, Any]
     columns: Mapping[str, Column]
+    lacking: frozenset[str]
 
 
 def summarise(reader: DatasetReader, report: Report) -> Summary:
@@ -93,6 +94,7 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         config=_public(rename_keys(DatasetConfig, reader.config_values()), _PRIVATE),
         dataset=_public(reader.dataset_info(), ("source", "passed_over")),
         columns=reader.columns(),
+        lacking=report.lacking,
     )
 
 

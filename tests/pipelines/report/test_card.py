@@ -272,6 +272,16 @@ def test_the_card_of_a_version_2_data_set_has_current_names(tmp_path: Path) -> N
     assert "quality_filter" in described and "judge" not in described
 
 
+def test_mlcroissant_reads_the_rows_of_shards_of_which_some_lack_a_column(copy: Store) -> None:
+    """As where an older program wrote them."""
+    first = Path(copy.path("shards/fgid-000000.parquet"))
+    pq.write_table(pq.read_table(first).drop_columns(["person"]), first)
+    write_card(copy)
+    records = mlcroissant.Dataset(jsonld=copy.path("croissant.json")).records("inputs")
+    assert sum("inputs/key" in row for row in records) == len(rows_of(Path(copy.root)))
+    assert "| person |" in card_of(copy)[1]
+
+
 def test_an_identity_on_both_sides_is_stated(copy: Store) -> None:
     assert "No identity is on both sides" in card_of(copy)[1]
     path = Path(copy.root) / "identities.parquet"
