@@ -27,14 +27,14 @@ from configs.errors import ConfigError, ShardError
 from pipelines.report.palette import PALETTE
 from pipelines.sources.fgid import JSON_ALL
 from stages.codec import decode_jpeg, decode_labels
-from stages.record import KEY_LENGTH, FloatArray, Record, face_to_dict
+from stages.record import KEY_LENGTH, PROVENANCE, FloatArray, Record, face_to_dict
 from stages.storage import layout
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
 
 # record fields that are added to the reference's keys, besides the faces
 _FIELDS: Final = (
-    *("key", "source", "sha256", "license", "author", "consent", "width", "height"),
+    *("key", "source", "sha256", *PROVENANCE, "width", "height"),
     *("source_width", "source_height", "identity_norm"),
 )
 _KEY: Final = re.compile(f"[0-9a-f]{{{KEY_LENGTH}}}")

@@ -23,10 +23,10 @@ from configs.errors import ConfigError
 from stages.backends.registry import backend_class, check_backend
 from stages.backends.weights import Weights, check_role
 from stages.fields import Annotation, NotFiniteError
-from stages.record import Record, Status
+from stages.record import PROVENANCE, Record, Status
 
 # fields that every source sets
-SOURCE_FIELDS = ("key", "source", "sha256", "license", "author", "consent", "image")
+SOURCE_FIELDS = ("key", "source", "sha256", *PROVENANCE, "image")
 # Old name → current name of each renamed stage. Existing data sets contain the old names.
 RENAMED_STAGES: Final[Mapping[str, str]] = {"judge": "quality_filter", "neighbours": "global_pass"}
 _CHUNK = 8  # records; the codec's cache holds more decoded images than this

@@ -21,6 +21,7 @@ from stages.fields import Annotation, Kind, Metric, from_plain, stored, stored_f
 
 KEY_LENGTH = 20
 IDENTITY_DIM = 512
+PROVENANCE: Final = ("license", "author", "consent", "person")  # fields that a source may state
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -93,6 +94,11 @@ class Record:
     author: str = stored("author, as the source states it", pa.string(), default="")
     consent: str = stored(
         "consent of the people shown, as the source states it", pa.string(), default=""
+    )
+    person: str = stored(
+        "the person shown, as the source states it; samples with equal texts are one identity",
+        pa.string(),
+        default="",
     )
     image: bytes = stored(
         "the image: upright, RGB, resized",

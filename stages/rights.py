@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from configs.quality import RightsConfig
 from stages.base import Dropped, RecordStage, reject
-from stages.record import Record
+from stages.record import PROVENANCE, Record
 
 
 class RightsStage(RecordStage):
@@ -30,7 +30,7 @@ class RightsStage(RecordStage):
         else:
             return record
         # All other fields are removed: an earlier run may have computed some.
-        names = ("key", "source", "sha256", "license", "author", "consent")
+        names = ("key", "source", "sha256", *PROVENANCE)
         stated = Record(**{name: getattr(record, name) for name in names})
         return reject(stated, rejection, self.name)
 

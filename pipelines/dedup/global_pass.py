@@ -23,10 +23,18 @@ import pyarrow.compute as pc
 
 from configs.errors import ShardError
 from configs.quality import GlobalPassConfig
-from pipelines.dedup import Duplicate, cluster, find_duplicates, near_by_identity, split_of
+from pipelines.dedup import (
+    Duplicate,
+    Neighbours,
+    cluster,
+    find_duplicates,
+    near_by_identity,
+    split_of,
+)
 from pipelines.dedup.blocked import blocked_rows, comparable, embedder_of
 from pipelines.dedup.faces import FACE_COLUMNS
-from stages.record import IDENTITY_DIM, Status
+from pipelines.dedup.nearest import Vectors
+from stages.record import IDENTITY_DIM, KEY_LENGTH, Status
 from stages.storage import exclusions, layout
 from stages.storage.commit import ChainInfo, commit_exclusions
 from stages.storage.exclusions import DUPLICATES_SCHEMA, GLOBAL_PASS, encode_vectors
@@ -48,7 +56,8 @@ _HASH_BYTES: Final = 32
 class Pool:
     """The N samples to compare, in the plan's order.
 
-    vectors: (N, 512) float32, unit norm, a memory map. hashes: (N, 32) uint8.
+    vectors: (N, 512) float32, unit norm, a memory map. hashes: (N, 32) uint8. people: the person
+    of each, as the source states it; "": it doesn't.
     """
 
     keys: list[str]
@@ -57,6 +66,7 @@ class Pool:
     sha256: list[str]
     hashes: Any
     vectors: Any
+    people: list[str]
 
 
 def run_global_pass(store: Store, config: GlobalPassConfig, chain: ChainInfo) -> None:
@@ -136,14 +146,15 @@ def read_pool(store: Store, without: frozenset[str] = frozenset()) -> Pool:
     samples to leave out.
     """
     reader = DatasetReader(store)
-    columns = {name: list[Any]() for name in ("key", "source", "sha256", "hash", "shard")}
+    names = ("key", "source", "sha256", "hash", "person")
+    columns = {name: list[Any]() for name in (*names, "shard")}
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it open
     for index in reader.manifests():
-        table = rows_to_compare(reader, index)
+        table = rows_to_compare(reader, index, ("person",))
         if without:
             mask = [key not in without for key in table.column("key").to_pylist()]
             table = table.filter(pa.array(mask, pa.bool_()))
-        for name in ("key", "source", "sha256", "hash"):
+        for name in names:
             columns[name] += table.column(name).to_pylist()
         columns["shard"] += [index] * len(table)
         vectors = table.column("identity").combine_chunks().flatten()
@@ -161,6 +172,8 @@ def read_pool(store: Store, without: frozenset[str] = frozenset()) -> Pool:
         sha256=columns["sha256"],
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, _HASH_BYTES),
         vectors=vectors,
+        # null where an older program wrote the shard
+        people=[person or "" for person in columns["person"]],
     )
 
 
@@ -253,13 +266,11 @@ def _duplicates(
 def _identities(pool: Pool, rows: Any, config: GlobalPassConfig) -> pa.Table:
     """Returns identities.parquet. rows: those of the pool that are not duplicates."""
     vectors = pool.vectors[rows] if len(rows) < len(pool.keys) else pool.vectors
-    near = near_by_identity(vectors, min(_MIN_SIMILARITY, config.split_similarity), config.nearest)
-    labels = cluster(vectors, near, config.identity_similarity)
-    # All samples of an identity get the group of its earliest member, so that it is in one group.
-    group_labels = cluster(vectors, near, config.split_similarity)[labels]
+    near = near_identities(vectors, config)
     keys = [pool.keys[row] for row in rows]
-    names = [f"id-{keys[label][:12]}" for label in labels]
-    groups = [f"group-{keys[label][:12]}" for label in group_labels]
+    names, groups = named_identities(
+        keys, [pool.people[row] for row in rows], vectors, near, config
+    )
     sizes = Counter(names)
     sides = {group: split_of(group, config.val_share, config.seed) for group in set(groups)}
     closest = [[place for place in row if place >= 0][:_NEAREST] for row in near.row.tolist()]
@@ -277,6 +288,42 @@ def _identities(pool: Pool, rows: Any, config: GlobalPassConfig) -> pa.Table:
         ],
     }
     return pa.table(columns, schema=IDENTITIES_SCHEMA)
+
+
+def near_identities(vectors: Vectors, config: GlobalPassConfig) -> Neighbours:
+    least = min(_MIN_SIMILARITY, config.split_similarity)
+    return near_by_identity(vectors, least, config.nearest)
+
+
+def named_identities(
+    keys: Sequence[str],
+    people: Sequence[str],
+    vectors: Vectors,
+    near: Neighbours,
+    config: GlobalPassConfig,
+) -> tuple[list[str], list[str]]:
+    """Returns the identity and the split group of each sample. near: of `vectors`.
+
+    A person whom the source states is an identity and a group. Its name is a digest of the text, so
+    it depends on no sample. The other samples are clustered, among themselves only.
+    """
+    names = [f"person-{_digest_of(person)}" if person else "" for person in people]
+    groups = [*names]
+    rows = np.flatnonzero([not person for person in people])
+    if len(rows) < len(people):
+        vectors = vectors[rows]
+        near = near_identities(vectors, config)  # in `near`, samples with a person take up places
+    labels = cluster(vectors, near, config.identity_similarity)
+    # All samples of an identity get the group of its earliest member, so that it is in one group.
+    group_labels = cluster(vectors, near, config.split_similarity)[labels]
+    for row, label, group in zip(rows, rows[labels], rows[group_labels], strict=True):
+        names[row] = f"id-{keys[label][:12]}"
+        groups[row] = f"group-{keys[group][:12]}"
+    return names, groups
+
+
+def _digest_of(person: str) -> str:
+    return hashlib.sha256(person.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def _input_digest(store: Store, config: GlobalPassConfig) -> str:

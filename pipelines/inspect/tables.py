@@ -25,7 +25,7 @@ from pipelines.report.palette import PALETTE
 from stages.annotations import Measures, Review, absent_words, fused_words, unfused_words
 from stages.quality_filter import RULES, Rule
 from stages.reasons import explain
-from stages.record import Status
+from stages.record import PROVENANCE, Status
 from stages.regions import LABELS, REGION_LABELS
 from stages.storage.sidecar import Row, is_quarantined, row_to_record
 
@@ -100,8 +100,9 @@ def _input(row: Row) -> Iterable[Line]:
 def _provenance(inspection: Inspection) -> Iterable[Line]:
     row = inspection.row
     yield Text("key"), Text(row["key"])
-    for name in ("source", "sha256", "license", "author", "consent"):
-        yield Text(name), _text(row[name]) if row[name] else Text("not stated", "dim")
+    for name in ("source", "sha256", *PROVENANCE):
+        # a shard that an older program wrote has no column `person`
+        yield Text(name), _text(row[name]) if row.get(name) else Text("not stated", "dim")
     place = f"{inspection.shard}, in no tar"
     if inspection.tar:
         kind = "quarantine" if is_quarantined(row) else "tar"

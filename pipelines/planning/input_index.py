@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from configs.errors import ConfigError
@@ -92,7 +93,7 @@ class InputIndex:
         Raises ConfigError if another listed input has the same name.
         """
         row = self._db.execute(
-            "SELECT state, size, version, locator FROM inputs WHERE key = ?", (item.key,)
+            "SELECT state, size, version, facts, locator FROM inputs WHERE key = ?", (item.key,)
         ).fetchone()
         if row is None:
             self._db.execute(
@@ -101,14 +102,15 @@ class InputIndex:
                 (item.key, item.source, item.locator, item.size, item.version, item.provenance),
             )
             return
-        state, size, version, locator = row
+        state, size, version, provenance, locator = row
         if state != "vanished":
             raise ConfigError(
                 f"two inputs are called {item.source!r} ({locator[:200]!r} and "
                 f"{item.locator[:200]!r}). Names must be unique: rename one, or give a "
                 "source.name_column with unique names."
             )
-        state = "unchanged" if (size, version) == (item.size, item.version) else "changed"
+        previous = replace(item, size=size, version=version, provenance=provenance)
+        state = "unchanged" if previous.revision == item.revision else "changed"
         self._db.execute(
             "UPDATE inputs SET source = ?, locator = ?, size = ?, version = ?, facts = ?, "
             "state = ? WHERE key = ?",

@@ -210,7 +210,7 @@ def _write(index: InputIndex, file: IO[bytes], drops_vanished: bool) -> Iterator
     with pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for number, rows in index.shards():
             lines = (
-                f"{row['key']} {row['size']} {row['version']} {row['duplicate_of']}"
+                f"{row['key']} {input_from_row(row).revision} {row['duplicate_of']}"
                 + " vanished" * (drops_vanished and row["vanished"])
                 for row in rows
             )
@@ -282,10 +282,26 @@ def stale_stages(
     names = {stage.name for stage in stages}
     if not {signature.rsplit("-", 2)[0] for signature in shard_signatures} <= names:
         return None
+    changed = {
+        stage.name
+        for stage, signature in zip(stages, signatures, strict=True)
+        if signature not in shard_signatures
+    }
+    return with_readers(stages, changed)
+
+
+def with_readers(
+    stages: Sequence[Stage], changed: Set[str], fields: Set[str] = frozenset()
+) -> frozenset[str] | None:
+    """Returns the names of the stages in `changed`, and of those that read what a stale stage
+    provides or one of `fields`, record fields that have changed.
+
+    Returns None if one of them replaces what it reads.
+    """
     stale: set[str] = set()
-    stale_fields: set[str] = set()
-    for stage, signature in zip(stages, signatures, strict=True):
-        if signature not in shard_signatures or stale_fields & {*stage.requires}:
+    stale_fields = {*fields}
+    for stage in stages:
+        if stage.name in changed or stale_fields & {*stage.requires}:
             stale.add(stage.name)
             stale_fields |= {*stage.provides}
             if {*stage.requires} & {*stage.provides}:

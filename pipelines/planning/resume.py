@@ -14,10 +14,10 @@ from typing import Final
 from configs.errors import ShardError
 from configs.schema import DatasetConfig
 from pipelines.planning.missing import Loss, refuse, why_lost
-from pipelines.planning.plan import ShardTask, read_inputs
+from pipelines.planning.plan import ShardTask, read_inputs, with_readers
 from pipelines.sources import STAGE, Input, Source, build_source
 from stages.base import PendingRecord, Stage, StageNames
-from stages.record import Record, Status
+from stages.record import PROVENANCE, Record, Status
 from stages.storage import exclusions
 from stages.storage.reader import DatasetReader
 from stages.storage.repair import IntactRecords, intact_records
@@ -58,7 +58,8 @@ def load_shard(
         for key, record in earlier.records.items()
         if (pending := continued_record(record, task, stages))
     }
-    choice = _Choice(source, earlier, reusable, stages, _missing(config, task), removed_digests)
+    missing = _missing(config, task)
+    choice = _Choice(source, earlier, reusable, task, stages, missing, removed_digests)
     to_read = [
         item
         for item in items
@@ -101,6 +102,7 @@ class _Choice:
     source: Source
     earlier: _Earlier
     reusable: Mapping[str, PendingRecord]
+    task: ShardTask
     stages: Sequence[Stage]
     missing: str
     removed_digests: Set[str]
@@ -110,6 +112,8 @@ class _Choice:
         needn't be read. Raises SourceError for a sample that would be lost, if that stops the run.
         """
         old = self.reusable.get(item.key)
+        if old is not None and new is not None and not item.vanished:
+            old = self._restated(old, self.earlier.records[item.key], new)
         if old is not None and (new is None or self._is_reused(item, new)):
             return self.earlier.completed(old, self.stages)
         assert new is not None, "an input is reused or read"
@@ -124,6 +128,21 @@ class _Choice:
             if old is not None:
                 return self.earlier.completed(old, self.stages)
         return PendingRecord(new, frozenset(stage.name for stage in self.stages))
+
+    def _restated(self, old: PendingRecord, earlier: Record, new: Record) -> PendingRecord | None:
+        """Returns what can be reused of a record, with the provenance that the source states now.
+        The stages that read what has changed of it run again. old: what could be reused if nothing
+        had. earlier: the record as it was committed.
+        """
+        stated = {name: getattr(new, name) for name in PROVENANCE}
+        changed = {name for name, text in stated.items() if text != getattr(earlier, name)}
+        if not changed:
+            return old
+        stale = with_readers(self.stages, self.task.stale_stages, changed)
+        if stale is None:
+            return None
+        task = replace(self.task, stale_stages=stale)
+        return continued_record(replace(earlier, **stated), task, self.stages)
 
     def _is_reused(self, item: Input, new: Record) -> bool:
         """Returns whether an input is unchanged. A vanished one can't be compared."""

@@ -22,15 +22,16 @@ from pipelines.report.metrics import ShownMetric
 from pipelines.report.scan import Outcome
 from stages.annotations import Claims, absent_words, fused_words, unfused_words
 from stages.fields import Column, columns_of
+from stages.record import PROVENANCE
 from stages.regions import LABELS
 from stages.storage.manifest import Manifest
 from stages.storage.reader import DatasetReader
 
 _THREADS: Final = 4
 _PLAIN: Final = (
-    *("key", "source", "status", "reason", "stage", "detail", "sha256", "license", "author"),
-    *("consent", "tar_offset", "tar_size", "quarantine_offset", "quarantine_size", "width"),
-    *("height", "source_width", "source_height", "faces", "face", "caption", "face_caption"),
+    *("key", "source", "status", "reason", "stage", "detail", "sha256", *PROVENANCE),
+    *("tar_offset", "tar_size", "quarantine_offset", "quarantine_size", "width", "height"),
+    *("source_width", "source_height", "faces", "face", "caption", "face_caption"),
     *("trainable", "regions"),
 )
 _CONTRADICTED: Final = next(c for c in columns_of(Claims, Claims.name) if c.name == "contradicted")

@@ -33,7 +33,7 @@ _THREADS: Final = 4
 _UNWRITTEN: Final = (Status.DROPPED, Status.FAILED)
 _OUTCOME: Final = ("status", "stage", "reason")
 _PROVENANCE: Final = ("license", "author", "consent")
-_TALLIED: Final = (*_PROVENANCE, "trainable", "width", "height", "regions")
+_TALLIED: Final = (*_PROVENANCE, "person", "trainable", "width", "height", "regions")
 
 Outcome = tuple[str, str, str]  # status, stage, reason; of samples ("ok", "", "")
 
@@ -44,6 +44,7 @@ class Scan:
 
     counts: number of rows by outcome. examples: the first rows of each outcome, by their position.
     values: metrics of the samples (metrics, written). labels: their label areas (19, written).
+    lacking: names of columns that other shards have, and its sidecar doesn't.
     tally: numbers of samples by ("license", name), ("fused", region), ("unfused", region, reason)
     and so on.
     """
@@ -56,6 +57,7 @@ class Scan:
     values: Floats
     labels: Floats
     tally: Counter[tuple[str, ...]]
+    lacking: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -90,14 +92,17 @@ def scan(
                     f"{manifest.shard}: its sidecar has no column {', '.join(missing)}. Remove its "
                     "manifest and run the pipeline again: it makes the shard again."
                 )
+            lacking = frozenset(columns.keys() - file.columns.keys())
             table = file.read(wanted).combine_chunks()
-        return _scan(manifest, table, shown)
+        return _scan(manifest, table, shown, lacking)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(read, manifests)
 
 
-def _scan(manifest: Manifest, table: pa.Table, shown: Sequence[ShownMetric]) -> Scan:
+def _scan(
+    manifest: Manifest, table: pa.Table, shown: Sequence[ShownMetric], lacking: frozenset[str]
+) -> Scan:
     counts, examples = _outcomes(table)
     _check(manifest, counts)
     written = table.filter(pc.equal(table["status"], Status.OK.value))
@@ -111,6 +116,7 @@ def _scan(manifest: Manifest, table: pa.Table, shown: Sequence[ShownMetric]) -> 
         values=metrics.matrix(written, shown),
         labels=labels,
         tally=_tally(written, metrics.region_areas(labels)),
+        lacking=lacking,
     )
 
 
@@ -170,6 +176,8 @@ def _tally(written: pa.Table, areas: Floats) -> Counter[tuple[str, ...]]:
     for name in _PROVENANCE:
         names = pc.fill_null(written[name], "")
         tally.update({(name, value): count for value, count in _value_counts(names)})
+    # their number only: a person's name is in no summary
+    tally["person_stated",] = pc.sum(pc.not_equal(written["person"], "")).as_py() or 0
     for value, count in _value_counts(written["trainable"]):
         tally["trainable", {True: "yes", False: "no", None: "unknown"}[value]] += count
     width, height = (pc.cast(written[name], pa.int64()) for name in ("width", "height"))

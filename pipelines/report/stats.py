@@ -41,7 +41,8 @@ class Report:
     """stats: JSON-ready, see `compute`. shards: a table with a row for each shard.
 
     examples: outcome → (index of the shard, row) of its first records. tally: numbers of samples,
-    see scan.Scan. metrics: those that are shown. columns: of the sidecars, by name.
+    see scan.Scan. metrics: those that are shown. columns: of the sidecars, by name. lacking: names
+    of those that some shards don't have.
     """
 
     stats: dict[str, Any]
@@ -51,6 +52,7 @@ class Report:
     manifests: Sequence[Manifest]
     metrics: tuple[ShownMetric, ...]
     columns: Mapping[str, Column]
+    lacking: frozenset[str]
 
 
 def compute(reader: DatasetReader) -> Report:
@@ -115,7 +117,8 @@ def compute(reader: DatasetReader) -> Report:
         "plan": plan_summary(reader.store),
         "chains": chain_summary(manifests),
     }
-    return Report(stats, table, examples, tally, manifests, metrics, columns)
+    lacking = frozenset[str]().union(*(part.lacking for part in scans))
+    return Report(stats, table, examples, tally, manifests, metrics, columns, lacking)
 
 
 def _stage_order(manifests: Sequence[Manifest]) -> list[str]:

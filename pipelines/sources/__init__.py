@@ -32,9 +32,17 @@ _KIND_BY_EXTENSION: Final = {
 def build_source(config: DatasetConfig) -> Source:
     """Returns the source that `config.source` names; lists and reads nothing yet.
 
-    Raises SourceError if `source.path` is empty.
+    Raises SourceError if `source.path` is empty, or if `source.person_folder` is set for a source
+    that isn't of files.
     """
-    module, name = _CLASSES[_kind(config.source)].split(":")
+    kind = _kind(config.source)
+    if config.source.person_folder and kind not in ("local", "remote"):
+        raise SourceError(
+            f"source.person_folder=true, but source.path={config.source.path!r} is of kind {kind}: "
+            "expected a folder or a pattern of image files. Elsewhere, `person` is a column or an "
+            "entry of the JSON; leave source.person_folder out."
+        )
+    module, name = _CLASSES[kind].split(":")
     source: Source = getattr(importlib.import_module(module), name)(config)
     return source
 

@@ -22,11 +22,9 @@ from tenacity import (
 from configs.schema import DatasetConfig
 from pipelines.sources.passed_over import PassedOver
 from stages.base import Dropped, Failed, Rejection, reject
-from stages.record import Record, key_of
+from stages.record import PROVENANCE, Record, key_of
 
 STAGE: Final = "source"  # the `stage` of records that are dropped or failed while reading
-# record fields that a source may state for an input
-PROVENANCE_FIELDS: Final = ("license", "author", "consent")
 _MAX_WAIT: Final = 30.0  # seconds between two attempts, even if a server asks for more
 
 
@@ -39,7 +37,7 @@ class Input:
     size: in bytes; -1 if unknown.
     version: a value that changes whenever the content may have changed (modification time, ETag);
         "" if unknown.
-    provenance: a JSON object with those of PROVENANCE_FIELDS that the source states; "" if none.
+    provenance: a JSON object with those fields of PROVENANCE that the source states; "" if none.
     duplicate_of: the `source` of an earlier input with the same bytes; "" if there is none.
     vanished: the source no longer lists it, so its locator may lead to another input's bytes.
     nameless_key: the key of a removed input whose name isn't known any more; `source` is "" then.
@@ -58,6 +56,20 @@ class Input:
     def key(self) -> str:
         """The record's key: 20 hex digits, see `key_of`."""
         return self.nameless_key or key_of(self.source)
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """`provenance` as a mapping of names to texts."""
+        stated: dict[str, str] = json.loads(self.provenance) if self.provenance else {}
+        return stated
+
+    @property
+    def revision(self) -> str:
+        """A text that changes whenever the content may have changed, or the person has. It is
+        `size` and `version` where no person is stated, as in plans of version 0.1.
+        """
+        person = self.stated.get("person")
+        return f"{self.size} {self.version}" + (f" {json.dumps(person)}" if person else "")
 
 
 class TransientFailure(Failed):
@@ -133,13 +145,10 @@ class Source(ABC):
         return record
 
     def is_unchanged(self, old: Record, new: Record) -> bool:
-        """True if `new`, just read, has the same bytes and provenance as `old`, the record of an
-        earlier run; if it couldn't be read, True if `old` failed in the same way.
+        """True if `new`, just read, has the same bytes as `old`, the record of an earlier run; if
+        it couldn't be read, True if `old` failed in the same way. Their provenance may differ.
         """
-        if new.ok:
-            fields = ("sha256", *PROVENANCE_FIELDS)
-        else:
-            fields = ("status", "reason", "detail", "stage")
+        fields = ("sha256",) if new.ok else ("status", "reason", "detail", "stage")
         return all(getattr(old, name) == getattr(new, name) for name in fields)
 
     def record(self, item: Input, read: Callable[[Input], bytes] | None = None) -> Record:
@@ -148,15 +157,12 @@ class Source(ABC):
         `image` holds the source's bytes as they are. read: called in place of `self.read`, for
         sources that read several inputs at once.
         """
-        provenance: dict[str, Any] = json.loads(item.provenance) if item.provenance else {}
-        record = Record(
-            key=item.key,
-            source=item.source,
-            **{
-                name: provenance.get(name) or getattr(self.config, name)
-                for name in PROVENANCE_FIELDS
-            },
-        )
+        stated = item.stated
+        # there is no setting `person`, which would make all inputs one person
+        provenance: dict[str, Any] = {
+            name: stated.get(name) or getattr(self.config, name, "") for name in PROVENANCE
+        }
+        record = Record(key=item.key, source=item.source, **provenance)
         try:
             if item.vanished:
                 raise Failed("not_a_file", "the source no longer lists it")

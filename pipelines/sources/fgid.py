@@ -26,12 +26,12 @@ import numpy as np
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import PROVENANCE_FIELDS, Input, Source
+from pipelines.sources.base import Input, Source
 from pipelines.sources.files import read_file
 from pipelines.sources.objects import read_objects
 from stages.base import Failed
 from stages.codec import decode_labels
-from stages.record import IDENTITY_DIM, Face, FloatArray, Record, face_from_dict
+from stages.record import IDENTITY_DIM, PROVENANCE, Face, FloatArray, Record, face_from_dict
 from stages.regions import LABELS
 from stages.resize import as_jpeg
 
@@ -107,7 +107,7 @@ class FgidLayout(Source):
         locator = json.dumps(
             {name: value for name, value in entry.items() if value not in (None, "", [])}
         )
-        provenance = {name: raw[name] for name in PROVENANCE_FIELDS if _is_text(raw.get(name))}
+        provenance = {name: raw[name] for name in PROVENANCE if _is_text(raw.get(name))}
         sizes_and_times = [size_and_time for _, size_and_time in chosen.values()]
         image_path = _first_text(raw, tuple(_IMAGE)).lstrip("/")
         version = json.dumps([locator, provenance, sizes_and_times])

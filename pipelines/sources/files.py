@@ -13,14 +13,15 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import unquote
 
 from configs.errors import SourceError
-from configs.schema import DatasetConfig
+from configs.schema import DatasetConfig, SourceConfig
 from pipelines.sources.base import Input, Source, TransientFailure
 from pipelines.sources.passed_over import Kind, PassedOver
-from pipelines.sources.paths import file_version
+from pipelines.sources.paths import file_version, provenance_json
 from stages.base import Failed
 from stages.formats import HEAD, READABLE, READABLE_ENDINGS, UNREADABLE_ENDINGS, format_of
 from stages.storage.remote import file_system, is_transient
@@ -65,13 +66,14 @@ class LocalFiles(Source):
 
     def _input(self, top: bytes, path: bytes) -> Input:
         source = _to_text(path)
+        item = Input(source=source, locator=path, provenance=_provenance(self.config, source))
         try:
             info = os.stat(os.path.join(top, path))
         except OSError:
-            return Input(source=source, locator=path)
+            return item
         if not stat.S_ISREG(info.st_mode):
-            return Input(source=source, locator=path)
-        return Input(source=source, locator=path, size=info.st_size, version=str(info.st_mtime_ns))
+            return item
+        return replace(item, size=info.st_size, version=str(info.st_mtime_ns))
 
     def read(self, item: Input, count: int = -1) -> bytes:
         """Raises Failed: not_a_file, unreadable, too_many_bytes."""
@@ -196,12 +198,14 @@ class RemoteFiles(Source):
 
     def _input(self, path: str, entry: dict[str, Any]) -> Input:
         source = path[len(self._root) :].lstrip("/")
+        source = unquote(source) if path.startswith(("http://", "https://")) else source
         size = entry.get("size")
         return Input(
-            source=unquote(source) if path.startswith(("http://", "https://")) else source,
+            source=source,
             locator=path.encode(),
             size=-1 if size is None else int(size),
             version=file_version(entry),
+            provenance=_provenance(self.config, source),
         )
 
     def read(self, item: Input, count: int = -1) -> bytes:
@@ -232,6 +236,16 @@ class RemoteFiles(Source):
             if is_transient(error):
                 raise TransientFailure("unreachable", f"{type(error).__name__}: {error}") from None
             raise
+
+
+def _provenance(config: SourceConfig, source: str) -> str:
+    """Returns Input.provenance of a file. source: its name, relative to the source's folder.
+
+    With `source.person_folder`, the folder directly above the file names the person; a file that
+    lies in no folder of the source has none.
+    """
+    folder = os.path.basename(os.path.dirname(source)) if config.person_folder else ""
+    return provenance_json({"person": folder})
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:

@@ -16,8 +16,9 @@ from braceexpand import braceexpand
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import PROVENANCE_FIELDS, Source, TransientFailure
+from pipelines.sources.base import Source, TransientFailure
 from stages.base import Failed
+from stages.record import PROVENANCE
 from stages.storage.remote import file_system, is_local, is_transient
 
 _WILDCARD: Final = re.compile(r"[*?\[{]")
@@ -184,15 +185,27 @@ def to_unicode(name: str) -> str:
 def provenance_json(values: Any) -> str:
     """Returns Input.provenance from a mapping of names to values.
 
-    Keeps those of PROVENANCE_FIELDS that are non-empty text, at most 1000 characters of each; ""
-    if there are none or `values` isn't a mapping.
+    Keeps those of PROVENANCE that are non-empty text, at most 1000 characters of each; ""
+    if there are none or `values` isn't a mapping. A person may also be a whole number.
     """
     if not isinstance(values, Mapping):
         return ""
-    stated = {name: values.get(name) for name in PROVENANCE_FIELDS}
+    stated = {name: values.get(name) for name in PROVENANCE}
+    stated["person"] = _person(stated["person"])
     texts = {
         name: value[:_MAX_PROVENANCE].encode("utf-8", "replace").decode()
         for name, value in stated.items()
         if isinstance(value, str) and value
     }
     return json.dumps(texts, ensure_ascii=False) if texts else ""
+
+
+def _person(value: Any) -> Any:
+    """Returns the text of a person's id, which may be a number. A column of whole numbers with
+    empty cells often holds floats.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return value.strip() if isinstance(value, str) else value

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import SourceError
-from pipelines.sources.base import PROVENANCE_FIELDS, Input, TransientFailure
+from pipelines.sources.base import Input, TransientFailure
 from pipelines.sources.files import read_file
 from pipelines.sources.paths import (
     ContainerSource,
@@ -30,7 +30,7 @@ from pipelines.sources.paths import (
     to_unicode,
 )
 from stages.base import Failed, Rejection
-from stages.record import Record
+from stages.record import PROVENANCE, Record
 from stages.storage.remote import is_local, is_transient
 
 _READ_ROWS: Final = 16  # rows with images decoded at a time
@@ -43,7 +43,7 @@ RowGroup = tuple[str, int]  # path of the table, number of the row group
 class ParquetTable(ContainerSource):
     """Parquet tables, local or behind an fsspec URL.
 
-    Columns named as in PROVENANCE_FIELDS become the inputs' provenance.
+    Columns named as in PROVENANCE become the inputs' provenance.
     """
 
     def list(self) -> Iterator[Input]:
@@ -88,7 +88,7 @@ class ParquetTable(ContainerSource):
 
     def _inputs(self, file: SourceFile, table: pq.ParquetFile, path_column: str) -> Iterator[Input]:
         """Yields an input for each row. path_column: "" if the rows hold the images themselves."""
-        wanted = (path_column, self.config.name_column, *PROVENANCE_FIELDS)
+        wanted = (path_column, self.config.name_column, *PROVENANCE)
         columns = [name for name in wanted if name and name in table.schema_arrow.names]
         number = 0
         for group in range(table.num_row_groups):

@@ -13,12 +13,13 @@ from typing import IO, Any, Final
 
 from configs.errors import SourceError
 from configs.schema import DatasetConfig
-from pipelines.sources.base import PROVENANCE_FIELDS, Input, Source
+from pipelines.sources.base import Input, Source
 from pipelines.sources.csv_rows import CsvRows
 from pipelines.sources.fetch import Fetcher, is_public
 from pipelines.sources.name_set import NameSet
 from pipelines.sources.paths import SourceFile, find_files, provenance_json
 from pipelines.sources.tables import open_parquet
+from stages.record import PROVENANCE
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _CREDENTIALS: Final = re.compile(r"(?<=://)[^/?#]*@")  # USER:PASSWORD@ in a URL
 
 
 class UrlList(Source):
-    """http(s) URLs. Columns named as in PROVENANCE_FIELDS become the inputs' provenance.
+    """http(s) URLs. Columns named as in PROVENANCE become the inputs' provenance.
 
     A URL that occurs more than once is one input.
     """
@@ -103,7 +104,7 @@ class UrlList(Source):
                     f"{file.path}: no column source.{setting}={column!r}. It has "
                     f"{', '.join(names) or 'none'}."
                 )
-        wanted = {config.url_column, config.name_column, *PROVENANCE_FIELDS}
+        wanted = {config.url_column, config.name_column, *PROVENANCE}
         return [name for name in names if name in wanted]
 
     def read(self, item: Input, count: int = -1) -> bytes:

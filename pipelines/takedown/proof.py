@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipelines.dedup.blocked import blocked_rows, embedder_of
 from pipelines.dedup.faces import FACE_COLUMNS
-from stages.record import EMBEDDINGS, Status
+from stages.record import EMBEDDINGS, PROVENANCE, Status
 from stages.storage import exclusions, layout
 from stages.storage.exclusions import TAKEN_DOWN, BlockedPerson
 from stages.storage.manifest import Manifest
@@ -20,7 +20,7 @@ from stages.storage.reader import DatasetReader
 from stages.storage.sidecar import SidecarFile
 from stages.storage.store import Store
 
-_PERSONAL: Final = ("source", "sha256", "thumbnail", *EMBEDDINGS, "caption")
+_PERSONAL: Final = ("source", "sha256", *PROVENANCE, "thumbnail", *EMBEDDINGS, "caption")
 
 
 @dataclass(frozen=True, slots=True)

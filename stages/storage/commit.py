@@ -35,7 +35,7 @@ from stages.storage.store import Store
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
     """A shard of the plan. inputs: their number. bytes: their total size. digest: equal digests
-    mean equal inputs (name, size, version, exact copies) in equal order.
+    mean equal inputs (name, size, version, person, exact copies) in equal order.
     """
 
     index: int

@@ -30,7 +30,8 @@ from stages.storage.sidecar import (
 from stages.storage.store import Store
 
 # The columns of identities.parquet, which has a row for each sample. identity_id is "id-" and the
-# beginning of the key of the identity's earliest member.
+# beginning of the key of the identity's earliest member, or "person-" and a digest of the person
+# whom the source states.
 IDENTITIES_SCHEMA = pa.schema(
     [
         pa.field(name, kind, metadata={"description": description})

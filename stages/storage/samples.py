@@ -13,6 +13,7 @@ import io
 import json
 import tarfile
 import threading
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import IO, Any, Final
@@ -32,6 +33,12 @@ _JSON: Final = {name: entry for name, entry in stored_fields(Record) if entry.js
 # numpy parses a file's header with `ast`, which in Python 3.11 fails at random with a SystemError
 # where two threads use it at once (python/cpython#106905)
 _PARSING: Final = threading.Lock()
+
+# what reading a damaged member raises; numpy's header may be anything that looks like Python
+_DAMAGED: Final = (
+    *(KeyError, ValueError, TypeError, AttributeError, EOFError, MemoryError),
+    *(SyntaxError, tokenize.TokenError),
+)
 
 # fields of a record that only its row in the sidecar has
 NOT_IN_TARS: Final = frozenset(
@@ -220,7 +227,7 @@ def record_of(members: Mapping[str, bytes], key: str, place: str) -> Record:
     """
     try:
         record = from_members(members)
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, MemoryError) as error:
+    except _DAMAGED as error:
         raise ShardError(f"{place} can't be read: {type(error).__name__}: {error}") from error
     if record.key != key:
         raise ShardError(f"{place}: the tar has sample {record.key} at its place")

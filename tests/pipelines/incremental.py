@@ -71,6 +71,7 @@ class Settings:
     jpeg_quality: int = 95  # of the resize stage: with another one all starts from the source again
     max_hash_distance: int = 10
     missing: str = "stop"
+    person_folder: bool = False
 
     @lru_cache(maxsize=1000)  # noqa: B019 - a few settings and folders
     def config(self, folder: Path) -> DatasetConfig:
@@ -87,6 +88,7 @@ class Settings:
             f"global_pass.max_hash_distance={self.max_hash_distance}",
             "global_pass.val_share=0.5",
             f"source.missing={self.missing}",
+            f"source.person_folder={self.person_folder}".lower(),
         )
 
 
@@ -322,7 +324,7 @@ class IncrementalDataSet:
         restored = set()
         for name in {*self.planned} - {*self.files}:
             if (data := self._made_of(name)) is not None:
-                (folder / "source" / name).write_bytes(data)
+                File(data, self._clock).write(folder / "source" / name)
                 restored.add(name)
         (folder / OUTAGE).write_text(json.dumps(sorted(self.keys("caption_failed"))))
         list(execute(replace(job, plan=_without_vanished(job.plan, restored)), _ignore))

@@ -180,7 +180,8 @@ def _file_set(name: str, media_type: str, includes: str, description: str) -> No
 
 
 def _record_sets(summary: Summary) -> list[Node]:
-    columns = summary.columns.values()
+    # mlcroissant reads no column that a sidecar lacks, as where an older program wrote some shards
+    columns = [c for c in summary.columns.values() if c.name not in summary.lacking]
     inputs = _table_fields("inputs", {"fileSet": {"@id": "sidecars"}}, columns)
     sets = [
         _record_set("samples", "The training samples.", _sample_fields(inputs)),

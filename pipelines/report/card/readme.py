@@ -215,6 +215,12 @@ def _identities(summary: Summary) -> str:
     )
     table = _table(("split", "samples", "identities"), rows)
     method = "Samples are grouped into identities by the similarity of their identity embeddings."
+    if summary.with_person:
+        method = (
+            f"The source states the person of {summary.with_person:,} samples: those of one person "
+            f"are an identity. The others are grouped by the similarity of their identity "
+            f"embeddings, among themselves."
+        )
     return f"{method}\n\n{table}\n\n{check}"
 
 

@@ -41,10 +41,11 @@ class Summary:
     """What README.md and croissant.json show.
 
     unwritten: (status, reason) → inputs. provenance: for each of PROVENANCE, text → samples.
-    reviewed: samples with a review; untrainable: those of them that are not trainable. sides: by
-    name of the split's side. divided: identities on both sides. identities: sha256 of
-    identities.parquet, "" without one. takedowns: kind of request → (requests, inputs). config,
-    dataset: values of config.yaml and dataset.json, without paths. columns: of the sidecars.
+    with_person: samples whose person the source states. reviewed: samples with a review;
+    untrainable: those of them that are not trainable. sides: by name of the split's side. divided:
+    identities on both sides. identities: sha256 of identities.parquet, "" without one. takedowns:
+    kind of request → (requests, inputs). config, dataset: values of config.yaml and dataset.json,
+    without paths. columns: of the sidecars. lacking: names of columns that some shards don't have.
     """
 
     manifests: Sequence[Manifest]
@@ -52,6 +53,7 @@ class Summary:
     written: int
     unwritten: Counter[tuple[str, str]]
     provenance: dict[str, Counter[str]]
+    with_person: int
     reviewed: int
     untrainable: int
     sides: dict[str, Side]
@@ -61,6 +63,7 @@ class Summary:
     config: dict[str, Any]
     dataset: dict[str, Any]
     columns: Mapping[str, Column]
+    lacking: frozenset[str]
 
 
 def summarise(reader: DatasetReader, report: Report) -> Summary:
@@ -81,6 +84,7 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         written=sum(manifest.written for manifest in report.manifests),
         unwritten=unwritten,
         provenance=provenance,
+        with_person=report.tally["person_stated",],
         reviewed=untrainable + report.tally["trainable", "yes"],
         untrainable=untrainable,
         sides=_sides(identities),
@@ -90,6 +94,7 @@ def summarise(reader: DatasetReader, report: Report) -> Summary:
         config=_public(rename_keys(DatasetConfig, reader.config_values()), _PRIVATE),
         dataset=_public(reader.dataset_info(), ("source", "passed_over")),
         columns=reader.columns(),
+        lacking=report.lacking,
     )
 
 

@@ -18,7 +18,7 @@ PERSONAL: Final = (
     "The data set holds images of people's faces and identity embeddings computed from them, which "
     "many laws treat as biometric data. Sidecars and quarantine tars also hold names, thumbnails "
     "and embeddings of inputs that were dropped, and sidecars those of people beside the main "
-    "face. Licences, authors and consent are what the source "
+    "face. Licences, authors, consent and persons are what the source "
     "states; they were not verified. An image, or all images of a person, can be removed; "
     "takedown.jsonl records when that was done, without naming the image or the person. Of people "
     "who asked that later images are recognised, it holds embeddings."
@@ -31,9 +31,9 @@ BIASES: Final = (
 LIMITS: Final = (
     "No person checked the annotations. Boxes, label maps, embeddings and captions are the output "
     "of models, and some are wrong.",
-    "An identity is a cluster of embeddings. Two people who look alike may share one, and one "
-    "person may have several. So a person may be on both sides of the split although no identity "
-    "is.",
+    "An identity is a cluster of embeddings, unless the source states the person. Two people who "
+    "look alike may share one, and one person may have several. So a person may be on both sides "
+    "of the split although no identity is.",
     "Images are resized and encoded again. Small ones are enlarged, which adds no detail.",
     "Pose and other metrics are estimates from landmarks and label maps. They are made for "
     "filtering images, not for measuring people.",

@@ -113,7 +113,7 @@ function provenance(all, at) {
   const size = (width, height) => (width ? `${width} × ${height}` : "");
   const span = (offset, length) => (offset < 0 ? "" : `${whole.format(offset)}, ${bytes(length)}`);
   return part("Provenance", pairList([
-    ["key", all.key[at]], ["sha256", all.sha256[at]], ["licence", all.license[at]], ["author", all.author[at]], ["consent", all.consent[at]],
+    ["key", all.key[at]], ["sha256", all.sha256[at]], ["licence", all.license[at]], ["author", all.author[at]], ["consent", all.consent[at]], ["person", all.person[at]],
     ["source size", size(all.source_width[at], all.source_height[at])], ["size", size(all.width[at], all.height[at])],
     ["shard", link({ shard: shardName(all.shard[at]) }, shardName(all.shard[at]))],
     ["offset in the tar", span(all.tar_offset[at], all.tar_size[at])], ["offset in the quarantine tar", span(all.quarantine_offset[at], all.quarantine_size[at])],

@@ -61,7 +61,7 @@ async function decode(all, at) {
 const labelsOf = new Map(pageData.regions.map(({ word, labels }) => [word, labels]));
 const lacks = (mask, labels) => mask >= 0 && labels.every((label) => mask & (1 << label));
 const stageOrder = pageData.funnel.map((step) => step.stage);
-const EXACT = ["status", "reason", "stage", "split", "license", "author", "consent"];
+const EXACT = ["status", "reason", "stage", "split", "license", "author", "consent", "person"];
 const TESTS = {
   shard: (all, name) => (at) => shardName(all.shard[at]) === name,
   identity: (all, name) => (at) => all.identity_id[at] === name,
@@ -80,7 +80,7 @@ const TESTS = {
 };
 
 let cachedTexts = null;
-const SEARCHED = ["caption", "face_caption", "source", "key", "license", "author", "reason", "detail", "identity_id"];
+const SEARCHED = ["caption", "face_caption", "source", "key", "license", "author", "person", "reason", "detail", "identity_id"];
 // For each record the text that a search looks through.
 function searchTexts(all) {
   cachedTexts ??= all.key.map((_, at) => SEARCHED.map((name) => all[name][at]).join("\n").toLowerCase());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,10 +73,14 @@ def test_a_vanished_input_keeps_its_place() -> None:
         (item("a", 8, "v1"), 1),
         (item("a", 7, "v2"), 1),
         (item("a", 7, "v1", b"elsewhere"), 0),
+        (replace(item("a", 7, "v1"), provenance='{"license": "CC0"}'), 0),
+        (replace(item("a", 7, "v1"), provenance='{"person": "Ada"}'), 1),
     ],
-    ids=["same", "size", "version", "locator"],
+    ids=["same", "size", "version", "locator", "license", "person"],
 )
-def test_an_input_is_changed_if_its_size_or_version_differs(now: Input, changed: int) -> None:
+def test_an_input_is_changed_if_its_size_version_or_person_differs(
+    now: Input, changed: int
+) -> None:
     with InputIndex() as index:
         index.load_previous_plan(plan_rows([item("a", 7, "v1")]))
         index.add_listed(now)

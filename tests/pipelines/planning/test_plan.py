@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines.planning.plan import Plan, ShardTask, pending, stale_stages
+from configs.schema import DatasetConfig, SourceConfig
+from pipelines.planning.plan import Plan, ShardTask, make_plan, pending, stale_stages
 from stages.base import Dropped, Failed, Stage, reject
-from stages.record import Record
+from stages.record import Record, key_of
 from stages.storage.commit import ChainInfo, PlannedShard, commit
 from stages.storage.manifest import RunInfo
 from stages.storage.store import Store
@@ -97,6 +100,22 @@ def committed(store: Store, index: int, records: list[Record], stages: list[Stag
     shard = planned(index, len(records))
     commit(store, shard, records, ChainInfo.of(stages), RunInfo(finished=0.0, seconds=0.0))
     return shard
+
+
+def test_only_a_stated_person_changes_the_digest_of_a_shard(tmp_path: Path) -> None:
+    """Manifests of version 0.1 hold digests of key, size, version and exact copy."""
+    (tmp_path / "Ada").mkdir()
+    file = tmp_path / "Ada/1.jpg"
+    file.write_bytes(b"x")
+
+    def digest(**source: Any) -> str:
+        config = DatasetConfig(source=SourceConfig(path=str(tmp_path), **source))
+        [shard] = make_plan(config, Store(str(tmp_path / "out"))).shards
+        return shard.digest
+
+    line = f"{key_of('Ada/1.jpg')} 1 {file.stat().st_mtime_ns} "
+    assert digest() == digest(license="CC0") == sha256(line.encode()).hexdigest()[:32]
+    assert digest(person_folder=True) != digest()
 
 
 def test_a_shard_without_a_manifest_is_pending_from_the_source(store: Store) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from stages.storage.exclusions import GLOBAL_PASS
 from stages.storage.layout import TAKEDOWNS
 from stages.storage.manifest import RunInfo
 from stages.storage.store import Store
-from tests.pipelines.planning.helpers import chain, sample
+from tests.pipelines.planning.helpers import chain, sample, stub
 
 NAMES = ("resize", "detect", "quality_filter", "caption", "measure")
 ALL, NONE = frozenset(NAMES), frozenset[str]()
@@ -202,6 +203,39 @@ def test_of_changed_inputs_only_those_with_other_bytes_need_all_stages(tmp_path:
     assert loaded["a.jpg"].record.identity is not None
     assert loaded["b.jpg"].record.image == b"another"
     assert loaded["c.jpg"].record.ok and remaining(loaded)["c.jpg"] == NONE, "it has vanished"
+
+
+def test_where_only_the_provenance_differs_the_stages_that_read_it_run_again(
+    tmp_path: Path,
+) -> None:
+    """`a` is a sample, `b` has no face, `c` was dropped for its licence."""
+    shard = Shard(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    rights = stub("rights", ("license", "consent"))
+    shard.committed(
+        reject(replace(shard.read()["b.jpg"]), NO_FACE, "detect"),
+        reject(replace(shard.read()["c.jpg"]), Dropped("license_not_allowed"), "rights"),
+    )
+
+    def load(**source: Any) -> dict[str, PendingRecord]:
+        task = ShardTask(shard=shard.plan.shards[0], exists=True, inputs_changed=True)
+        config = replace(shard.config, source=replace(shard.config.source, **source))
+        loaded = load_shard(config, shard.store, task, [rights, *chain()])
+        return {each.record.source: each for each in loaded}
+
+    by_author = load(author="Ada")
+    assert {each.record.author for each in by_author.values()} == {"Ada"}
+    assert remaining(by_author) == dict.fromkeys(by_author, NONE), "no stage reads the author"
+    assert by_author["a.jpg"].record.identity is not None
+    assert [each.record.reason for each in by_author.values()] == [
+        "",
+        "no_face",
+        "license_not_allowed",
+    ]
+    by_license = load(license="CC0")
+    assert {each.record.license for each in by_license.values()} == {"CC0"}
+    everything = ALL | {"rights"}
+    assert remaining(by_license) == {"a.jpg": {"rights"}, "b.jpg": everything, "c.jpg": everything}
+    assert from_source(by_license["c.jpg"])
 
 
 def test_removed_inputs_are_recognised_by_key_and_by_digest(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def _sidecar(
         "license": rng.choice(_LICENSES, n).tolist(),
         "author": [f"A. Uthor {number}" for number in rng.integers(0, 40, n)],
         "consent": rng.choice(["", "given"], n).tolist(),
+        "person": [f"person {row // 4}" if row % 4 else "" for row in range(n)],
         **_faces_and_labels(n, progress, rng),
         **_measures(n, index in recipe.odd, progress >= 2, rng),
         "identity": _vectors(n, recipe.dim, progress < 2, rng),
@@ -249,11 +250,11 @@ def _texts(n: int, present: np.ndarray, rng: np.random.Generator) -> dict[str, A
 
 def _spoil(columns: dict[str, Any], ok: np.ndarray, lost: np.ndarray) -> None:
     """Puts markup into every column that holds text from outside the program."""
-    texts = (("caption", EVIL), ("face_caption", EVIL_IMAGE), ("author", EVIL_MORE))
-    for row in ok[:4]:
-        for name, word in texts:
+    for name, word in (("caption", EVIL), ("face_caption", EVIL_IMAGE), ("author", EVIL_MORE)):
+        for row in ok[:4]:
             columns[name][row] = word
-    for name, word in (("license", EVIL), ("consent", EVIL_IMAGE), ("source", EVIL)):
+    texts = (("license", EVIL), ("consent", EVIL_IMAGE), ("source", EVIL), ("person", EVIL))
+    for name, word in texts:
         columns[name][ok[0]] = word
     for name, word in (("source", EVIL_IMAGE), ("detail", EVIL)):
         columns[name][lost[0]] = word

@@ -144,7 +144,9 @@ def test_a_record_shows_everything_recorded_of_it(open_page: Open, browsed: Path
     rows = {row["key"]: row for row in rows_of(browsed)}
     near = {row["key"]: row for row in pq.read_table(browsed / "identities.parquet").to_pylist()}
     wanted = [
-        k for k, row in near.items() if row["identity_size"] > 1 and rows[k]["caption"] != EVIL
+        k
+        for k, row in near.items()
+        if row["identity_size"] > 1 and rows[k]["caption"] != EVIL and rows[k]["person"]
     ]
     key = next(k for k in wanted if {"fused", "caption_too_long"} <= {*rows[k]["regions"]})
     row = rows[key]
@@ -156,6 +158,7 @@ def test_a_record_shows_everything_recorded_of_it(open_page: Open, browsed: Path
         row["face_caption"],
         row["sha256"],
         row["author"],
+        row["person"],
         key,
         near[key]["identity_id"],
     ):

@@ -56,6 +56,7 @@ def store(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         "image": [*images, grey.getvalue(), b"<!doctype html>"],
         "license": [*LICENSES, "", ""],
         "author": [*AUTHORS, "", ""],
+        "person": ["Ada Lovelace", "Ada Lovelace", *[None] * 6],
         "name": [*(f"person of note {number}.jpg" for number in range(6)), "grey.jpg", "page.jpg"],
     }
     pq.write_table(pa.table(rows), folder / "in.parquet")
@@ -119,6 +120,9 @@ def test_every_number_recomputes_from_the_sidecars(store: Store) -> None:
     licenses = Counter(" ".join((row["license"] or "not stated").split()) for row in samples)
     assert {name: int(count) for name, [count] in table(body, "licence").items()} == licenses
     assert sum(int(count) for [count] in table(body, "author").values()) == len(samples)
+    stated = sum(bool(row["person"]) for row in samples)
+    assert f"The source states the person of {stated} samples" in body and stated > 0
+    assert "Lovelace" not in body
     identities = pq.read_table(Path(store.root) / "identities.parquet").to_pylist()
     sides = {
         side: [
@@ -266,6 +270,16 @@ def test_the_card_of_a_version_2_data_set_has_current_names(tmp_path: Path) -> N
     assert "other signatures" not in body, "both shards were made by the last run"
     described = store.read("croissant.json").decode()
     assert "quality_filter" in described and "judge" not in described
+
+
+def test_mlcroissant_reads_the_rows_of_shards_of_which_some_lack_a_column(copy: Store) -> None:
+    """As where an older program wrote them."""
+    first = Path(copy.path("shards/fgid-000000.parquet"))
+    pq.write_table(pq.read_table(first).drop_columns(["person"]), first)
+    write_card(copy)
+    records = mlcroissant.Dataset(jsonld=copy.path("croissant.json")).records("inputs")
+    assert sum("inputs/key" in row for row in records) == len(rows_of(Path(copy.root)))
+    assert "| person |" in card_of(copy)[1]
 
 
 def test_an_identity_on_both_sides_is_stated(copy: Store) -> None:

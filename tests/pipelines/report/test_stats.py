@@ -119,7 +119,15 @@ def test_columns_that_a_sidecar_lacks_have_no_values(tmp_path: Path) -> None:
     """As in a data set whose chain has fewer stages, or that an older program wrote."""
     store = small_set(tmp_path, shards=2)
     sidecar = Path(store.path("shards/fgid-000001.parquet"))
-    lacking = ["sharpness", "license", "trainable", "regions", "region_words", "label_areas"]
+    lacking = [
+        "sharpness",
+        "license",
+        "person",
+        "trainable",
+        "regions",
+        "region_words",
+        "label_areas",
+    ]
     pq.write_table(pq.read_table(sidecar).drop_columns(lacking), sidecar)
     data = write_report(store).stats["data"]
     ok, others = (written(rows) for rows in shard_rows(Path(store.root)).values())

@@ -37,9 +37,11 @@ COUNT = 3
 def dataset(portraits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a data set of three portraits."""
     source, output = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("dataset")
+    (source / "Ada").mkdir()
     for path in sorted(portraits.glob("*.jpg"))[:COUNT]:
-        shutil.copy2(path, source)
-    run(config(source, output, "source.license=CC0-1.0", "source.author=nobody"))
+        shutil.copy2(path, source / "Ada")
+    stated = ("source.license=CC0-1.0", "source.author=nobody", "source.person_folder=true")
+    run(config(source, output, *stated))
     return output
 
 
@@ -124,7 +126,8 @@ def test_the_reference_trainer_can_read_an_export(dataset: Path, exported: Path)
             record.caption,
             record.face_caption,
         )
-        assert (entry["license"], entry["author"]) == ("CC0-1.0", "nobody")
+        stated = tuple(entry[name] for name in ("license", "author", "person"))
+        assert stated == ("CC0-1.0", "nobody", "Ada")
 
 
 def test_a_folder_with_files_is_refused_without_overwrite(dataset: Path, exported: Path) -> None:

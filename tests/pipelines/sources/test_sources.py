@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from configs.errors import SourceError
 from pipelines.planning.plan import Plan, make_plan, planned_inputs, write_plan
 from pipelines.sources import Input, build_source
 from stages.record import key_of
@@ -36,6 +38,27 @@ def test_unusual_names_are_listed_and_other_files_are_not(tmp_path: Path) -> Non
     items = {item.source: item for item in source.list()}
     assert set(items) == {*names, "bad\\xff.jpg"}
     assert source.record(items["bad\\xff.jpg"]).image == b"y"
+
+
+def test_the_folder_above_a_file_names_the_person_if_that_is_set(tmp_path: Path) -> None:
+    names = ["ada/1.jpg", "more/Bea B./2.jpg", "ünï/3.jpg", "4.jpg"]
+    files = fsspec.filesystem("memory")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        files.pipe(f"/people/{name}", b"x")
+    stated = {"ada/1.jpg": "ada", "more/Bea B./2.jpg": "Bea B.", "ünï/3.jpg": "ünï", "4.jpg": ""}
+
+    def people(path: Path | str, *overrides: str) -> dict[str, str]:
+        source = build_source(config(path, "", *overrides))
+        return {item.source: source.record(item).person for item in source.list()}
+
+    setting = "source.person_folder=true"
+    assert people(tmp_path, setting) == people("memory://people", setting) == stated
+    assert people(tmp_path / "*/*.jpg", setting) == {n: stated[n] for n in (names[0], names[2])}
+    assert people(tmp_path) == dict.fromkeys(names, "")
+    with pytest.raises(SourceError, match=r"person_folder=true, but .* is of kind webdataset"):
+        people(tmp_path / "a.tar", setting)
 
 
 def test_irregular_files_are_listed_and_never_opened(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_images_in_cells_keep_row_order_provenance_and_reasons(tmp_path: Path, k
             "image": {"bytes": cell, "path": "p"} if kind == "struct" else cell,
             "license": f"L{i}",
             "author": None,
+            "person": float(i // 2) if i else None,  # as pandas writes whole numbers and a gap
         }
         for i, cell in enumerate(cells)
     ]
@@ -55,8 +56,8 @@ def test_images_in_cells_keep_row_order_provenance_and_reasons(tmp_path: Path, k
         assert [r.image for r in records] == [tables.record(item).image for item in order]
     records = list(tables.records(items))
     assert [r.reason for r in records] == ["", "", "no_image", "too_many_bytes", ""]
-    stated = [(r.image, r.license) for r in records if r.ok]
-    assert stated == [(b"0", "L0"), (b"1", "L1"), (b"4", "L4")]
+    stated = [(r.image, r.license, r.person) for r in records if r.ok]
+    assert stated == [(b"0", "L0", ""), (b"1", "L1", "0"), (b"4", "L4", "2")]
 
 
 def test_each_row_group_is_read_once(tmp_path: Path) -> None:

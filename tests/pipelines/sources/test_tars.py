@@ -75,17 +75,22 @@ def test_one_input_for_each_sample_with_an_image(tmp_path: Path) -> None:
     assert [(r.license, r.author) for r in records] == [("CC0", "Ada"), *[("", "")] * 4]
 
 
-def test_provenance_is_short_text_only(tmp_path: Path) -> None:
-    members: dict[str, bytes | str] = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
+def test_provenance_is_short_text_or_the_number_of_a_person(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {f"{name}.jpg": name.encode() for name in "abcdefg"}
     members |= {"a.json": json.dumps({"license": 7, "author": "x" * 5000}).encode()}
     members |= {
         "b.json": b'{"license": "\\ud800"}',
         "c.json": b'{"license": "CC0", "x": "' + bytes(300_000) + b'"}',
+        "d.json": b'{"person": " Ada "}',
+        "e.json": b'{"person": 7}',
+        "f.json": b'{"person": true}',
+        "g.json": b'{"person": NaN}',
     }
     write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
     items = listed(tmp_path / "a.tar", tmp_path).values()
     provenance = [json.loads(item.provenance or "{}") for item in items]
-    assert provenance == [{"author": "x" * 1000}, {"license": "?"}, {}]
+    people = [{"person": "Ada"}, {"person": "7"}, {}, {}]
+    assert provenance == [{"author": "x" * 1000}, {"license": "?"}, {}, *people]
 
 
 def test_irregular_members_fail_with_a_reason_and_nothing_is_written(tmp_path: Path) -> None:

@@ -299,8 +299,8 @@ def test_lists_of_every_format_give_the_same_inputs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     urls = ["http://a.example/1.jpg?x=ü", "http://u:pw@b.example/2.jpg", "http://b.example/2.jpg"]
-    rows = [[url, f"n{i}", "CC0"] for i, url in enumerate(urls)]
-    names = ["url", "id", "license"]
+    rows = [[url, f"n{i}", "CC0", "Ada"] for i, url in enumerate(urls)]
+    names = ["url", "id", "license", "person"]
     pq.write_table(
         pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows]),
         tmp_path / "a.parquet",
@@ -316,7 +316,7 @@ def test_lists_of_every_format_give_the_same_inputs(
         assert [item.source for item in items] == expected
         assert [item.locator.decode() for item in items] == urls[:2]
         assert "1 URLs" in caplog.text and "example" not in caplog.text
-        provenance = "" if extension == "txt" else '{"license": "CC0"}'
+        provenance = "" if extension == "txt" else '{"license": "CC0", "person": "Ada"}'
         assert [item.provenance for item in items] == [provenance] * 2
     named = source(tmp_path / "a.csv", "source.name_column=id").list()
     assert [item.source for item in named] == ["n0", "n1"]

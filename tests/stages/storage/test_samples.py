@@ -208,6 +208,8 @@ def numpy_file(values: object) -> bytes:
         ("identity.npy", b"\xff" * 64),
         ("identity.npy", numpy_file([1.0])),
         ("identity.npy", numpy_file(np.ones((512, 1)))),
+        ("identity.npy", numpy_file(np.ones(512)).replace(b"}", b"[")),
+        ("identity.npy", numpy_file(np.ones(512)).replace(b"{'", b"  ").replace(b", ", b"\n ")),
     ],
 )
 def test_a_damaged_member_is_an_error_that_names_the_sample(member: str, data: bytes) -> None:
