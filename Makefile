@@ -24,7 +24,7 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dataset train replay infer report inspect weights caption-servers test golden chaos \
+.PHONY: help install demo base dataset train replay infer report inspect weights caption-servers test golden chaos \
 	chaos-train quality lint format bench bench-scale clean
 
 help: ## list all targets
@@ -43,6 +43,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 
 demo: install ## all steps: synthetic portraits → shards and report → training → portraits. COUNT=64 STEPS= ARGS="--launcher ray"
 	$(RUN) -m pipelines.demo.run --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+base: install ## synthetic people → shards → a small base model. PRESET=smoke, cpu or gpu OUT=runs/base ARGS="rounds=2"
+	$(RUN) -m pipelines.demo.base --preset $(if $(filter file,$(origin PRESET)),cpu,$(PRESET)) \
+		--output $(if $(filter file,$(origin OUT)),runs/base,$(OUT)) $(ARGS)
 
 dataset: install ## photographs → shards and report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
 	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)

@@ -23,9 +23,7 @@ class PartConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
-        _check(
-            self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected more than 0"
-        )
+        _check(self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected more than 0")
         _check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: expected at least 0")
         _check(0 <= self.decay <= 1, f"decay={self.decay}: expected 0 to 1")
 

@@ -223,21 +223,41 @@ def weights(config: Config = "", overrides: Overrides = None) -> None:
 def synthesize(
     folder: Annotated[Path, typer.Argument(help="The folder for the images.")],
     count: Annotated[int, typer.Option(min=1, help="Number of portraits.")] = 64,
+    people: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Number of people with several pictures each, in place of --count portraits.",
+        ),
+    ] = 0,
+    pictures: Annotated[int, typer.Option(min=1, help="Of each of the --people.")] = 2,
+    side: Annotated[
+        int, typer.Option(min=32, max=1024, help="Of the --people's pictures, in pixels.")
+    ] = 256,
     seed: Annotated[
-        int, typer.Option(min=0, help="Portrait i depends only on the seed and i.")
+        int, typer.Option(min=0, help="Portrait or person i depends only on the seed and i.")
     ] = 0,
     poison: Annotated[
         bool,
         typer.Option(help="Also write all kinds of bad files to poisoned/, and a photograph."),
     ] = False,
 ) -> None:
-    """Make synthetic portraits (MobileStyleGAN, FFHQ), for the demo and tests."""
+    """Make synthetic portraits (MobileStyleGAN, FFHQ), for the demo, tests and `make base`.
+
+    With --people, each person has a folder of pictures that differ in pose, expression and light.
+    """
     with errors():
         from rich.progress import track
 
+        from pipelines.demo.families import write_families
         from pipelines.demo.synthesize import write_extras, write_portraits
 
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        if people:
+            written = write_families(folder, people=people, pictures=pictures, seed=seed, side=side)
+            total = sum(track(written, description="people", total=people))
+            typer.echo(f"{total} pictures of {people} people in {folder}")
+            return
         for _ in track(write_portraits(folder, count, seed), description="portraits", total=count):
             pass
         if poison:

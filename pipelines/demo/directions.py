@@ -33,7 +33,10 @@ Array = npt.NDArray[np.float64]
 
 # standard deviations of these measures among the portraits are the directions' unit
 MEASURES: Final = ("yaw", "pitch", "smile", "brightness")
-_CONTROLLED: Final = (*MEASURES, "glasses")  # a step along one direction leaves the others unchanged
+_CONTROLLED: Final = (
+    *MEASURES,
+    "glasses",
+)  # a step along one direction leaves the others unchanged
 _FILE: Final = Path(__file__).with_name("directions.safetensors")
 _SEED: Final = 77
 _PORTRAITS: Final = 900

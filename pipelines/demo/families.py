@@ -97,7 +97,13 @@ class Families:
 
 
 def write_families(
-    folder: Path, *, people: int, pictures: int, seed: int, side: int, weights: Weights | None = None
+    folder: Path,
+    *,
+    people: int,
+    pictures: int,
+    seed: int,
+    side: int,
+    weights: Weights | None = None,
 ) -> Iterator[int]:
     """Writes the pictures of people 0 to `people` - 1; yields the number of pictures of each person
     once they exist. People whose folder exists already are left unchanged.

@@ -6,13 +6,13 @@ If it is interrupted, the same command continues: each step skips what exists al
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
+
+from pipelines.demo.commands import print_step, run_command
 
 # What comes after `python -m` to train, and settings for it.
 LAUNCHERS: Final[dict[str, tuple[str, list[str]]]] = {
@@ -40,24 +40,24 @@ def main(
     photos, data = folder / "photos", folder / "dataset"
     ending = "" if launcher == "python" else f"-{launcher}"
     adapter, portraits = folder / f"train{ending}", folder / f"portraits{ending}"
-    _print_step(1, f"{count} synthetic portraits, one photograph, and a set of bad files")
-    _run("pipelines.cli", f"synthesize --count {count} --seed 0 --poison", str(photos))
-    _print_step(2, "photographs → FGID shards and a report")
-    _run(
+    print_step(1, 4, f"{count} synthetic portraits, one photograph, and a set of bad files")
+    run_command("pipelines.cli", f"synthesize --count {count} --seed 0 --poison", str(photos))
+    print_step(2, 4, "photographs → FGID shards and a report")
+    run_command(
         "pipelines.cli",
         "run --config configs/dataset/demo.yaml",
         f"source.path={photos}",
         f"output={data}",
     )
-    _print_step(3, "shards → adapter (Stable Diffusion's classes at tiny size, random weights)")
+    print_step(3, 4, "shards → adapter (Stable Diffusion's classes at tiny size, random weights)")
     module, settings = LAUNCHERS[launcher]
     overrides = [f"data={data}", f"output={adapter}", *settings]
     if steps:
         overrides.append(f"max_train_steps={steps}")
-    _run(module, "run --config configs/train/demo.yaml", *overrides)
-    _print_step(4, "one photograph and a prompt → portraits")
+    run_command(module, "run --config configs/train/demo.yaml", *overrides)
+    print_step(4, 4, "one photograph and a prompt → portraits")
     prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
-    _run(
+    run_command(
         "infer.cli",
         "--config configs/infer/demo.yaml --photo",
         str(photos / "portrait-0-00000.jpg"),
@@ -66,22 +66,6 @@ def main(
         f"output={portraits}",
     )
     typer.echo("\n" + "\n".join(_summary(data, adapter, portraits, time.time() - started)))
-
-
-def _print_step(number: int, text: str) -> None:
-    typer.secho(f"\n[{number}/4] {text}", bold=True)
-
-
-def _run(module: str, command: str, *arguments: str) -> None:
-    """Run `python -m MODULE`; exits with its code if it fails.
-
-    module, command: with arguments separated by spaces. arguments: more of them, which may contain
-    spaces.
-    """
-    full_command = [sys.executable, "-m", *module.split(), *command.split(), *arguments]
-    returncode = subprocess.run(full_command, check=False).returncode
-    if returncode:
-        raise typer.Exit(returncode)
 
 
 def _summary(data: Path, adapter: Path, portraits: Path, seconds: float) -> list[str]:

@@ -13,9 +13,7 @@ from train.cli import quiet_libraries, user_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 _HELP = """Train a small Stable Diffusion from nothing: autoencoder, CLIP towers, denoiser.
 

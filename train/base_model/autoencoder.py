@@ -104,7 +104,9 @@ class Autoencoder(Part):
         generator = draws.generator(self.seed, "vae_crop", step)
         top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=generator).tolist()
         images = images[:, :, top : top + side, left : left + side]
-        mirrored = torch.tensor([draws.uniform(self.seed, "vae_mirror", p) < 0.5 for p in positions])
+        mirrored = torch.tensor(
+            [draws.uniform(self.seed, "vae_mirror", p) < 0.5 for p in positions]
+        )
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
     def preview(self) -> Tensor:
@@ -193,6 +195,9 @@ class _Critic(nn.Sequential):
 
 class _Features(nn.Module):
     """The first levels of the face parser's ResNet-18, frozen."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()

@@ -108,7 +108,9 @@ class Denoiser(Part):
         velocity = self.settings.prediction_type == "v_prediction"
         target = self._noising.get_velocity(latents, noise, timesteps) if velocity else noise
         with self.accelerator.autocast():
-            predicted = self._model(noisy, timesteps, states.to(device).float(), return_dict=False)[0]
+            predicted = self._model(noisy, timesteps, states.to(device).float(), return_dict=False)[
+                0
+            ]
         gamma = self.settings.snr_gamma
         weights = snr_weights(self._noising, timesteps, gamma) if gamma else None
         loss = noise_errors(predicted, target, weights=weights).mean()

@@ -62,12 +62,12 @@ def _section(folder: Path, name: str, explanation: str) -> str:
         for index in (chosen if previews else ())
     )
     metrics = folder / FINAL / "metrics.json"
-    facts = ""
+    metric_line = ""
     if metrics.is_file():
         values = json.loads(metrics.read_text(encoding="utf-8"))
-        facts = ", ".join(f"{escape(key)} {value:g}" for key, value in values.items())
+        metric_line = ", ".join(f"{escape(key)} {value:g}" for key, value in values.items())
     return (
-        f"<h2>{escape(name.capitalize())}</h2><p>{escape(facts)}</p>{curves}"
+        f"<h2>{escape(name.capitalize())}</h2><p>{escape(metric_line)}</p>{curves}"
         f"<p>{escape(explanation)}</p>{pictures}"
     )
 

@@ -1,6 +1,6 @@
 """A part of the base that is trained by itself, and the loop that trains it.
 
-    OUT/NAME/  checkpoint-NNNNNN/  losses.jsonl  previews/NNNNNN.png  final/
+OUT/NAME/  checkpoint-NNNNNN/  losses.jsonl  previews/NNNNNN.png  final/
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FINAL: Final = "final"
 PREVIEWS: Final = "previews"
 LOSSES: Final = "losses.jsonl"
 _STATE: Final = "state.pt"
-_KEPT: Final = 2  # checkpoints
+_LIMIT: Final = 2  # checkpoints that remain
 
 
 class PartWatcher(Protocol):
@@ -222,7 +222,7 @@ def _write_checkpoint(part: Part, folder: Path, progress: _Progress) -> None:
 
     write_folder_atomically(folder / checkpoint_name(progress.step), fill)
     steps = [step_of(path.name) or 0 for path in checkpoints(folder)]
-    for step in expired(steps, progress.step, _KEPT):
+    for step in expired(steps, progress.step, _LIMIT):
         remove_checkpoint(folder / checkpoint_name(step))
 
 

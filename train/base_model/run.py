@@ -39,7 +39,7 @@ from train.checkpoints import remove_partial_folders, write_folder_atomically
 from train.mixture import Mixture
 from train.shards import INDEX
 from train.state import write_json
-from train.stopping import Stop, stop_on_signal
+from train.stopping import Stop, Stopping, stop_on_signal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,19 +61,22 @@ _INDEX: Final = {
 }
 
 
-def train_base(config: BaseConfig, watcher: PartWatcher) -> int:
+def train_base(
+    config: BaseConfig, watcher: PartWatcher, stopping: Stopping = stop_on_signal
+) -> int:
     """Trains what isn't trained yet. Returns the number of the signal that stopped it, 0 if the
     base is complete.
 
-    Raises ConfigError for settings that differ from those of an earlier run in the output, and what
-    Mixture, Weights and `train_part` raise.
+    stopping: a context manager whose Stop tells when to stop. Raises ConfigError for settings that
+    differ from those of an earlier run in the output, and what Mixture, Weights and `train_part`
+    raise.
     """
     for name in ("data", "output"):
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty. Set {name}=FOLDER.")
     output = Path(config.output)
     pin_threads(config.threads)
-    with deterministic_algorithms(True), stop_on_signal() as stop:
+    with deterministic_algorithms(True), stopping() as stop:
         accelerator = _accelerator(config)
         if not accelerator.is_main_process:
             return _Run(config, accelerator, watcher, stop).train()
@@ -223,8 +226,8 @@ class _Run:
 
         target, side = self.output / BASE, self.spec.vision_size
         origin = {path.parent.name: _digest(path) for path in parts}
-        made = target / "parts.json"
-        if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == origin:
+        record = target / "parts.json"
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == origin:
             return
 
         def fill(partial: Path) -> None:
@@ -248,7 +251,7 @@ class _Run:
                 size={"shortest_edge": side}, crop_size={"height": side, "width": side}
             ).save_pretrained(partial / "feature_extractor")
             write_json(partial / "model_index.json", _INDEX)
-            write_json(partial / made.name, origin)
+            write_json(partial / record.name, origin)
 
         write_folder_atomically(target, fill)
 

@@ -117,9 +117,7 @@ def _prepare(
     (folder / _INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
 
 
-def _sample(
-    record: Record, tokenizer: Any, spec: ModelSpec, resolution: int
-) -> dict[str, Tensor]:
+def _sample(record: Record, tokenizer: Any, spec: ModelSpec, resolution: int) -> dict[str, Tensor]:
     conditions: Conditions = build_conditions(
         record, tokenizer, spec, "corrected", resolution=resolution
     )
