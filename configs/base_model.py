@@ -19,6 +19,7 @@ class PartConfig:
     warmup_steps: int = 100
     # share of the steps over which the learning rate falls to 0 at the end
     decay: float = 0.0
+    bf16: bool = False  # autocast to bfloat16, where the processor or GPU is faster with it
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -41,7 +42,7 @@ class AutoencoderConfig(PartConfig):
     perceptual_weight: float = 0.3
     adversarial_weight: float = 0.05
     adversarial_from: float = 0.5  # share of the steps after which the discriminator has a say
-    kl_weight: float = 1e-6
+    kl_weight: float = 1e-3  # of the divergence per number of a latent
 
     def __post_init__(self) -> None:
         PartConfig.__post_init__(self)
@@ -66,7 +67,8 @@ class TowersConfig(PartConfig):
 class DenoiserConfig(PartConfig):
     """A UNet2DConditionModel on the autoencoder's latents."""
 
-    channels: tuple[int, ...] = (64, 128, 192)
+    channels: tuple[int, ...] = (64, 96, 128)
+    attention: int = 0  # the finest level that attends to itself and to the text, 0: the first
     layers: int = 1
     heads: int = 4
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
@@ -77,6 +79,10 @@ class DenoiserConfig(PartConfig):
 
     def __post_init__(self) -> None:
         PartConfig.__post_init__(self)
+        _check(
+            0 <= self.attention < len(self.channels),
+            f"attention={self.attention}: expected the number of a level, counted from 0",
+        )
         _check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay}: expected 0 up to 1")
         total = self.drop_text + self.short_text
         _check(
@@ -100,7 +106,6 @@ class BaseConfig:
     towers: TowersConfig = field(default_factory=TowersConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     device: str = "auto"
-    mixed_precision: Literal["no", "bf16"] = "no"
     threads: int = 0  # of torch on the CPU; 0: $OMP_NUM_THREADS, else all cores
     checkpointing_steps: int = 200
     preview_steps: int = 500  # steps between two rows of pictures on the page

@@ -79,7 +79,7 @@ class Autoencoder(Part):
         images = self._crops(step, positions, numbers).to(device)
         shape = (4, *(side // 2 ** (len(settings.channels) - 1) for side in images.shape[-2:]))
         noise = torch.stack([draws.normal(shape, self.seed, "vae_noise", p) for p in positions])
-        with self.accelerator.autocast():
+        with self.autocast():
             decoded, kl = self._model(images, noise.to(device))
         decoded = decoded.float()
         error = F.l1_loss(decoded, images)

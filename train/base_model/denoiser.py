@@ -107,7 +107,7 @@ class Denoiser(Part):
         noisy = self._noising.add_noise(latents, noise, timesteps)
         velocity = self.settings.prediction_type == "v_prediction"
         target = self._noising.get_velocity(latents, noise, timesteps) if velocity else noise
-        with self.accelerator.autocast():
+        with self.autocast():
             predicted = self._model(noisy, timesteps, states.to(device).float(), return_dict=False)[
                 0
             ]
@@ -193,12 +193,13 @@ def make_denoiser(settings: DenoiserConfig, spec: ModelSpec, side: int) -> Any:
     """Makes a UNet2DConditionModel with random weights. side: of the latents."""
     import diffusers
 
-    levels = len(settings.channels)
+    plain = settings.attention
+    attending = len(settings.channels) - plain
     return diffusers.UNet2DConditionModel(
         sample_size=side,
         block_out_channels=settings.channels,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
-        up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
+        down_block_types=(*("DownBlock2D",) * plain, *("CrossAttnDownBlock2D",) * attending),
+        up_block_types=(*("CrossAttnUpBlock2D",) * attending, *("UpBlock2D",) * plain),
         layers_per_block=settings.layers,
         cross_attention_dim=spec.cross_attention_dim,
         attention_head_dim=settings.heads,  # diffusers' name for the number of heads

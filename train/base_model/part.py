@@ -105,6 +105,11 @@ class Part(ABC):
             falling = min(1.0, (self.steps - step + 1) / (settings.decay * self.steps))
         return settings.learning_rate * rising * falling
 
+    def autocast(self) -> torch.autocast:
+        """Returns a context in which operations are in bfloat16 if the settings say so."""
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.settings.bf16)
+
     def optimize(self, optimizer: Any, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         """Takes an optimizer's step on a loss, with gradients of at most unit norm."""
         optimizer.zero_grad()

@@ -89,7 +89,7 @@ def _accelerator(config: BaseConfig) -> Accelerator:
     from accelerate import Accelerator
 
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision)
+    return Accelerator(cpu=on_cpu)
 
 
 class _Run:

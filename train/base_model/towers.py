@@ -71,7 +71,7 @@ class Towers(Part):
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         others = [self._other(*each) for each in zip(positions, numbers, strict=True)]
-        with self.accelerator.autocast():
+        with self.autocast():
             losses: Tensor = self._model(*self._inputs(list(numbers), others))
         self.optimize(self._optimizer, losses.sum(), [*self._clip.parameters()])
         return losses.detach()
