@@ -190,7 +190,8 @@ class Adapter:
         """Sets the weight of the ID tokens' attention, or of single parts: `identity` is that
         weight, a region's word the weight of its image in its token. Parts that aren't named stay.
 
-        Raises ConfigError for an unknown part or a negative weight.
+        Raises ConfigError for an unknown part or a negative weight, and for one other than 0 and 1
+        of what the adapter lacks.
         """
         parts = scale if isinstance(scale, Mapping) else {"identity": scale}
         for name, value in parts.items():
@@ -200,6 +201,12 @@ class Adapter:
                 )
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ConfigError(f"scale of {name}: {value!r}; expected a number of at least 0")
+            part = "projector" if name == "identity" else "facial_encoder"
+            if not self.model.spec.has(part) and value not in (0, 1):
+                raise ConfigError(
+                    f"scale of {name}: {value!r} has no effect, since the adapter has no {part}; "
+                    "expected 0 or 1, or another adapter"
+                )
         self.strength |= {name: float(v) for name, v in parts.items() if name != "identity"}
         if "identity" in parts:
             self.model.set_scale(parts["identity"])
@@ -292,7 +299,8 @@ class Adapter:
     @contextmanager
     def _encoders_on(self, device: torch.device) -> Iterator[None]:
         modules = [getattr(self.model, name) for name in _ENCODERS]
-        before = next(modules[0].parameters()).device
+        weights = (weight for module in modules for weight in module.parameters())
+        before = next((weight.device for weight in weights), device)
         for module in modules:
             module.to(device)
         try:
