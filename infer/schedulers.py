@@ -68,8 +68,8 @@ def make_scheduler(name: str, base: Any, options: Mapping[str, Any] | None = Non
     if base.config.get(_ZERO_SNR) and _ZERO_SNR not in parameters:
         able = [each for each in known_schedulers() if _has_option(each, _ZERO_SNR)]
         raise ConfigError(
-            f"scheduler={name} has no noise with a signal-to-noise ratio of 0, with which this base "
-            f"model was trained ({_ZERO_SNR}); choose one of {', '.join(able)}"
+            f"scheduler={name} has no noise with a signal-to-noise ratio of 0, which this base "
+            f"model was trained with ({_ZERO_SNR}); choose one of {', '.join(able)}"
         )
     for option in options or {}:
         if option not in parameters:
