@@ -42,9 +42,11 @@ _COMPANIONS: Final = ("dataset.yaml", "unet")  # which the trainer writes beside
 _SECTIONS: Final = ("down_blocks", "up_blocks", "mid_block")  # diffusers' order of processors
 
 # Widths of the UNet's transformer blocks and how many in a row have them, in diffusers' order of
-# attention processors: down, up, mid. Each block has two processors.
+# attention processors: down, up, mid. Each block has two processors. The UNet of small is that of
+# configs.base_model.DenoiserConfig's defaults.
 _BLOCKS: Final = {
     "tiny": ((48, 1), (96, 1), (96, 2), (48, 2), (96, 1)),
+    "small": ((128, 1), (192, 1), (192, 2), (128, 2), (192, 1)),
     "sd15": ((320, 2), (640, 2), (1280, 2), (1280, 3), (640, 3), (320, 3), (1280, 1)),
     "sdxl": ((640, 4), (1280, 20), (1280, 30), (640, 6), (1280, 10)),
 }
