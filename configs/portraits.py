@@ -14,10 +14,10 @@ class AdaptedModelConfig:
     a run with a different adapter fail.
     """
 
-    spec: Literal["auto", "tiny", "sd15", "sdxl"] = "auto"
+    spec: Literal["auto", "tiny", "small", "sd15", "sdxl"] = "auto"
     mode: Literal["auto", "corrected", "legacy"] = "auto"
-    # hub id or folder in diffusers layout; "": the spec's default (tiny: base/ beside the adapter's
-    # folder)
+    # hub id or folder in diffusers layout; "": the spec's default (tiny, small: base/ beside the
+    # adapter's folder)
     base: str = ""
     # hub id or folder; "": image_encoder/ of a local base, else the spec's default
     image_encoder: str = ""
@@ -74,6 +74,7 @@ class InferConfig:
     # share of the steps, else a number of steps
     start_merge_step: float = 0.6
     guidance_scale: float = 5.0
+    # pixels; diffusers' pipelines take multiples of 8, whatever the base's VAE scales by
     height: int = 768
     width: int = 512
     num_images_per_prompt: int = 1

@@ -163,7 +163,7 @@ class GlobalPassConfig:
 class ReviewConfig:
     """The review of captions. `spec` and `mode` must be those that the trainer will use."""
 
-    spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
+    spec: Literal["tiny", "small", "sd15", "sdxl"] = "sd15"
     mode: Literal["corrected", "legacy"] = "corrected"
     # a run fails if more than this share of its records is not trainable, 0 to 1: without caption,
     # since the captioner failed, or without a fused region

@@ -44,7 +44,9 @@ class LossConfig:
 
     facial_weight: float = 0.01  # of the facial attention localisation loss (paper, section 3.3)
     mask_loss_prob: float = 0.5  # share of batches whose loss excludes the background
-    snr_gamma: float = 0.0  # 0: no min-SNR weighting
+    # 0: no min-SNR weighting. For a base that predicts velocity, the weights fall with the SNR: if
+    # its noise reaches an SNR of 0, the last 300 of 1,000 timesteps have 2 % of all weights
+    snr_gamma: float = 0.0
     # shares of samples trained without text, without identity, without both
     drop_text: float = 0.05
     drop_identity: float = 0.05
@@ -67,12 +69,22 @@ class LossConfig:
 class ModelConfig:
     """Which model to train, and where its frozen parts come from."""
 
-    spec: Literal["tiny", "sd15", "sdxl"] = "sd15"
+    spec: Literal["tiny", "small", "sd15", "sdxl"] = "sd15"
     mode: Literal["corrected", "legacy"] = "corrected"
-    # hub id or folder in diffusers layout; "": the spec's default (tiny: created locally)
+    # parts of the adapter that are left out, to see what they are for: docs/training.md
+    without: tuple[Literal["projector", "facial_encoder", "lora"], ...] = ()
+    # hub id or folder in diffusers layout; "": the spec's default (tiny: created locally; small:
+    # none, give the output of python -m train.base_model)
     base: str = ""
     image_encoder: str = ""  # hub id or folder; "": the spec's default
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(
+            len(set(self.without)) < 3,
+            f"model.without={list(self.without)}: expected at most two, since nothing is left to "
+            "train",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +148,8 @@ class TrainConfig:
     adapter: str = ""
     # train the UNet too; for the tiny base, which starts from random weights
     train_base: bool = False
-    resolution: int = 512  # pixels, a multiple of 8
+    # pixels, a multiple of what the base's VAE and UNet scale by together: 64 for Stable Diffusion
+    resolution: int = 512
     global_batch_size: int = 16  # samples of a step, over all processes, as in the paper
     # most samples that a process takes through the model together; what is left of its share of
     # the global batch follows in further micro-batches before the weights change
@@ -193,7 +206,6 @@ class TrainConfig:
         _check(0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share}: expected 0 to 1")
         _check(0 <= self.pair_prob <= 1, f"pair_prob={self.pair_prob}: expected 0 to 1")
         _check_sources(self.data)
-        _check(self.resolution % 8 == 0, f"resolution={self.resolution}: expected a multiple of 8")
 
 
 def _check_sources(data: tuple[DataSource, ...]) -> None:

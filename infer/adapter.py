@@ -35,6 +35,7 @@ logger = logging.getLogger("consistentid")
 DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
 _REMEMBERED: Final = 16  # people
 _ENCODERS: Final = ("image_proj_model", "FacialEncoder")
+_PART_OF: Final = {"identity": "projector", **dict.fromkeys(REGION_WORDS, "facial_encoder")}
 _ATTRIBUTE: Final = "consistentid_adapter"  # of a UNet that has one
 _CACHES: Final = ("_people", "_texts", "_notices", "_read", "_tokenizer", "zero_states")
 
@@ -190,16 +191,17 @@ class Adapter:
         """Sets the weight of the ID tokens' attention, or of single parts: `identity` is that
         weight, a region's word the weight of its image in its token. Parts that aren't named stay.
 
-        Raises ConfigError for an unknown part or a negative weight.
+        Raises ConfigError for an unknown part, and for a weight that is negative or, of what the
+        adapter lacks, not 0 or 1.
         """
         parts = scale if isinstance(scale, Mapping) else {"identity": scale}
         for name, value in parts.items():
-            if name != "identity" and name not in REGION_WORDS:
-                raise ConfigError(
-                    f"scale of {name!r}: expected one of identity, {', '.join(REGION_WORDS)}"
-                )
+            if name not in _PART_OF:
+                raise ConfigError(f"scale of {name!r}: expected one of {', '.join(_PART_OF)}")
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ConfigError(f"scale of {name}: {value!r}; expected a number of at least 0")
+            if not self.model.spec.has(part := _PART_OF[name]) and value not in (0, 1):
+                raise ConfigError(f"scale of {name}: {value!r}; without {part}, expected 0 or 1")
         self.strength |= {name: float(v) for name, v in parts.items() if name != "identity"}
         if "identity" in parts:
             self.model.set_scale(parts["identity"])
@@ -292,7 +294,7 @@ class Adapter:
     @contextmanager
     def _encoders_on(self, device: torch.device) -> Iterator[None]:
         modules = [getattr(self.model, name) for name in _ENCODERS]
-        before = next(modules[0].parameters()).device
+        before = next((w.device for module in modules for w in module.parameters()), device)
         for module in modules:
             module.to(device)
         try:

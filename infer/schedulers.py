@@ -14,6 +14,7 @@ from typing import Any, Final
 from configs.errors import ConfigError
 
 _SUFFIX: Final = "Scheduler"
+_ZERO_SNR: Final = "rescale_betas_zero_snr"  # an option of diffusers' schedulers
 _OTHER_MODELS: Final = ("CogVideoX", "EDM", "Helios", "SCM", "UnCLIP")
 
 
@@ -56,13 +57,20 @@ def make_scheduler(name: str, base: Any, options: Mapping[str, Any] | None = Non
     """Makes the scheduler with that class name and the noise schedule of `base`.
 
     base: the base model's own scheduler. options: settings that differ from it, for example
-    use_karras_sigmas. Raises ConfigError as `check_scheduler` does, and for an unknown option.
+    use_karras_sigmas. Raises ConfigError as `check_scheduler` does, for an unknown option, and for
+    a scheduler that can't have noise up to a signal-to-noise ratio of 0 if the base has.
     """
     import diffusers
 
     check_scheduler(name)
     kind = getattr(diffusers, name)
     parameters = inspect.signature(kind).parameters
+    if base.config.get(_ZERO_SNR) and _ZERO_SNR not in parameters:
+        able = [each for each in known_schedulers() if _has_option(each, _ZERO_SNR)]
+        raise ConfigError(
+            f"scheduler={name} has no noise with a signal-to-noise ratio of 0, which this base "
+            f"model was trained with ({_ZERO_SNR}); choose one of {', '.join(able)}"
+        )
     for option in options or {}:
         if option not in parameters:
             close = difflib.get_close_matches(option, parameters, 3, cutoff=0.4)
@@ -106,8 +114,12 @@ def _installed(name: str) -> bool:
 
 def _suits(name: str) -> bool:
     """Returns whether a scheduler of diffusers can sample Stable Diffusion."""
-    import diffusers
-
     if not _installed(name) or name.startswith(_OTHER_MODELS) or name.endswith(f"Inverse{_SUFFIX}"):
         return False
-    return "prediction_type" in inspect.signature(getattr(diffusers, name)).parameters
+    return _has_option(name, "prediction_type")
+
+
+def _has_option(name: str, option: str) -> bool:
+    import diffusers
+
+    return option in inspect.signature(getattr(diffusers, name)).parameters

@@ -86,21 +86,26 @@ class LoRALinear(nn.Module):
         return (weight.float() + delta.to(weight.device)).to(weight.dtype)
 
 
+def _lora(spec: ModelSpec, in_dim: int, out_dim: int) -> LoRALinear | None:
+    return LoRALinear(in_dim, out_dim, spec.lora_rank) if spec.has("lora") else None
+
+
 class LoRASelfAttention(nn.Module):
     """Processor of attn1: self-attention with LoRA on the q, k, v and output projections.
 
-    hook: the layer's name if the localisation loss reads its scores, else "".
+    hidden, context: width of the queries and of the tokens that are attended to. hook: the layer's
+    name if the localisation loss reads its scores, else "".
     """
 
-    def __init__(self, hidden: int, context: int, rank: int, hook: str = "") -> None:
+    def __init__(self, hidden: int, context: int, spec: ModelSpec, hook: str = "") -> None:
         super().__init__()
         self.hook = hook
         # While the LoRA is merged: the attention's own weights, on the CPU.
         self._unmerged: list[Tensor] = []
-        self.to_q_lora = LoRALinear(hidden, hidden, rank)
-        self.to_k_lora = LoRALinear(context, hidden, rank)
-        self.to_v_lora = LoRALinear(context, hidden, rank)
-        self.to_out_lora = LoRALinear(hidden, hidden, rank)
+        self.to_q_lora = _lora(spec, hidden, hidden)
+        self.to_k_lora = _lora(spec, context, hidden)
+        self.to_v_lora = _lora(spec, context, hidden)
+        self.to_out_lora = _lora(spec, hidden, hidden)
 
     def __call__(
         self,
@@ -142,9 +147,9 @@ class LoRASelfAttention(nn.Module):
     def merged(self) -> bool:
         return bool(self._unmerged)
 
-    def _linear(self, linear: nn.Module, lora: LoRALinear, x: Tensor) -> Tensor:
+    def _linear(self, linear: nn.Module, lora: LoRALinear | None, x: Tensor) -> Tensor:
         base: Tensor = linear(x)
-        return base if self._unmerged else base + lora(x)
+        return base if lora is None or self._unmerged else base + lora(x)
 
     @staticmethod
     def _heads(attn: Any, x: Tensor) -> Tensor:
@@ -158,6 +163,7 @@ class LoRASelfAttention(nn.Module):
             (linear.get_base_layer().weight if hasattr(linear, "get_base_layer") else linear.weight,
              lora)
             for linear, lora in zip(linears, loras, strict=True)
+            if lora is not None
         ]  # fmt: skip
 
     @torch.no_grad()
@@ -205,18 +211,17 @@ class LoRASelfAttention(nn.Module):
 class IdentityCrossAttention(LoRASelfAttention):
     """Processor of attn2: attention over the text plus `scale` times attention over the ID tokens.
 
-    The last `num_tokens` tokens of the context are the ID tokens. With scale 0 only the text is
-    attended to.
+    The last `num_tokens` tokens of the context are the ID tokens. With scale 0, and for a spec
+    without projector, only the text is attended to: of tokens that are zero, the values are too.
     """
 
-    def __init__(
-        self, hidden: int, context: int, rank: int, num_tokens: int, hook: str = ""
-    ) -> None:
-        super().__init__(hidden, context, rank, hook)
-        self.num_tokens = num_tokens
+    def __init__(self, hidden: int, context: int, spec: ModelSpec, hook: str = "") -> None:
+        super().__init__(hidden, context, spec, hook)
+        self.num_tokens = spec.num_tokens
         self.scale = 1.0
-        self.to_k_ip = nn.Linear(context, hidden, bias=False)
-        self.to_v_ip = nn.Linear(context, hidden, bias=False)
+        has_identity = spec.has("projector")
+        self.to_k_ip = nn.Linear(context, hidden, bias=False) if has_identity else None
+        self.to_v_ip = nn.Linear(context, hidden, bias=False) if has_identity else None
 
     def _attend(
         self,
@@ -228,7 +233,7 @@ class IdentityCrossAttention(LoRASelfAttention):
     ) -> Tensor:
         text, identity = context[:, : -self.num_tokens], context[:, -self.num_tokens :]
         attended = super()._attend(attn, query, text, mask, region_scores)
-        if self.scale == 0.0:
+        if self.scale == 0.0 or self.to_k_ip is None or self.to_v_ip is None:
             return attended
         identity = identity.to(self.to_k_ip.weight.dtype)
         key = self._heads(attn, self.to_k_ip(identity)).to(query.dtype)
@@ -259,13 +264,13 @@ def install_processors(unet: Any, spec: ModelSpec, mode: Mode) -> nn.ModuleList:
         )
         hook = path if hooked else ""
         if path.endswith("attn1"):
-            processors[name] = LoRASelfAttention(hidden, context, spec.lora_rank, hook)
+            processors[name] = LoRASelfAttention(hidden, context, spec, hook)
             continue
-        cross = IdentityCrossAttention(hidden, context, spec.lora_rank, spec.num_tokens, hook)
-        with torch.no_grad():
-            cross.to_k_ip.weight.copy_(attn.to_k.weight)
-            cross.to_v_ip.weight.copy_(attn.to_v.weight)
-        processors[name] = cross
+        processors[name] = cross = IdentityCrossAttention(hidden, context, spec, hook)
+        if cross.to_k_ip is not None and cross.to_v_ip is not None:
+            with torch.no_grad():
+                cross.to_k_ip.weight.copy_(attn.to_k.weight)
+                cross.to_v_ip.weight.copy_(attn.to_v.weight)
     unet.set_attn_processor(dict(processors))  # a copy, because diffusers empties its argument
     return nn.ModuleList(processors.values())
 

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from configs.errors import WeightsError
 from model.consistentid import ConsistentID
-from model.spec import PUBLISHED_EMBEDDER, SPECS, Embedder, ModelSpec, spec_from_json
+from model.spec import (
+    PUBLISHED_EMBEDDER,
+    SPECS,
+    Embedder,
+    ModelSpec,
+    spec_from_json,
+    spec_to_json,
+)
 from model.weights_file import beside, check_fit, read_weights, summary_of, write_atomically
 from stages.regions import Mode
 
@@ -96,7 +103,7 @@ def write_adapter(
         **config,
         "format": FORMAT,
         "mode": mode,
-        "spec": asdict(spec),
+        "spec": spec_to_json(spec),
         "versions": {name: str(version) for name, version in versions.items()},
     }
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -138,7 +145,7 @@ def read_adapter(source: Path) -> AdapterFile:
         ) from error
     return AdapterFile(
         source=source,
-        state=_state(read_weights(weights), weights),
+        state=_state(read_weights(weights), weights, spec),
         spec=spec,
         mode=mode,
         embedder=embedder,
@@ -175,14 +182,19 @@ def published_adapter(weights: Mapping[str, Tensor], path: Path) -> AdapterFile:
 def load_adapter(source: Path | AdapterFile, model: ConsistentID) -> dict[str, Any]:
     """Loads a checkpoint into a model of the same spec and mode, and returns its config.
 
-    Raises WeightsError if the modes differ, or if keys are missing, unexpected or of another
-    shape; the message names the first of them.
+    Raises WeightsError if the modes or the parts differ, or if keys are missing, unexpected or of
+    another shape; the message names the first of them.
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter(source)
     if adapter.mode != model.mode:
         raise WeightsError(
             f"{adapter.source}: the checkpoint was made in {adapter.mode} mode, the model in "
             f"{model.mode}; set model.mode={adapter.mode}"
+        )
+    if adapter.spec.without != model.spec.without:
+        raise WeightsError(
+            f"{adapter.source}: the checkpoint lacks {_listed(adapter.spec)}, the model lacks "
+            f"{_listed(model.spec)}; set model.without=[{','.join(adapter.spec.without)}]"
         )
     _check_adapter(adapter, model)
     model.load_state_dict(adapter.state, strict=True)
@@ -241,6 +253,10 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
+def _listed(spec: ModelSpec) -> str:
+    return ", ".join(spec.without) or "no part"
+
+
 def _check_adapter(adapter: AdapterFile, model: ConsistentID) -> None:
     if fault := check_fit(adapter.state, model.state_dict()):
         raise WeightsError(
@@ -249,18 +265,33 @@ def _check_adapter(adapter: AdapterFile, model: ConsistentID) -> None:
         )
 
 
-def _state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Returns the weights under the current prefixes. Raises WeightsError for other prefixes."""
-    heads = dict.fromkeys(key.partition(".")[0] for key in weights)
-    if sorted(_ALIASES.get(head, head) for head in heads) != sorted(PREFIXES):
+def _prefixes(spec: ModelSpec | None) -> list[str]:
+    """Returns the PREFIXES under which an adapter has weights. None: it has all parts."""
+    parts = (("projector",), ("facial_encoder",), ("projector", "lora"))
+    return [
+        prefix
+        for prefix, any_of in zip(PREFIXES, parts, strict=True)
+        if spec is None or any(spec.has(part) for part in any_of)
+    ]
+
+
+def _state(
+    weights: Mapping[str, Tensor], path: Path, spec: ModelSpec | None = None
+) -> dict[str, Tensor]:
+    """Returns the weights under the current prefixes. Raises WeightsError for other prefixes than
+    those of the spec.
+    """
+    heads, expected = dict.fromkeys(key.partition(".")[0] for key in weights), _prefixes(spec)
+    if sorted(_ALIASES.get(head, head) for head in heads) != sorted(expected):
         kind = next((name for head, name in _FOREIGN.items() if head in heads), "")
         if {"unet", "FacialEncoder"} <= heads.keys():
             kind = "a training state, of which python -m model.convert makes an adapter"
         elif not kind and any("lora" in key for key in weights):
             kind = "a LoRA"
         raise WeightsError(
-            f"{path}: holds {summary_of(list(heads))}; expected {', '.join(PREFIXES)} (image_proj "
-            "is accepted as the first), each once. Name a ConsistentID adapter"
+            f"{path}: holds {summary_of(list(heads))}; expected {', '.join(expected)}"
+            f"{' (image_proj is accepted as the first)' if PREFIXES[0] in expected else ''}, each "
+            "once. Name a ConsistentID adapter"
             f"{f'; this looks like {kind}' if kind else ', not a base model or a LoRA'}."
         )
     parts = {key: key.partition(".") for key in weights}

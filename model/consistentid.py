@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from configs.errors import WeightsError
 from model.attention import IdentityCrossAttention, RegionScores, install_processors
 from model.conditions import ConditionBatch
-from model.facial_encoder import FacialEncoder
-from model.projector import IdentityProjector
+from model.facial_encoder import facial_encoder
+from model.projector import identity_projector
 from model.prompt import add_marks
 from model.spec import ModelSpec
 from stages.regions import Mode
@@ -237,8 +237,9 @@ class ConsistentID(nn.Module):
     """The adapter: ID projector, facial encoder, and the attention processors, put into `unet`.
 
     The attributes have the names of the published weights' prefixes. The processors are modules of
-    the UNet as well, so `unet.parameters()` contains them. Raises WeightsError if the UNet's text
-    tokens have another width than the spec's.
+    the UNet as well, so `unet.parameters()` contains them. Parts that the spec is without have
+    neither parameters nor an effect. Raises WeightsError if the UNet's text tokens have another
+    width than the spec's.
     """
 
     def __init__(self, spec: ModelSpec, unet: Any, mode: Mode) -> None:
@@ -251,13 +252,13 @@ class ConsistentID(nn.Module):
             )
         self.spec = spec
         self.mode: Mode = mode
-        self.image_proj_model = IdentityProjector(spec)
-        self.FacialEncoder = FacialEncoder(spec)
+        self.image_proj_model = identity_projector(spec)
+        self.FacialEncoder = facial_encoder(spec)
         self.adapter_modules = install_processors(unet, spec, mode)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.image_proj_model.norm.weight.dtype
+        return next(self.parameters()).dtype
 
     def set_scale(self, scale: float) -> None:
         """Sets the weight of the ID attention in every layer: 1 as in training, 0 for none."""
@@ -309,12 +310,8 @@ class ConsistentID(nn.Module):
 
     def prepare(self, features: Features) -> Tensor:
         """Returns `encoder_hidden_states` (B, 81, C): the fused text, then the ID tokens."""
-        text = self.FacialEncoder(
-            features.text_hidden.to(self.dtype),
-            features.region_hidden.to(self.dtype),
-            features.token_mask,
-            features.token_valid,
-        )
+        regions = self.region_tokens(features.region_hidden)
+        text = self.fuse(features.text_hidden, regions, features.token_mask, features.token_valid)
         return torch.cat(
             (text, self.encode_identity(features.identity, features.clip_hidden)), dim=1
         )

@@ -117,3 +117,23 @@ class FacialEncoder(nn.Module):
         if strength is not None:
             fused = torch.lerp(text, fused, strength.gather(1, order)[..., None].to(fused.dtype))
         return text_hidden.scatter(1, index, torch.where(valid, fused.to(text.dtype), text))
+
+
+class NoFacialEncoder(nn.Module):
+    """In the place of a FacialEncoder that the adapter lacks: texts stay as they are."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.width = spec.cross_attention_dim
+
+    def region_tokens(self, region_hidden: Tensor) -> Tensor:
+        """Hidden states of region images (B, R, N, V) → zeros (B, R, C)."""
+        return region_hidden.new_zeros(*region_hidden.shape[:2], self.width)
+
+    def fuse(self, text_hidden: Tensor, *_: Tensor | None) -> Tensor:
+        return text_hidden
+
+
+def facial_encoder(spec: ModelSpec) -> FacialEncoder | NoFacialEncoder:
+    """Makes the facial encoder of a spec, or what takes its place."""
+    return FacialEncoder(spec) if spec.has("facial_encoder") else NoFacialEncoder(spec)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +32,9 @@ from model.checkpoint import (
     read_adapter,
     write_adapter,
 )
-from model.facial_encoder import FacialEncoder
-from model.projector import IdentityProjector
-from model.spec import ModelSpec
+from model.facial_encoder import facial_encoder
+from model.projector import identity_projector
+from model.spec import PARTS, ModelSpec
 from model.weights_file import check_fit, read_weights, write_atomically
 
 _TRAINING_STATES: Final = ("model.safetensors", "pytorch_model.bin")  # accelerate's names
@@ -42,9 +42,11 @@ _COMPANIONS: Final = ("dataset.yaml", "unet")  # which the trainer writes beside
 _SECTIONS: Final = ("down_blocks", "up_blocks", "mid_block")  # diffusers' order of processors
 
 # Widths of the UNet's transformer blocks and how many in a row have them, in diffusers' order of
-# attention processors: down, up, mid. Each block has two processors.
+# attention processors: down, up, mid. Each block has two processors. The UNet of small is that of
+# configs.base_model.DenoiserConfig's defaults.
 _BLOCKS: Final = {
     "tiny": ((48, 1), (96, 1), (96, 2), (48, 2), (96, 1)),
+    "small": ((128, 1), (192, 1), (192, 2), (128, 2), (192, 1)),
     "sd15": ((320, 2), (640, 2), (1280, 2), (1280, 3), (640, 3), (320, 3), (1280, 1)),
     "sdxl": ((640, 4), (1280, 20), (1280, 30), (640, 6), (1280, 10)),
 }
@@ -69,19 +71,19 @@ def expected_state(spec: ModelSpec) -> dict[str, Tensor]:
             f"the adapter is for model {spec.name!r}; only those for {', '.join(_BLOCKS)} can be "
             "converted"
         )
-    width, rank = spec.cross_attention_dim, spec.lora_rank
+    width = spec.cross_attention_dim
     with torch.device("meta"):
         processors = nn.ModuleList(
             processor
             for hidden, count in _BLOCKS[spec.name]
             for _ in range(count)
             for processor in (
-                LoRASelfAttention(hidden, hidden, rank),
-                IdentityCrossAttention(hidden, width, rank, spec.num_tokens),
+                LoRASelfAttention(hidden, hidden, spec),
+                IdentityCrossAttention(hidden, width, spec),
             )
         )
         parts = zip(
-            PREFIXES, (IdentityProjector(spec), FacialEncoder(spec), processors), strict=True
+            PREFIXES, (identity_projector(spec), facial_encoder(spec), processors), strict=True
         )
         return {
             f"{prefix}.{key}": value
@@ -166,8 +168,9 @@ def cast(adapter: AdapterFile, dtype: torch.dtype | None) -> AdapterFile:
 
 def write_published(adapter: AdapterFile, target: Path) -> None:
     """Writes a `.bin` as the published ones: the projector's key is `image_proj` for SD 1.5, and
-    `image_proj_model` for SDXL.
+    `image_proj_model` for SDXL. Raises WeightsError for an adapter that lacks parts.
     """
+    _check_parts(adapter, PARTS, "the published form")
     nested = _nested(adapter.state)
     content = {
         "FacialEncoder": nested["FacialEncoder"],
@@ -191,9 +194,10 @@ def write_ip_adapter(adapter: AdapterFile, target: Path) -> None:
 
 
 def faceid_plus(adapter: AdapterFile) -> AdapterFile:
-    """Returns the adapter without its facial encoder. Raises WeightsError for a projector of other
-    sizes than FaceID-Plus has.
+    """Returns the adapter without its facial encoder; it may lack that and the LoRA. Raises
+    WeightsError without projector, and for one of other sizes than FaceID-Plus has.
     """
+    _check_parts(adapter, ("projector",), "IP-Adapter's FaceID-Plus form")
     spec = adapter.spec
     wrong = [
         f"{name} {getattr(spec, name)}, expected {value}"
@@ -248,6 +252,15 @@ def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
         raise ConfigError(
             f"{target} holds {', '.join(others[:4])}, which are no part of an adapter, and is not "
             "overwritten; name another TARGET."
+        )
+
+
+def _check_parts(adapter: AdapterFile, needed: Sequence[str], form: str) -> None:
+    """Raises WeightsError for an adapter that lacks one of the parts that a form has."""
+    if lacking := [part for part in needed if not adapter.spec.has(part)]:
+        raise WeightsError(
+            f"{adapter.source}: the adapter has no {', no '.join(lacking)}, and {form} can't state "
+            "that. Convert it with --to adapter, or convert an adapter with all parts."
         )
 
 

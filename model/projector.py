@@ -118,3 +118,21 @@ class IdentityProjector(nn.Module):
         tokens = self.norm(self.proj(identity).reshape(len(identity), self.num_tokens, -1))
         resampled: Tensor = self.perceiver_resampler(tokens, clip_hidden)
         return tokens + scale * resampled if shortcut else resampled
+
+
+class NoProjector(nn.Module):
+    """In the place of an IdentityProjector that the adapter lacks: ID tokens (B, T, C) of zeros."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.shape = (spec.num_tokens, spec.cross_attention_dim)
+
+    def forward(
+        self, identity: Tensor, clip_hidden: Tensor, *, shortcut: bool, scale: float = 1.0
+    ) -> Tensor:
+        return identity.new_zeros(len(identity), *self.shape)
+
+
+def identity_projector(spec: ModelSpec) -> IdentityProjector | NoProjector:
+    """Makes the ID projector of a spec, or what takes its place."""
+    return IdentityProjector(spec) if spec.has("projector") else NoProjector(spec)

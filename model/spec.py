@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, fields
-from typing import Final, get_type_hints
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, Final, get_type_hints
 
 from stages.regions import Mode
 
 __all__ = [
+    "PARTS",
     "PUBLISHED_EMBEDDER",
     "SPECS",
     "TOKEN_LIMIT",
@@ -17,8 +19,10 @@ __all__ = [
     "ModelSpec",
     "spec_from_json",
     "spec_named",
+    "spec_to_json",
 ]
 
+PARTS: Final = ("projector", "facial_encoder", "lora")  # that an adapter may lack
 TOKEN_LIMIT: Final = 77  # CLIP's text length, BOS and EOS included
 _LARGEST: Final = 65_536  # of a size in a spec; a larger one is a damaged file
 _DEEPEST: Final = 64  # of a depth, so that a damaged file doesn't cost minutes
@@ -60,7 +64,10 @@ class ModelSpec:
     the resampler's output to the projected identity, in place of returning it alone (the
     reference's `ProjPlusModel`; the published weights differ in this). detail_prefix: what legacy
     mode puts between prompt and facial description. template: the facial description at inference;
-    corrected mode uses it only where the record has none.
+    corrected mode uses it only where the record has none. without: the PARTS that the adapter
+    doesn't have, in their order. Without projector the ID tokens are zero and there is no ID
+    attention; without facial_encoder the regions' nouns keep their text tokens; without lora the
+    attention has the base's projections. Raises ValueError for other names, or all of the parts.
     """
 
     name: str
@@ -83,6 +90,20 @@ class ModelSpec:
     two_text_encoders: bool = False
     detail_prefix: str = "Detail:"
     template: str = "The person has one face, one nose, two eyes, two ears, and one mouth."
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.without if part not in PARTS]
+        if unknown or len(set(self.without)) == len(PARTS):
+            raise ValueError(
+                f"without is {list(self.without)}, expected some of {', '.join(PARTS)}, not all"
+            )
+        ordered = tuple(part for part in PARTS if part in self.without)
+        object.__setattr__(self, "without", ordered)
+
+    def has(self, part: str) -> bool:
+        """Whether the adapter has one of the PARTS."""
+        return part not in self.without
 
     @property
     def projector_heads(self) -> int:
@@ -156,15 +177,24 @@ SPECS: Final[dict[str, ModelSpec]] = {
 }
 
 
-def spec_named(name: str) -> ModelSpec:
-    """Returns the variant with that name. Raises ValueError if there is none."""
+def spec_named(name: str, without: Iterable[str] = ()) -> ModelSpec:
+    """Returns the variant with that name, without some of its PARTS. Raises ValueError if there is
+    none, or for what `without` can't be.
+    """
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(SPECS)}")
-    return SPECS[name]
+    return replace(SPECS[name], without=tuple(without))
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """Returns the spec's fields for JSON. An empty `without` is left out, so that adapters with all
+    parts can be read by programs that don't have the field.
+    """
+    return {name: v for name, v in asdict(spec).items() if name != "without" or v}
 
 
 def spec_from_json(values: object) -> ModelSpec:
-    """Returns the spec of which `values` is `asdict`, read from JSON.
+    """Returns the spec of which `values` is `spec_to_json`, read from JSON.
 
     A field that has a default may be missing. Raises ValueError, which names the first wrong field,
     its value, and what was expected.
@@ -181,11 +211,12 @@ def spec_from_json(values: object) -> ModelSpec:
         valid = type(value) is types[name]
         if types[name] is int:
             valid = valid and 1 <= value <= _largest(name)
-        elif name == "hooked":
+        elif types[name] == tuple[str, ...]:
             valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if not valid:
             raise ValueError(f"spec.{name} is {_shown(value)}, expected {_expected(name)}")
-    return ModelSpec(**{**values, "hooked": tuple(values["hooked"])})
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return ModelSpec(**{**values, **lists})
 
 
 def _largest(name: str) -> int:

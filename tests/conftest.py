@@ -121,6 +121,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A base of the spec `small`, see tests/bases.py."""
+    from tests.bases import make_small_base
+
+    return shared_folder(
+        tmp_path_factory, "small", lambda folder: make_small_base(folder, tiny_base)
+    )
+
+
+@pytest.fixture(scope="session")
 def poisoned(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
     """The demo's poisoned set, made from the portraits."""
     from pipelines.demo.poison import write_poisoned

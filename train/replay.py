@@ -142,7 +142,7 @@ class _Models:
         self.accelerator = Accelerator(
             cpu=config.model.device == "cpu", mixed_precision=config.mixed_precision
         )
-        spec = spec_named(config.model.spec)
+        spec = spec_named(config.model.spec, config.model.without)
         base = config.model.base or spec.base or str(output / "base")
         self.frozen: Frozen
         self.trained: TrainedModel

@@ -144,12 +144,17 @@ def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
 def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
     """Returns the min-SNR-γ weight of each sample's noise loss, (B,).
 
-    Hang et al. 2023, arXiv 2303.09556, for noise or velocity prediction. timesteps: (B,).
+    Hang et al. 2023, arXiv 2303.09556, for noise or velocity prediction. At an SNR of 0 it is 1 for
+    noise and 0 for velocity. timesteps: (B,).
     """
     alphas_cumprod = schedule.alphas_cumprod[timesteps].float()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     velocity = schedule.config.prediction_type == "v_prediction"
-    weights: Tensor = snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+    weights: Tensor = (
+        snr.clamp(max=gamma) / (snr + 1)
+        if velocity
+        else (torch.full_like(snr, gamma) / snr).clamp(max=1)
+    )
     return weights
 
 

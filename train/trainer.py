@@ -105,7 +105,7 @@ class Trainer:
             watcher.message(message)
         self.order = self.mixture.order(config.seed)
         set_seed(config.seed)
-        self.spec = spec_named(config.model.spec)
+        self.spec = spec_named(config.model.spec, config.model.without)
         self.writer: CheckpointWriter | None = None
         if self.is_main:
             limit = config.checkpoints_total_limit

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from configs.base_model import DenoiserConfig
 from configs.errors import ConfigError
 from model.checkpoint import (
     CONFIG_FILE,
@@ -31,6 +32,7 @@ from model.consistentid import BaseModels, ConsistentID, predict_noise
 from model.convert import Form, Precision, app, convert
 from model.forms import expected_state, read_any, write_published
 from model.spec import PUBLISHED_EMBEDDER, SPECS, ModelSpec
+from train.base_model.denoiser import make_denoiser
 
 TINY = SPECS["tiny"]
 # the sizes that diffusers' class for the projector fixes
@@ -66,13 +68,17 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "tiny"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "small", "tiny"])
 def test_the_expected_keys_are_those_of_an_adapter_on_the_models_unet(
     name: str, loaded_base: BaseModels
 ) -> None:
     spec = SPECS[name]
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS.get(name, loaded_base.unet.config))
+        unet = (
+            make_denoiser(DenoiserConfig(), spec, 16)
+            if name == "small"
+            else UNet2DConditionModel(**UNETS.get(name, loaded_base.unet.config))
+        )
         model = ConsistentID(spec, unet, "legacy").state_dict()
     expected = expected_state(spec)
     assert [*expected] == [*model]

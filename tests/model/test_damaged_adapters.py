@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from configs.errors import WeightsError
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from model.spec import SPECS
+from model.spec import PARTS, SPECS
 
 TINY = SPECS["tiny"]
 PUBLISHED = {
@@ -74,6 +74,9 @@ def without(name: str) -> dict[str, Any]:
         ({"spec": {**asdict(TINY), "base": None}}, "spec.base is None, expected a text"),
         ({"spec": {**asdict(TINY), "hooked": [1]}}, "spec.hooked is [1]"),
         ({"spec": {**asdict(TINY), "depth_2": 1}}, "spec.depth_2 is a field that this version"),
+        ({"spec": {**asdict(TINY), "without": "lora"}}, "spec.without is 'lora', expected a list"),
+        ({"spec": {**asdict(TINY), "without": ["lora", "loss"]}}, "without is ['lora', 'loss'],"),
+        ({"spec": {**asdict(TINY), "without": PARTS}}, "lora'], expected some of projector, fac"),
         ({"embedder": "w600k_r50"}, "embedder is 'w600k_r50', expected an object"),
         ({"embedder": {"name": "w", "sha256": "12"}}, "embedder.sha256 is '12', expected 64"),
         ({"embedder": {"name": 3, "sha256": "9c" * 32}}, "embedder.name is 3"),
@@ -235,7 +238,7 @@ def write_huge(path: Path) -> None:
                 },
                 path,
             ),
-            "ID tokens are 512 wide, expected 128 (tiny), 768 (sd15), 2048 (sdxl)",
+            "ID tokens are 512 wide, expected 128 (tiny), 64 (small), 768 (sd15), 2048 (sdxl)",
         ),
     ],
 )

@@ -100,12 +100,13 @@ class Parts:
     def __init__(self, config: TrainConfig, mixture: Mixture) -> None:
         torch.manual_seed(config.seed)
         self.config = config
+        spec = SPECS[config.model.spec]
         self.frozen: Frozen
         self.trained: TrainedModel
         self.frozen, self.trained = make_models(
-            config, SPECS["tiny"], config.model.base, torch.device("cpu")
+            config, spec, config.model.base, torch.device("cpu")
         )
-        self.preparation = make_preparation(config, SPECS["tiny"], self.frozen)
+        self.preparation = make_preparation(config, spec, self.frozen)
         self.maker = BatchMaker(mixture, mixture.order(config.seed), self.preparation)
         self._random = torch.get_rng_state()
 
