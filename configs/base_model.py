@@ -72,7 +72,8 @@ class DenoiserConfig(PartConfig):
     layers: int = 1
     heads: int = 4
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
-    snr_gamma: float = 5.0  # 0: no min-SNR weighting
+    # min-SNR weighting, 0: none. Of velocity it weighs pure noise, where sampling begins, with 0.
+    snr_gamma: float = 0.0
     ema_decay: float = 0.999
     drop_text: float = 0.1  # share of samples without text, for classifier-free guidance
     short_text: float = 0.4  # share of samples with the first caption only

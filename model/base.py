@@ -1,9 +1,9 @@
 """The small base model that comes with the project, and its pre-trained adapter: model/small.
 
-    README.md      model card
-    files.json     size and sha256 of each file
-    base/          diffusers' layout, half precision
-    adapter/       adapter.safetensors, adapter.json
+README.md      model card
+files.json     size and sha256 of each file
+base/          diffusers' layout, half precision
+adapter/       adapter.safetensors, adapter.json
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def embeddings(people: Path) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """"PERSON/NUMBER" → embeddings of unit norm by ArcFace and SFace."""
+    """ "PERSON/NUMBER" → embeddings of unit norm by ArcFace and SFace."""
     weights = Weights()
     detector, arcface, sface = Scrfd(DETECT, weights), ArcFace(EMBED, weights), SFace(weights)
     result = {}
