@@ -1,4 +1,4 @@
-"""Families of synthetic portraits, made by the command in a process of its own, as in conftest.py."""
+"""Families of synthetic portraits. As in conftest.py, a process of its own makes them."""
 
 from __future__ import annotations
 
