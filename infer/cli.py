@@ -98,12 +98,12 @@ def main(
 
     Exit status: 0 if every portrait was written, 2 for wrong settings, photograph or weights.
     """
-    with _errors():
+    with user_errors():
         _run(_settings(config, photo, identity, prompt, overrides))
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turns an error that the user can correct into a message and exit status 2, Ctrl-C into exit
     status 130.
     """
@@ -151,7 +151,7 @@ def _settings(
 
 
 def _run(settings: InferConfig) -> None:
-    _quieten_libraries()
+    quieten_libraries()
     from infer.schedulers import check_scheduler
 
     check_scheduler(settings.scheduler)
@@ -298,7 +298,7 @@ def _prepare_output(folder: Path, settings: InferConfig) -> None:
         ) from error
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Silences the libraries' messages and progress bars while they load models."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime"):
