@@ -124,13 +124,18 @@ class Adapter:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Takes the adapter out of the UNet for a while; a merged one is merged again."""
+        """Takes the adapter out of the UNet for a while; a merged one is merged again.
+
+        Meanwhile the UNet's pipelines have none, so they are diffusers' own.
+        """
         merged = self.merged
         installed = dict(self.unet.attn_processors)
         self._take_out()
+        delattr(uncompiled(self.unet), _ATTRIBUTE)
         try:
             yield
         finally:
+            setattr(uncompiled(self.unet), _ATTRIBUTE, self)
             with resident(self.unet):
                 self.unet.set_attn_processor(installed)
             if merged:

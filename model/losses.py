@@ -60,18 +60,26 @@ def localisation_errors(scores: Sequence[Tensor], region_masks: Tensor, valid: T
     return torch.stack([_layer_errors(layer, region_masks, valid) for layer in scores]).mean(0)
 
 
-def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
-    scores = scores.float()
+def masks_of_layer(region_masks: Tensor, pixels: int) -> Tensor:
+    """Returns the masks (B, R, H, W) at the size of a layer's attention, (B, pixels, R) in [0, 1].
+
+    Raises ValueError if the layer's pixels don't form an image with the masks' aspect ratio.
+    """
     height, width = region_masks.shape[-2:]
-    rows = round((scores.shape[2] * height / width) ** 0.5)
-    size = (rows, scores.shape[2] // rows)
-    if size[0] * size[1] != scores.shape[2]:
+    rows = round((pixels * height / width) ** 0.5)
+    size = (rows, pixels // rows)
+    if size[0] * size[1] != pixels:
         raise ValueError(
-            f"{scores.shape[2]} pixels of attention don't form an image with the aspect ratio of "
+            f"{pixels} pixels of attention don't form an image with the aspect ratio of "
             f"the {height}×{width} masks; pass the masks at the training resolution"
         )
     masks = F.interpolate(region_masks.float(), size=size, mode="bilinear", antialias=True)
-    inside = masks.flatten(2).transpose(1, 2)[:, None]  # (B, 1, pixels, R)
+    return masks.flatten(2).transpose(1, 2)
+
+
+def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
+    scores = scores.float()
+    inside = masks_of_layer(region_masks, scores.shape[2])[:, None]  # (B, 1, pixels, R)
     outside = 1.0 - inside
     scores = scores / (scores.amax(dim=2, keepdim=True) + _EPSILON)
     mean_outside = (scores * outside).sum(2) / (outside.sum(2) + _EPSILON)
