@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from infer.evaluation.denoising import TIMESTEPS, AdaptedModel, denoised, noisy_samples
-from infer.evaluation.intervals import Interval, interval, mean
+from infer.evaluation.intervals import Interval, interval, mean, ratio
 from infer.evaluation.people import Person
 from model.losses import masks_of_layer
 
@@ -93,6 +93,15 @@ def attention_shares(
             for name, own in by_region.items()
         },
     )
+
+
+def attention_ratio(upper: AttentionShares, lower: AttentionShares, *, seed: int) -> Interval:
+    """Returns the ratio of two adapters' shares on the same samples, with its interval."""
+    means = [
+        {name: mean([*own.values()]) for name, own in shares.people.items()}
+        for shares in (upper, lower)
+    ]
+    return ratio(*means, seed=seed, name="attention, ratio", least=_TINY)
 
 
 def share_inside(scores: Sequence[Tensor], region_masks: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ Recogniser = Literal["arcface", "sface"]
 RECOGNISERS: Final[tuple[Recogniser, ...]] = get_args(Recogniser)
 
 _SHORT_SIDE: Final = 256  # pixels, to which smaller pictures are enlarged
-_PARTS: Final = frozenset({"eyes", "nose", "mouth"})
 _BATCH: Final = 8  # label maps computed together
 
 
@@ -47,8 +46,11 @@ class MeasuredFace:
 
     @property
     def has_parts(self) -> bool:
-        """Whether eyes, nose and mouth are in the label map, near the face."""
-        return self.appearance.regions >= _PARTS
+        """Whether eyes, nose and mouth are in the label map, near the face. Glasses count as eyes,
+        which the parser labels as glasses too.
+        """
+        seen = self.appearance
+        return {"nose", "mouth"} <= seen.regions and ("eyes" in seen.regions or seen.glasses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.errors import ConfigError, ShardError
@@ -111,4 +112,4 @@ def _records(reader: DatasetReader, shards: Mapping[str, int]) -> dict[str, Reco
 
 def _rows(reader: DatasetReader, shard: int, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     table = reader.rows(shard, status=Status.OK)
-    yield from table.filter(pc.is_in(table.column("key"), pc.array(keys))).to_pylist()
+    yield from table.filter(pc.is_in(table.column("key"), pa.array(keys))).to_pylist()

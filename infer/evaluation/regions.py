@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from configs.errors import ConfigError
-from configs.portraits import InferConfig
 from infer.evaluation.faces import FaceMeasurer, MeasuredPicture, enlarged
 from infer.evaluation.intervals import Interval, interval, mean, ratio
 from infer.evaluation.people import of_another
-from infer.evaluation.pictures import painter
+from infer.evaluation.pictures import Painter
 from infer.identity import Identity
-from infer.mixin import ConsistentIDMixin
 from stages.codec import Image
-from stages.regions import LABEL_IDS, REGION_LABELS
+from stages.regions import LABEL_IDS, REGION_LABELS, word_of
 
+_SIDES: Final = ("inside", "outside")
 # A smaller change outside counts as this, in grey levels, so that the ratio is finite.
 _LEAST: Final = 0.01
 
@@ -47,19 +46,18 @@ class PersonRegion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionUse:
     """inside, outside: see RegionChange. ratio: inside to outside; 1 if a region's token changes
-    everything alike.
+    everything alike. None if the region is in nobody's portraits.
     """
 
     region: str
-    inside: Interval
-    outside: Interval
-    ratio: Interval
+    inside: Interval | None
+    outside: Interval | None
+    ratio: Interval | None
     people: tuple[PersonRegion, ...]
 
 
 def region_use(
-    pipe: ConsistentIDMixin,
-    settings: InferConfig,
+    painter_of: Callable[[Identity], Painter],
     people: Mapping[str, Identity],
     region: str,
     prompt: str,
@@ -70,11 +68,11 @@ def region_use(
 ) -> RegionUse:
     """Makes portraits, and again with one region's token of another person; all else is equal.
 
-    people: by name; those without the region are left out. region: a word of REGION_WORDS. Where
-    the text has no noun of the region, nothing changes. Raises ConfigError if fewer than two people
-    have the region, or if it is in no portrait.
+    painter_of: `infer.evaluation.pictures.painter` with pipeline and settings. people: by name;
+    those without the region are left out. region: a word of REGION_WORDS. Where the text has no
+    noun of the region, nothing changes. Raises ConfigError if fewer than two people have it.
     """
-    able = {name: person for name, person in people.items() if region in person.regions}
+    able = {name: person for name, person in people.items() if region in _words(person)}
     if len(able) < 2:
         raise ConfigError(
             f"{len(able)} of {len(people)} people have the region {region!r}, expected at least 2; "
@@ -85,8 +83,8 @@ def region_use(
     measured = []
     for name, person in able.items():
         swapped = person.with_region_of(able[others[name]], region)
-        before = measurer.pictures(painter(pipe, settings, person)(prompts, seeds))
-        after = painter(pipe, settings, swapped)(prompts, seeds)
+        before = measurer.pictures(painter_of(person)(prompts, seeds))
+        after = painter_of(swapped)(prompts, seeds)
         changes = [
             change
             for pair in zip(before, after, strict=True)
@@ -119,9 +117,6 @@ def _mean(changes: Sequence[RegionChange]) -> RegionChange | None:
     )
 
 
-_SIDES: Final = ("inside", "outside")
-
-
 def _summary(region: str, people: Sequence[PersonRegion], seed: int) -> RegionUse:
     inside, outside = (
         {
@@ -131,10 +126,15 @@ def _summary(region: str, people: Sequence[PersonRegion], seed: int) -> RegionUs
         for side in _SIDES
     )
     name: dict[str, Any] = {"seed": seed, "name": f"region {region}"}
+    measured = any(value is not None for value in inside.values())
     return RegionUse(
         region=region,
-        inside=interval(inside, **name),
-        outside=interval(outside, **name),
-        ratio=ratio(inside, outside, least=_LEAST, **name),
+        inside=interval(inside, **name) if measured else None,
+        outside=interval(outside, **name) if measured else None,
+        ratio=ratio(inside, outside, least=_LEAST, **name) if measured else None,
         people=tuple(people),
     )
+
+
+def _words(person: Identity) -> set[str]:
+    return {word_of(region) for region in person.regions}
