@@ -60,10 +60,10 @@ def localisation_errors(scores: Sequence[Tensor], region_masks: Tensor, valid: T
     return torch.stack([_layer_errors(layer, region_masks, valid) for layer in scores]).mean(0)
 
 
-def masks_of_layer(region_masks: Tensor, pixels: int) -> Tensor:
-    """Returns the masks (B, R, H, W) at the size of a layer's attention, (B, pixels, R) in [0, 1].
+def layer_size(region_masks: Tensor, pixels: int) -> tuple[int, int]:
+    """Returns height and width of a layer's attention that has this number of pixels.
 
-    Raises ValueError if the layer's pixels don't form an image with the masks' aspect ratio.
+    Raises ValueError if they don't form an image with the aspect ratio of the masks (…, H, W).
     """
     height, width = region_masks.shape[-2:]
     rows = round((pixels * height / width) ** 0.5)
@@ -73,13 +73,14 @@ def masks_of_layer(region_masks: Tensor, pixels: int) -> Tensor:
             f"{pixels} pixels of attention don't form an image with the aspect ratio of "
             f"the {height}×{width} masks; pass the masks at the training resolution"
         )
-    masks = F.interpolate(region_masks.float(), size=size, mode="bilinear", antialias=True)
-    return masks.flatten(2).transpose(1, 2)
+    return size
 
 
 def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
     scores = scores.float()
-    inside = masks_of_layer(region_masks, scores.shape[2])[:, None]  # (B, 1, pixels, R)
+    size = layer_size(region_masks, scores.shape[2])
+    masks = F.interpolate(region_masks.float(), size=size, mode="bilinear", antialias=True)
+    inside = masks.flatten(2).transpose(1, 2)[:, None]  # (B, 1, pixels, R)
     outside = 1.0 - inside
     scores = scores / (scores.amax(dim=2, keepdim=True) + _EPSILON)
     mean_outside = (scores * outside).sum(2) / (outside.sum(2) + _EPSILON)

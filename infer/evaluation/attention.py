@@ -8,12 +8,13 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from configs.errors import ConfigError
 from infer.evaluation.denoising import TIMESTEPS, AdaptedModel, denoised, noisy_samples
 from infer.evaluation.intervals import Interval, interval, mean, ratio
 from infer.evaluation.people import Person
-from model.losses import masks_of_layer
+from model.losses import layer_size
 
 _TINY: Final = 1e-12
 
@@ -112,7 +113,11 @@ def share_inside(scores: Sequence[Tensor], region_masks: Tensor) -> Tensor:
     """
     layers = []
     for layer in scores:
-        inside = masks_of_layer(region_masks, layer.shape[2])[:, None]
+        # by area, so that a pixel counts by how much of it is inside
+        masks = F.interpolate(
+            region_masks, size=layer_size(region_masks, layer.shape[2]), mode="area"
+        )
+        inside = masks.flatten(2).transpose(1, 2)[:, None]  # (B, 1, pixels, R)
         mass = layer.float()
         layers.append(((mass * inside).sum(2) / mass.sum(2).clamp(min=_TINY)).mean(1))
     return torch.stack(layers).mean(0)

@@ -67,7 +67,7 @@ def test_a_sample_that_is_not_in_its_shard_is_an_error(
     rows = pq.read_table(path).to_pylist()
     rows[0]["key"] = "0" * 20
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
-    with pytest.raises(ShardError, match="1 samples .* the first is 00000000000000000000"):
+    with pytest.raises(ShardError, match=r"1 samples .* the first is 00000000000000000000"):
         held_out_people(DatasetReader(str(tmp_path / "data")), 4, seed=1, split="all")
 
 
