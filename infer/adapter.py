@@ -124,10 +124,7 @@ class Adapter:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Takes the adapter out of the UNet for a while; a merged one is merged again.
-
-        Meanwhile the UNet's pipelines have none, so they are diffusers' own.
-        """
+        """Takes it out of the UNet and of its pipelines for a while; a merged one is merged again."""
         merged = self.merged
         installed = dict(self.unet.attn_processors)
         self._take_out()

@@ -59,24 +59,23 @@ class Identity:
         return torch.from_numpy(self.record.identity.copy())
 
     def with_region_of(self, other: Identity, word: str) -> Identity:
-        """Returns this person with another's image states of the regions named `word`.
+        """Returns this person with another's image states of a region.
 
         word: face, ears, eyes, nose or mouth. All else, the ID tokens' embedding too, stays this
-        person's. Raises ValueError if one of the two shows no such region, or another part of it.
+        person's. Raises ValueError if one of the two doesn't show the region.
         """
         own, foreign = (
-            {name: row for row, name in enumerate(person.regions) if word_of(name) == word}
-            for person in (self, other)
+            next((row for row, name in enumerate(each.regions) if word_of(name) == word), None)
+            for each in (self, other)
         )
-        if not own or own.keys() != foreign.keys():
+        if own is None or foreign is None:
             raise ValueError(
                 f"{word!r} can't be taken from {other.record.source}, whose regions are "
                 f"{', '.join(other.regions) or 'none'}, for {self.record.source}, whose are "
                 f"{', '.join(self.regions) or 'none'}; choose a region that both show"
             )
         hidden = self.region_hidden.clone()
-        for name, row in own.items():
-            hidden[row] = other.region_hidden[foreign[name]]
+        hidden[own] = other.region_hidden[foreign]
         return replace(self, region_hidden=hidden)
 
     def save(self, path: str | Path) -> Path:
