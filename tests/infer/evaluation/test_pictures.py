@@ -104,6 +104,7 @@ def test_calibration_has_its_rows(
     settings: InferConfig,
     measurer: FaceMeasurer,
 ) -> None:
+    settings = replace(settings, num_inference_steps=1, start_merge_step=0)
     chosen = people[:2]
     both = [replace(chosen[0], records=(chosen[0].reference, chosen[1].reference)), chosen[1]]
     rows = calibration(pipe, settings, both, references, "a man", [1, 2], measurer, seed=1)
