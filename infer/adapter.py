@@ -124,7 +124,7 @@ class Adapter:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Takes it out of the UNet and of its pipelines for a while; a merged one is merged again."""
+        """Takes it out of the UNet and its pipelines for a while; a merged one is merged again."""
         merged = self.merged
         installed = dict(self.unet.attn_processors)
         self._take_out()

@@ -28,7 +28,7 @@ def calibration(
 
     photograph: the reference photograph, reduced to the size of the training images.
     photograph_vae: the same through the VAE. another_photograph_vae: another one of the person,
-    for those who have one; left out if nobody has. another_person: `photograph_vae` of the next
+    for those who have one; left out if nobody has. another_person: `photograph` of the next
     person. base: pictures of the base alone, with the portraits' prompt and seeds. noise: pictures
     that the VAE makes of pure noise.
 
@@ -42,13 +42,13 @@ def calibration(
     more = photographs([*several.values()], side)
     base = measurer.pictures(painter(pipe, settings, None)([prompt] * len(seeds), seeds))
     noise_seeds = [named_seed(seed, "calibration", name) for name in names]
-    decoded = by_person(people, measurer.pictures(through_vae(pipe, photos)))
+    reduced = by_person(people, measurer.pictures(photos))
     more_decoded = measurer.pictures(through_vae(pipe, more))
     rows: dict[str, dict[str, MeasuredPicture]] = {
-        "photograph": by_person(people, measurer.pictures(photos)),
-        "photograph_vae": decoded,
+        "photograph": reduced,
+        "photograph_vae": by_person(people, measurer.pictures(through_vae(pipe, photos))),
         "another_photograph_vae": dict(zip(several, more_decoded, strict=True)),
-        "another_person": {name: decoded[others[name]] for name in names},
+        "another_person": {name: reduced[others[name]] for name in names},
         "noise": by_person(people, measurer.pictures(noise_pictures(pipe, noise_seeds, side))),
     }
     pictures = {

@@ -60,7 +60,7 @@ class AdaptedModel:
 
 
 def adapted_model(pipe: ConsistentIDMixin, batch_size: int = 32) -> AdaptedModel:
-    """Returns the models of a pipeline with an adapter.
+    """Returns the models of a pipeline with an adapter, which isn't offloaded.
 
     Raises ConfigError without an adapter or an image encoder, which `encode_identity` loads.
     """
@@ -76,7 +76,10 @@ def adapted_model(pipe: ConsistentIDMixin, batch_size: int = 32) -> AdaptedModel
         **{name: getattr(pipe, name) for name in names},
         **{name: getattr(pipe, name, None) for name in second},
     )
-    return AdaptedModel(base=base, adapter=adapter.model, batch_size=batch_size)
+    model = AdaptedModel(base=base, adapter=adapter.model, batch_size=batch_size)
+    # The pipeline's `to` doesn't move projector and facial encoder: its first call does.
+    model.adapter.to(model.device)
+    return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -55,10 +55,14 @@ class MeasuredFace:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredPicture:
-    """A picture, RGB (H, W, 3), and its face; None if none was detected."""
+    """A picture, RGB (H, W, 3), and its largest face; None if none was detected.
+
+    faces: how many were detected.
+    """
 
     picture: Image
     face: MeasuredFace | None
+    faces: int
 
 
 class FaceMeasurer:
@@ -85,13 +89,12 @@ class FaceMeasurer:
         Small ones are enlarged first, and what is measured is in pixels of the enlarged ones.
         """
         large = [enlarged(picture) for picture in pictures]
-        faces = [self._largest_face(picture) for picture in large]
-        rows = [row for row, face in enumerate(faces) if face is not None]
-        measured = dict(
-            zip(rows, self._faces([(large[row], faces[row]) for row in rows]), strict=True)
-        )
+        faces = [find_faces(self._detector, each, self._config.detect) for each in large]
+        rows = [row for row, own in enumerate(faces) if own]
+        largest = [(large[row], max(faces[row], key=lambda face: face.area)) for row in rows]
+        measured = dict(zip(rows, self._measure(largest), strict=True))
         return [
-            MeasuredPicture(picture=picture, face=measured.get(row))
+            MeasuredPicture(picture=picture, face=measured.get(row), faces=len(faces[row]))
             for row, picture in enumerate(large)
         ]
 
@@ -105,11 +108,7 @@ class FaceMeasurer:
         """Returns what the pipeline has measured of samples, with the embedding of SFace."""
         return [self._record(record) for record in records]
 
-    def _largest_face(self, picture: Image) -> Face | None:
-        faces = find_faces(self._detector, picture, self._config.detect)
-        return max(faces, key=lambda face: face.area, default=None)
-
-    def _faces(self, faces: Sequence[tuple[Image, Any]]) -> list[MeasuredFace]:
+    def _measure(self, faces: Sequence[tuple[Image, Face]]) -> list[MeasuredFace]:
         measured = []
         for start in range(0, len(faces), _BATCH):
             batch = faces[start : start + _BATCH]
@@ -126,7 +125,7 @@ class FaceMeasurer:
         [sface] = self._sface.embed_crops([crop(picture, face)])
         labels = decode_labels(record.parsing)
         measured = _measured(picture, face, labels, record.identity, sface)
-        return MeasuredPicture(picture=picture, face=measured)
+        return MeasuredPicture(picture=picture, face=measured, faces=len(record.faces))
 
 
 def enlarged(picture: Image) -> Image:

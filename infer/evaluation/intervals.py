@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, PipelineError
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +43,8 @@ def interval(values: Mapping[str, float | None], *, seed: int, name: str) -> Int
 
     values: identity → its value, None for one that has none. Whole identities are drawn with
     replacement, not pictures, since pictures of a person aren't independent. name: of the measure,
-    from which the random numbers come. Raises ConfigError if no identity has a value.
+    from which the random numbers come. Raises ConfigError if no identity has a value, PipelineError
+    if one isn't finite.
     """
     column = _column(values, name)
     return _bootstrap([column], lambda means: means[0], seed, name)
@@ -78,6 +79,12 @@ def _column(values: Mapping[str, float | None], name: str) -> Floats:
         raise ConfigError(
             f"{name}: none of {len(values)} identities has a value, expected at least one; give "
             "more people, or check that the pictures show faces"
+        )
+    if not np.isfinite(column).all():
+        raise PipelineError(
+            f"{name}: {int((~np.isfinite(column)).sum())} of {len(column)} identities have a value "
+            "that isn't finite. Use dtype=float32 or bfloat16; if that doesn't help, the adapter's "
+            "weights are damaged."
         )
     return column
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,13 @@ class Resemblance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PortraitMeasures:
-    """has_face: share of the portraits with a face. has_parts: share with eyes, nose and mouth in
-    the label map. resemblance: by recogniser.
+    """has_face, one_face: shares of the portraits with a face, and with exactly one. has_parts:
+    share with eyes, nose and mouth in the label map. resemblance: by recogniser.
     """
 
     portraits: int
     has_face: Interval
+    one_face: Interval
     has_parts: Interval
     resemblance: dict[Recogniser, Resemblance]
 
@@ -94,24 +95,16 @@ def measure_portraits(
     """
     if not portraits or not all(portraits.values()):
         raise ConfigError("a person has no portraits; give at least one of each person")
+
+    def share(name: str, is_so: Callable[[MeasuredPicture], bool]) -> Interval:
+        values = {person: mean([is_so(each) for each in own]) for person, own in portraits.items()}
+        return interval(values, seed=seed, name=name)
+
     return PortraitMeasures(
         portraits=sum(map(len, portraits.values())),
-        has_face=interval(
-            {
-                name: mean([each.face is not None for each in own])
-                for name, own in portraits.items()
-            },
-            seed=seed,
-            name="face",
-        ),
-        has_parts=interval(
-            {
-                name: mean([each.face is not None and each.face.has_parts for each in own])
-                for name, own in portraits.items()
-            },
-            seed=seed,
-            name="parts",
-        ),
+        has_face=share("a face", lambda each: each.face is not None),
+        one_face=share("one face", lambda each: each.faces == 1),
+        has_parts=share("parts", lambda each: each.face is not None and each.face.has_parts),
         resemblance={
             recogniser: _resemblance(portraits, references, recogniser, seed)
             for recogniser in RECOGNISERS

@@ -83,7 +83,7 @@ def learnt(tiny_base: Path, people: list[Person]) -> AdaptedModel:
     schedule = noise_schedule(base.scheduler, torch.device("cpu"))
     noisy = schedule.add_noise(samples.latents[[sample for sample, _ in rows]], noise, timesteps)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=5e-3, fused=True)
-    for _ in range(18):
+    for _ in range(12):
         prediction, scores = predict_noise(
             base.unet, noisy, timesteps, adapter.prepare(features), token_idx=batch.token_idx
         )

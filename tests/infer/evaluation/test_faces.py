@@ -49,8 +49,10 @@ def test_a_covered_mouth_is_no_part_and_a_grey_picture_has_no_face(
     top, bottom = round((nose[1] + left[1]) / 2), round(left[1] + (left[1] - nose[1]))
     covered[top:bottom, round(left[0]) - 30 : round(right[0]) + 30] = 255
     grey = np.full((64, 64, 3), 128, np.uint8)
-    first, second, third = measurer.pictures([grey, covered, photo.picture])
+    both = np.concatenate((photo.picture, photo.picture), axis=1)
+    first, second, third, twice = measurer.pictures([grey, covered, photo.picture, both])
     assert first.face is None and first.picture.shape == (256, 256, 3)
+    assert [each.faces for each in (first, second, third, twice)] == [0, 1, 1, 2]
     assert second.face is not None and not second.face.has_parts
     assert third.face is not None and third.face.has_parts  # rows aren't mixed up
     np.testing.assert_allclose(

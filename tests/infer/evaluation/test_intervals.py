@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, PipelineError
 from infer.evaluation.intervals import interval, mean, named_seed, ratio
 
 
@@ -34,9 +34,13 @@ def test_a_ratio_is_of_means_over_the_same_identities() -> None:
     assert ratio(upper, dict.fromkeys(upper, 0.0), seed=1, name="a", least=0.5).low == 8
 
 
-def test_without_a_value_there_is_no_interval() -> None:
+def test_without_finite_values_there_is_no_interval() -> None:
     with pytest.raises(ConfigError, match="smiles: none of 2 identities has a value"):
         interval({"a": None, "b": None}, seed=1, name="smiles")
+    with pytest.raises(
+        PipelineError, match="loss: 1 of 2 identities have a value that isn't finite"
+    ):
+        interval({"a": float("nan"), "b": 1.0}, seed=1, name="loss")
     assert mean([]) is None and mean([1.0, 2.0]) == 1.5
 
 

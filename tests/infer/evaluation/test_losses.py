@@ -41,26 +41,26 @@ def test_losses_are_those_of_a_written_out_step(
     first, second = people[:2]
     samples = noisy_samples(model, people[:2], seed=4, timesteps=(100, 700))
     vae, schedule = base.vae, noise_schedule(scheduler, torch.device("cpu"))
-    pixels = training_pixels(first.reference, 32)[None]
+    pixels = training_pixels(second.reference, 32)[None]
     latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
     conditions = build_conditions(
-        first.reference,
+        second.reference,
         base.tokenizer,
         TINY,
         "corrected",
         resolution=32,
-        reference=second.reference,
+        reference=first.reference,
     )
     states = model.adapter.prepare(encode_frozen(base, collate([conditions])))
     for row, timestep in enumerate((100, 700)):
-        noise, alpha = samples.noise([(0, timestep)]), schedule.alphas_cumprod[timestep]
+        noise, alpha = samples.noise([(1, timestep)]), schedule.alphas_cumprod[timestep]
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
         target = velocity if kind == "v_prediction" else noise
         prediction, _ = predict_noise(base.unet, noisy, torch.tensor([timestep]), states)
         expected = float(noise_errors(prediction, target))
-        assert measured.people[0].swapped[row] == pytest.approx(expected, rel=1e-4)
-        assert measured.people[0].right[row] != pytest.approx(expected, rel=1e-4)
+        assert measured.people[1].swapped[row] == pytest.approx(expected, rel=1e-4)
+        assert measured.people[1].right[row] != pytest.approx(expected, rel=1e-4)
 
 
 def test_noise_depends_on_person_and_timestep_only(

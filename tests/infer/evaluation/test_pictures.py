@@ -35,7 +35,13 @@ from tests.infer.helpers import small
 
 @pytest.fixture(scope="module")
 def settings(adapter: Path) -> InferConfig:
-    return small(adapter, prompts=("a man", "a woman"), batch_size=2)
+    return small(
+        adapter,
+        prompts=("a man", "a woman"),
+        batch_size=2,
+        num_inference_steps=2,
+        start_merge_step=1,
+    )
 
 
 def differ(one: list[Image], other: list[Image]) -> list[bool]:
@@ -49,8 +55,8 @@ def test_portraits_are_those_of_generate(
     seeds = [portrait_seed(settings.seed, prompt, 0) for prompt in (0, 1)]
     paint = painter(pipe, settings, person)
     assert not any(differ(paint(settings.prompts, seeds), expected))
-    by_name = portraits(painters(pipe, settings, {"a": person}), "a man", [seeds[0], 7, 8])
-    assert list(by_name) == ["a"] and len(by_name["a"]) == 3
+    by_name = portraits(painters(pipe, settings, {"a": person}), "a man", [seeds[0], 7])
+    assert list(by_name) == ["a"] and len(by_name["a"]) == 2
     assert np.abs(by_name["a"][0].astype(int) - expected[0]).max() <= 1
 
 
@@ -70,7 +76,7 @@ def test_without_a_person_pictures_are_the_bases_own(
     [image] = stock(
         ["a man"],
         negative_prompt=["blurry"],
-        num_inference_steps=4,
+        num_inference_steps=2,
         guidance_scale=2.0,
         height=32,
         width=32,
@@ -88,10 +94,17 @@ def test_seeds_are_of_their_names() -> None:
 def test_pictures_go_through_the_vae(pipe: ConsistentIDPipeline, people: list[Person]) -> None:
     photos = photographs([person.reference for person in people[:2]], 32)
     pixels = torch.from_numpy(photos[1]).permute(2, 0, 1)[None] / 127.5 - 1
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def decoded(latents: torch.Tensor) -> Image:
+        [image] = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, "np")
+        return np.asarray(image * 255)
+
     with torch.no_grad():
-        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
-    expected = pipe.image_processor.postprocess(decoded, "np")[0] * 255
+        expected = decoded(pipe.vae.encode(pixels).latent_dist.mode())
+        expected_noise = decoded(noise / pipe.vae.config.scaling_factor)
     assert np.abs(through_vae(pipe, photos)[1] - expected).max() <= 1
+    assert np.abs(noise_pictures(pipe, [1], 32)[0] - expected_noise).max() <= 1
     first, again, other = noise_pictures(pipe, [1, 1, 2], 32)
     assert first.shape == (32, 32, 3) and first.dtype == np.uint8
     assert differ([first, first], [again, other]) == [False, True]
@@ -104,10 +117,9 @@ def test_calibration_has_its_rows(
     settings: InferConfig,
     measurer: FaceMeasurer,
 ) -> None:
-    settings = replace(settings, num_inference_steps=1, start_merge_step=0)
     chosen = people[:2]
     both = [replace(chosen[0], records=(chosen[0].reference, chosen[1].reference)), chosen[1]]
-    rows = calibration(pipe, settings, both, references, "a man", [1, 2], measurer, seed=1)
+    rows = calibration(pipe, settings, both, references, "a man", [1], measurer, seed=1)
     assert list(rows) == [
         "photograph",
         "photograph_vae",
@@ -118,8 +130,10 @@ def test_calibration_has_its_rows(
     ]
     photograph = rows["photograph"].resemblance["arcface"]
     assert photograph.first.mean == 1 and photograph.advantage.low > 0.3
+    stranger = rows["another_person"].resemblance["arcface"]
+    assert stranger.first.mean == 0 and stranger.advantage.high < 0
     assert [person.person for person in photograph.people] == [person.name for person in both]
-    assert rows["another_photograph_vae"].portraits == 1 and rows["base"].portraits == 4
+    assert rows["another_photograph_vae"].portraits == 1 and rows["base"].portraits == 2
     assert rows["noise"].has_face.mean == rows["base"].has_face.mean == 0  # of random weights
     json.dumps({row: asdict(measures) for row, measures in rows.items()})
     single = calibration(pipe, settings, chosen, references, "a man", [1], measurer, seed=1)

@@ -49,10 +49,13 @@ def test_the_portraits_of_other_people_do_not(references: Pictures, small_photos
 def test_a_portrait_without_a_face_resembles_nobody(
     references: Pictures, small_photos: Pictures
 ) -> None:
-    portraits = {n: [p, replace(p, face=None)] for n, p in small_photos.items()}
+    portraits = {n: [p, replace(p, face=None, faces=0)] for n, p in small_photos.items()}
     whole = measure_portraits({n: [p] for n, p in small_photos.items()}, references, seed=1)
     half = measure_portraits(portraits, references, seed=1)
-    assert half.has_face.mean == half.has_parts.mean == 0.5
+    assert half.has_face.mean == half.one_face.mean == half.has_parts.mean == 0.5
+    crowd = {n: [replace(p, faces=2)] for n, p in small_photos.items()}
+    crowded = measure_portraits(crowd, references, seed=1)
+    assert (crowded.has_face.mean, crowded.one_face.mean) == (1, 0)
     both = zip(whole.resemblance.values(), half.resemblance.values(), strict=True)
     for one, other in both:
         assert other.first.mean == 0.5
