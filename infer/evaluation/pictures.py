@@ -37,7 +37,7 @@ def painter(pipe: ConsistentIDMixin, settings: InferConfig, person: Identity | N
             for start in range(0, len(prompts), settings.batch_size):
                 batch = slice(start, start + settings.batch_size)
                 images = draw(pipe, person, settings, prompts[batch], seeds[batch])
-                pictures += [np.asarray(image.convert("RGB")) for image in images]
+                pictures += [np.array(image.convert("RGB")) for image in images]
         return pictures
 
     return paint
