@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -32,7 +34,8 @@ def test_small_photographs_show_the_same_people(
         face, reference = small.face, references[name].face
         assert face is not None and reference is not None and face.has_parts
         assert small.picture.shape == (256, 256, 3) and face.labels.shape == (256, 256)
-        assert set(face.embeddings) == {"arcface", "sface"}
+        shapes = {name: embedding.shape for name, embedding in face.embeddings.items()}
+        assert shapes == {"arcface": (512,), "sface": (128,)}
         for recogniser, embedding in face.embeddings.items():
             assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-5)
             assert embedding @ reference.embeddings[recogniser] > 0.5
@@ -58,6 +61,24 @@ def test_a_covered_mouth_is_no_part_and_a_grey_picture_has_no_face(
     np.testing.assert_allclose(
         third.face.embeddings["sface"], photo.face.embeddings["sface"], atol=1e-4
     )
+
+
+def test_parts_are_eyes_or_glasses_with_nose_and_mouth(
+    small_photos: dict[str, MeasuredPicture],
+) -> None:
+    face = next(iter(small_photos.values())).face
+    assert face is not None
+    seen = []
+    for regions, glasses in (
+        ({"eyes", "nose", "mouth"}, False),
+        ({"nose", "mouth"}, True),
+        ({"nose", "mouth"}, False),
+        ({"eyes", "mouth"}, True),
+        ({"eyes", "nose"}, True),
+    ):
+        looks = replace(face.appearance, regions=frozenset(regions), glasses=glasses)
+        seen.append(replace(face, appearance=looks).has_parts)
+    assert seen == [True, True, False, False, False]
 
 
 def test_only_small_pictures_are_enlarged() -> None:
