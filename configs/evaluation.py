@@ -33,7 +33,7 @@ class EvaluationConfig:
     region_people: int = 12
     text_people: int = 12
     seed: int = 1
-    # how portraits are made; its adapter is measured. Photo, prompts, output and seed have no effect
+    # how portraits are made, of which adapter; photo, prompts, output and seed have no effect
     portraits: InferConfig = field(default_factory=InferConfig)
 
     def __post_init__(self) -> None:

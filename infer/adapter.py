@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,14 @@ import torch
 from configs.errors import ConfigError
 from configs.load import load
 from configs.schema import DatasetConfig, DetectConfig, EmbedConfig
-from infer.components import adapter_path
+from infer.components import adapter_path, file_digest
 from infer.conditioning import Ids, PersonTokens, TextStates, person_tokens
 from infer.identity import Identity
 from infer.offload import resident, uncompiled
 from infer.photo import PhotoReader
 from infer.text_cache import TextCache
 from model.attention import merge_lora
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, build_adapter, read_adapter
+from model.checkpoint import CONFIG_FILE, AdapterFile, build_adapter, read_adapter
 from model.consistentid import ConsistentID, HasTextEncoders
 from model.prompt import add_marks
 from stages.regions import REGION_WORDS
@@ -125,13 +124,15 @@ class Adapter:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Takes the adapter out of the UNet for a while; a merged one is merged again."""
+        """Takes it out of the UNet and its pipelines for a while; a merged one is merged again."""
         merged = self.merged
         installed = dict(self.unet.attn_processors)
         self._take_out()
+        delattr(uncompiled(self.unet), _ATTRIBUTE)
         try:
             yield
         finally:
+            setattr(uncompiled(self.unet), _ATTRIBUTE, self)
             with resident(self.unet):
                 self.unet.set_attn_processor(installed)
             if merged:
@@ -381,20 +382,3 @@ def reading_config(
     return DatasetConfig(
         detect=DetectConfig(weights=detector), embed=EmbedConfig(weights=file.embedder.name)
     )
-
-
-def file_digest(source: Path) -> Future[str]:
-    """Returns the sha256 of the weights file of an adapter's folder or file, which is computed in
-    the background: for SDXL's it takes seconds.
-    """
-    weights = source / WEIGHTS_FILE if source.is_dir() else source
-    stream = weights.open("rb")  # now, in case that it is replaced
-
-    def digest() -> str:
-        with stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(digest)
-    executor.shutdown(wait=False)
-    return future

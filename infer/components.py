@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -173,3 +175,20 @@ def adapter_path(
         raise WeightsError(
             f"{source}: no such folder, and it could not be downloaded from the hub: {error}"
         ) from error
+
+
+def file_digest(source: Path) -> Future[str]:
+    """Returns the sha256 of the weights file of an adapter's folder or file, which is computed in
+    the background: for SDXL's it takes seconds.
+    """
+    weights = source / WEIGHTS_FILE if source.is_dir() else source
+    stream = weights.open("rb")  # now, in case that it is replaced
+
+    def digest() -> str:
+        with stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(digest)
+    executor.shutdown(wait=False)
+    return future

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 
 from configs.errors import ConfigError, PipelineError
 from configs.portraits import InferConfig
@@ -39,19 +41,15 @@ def generate(
     settings or a person that don't fit the pipeline, PipelineError if the memory isn't enough for
     one portrait.
     """
-    own = pipe.scheduler
-    _apply(pipe, settings)
     jobs = [
         (prompt, image)
         for prompt in range(len(settings.prompts))
         for image in range(settings.num_images_per_prompt)
     ]
     size = settings.batch_size
-    try:
+    with configured(pipe, settings):
         for start in range(0, len(jobs), size):
             yield from _batch(pipe, person, settings, jobs[start : start + size], on_step)
-    finally:
-        pipe.scheduler = own
 
 
 def evaluations(pipe: ConsistentIDMixin, settings: InferConfig) -> int:
@@ -70,16 +68,26 @@ def _scheduler(pipe: ConsistentIDMixin, settings: InferConfig) -> Any:
     return make_scheduler(settings.scheduler, pipe.scheduler, values)
 
 
-def _apply(pipe: ConsistentIDMixin, settings: InferConfig) -> None:
-    """Sets the pipeline's scheduler and scales. Raises ConfigError for sizes that don't fit."""
+@contextmanager
+def configured(pipe: ConsistentIDMixin, settings: InferConfig) -> Iterator[None]:
+    """Gives the pipeline the scheduler and the scales of `settings`; its own scheduler comes back
+    afterwards. Raises ConfigError for sizes that don't fit.
+    """
     factor = pipe.vae_scale_factor
     if settings.height % factor or settings.width % factor:
         raise ConfigError(
             f"width={settings.width}, height={settings.height}: this base model needs multiples of "
             f"{factor}"
         )
+    own = pipe.scheduler
     pipe.scheduler = _scheduler(pipe, settings)
-    pipe.set_consistentid_scale({"identity": settings.id_scale, **asdict(settings.region_strength)})
+    try:
+        if pipe.consistentid is not None:
+            strength = asdict(settings.region_strength)
+            pipe.set_consistentid_scale({"identity": settings.id_scale, **strength})
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def _batch(
@@ -90,8 +98,10 @@ def _batch(
     on_step: StepCallback | None,
 ) -> Iterator[Portrait]:
     """Makes portraits together; if the memory isn't enough, in halves."""
+    prompts = [settings.prompts[prompt] for prompt, _ in jobs]
+    seeds = [portrait_seed(settings.seed, *job) for job in jobs]
     try:
-        images = _images(pipe, person, settings, jobs, on_step)
+        images = draw(pipe, person, settings, prompts, seeds, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_memory_error(error):
             raise
@@ -123,23 +133,29 @@ def _batch(
         )
 
 
-def _images(
+def draw(
     pipe: ConsistentIDMixin,
-    person: Identity,
+    person: Identity | None,
     settings: InferConfig,
-    jobs: Sequence[Job],
-    on_step: StepCallback | None,
-) -> Any:
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    on_step: StepCallback | None = None,
+) -> list[Image.Image]:
+    """Makes an image for each prompt and its seed, together, on a pipeline that is `configured`.
+
+    person: None for the base model's own images, on a pipeline without an adapter. The numbers of
+    those that can't be made are in `pipe.failed_images`.
+    """
     merge = settings.start_merge_step
 
     def report(_pipe: Any, _step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
         if on_step is not None:
-            on_step(len(jobs))
+            on_step(len(prompts))
         return {}
 
-    return pipe(
-        prompt=[apply_template(settings.prompts[prompt], settings) for prompt, _ in jobs],
-        negative_prompt=[settings.negative_prompt] * len(jobs),
+    images: list[Image.Image] = pipe(
+        prompt=[apply_template(prompt, settings) for prompt in prompts],
+        negative_prompt=[settings.negative_prompt] * len(prompts),
         identity=person,
         face_caption=settings.face_caption or None,
         describe_moment=settings.describe_moment,
@@ -148,11 +164,10 @@ def _images(
         guidance_scale=settings.guidance_scale,
         height=settings.height,
         width=settings.width,
-        generator=[
-            torch.Generator().manual_seed(portrait_seed(settings.seed, *job)) for job in jobs
-        ],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=report,
     ).images
+    return images
 
 
 def apply_template(prompt: str, settings: InferConfig) -> str:

@@ -26,7 +26,7 @@ from model.consistentid import encode_images
 from model.pixels import clip_normalised
 from model.spec import ModelSpec
 from stages.record import Record
-from stages.regions import Mode
+from stages.regions import Mode, word_of
 from stages.storage.samples import from_members, to_members
 
 _FORMAT: Final = "consistentid-identity-2"
@@ -57,6 +57,26 @@ class Identity:
         """The ArcFace embedding, (512,) float32, unit norm."""
         assert self.record.identity is not None, "an identity's record has been through all stages"
         return torch.from_numpy(self.record.identity.copy())
+
+    def with_region_of(self, other: Identity, word: str) -> Identity:
+        """Returns this person with another's image states of a region.
+
+        word: face, ears, eyes, nose or mouth. All else, the ID tokens' embedding too, stays this
+        person's. Raises ValueError if one of the two doesn't show the region.
+        """
+        own, foreign = (
+            next((row for row, name in enumerate(each.regions) if word_of(name) == word), None)
+            for each in (self, other)
+        )
+        if own is None or foreign is None:
+            raise ValueError(
+                f"{word!r} can't be taken from {other.record.source}, whose regions are "
+                f"{', '.join(other.regions) or 'none'}, for {self.record.source}, whose are "
+                f"{', '.join(self.regions) or 'none'}; choose a region that both show"
+            )
+        hidden = self.region_hidden.clone()
+        hidden[own] = other.region_hidden[foreign]
+        return replace(self, region_hidden=hidden)
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file and returns its path.

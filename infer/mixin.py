@@ -53,6 +53,7 @@ class ConsistentIDMixin:
 
     # attributes of diffusers' pipelines
     unet: Any
+    vae: Any
     scheduler: Any
     image_encoder: Any
     register_modules: Any

@@ -60,16 +60,25 @@ def localisation_errors(scores: Sequence[Tensor], region_masks: Tensor, valid: T
     return torch.stack([_layer_errors(layer, region_masks, valid) for layer in scores]).mean(0)
 
 
-def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
-    scores = scores.float()
+def layer_size(region_masks: Tensor, pixels: int) -> tuple[int, int]:
+    """Returns height and width of a layer's attention that has this number of pixels.
+
+    Raises ValueError if they don't form an image with the aspect ratio of the masks (…, H, W).
+    """
     height, width = region_masks.shape[-2:]
-    rows = round((scores.shape[2] * height / width) ** 0.5)
-    size = (rows, scores.shape[2] // rows)
-    if size[0] * size[1] != scores.shape[2]:
+    rows = round((pixels * height / width) ** 0.5)
+    size = (rows, pixels // rows)
+    if size[0] * size[1] != pixels:
         raise ValueError(
-            f"{scores.shape[2]} pixels of attention don't form an image with the aspect ratio of "
+            f"{pixels} pixels of attention don't form an image with the aspect ratio of "
             f"the {height}×{width} masks; pass the masks at the training resolution"
         )
+    return size
+
+
+def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
+    scores = scores.float()
+    size = layer_size(region_masks, scores.shape[2])
     masks = F.interpolate(region_masks.float(), size=size, mode="bilinear", antialias=True)
     inside = masks.flatten(2).transpose(1, 2)[:, None]  # (B, 1, pixels, R)
     outside = 1.0 - inside

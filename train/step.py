@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import ConfigError
 from configs.training import LossConfig
 from model.consistentid import (
     BaseModels,
@@ -24,6 +23,7 @@ from model.consistentid import (
     predict_noise,
 )
 from model.losses import localisation_errors, noise_errors
+from model.noising import noise_schedule, noised, size_ids
 from train import draws
 from train.data import TrainBatch
 
@@ -82,17 +82,8 @@ def freeze(base: BaseModels, vision_size: int) -> Frozen:
     vision_size: side of the image encoder's input, in pixels. Raises ConfigError for a base that
     predicts neither noise nor velocity.
     """
-    from diffusers import DDPMScheduler
-
-    schedule = DDPMScheduler.from_config(base.scheduler.config)
-    kind = schedule.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ConfigError(
-            f"the base model predicts {kind!r}; training supports epsilon and v_prediction. Choose "
-            "another model.base."
-        )
     device = next(base.image_encoder.parameters()).device
-    schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
+    schedule = noise_schedule(base.scheduler, device)
     zero = torch.zeros(1, 3, vision_size, vision_size, device=device)
     return Frozen(
         base=base, noise_schedule=schedule, zero_hidden=encode_images(base.image_encoder, zero)
@@ -135,10 +126,7 @@ def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     latents = (
         posterior.mean + posterior.std * batch.latent_noise
     ).float() * vae.config.scaling_factor
-    noisy: Tensor = schedule.add_noise(latents, batch.noise, batch.timesteps)
-    if schedule.config.prediction_type == "v_prediction":
-        return noisy, schedule.get_velocity(latents, batch.noise, batch.timesteps)
-    return noisy, batch.noise
+    return noised(schedule, latents, batch.noise, batch.timesteps)
 
 
 def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
@@ -197,10 +185,8 @@ def step_losses(
     noisy, target = noised_latents(frozen, batch)
     height, width = batch.pixels.shape[-2:]
     time_ids = None
-    if features.pooled is not None:  # SDXL: original size, the crop's corner, target size
-        time_ids = torch.zeros(len(noisy), 6, device=noisy.device)
-        for column, side in zip((0, 1, 4, 5), (height, width, height, width), strict=True):
-            time_ids[:, column].fill_(side)
+    if features.pooled is not None:  # SDXL
+        time_ids = size_ids(len(noisy), height, width, noisy.device)
     token_idx = batch.token_idx if config.facial_weight else None
     prediction, scores = trained(
         noisy, batch.timesteps, features, token_idx=token_idx, time_ids=time_ids

@@ -105,16 +105,17 @@ def _resembles(results: Mapping[str, Results]) -> Iterator[Claim]:
         rows.append(Row(label="rank 1, chance", mean=next(iter(own.values()))["chance"]))
         for values in results.values():
             rows += [
-                _row(f"{label.replace('_', ' ')}, advantage", row["resemblance"][recogniser]["advantage"])
+                _row(
+                    f"{label.replace('_', ' ')}, advantage",
+                    row["resemblance"][recogniser]["advantage"],
+                )
                 for label, row in values.get("calibration", {}).items()
             ]
         yield Claim(
             name=f"Portraits resemble the person, by {name}",
             measure="cosine of portraits to the right person minus the mean to the others",
             wanted=wanted,
-            passed=all(
-                each["mean"] >= least if least else each["low"] > 0 for each in advantages
-            ),
+            passed=all(each["mean"] >= least if least else each["low"] > 0 for each in advantages),
             rows=tuple(rows),
         )
     shares = (("one_face", "one face"), ("has_parts", "eyes, nose and mouth"))
@@ -187,8 +188,7 @@ def _texts(results: Mapping[str, Results]) -> Iterator[Claim]:
     rows = []
     for seed, values in seeds.items():
         rows += [
-            _row(f"{seed}, {name}, difference", each)
-            for name, each in values["difference"].items()
+            _row(f"{seed}, {name}, difference", each) for name, each in values["difference"].items()
         ]
         for key, label in (("with_identity", "with the identity"), ("base", "base")):
             rows += [

@@ -68,7 +68,9 @@ def _section(claim: Claim) -> str:
 
 
 def _line(row: Row, rows: Sequence[Row]) -> str:
-    ends = [value for each in rows for value in (each.low, each.high, each.mean) if value is not None]
+    ends = [
+        value for each in rows for value in (each.low, each.high, each.mean) if value is not None
+    ]
     low, high = min(0.0, *ends), max(0.0, *ends)
     spread = max(high - low, 1e-9)
 

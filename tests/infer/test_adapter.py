@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from infer.adapter import file_digest
+from infer.components import file_digest
 from infer.pipelines import ConsistentIDPipeline
 from model.prompt import FACIAL_MARK
 
