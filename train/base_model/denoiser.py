@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs.base_model import DenoiserConfig
 from model.losses import noise_errors
+from model.noising import noise_schedule, noised
 from model.pixels import vae_pixels
 from model.spec import ModelSpec
 from train import draws
@@ -79,7 +80,7 @@ class Denoiser(Part):
         )
         self._model, self._optimizer = accelerator.prepare(self._unet, optimizer)
         self._average = EMAModel(self._unet.parameters(), settings.ema_decay, use_ema_warmup=True)
-        self._noising = _noising(self.schedule, device)
+        self._noising = noise_schedule(self.schedule, device)
 
     @property
     def stateful(self) -> Mapping[str, Any]:
@@ -104,9 +105,7 @@ class Denoiser(Part):
         states = self._states[
             [self._text_row(*each) for each in zip(positions, numbers, strict=True)]
         ]
-        noisy = self._noising.add_noise(latents, noise, timesteps)
-        velocity = self.settings.prediction_type == "v_prediction"
-        target = self._noising.get_velocity(latents, noise, timesteps) if velocity else noise
+        noisy, target = noised(self._noising, latents, noise, timesteps)
         with self.autocast():
             predicted = self._model(noisy, timesteps, states.to(device).float(), return_dict=False)[
                 0
@@ -226,12 +225,3 @@ def make_schedule(settings: DenoiserConfig) -> Any:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-
-
-def _noising(schedule: Any, device: torch.device) -> Any:
-    """Returns the schedule's DDPMScheduler, which adds noise, with its table on the device."""
-    import diffusers
-
-    noising = diffusers.DDPMScheduler.from_config(schedule.config)
-    noising.alphas_cumprod = noising.alphas_cumprod.to(device)
-    return noising
