@@ -40,8 +40,8 @@ class AutoencoderConfig(PartConfig):
     # so crops teach the same at less cost.
     crop: int = 0
     perceptual_weight: float = 0.3
-    adversarial_weight: float = 0.05
-    adversarial_from: float = 0.5  # share of the steps after which the discriminator has a say
+    adversarial_weight: float = 0.02
+    adversarial_from: float = 0.6  # share of the steps after which the discriminator has a say
     kl_weight: float = 1e-3  # of the divergence per number of a latent
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class DenoiserConfig(PartConfig):
     """A UNet2DConditionModel on the autoencoder's latents."""
 
     channels: tuple[int, ...] = (64, 96, 128)
-    attention: int = 0  # the finest level that attends to itself and to the text, 0: the first
+    attention: int = 1  # the finest level that attends to itself and to the text, 0: the first
     layers: int = 1
     heads: int = 4
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
