@@ -59,6 +59,7 @@ def embeddings(people: Path) -> dict[str, tuple[FloatArray, FloatArray]]:
     return result
 
 
+@pytest.mark.thorough
 def test_two_recognisers_agree_on_who_is_who(
     embeddings: dict[str, tuple[FloatArray, FloatArray]],
 ) -> None:
@@ -72,6 +73,7 @@ def test_two_recognisers_agree_on_who_is_who(
     assert one[1] @ other[1] < SAME_PERSON < SFACE
 
 
+@pytest.mark.thorough
 def test_a_person_depends_on_seed_and_number_only(people: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "3-00000", tmp_path / ".3-00001.partial"
     whole.mkdir()  # as if it had been made

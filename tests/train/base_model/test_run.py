@@ -115,7 +115,14 @@ def test_the_page_shows_curves_and_pictures_of_each_part(trained: Path) -> None:
     assert html.count("<polyline") == 4 + 3 + 1
 
 
-@pytest.mark.parametrize(("part", "step"), [("autoencoder", 2), ("towers", 1), ("denoiser", 1)])
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [
+        pytest.param("autoencoder", 2, marks=pytest.mark.thorough),
+        pytest.param("towers", 1, marks=pytest.mark.thorough),
+        ("denoiser", 1),
+    ],
+)
 def test_a_stopped_run_continues_to_the_same_bytes(
     trained: Path, data: Path, tmp_path: Path, part: str, step: int
 ) -> None:
