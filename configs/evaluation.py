@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from configs.common import check as _check
 from configs.portraits import InferConfig
@@ -23,10 +23,11 @@ MEASURES: Final = (
 class EvaluationConfig:
     """The settings of `python -m infer.evaluation run`."""
 
-    data: str = ""  # a data set with people on its side val
+    data: str = ""  # a data set
     output: str = ""  # file for the results, JSON
     measures: tuple[str, ...] = MEASURES
-    people: int = 50  # of the side val
+    split: Literal["val", "train", "all"] = "val"  # the side of the data set's split
+    people: int = 50
     images: int = 4  # portraits of each person
     prompt: str = "A portrait of a person."
     # people whose regions are exchanged, and for whom prompts say glasses, hair and smile

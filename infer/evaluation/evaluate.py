@@ -93,7 +93,7 @@ class Evaluation:
         self._config, self._settings, self._seed = config, config.portraits, config.seed
         self._pipe = load_pipeline(config.portraits)
         reader = DatasetReader(config.data)
-        self._people = held_out_people(reader, config.people, seed=config.seed)
+        self._people = held_out_people(reader, config.people, seed=config.seed, split=config.split)
         self._measurer = FaceMeasurer(self._pipe.adapter.reader.config)
         self._seeds = seeds_of(config.images, config.seed, "portraits")
 

@@ -5,17 +5,23 @@ STATE_MACHINE_EXAMPLES.
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Any, Final
 
+import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 SEARCHED: Final = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
 
 
-def numbers(count: int) -> list[int]:
-    """Returns the numbers of the searches, for `search`: one if it is random, else `count`."""
-    return [0] if SEARCHED else [*range(count)]
+def numbers(count: int) -> list[Any]:
+    """Returns the numbers of the searches, for `search`: one if it is random, else `count`, of
+    which two thirds are thorough.
+    """
+    if SEARCHED:
+        return [0]
+    rest = [pytest.param(n, marks=pytest.mark.thorough) for n in range(count // 3, count)]
+    return [*range(count // 3), *rest]
 
 
 def search(machine: type[RuleBasedStateMachine], number: int) -> None:
