@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -188,7 +189,7 @@ def _any(accelerator: Accelerator, value: bool) -> bool:
 
 def _means(part: Part, values: Any, step: int) -> dict[str, float]:
     means = values.mean(0)
-    if not all(map(float, abs(means) < float("inf"))):
+    if not np.isfinite(means).all():
         raise TrainingError(
             f"{part.name}: a loss of the steps up to {step:,} isn't finite "
             f"({dict(zip(part.losses, means.tolist(), strict=True))}). The checkpoint before is "

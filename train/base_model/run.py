@@ -188,7 +188,7 @@ class _Run:
         steps = settings.steps * (self.config.rounds if kind is Denoiser else 1)
         final = folder / FINAL
         self._check_settings(folder, settings, before)
-        if _trained_steps(final) == steps:
+        if _trained_steps(final) >= steps:
             return final
         part = make()
         finished = train_part(part, self.config, len(self.samples), self.watcher, self.stop)

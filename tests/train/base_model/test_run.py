@@ -159,6 +159,10 @@ def test_more_rounds_train_the_denoiser_only(trained: Path, data: Path, tmp_path
     assert train_base(replace(settings(data, copy), rounds=2), watcher) == 0
     assert watcher.steps == [("denoiser", step) for step in (5, 6, 7, 8)]
     assert json.loads((copy / "denoiser/final/metrics.json").read_text())["steps"] == 8
+    fewer = Quiet()
+    assert train_base(settings(data, copy), fewer) == 0  # one round is part of the two
+    assert not fewer.steps
+    assert json.loads((copy / "denoiser/final/metrics.json").read_text())["steps"] == 8
     changed = {name for name, data in weights(copy).items() if data != weights(trained)[name]}
     assert changed == {"unet/diffusion_pytorch_model.safetensors"}
 
