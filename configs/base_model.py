@@ -101,7 +101,7 @@ class BaseConfig:
     spec: Literal["small"] = "small"  # sizes that base and adapter share
     resolution: int = 64  # pixels
     seed: int = 0
-    # training of the denoiser goes on for this many times its steps
+    # factor on denoiser.steps; a higher one continues a finished training
     rounds: int = 1
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     towers: TowersConfig = field(default_factory=TowersConfig)

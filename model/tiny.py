@@ -19,7 +19,8 @@ from model.spec import SPECS
 from model.vocabulary import clip_tokenizer
 
 _MARKER: Final = "tiny.json"
-_INDEX: Final = {
+# model_index.json
+PIPELINE: Final = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": ["transformers", "CLIPImageProcessor"],
     "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
@@ -55,7 +56,7 @@ def make_tiny_base(folder: Path, vocab: Path, seed: int) -> Path:
         partial = Path(scratch, "base")
         for name, part in _parts(vocab, seed).items():
             part.save_pretrained(partial / name)
-        (partial / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+        (partial / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
         (partial / _MARKER).write_text(json.dumps({"spec": "tiny", "seed": seed}) + "\n")
         partial.replace(folder)
     return folder

@@ -23,6 +23,7 @@ from configs.load import dump
 from configs.training import DataSource
 from model.prompt import add_marks
 from model.spec import ModelSpec, spec_named
+from model.tiny import PIPELINE
 from model.tokens import empty_ids
 from model.vocabulary import clip_tokenizer
 from stages.backends.runtime import deterministic_algorithms, pin_threads
@@ -47,18 +48,7 @@ if TYPE_CHECKING:
 BASE: Final = "base"
 METRICS: Final = "metrics.json"
 _SETTINGS: Final = "settings.json"
-_INDEX: Final = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": ["transformers", "CLIPImageProcessor"],
-    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+_INDEX: Final = {**PIPELINE, "scheduler": ["diffusers", "DDIMScheduler"]}
 
 
 def train_base(

@@ -17,7 +17,7 @@ from model.conditions import collate
 from model.consistentid import ConsistentID, encode_frozen, predict_noise
 from model.losses import localisation_loss, noise_errors
 from model.noising import noise_schedule
-from model.spec import SPECS
+from model.spec import SPECS, ModelSpec
 from stages.storage.reader import DatasetReader
 from tests.bases import base_copy
 
@@ -52,12 +52,12 @@ def identities(pipe: ConsistentIDPipeline, people: list[Person]) -> dict[str, Id
     return {person.name: pipe.encode_identity(person.reference) for person in people}
 
 
-def new_adapter(tiny_base: Path) -> AdaptedModel:
+def new_adapter(tiny_base: Path, spec: ModelSpec = TINY) -> AdaptedModel:
     """An adapter as training begins with it."""
     base = base_copy(TINY, tiny_base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        adapter = ConsistentID(TINY, base.unet, "corrected")
+        adapter = ConsistentID(spec, base.unet, "corrected")
     return AdaptedModel(base=base, adapter=adapter, resolution=32)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from infer.evaluation.attention import attention_ratio, attention_shares, share_
 from infer.evaluation.denoising import AdaptedModel, adapted_model, denoised, noisy_samples
 from infer.evaluation.people import Person
 from infer.pipelines import ConsistentIDPipeline
+from tests.infer.evaluation.conftest import TINY, new_adapter
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +70,7 @@ def test_attention_that_has_learnt_the_masks_is_inside_them(
     assert after.overall.area == before.overall.area
 
 
-def test_a_unet_without_hooked_layers_is_an_error(
-    model: AdaptedModel, people: list[Person], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for processor in model.adapter.adapter_modules:
-        monkeypatch.setattr(processor, "hook", "")
-    with pytest.raises(ConfigError, match=r"none of the layers down_blocks\.1, mid_block"):
+def test_a_unet_without_hooked_layers_is_an_error(tiny_base: Path, people: list[Person]) -> None:
+    model = new_adapter(tiny_base, replace(TINY, hooked=("up_blocks.9",)))
+    with pytest.raises(ConfigError, match=r"none of the layers up_blocks\.9"):
         attention_shares(model, people[:2], seed=5, timesteps=(99,))
