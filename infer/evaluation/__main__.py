@@ -11,7 +11,7 @@ from infer.cli import quieten_libraries, user_errors
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-_HELP = """Measure an adapter on held-out people of a data set, and write the results as JSON.
+_HELP = """Measure an adapter on people of the validation split, and write the results as JSON.
 
 [bold]key=value[/] overrides the YAML; configs/evaluation.py (EvaluationConfig) lists every setting.
 docs/evaluation.md says what each measure is. The same command continues where it was stopped.
