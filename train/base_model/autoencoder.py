@@ -50,6 +50,9 @@ class Autoencoder(Part):
     ) -> None:
         super().__init__(settings, settings.steps, seed, accelerator)
         self._pixels = samples.pixels
+        self._side = settings.crop or samples.pixels.shape[-1]  # of what it is trained on
+        latent_side = self._side // 2 ** (len(settings.channels) - 1)
+        self._latent_shape = (4, latent_side, latent_side)
         torch.manual_seed(seed)
         vae, critic = make_autoencoder(settings, samples.pixels.shape[-1]), _Critic()
         optimizers = [
@@ -59,7 +62,14 @@ class Autoencoder(Part):
         prepared = accelerator.prepare(_Reconstruction(vae), critic, *optimizers)
         self._model, self._critic, self._optimizer, self._critic_optimizer = prepared
         self._vae = vae
-        self._features = _Features(weights).to(accelerator.device)
+        features = _Features(weights).to(accelerator.device)
+        images, noise = (
+            torch.zeros((settings.batch_size, *shape), device=accelerator.device)
+            for shape in ((3, self._side, self._side), self._latent_shape)
+        )
+        with self.autocast():
+            self._model = self.recorded(self._model, images, noise)
+        self._features = self.recorded(features, images.clone().requires_grad_(), images)
 
     @property
     def stateful(self) -> Mapping[str, Any]:
@@ -77,13 +87,14 @@ class Autoencoder(Part):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         images = self._crops(step, positions, numbers).to(device)
-        shape = (4, *(side // 2 ** (len(settings.channels) - 1) for side in images.shape[-2:]))
-        noise = torch.stack([draws.normal(shape, self.seed, "vae_noise", p) for p in positions])
+        noise = torch.stack(
+            [draws.normal(self._latent_shape, self.seed, "vae_noise", p) for p in positions]
+        )
         with self.autocast():
             decoded, kl = self._model(images, noise.to(device))
         decoded = decoded.float()
         error = F.l1_loss(decoded, images)
-        perceptual = self._features.distance(decoded, images)
+        perceptual = self._features(decoded, images)
         loss = error + settings.perceptual_weight * perceptual + settings.kl_weight * kl
         adversarial = torch.zeros((), device=device)
         critical = step > settings.adversarial_from * self.steps and settings.adversarial_weight > 0
@@ -100,7 +111,7 @@ class Autoencoder(Part):
     def _crops(self, step: int, positions: Sequence[int], numbers: Sequence[int]) -> Tensor:
         """Returns crops (B, 3, c, c) at one random place, half of them mirrored."""
         images = vae_pixels(self._pixels[list(numbers)])
-        side = self.settings.crop or images.shape[-1]
+        side = self._side
         generator = draws.generator(self.seed, "vae_crop", step)
         top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=generator).tolist()
         images = images[:, :, top : top + side, left : left + side]
@@ -210,7 +221,7 @@ class _Features(nn.Module):
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
-    def distance(self, images: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Returns the squared distance of the features, normalised at each place, summed over
         channels and levels, and averaged over places and images: LPIPS without its weights (Zhang
         et al. 2018).

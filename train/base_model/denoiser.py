@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.base_model import DenoiserConfig
 from model.losses import noise_errors
@@ -78,8 +78,12 @@ class Denoiser(Part):
         optimizer = torch.optim.AdamW(
             self._unet.parameters(), betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
-        self._model, self._optimizer = accelerator.prepare(self._unet, optimizer)
-        self._average = EMAModel(self._unet.parameters(), settings.ema_decay, use_ema_warmup=True)
+        model, self._optimizer = accelerator.prepare(_Predictor(self._unet), optimizer)
+        with self.autocast():
+            self._model = self.recorded(model, *self._example())
+        self._average = EMAModel(
+            self._unet.parameters(), settings.ema_decay, use_ema_warmup=True, foreach=True
+        )
         self._noising = noise_schedule(self.schedule, device)
 
     @property
@@ -107,15 +111,23 @@ class Denoiser(Part):
         ]
         noisy, target = noised(self._noising, latents, noise, timesteps)
         with self.autocast():
-            predicted = self._model(noisy, timesteps, states.to(device).float(), return_dict=False)[
-                0
-            ]
+            predicted = self._model(noisy, timesteps, states.to(device).float())
         gamma = self.settings.snr_gamma
         weights = snr_weights(self._noising, timesteps, gamma) if gamma else None
         loss = noise_errors(predicted, target, weights=weights).mean()
         self.optimize(self._optimizer, loss, [*self._unet.parameters()])
         self._average.step(self._unet.parameters())
         return loss.detach()[None]
+
+    def _example(self) -> tuple[Tensor, ...]:
+        """Returns inputs of the UNet that have a batch's shapes."""
+        count = self.settings.batch_size
+        inputs = (
+            torch.zeros((count, 4, *self._moments.shape[-2:])),
+            torch.zeros(count, dtype=torch.int64),
+            torch.zeros((count, *self._states.shape[1:])),
+        )
+        return tuple(each.to(self.accelerator.device) for each in inputs)
 
     def _text_row(self, position: int, number: int) -> int:
         """Returns the row of `_states` that a sample is trained with."""
@@ -171,6 +183,19 @@ class Denoiser(Part):
         self._average.restore(parameters)
         self.schedule.save_pretrained(folder / "scheduler")
         return {}
+
+
+class _Predictor(nn.Module):
+    """The UNet, called with tensors only, as CUDA graphs require."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """Returns the prediction (B, 4, h, w)."""
+        predicted: Tensor = self.unet(noisy, timesteps, states, return_dict=False)[0]
+        return predicted
 
 
 @torch.no_grad()

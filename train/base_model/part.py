@@ -109,7 +109,19 @@ class Part(ABC):
     def autocast(self) -> torch.autocast:
         """Returns a context in which operations are in bfloat16 if the settings say so."""
         kind = self.accelerator.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.settings.bf16)
+        # graphs can't be recorded while autocast caches converted weights
+        return torch.autocast(kind, torch.bfloat16, self.settings.bf16, cache_enabled=False)
+
+    def recorded(self, module: Any, *inputs: Tensor) -> Any:
+        """Returns the module, whose kernels are recorded once as CUDA graphs and then replayed, if
+        one CUDA GPU trains: starting so many small kernels takes longer than they run.
+
+        inputs: tensors of the shapes of each later call, in the same autocast context.
+        """
+        accelerator = self.accelerator
+        if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+            return module
+        return torch.cuda.make_graphed_callables(module, inputs)
 
     def optimize(self, optimizer: Any, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         """Takes an optimizer's step on a loss, with gradients of at most unit norm."""
