@@ -26,6 +26,9 @@ from stages.record import FloatArray
 
 TRUNCATION: Final = 0.75  # wider than that of single portraits: people differ more
 QUALITY: Final = 95
+# The part of a portrait that a picture shows, as (top, left, side) in shares of the portrait. The
+# generator leaves much room around the face; small pictures show more of the face without it.
+FRAME: Final = (0.13, 0.1, 0.8)
 # how far a picture may be from the first one along each direction, in standard deviations
 REACH: Final = {"yaw": 1.2, "pitch": 1.0, "smile": 1.5, "brightness": 2.0}
 # Cosines from which each recogniser takes two pictures for one person. Both are above the published
@@ -55,7 +58,7 @@ class Families:
         face.
         """
         style = self._synthesizer.style(seed, person, TRUNCATION)
-        first = reduced(self._synthesizer.render(style), side)
+        first = self._picture(style, side)
         embeddings = self._embed(first)
         if embeddings is None:
             return []
@@ -63,11 +66,16 @@ class Families:
         for number in range(1, count):
             for attempt in range(TRIES):
                 step = self._step(seed, person, number) * 0.7**attempt
-                picture = reduced(self._synthesizer.render(style + step), side)
+                picture = self._picture(style + step, side)
                 if self._is_same(embeddings, self._embed(picture)):
                     pictures.append(picture)
                     break
         return pictures
+
+    def _picture(self, style: Style, side: int) -> Image:
+        portrait = self._synthesizer.render(style)
+        top, left, size = (round(share * len(portrait)) for share in FRAME)
+        return reduced(portrait[top : top + size, left : left + size], side)
 
     def _step(self, seed: int, person: int, number: int) -> Style:
         draws = np.random.Generator(np.random.PCG64([seed, person, number]))
