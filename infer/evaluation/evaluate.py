@@ -22,7 +22,8 @@ from infer.evaluation.losses import noise_losses
 from infer.evaluation.people import Person, by_person, held_out_people
 from infer.evaluation.pictures import painter, painters, photographs, portraits, seeds_of
 from infer.evaluation.regions import region_use
-from infer.evaluation.resemblance import measure_portraits
+from infer.evaluation.resemblance import likeness, measure_portraits
+from infer.evaluation.sheet import PersonRow, people_sheet
 from infer.evaluation.texts import trait_differences, trait_shares
 from infer.identity import Identity
 from infer.load import configured_adapter, load_pipeline
@@ -200,6 +201,34 @@ class Evaluation:
                 seed=self._seed,
             )
         )
+
+    def sheet(self) -> dict[str, Any]:
+        """Draws the contact sheet, OUTPUT.png. Returns its file name, and what is written on it."""
+        config = self._config
+        prompts = self._settings.prompts or (config.prompt,)
+        drawn = painters(self._pipe, self._settings, self._first(config.sheet_people))
+        seeds = seeds_of(config.sheet_images, self._seed, "sheet")
+        rows = [
+            PersonRow(
+                name, {p: self._measurer.pictures(paint([p] * len(seeds), seeds)) for p in prompts}
+            )
+            for name, paint in drawn.items()
+        ]
+        path = Path(config.output).with_suffix(".png")
+        people_sheet(rows, self._references).save(path)
+        compared = [
+            (row.person, prompt, likeness(portrait, row.person, self._references))
+            for row in rows
+            for prompt, own in row.portraits.items()
+            for portrait in own
+        ]
+        return {
+            "file": path.name,
+            "portraits": [
+                {"person": person, "prompt": prompt, **(asdict(each) if each else {})}
+                for person, prompt, each in compared
+            ],
+        }
 
     def _first(self, count: int) -> dict[str, Identity]:
         return dict([*self._identities.items()][:count])

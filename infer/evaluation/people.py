@@ -48,7 +48,7 @@ def held_out_people(
 ) -> list[Person]:
     """Returns `count` people of a data set, chosen by the seed.
 
-    The first n of them don't depend on `count`. split: the side of the train/val split; all: both.
+    The first n of them don't depend on `count`; 0: all. split: the side of the train/val split; all: both.
     samples: how many a person must have. Raises ConfigError if there are too few such people,
     ShardError if a sample can't be read.
     """
@@ -58,6 +58,7 @@ def held_out_people(
         if split in ("all", row["split"]):
             keys.setdefault(row["identity_id"], {})[row["key"]] = row["shard"]
     enough = [name for name, shards in keys.items() if len(shards) >= samples]
+    count = count or len(enough)
     if count < 1 or len(enough) < count:
         side = "" if split == "all" else f" on the side {split!r} of the split"
         raise ConfigError(

@@ -44,6 +44,9 @@ def test_the_file_has_every_measure_with_its_interval(config: EvaluationConfig) 
     assert set(results["texts"]["difference"]) == {"glasses", "black hair", "smile"}
     assert results["calibration"]["photograph"]["has_face"]["mean"] == 1
     assert results["copying"]["people"] == []  # nobody has another photograph
+    sheet = results["sheet"]
+    assert len(sheet["portraits"]) == 4  # two people, one prompt, two of each
+    assert Image.open(Path(config.output).with_name(sheet["file"])).width > 400
 
 
 def test_a_second_start_takes_missing_measures_only(config: EvaluationConfig) -> None:
