@@ -256,10 +256,11 @@ def synthesize(
         if people:
             written = write_families(folder, people=people, pictures=pictures, seed=seed, side=side)
             total = sum(track(written, description="people", total=people))
-            typer.echo(f"{total} pictures of {people} people in {folder}")
-            return
-        for _ in track(write_portraits(folder, count, seed), description="portraits", total=count):
-            pass
+            made = f"{total} pictures of {people} people"
+        else:
+            portraits = write_portraits(folder, count, seed)
+            total = sum(1 for _ in track(portraits, description="portraits", total=count))
+            made = f"{total} portraits"
         if poison:
             write_extras(folder, seed)
-        typer.echo(f"{count} portraits in {folder}")
+        typer.echo(f"{made} in {folder}")

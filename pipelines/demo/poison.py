@@ -22,6 +22,7 @@ class Outcome:
     reason: str = ""
 
 
+POISONED_FACES = 8  # portraits that the files are made from
 EXPECTED: dict[str, Outcome] = {
     "truncated.jpg": Outcome("failed", "truncated"),
     "zero bytes.jpg": Outcome("failed", "empty_file"),
@@ -45,13 +46,14 @@ EXPECTED: dict[str, Outcome] = {
 
 
 def write_poisoned(folder: Path, portraits: Sequence[Path]) -> None:
-    """Write every file of EXPECTED into `folder`, from the first eight of `portraits`.
+    """Write every file of EXPECTED into `folder`, from the first POISONED_FACES of `portraits`.
 
     Raises ValueError if there are fewer.
     """
-    faces = [Image.open(path).convert("RGB").resize((512, 512)) for path in portraits[:8]]
-    if len(faces) < 8:
-        raise ValueError(f"{len(faces)} portraits, expected at least 8")
+    chosen = portraits[:POISONED_FACES]
+    faces = [Image.open(path).convert("RGB").resize((512, 512)) for path in chosen]
+    if len(faces) < POISONED_FACES:
+        raise ValueError(f"{len(faces)} portraits, expected at least {POISONED_FACES}")
     (folder / "ünïcode").mkdir(parents=True, exist_ok=True)
     original = _jpeg(faces[0])
     _write(folder / "original.jpg", original)

@@ -7,6 +7,7 @@ MobileStyleGAN (FFHQ, 1024 × 1024) on OpenVINO. Styles are truncated towards th
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,19 @@ def write_portraits(
         yield path
 
 
-def write_extras(folder: Path, seed: int) -> None:
+def write_extras(folder: Path, seed: int, weights: Weights | None = None) -> None:
     """Write into the portraits' folder: a real photograph (scikit-image's astronaut: NASA, public
-    domain) and `poisoned/`, the files of `write_poisoned`.
+    domain) and `poisoned/`, the files of `write_poisoned`, of other people than the portraits'.
     """
     import skimage.data
 
-    from pipelines.demo.poison import write_poisoned
+    from pipelines.demo.poison import POISONED_FACES, write_poisoned
 
     if not (folder / "poisoned").exists():
         (folder / "astronaut.jpg").write_bytes(encode_jpeg(skimage.data.astronaut(), 95))
-        write_poisoned(folder / "poisoned", sorted(folder.glob(f"portrait-{seed}-*.jpg")))
+        with tempfile.TemporaryDirectory() as others:
+            faces = [*write_portraits(Path(others), POISONED_FACES, seed + 1, weights)]
+            write_poisoned(folder / "poisoned", faces)
 
 
 def _noise(seed: int, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
