@@ -77,6 +77,9 @@ class DenoiserConfig(PartConfig):
     ema_decay: float = 0.999
     drop_text: float = 0.1  # share of samples without text, for classifier-free guidance
     short_text: float = 0.4  # share of samples with the first caption only
+    # show half of the samples mirrored, with left and right exchanged in their texts
+    mirror: bool = True
+    start_from: str = ""  # folder of a UNet of the same shape, whose training is continued
 
     def __post_init__(self) -> None:
         PartConfig.__post_init__(self)

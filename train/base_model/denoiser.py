@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.base_model import DenoiserConfig
+from configs.errors import WeightsError
+from model.consistentid import load_model
 from model.losses import noise_errors
 from model.noising import noise_schedule, noised
 from model.pixels import vae_pixels
@@ -37,8 +39,9 @@ _TRAIN_TIMESTEPS: Final = 1000
 class Denoiser(Part):
     """Trains diffusers' UNet2DConditionModel. See Part.
 
-    vae, text_encoder: of the base, trained. empty: (77,) int64, the tokens of no text. rounds:
-    times its steps that it trains.
+    vae, text_encoder: of the base, trained. empty: (77,) int64, the tokens of no text. sides: the
+    tokens of the texts "left" and "right". rounds: times its steps that it trains. Raises
+    WeightsError if the UNet to start from can't be loaded, or has another shape.
     """
 
     name: ClassVar[str] = "denoiser"
@@ -55,6 +58,7 @@ class Denoiser(Part):
         vae: Any,
         text_encoder: Any,
         empty: Tensor,
+        sides: Sequence[Sequence[int]],
         rounds: int = 1,
         track: Callable[[range], Iterable[int]] = iter,
     ) -> None:
@@ -63,17 +67,24 @@ class Denoiser(Part):
         super().__init__(settings, settings.steps * rounds, seed, accelerator)
         device = accelerator.device
         self._vae, self._text_encoder = vae.to(device), text_encoder.to(device)
-        self._moments = self._encoded(samples.pixels, track)
-        self._ids, self._empty = samples.ids, empty
+        pixels, ids = samples.pixels, samples.ids
+        self._count = len(pixels)
+        self._moments = self._encoded(pixels, track)
+        if settings.mirror:
+            mirrored = self._encoded(pixels.flip(-1), track)
+            self._moments = torch.cat((self._moments, mirrored))
+            ids = torch.cat((ids, exchanged_sides(ids, sides)))
         self._states = torch.cat(
             [
-                self._text_states(samples.ids[:, TEXTS.index("all")]),
-                self._text_states(samples.ids[:, TEXTS.index("image")]),
+                self._text_states(ids[:, TEXTS.index("all")]),
+                self._text_states(ids[:, TEXTS.index("image")]),
                 self._text_states(empty[None]),
             ]
         )
         torch.manual_seed(seed)
         self._unet = make_denoiser(settings, spec, self._moments.shape[-1])
+        if settings.start_from:
+            _load_unet(self._unet, settings.start_from)
         self.schedule = make_schedule(settings)
         optimizer = torch.optim.AdamW(
             self._unet.parameters(), betas=(0.9, 0.99), weight_decay=1e-2, fused=True
@@ -94,7 +105,8 @@ class Denoiser(Part):
         device, seed = self.accelerator.device, self.seed
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        moments = self._moments[list(numbers)]
+        rows = [self._row(*each) for each in zip(positions, numbers, strict=True)]
+        moments = self._moments[rows]
         shape = (4, *moments.shape[-2:])
         first, second = (
             torch.stack([draws.normal(shape, seed, name, each) for each in positions])
@@ -106,9 +118,7 @@ class Denoiser(Part):
         timesteps = torch.tensor(
             [draws.integer(_TRAIN_TIMESTEPS, seed, "timestep", each) for each in positions]
         ).to(device)
-        states = self._states[
-            [self._text_row(*each) for each in zip(positions, numbers, strict=True)]
-        ]
+        states = self._states[[self._text_row(*each) for each in zip(positions, rows, strict=True)]]
         noisy, target = noised(self._noising, latents, noise, timesteps)
         with self.autocast():
             predicted = self._model(noisy, timesteps, states.to(device).float())
@@ -129,14 +139,19 @@ class Denoiser(Part):
         )
         return tuple(each.to(self.accelerator.device) for each in inputs)
 
-    def _text_row(self, position: int, number: int) -> int:
-        """Returns the row of `_states` that a sample is trained with."""
+    def _row(self, position: int, number: int) -> int:
+        """Returns the row of `_moments` that a sample is trained with."""
+        mirrored = self.settings.mirror and draws.uniform(self.seed, "mirror", position) < 0.5
+        return number + self._count * mirrored
+
+    def _text_row(self, position: int, row: int) -> int:
+        """Returns the row of `_states` that a row of `_moments` is trained with."""
         count = len(self._moments)
         draw = draws.uniform(self.seed, "text", position)
         if draw < self.settings.drop_text:
             return 2 * count
         short = draw < self.settings.drop_text + self.settings.short_text
-        return number + count * short
+        return row + count * short
 
     @torch.no_grad()
     def _encoded(self, pixels: Tensor, track: Callable[[range], Iterable[int]]) -> Tensor:
@@ -160,7 +175,7 @@ class Denoiser(Part):
 
     def preview(self) -> Tensor:
         """Pictures of the first samples' captions, by the averaged weights."""
-        count = min(_PREVIEWED, len(self._moments))
+        count = min(_PREVIEWED, self._count)
         states = self._states[[*range(count), *([len(self._states) - 1] * count)]]
         shape = (4, *self._moments.shape[-2:])
         noise = torch.stack([draws.normal(shape, self.seed, "preview", i) for i in range(count)])
@@ -183,6 +198,26 @@ class Denoiser(Part):
         self._average.restore(parameters)
         self.schedule.save_pretrained(folder / "scheduler")
         return {}
+
+
+def exchanged_sides(ids: Tensor, sides: Sequence[Sequence[int]]) -> Tensor:
+    """Returns texts in which the words left and right are exchanged. sides: the tokens of both."""
+    left, right = (next(iter({*own} - {*other})) for own, other in (sides, sides[::-1]))
+    swapped = torch.where(ids == left, right, ids)
+    return torch.where(ids == right, left, swapped)
+
+
+def _load_unet(unet: Any, folder: str) -> None:
+    import diffusers
+
+    weights = load_model(diffusers.UNet2DConditionModel, folder).state_dict()
+    try:
+        unet.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"denoiser.start_from={folder} has a UNet of another shape ({error}). Set "
+            "denoiser.channels, layers and attention as it was made with, or another folder."
+        ) from error
 
 
 class _Predictor(nn.Module):

@@ -161,6 +161,7 @@ class _Run:
             vae,
             text_encoder,
             empty_ids(self.tokenizer),
+            self.tokenizer(["left", "right"]).input_ids,
             config.rounds,
         )
 
@@ -234,6 +235,7 @@ class _Run:
                     if child.name in kinds:
                         model = kinds[child.name].from_pretrained(child)
                         model.half().save_pretrained(partial / child.name)
+                        _settle_config(partial / child.name / "config.json")
                     elif child.is_dir():
                         shutil.copytree(child, partial / child.name)
             clip_tokenizer(self.weights.fetch("clip_bpe")).save_pretrained(partial / "tokenizer")
@@ -244,6 +246,18 @@ class _Run:
             write_json(partial / record.name, origin)
 
         write_folder_atomically(target, fill)
+
+
+def _settle_config(config: Path) -> None:
+    """Removes the name of the folder that a model was loaded from, so that equal models have equal
+    files. Of the text and image tower, states that they compute in float32: transformers would load
+    them in half precision, as they are stored, and diffusers the other models in float32.
+    """
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    if "dtype" in values:
+        values["dtype"] = "float32"
+    write_json(config, values)
 
 
 def _save(part: Part, folder: Path, steps: int) -> None:

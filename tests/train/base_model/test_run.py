@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from configs.base_model import AutoencoderConfig, BaseConfig, DenoiserConfig, TowersConfig
-from configs.errors import ConfigError
+from configs.errors import ConfigError, WeightsError
 from tests.sharing import shared_folder
+from train.base_model.denoiser import exchanged_sides
 from train.base_model.run import train_base
 from train.stopping import Stop
 
@@ -77,7 +78,7 @@ def weights(output: Path) -> dict[str, bytes]:
 def test_the_pipeline_of_diffusers_loads_it_and_draws(trained: Path) -> None:
     import diffusers
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(trained / "base").to(torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(trained / "base")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipe("a person", num_inference_steps=2, output_type="np", generator=generator).images
@@ -172,3 +173,30 @@ def test_other_settings_in_the_same_output_are_refused(trained: Path, data: Path
     other = replace(config, autoencoder=replace(config.autoencoder, channels=(16, 32)))
     with pytest.raises(ConfigError, match=r"channels was \[16, 16\] and is \[16, 32\]"):
         train_base(other, Quiet())
+
+
+def test_a_denoiser_starts_from_another_and_one_of_another_shape_is_refused(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(trained, tmp_path / "out"))
+    shutil.rmtree(copy / "denoiser")
+    config = settings(data, copy)
+    unet = trained / "base/unet"
+    slow = replace(config.denoiser, start_from=str(unet), steps=1, learning_rate=1e-9)
+    assert train_base(replace(config, denoiser=slow), Quiet()) == 0
+    name = "diffusion_pytorch_model.safetensors"
+    before, after = load_file(unet / name), load_file(copy / "base/unet" / name)
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    shutil.rmtree(copy / "denoiser")
+    wider = replace(slow, channels=(16, 48))
+    with pytest.raises(WeightsError, match=r"start_from=.* has a UNet of another shape"):
+        train_base(replace(config, denoiser=wider), Quiet())
+
+
+def test_texts_of_mirrored_pictures_name_the_other_side() -> None:
+    left, right, begin, end = 1, 2, 8, 9
+    ids = torch.tensor([[begin, left, 5, right, end], [begin, 4, 4, left, end]])
+    exchanged = exchanged_sides(ids, [[begin, left, end], [begin, right, end]])
+    assert exchanged.tolist() == [[begin, right, 5, left, end], [begin, 4, 4, right, end]]
