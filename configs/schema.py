@@ -42,7 +42,8 @@ class SourceConfig:
     license: str = ""  # of inputs for which the source states none; so are the next two
     author: str = ""
     consent: str = ""  # of the people shown, in words or a code of your own
-    # of files: the folder directly above a file names the person it shows, as in PERSON/001.jpg
+    # of files: the folder directly above a file names the person it shows, as in PERSON/001.jpg;
+    # not in or below a folder whose name begins with _
     person_folder: bool = False
     tries: int = 4  # attempts to read an input, if the failures may be temporary
     backoff: float = 0.5  # seconds before the second attempt; about doubled before each further one

@@ -239,7 +239,7 @@ def synthesize(
     ] = 0,
     poison: Annotated[
         bool,
-        typer.Option(help="Also write all kinds of bad files to poisoned/, and a photograph."),
+        typer.Option(help="Also write all kinds of bad files to _poisoned/, and a photograph."),
     ] = False,
 ) -> None:
     """Make synthetic portraits (MobileStyleGAN, FFHQ), for the demo, tests and `make base`.
@@ -256,11 +256,11 @@ def synthesize(
         if people:
             written = write_families(folder, people=people, pictures=pictures, seed=seed, side=side)
             total = sum(track(written, description="people", total=people))
-            made = f"{total} pictures of {people} people"
+            contents = f"{total} pictures of {people} people"
         else:
             portraits = write_portraits(folder, count, seed)
             total = sum(1 for _ in track(portraits, description="portraits", total=count))
-            made = f"{total} portraits"
+            contents = f"{total} portraits"
         if poison:
             write_extras(folder, seed)
-        typer.echo(f"{made} in {folder}")
+        typer.echo(f"{contents} in {folder}")

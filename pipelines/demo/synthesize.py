@@ -78,17 +78,17 @@ def write_portraits(
 
 def write_extras(folder: Path, seed: int, weights: Weights | None = None) -> None:
     """Write into the portraits' folder: a real photograph (scikit-image's astronaut: NASA, public
-    domain) and `poisoned/`, the files of `write_poisoned`, of other people than the portraits'.
+    domain) and `_poisoned/`, the files of `write_poisoned`, of other people than the portraits'.
     """
     import skimage.data
 
     from pipelines.demo.poison import POISONED_FACES, write_poisoned
 
-    if not (folder / "poisoned").exists():
+    if not (folder / "_poisoned").exists():
         (folder / "astronaut.jpg").write_bytes(encode_jpeg(skimage.data.astronaut(), 95))
         with tempfile.TemporaryDirectory() as others:
             faces = [*write_portraits(Path(others), POISONED_FACES, seed + 1, weights)]
-            write_poisoned(folder / "poisoned", faces)
+            write_poisoned(folder / "_poisoned", faces)
 
 
 def _noise(seed: int, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:

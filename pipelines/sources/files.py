@@ -241,11 +241,12 @@ class RemoteFiles(Source):
 def _provenance(config: SourceConfig, source: str) -> str:
     """Returns Input.provenance of a file. source: its name, relative to the source's folder.
 
-    With `source.person_folder`, the folder directly above the file names the person; a file that
-    lies in no folder of the source has none.
+    With `source.person_folder`, the folder directly above the file names the person. A file has
+    none if it lies in no folder of the source, or in or below one whose name begins with `_`.
     """
-    folder = os.path.basename(os.path.dirname(source)) if config.person_folder else ""
-    return provenance_json({"person": folder})
+    folders = source.split("/")[:-1] if config.person_folder else []
+    unnamed = any(folder.startswith("_") for folder in folders)
+    return provenance_json({"person": "" if unnamed or not folders else folders[-1]})
 
 
 def split_glob(path: str) -> tuple[str, re.Pattern[str] | None]:

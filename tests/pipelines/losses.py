@@ -24,7 +24,7 @@ class File(NamedTuple):
     mtime: int
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.data)
         os.utime(path, (self.mtime, self.mtime))
 

@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> IncrementalDataSet:
         ("eve/2.jpg", ANN_TWO),
         ("eve/3.jpg", BOB),
         ("ida/1.jpg", ANN),
-        ("z-loose.jpg", CAT),
+        ("z/_others/cat.jpg", CAT),
     ):
         data.put(name, scene)
     return data
