@@ -74,7 +74,7 @@ class ModelConfig:
     # parts of the adapter that are left out, to see what they are for: docs/training.md
     without: tuple[Literal["projector", "facial_encoder", "lora"], ...] = ()
     # hub id or folder in diffusers layout; "": the spec's default (tiny: created locally; small:
-    # none, give the output of python -m train.base_model)
+    # the one that comes with the project)
     base: str = ""
     image_encoder: str = ""  # hub id or folder; "": the spec's default
     device: str = "auto"
@@ -144,7 +144,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    # start from this adapter: a checkpoint folder, .safetensors or a published .bin
+    # start from this adapter: a checkpoint folder, .safetensors, a published .bin, or small: the
+    # one that comes with the project
     adapter: str = ""
     # train the UNet too; for the tiny base, which starts from random weights
     train_base: bool = False

@@ -12,6 +12,7 @@ from infer.adapter import reading_config
 from infer.components import load_lora, precision
 from infer.mixin import ConsistentIDMixin
 from infer.pipelines import ConsistentIDPipeline, ConsistentIDXLPipeline
+from model.base import adapter_path, base_path
 from model.checkpoint import AdapterFile, read_adapter
 from model.consistentid import load_model
 from stages.backends.runtime import torch_device
@@ -76,7 +77,7 @@ def configured_adapter(config: InferConfig) -> Path:
             "no adapter given. Set adapter=FOLDER, the final/ of a training run, or adapter=FILE, "
             "published weights."
         )
-    source = Path(config.adapter).expanduser()
+    source = Path(adapter_path(config.adapter)).expanduser()
     if not source.exists():
         raise ConfigError(
             f"adapter={config.adapter}: nothing there. A training run writes its adapter to "
@@ -92,7 +93,7 @@ def base_of(config: InferConfig, source: Path, adapter: AdapterFile) -> str:
     makes the tiny one. Raises ConfigError if there is none.
     """
     if config.model.base or adapter.spec.base:
-        return config.model.base or adapter.spec.base
+        return base_path(config.model.base or adapter.spec.base)
     folder = source if source.is_dir() else source.parent
     local = folder.resolve().parent / "base"
     if not local.is_dir():

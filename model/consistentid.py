@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs.errors import WeightsError
 from model.attention import IdentityCrossAttention, RegionScores, install_processors
+from model.base import base_path
 from model.conditions import ConditionBatch
 from model.facial_encoder import facial_encoder
 from model.projector import identity_projector
@@ -77,14 +78,15 @@ def load_base(
 ) -> BaseModels:
     """Loads the base model, frozen and in eval mode.
 
-    base: a folder in diffusers' layout or a hub id; None: spec.base. image_encoder: a folder or
-    hub id; None: `image_encoder/` in the base's folder if there is one, else spec.image_encoder.
-    Raises WeightsError if a part or one of its weights is missing, or can't be downloaded.
+    base: a folder in diffusers' layout, a hub id or "small"; None: spec.base. image_encoder: a
+    folder or hub id; None: `image_encoder/` in the base's folder if there is one, else
+    spec.image_encoder. Raises WeightsError if a part or one of its weights is missing, or can't be
+    downloaded.
     """
     import diffusers
     import transformers
 
-    root = str(base or spec.base)
+    root = base_path(str(base or spec.base))
     if not root:
         raise WeightsError(
             f"model {spec.name!r} has no public base model; make one with "

@@ -57,17 +57,18 @@ PUBLISHED_EMBEDDER: Final = Embedder(
 class ModelSpec:
     """A model variant: the base model that it adapts, and the sizes of the adapter's parts.
 
-    base, image_encoder: hub ids ("" = made locally, see model.tiny). resolution: side of training
-    images, in pixels. cross_attention_dim: width C of a text token. vision_dim, vision_size: the
-    image encoder's hidden width V and the side S of its input, in pixels. hooked: names of the
-    UNet's blocks whose attention the localisation loss reads. shortcut: whether the projector adds
-    the resampler's output to the projected identity, in place of returning it alone (the
-    reference's `ProjPlusModel`; the published weights differ in this). detail_prefix: what legacy
-    mode puts between prompt and facial description. template: the facial description at inference;
-    corrected mode uses it only where the record has none. without: the PARTS that the adapter
-    doesn't have, in their order. Without projector the ID tokens are zero and there is no ID
-    attention; without facial_encoder the regions' nouns keep their text tokens; without lora the
-    attention has the base's projections. Raises ValueError for other names, or all of the parts.
+    base, image_encoder: hub ids ("" = made locally, see model.tiny; "small" = model.base's).
+    resolution: side of training images, in pixels. cross_attention_dim: width C of a text token.
+    vision_dim, vision_size: the image encoder's hidden width V and the side S of its input, in
+    pixels. hooked: names of the UNet's blocks whose attention the localisation loss reads.
+    shortcut: whether the projector adds the resampler's output to the projected identity, in place
+    of returning it alone (the reference's `ProjPlusModel`; the published weights differ in this).
+    detail_prefix: what legacy mode puts between prompt and facial description. template: the facial
+    description at inference; corrected mode uses it only where the record has none. without: the
+    PARTS that the adapter doesn't have, in their order. Without projector the ID tokens are zero
+    and there is no ID attention; without facial_encoder the regions' nouns keep their text tokens;
+    without lora the attention has the base's projections. Raises ValueError for other names, or all
+    of the parts.
     """
 
     name: str
@@ -133,7 +134,7 @@ SPECS: Final[dict[str, ModelSpec]] = {
         ),
         ModelSpec(
             name="small",
-            base="",
+            base="small",
             image_encoder="",
             resolution=64,
             cross_attention_dim=64,

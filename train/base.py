@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional as F
 
-from configs.errors import ConfigError, ShardError
+from configs.errors import ShardError
 from configs.training import TrainConfig
 from model.pixels import training_pixels
 from model.spec import ModelSpec
@@ -43,17 +43,11 @@ def ensure_base(
 
     If neither the configuration nor the spec names one, the tiny base is made in OUT/base, unless
     it is there already; only one process may call this then. message: receives a line for the
-    user. Raises ConfigError for a spec whose base can't be made here, WeightsError if the tiny
-    base's vocabulary can't be fetched.
+    user. Raises WeightsError if the tiny base's vocabulary can't be fetched.
     """
     base = config.model.base or spec.base
     if base:
         return base
-    if spec.name != "tiny":
-        raise ConfigError(
-            f"model.spec={spec.name} has no public base model. Set model.base=FOLDER, a base that "
-            "python -m train.base_model run has made."
-        )
     from model.tiny import make_tiny_base
     from stages.backends.weights import Weights
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.training import OptimConfig, TrainConfig
+from model.base import adapter_path
 from model.checkpoint import load_adapter
 from model.conditions import DropRates
 from model.consistentid import BaseModels, ConsistentID, load_base
@@ -79,7 +80,7 @@ def make_models(
     torch.manual_seed(config.seed)  # the initial weights depend on nothing else
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
     if config.adapter:
-        load_adapter(Path(config.adapter), adapter)
+        load_adapter(Path(adapter_path(config.adapter)), adapter)
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     return freeze(models, spec.vision_size), TrainedModel(adapter, models.unet).train()

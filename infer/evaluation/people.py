@@ -48,9 +48,9 @@ def held_out_people(
 ) -> list[Person]:
     """Returns `count` people of a data set, chosen by the seed.
 
-    The first n of them don't depend on `count`; 0: all. split: the side of the train/val split; all: both.
-    samples: how many a person must have. Raises ConfigError if there are too few such people,
-    ShardError if a sample can't be read.
+    The first n of them don't depend on `count`; 0: all. split: the side of the train/val split;
+    all: both. samples: how many a person must have. Raises ConfigError if there are too few such
+    people, ShardError if a sample can't be read.
     """
     keys: dict[str, dict[str, int]] = {}
     columns = ["key", "shard", "identity_id", "split"]

@@ -16,7 +16,6 @@ from configs.training import LossConfig, ModelConfig, TrainConfig
 from model.checkpoint import read_adapter
 from model.spec import SPECS
 from tests.train.helpers import Parts, run, small
-from train.base import ensure_base
 from train.mixture import Mixture
 from train.replay import replay
 from train.step import noised_latents, snr_weights, step_losses
@@ -87,9 +86,3 @@ def test_a_resolution_that_the_base_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="resolution=34: this base needs a multiple of 4"):
         run(replace(config, output=str(tmp_path), resolution=34))
-
-
-def test_a_base_that_is_not_made_here_must_be_named(config: TrainConfig, mixture: Mixture) -> None:
-    unnamed = replace(config, model=ModelConfig(spec="small"))
-    with pytest.raises(ConfigError, match=r"model\.spec=small has no public base.*model\.base=FOL"):
-        ensure_base(unnamed, SPECS["small"], mixture, print)
