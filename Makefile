@@ -9,7 +9,7 @@ RUN := $(BIN)/python
 PRESET ?= demo
 OUT ?= runs/demo/dataset
 DEMO ?= runs/demo
-COUNT ?= 64
+COUNT ?=
 STEPS ?=
 ARGS ?=
 
@@ -24,7 +24,7 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo base dataset train replay infer report inspect weights caption-servers test golden chaos \
+.PHONY: help install demo base learn-proof dataset train replay infer report inspect weights caption-servers test golden chaos \
 	chaos-train quality lint format bench bench-scale clean
 
 help: ## list all targets
@@ -41,12 +41,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	@$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
 	@touch $@
 
-demo: install ## all steps: synthetic portraits → shards and report → training → portraits. COUNT=64 STEPS= ARGS="--launcher ray"
-	$(RUN) -m pipelines.demo.run --folder $(DEMO) --count $(COUNT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+demo: install ## all steps: synthetic people → shards and report → training → portraits. COUNT= STEPS= ARGS="--launcher ray"
+	$(RUN) -m pipelines.demo.run --folder $(DEMO) $(if $(COUNT),--count $(COUNT)) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 base: install ## synthetic people → shards → a small base model. PRESET=smoke, cpu or gpu OUT=runs/base ARGS="rounds=2"
 	$(RUN) -m pipelines.demo.base --preset $(if $(filter file,$(origin PRESET)),cpu,$(PRESET)) \
 		--output $(if $(filter file,$(origin OUT)),runs/base,$(OUT)) $(ARGS)
+
+learn-proof: install ## train adapters on the frozen base, and measure whether they learn identity. PRESET=smoke, cpu or gpu OUT=runs/learn-proof
+	$(RUN) -m pipelines.demo.proof --preset $(if $(filter file,$(origin PRESET)),cpu,$(PRESET)) \
+		--output $(if $(filter file,$(origin OUT)),runs/learn-proof,$(OUT)) $(ARGS)
 
 dataset: install ## photographs → shards and report. CONFIG=configs/dataset/… ARGS="source.path=… output=…"
 	$(RUN) -m pipelines.cli run --config $(or $(CONFIG),configs/dataset/demo.yaml) $(ARGS)
@@ -87,7 +91,7 @@ chaos-train: install ## kill, stop and resume training on 1, 2 and 4 processes, 
 	$(RUN) -m tests.chaos.train --rounds $(or $(ROUNDS),3) $(ARGS)
 
 quality: install ## plant faults in portraits; the rules must drop these and few others. COUNT=… ARGS="--each 20"
-	$(RUN) -m tests.quality --count $(COUNT) $(ARGS)
+	$(RUN) -m tests.quality --count $(or $(COUNT),64) $(ARGS)
 
 lint: install ## check style, types, import layers, sizes and names
 	$(BIN)/ruff check .
