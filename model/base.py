@@ -141,7 +141,7 @@ def verify(
         f"pipelines.cli run --config configs/dataset/people.yaml source.path={people} output={data}"
         " global_pass.val_share=0.5",
         f"infer.evaluation run --config configs/evaluation/small.yaml data={data} output={measures}"
-        " measures=[losses,portraits] people=0 portraits.adapter=small",
+        " measures=[losses,portraits] people=0 images=2 portraits.adapter=small",
     ):
         subprocess.run([sys.executable, "-m", *command.split()], check=True)
     measured = key_metrics(json.loads(measures.read_text(encoding="utf-8")))
