@@ -180,6 +180,9 @@ class TrainConfig:
     log_keys: bool = False  # write the keys of every step's samples to OUT/keys.jsonl
     # prepared samples that each worker keeps in memory, for small data sets and many epochs
     keep_samples: int = 0
+    # samples whose VAE and image encoder outputs each process keeps in memory, for the same; at
+    # least the number of samples, since each of the others is encoded again, and alone
+    keep_features: int = 0
     # compare each sample that is read with its digest
     verify_samples: bool = True
     # samples that can't be read are left out of the loss; the run stops if they are more than this
@@ -202,7 +205,7 @@ class TrainConfig:
         for name in (*positive, "checkpointing_steps"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: expected at least 1")
         counts = ("threads", "num_workers", "read_ahead", "checkpoints_total_limit")
-        for name in (*counts, "keep_samples", "cache_gb"):
+        for name in (*counts, "keep_samples", "keep_features", "cache_gb"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected at least 0")
         _check(0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share}: expected 0 to 1")
         _check(0 <= self.pair_prob <= 1, f"pair_prob={self.pair_prob}: expected 0 to 1")

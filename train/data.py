@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from stages.regions import MAX_REGIONS, Mode
 from train import draws
 from train.mixture import Mixture
 from train.order import SampleOrder
-from train.packing import BadSample, PackedBatch, packed
+from train.packing import IMAGES, BadSample, PackedBatch, packed
 
 Records = dict[int, Record | ShardError]  # by the samples' numbers
 
@@ -38,6 +39,8 @@ class TrainBatch:
     pixels: (B, 3, R, R) in [-1, 1], the images to learn.
     clip_images: (n, 3, S, S), the CLIP-normalised images that are not zero; image_rows: (n,)
     int64, their rows among 6·B, which are for each sample the photograph and its five regions.
+    image_names, pixel_names: for each of clip_images and of pixels, a name that images of other
+    content don't have; None for a blank sample's.
     latent_noise: (B, 4, h, w), for sampling the VAE's posterior; noise: (B, 4, h, w), the noise to
     predict. timesteps: (B,) int64. The other fields are those of `model.conditions.ConditionBatch`.
     """
@@ -49,6 +52,8 @@ class TrainBatch:
     pixels: Tensor
     clip_images: Tensor
     image_rows: Tensor
+    image_names: tuple[Hashable, ...]
+    pixel_names: tuple[Hashable, ...]
     input_ids: Tensor
     input_ids_2: Tensor
     token_mask: Tensor
@@ -231,6 +236,8 @@ def unpacked(
     timesteps = [
         draws.integer(preparation.timesteps, seed, "timestep", position) for position in positions
     ]
+    pairs = [*zip(batch.keys, batch.references, strict=True)]
+    places = [divmod(row, IMAGES) for row in batch.image_rows.tolist()]
     moved = batch.to(device)
     region_masks, foreground = unpacked_masks(moved.masks)
     return TrainBatch(
@@ -241,6 +248,11 @@ def unpacked(
         pixels=vae_pixels(moved.pixels),
         clip_images=clip_normalised(moved.clip_images),
         image_rows=moved.image_rows,
+        image_names=tuple((pairs[sample], image) for sample, image in places),
+        pixel_names=tuple(
+            key if valid else None
+            for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True)
+        ),
         input_ids=moved.input_ids,
         input_ids_2=moved.input_ids_2,
         token_mask=moved.token_mask,

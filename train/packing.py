@@ -22,7 +22,7 @@ from stages.regions import MAX_REGIONS
 
 _SHARED: Final = Path("/dev/shm")  # noqa: S108 - where torch's workers put tensors on Linux
 _PREFETCHED: Final = 2  # batches of each worker, torch's default
-_IMAGES: Final = 1 + MAX_REGIONS  # for the image encoder, of a sample
+IMAGES: Final = 1 + MAX_REGIONS  # for the image encoder, of a sample
 
 
 class BadSample(NamedTuple):
@@ -122,7 +122,7 @@ def check_shared_memory(
     """
     if not workers or not _SHARED.is_dir():
         return
-    sample = 4 * resolution**2 + 3 * _IMAGES * side**2 + 8_192
+    sample = 4 * resolution**2 + 3 * IMAGES * side**2 + 8_192
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = sample * size * (workers * _PREFETCHED + unread) * processes
     free = shutil.disk_usage(_SHARED).free

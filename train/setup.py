@@ -83,7 +83,8 @@ def make_models(
         load_adapter(Path(adapter_path(config.adapter)), adapter)
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
-    return freeze(models, spec.vision_size), TrainedModel(adapter, models.unet).train()
+    frozen = freeze(models, spec.vision_size, config.keep_features)
+    return frozen, TrainedModel(adapter, models.unet).train()
 
 
 def _copy_weights(models: BaseModels) -> None:

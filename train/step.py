@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from model.consistentid import (
 )
 from model.losses import localisation_errors, noise_errors
 from model.noising import noise_schedule, noised, size_ids
+from stages.regions import MAX_REGIONS
 from train import draws
 from train.data import TrainBatch
+from train.encodings import Encodings
 
 LOSSES = ("loss", "noise_loss", "facial_loss")  # the order of `StepLosses.values`
 
@@ -64,30 +67,44 @@ class Frozen:
     """What never trains.
 
     noise_schedule: a DDPMScheduler. zero_hidden: (1, N, V), the image encoder's states of a zero
-    image.
+    image. hidden: CLIP-normalised images (N, 3, S, S) → the image encoder's states (N, tokens, V).
+    moments: images (N, 3, R, R) → mean and log variance of the VAE's posterior (N, 8, h, w).
     """
 
     base: BaseModels
     noise_schedule: Any
     zero_hidden: Tensor
+    hidden: Encodings
+    moments: Encodings
 
     @property
     def device(self) -> torch.device:
         return self.zero_hidden.device
 
 
-def freeze(base: BaseModels, vision_size: int) -> Frozen:
+def freeze(base: BaseModels, vision_size: int, keep: int = 0) -> Frozen:
     """Makes the frozen side of training from a base model that is on its device.
 
-    vision_size: side of the image encoder's input, in pixels. Raises ConfigError for a base that
-    predicts neither noise nor velocity.
+    vision_size: side of the image encoder's input, in pixels. keep: number of samples whose
+    encodings stay in memory. Raises ConfigError for a base that predicts neither noise nor
+    velocity.
     """
     device = next(base.image_encoder.parameters()).device
     schedule = noise_schedule(base.scheduler, device)
     zero = torch.zeros(1, 3, vision_size, vision_size, device=device)
     return Frozen(
-        base=base, noise_schedule=schedule, zero_hidden=encode_images(base.image_encoder, zero)
+        base=base,
+        noise_schedule=schedule,
+        zero_hidden=encode_images(base.image_encoder, zero),
+        hidden=Encodings(partial(encode_images, base.image_encoder), keep * (1 + MAX_REGIONS)),
+        moments=Encodings(partial(_moments, base.vae), keep),
     )
+
+
+@torch.no_grad()
+def _moments(vae: Any, pixels: Tensor) -> Tensor:
+    moments: Tensor = vae.encode(pixels).latent_dist.parameters
+    return moments
 
 
 @torch.no_grad()
@@ -99,9 +116,7 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
     size, slots = batch.token_valid.shape
     rows = frozen.zero_hidden.expand(size * (1 + slots), -1, -1).clone()
     if len(batch.clip_images):
-        rows.index_copy_(
-            0, batch.image_rows, encode_images(frozen.base.image_encoder, batch.clip_images)
-        )
+        rows.index_copy_(0, batch.image_rows, frozen.hidden(batch.image_names, batch.clip_images))
     hidden = rows.reshape(size, 1 + slots, *rows.shape[1:])
     text_hidden, pooled = encode_text(frozen.base, batch.input_ids, batch.input_ids_2)
     return Features(
@@ -121,8 +136,12 @@ def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
 
     Both are (B, 4, h, w) float32. The target is the noise or the velocity.
     """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
     vae, schedule = frozen.base.vae, frozen.noise_schedule
-    posterior = vae.encode(batch.pixels.to(vae.dtype)).latent_dist
+    posterior = DiagonalGaussianDistribution(
+        frozen.moments(batch.pixel_names, batch.pixels.to(vae.dtype))
+    )
     latents = (
         posterior.mean + posterior.std * batch.latent_noise
     ).float() * vae.config.scaling_factor
