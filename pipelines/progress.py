@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -13,7 +14,8 @@ from rich.progress import Progress as Bar
 
 from stages.storage.manifest import Manifest
 
-Unit = Literal["images", "shards", "bytes"]
+Item = TypeVar("Item")
+Unit = Literal["images", "shards", "bytes", "people", "portraits"]
 
 
 class Progress:
@@ -50,9 +52,9 @@ class Progress:
         self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """Adds `count` processed images, shards or bytes."""
+        """Adds `count` processed units."""
         now = time.time()
-        # time is measured from the first images on, when models are loaded
+        # time is measured from the first ones on, when models are loaded
         self._started = self._started or now
         self._done += count
         rate = self._done / max(now - self._started, 1e-9) if now - self._started > 1 else 0.0
@@ -66,6 +68,12 @@ class Progress:
                 f"  {self._count()}{unit}, {self._speed(rate)}{left}{self._reasons()}",
                 err=True,
             )
+
+    def advanced(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items, each of which is a unit."""
+        for item in items:
+            self.advance(1)
+            yield item
 
     def note(self, manifest: Manifest) -> None:
         """Adds the dropped and failed inputs of a committed shard, by reason."""

@@ -247,19 +247,20 @@ def synthesize(
     With --people, each person has a folder of pictures that differ in pose, expression and light.
     """
     with errors():
-        from rich.progress import track
-
         from pipelines.demo.families import write_families
         from pipelines.demo.synthesize import write_extras, write_portraits
+        from pipelines.progress import Progress
 
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         if people:
             written = write_families(folder, people=people, pictures=pictures, seed=seed, side=side)
-            total = sum(track(written, description="people", total=people))
+            with Progress(people, "people") as progress:
+                total = sum(progress.advanced(written))
             contents = f"{total} pictures of {people} people"
         else:
             portraits = write_portraits(folder, count, seed)
-            total = sum(1 for _ in track(portraits, description="portraits", total=count))
+            with Progress(count, "portraits") as progress:
+                total = sum(1 for _ in progress.advanced(portraits))
             contents = f"{total} portraits"
         if poison:
             write_extras(folder, seed)

@@ -68,12 +68,12 @@ PRESETS: Final = {
     # Too short for portraits that resemble: what is decided is what the noise loss and the
     # attention show.
     "smoke": _Preset(
-        people=64,
-        held_out=0.3,
+        people=120,
+        held_out=0.25,
         measured=0,
         seeds=1,
         seeds_of_variants=1,
-        steps=120,
+        steps=240,
         images=1,
         variants=VARIANTS[:2],
         measures=("losses", "attention"),
