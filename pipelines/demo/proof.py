@@ -79,7 +79,7 @@ PRESETS: Final = {
         measures=("losses", "attention"),
     ),
     "cpu": _Preset(
-        people=900, held_out=0.1, measured=50, seeds=3, seeds_of_variants=1, steps=1200, images=4
+        people=800, held_out=0.1, measured=50, seeds=3, seeds_of_variants=1, steps=1000, images=4
     ),
     "gpu": _Preset(
         people=6000, held_out=0.02, measured=50, seeds=3, seeds_of_variants=3, steps=8000, images=4
