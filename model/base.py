@@ -160,6 +160,9 @@ def pack(
     adapter: Annotated[Path, typer.Argument(help="A folder of `python -m model.convert`.")],
 ) -> None:
     """Replace the weights in model/small. The card and its metrics are to be renewed after it."""
+    for needed in (base / "model_index.json", adapter / "adapter.json", adapter / "dataset.yaml"):
+        if not needed.is_file():
+            raise typer.BadParameter(f"{needed} is missing; nothing was replaced")
     for part, source in (("base", base), ("adapter", adapter)):
         shutil.rmtree(FOLDER / part, ignore_errors=True)
         shutil.copytree(source, FOLDER / part)
