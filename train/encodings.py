@@ -19,7 +19,7 @@ class Encodings:
 
     def __init__(self, encode: Callable[[Tensor], Tensor], limit: int = 0) -> None:
         self._encode, self._limit = encode, limit
-        self._kept: dict[Hashable, Tensor] = {}
+        self._outputs: dict[Hashable, Tensor] = {}
 
     def __call__(self, names: Sequence[Hashable], inputs: Tensor) -> Tensor:
         """Returns the outputs of a batch.
@@ -31,10 +31,10 @@ class Encodings:
         return torch.stack([self._one(name, inputs[i]) for i, name in enumerate(names)])
 
     def _one(self, name: Hashable, value: Tensor) -> Tensor:
-        kept = self._kept.get(name)
-        if kept is None:
+        output = self._outputs.get(name)
+        if output is None:
             # in memory of its own, whose address doesn't depend on the place in the batch
-            kept = self._encode(value[None].clone())[0]
-            if name is not None and len(self._kept) < self._limit:
-                self._kept[name] = kept
-        return kept
+            output = self._encode(value[None].clone())[0]
+            if name is not None and len(self._outputs) < self._limit:
+                self._outputs[name] = output
+        return output

@@ -26,7 +26,7 @@ class _Preset:
 
 
 PRESETS: Final = {
-    "smoke": _Preset(people=48, pictures=2, side=128, dataset=("shard_size=48", "resize.size=128")),
+    "smoke": _Preset(people=48, pictures=2, side=256, dataset=("shard_size=48",)),
     "cpu": _Preset(people=2500, pictures=2, side=256),
     "gpu": _Preset(
         people=6000, pictures=2, side=512, dataset=("shard_size=500", "resize.size=256")

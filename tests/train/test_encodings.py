@@ -37,29 +37,30 @@ def test_each_named_input_is_encoded_once_and_alone() -> None:
 def test_a_kept_sample_has_the_same_features_in_every_batch(
     data: Path, tiny_base: Path, tmp_path: Path, mixture: Mixture
 ) -> None:
-    kept = Parts(small(data, tiny_base, tmp_path, keep_features=8), mixture)
+    remembering = Parts(small(data, tiny_base, tmp_path, keep_features=8), mixture)
     plain = Parts(small(data, tiny_base, tmp_path), mixture)
-    batch = kept.make(range(4))
+    batch = remembering.make(range(4))
     for name in ("text_hidden", "clip_hidden", "region_hidden"):
         torch.testing.assert_close(
-            getattr(frozen_features(kept.frozen, batch), name),
+            getattr(frozen_features(remembering.frozen, batch), name),
             getattr(frozen_features(plain.frozen, batch), name),
             rtol=1e-4,
             atol=1e-5,
         )
     for one, other in zip(
-        noised_latents(kept.frozen, batch), noised_latents(plain.frozen, batch), strict=True
+        noised_latents(remembering.frozen, batch), noised_latents(plain.frozen, batch), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    alone = kept.make(range(2, 3))
-    kept.frozen.base.vae.apply(_broken)
-    kept.frozen.base.image_encoder.apply(_broken)  # nothing goes through them again
+    alone = remembering.make(range(2, 3))
+    remembering.frozen.base.vae.apply(_broken)
+    remembering.frozen.base.image_encoder.apply(_broken)  # nothing goes through them again
     assert torch.equal(
-        frozen_features(kept.frozen, batch).region_hidden[2:3],
-        frozen_features(kept.frozen, alone).region_hidden,
+        frozen_features(remembering.frozen, batch).region_hidden[2:3],
+        frozen_features(remembering.frozen, alone).region_hidden,
     )
     assert torch.equal(
-        noised_latents(kept.frozen, batch)[0][2:3], noised_latents(kept.frozen, alone)[0]
+        noised_latents(remembering.frozen, batch)[0][2:3],
+        noised_latents(remembering.frozen, alone)[0],
     )
 
 
