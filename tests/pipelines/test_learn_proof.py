@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from infer.evaluation.page import write_proof
 from tests.train.helpers import run
 from train.pairs import Pairs
 
-pytestmark = pytest.mark.thorough
+# other tests run beside it: one thread, and time for it
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(1800)]
 
 IDENTITY, LOCALISATION = "The identity is used", "Localisation works"
 
@@ -31,7 +33,8 @@ IDENTITY, LOCALISATION = "The identity is used", "Localisation works"
 def proof(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("learn-proof")
     command = [sys.executable, "-m", "pipelines.demo.proof", "--preset", "smoke"]
-    subprocess.run([*command, "--output", str(folder)], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", str(folder)], check=True, env=environment)
     return folder
 
 
@@ -74,7 +77,7 @@ def test_a_fault_in_training_makes_its_claim_fail(
     config = load(
         TrainConfig,
         str(proof / "adapters/seed-1/config.yaml"),
-        [f"output={tmp_path / 'adapter'}", "num_workers=0"],
+        [f"output={tmp_path / 'adapter'}", "num_workers=0", "threads=1"],
     )
     with monkeypatch.context() as patch:
         fault(patch)
