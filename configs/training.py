@@ -180,8 +180,9 @@ class TrainConfig:
     log_keys: bool = False  # write the keys of every step's samples to OUT/keys.jsonl
     # prepared samples that each worker keeps in memory, for small data sets and many epochs
     keep_samples: int = 0
-    # samples whose VAE and image encoder outputs each process keeps in memory, for the same; at
-    # least the number of samples, since each of the others is encoded again, and alone
+    # samples for which each process keeps the outputs of VAE and image encoder in memory, for small
+    # data sets. Set it to the number of samples or more: further samples are encoded in every epoch,
+    # one at a time, which is slow
     keep_features: int = 0
     # compare each sample that is read with its digest
     verify_samples: bool = True

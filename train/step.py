@@ -25,10 +25,10 @@ from model.consistentid import (
 )
 from model.losses import localisation_errors, noise_errors
 from model.noising import noise_schedule, noised, size_ids
-from stages.regions import MAX_REGIONS
 from train import draws
 from train.data import TrainBatch
 from train.encodings import Encodings
+from train.packing import IMAGES
 
 LOSSES = ("loss", "noise_loss", "facial_loss")  # the order of `StepLosses.values`
 
@@ -96,7 +96,7 @@ def freeze(base: BaseModels, vision_size: int, keep: int = 0) -> Frozen:
         base=base,
         noise_schedule=schedule,
         zero_hidden=encode_images(base.image_encoder, zero),
-        hidden=Encodings(partial(encode_images, base.image_encoder), keep * (1 + MAX_REGIONS)),
+        hidden=Encodings(partial(encode_images, base.image_encoder), keep * IMAGES),
         moments=Encodings(partial(_moments, base.vae), keep),
     )
 
