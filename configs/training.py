@@ -181,8 +181,8 @@ class TrainConfig:
     # prepared samples that each worker keeps in memory, for small data sets and many epochs
     keep_samples: int = 0
     # samples for which each process keeps the outputs of VAE and image encoder in memory, for small
-    # data sets. Set it to the number of samples or more: further samples are encoded in every epoch,
-    # one at a time, which is slow
+    # data sets. Set it to the number of samples or more: further samples are encoded in every
+    # epoch, one at a time, which is slow
     keep_features: int = 0
     # compare each sample that is read with its digest
     verify_samples: bool = True
