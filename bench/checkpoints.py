@@ -28,7 +28,7 @@ from train.step import TrainedModel
 from train.writer import CheckpointWriter
 
 _STEPS: Final = 40  # of a measurement; the checkpoint is in the first one
-_EXTRAS: Final = AdapterExtras(metadata={}, dataset="", with_unet=False)
+_EXTRAS: Final = AdapterExtras(metadata={}, dataset="")
 
 
 def make_model() -> TrainedModel:

@@ -147,8 +147,6 @@ class TrainConfig:
     # start from this adapter: a checkpoint folder, .safetensors, a published .bin, or small: the
     # one that comes with the project
     adapter: str = ""
-    # train the UNet too; for the tiny base, which starts from random weights
-    train_base: bool = False
     # pixels, a multiple of what the base's VAE and UNet scale by together: 64 for Stable Diffusion
     resolution: int = 512
     global_batch_size: int = 16  # samples of a step, over all processes, as in the paper

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -28,8 +27,6 @@ from model.checkpoint import CONFIG_FILE, AdapterFile, build_adapter, read_adapt
 from model.consistentid import ConsistentID, HasTextEncoders
 from model.prompt import add_marks
 from stages.regions import REGION_WORDS
-
-logger = logging.getLogger("consistentid")
 
 DATASET_FILE: Final = "dataset.yaml"  # which the trainer writes beside the adapter
 _REMEMBERED: Final = 16  # people
@@ -323,14 +320,6 @@ def install_adapter(
     """
     path = adapter_path(source, subfolder, weight_name, **hub)
     file = read_adapter(path)
-    if (path / "unet").is_dir() and not _is_from(unet, path / "unet"):
-        logger.warning(
-            "%s has a unet/ beside the adapter, which was trained together with it; it is not "
-            "loaded here. Pass it to from_pretrained: unet=UNet2DConditionModel.from_pretrained"
-            '("%s")',
-            path,
-            path / "unet",
-        )
     reader = PhotoReader(reading_config(path, file, dataset), file.spec, file.mode)
     if (before := adapter_in(unet)) is not None:
         before.remove()
@@ -351,11 +340,6 @@ def adapter_in(unet: Any) -> Adapter | None:
     """Returns the adapter that was put into a UNet, None if there is none."""
     adapter: Adapter | None = getattr(uncompiled(unet), _ATTRIBUTE, None)
     return adapter
-
-
-def _is_from(model: Any, folder: Path) -> bool:
-    """Returns whether a model of diffusers was loaded from a folder."""
-    return Path(model.config.get("_name_or_path") or "").resolve() == folder.resolve()
 
 
 def reading_config(

@@ -164,7 +164,7 @@ def _run(settings: InferConfig) -> None:
     typer.echo(f"{person.record.source}: {', '.join(person.regions)}; model {spec}", err=True)
     if spec == "tiny":
         typer.echo(
-            "the tiny model was trained on few images: expect blurred faces, not likenesses",
+            "the tiny model is for tests: its weights are random, and so are portraits",
             err=True,
         )
     _prepare_output(folder, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ from infer.mixin import ConsistentIDMixin
 from infer.pipelines import ConsistentIDPipeline, ConsistentIDXLPipeline
 from model.base import adapter_path, base_path
 from model.checkpoint import AdapterFile, read_adapter
-from model.consistentid import load_model
 from stages.backends.runtime import torch_device
-
-logger = logging.getLogger("consistentid")
 
 
 def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
@@ -35,18 +31,12 @@ def load_pipeline(config: InferConfig) -> ConsistentIDMixin:
                 f"model.{name}={requested}, but {source} is of {name} {own}. Set "
                 f"model.{name}=auto, or use the preset for this adapter."
             )
-    from diffusers import UNet2DConditionModel
-
     device = torch_device(config.model.device)
     dtype = precision(config.dtype, device)
     base = base_of(config, source, adapter)
     options: dict[str, Any] = {}
     if config.model.variant:
         options["variant"] = config.model.variant
-    unet = source / "unet"
-    if unet.is_dir():
-        logger.info("the UNet of %s takes the place of that of %s", unet, base)
-        options["unet"] = load_model(UNet2DConditionModel, str(unet), dtype=dtype)
     kind = ConsistentIDXLPipeline if adapter.spec.two_text_encoders else ConsistentIDPipeline
     if config.model.image_encoder:
         options["image_encoder"] = None  # the adapter's is loaded when it is needed

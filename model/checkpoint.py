@@ -29,7 +29,7 @@ from model.spec import (
     spec_from_json,
     spec_to_json,
 )
-from model.weights_file import beside, check_fit, read_weights, summary_of, write_atomically
+from model.weights_file import beside, check_fit, read_weights, summary_of
 from stages.regions import Mode
 
 FORMAT: Final = 1
@@ -225,28 +225,6 @@ def build_adapter(
         unet.set_attn_processor(before)
         raise
     return model.requires_grad_(False).eval()
-
-
-def save_unet(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Writes a trained UNet to `folder` in diffusers' layout and returns the folder.
-
-    state: an earlier copy of `unet_state(unet)`, which is written in place of the present weights.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = _on_cpu(unet_state(unet) if state is None else state)
-    write_atomically(
-        folder / "diffusion_pytorch_model.safetensors",
-        lambda path: save_file(weights, path, metadata={"format": "pt"}),
-    )
-    unet.save_config(folder)
-    return folder
-
-
-def unet_state(unet: Any) -> dict[str, Tensor]:
-    """Returns a UNet's weights without the adapter's attention processors, which are modules of
-    it.
-    """
-    return {key: value for key, value in unet.state_dict().items() if ".processor." not in key}
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -185,8 +185,6 @@ def notes(adapter: AdapterFile, form: Form) -> Iterator[str]:
                 f"a .bin doesn't hold the face embedder, {adapter.embedder.name}; it is read as "
                 f"{PUBLISHED_EMBEDDER.name}"
             )
-        if (adapter.source / "unet").is_dir():
-            yield f"the trained UNet {adapter.source / 'unet'} is no part of a .bin"
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from model.spec import PARTS, ModelSpec
 from model.weights_file import check_fit, read_weights, write_atomically
 
 _TRAINING_STATES: Final = ("model.safetensors", "pytorch_model.bin")  # accelerate's names
-_COMPANIONS: Final = ("dataset.yaml", "unet")  # which the trainer writes beside an adapter
+_COMPANION: Final = "dataset.yaml"  # which the trainer writes beside an adapter
 _SECTIONS: Final = ("down_blocks", "up_blocks", "mid_block")  # diffusers' order of processors
 
 # Widths of the UNet's transformer blocks and how many in a row have them, in diffusers' order of
@@ -214,7 +214,7 @@ def faceid_plus(adapter: AdapterFile) -> AdapterFile:
 
 
 def write_folder(adapter: AdapterFile, target: Path) -> None:
-    """Writes an adapter folder with what the source has beside the adapter (dataset.yaml, unet/).
+    """Writes an adapter folder with what the source has beside the adapter (dataset.yaml).
 
     A folder that it replaces is there until the new one is complete.
     """
@@ -223,11 +223,8 @@ def write_folder(adapter: AdapterFile, target: Path) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         write_adapter(partial, adapter.state, adapter.spec, adapter.mode, adapter.config)
-        for name in _COMPANIONS if own else ():
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
-            elif (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
+        if own and (source / _COMPANION).is_file():
+            shutil.copyfile(source / _COMPANION, partial / _COMPANION)
         if target.exists():
             shutil.rmtree(target)
         partial.replace(target)
@@ -248,7 +245,7 @@ def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
     if not overwrite:
         raise ConfigError(f"{target} exists; name another TARGET, or pass --overwrite.")
     names = {path.name for path in target.iterdir()} if folder else set()
-    if others := sorted(names - {CONFIG_FILE, WEIGHTS_FILE, *_COMPANIONS}):
+    if others := sorted(names - {CONFIG_FILE, WEIGHTS_FILE, _COMPANION}):
         raise ConfigError(
             f"{target} holds {', '.join(others[:4])}, which are no part of an adapter, and is not "
             "overwritten; name another TARGET."

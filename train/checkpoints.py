@@ -2,7 +2,6 @@
 
     adapter.safetensors, adapter.json   the adapter, as inference reads it
     dataset.yaml                        the data set's configuration: inference runs its stages
-    unet/                               the UNet, if it was trained too
     state.pt                            optimizer, schedule, random states, step, position: tensors
                                         and plain values only
     files.json                          format, size and sha256 of each of these files, and its own

@@ -33,7 +33,6 @@ from train.packing import PackedBatch
 from train.segments import Segment, checkpoints_of, device_name, read_segments, segment_of
 from train.setup import make_models, make_preparation
 from train.shards import INDEX
-from train.state import load_unet
 from train.step import LOSSES, Frozen, StepLosses, TrainedModel, masks_background, step_losses
 
 
@@ -158,8 +157,6 @@ class _Models:
         for after_step, path in saved:
             if after_step < step and not runs.fetch(path):
                 load_adapter(path, self.trained.adapter)
-                if self.config.train_base:
-                    load_unet(path / "unet", self.trained.unet)
                 return path, after_step
         if segments[0].step:
             raise ConfigError(

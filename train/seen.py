@@ -160,8 +160,6 @@ def _notes(segments: Sequence[Segment]) -> list[str]:
         )
     if settings["adapter"]:
         notes.append(f"The run began with adapter={settings['adapter']}: see what that has seen.")
-    if settings["model"]["spec"] == "tiny" and not settings["model"]["base"]:
-        notes.append("The tiny base, in OUT/base, was fitted to pictures of the data set.")
     return notes
 
 

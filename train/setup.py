@@ -75,8 +75,6 @@ def make_models(
         raise ConfigError(
             f"resolution={config.resolution}: this base needs a multiple of {multiple}"
         )
-    if config.train_base:
-        models.unet.float().requires_grad_(True)
     torch.manual_seed(config.seed)  # the initial weights depend on nothing else
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
     if config.adapter:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import TrainingError, WeightsError
-from model.checkpoint import load_adapter, save_adapter, save_unet, unet_state
+from model.checkpoint import load_adapter, save_adapter
 from train.checkpoints import write_file_list
 from train.step import TrainedModel
 
@@ -25,12 +25,10 @@ class AdapterExtras:
     """What is written with an adapter.
 
     metadata: entries for adapter.json. dataset: the data set's configuration as YAML, "" for none.
-    with_unet: whether to write the UNet.
     """
 
     metadata: dict[str, Any]
     dataset: str
-    with_unet: bool
 
 
 class Snapshot:
@@ -45,7 +43,6 @@ class Snapshot:
     ) -> None:
         self._trained, self._extras = trained, extras  # of the first, only the configuration
         self._adapter: dict[str, Tensor] = _copy(trained.adapter.state_dict())
-        self._unet: dict[str, Tensor] = _copy(unet_state(trained.unet) if extras.with_unet else {})
         self.state: dict[str, Any] = _copy(state)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
@@ -65,14 +62,12 @@ class Snapshot:
         """Writes the adapter, and what inference needs with it."""
         extras = self._extras
         save_adapter(self._trained.adapter, folder, extras.metadata, self._adapter)
-        if extras.with_unet:
-            save_unet(self._trained.unet, folder / "unet", self._unet)
         if extras.dataset:
             (folder / DATASET_FILE).write_text(extras.dataset, encoding="utf-8")
 
     def check_finite(self) -> None:
         """Raises TrainingError if a weight is not finite."""
-        for name, value in (*self._adapter.items(), *self._unet.items()):
+        for name, value in self._adapter.items():
             if not bool(torch.isfinite(value).all()):
                 raise TrainingError(
                     f"{name} has values that are not finite after step {self.step:,}, so no "
@@ -98,7 +93,7 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> dict[str, Any]:
+def load_checkpoint(folder: Path, trained: TrainedModel) -> dict[str, Any]:
     """Loads a checkpoint's weights into the model, and returns the contents of its state.pt.
 
     Raises WeightsError if a file can't be read or doesn't fit the model.
@@ -113,31 +108,7 @@ def load_checkpoint(folder: Path, trained: TrainedModel, *, with_unet: bool) -> 
             "resume_from_checkpoint=NAME"
         ) from error
     load_adapter(folder, trained.adapter)
-    if with_unet:
-        load_unet(folder / "unet", trained.unet)
     return state
-
-
-def load_unet(folder: Path, unet: Any) -> None:
-    """Loads weights that `model.checkpoint.save_unet` wrote.
-
-    The adapter's processors in the UNet are left unchanged. Raises WeightsError if the file is
-    missing or belongs to another UNet.
-    """
-    from safetensors.torch import load_file
-
-    path = folder / "diffusion_pytorch_model.safetensors"
-    if not path.is_file():
-        raise WeightsError(
-            f"{folder}: no UNet there, but train_base=true; resume from a checkpoint with one"
-        )
-    mismatch = unet.load_state_dict(load_file(path), strict=False)
-    missing = [key for key in mismatch.missing_keys if ".processor." not in key]
-    if missing or mismatch.unexpected_keys:
-        raise WeightsError(
-            f"{path} belongs to another UNet, whose keys differ: "
-            f"{[*missing, *mismatch.unexpected_keys][:4]}; check model.base"
-        )
 
 
 def load_optimizer(optimizer: Any, schedule: Any, state: Mapping[str, Any]) -> None:

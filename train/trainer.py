@@ -165,7 +165,7 @@ class Trainer:
         if self.writer is not None:
             if checkpoint is not None:
                 inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
-            base = ensure_base(local, self.spec, self.mixture, self.watcher.message)
+            base = ensure_base(local, self.spec, self.watcher.message)
             # what was accepted for this resume isn't accepted for good
             dump(replace(self.config, accept_changes=()), self.output / "config.yaml")
             self.writer.upload()
@@ -174,11 +174,11 @@ class Trainer:
             if self.accelerator.is_local_main_process and not self.is_main:
                 fetch_chosen(self.config, checkpoint, self.mirror)
             self.accelerator.wait_for_everyone()
-        return base or ensure_base(local, self.spec, self.mixture, lambda _: None)
+        return base or ensure_base(local, self.spec, lambda _: None)
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Restores a checkpoint, except for what `prepare` makes; returns its state."""
-        state = load_checkpoint(checkpoint, self.trained, with_unet=self.config.train_base)
+        state = load_checkpoint(checkpoint, self.trained)
         load_optimizer(self.optimizer, self.schedule, state)
         set_random_state(state["random"], self.accelerator.process_index)
         self.progress = Progress(state["step"], state["position"], state["seconds"])
@@ -354,7 +354,6 @@ class Trainer:
                 **metadata(self.config, self.samples, self.start),
             },
             dataset=self.mixture.dataset_config(),
-            with_unet=self.config.train_base,
         )
 
     def _save(self) -> None:

@@ -18,7 +18,6 @@ from configs.portraits import InferConfig
 from infer.cli import app
 from infer.generate import generate
 from infer.identity import Identity
-from infer.load import load_pipeline
 from infer.pipelines import ConsistentIDPipeline
 from infer.portrait import portrait_seed
 from infer.schedulers import known_schedulers
@@ -203,21 +202,3 @@ def test_portraits_equal_those_of_the_pipeline(
         ).images
         with Image.open(tmp_path / f"out/portrait-{number:02d}-00.png") as image:
             assert np.array_equal(np.asarray(image), np.asarray(expected)), prompt
-
-
-def test_an_adapter_that_was_trained_with_its_unet_gets_that_unet(
-    adapter: Path, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "run" / "final"
-    folder.mkdir(parents=True)
-    (tmp_path / "run" / "base").symlink_to((adapter.parent / "base").resolve())
-    for name in ("adapter.safetensors", "adapter.json"):
-        (folder / name).symlink_to(adapter / name)
-    (folder / "unet").symlink_to((adapter.parent / "base" / "unet").resolve())
-    settings = small(folder, output=str(tmp_path / "out"), prompts=("a",), photo=str(photo))
-    pipe = load_pipeline(settings)
-    assert Path(pipe.unet.config["_name_or_path"]) == folder / "unet"
-    assert "not loaded here" not in caplog.text
-    pipe.unet.register_to_config(_name_or_path="")
-    pipe.load_consistentid_adapter(folder)
-    assert f"{folder} has a unet/ beside the adapter" in caplog.text

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from configs.errors import WeightsError
@@ -15,9 +14,8 @@ from model.checkpoint import (
     load_adapter,
     read_adapter,
     save_adapter,
-    save_unet,
 )
-from model.consistentid import BaseModels, ConsistentID, load_model, predict_noise
+from model.consistentid import BaseModels, ConsistentID, predict_noise
 from model.spec import PUBLISHED_EMBEDDER, SPECS, Embedder, ModelSpec
 from stages.backends.weights import WEIGHTS
 
@@ -185,21 +183,6 @@ def test_an_adapter_that_cannot_be_written_leaves_the_earlier_one(
     with pytest.raises(RuntimeError, match="share memory"):
         save_adapter(new_model(base, 2), folder, state={"a": shared, "b": shared})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_trained_unet_is_saved_without_the_adapter(base: BaseModels, tmp_path: Path) -> None:
-    new_model(base, 1)
-    with torch.no_grad():
-        base.unet.conv_in.bias += 1
-    save_unet(base.unet, tmp_path / "unet")
-    assert not [
-        key
-        for key in load_file(next((tmp_path / "unet").glob("*.safetensors")))
-        if "processor" in key
-    ]
-    again = load_model(UNet2DConditionModel, str(tmp_path / "unet"))
-    assert isinstance(again, UNet2DConditionModel)
-    assert torch.equal(again.conv_in.bias, base.unet.conv_in.bias)
 
 
 def test_a_model_on_the_wrong_base_is_an_error(base: BaseModels) -> None:

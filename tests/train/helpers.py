@@ -137,8 +137,7 @@ def assert_same_rows(whole: TrainBatch, *parts: TrainBatch) -> None:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint or of OUT/final."""
-    files = [folder / "adapter.safetensors", *folder.glob("unet/*.safetensors")]
-    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
+    return load_file(folder / "adapter.safetensors")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -88,12 +88,12 @@ def test_later_steps_do_not_change_a_snapshot(parts: Parts, tmp_path: Path) -> N
     step()
     before = {key: value.clone() for key, value in parts.trained.adapter.state_dict().items()}
     moments = [entry["exp_avg"].clone() for entry in optimizer.state.values()]
-    extras = AdapterExtras(metadata={}, dataset="", with_unet=False)
+    extras = AdapterExtras(metadata={}, dataset="")
     state = {"step": 1, "optimizer": optimizer.state_dict()}
     snapshot = Snapshot(parts.trained, extras, state)
     step()
     CheckpointWriter(tmp_path, 1, print).write(snapshot)
-    restored = load_checkpoint(tmp_path / "checkpoint-000001", parts.trained, with_unet=False)
+    restored = load_checkpoint(tmp_path / "checkpoint-000001", parts.trained)
     assert same(before, parts.trained.adapter.state_dict())
     written = [entry["exp_avg"] for entry in restored["optimizer"]["state"].values()]
     assert all(torch.equal(*pair) for pair in zip(moments, written, strict=True))
@@ -155,7 +155,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
 
 def test_lines_are_on_the_disk_before_the_checkpoint(parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "losses.jsonl").symlink_to("nowhere")  # can't be written to the disk
-    extras = AdapterExtras(metadata={}, dataset="", with_unet=False)
+    extras = AdapterExtras(metadata={}, dataset="")
     with pytest.raises(StoreError, match=r"losses\.jsonl"):
         CheckpointWriter(tmp_path, 1, print).write(Snapshot(parts.trained, extras, {"step": 1}))
     assert names(tmp_path) == []

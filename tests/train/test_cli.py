@@ -230,7 +230,7 @@ def other_precision() -> Iterator[None]:
 
 @pytest.mark.usefixtures("other_precision")
 def test_bf16_trains(preset: Path, tmp_path: Path) -> None:
-    settings = ("mixed_precision=bf16", "max_train_steps=2", "train_base=true")
+    settings = ("mixed_precision=bf16", "max_train_steps=2")
     result = call("--config", preset, *settings)
     assert result.exit_code == 0, result.stderr
     lines = [*read_lines(tmp_path / "out/losses.jsonl")]

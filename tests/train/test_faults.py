@@ -179,7 +179,7 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_counts(
 def test_a_checkpoint_with_values_that_are_not_finite_is_not_written(
     parts: Parts, tmp_path: Path
 ) -> None:
-    extras = AdapterExtras(metadata={}, dataset="", with_unet=False)
+    extras = AdapterExtras(metadata={}, dataset="")
     with torch.no_grad():
         next(parts.trained.adapter.parameters())[0] = torch.nan
     snapshot = Snapshot(parts.trained, extras, {"step": 5})

@@ -299,7 +299,6 @@ def elsewhere(
     bucket = Bucket(client, server)
     work = tmp_path_factory.mktemp("elsewhere") / "work"
     shutil.copytree(tiny_base, work / "base")
-    (work / "base/fitted.json").write_text("{}")
     config = settings(
         data,
         tiny_base,

@@ -38,7 +38,6 @@ def output(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
         data,
         tiny_base,
         folder,
-        train_base=True,
         global_batch_size=4,
         checkpointing_steps=2,
         max_train_steps=6,

@@ -111,7 +111,7 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(
 ) -> None:
     copy = Path(shutil.copytree(first / "checkpoint-000004", tmp_path / "copy"))
     content = json.loads((copy / "adapter.json").read_text())
-    del content["train"]["train_base"], content["train"]["seed"]
+    del content["train"]["log_every"], content["train"]["seed"]
     (copy / "adapter.json").write_text(json.dumps(content))
     config = constant(data, tiny_base, first, 1e-3)
     samples = Samples(content["data"], content["samples"])

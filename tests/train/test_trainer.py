@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from configs.errors import ConfigError, LockedError, WeightsError
 from configs.load import load
@@ -30,16 +29,16 @@ from train.mixture import open_mixture
 
 @pytest.fixture(scope="module")
 def straight(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of ten uninterrupted steps that trained the UNet too."""
+    """The output of ten uninterrupted steps."""
     output = tmp_path_factory.mktemp("runs") / "straight"
-    assert run(small(data, tiny_base, output, train_base=True)).step == 10
+    assert run(small(data, tiny_base, output)).step == 10
     return output
 
 
 def test_ten_steps_equal_five_resume_and_five(
     straight: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    config = small(data, tiny_base, tmp_path / "halves", train_base=True, checkpointing_steps=5)
+    config = small(data, tiny_base, tmp_path / "halves", checkpointing_steps=5)
 
     def stop(step: int) -> None:
         if step == 5:
@@ -103,7 +102,7 @@ def test_several_data_sets_with_pairs_resume_to_the_same_weights(
 def test_ten_steps_change_nearly_all_weights(
     straight: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    first = run(small(data, tiny_base, tmp_path / "one", train_base=True, max_train_steps=1))
+    first = run(small(data, tiny_base, tmp_path / "one", max_train_steps=1))
     assert first.adapter is not None
     before, after = weights(first.adapter), weights(straight / "final")
     changed = [key for key in before if not torch.equal(before[key], after[key])]
@@ -136,9 +135,7 @@ def test_accumulating_two_batches_is_one_batch_of_two(
 def test_the_output_of_a_run(straight: Path, data: Path, tiny_base: Path) -> None:
     assert (straight / "final/dataset.yaml").read_text() == (data / "config.yaml").read_text()
     assert load(DatasetConfig, straight / "final/dataset.yaml").output == str(data)
-    assert load(TrainConfig, straight / "config.yaml") == small(
-        data, tiny_base, straight, train_base=True
-    )
+    assert load(TrainConfig, straight / "config.yaml") == small(data, tiny_base, straight)
     metadata = json.loads((straight / "final/adapter.json").read_text())
     assert (metadata["step"], metadata["position"], metadata["mode"]) == (10, 20, "corrected")
     assert metadata["train"]["optim"]["learning_rate"] == 1e-3
@@ -154,16 +151,6 @@ def test_the_output_of_a_run(straight: Path, data: Path, tiny_base: Path) -> Non
     state = torch.load(straight / "checkpoint-000010/state.pt", weights_only=True)
     assert (state["step"], state["position"]) == (10, 20)
     assert not [path for path in straight.iterdir() if path.name.startswith(".")]
-
-
-def test_a_trained_unet_loads_as_a_base(straight: Path) -> None:
-    from diffusers import UNet2DConditionModel
-
-    from model.consistentid import load_model
-
-    unet = load_model(UNet2DConditionModel, str(straight / "final/unet"))
-    own = load_file(straight / "final/unet/diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(value, own[key]) for key, value in unet.state_dict().items())
 
 
 def test_a_finished_run_does_nothing_and_a_longer_one_continues(
@@ -203,7 +190,7 @@ def test_old_checkpoints_and_partial_folders_are_removed(
 def test_an_output_with_checkpoints_is_refused_on_request(
     straight: Path, data: Path, tiny_base: Path
 ) -> None:
-    config = small(data, tiny_base, straight, train_base=True, resume_from_checkpoint="")
+    config = small(data, tiny_base, straight, resume_from_checkpoint="")
     with pytest.raises(ConfigError, match="resume_from_checkpoint=latest"):
         run(config)
     with pytest.raises(ConfigError, match=r"no checkpoint there\. .*checkpoint-000010"):
@@ -213,9 +200,7 @@ def test_an_output_with_checkpoints_is_refused_on_request(
 def test_resuming_with_other_settings_is_refused(
     straight: Path, data: Path, tiny_base: Path
 ) -> None:
-    config = small(
-        data, tiny_base, straight, train_base=True, optim=OptimConfig(learning_rate=5e-5)
-    )
+    config = small(data, tiny_base, straight, optim=OptimConfig(learning_rate=5e-5))
     with pytest.raises(ConfigError, match=r"optim\.learning_rate=0\.001, now 5e-05"):
         run(config)
 
@@ -225,7 +210,7 @@ def test_the_error_names_a_damaged_state(
 ) -> None:
     output = Path(shutil.copytree(straight, tmp_path / "out"))
     (output / "checkpoint-000010/state.pt").write_bytes(b"nonsense")
-    config = small(data, tiny_base, output, train_base=True)
+    config = small(data, tiny_base, output)
     with pytest.raises(WeightsError, match=r"all 1 checkpoints in .* are damaged"):
         run(config)
     with pytest.raises(WeightsError, match=r"damaged: state\.pt is not as it was written"):
@@ -240,7 +225,7 @@ def test_the_error_names_a_damaged_state(
 def test_an_older_checkpoint_is_used_where_the_newest_is_damaged(
     straight: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    config = small(data, tiny_base, tmp_path / "out", train_base=True, checkpointing_steps=5)
+    config = small(data, tiny_base, tmp_path / "out", checkpointing_steps=5)
     run(config)
     data_file = tmp_path / "out/checkpoint-000010/adapter.safetensors"
     content = bytearray(data_file.read_bytes())
@@ -258,9 +243,7 @@ def test_a_checkpoint_in_another_folder_is_resumed(
     straight: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     elsewhere = str(shutil.copytree(straight / "checkpoint-000010", tmp_path / "saved"))
-    config = small(
-        data, tiny_base, tmp_path / "out", train_base=True, resume_from_checkpoint=elsewhere
-    )
+    config = small(data, tiny_base, tmp_path / "out", resume_from_checkpoint=elsewhere)
     listener = Listener()
     assert run(replace(config, max_train_steps=12), listener).step == 12
     assert "at step 10" in " ".join(listener.messages)
