@@ -17,11 +17,13 @@ _BLACK: Final = ("black", "dark")  # dark: black or dark brown, which the light 
 
 @dataclass(frozen=True, slots=True)
 class Trait:
-    """What a prompt may say, in the words of the pipeline's captions. shows: whether it is so."""
+    """What a prompt may say, in the words of the pipeline's captions. shows: whether it is so; None
+    if the picture doesn't tell.
+    """
 
     name: str
     prompt: str
-    shows: Callable[[Appearance], bool]
+    shows: Callable[[Appearance], bool | None]
 
 
 TRAITS: Final = (
@@ -29,7 +31,7 @@ TRAITS: Final = (
     Trait(
         "black hair",
         "A portrait of a person with black hair.",
-        lambda seen: seen.hair_color in _BLACK,
+        lambda seen: seen.hair_color in _BLACK if seen.hair_color else None,
     ),
     Trait("smile", "A portrait of a person, smiling and showing teeth.", lambda seen: seen.smile),
 )
@@ -38,15 +40,16 @@ TRAITS: Final = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraitShares:
     """Shares of pictures that show a trait. asked: of those whose prompt says it. unasked: of the
-    same seeds with a prompt that says nothing. A picture without a face shows nothing. people:
-    person → share of `asked`.
+    same seeds with a prompt that says nothing. A picture without a face shows nothing; one that
+    doesn't tell, such as hair in the dark, isn't counted. people: person → share of `asked`, None
+    if no picture tells.
     """
 
     trait: str
     prompt: str
     asked: Interval
     unasked: Interval
-    people: dict[str, float]
+    people: dict[str, float | None]
 
 
 def trait_shares(
@@ -82,17 +85,19 @@ def trait_shares(
 def trait_differences(
     with_adapter: Sequence[TraitShares], base: Sequence[TraitShares], *, seed: int
 ) -> dict[str, Interval]:
-    """Returns for each trait the share with the adapter minus that of the base, over the same
-    names.
+    """Returns for each trait the share with the adapter minus that of the base, over the names that
+    have both.
     """
-    return {
-        own.trait: interval(
-            {name: share - other.people[name] for name, share in own.people.items()},
-            seed=seed,
-            name=f"trait {own.trait}, difference",
-        )
-        for own, other in zip(with_adapter, base, strict=True)
-    }
+    differences = {}
+    for own, other in zip(with_adapter, base, strict=True):
+        both = {
+            name: share - alone
+            for name, share in own.people.items()
+            if share is not None and (alone := other.people[name]) is not None
+        }
+        name = f"trait {own.trait}, difference"
+        differences[own.trait] = interval(both, seed=seed, name=name)
+    return differences
 
 
 def _pictures(
@@ -104,9 +109,11 @@ def _pictures(
     }
 
 
-def _shares(pictures: Mapping[str, Sequence[MeasuredPicture]], trait: Trait) -> dict[str, float]:
-    return {
-        name: mean([each.face is not None and trait.shows(each.face.appearance) for each in own])
-        or 0.0
-        for name, own in pictures.items()
-    }
+def _shares(
+    pictures: Mapping[str, Sequence[MeasuredPicture]], trait: Trait
+) -> dict[str, float | None]:
+    shares = {}
+    for name, own in pictures.items():
+        shown = [each.face is not None and trait.shows(each.face.appearance) for each in own]
+        shares[name] = mean([each for each in shown if each is not None])
+    return shares

@@ -13,7 +13,14 @@ from infer.evaluation.copying import background_distance, copying, pose_distance
 from infer.evaluation.faces import FaceMeasurer, MeasuredPicture
 from infer.evaluation.people import of_another
 from infer.evaluation.pictures import seeds_of
-from infer.evaluation.texts import PLAIN, TRAITS, trait_differences, trait_shares
+from infer.evaluation.texts import (
+    PLAIN,
+    TRAITS,
+    Trait,
+    TraitShares,
+    trait_differences,
+    trait_shares,
+)
 from stages.codec import Image
 
 Pictures = dict[str, MeasuredPicture]
@@ -66,6 +73,26 @@ def test_each_trait_is_judged_by_its_own_measure(small_photos: Pictures) -> None
         changed = replace(bare, **{field: value})
         assert [each.name for each in TRAITS if each.shows(changed)] == [name]
         assert name.removesuffix("e") in traits[name].prompt
+    assert traits["black hair"].shows(replace(bare, hair_color="")) is None
+
+
+def test_a_picture_that_does_not_tell_is_not_counted(
+    small_photos: Pictures, measurer: FaceMeasurer
+) -> None:
+    pictures = [each.picture for each in small_photos.values() if each.face is not None][:2]
+
+    def drawn(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        return pictures
+
+    def share(*shown: bool | None) -> TraitShares:
+        answers = [*shown, True, True] * 2  # of two people, for both prompts
+        trait = Trait("any", PLAIN, lambda _: answers.pop(0))
+        return trait_shares({"a": drawn, "b": drawn}, 2, measurer, seed=1, traits=[trait])[0]
+
+    assert share(False, None).people["a"] == 0
+    assert share(None, None).people["a"] is None
+    [difference] = trait_differences([share(None, None)], [share(True, True)], seed=1).values()
+    assert difference.identities == 1
 
 
 def test_a_copied_photograph_is_closer_than_another(small_photos: Pictures) -> None:
