@@ -1,8 +1,8 @@
 """What the measures of several adapters prove: a table of claims, each with its figures.
 
 Names of adapters: `seed-1`, `seed-2` … were trained alike with different seeds; `untrained` is one
-before its first step; `no-localisation` was trained without the localisation loss; `paired` with
-pairs of photographs, the seeds without; the others lack a part, or differ as their name says.
+before its first step; `no-localisation` was trained without the localisation loss; `unpaired` with
+each photograph as its own reference; the others lack a part, or differ as their name says.
 """
 
 from __future__ import annotations

@@ -244,7 +244,8 @@ def synthesize(
 ) -> None:
     """Make synthetic portraits (MobileStyleGAN, FFHQ), for the demo, tests and `make base`.
 
-    With --people, each person has a folder of pictures that differ in pose, expression and light.
+    With --people, each person has a folder of pictures that differ in pose, expression, light, hair
+    colour and glasses.
     """
     with errors():
         from pipelines.demo.families import write_families

@@ -1,5 +1,5 @@
-"""Directions in the generator's space of styles that change pose, expression or light, and the
-person as little as possible.
+"""Directions in the generator's space of styles that change pose, expression, light, glasses or
+hair, and the person as little as possible.
 
 They are in directions.safetensors. `python -m pipelines.demo.directions` fits them again, in eight
 minutes on two cores: it measures random portraits, and explains each measure and the identity
@@ -22,26 +22,26 @@ from pipelines.demo.synthesize import STYLE_DIM, Synthesizer
 from stages.backends.appearance import measure_appearance
 from stages.backends.arcface import ArcFace, crop
 from stages.backends.bisenet import BiSeNetParser
+from stages.backends.colors import to_lab
 from stages.backends.scrfd import Scrfd
 from stages.backends.weights import Weights
 from stages.codec import Image
 from stages.detect import find_faces
 from stages.measurements import measure
 from stages.record import Face
+from stages.regions import LABEL_IDS
 
 Array = npt.NDArray[np.float64]
 
-# standard deviations of these measures among the portraits are the directions' unit
-MEASURES: Final = ("yaw", "pitch", "smile", "brightness")
-_CONTROLLED: Final = (
-    *MEASURES,
-    "glasses",
-)  # a step along one direction leaves the others unchanged
+# A step along one direction leaves the other measures unchanged. Its unit is the measure's standard
+# deviation among the portraits. hair: median L (CIE Lab) of the hair's pixels.
+MEASURES: Final = ("yaw", "pitch", "smile", "brightness", "glasses", "hair")
 _FILE: Final = Path(__file__).with_name("directions.safetensors")
 _SEED: Final = 77
 _PORTRAITS: Final = 900
 _TRUNCATION: Final = 0.9
 _SIDE: Final = 256  # pixels, of the pictures that are measured
+_MIN_HAIR: Final = 300  # pixels; portraits with less hair are left out
 _IDENTITY: Final = 40  # principal components of the identity embedding that stay unchanged
 # ridge penalties; chosen by the correlation with portraits that were left out of the fit
 _RIDGE: Final = 10.0
@@ -53,7 +53,8 @@ EMBED: Final = EmbedConfig(weights="w600k_mbf")
 
 def load_directions() -> dict[str, npt.NDArray[np.float32]]:
     """Returns for each of MEASURES the step of a style, (512,) float32, that raises the measure by
-    one standard deviation. Larger is: turned to the viewer's right, raised, smiling, brighter.
+    one standard deviation. Larger is: turned to the viewer's right, raised, smiling, brighter, with
+    glasses, with lighter hair.
     """
     directions: dict[str, npt.NDArray[np.float32]] = load_file(_FILE)
     return directions
@@ -75,7 +76,8 @@ def fit(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Measures portraits, and fits the directions. track: shows the progress of a loop."""
     synthesizer, detector = Synthesizer(weights), Scrfd(DETECT, weights)
-    parser, embedder = BiSeNetParser(ParseConfig(), weights), ArcFace(EMBED, weights)
+    parser = BiSeNetParser(ParseConfig(dtype="bfloat16"), weights)
+    embedder = ArcFace(EMBED, weights)
     styles, measures, identities = [], [], []
     for index in track(range(_PORTRAITS)):
         style = synthesizer.style(_SEED, index, _TRUNCATION)
@@ -84,6 +86,9 @@ def fit(
         if face is None:
             continue
         labels = parser.parse([image])[0]
+        hair = labels == LABEL_IDS["hair"]
+        if hair.sum() <= _MIN_HAIR:
+            continue
         values: dict[str, Any] = {
             name: getattr(source, name)
             for source, names in (
@@ -92,8 +97,9 @@ def fit(
             )
             for name in names
         }
+        values["hair"] = np.median(to_lab(image)[hair][:, 0])
         styles.append(style[0])
-        measures.append([float(values[name]) for name in _CONTROLLED])
+        measures.append([float(values[name]) for name in MEASURES])
         identities.append(embedder.embed_crops([crop(image, face)])[0])
     return _solve(
         np.array(styles, np.float64),
@@ -106,7 +112,7 @@ def _solve(styles: Array, measures: Array, identities: Array) -> dict[str, npt.N
     """Returns the steps of the smallest Mahalanobis length, measured by the styles' covariance,
     that change one measure and neither the others nor the identity, as far as both are linear.
 
-    styles: (N, 512). measures: (N, M), of _CONTROLLED. identities: (N, 512), embeddings.
+    styles: (N, 512). measures: (N, M), of MEASURES. identities: (N, 512), embeddings.
     """
     centred = styles - styles.mean(0)
     square = centred.T @ centred
@@ -128,8 +134,8 @@ def _solve(styles: Array, measures: Array, identities: Array) -> dict[str, npt.N
     effects += 1e-4 * np.trace(effects) / len(effects) * np.eye(len(effects))
     steps = spread @ np.linalg.inv(effects)
     return {
-        name: np.ascontiguousarray(steps[:, _CONTROLLED.index(name)], np.float32)
-        for name in MEASURES
+        name: np.ascontiguousarray(steps[:, place], np.float32)
+        for place, name in enumerate(MEASURES)
     }
 
 

@@ -1,7 +1,7 @@
 """Generates families of portraits: several pictures of one synthetic person.
 
-The pictures of a person differ in pose, expression and light. A picture is used if two recognisers
-take it for the same person as the first one.
+The pictures of a person differ in pose, expression, light, hair colour and glasses. A picture is
+used if two recognisers take it for the same person as the first one.
 
     FOLDER/SEED-00000/0.jpg 1.jpg …    a folder for each person
 """
@@ -29,8 +29,16 @@ QUALITY: Final = 95
 # The part of a portrait that a picture shows, as (top, left, side) in shares of the portrait. The
 # generator leaves much room around the face; small pictures show more of the face without it.
 FRAME: Final = (0.13, 0.1, 0.8)
-# how far a picture may be from the first one along each direction, in standard deviations
-REACH: Final = {"yaw": 1.2, "pitch": 1.0, "smile": 1.5, "brightness": 2.0}
+# From where to where a picture may be from the first one along each direction, in standard
+# deviations. Glasses appear at about 2 to 4.
+REACH: Final = {
+    "yaw": (-1.2, 1.2),
+    "pitch": (-1.0, 1.0),
+    "smile": (-3.0, 3.0),
+    "brightness": (-2.0, 2.0),
+    "glasses": (-3.0, 5.0),
+    "hair": (-2.5, 2.0),
+}
 # Cosines from which each recogniser takes two pictures for one person. Both are above the published
 # thresholds: of two people whom both recognisers confuse, the trainer would learn to mix them.
 ARCFACE: Final = 0.45
@@ -80,8 +88,8 @@ class Families:
     def _step(self, seed: int, person: int, number: int) -> Style:
         draws = np.random.Generator(np.random.PCG64([seed, person, number]))
         step = np.zeros_like(next(iter(self._directions.values())))
-        for name, reach in REACH.items():
-            step += np.float32(draws.uniform(-reach, reach)) * self._directions[name]
+        for name, (low, high) in REACH.items():
+            step += np.float32(draws.uniform(low, high)) * self._directions[name]
         return step[None]
 
     def _embed(self, picture: Image) -> tuple[FloatArray, FloatArray] | None:

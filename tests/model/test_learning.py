@@ -19,6 +19,7 @@ TINY = SPECS["tiny"]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_eight_portraits_are_learnt_by_their_conditions(base: BaseModels, shards: ShardSet) -> None:
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ from tests.pipelines.fleet import TRANSFORMERS, Fleet, caption_servers, mentioni
 from tests.stages.records import texts_of
 from tests.stages.tiny_llava import make_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 PROGRAM = """\
 import http.server, subprocess, sys, time

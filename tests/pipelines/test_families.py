@@ -94,8 +94,8 @@ def test_directions_change_one_measure_and_nothing_else() -> None:
     random = np.random.default_rng(0)
     spread = np.geomspace(3, 0.05, 512)
     styles = random.standard_normal((2000, 512)) * spread
-    slopes = random.standard_normal((512, 5))
-    measures = styles @ slopes + 0.1 * random.standard_normal((2000, 5))
+    slopes = random.standard_normal((512, len(MEASURES)))
+    measures = styles @ slopes + 0.1 * random.standard_normal((2000, len(MEASURES)))
     basis = random.standard_normal((512, 512)) * (np.arange(512) < 20)  # 20 dimensions vary
     identities = styles @ basis / 100 + 0.001 * random.standard_normal((2000, 512)) + 1
     steps = _solve(styles, measures, identities)

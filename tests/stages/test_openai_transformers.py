@@ -24,7 +24,7 @@ from tests.stages.tiny_llava import make_checkpoint
 from tests.stages.transformers_server import TransformersServer, transformers_server
 
 TOKENS = 24
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")

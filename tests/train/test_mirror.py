@@ -27,7 +27,7 @@ from train.mirror import Mirror, reading
 from train.mixture import open_mixture
 from train.resume import fetch_chosen
 
-pytestmark = pytest.mark.usefixtures("short_pauses")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("short_pauses")]
 
 
 def settings(data: Path, base: Path, output: str, work: Path, **changes: object) -> TrainConfig:
