@@ -17,8 +17,8 @@ _BLACK: Final = ("black", "dark")  # dark: black or dark brown, which the light 
 
 @dataclass(frozen=True, slots=True)
 class Trait:
-    """What a prompt may say, in the words of the pipeline's captions. shows: whether it is so; None
-    if the picture doesn't tell.
+    """What a prompt may say, in the words of the pipeline's captions. shows: whether a picture
+    shows it; None if that can't be determined.
     """
 
     name: str
@@ -40,9 +40,9 @@ TRAITS: Final = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraitShares:
     """Shares of pictures that show a trait. asked: of those whose prompt says it. unasked: of the
-    same seeds with a prompt that says nothing. A picture without a face shows nothing; one that
-    doesn't tell, such as hair in the dark, isn't counted. people: person → share of `asked`, None
-    if no picture tells.
+    same seeds with a prompt that says nothing. A picture without a face shows nothing.
+    Pictures for which it can't be determined, such as hair in the dark, aren't counted. people:
+    person → share of `asked`, None without any counted picture.
     """
 
     trait: str

@@ -29,8 +29,8 @@ QUALITY: Final = 95
 # The part of a portrait that a picture shows, as (top, left, side) in shares of the portrait. The
 # generator leaves much room around the face; small pictures show more of the face without it.
 FRAME: Final = (0.13, 0.1, 0.8)
-# From where to where a picture may be from the first one along each direction, in standard
-# deviations. Glasses appear at about 2 to 4.
+# Range of the random step from the first picture along each direction, in standard deviations of
+# the measure. Glasses appear from a step of 2 to 4 on.
 REACH: Final = {
     "yaw": (-1.2, 1.2),
     "pitch": (-1.0, 1.0),

@@ -35,7 +35,7 @@ class _Run:
 _SEED_MEASURES: Final = ("losses", "portraits", "regions", "attention", "texts")
 _FIRST_SEED_MEASURES: Final = (*_SEED_MEASURES, "calibration", "copying")
 _SHORT: Final = ("losses", "portraits")
-# The first two are for claims; the others are compared with `whole`, which was trained as briefly.
+# Claims need the first two. The others are compared with `whole`, which has as many steps.
 VARIANTS: Final = (
     _Run("untrained", ("max_train_steps=1", "optim.learning_rate=1e-12"), ("losses", "attention")),
     _Run("no-localisation", ("loss.facial_weight=0",), (*_SHORT, "attention")),

@@ -76,7 +76,7 @@ def test_each_trait_is_judged_by_its_own_measure(small_photos: Pictures) -> None
     assert traits["black hair"].shows(replace(bare, hair_color="")) is None
 
 
-def test_a_picture_that_does_not_tell_is_not_counted(
+def test_a_picture_with_an_unknown_trait_is_not_counted(
     small_photos: Pictures, measurer: FaceMeasurer
 ) -> None:
     pictures = [each.picture for each in small_photos.values() if each.face is not None][:2]
