@@ -84,6 +84,7 @@ def at_once(path: Path, act: Callable[[], object]) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_worker_that_is_killed_costs_nothing_but_time(
     cluster: Cluster, train: Callable[..., Result], tmp_path: Path
 ) -> None:
