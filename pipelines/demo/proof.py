@@ -61,7 +61,7 @@ class _Size:
 class _Preset:
     """people: to generate. held_out: the share of them that no adapter is trained on. measured: of
     the held-out people, 0 for all. main: of the whole adapter. others: of each variant. variants,
-    measures: those that are taken.
+    measures: those that are taken. settings: of each training, before those of the variant.
     """
 
     people: int
@@ -71,6 +71,7 @@ class _Preset:
     others: _Size
     variants: tuple[_Run, ...] = VARIANTS
     measures: tuple[str, ...] = _FIRST_SEED_MEASURES
+    settings: tuple[str, ...] = ()
 
 
 PRESETS: Final = {
@@ -84,6 +85,8 @@ PRESETS: Final = {
         others=_Size(1, steps=320, images=1),
         variants=VARIANTS[:2],
         measures=("losses", "attention"),
+        # Half the samples a step, and a stronger localisation loss to learn as much from them.
+        settings=("global_batch_size=8", "micro_batch_size=8", "loss.facial_weight=0.3"),
     ),
     "cpu": _Preset(
         people=600,
@@ -139,6 +142,7 @@ def main(
             f"output={adapter}",
             f"max_train_steps={size.steps}",
             *model,
+            *chosen.settings,
             *run.settings,
         )
         run_command(
