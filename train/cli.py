@@ -6,7 +6,6 @@ Large libraries are imported inside functions, so that --help answers at once.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from configs.training import TrainConfig
 
 app = typer.Typer(
@@ -184,35 +181,18 @@ def quiet_libraries() -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from train.processes import check_launcher, is_first_process
 
     check_launcher()
     quiet_libraries()
+    from train.progress import TrainingProgress
     from train.ray_train import train_on_ray
     from train.trainer import train
 
-    is_first = is_first_process()
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("loss {task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not is_first or not sys.stderr.isatty()) as progress:
+    with TrainingProgress(quiet=not is_first_process()) as progress:
+        progress.start("training", 0, config.max_train_steps, config.global_batch_size)
         start = train_on_ray if config.ray.address else train
-        outcome = start(config, _ProgressBar(progress, config.max_train_steps, quiet=not is_first))
+        outcome = start(config, progress)
     if outcome.signal:
         typer.echo(
             f"stopped after step {outcome.step:,}; the same command resumes from there.", err=True
@@ -225,46 +205,6 @@ def _train(config: TrainConfig) -> None:
             f"{noise['start']:.3f} → {noise['end']:.3f} (means over the first and the last tenth "
             f"of the steps); adapter in {outcome.adapter}"
         )
-
-
-class _ProgressBar:
-    """A train.trainer.Watcher: a progress bar; without a terminal, a line every ten seconds.
-
-    quiet: no messages, for all processes but the first.
-    """
-
-    def __init__(self, progress: Progress, total: int, *, quiet: bool) -> None:
-        import time
-
-        self._progress, self._total, self._quiet = progress, total, quiet
-        self._task = progress.add_task("", total=total, loss="–", rate="", start=True)
-        self._clock = time.monotonic
-        self._started = self._last_line = 0.0  # seconds by the clock
-        self._first = self._step = total  # first and last step since the run was started
-
-    def message(self, text: str) -> None:
-        if not self._quiet:
-            typer.echo(text, err=True)
-
-    def step(self, step: int, losses: dict[str, float] | None) -> None:
-        now = self._clock()
-        if step <= self._step:  # the first one, or workers of Ray have been started again
-            self._first, self._started = step, now
-            self._last_line = self._last_line or now
-            self._progress.reset(self._task, total=self._total, completed=step)
-        self._step = step
-        rate = (step - self._first) / (now - self._started) if now > self._started else 0.0
-        self._progress.update(self._task, completed=step, rate=f"{rate:.1f} steps/s")
-        if losses is None:
-            return
-        self._progress.update(self._task, loss=f"{losses['loss']:.4f}")
-        if self._progress.disable and (now - self._last_line >= 10 or step == self._total):
-            self._last_line = now
-            remaining = (self._total - step) / rate if rate else 0
-            self.message(
-                f"step {step:,}/{self._total:,}  loss {losses['loss']:.4f}  {rate:.1f} steps/s  "
-                f"{remaining:.0f} s left"
-            )
 
 
 if __name__ == "__main__":
