@@ -135,10 +135,10 @@ def verify(
     ),
 ) -> None:
     """Measure base and adapter again, on people whom neither was trained on, and compare the
-    metrics with those of the model card. About eight minutes on two cores.
+    metrics with those of the model card. About seven minutes on two cores.
 
-    Exit status: 0 if no metric differs by more than 0.03, or by 0.1 where it is a share of the 48
-    portraits whose prompt says so.
+    Exit status: 0 if no metric differs by more than 0.03, or by 0.1 for shares of portraits that
+    show what their prompt says, of which there are 48.
     """
     check_files()
     people, data, measures = folder / "people", folder / "dataset", folder / "measures.json"

@@ -305,7 +305,7 @@ def elsewhere(
         bucket.out,
         work,
         model=ModelConfig(spec="tiny", device="cpu"),
-        seed=0,  # the copied base's
+        seed=0,  # as the copied base
         max_train_steps=4,
         checkpointing_steps=1,
         checkpoints_total_limit=0,
