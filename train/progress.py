@@ -22,7 +22,7 @@ _LINE_PERIOD: Final = 10.0  # seconds
 
 
 class TrainingProgress:
-    """A bar on a terminal; without one, a line every ten seconds. A context.
+    """A context manager that shows a bar on a terminal, and else a line every ten seconds at most.
 
     Is a train.trainer.Watcher and a train.base_model.part.PartWatcher. quiet: shows nothing, for
     all processes but the first.
@@ -56,8 +56,8 @@ class TrainingProgress:
             typer.echo(text, err=True)
 
     def start(self, name: str, step: int, total: int, batch_size: int) -> None:
-        """Shows a new task. step: the first of `total` is 1; those up to `step` were done before.
-        batch_size: samples a step.
+        """Shows a new task. step: how many of its `total` steps were done before. batch_size:
+        samples a step.
         """
         self._batch_size, self._last_line = batch_size, time.monotonic()
         self._bar.reset(self._task, description=name, total=total, completed=step, visible=True)

@@ -53,7 +53,7 @@ def run(
 def prove(
     folder: Annotated[Path, typer.Argument(help="With results/NAME.json of several adapters.")],
 ) -> None:
-    """Decide the claims of docs/evaluation.md by the results of several adapters.
+    """Decide the claims that docs/evaluation.md lists, by the results of several adapters.
 
     Writes FOLDER/proof.json and FOLDER/index.html. Exit status: 0 if all claims hold, else 1.
     """

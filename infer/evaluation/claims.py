@@ -1,8 +1,10 @@
-"""What the measures of several adapters prove: a table of claims, each with its figures.
+"""What the measures of several adapters prove: a table of claims, each with its values.
 
-Names of adapters: `seed-1`, `seed-2` … were trained alike with different seeds; `untrained` is one
-before its first step; `no-localisation` was trained without the localisation loss; `unpaired` with
-each photograph as its own reference; the others lack a part, or differ as their name says.
+Names of adapters: `seed-1`, `seed-2` … were trained alike with different seeds, and can have more
+steps than the others. `untrained` took one step with a learning rate of nearly 0; `whole` is like
+`seed-1` but with as many steps as the following ones; `no-localisation` was trained without the
+localisation loss; `unpaired` with each photograph as its own reference; the others lack a part, or
+differ as their name says.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ TEXT_POINTS: Final = 0.10  # by which a share may differ from the base's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A figure of a claim: mean and 95 % interval; low and high are None where there is none."""
+    """A value of a claim: mean and 95 % interval; low and high are None where there is none."""
 
     label: str
     mean: float
@@ -136,11 +138,11 @@ def _regions(results: Mapping[str, Results]) -> Iterator[Claim]:
     seeds = _seeds(results, "regions")
     if not seeds:
         return
-    ratios = [
-        (f"{seed}, {region}", use["ratio"])
-        for seed, values in seeds.items()
-        for region, use in values.items()
-    ]
+    labels = (
+        ("ratio", "inside to outside"),
+        ("inside", "inside, grey levels"),
+        ("outside", "outside, grey levels"),
+    )
     yield Claim(
         name="Regions are used",
         measure="change of a portrait inside a region, against outside, when its token is another "
@@ -153,7 +155,13 @@ def _regions(results: Mapping[str, Results]) -> Iterator[Claim]:
             )
             for values in seeds.values()
         ),
-        rows=tuple(_row(label, ratio) for label, ratio in ratios if ratio is not None),
+        rows=tuple(
+            _row(f"{seed}, {region}, {label}", use[key])
+            for seed, values in seeds.items()
+            for region, use in values.items()
+            for key, label in labels
+            if use[key] is not None
+        ),
     )
 
 
@@ -163,10 +171,16 @@ def _localisation(results: Mapping[str, Results]) -> Iterator[Claim]:
     if not seeds or off is None:
         return
     rows = [_row(seed, values["overall"]["inside"]) for seed, values in seeds.items()]
-    rows.append(_row("without the localisation loss", off["overall"]["inside"]))
-    before = results.get("untrained", {}).get("attention")
-    if before is not None:
-        rows.append(_row("before training", before["overall"]["inside"]))
+    others = {
+        "whole": "whole, with as many steps as the next",
+        "no-localisation": "without the localisation loss",
+        "untrained": "before training",
+    }
+    rows += [
+        _row(label, results[name]["attention"]["overall"]["inside"])
+        for name, label in others.items()
+        if "attention" in results.get(name, {})
+    ]
     rows.append(_row("share of the picture", off["overall"]["area"]))
     without = off["overall"]["inside"]["mean"]
     yield Claim(
@@ -229,7 +243,7 @@ def _parts(results: Mapping[str, Results]) -> Iterator[Claim]:
             ]
     yield Claim(
         name="Parts matter",
-        measure="adapters without a part, or trained otherwise, beside the whole ones",
+        measure="adapters without a part, or trained otherwise; `whole` has as many steps as they",
         wanted="",
         passed=None,
         rows=tuple(rows),

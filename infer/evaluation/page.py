@@ -1,4 +1,4 @@
-"""The page of claims: a table with each claim's figures, and proof.json with the same content."""
+"""The page of claims: a table with each claim's values, and proof.json with the same content."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def page(table: Sequence[Claim]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Does it learn?</title>'
         f"<style>{_STYLE}</style><h1>Does the adapter learn identity?</h1>"
-        "<p>Figures are means over people whom neither base nor adapter was trained on, with 95 % "
+        "<p>Values are means over people whom neither base nor adapter was trained on, with 95 % "
         f"intervals by bootstrap over people.</p>{sections}</html>\n"
     )
 

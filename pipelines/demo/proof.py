@@ -39,7 +39,7 @@ _SHORT: Final = ("losses", "portraits")
 VARIANTS: Final = (
     _Run("untrained", ("max_train_steps=1", "optim.learning_rate=1e-12"), ("losses", "attention")),
     _Run("no-localisation", ("loss.facial_weight=0",), (*_SHORT, "attention")),
-    _Run("whole", (), (*_SHORT, "texts", "copying")),
+    _Run("whole", (), (*_SHORT, "attention", "texts", "copying")),
     _Run("no-projector", ("model.without=[projector]",), _SHORT),
     _Run("no-facial-encoder", ("model.without=[facial_encoder]",), _SHORT),
     _Run("no-lora", ("model.without=[lora]",), _SHORT),
@@ -59,9 +59,10 @@ class _Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Preset:
-    """people: to generate. held_out: the share of them that no adapter is trained on. measured: of
-    the held-out people, 0 for all. main: of the whole adapter. others: of each variant. variants,
-    measures: those that are taken. settings: of each training, before those of the variant.
+    """people: number to generate. held_out: share of them that no adapter is trained on. measured:
+    number of the held-out people that are measured, 0 for all. main: size of the runs `seed-N`.
+    others: size of the variants. measures: all that are taken. settings: of every training, before
+    those of the variant.
     """
 
     people: int
@@ -109,7 +110,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/learn-proof"),
     preset: Annotated[
         Literal["smoke", "cpu", "gpu"],
-        typer.Option(help="smoke: minutes; cpu: 90 minutes on two cores; gpu: one GPU."),
+        typer.Option(help="smoke: minutes; cpu: about 75 minutes on two cores; gpu: one GPU."),
     ] = "cpu",
     only: Annotated[str, typer.Option(help="Names of variants, comma-separated; '': all.")] = "",
     base: Annotated[str, typer.Option(help="A base's folder; '': the one that is shipped.")] = "",

@@ -113,8 +113,12 @@ def _summary(data: Path, before: Path, training: Path, results: Path, seconds: f
     people = len(measures["portraits"]["resemblance"]["arcface"]["people"])
     first = _read(before)["losses"]
     losses = [
-        f"{name} {first[name]['mean']:.4f} → {metrics[f'loss_{name}']:.4f}"
-        for name in ("right", "swapped", "none")
+        f"{label} {first[name]['mean']:.4f} → {metrics[f'loss_{name}']:.4f}"
+        for name, label in (
+            ("right", "right identity"),
+            ("swapped", "another person's"),
+            ("none", "none"),
+        )
     ]
     return [
         f"demo finished in {seconds / 60:.1f} minutes",
@@ -124,7 +128,7 @@ def _summary(data: Path, before: Path, training: Path, results: Path, seconds: f
         f"  shards     {shards}",
         f"  report     {data / 'report/index.html'}",
         f"  adapter    {training / 'final'}",
-        f"  noise loss with the identity: {', '.join(losses)}",
+        f"  noise loss before → after training: {', '.join(losses)}",
         f"  portraits  of {people} people who were held out: one face in {metrics['one_face']:.0%},"
         f" eyes, nose and mouth in {metrics['eyes_nose_mouth']:.0%}",
         f"  likeness   the right person first of {people} in {metrics['arcface_rank_1']:.0%}"

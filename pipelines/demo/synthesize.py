@@ -2,7 +2,7 @@
 
 Four fifths of FGID are synthetic StyleGAN faces (SFHQ). This generates the same kind with
 MobileStyleGAN (FFHQ, 1024 × 1024) on OpenVINO. Styles are truncated towards their mean,
-`w = mean + 0.6·(map(z) - mean)`: less variety, more realism.
+`w = mean + t·(map(z) - mean)` with t < 1: less variety, more realism.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Synthesizer:
         return self.render(self.style(seed, index, TRUNCATION))
 
     def style(self, seed: int, index: int, truncation: float) -> Style:
-        """Returns a random style. truncation: its distance from the mean, 1 for that of the
-        generator's training.
+        """Returns a random style. truncation: factor of its distance from the mean style; 1 leaves
+        it as it is.
         """
         style = _run(self._mapping, _noise(seed + 1, index))
         truncated: Style = self._mean + truncation * (style - self._mean)

@@ -1,9 +1,9 @@
 """The autoencoder: pixels to latents of four channels, and back.
 
-Its loss is the one of latent diffusion (Rombach et al. 2022, section 3.1): absolute error, features
-of a network for images, a weak pull of the latents towards a unit normal, and a discriminator of
-patches. The features are those of the face parser's ResNet-18, whose weights the pipeline has
-anyway, in place of VGG's.
+Its loss is the one of latent diffusion (Rombach et al. 2022, section 3.1): L1, a perceptual loss,
+the KL divergence of the latents from a unit normal with a small weight, and the adversarial loss of
+a patch discriminator. The perceptual loss uses features of the face parser's ResNet-18, whose
+weights the pipeline has anyway, in place of VGG's.
 """
 
 from __future__ import annotations

@@ -201,7 +201,10 @@ class Denoiser(Part):
 
 
 def exchanged_sides(ids: Tensor, sides: Sequence[Sequence[int]]) -> Tensor:
-    """Returns texts in which the words left and right are exchanged. sides: the tokens of both."""
+    """Returns token ids of the same shape, in which the words left and right are exchanged.
+
+    ids: int64, of any shape. sides: ids of the texts "left" and "right", in this order.
+    """
     left, right = (next(iter({*own} - {*other})) for own, other in (sides, sides[::-1]))
     swapped = torch.where(ids == left, right, ids)
     return torch.where(ids == right, left, swapped)
@@ -267,8 +270,9 @@ def make_denoiser(settings: DenoiserConfig, spec: ModelSpec, side: int) -> Any:
 
 
 def make_schedule(settings: DenoiserConfig) -> Any:
-    """Makes the base's scheduler: Stable Diffusion's noise, for velocity up to pure noise (Lin et
-    al. 2024, "Common diffusion noise schedules and sample steps are flawed").
+    """Makes the base's scheduler, with Stable Diffusion's noise schedule. For v-prediction it has
+    zero terminal SNR and trailing timesteps (Lin et al. 2024, "Common diffusion noise schedules and
+    sample steps are flawed").
     """
     import diffusers
 

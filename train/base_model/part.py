@@ -63,8 +63,8 @@ class PartWatcher(Protocol):
 class Part(ABC):
     """A part of the base model.
 
-    name: of its folder. losses: names of what `update` returns. accelerator: connects the
-    processes. count: number of samples that it is trained on.
+    name: of its folder. losses: names of the values that `update` returns. steps: at which the
+    training ends, at least 1. seed: of weights and random numbers. accelerator: runs the processes.
     """
 
     name: ClassVar[str]
@@ -84,7 +84,7 @@ class Part(ABC):
         """Takes a step. Returns the losses, (len(losses),), of this process's samples.
 
         step: counted from 1. positions, numbers: of this process's samples, in the order of
-        training and in the data set; random numbers depend on step and position only.
+        training and in the data set; random numbers depend on seed, step and position only.
         """
 
     @abstractmethod

@@ -1,9 +1,8 @@
 """The text tower and the image tower: CLIP at small size (Radford et al. 2021).
 
-Three pairs of things that belong together are told apart from those of the other samples: a
-photograph and its caption; the regions of a face and the face's caption; a photograph and the
-regions of, where there is one, another photograph of the same person. The third is what makes the
-image tower see whose face it is.
+Three contrastive losses: between a photograph and its caption; the regions of a face and the
+face's caption; a photograph and the regions of another photograph of the same person (of the same
+photograph if there is no other). The third teaches the image tower whose face it is.
 """
 
 from __future__ import annotations

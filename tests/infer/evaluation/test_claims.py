@@ -42,7 +42,10 @@ def measures() -> dict[str, Any]:
             "has_parts": figure(0.95),
             "resemblance": resemblance(0.3, 0.2),
         },
-        "regions": {"eyes": {"ratio": figure(3.0)}, "mouth": {"ratio": None}},
+        "regions": {
+            "eyes": {"ratio": figure(3.0), "inside": figure(6.0), "outside": figure(2.0)},
+            "mouth": {"ratio": None, "inside": None, "outside": None},
+        },
         "attention": {"overall": {"inside": figure(0.6), "area": figure(0.05)}},
         "texts": {
             "with_identity": [trait],
