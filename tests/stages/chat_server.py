@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from stages.backends.openai.preflight import stated_root
 from stages.codec import decode_jpeg
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -200,7 +199,6 @@ class ChatServer:
                 connection.shutdown(socket.SHUT_RDWR)
         self._http.server_close()
         self._thread.join()
-        stated_root.cache_clear()  # another server may get the same port
 
     @property
     def base_url(self) -> str:

@@ -12,6 +12,7 @@ from configs.captions import CaptionConfig, OpenAIConfig
 from configs.errors import ServerError
 from configs.schema import ResizeConfig
 from stages.backends.openai import OpenAICaptioner
+from stages.backends.openai.preflight import stated_root
 from stages.backends.weights import Weights
 from stages.caption import CaptionStage
 from stages.chain import build_stages
@@ -39,9 +40,13 @@ def listed(root: str = "m", context: int = 0, name: str = "m") -> Sequence[dict[
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., ChatServer]]:
-    """Starts servers, which end with the test."""
+    """Starts servers, which end with the test. Another test's server may have had the same port, or
+    get it later, with another root.
+    """
+    stated_root.cache_clear()
     with ExitStack() as stack:
         yield lambda *args, **settings: stack.enter_context(ChatServer(*args, **settings))
+    stated_root.cache_clear()
 
 
 @pytest.mark.parametrize(
