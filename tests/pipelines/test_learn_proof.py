@@ -65,7 +65,12 @@ def _shifted_masks(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "claim"), [(_another_person, IDENTITY), (_shifted_masks, LOCALISATION)]
+    ("fault", "claim", "may_fail"),
+    [
+        # without its identity, attention is at the threshold: 0.260, wanted 0.260
+        (_another_person, IDENTITY, {IDENTITY, LOCALISATION}),
+        (_shifted_masks, LOCALISATION, {LOCALISATION}),
+    ],
 )
 def test_a_fault_in_training_makes_its_claim_fail(
     proof: Path,
@@ -73,6 +78,7 @@ def test_a_fault_in_training_makes_its_claim_fail(
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[[pytest.MonkeyPatch], None],
     claim: str,
+    may_fail: set[str],
 ) -> None:
     config = load(
         TrainConfig,
@@ -92,7 +98,7 @@ def test_a_fault_in_training_makes_its_claim_fail(
         "people=0",
     )
     evaluate(load(EvaluationConfig, "configs/evaluation/small.yaml", settings), print)
-    assert claim in write_proof(tmp_path)
+    assert {claim} <= {*write_proof(tmp_path)} <= may_fail
 
 
 def test_without_training_every_claim_fails(proof: Path, tmp_path: Path) -> None:
