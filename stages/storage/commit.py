@@ -31,6 +31,9 @@ from stages.storage.samples import TarWriter, to_members
 from stages.storage.sidecar import Row, sidecar_row, write_sidecar
 from stages.storage.store import Store
 
+# A record and the classes of annotations → extension → bytes of the sample's members.
+Members = Callable[[Record, Sequence[type[Annotation]]], dict[str, bytes]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
@@ -66,12 +69,17 @@ class ChainInfo:
 
 
 def commit(
-    store: Store, shard: PlannedShard, records: Sequence[Record], chain: ChainInfo, run: RunInfo
+    store: Store,
+    shard: PlannedShard,
+    records: Sequence[Record],
+    chain: ChainInfo,
+    run: RunInfo,
+    members: Members = to_members,
 ) -> Manifest:
     """Writes `shard` and returns its manifest.
 
     records: of all inputs of the shard, in input order; the shard's exclusions are applied to them.
-    Raises ShardError if two records have the same key.
+    members: what is written of a sample. Raises ShardError if two records have the same key.
     """
     keys = Counter(record.key for record in records)
     if repeated := [key for key, count in keys.items() if count > 1]:
@@ -90,7 +98,7 @@ def commit(
     def write_tar(stream: IO[bytes], chosen: Sequence[Record], kind: str) -> None:
         tar = TarWriter(stream)
         for record in chosen:
-            place = tar.add(record.key, to_members(record, chain.annotations))
+            place = tar.add(record.key, members(record, chain.annotations))
             row: Row = rows[record.key]
             row[f"{kind}_offset"], row[f"{kind}_size"] = place["offset"], place["size"]
             row["members"], row["sample_sha256"] = place["members"], place["sha256"]
@@ -211,12 +219,32 @@ def _replace(store: Store, manifest: Manifest) -> None:
 
 
 def _finish(store: Store, manifest: Manifest) -> None:
-    """Removes files of earlier commits that the new one doesn't have, and writes the manifest."""
+    """Removes files of earlier commits that the new one doesn't have, among them features of the
+    earlier samples, and writes the manifest.
+    """
     names = {file.name for file in manifest.files}
     index = manifest.index
     for name in {layout.quarantine_tar(index), layout.quarantine_tar_version2(index)} - names:
         store.remove(layout.in_shards(name))
+    remove_features(store, index)
     store.write(layout.in_shards(layout.manifest(index)), manifest.to_json())
+
+
+def remove_features(store: Store, index: int) -> None:
+    """Removes what was computed of a shard's samples, which may show people that it shows no more.
+
+    Its manifests are removed first.
+    """
+    files = (layout.manifest(index), layout.sidecar(index), layout.tar(index))
+    for folder in store.names(layout.FEATURES):
+        if folder.startswith(".") or "-" not in folder:  # not one of a kind
+            continue
+        top = f"{layout.FEATURES}/{folder}"
+        for name in files:
+            for place in (layout.in_shards(name), layout.in_staged(name)):
+                store.remove(f"{top}/{place}")
+        for part in (layout.SHARDS, layout.STAGED):  # of a killed run, which holds no lock any more
+            store.sweep(f"{top}/{part}")
 
 
 def remove_uncommitted(store: Store) -> None:

@@ -7,6 +7,8 @@ OUT/shards/fgid-000000.quarantine.tar  complete samples that a rule or an exclus
 OUT/shards/fgid-000000.parquet         the sidecar: a row for every input
 OUT/shards/fgid-000000.json            the manifest, written last
 OUT/staged/...                         new files of shards that are being replaced
+OUT/features/KIND-DIGEST/...           features of the samples (train.features), laid out as OUT is:
+                                       features.json, shards/fgid-000000.tar .parquet .json
 OUT/report/index.html  stats.json  stats.parquet
 """
 
@@ -34,6 +36,8 @@ REPORT: Final = f"{REPORTS}/index.html"
 STATS: Final = f"{REPORTS}/stats.json"
 STATS_TABLE: Final = f"{REPORTS}/stats.parquet"
 
+FEATURES: Final = "features"
+FEATURES_INFO: Final = "features.json"  # in the folder of each kind
 SHARDS: Final = "shards"
 STAGED: Final = "staged"
 TARS: Final = "fgid-??????.tar"  # a glob that doesn't match quarantine tars

@@ -18,7 +18,7 @@ from stages.fields import Column
 from stages.record import Record, Status
 from stages.storage import layout, version2
 from stages.storage.manifest import FileEntry, Manifest
-from stages.storage.samples import parse_sample, read_sample
+from stages.storage.samples import parse_members, parse_sample, read_sample
 from stages.storage.sidecar import (
     Row,
     SidecarFile,
@@ -242,11 +242,26 @@ class DatasetReader:
         """Returns the sample whose bytes `parts_at` returned; the error if it is damaged. verify:
         compare its bytes with its digest.
         """
+        return self._parsed(part, place, verify, parse_sample)
+
+    def members_in(
+        self, part: bytes, place: SamplePlace, *, verify: bool = False
+    ) -> dict[str, bytes] | ShardError:
+        """Returns extension → contents of each file of a sample; otherwise as `sample_in`."""
+        return self._parsed(part, place, verify, parse_members)
+
+    def _parsed(
+        self,
+        part: bytes,
+        place: SamplePlace,
+        verify: bool,
+        parse: Callable[[bytes, str, str], Value],
+    ) -> Value | ShardError:
         tar = f"{self.store.url}/{layout.SHARDS}/{place.tar}"
         try:
             if verify and place.sha256 and hashlib.sha256(part).hexdigest() != place.sha256:
                 raise ShardError(f"{tar}: the bytes of sample {place.key} are not those written")
-            return parse_sample(part, place.key, tar)
+            return parse(part, place.key, tar)
         except ShardError as error:
             return ShardError(f"{error}. {layout.how_to_repair(place.tar)}")
 

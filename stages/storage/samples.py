@@ -32,10 +32,10 @@ _JSON: Final = {name: entry for name, entry in stored_fields(Record) if entry.js
 
 # numpy parses a file's header with `ast`, which in Python 3.11 fails at random with a SystemError
 # where two threads use it at once (python/cpython#106905)
-_PARSING: Final = threading.Lock()
+PARSING: Final = threading.Lock()
 
 # what reading a damaged member raises; numpy's header may be anything that looks like Python
-_DAMAGED: Final = (
+DAMAGED: Final = (
     *(KeyError, ValueError, TypeError, AttributeError, EOFError, MemoryError),
     *(SyntaxError, tokenize.TokenError),
 )
@@ -113,7 +113,7 @@ def from_members(members: Mapping[str, bytes]) -> Record:
         )
     if version == 2:
         meta = version2.sample(meta)
-    with _PARSING:
+    with PARSING:
         identity = np.load(io.BytesIO(members[_MEMBERS[_IDENTITY]]), allow_pickle=False)
     if np.shape(identity) != (IDENTITY_DIM,):
         raise ValueError(f"an identity of shape {np.shape(identity)}, expected ({IDENTITY_DIM},)")
@@ -185,7 +185,13 @@ def read_sample(tar: IO[bytes], row: Mapping[str, Any]) -> Record:
 
 
 def parse_sample(data: bytes, key: str, place: str) -> Record:
-    """Returns the sample `key` from the bytes of its part of a tar, with headers.
+    """Returns the sample `key`, with status ok; otherwise as `parse_members`."""
+    return record_of(parse_members(data, key, place), key, f"{place}: sample {key}")
+
+
+def parse_members(data: bytes, key: str, place: str) -> dict[str, bytes]:
+    """Returns extension → contents of the files of sample `key`, from the bytes of its part of a
+    tar, with headers.
 
     place: for error messages. Raises ShardError if it is not that sample.
     """
@@ -198,7 +204,7 @@ def parse_sample(data: bytes, key: str, place: str) -> Record:
             members[extension] = contents
     except ValueError as error:
         raise ShardError(f"{place}: sample {key} can't be read: {error}") from error
-    return record_of(members, key, f"{place}: sample {key}")
+    return members
 
 
 def _members_in(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -227,7 +233,7 @@ def record_of(members: Mapping[str, bytes], key: str, place: str) -> Record:
     """
     try:
         record = from_members(members)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ShardError(f"{place} can't be read: {type(error).__name__}: {error}") from error
     if record.key != key:
         raise ShardError(f"{place}: the tar has sample {record.key} at its place")
