@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.pixels import FOREGROUND, clip_image, clip_normalised, packed_masks, unpacked_masks
 from model.prompt import MarkedText, inference_text, training_text
@@ -72,8 +73,9 @@ class Conditions(_AsRead):
 
     Up to five regions get a slot; slot i is entry i of every tensor with a leading 5.
 
-    key: the record's. text: with marks. regions: names of the slots' regions, in order. dropped:
-    (region, reason) of the regions without a slot.
+    key: the record's. text: with marks. regions: names of the slots' regions, in order. shown:
+    names of all regions of the photograph, in order. dropped: (region, reason) of the regions
+    without a slot.
     input_ids: (77,) int64. input_ids_2: the same text for a second text encoder.
     token_mask: (77,) bool, True on the nouns that a region is fused into.
     token_idx: (5,) int64, position of each slot's noun. token_valid: (5,) bool, whether the slot
@@ -86,6 +88,7 @@ class Conditions(_AsRead):
     key: str
     text: str
     regions: tuple[str, ...]
+    shown: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
     input_ids: Tensor
     input_ids_2: Tensor
@@ -133,6 +136,7 @@ _TENSORS: Final = tuple(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropRates:
     """Probabilities of dropping a sample's text, its identity, or both; their sum is at most 1.
+    region: that of dropping a region, for each of a sample's regions by itself.
 
     Raises ValueError for rates outside of that. With `legacy=True` dropping works as in the
     reference: at the rate `both`, text and photograph are dropped together, the identity embedding
@@ -142,6 +146,7 @@ class DropRates:
     text: float = 0.05
     identity: float = 0.05
     both: float = 0.05
+    region: float = 0.0
     legacy: bool = False
 
     def __post_init__(self) -> None:
@@ -151,6 +156,8 @@ class DropRates:
                 f"drop rates (text, identity, both) are {rates}; "
                 "expected numbers in [0, 1] that sum to at most 1"
             )
+        if not 0 <= self.region <= 1:
+            raise ValueError(f"the drop rate of regions is {self.region}; expected 0 to 1")
 
 
 def build_conditions(
@@ -163,6 +170,7 @@ def build_conditions(
     resolution: int,
     tokenizer_2: Any = None,
     reference: Record | None = None,
+    images: bool = True,
 ) -> Conditions:
     """Builds the conditions of a record that has an image, a label map and an identity.
 
@@ -171,7 +179,8 @@ def build_conditions(
     tokenizer_2: SDXL's second one, read in legacy mode only. resolution: side of the masks, in
     pixels. reference: a record of the same person. Then photograph, region images and identity are
     the reference's, text and masks the record's, and a region that one of the two lacks has no
-    slot. Raises ValueError if one of the records lacks one of the three.
+    slot. images: make photograph and region images, for the image encoder; without, they have no
+    pixels. Raises ValueError if one of the records lacks one of the three.
     """
     photo, labels, identity = _decode(record)
     masks = shown_masks = region_masks(labels, mode)
@@ -182,22 +191,23 @@ def build_conditions(
     tokens = text_tokens(
         _text_of(record, regions, tokenizer, spec, mode, prompt), tokenizer, mode, tokenizer_2
     )
-    side = spec.vision_size
-    slots = {name: shown_masks[name] for name in tokens.regions}
-    images = region_images(photo, slots, shown_masks, mode)
+    side = spec.vision_size if images else 0
+    slots = {name: shown_masks[name] for name in tokens.regions} if images else {}
+    pictures = region_images(photo, slots, shown_masks, mode)
     return Conditions(
         key=record.key,
         text=tokens.text,
         regions=tokens.regions,
+        shown=(*shown_masks,),
         dropped=tokens.dropped,
         input_ids=tokens.input_ids,
         input_ids_2=tokens.input_ids_2,
         token_mask=tokens.token_mask,
         token_idx=tokens.token_idx,
         token_valid=tokens.token_valid,
-        photo=clip_image(photo, side),
+        photo=clip_image(photo, side) if images else torch.zeros(3, 0, 0, dtype=torch.uint8),
         has_photo=torch.tensor(True),
-        region_images=_padded([clip_image(image, side) for image in images], (3, side, side)),
+        region_images=_padded([clip_image(image, side) for image in pictures], (3, side, side)),
         masks=packed_masks(
             [masks[name] for name in tokens.regions], foreground_mask(labels, mode), resolution
         ),
@@ -281,6 +291,24 @@ def _without_regions(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
         token_idx=_zeroed(batch.token_idx, drop),
         token_valid=_zeroed(batch.token_valid, drop),
         masks=batch.masks & visible[:, None, None],
+    )
+
+
+def drop_regions(batch: ConditionBatch, drop: Tensor) -> ConditionBatch:
+    """Returns the batch without some of the regions: their nouns keep the text's tokens.
+
+    drop: (B, 5) bool. Slots that aren't used stay as they are.
+    """
+    drop = drop.to(batch.token_valid.device) & batch.token_valid
+    length = batch.token_mask.shape[1]
+    nouns = (F.one_hot(batch.token_idx, length).bool() & drop[..., None]).any(1)
+    bits = 1 << torch.arange(drop.shape[1], device=drop.device)
+    hidden = (drop * bits).sum(1).to(torch.uint8)
+    return replace(
+        batch,
+        token_mask=batch.token_mask & ~nouns,
+        token_valid=batch.token_valid & ~drop,
+        masks=batch.masks & ~hidden[:, None, None],
     )
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs.errors import WeightsError
+from configs.training import Part
 from model.attention import IdentityCrossAttention, RegionScores, install_processors
 from model.base import base_path
 from model.conditions import ConditionBatch
@@ -92,8 +93,7 @@ def load_base(
             f"model {spec.name!r} has no public base model; make one with "
             "model.tiny.make_tiny_base and pass its folder"
         )
-    local_encoder = Path(root, "image_encoder").is_dir() and image_encoder is None
-    encoder = root if local_encoder else str(image_encoder or spec.image_encoder)
+    encoder, encoder_folder = image_encoder_place(spec, root, image_encoder)
 
     def model(kind: Any, folder: str) -> Any:
         return load_model(kind, root, subfolder=folder, dtype=dtype)
@@ -110,7 +110,7 @@ def load_base(
         image_encoder=load_model(
             transformers.CLIPVisionModelWithProjection,
             encoder,
-            subfolder="image_encoder" if local_encoder else "",
+            subfolder=encoder_folder,
             dtype=dtype,
         ),
         scheduler=other(diffusers.EulerDiscreteScheduler, "scheduler"),
@@ -121,6 +121,17 @@ def load_base(
     for module in models.modules.values():
         module.eval().requires_grad_(False)
     return models.to(device)
+
+
+def image_encoder_place(
+    spec: ModelSpec, root: str, image_encoder: str | Path | None
+) -> tuple[str, str]:
+    """Returns where the image encoder of a base is: a folder or hub id, and the folder in it. The
+    arguments are those of `load_base`.
+    """
+    if Path(root, "image_encoder").is_dir() and image_encoder is None:
+        return root, "image_encoder"
+    return str(image_encoder or spec.image_encoder), ""
 
 
 def load_model(kind: Any, root: str, *, subfolder: str = "", **options: Any) -> Any:
@@ -145,6 +156,16 @@ def load_model(kind: Any, root: str, *, subfolder: str = "", **options: Any) -> 
             "model: download them again, or name another base model."
         )
     return model
+
+
+def copy_weights(module: nn.Module) -> None:
+    """Copies all weights into memory of their own.
+
+    Those of a file that is mapped into memory begin at any address, and on CPUs the last bit of a
+    product depends on that.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 @contextmanager
@@ -233,6 +254,17 @@ def encode_text(
     first = base.text_encoder(input_ids, output_hidden_states=True).hidden_states[-2 - skipped]
     second = second_encoder(input_ids_2, output_hidden_states=True)
     return torch.cat((first, second.hidden_states[-2 - skipped]), dim=-1), second.text_embeds
+
+
+def part_of(key: str) -> Part:
+    """Returns the part of the adapter that a weight belongs to.
+
+    key: of the weight, as in `ConsistentID.state_dict`.
+    """
+    head = key.partition(".")[0]
+    if head == "adapter_modules":
+        return "identity_kv" if "_ip." in key else "lora"
+    return "projector" if head == "image_proj_model" else "facial_encoder"
 
 
 class ConsistentID(nn.Module):

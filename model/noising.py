@@ -29,13 +29,18 @@ def noise_schedule(scheduler: Any, device: torch.device) -> Any:
 
 
 def noised(
-    schedule: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
+    schedule: Any,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns noisy latents, and the target to predict: the noise or the velocity.
 
     schedule: of `noise_schedule`. latents, noise and both results: (B, 4, h, w). timesteps: (B,).
+    added: what the latents get in place of the noise that is to be predicted.
     """
-    noisy: Tensor = schedule.add_noise(latents, noise, timesteps)
+    noisy: Tensor = schedule.add_noise(latents, noise if added is None else added, timesteps)
     if schedule.config.prediction_type == "v_prediction":
         return noisy, schedule.get_velocity(latents, noise, timesteps)
     return noisy, noise

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages.record import Record
-from stages.regions import MAX_REGIONS, Mask
+from stages.regions import MAX_REGIONS, Mask, Mode
 
 # of the images that CLIP was trained on: mean and standard deviation of red, green and blue
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
@@ -90,11 +90,29 @@ def unpacked_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
     return unpacked[..., :FOREGROUND, :, :], unpacked[..., FOREGROUND, :, :]
 
 
+def size_condition(record: Record, resolution: int, mode: Mode) -> Tensor:
+    """Returns SDXL's conditioning on sizes for a record's training image, (6,) int64: height and
+    width of the source's image, top and left of the crop in the scaled image, height and width of
+    the crop (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+
+    In legacy mode the crop's corner is (0, 0), as in the reference. Where the source's size isn't
+    known, the stored image's is taken.
+    """
+    _, (left, top) = _crop(record.width, record.height, resolution)
+    corner = (0, 0) if mode == "legacy" else (top, left)
+    source = record.source_height or record.height, record.source_width or record.width
+    return torch.tensor([*source, *corner, resolution, resolution])
+
+
 def _centre_crop(image: Image.Image, side: int) -> Image.Image:
     """Scales the short side to `side` pixels, then crops the centre square."""
-    width, height = image.size
+    size, (left, top) = _crop(*image.size, side)
+    resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + side, top + side))
+
+
+def _crop(width: int, height: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns width and height of the scaled image, and left and top of the centre square."""
     scale = side / min(width, height)
     size = max(side, round(width * scale)), max(side, round(height * scale))
-    resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return resized.crop((left, top, left + side, top + side))
+    return size, ((size[0] - side) // 2, (size[1] - side) // 2)
