@@ -24,7 +24,7 @@ UV_INSTALL = \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo base learn-proof dataset train replay infer report inspect weights caption-servers test golden chaos \
+.PHONY: help install demo base learn-proof dataset features train replay infer report inspect weights caption-servers test golden chaos \
 	chaos-train quality lint format bench bench-scale clean
 
 help: ## list all targets
@@ -58,6 +58,9 @@ dataset: install ## photographs → shards and report. CONFIG=configs/dataset/�
 train: install ## shards → adapter. CONFIG=configs/train/… ARGS="data=… output=…" RAY_ADDRESS= WORKERS=
 	$(RUN) -m train.cli run --config $(or $(CONFIG),configs/train/demo.yaml) \
 		$(if $(RAY_ADDRESS),ray.address=$(RAY_ADDRESS)) $(if $(WORKERS),ray.workers=$(WORKERS)) $(ARGS)
+
+features: install ## compute encoders' features of a data set once, for training. CONFIG=configs/train/… ARGS="data=…"
+	$(RUN) -m train.cli features --config $(or $(CONFIG),configs/train/demo.yaml) $(ARGS)
 
 replay: install ## compute the losses of a training step again, sample by sample. OUT=… STEP=… ARGS="--images FOLDER"
 	$(RUN) -m train.cli replay $(OUT) --step $(STEP) $(ARGS)

@@ -77,7 +77,7 @@ def main(
 
     def snapshot() -> Snapshot:
         state = {"step": 1, "optimizer": optimizer.state_dict()}
-        return Snapshot(trained, _EXTRAS, state)
+        return Snapshot(trained, _EXTRAS, state, {})
 
     seconds: dict[str, list[tuple[float, float]]] = {"none": [], "at once": [], "background": []}
     for _ in range(rounds):

@@ -118,7 +118,8 @@ class Prepared(Ours):
         from model.spec import SPECS
         from model.vocabulary import clip_tokenizer
         from stages.backends.weights import Weights
-        from train.data import BatchMaker, Preparation
+        from train.batch_maker import BatchMaker
+        from train.data import Preparation
 
         preparation = Preparation(
             tokenizer=add_marks(clip_tokenizer(Weights().fetch("clip_bpe"))),

@@ -46,6 +46,8 @@ Ctrl-C writes a checkpoint and stops. The same command again resumes from the la
   Continue a finished run:            … max_train_steps=20000
   … with another learning rate:       … optim.learning_rate=5e-5 accept_changes=optim.learning_rate
   Start from the published weights:   … adapter=ConsistentID-v1.bin model.mode=legacy
+  … from IP-Adapter's FaceID-Plus:    … adapter=ip-adapter-faceid-plus_sd15.bin train.parts=paper
+  What would it take?                 … --dry-run
   Show the losses:                    tensorboard --logdir runs/sd15/logs
 
 [bold]Output[/] folder: final/ (the adapter, for `make infer`), checkpoint-NNNNNN/, config.yaml,
@@ -64,9 +66,54 @@ def run(
         str | None,
         typer.Option("--config", "-c", metavar="FILE", help="A YAML preset, also at a URL."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Take two steps, and print memory, time and an estimate."),
+    ] = False,
 ) -> None:
     with user_errors():
-        _train(_configuration(config, overrides or ()))
+        _train(_configuration(config, overrides or ()), dry_run=dry_run)
+
+
+_FEATURES_HELP = """Compute features of the frozen encoders, and store them beside the data set.
+
+Training with the same settings then reads them, and doesn't run the encoders. The same command
+again computes what is missing, after a kill or after the data set has changed.
+
+[bold]Examples[/]
+
+  Latents of Stable Diffusion's VAE, 65 KB a sample:
+    python -m train.cli features --config configs/train/sd15.yaml data=runs/fgid
+
+  The image encoder's states too, 3.9 MB a sample, on a Ray cluster's GPUs:
+    python -m train.cli features --config configs/train/sd15.yaml data=s3://bucket/fgid \\
+        features.kinds=[vae,image] features.executor=ray features.ray.address=auto \\
+        features.placement.gpus=1 features.placement.batch_size=16
+
+[bold]Settings[/]: FeaturesConfig in configs/training.py. They are stored in DATA/features.
+
+Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-C.
+"""
+
+
+@app.command(help=_FEATURES_HELP)
+def features(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", metavar="FILE", help="The preset of the training."),
+    ] = None,
+) -> None:
+    with user_errors():
+        settings = _configuration(config, overrides or ())
+        quiet_libraries()
+        from train.features.make import make_features
+        from train.progress import TrainingProgress
+
+        with TrainingProgress(quiet=False) as progress:
+            make_features(settings, progress)
 
 
 _OUTPUT = "The output of a run, a folder or URL."
@@ -100,6 +147,25 @@ def replay(
 
         losses = compute(output, step, images=images)
         typer.echo(to_json(losses)) if as_json else show(losses)
+
+
+@app.command(
+    help="""Write OUT/report/index.html again: losses, validation, speed, and bad samples.
+
+A run writes it at each validation and at its end; this command also while it trains.
+
+[bold]Example[/]
+
+  python -m train.cli report runs/sd15
+"""
+)
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run, a folder.")],
+) -> None:
+    with user_errors():
+        from train.report import write_report
+
+        typer.echo(write_report(output))
 
 
 _SEEN_HELP = """List the steps that used samples, and the newest checkpoint that never saw them.
@@ -180,7 +246,7 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig, *, dry_run: bool) -> None:
     from train.processes import check_launcher, is_first_process
 
     check_launcher()
@@ -191,6 +257,11 @@ def _train(config: TrainConfig) -> None:
 
     with TrainingProgress(quiet=not is_first_process()) as progress:
         progress.start("training", 0, config.max_train_steps, config.global_batch_size)
+        if dry_run:
+            from train.dry_run import dry_run as estimate
+
+            progress.message(str(estimate(config, progress)))
+            return
         start = train_on_ray if config.ray.address else train
         outcome = start(config, progress)
     if outcome.signal:

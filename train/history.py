@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from train.step import LOSSES
 
 HISTORY: Final = "losses.jsonl"
 KEYS: Final = "keys.jsonl"
+TIMES: Final = "times.jsonl"
 
 
 class Lines:
@@ -46,18 +47,18 @@ class History(Lines):
     """The losses of every step."""
 
     def add_losses(
-        self, first_step: int, values: npt.NDArray[np.float32], rates: Sequence[float]
+        self, first_step: int, values: npt.NDArray[np.float32], rates: Sequence[Mapping[str, float]]
     ) -> None:
-        """Appends steps from `first_step` on: for each its LOSSES, (n, 3), and its learning rate. A
-        loss that isn't a finite number is null.
+        """Appends steps from `first_step` on: for each its LOSSES, (n, 3), and its learning rates.
+        A loss that isn't a finite number is null.
         """
         self.add(
             {
                 "step": first_step + index,
                 **{name: exact(value) for name, value in zip(LOSSES, row, strict=True)},
-                "lr": rate,
+                **own,
             }
-            for index, (row, rate) in enumerate(zip(values, rates, strict=True))
+            for index, (row, own) in enumerate(zip(values, rates, strict=True))
         )
 
 

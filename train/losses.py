@@ -5,7 +5,7 @@ Training and replay add up the samples' losses in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,14 +71,14 @@ class LossWindow:
     def __init__(self, accumulation: int, gather: Callable[[Tensor], Tensor]) -> None:
         self._accumulation, self._gather = accumulation, gather
         self._parts: list[Tensor] = []
-        self._rates: list[float] = []
+        self._rates: list[Mapping[str, float]] = []
 
-    def add(self, part: Tensor, rate: float) -> None:
-        """Adds a step. part: what `losses_of_process` returned."""
+    def add(self, part: Tensor, rates: Mapping[str, float]) -> None:
+        """Adds a step. part: what `losses_of_process` returned. rates: the learning rates."""
         self._parts.append(part)
-        self._rates.append(rate)
+        self._rates.append(rates)
 
-    def fetch(self) -> tuple[FetchedLosses, list[float]]:
+    def fetch(self) -> tuple[FetchedLosses, list[Mapping[str, float]]]:
         """Returns the losses and learning rates of the steps that were added, and removes them. All
         processes must call it together.
         """

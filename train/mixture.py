@@ -37,10 +37,10 @@ class Mixture:
     index_folder: local folder for the data sets' indexes; None makes them in a temporary folder.
     cache: for the samples of remote data sets.
 
-    digest: equal digests mean that an equal seed gives the same sequence of samples and pairs.
-    digests, index_files: of each data set's samples. Raises what ShardSet raises; ConfigError if
-    the data sets were made with different models for the face, or if pairs are asked for and there
-    are none.
+    parts: the samples of each data set. digest: equal digests mean that an equal seed gives the
+    same sequence of samples and pairs. digests, index_files: of each data set's samples. Raises
+    what ShardSet raises; ConfigError if the data sets were made with different models for the face,
+    or if pairs are asked for and there are none.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class Mixture:
         cache: SampleCache | None = None,
     ) -> None:
         self._paths, self._pair_prob = [source.path for source in data], pair_prob
-        self._parts = [ShardSet(path, split, index_folder, cache) for path in self._paths]
+        self.parts = [ShardSet(path, split, index_folder, cache) for path in self._paths]
         if len(data) > 1:
             _check_face_models({path: _face_models(path) for path in self._paths})
-        self._sizes = [len(part) for part in self._parts]
+        self._sizes = [len(part) for part in self.parts]
         self._first = [0, *accumulate(self._sizes)]  # number of each data set's first sample
         weights = [source.weight for source in data if source.weight is not None]
         self._weights = weights or None
         self._slots = self.order(0).slots
-        self.digests: Final = tuple(part.digest for part in self._parts)
-        self.index_files: Final = tuple(part.index_file for part in self._parts)
+        self.digests: Final = tuple(part.digest for part in self.parts)
+        self.index_files: Final = tuple(part.index_file for part in self.parts)
         self.digest: Final = self._digest()
         if pair_prob and not self.with_others:
             raise ConfigError(
@@ -89,11 +89,16 @@ class Mixture:
     def key(self, number: int) -> str:
         """Returns the key of a sample. It is unique within its data set."""
         part, own = self._place(number)
-        return self._parts[part].key(own)
+        return self.parts[part].key(own)
+
+    def source_of(self, number: int) -> tuple[int, str]:
+        """Returns the place of a sample's data set among all, and its key there."""
+        part, own = self._place(number)
+        return part, self.parts[part].key(own)
 
     def numbers(self, key: str) -> list[int]:
         """Returns the numbers of the samples with this key: one for each data set that has it."""
-        own = [part.number(key) for part in self._parts]
+        own = [part.number(key) for part in self.parts]
         return [
             first + number
             for first, number in zip(self._first, own, strict=False)
@@ -105,12 +110,12 @@ class Mixture:
         same side of the split; [] if the data set isn't split.
         """
         part, own = self._place(number)
-        return [self._first[part] + other for other in self._parts[part].others(own)]
+        return [self._first[part] + other for other in self.parts[part].others(own)]
 
     @cached_property
     def with_others(self) -> int:
         """How many samples have another of the same person."""
-        return sum(part.with_others() for part in self._parts)
+        return sum(part.with_others() for part in self.parts)
 
     def records(self, numbers: Sequence[int], *, verify: bool = True) -> list[Record | ShardError]:
         """Returns the records of those samples, in that order; for a damaged one, the error. Those
@@ -122,14 +127,14 @@ class Mixture:
         records: dict[tuple[int, int], Record | ShardError] = {}
         for part in sorted({part for part, _ in places}):
             own = [number for index, number in places if index == part]
-            read = self._parts[part].records(own, verify=verify)
+            read = self.parts[part].records(own, verify=verify)
             records |= {(part, n): record for n, record in zip(own, read, strict=True)}
         return [records[place] for place in places]
 
     def shard_of(self, number: int) -> str:
         """Returns the name of the tar that has the sample; of several data sets, its path."""
         part, own = self._place(number)
-        return shard_name(self._parts[part].shard_of(own), self._paths[part], len(self._parts))
+        return shard_name(self.parts[part].shard_of(own), self._paths[part], len(self.parts))
 
     def keys_at(self, order: SampleOrder, position: int) -> tuple[str, str]:
         """Returns the keys of the sample at a position and of its reference."""
@@ -144,7 +149,7 @@ class Mixture:
         """Returns the first data set's own configuration, as YAML; "" if it has none. Inference
         runs its stages.
         """
-        return self._parts[0].dataset_config()
+        return self.parts[0].dataset_config()
 
     def embedder(self) -> Embedder | None:
         """Returns the model that computed the identities, which is one for all data sets; None if
@@ -181,7 +186,7 @@ class Mixture:
         samples can be half of a pair; "" for one data set without pairs.
         """
         parts = []
-        if len(self._parts) > 1:
+        if len(self.parts) > 1:
             parts = [
                 f"{path}: {own:,} samples, {share:.1%} of the positions"
                 for path, own, share in zip(self._paths, self._sizes, self._shares(), strict=True)
@@ -201,11 +206,11 @@ class Mixture:
         return part, number - self._first[part]
 
     def _digest(self) -> str:
-        if len(self._parts) == 1 and not self._pair_prob:
+        if len(self.parts) == 1 and not self._pair_prob:
             return self.digests[0]
         lines = [f"{each} {slots}\n" for each, slots in zip(self.digests, self._slots, strict=True)]
         if self._pair_prob:
-            lines += [f"{part.people_digest()}\n" for part in self._parts]
+            lines += [f"{part.people_digest()}\n" for part in self.parts]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
@@ -42,7 +43,9 @@ class PackedBatch:
     tensors hold a blank sample. pixels: (B, 3, R, R) uint8. masks: (B, R, R) uint8, see
     `model.pixels`. clip_images: (n, 3, S, S) uint8, those that are shown to the image encoder;
     image_rows: (n,) int64, their rows among 6·B, which are for each sample the photograph and its
-    five regions. The other fields are those of `ConditionBatch`.
+    five regions. sizes: (B, 6) int64, see `model.pixels.size_condition`. moments: (B, 8, h, w),
+    hidden: (n, tokens, V), see `train.data.TrainBatch`. The other fields are those of
+    `ConditionBatch`.
     """
 
     position: int
@@ -54,12 +57,15 @@ class PackedBatch:
     masks: Tensor
     clip_images: Tensor
     image_rows: Tensor
+    sizes: Tensor
     input_ids: Tensor
     input_ids_2: Tensor
     token_mask: Tensor
     token_idx: Tensor
     token_valid: Tensor
     identity: Tensor
+    moments: Tensor | None = None
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Returns the batch with every tensor on `device`."""
@@ -80,13 +86,17 @@ class PackedBatch:
 def packed(
     conditions: ConditionBatch,
     pixels: Tensor,
+    sizes: Tensor,
     bad: list[BadSample | None],
     *,
+    moments: list[Tensor],
+    hidden: list[Tensor],
     references: tuple[str, ...],
     position: int,
 ) -> PackedBatch:
-    """Packs conditions and training images (B, 3, R, R) uint8. bad: for each sample, why it can't
-    be trained on; None if it can. references: keys.
+    """Packs conditions and training images (B, 3, R, R) uint8. sizes: (B, 6) int64. bad: for each
+    sample, why it can't be trained on; None if it can. moments, hidden: features of each sample,
+    see `train.batch_maker.Prepared`; [] if they aren't read. references: keys.
     """
     images = torch.cat((conditions.photo[:, None], conditions.region_images), dim=1).flatten(0, 1)
     shown = torch.cat((conditions.has_photo[:, None], conditions.token_valid), dim=1).flatten()
@@ -102,27 +112,46 @@ def packed(
         masks=conditions.masks,
         clip_images=images[rows],
         image_rows=rows,
+        sizes=sizes,
         input_ids=conditions.input_ids,
         input_ids_2=conditions.input_ids_2,
         token_mask=conditions.token_mask,
         token_idx=conditions.token_idx,
         token_valid=conditions.token_valid,
         identity=conditions.identity,
+        moments=torch.stack(moments) if moments else None,
+        hidden=_shown(hidden, rows) if hidden else None,
     )
 
 
+def _shown(hidden: list[Tensor], rows: Tensor) -> Tensor:
+    """Returns the features of the images in these rows, (n, tokens, V)."""
+    places = [divmod(row, IMAGES) for row in rows.tolist()]
+    if not places:
+        return hidden[0][:0]
+    return torch.stack([hidden[sample][image] for sample, image in places])
+
+
 def check_shared_memory(
-    *, size: int, workers: int, unread: int = 0, resolution: int, side: int
+    *,
+    size: int,
+    workers: int,
+    unread: int = 0,
+    resolution: int,
+    side: int,
+    features: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Raises ConfigError if the batches of the workers of all processes on this machine don't fit
     into the shared memory that is free.
 
     size: samples of a micro-batch. unread: micro-batches that a process itself has there.
     resolution, side: of the training images and of those for the image encoder, in pixels.
+    features: kind → bytes of a sample, of those that are read in place of images.
     """
     if not workers or not _SHARED.is_dir():
         return
-    sample = 4 * resolution**2 + 3 * IMAGES * side**2 + 8_192
+    images = {"vae": 3 * resolution**2, "image": 3 * IMAGES * side**2, **features}
+    sample = resolution**2 + sum(images.values()) + 8_192
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = sample * size * (workers * _PREFETCHED + unread) * processes
     free = shutil.disk_usage(_SHARED).free

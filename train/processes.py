@@ -5,6 +5,8 @@ Ray Train, each of which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MAST
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +16,7 @@ from configs.training import TrainConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from accelerate import Accelerator
 
 # How long processes wait for one that makes an index, or downloads or uploads a checkpoint. torch's
@@ -26,6 +29,18 @@ _COUNTS: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WO
 def is_first_process() -> bool:
     """Returns whether this is the only process of a run, or the one with rank 0."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes of the GPU that this process has used so far; without one, of the
+    machine's memory.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def check_launcher() -> None:

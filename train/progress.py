@@ -55,12 +55,14 @@ class TrainingProgress:
         if not self._quiet:
             typer.echo(text, err=True)
 
-    def start(self, name: str, step: int, total: int, batch_size: int) -> None:
+    def start(self, name: str, step: int, total: int, batch_size: int, unit: str = "step") -> None:
         """Shows a new task. step: how many of its `total` steps were done before. batch_size:
-        samples a step.
+        samples a step. unit: what is counted.
         """
         self._batch_size, self._last_line = batch_size, time.monotonic()
-        self._bar.reset(self._task, description=name, total=total, completed=step, visible=True)
+        self._bar.reset(
+            self._task, description=f"{name}: {unit}", total=total, completed=step, visible=True
+        )
 
     def step(self, step: int, losses: dict[str, float] | None) -> None:
         task = self._bar.tasks[0]
@@ -72,12 +74,13 @@ class TrainingProgress:
         if losses is None:
             return
         shown = [f"{name} {value:.4g}" for name, value in losses.items()]
-        self._bar.update(self._task, loss=shown[0])
+        self._bar.update(self._task, loss=next(iter(shown), ""))
         now = time.monotonic()
         if not self._has_bar and (now - self._last_line >= _LINE_PERIOD or task.finished):
             self._last_line = now
             left = timedelta(seconds=task.time_remaining or 0)
             self.message(
-                f"{task.description}: step {step:,}/{task.total:,.0f}  {'  '.join(shown)}  {rate}  "
-                f"{left} left"
+                "  ".join(
+                    [f"{task.description} {step:,}/{task.total:,.0f}", *shown, rate, f"{left} left"]
+                )
             )

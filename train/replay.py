@@ -9,22 +9,27 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ShardError
 from configs.training import TrainConfig
 from model.checkpoint import load_adapter
+from model.pixels import training_image
 from model.spec import spec_named
 from stages.backends.runtime import deterministic_algorithms, pin_threads
-from train.data import BatchMaker, Preparation, unpacked
+from train.batch_maker import BatchMaker
+from train.data import Preparation, unpacked
+from train.features.reading import FeatureSet, open_features
 from train.history import HISTORY, exact, read_lines
 from train.losses import FetchedLosses, joined, losses_of_process
 from train.mirror import Runs, reading
@@ -93,11 +98,16 @@ def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
         )
     order = mixture.order(config.seed)
     with deterministic_algorithms(config.deterministic):
-        run = _Models(config, output)
+        features = {
+            name: each
+            for name, each in open_features(config, mixture, None, lambda _: None).items()
+            if each.name in segment.features
+        }
+        run = _Models(config, output, features)
         saved = checkpoints_of(runs, output, segments)
         checkpoint, after_step = run.load_weights(runs, saved, step, segments)
         plan, positions = segment.batch, segment.positions(step)
-        make = BatchMaker(mixture, order, run.preparation)
+        make = BatchMaker(mixture, order, run.preparation, features)
         batches = [
             make(positions[start : start + plan.micro]) for start in range(0, plan.size, plan.micro)
         ]
@@ -109,7 +119,8 @@ def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
     samples = _samples(fetched, [mixture.shard_of(number) for number in numbers], batches)
     ranks = _by_loss(samples)
     if images is not None:
-        _save_images(images, [(samples[rank], _pixels(batches, rank)) for rank in ranks])
+        pictures = _pictures(mixture, numbers, config.resolution)
+        _save_images(images, [(samples[rank], pictures[rank]) for rank in ranks])
     loss, recorded = exact(fetched.values[0, 0]), _recorded(output, step)
     return Replay(
         step=step,
@@ -119,7 +130,7 @@ def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
         recorded=recorded,
         equal=loss is not None and loss == recorded,
         samples=[samples[rank] for rank in ranks],
-        notes=_notes(segment, step, after_step, run.accelerator.device),
+        notes=_notes(segment, step, after_step, run.accelerator.device, [*features.values()]),
     )
 
 
@@ -136,7 +147,9 @@ def _open(config: TrainConfig, output: Path) -> Mixture:
 class _Models:
     """The models of a run, made as the trainer makes them."""
 
-    def __init__(self, config: TrainConfig, output: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, output: Path, features: Mapping[str, FeatureSet]
+    ) -> None:
         self.config = config
         self.accelerator = Accelerator(
             cpu=config.model.device == "cpu", mixed_precision=config.mixed_precision
@@ -145,7 +158,9 @@ class _Models:
         base = config.model.base or spec.base or str(output / "base")
         self.frozen: Frozen
         self.trained: TrainedModel
-        self.frozen, self.trained = make_models(config, spec, base, self.accelerator.device)
+        self.frozen, self.trained = make_models(
+            config, spec, base, self.accelerator.device, features=features
+        )
         self.preparation: Preparation = make_preparation(config, spec, self.frozen)
 
     def load_weights(
@@ -226,10 +241,17 @@ def _by_loss(samples: list[SampleLoss]) -> list[int]:
     return sorted(range(len(samples)), key=rank)
 
 
-def _pixels(batches: list[PackedBatch], index: int) -> Any:
-    """Returns the picture of a sample of a step, (R, R, 3) uint8."""
-    batch, row = divmod(index, len(batches[0].keys))
-    return batches[batch].pixels[row].permute(1, 2, 0).numpy()
+def _pictures(mixture: Mixture, numbers: Sequence[int], resolution: int) -> list[Any]:
+    """Returns the pictures of samples, (R, R, 3) uint8; a black one where it can't be read."""
+    pictures = []
+    for record in mixture.records(numbers):
+        try:
+            if isinstance(record, ShardError):
+                raise record
+            pictures.append(training_image(record, resolution).permute(1, 2, 0).numpy())
+        except (ShardError, ValueError, OSError):
+            pictures.append(np.zeros((resolution, resolution, 3), np.uint8))
+    return pictures
 
 
 def _save_images(folder: Path, pictures: list[tuple[SampleLoss, Any]]) -> None:
@@ -247,12 +269,23 @@ def _recorded(output: Path, step: int) -> float | None:
     return loss
 
 
-def _notes(segment: Segment, step: int, after_step: int, device: torch.device) -> list[str]:
+def _notes(
+    segment: Segment,
+    step: int,
+    after_step: int,
+    device: torch.device,
+    features: Sequence[FeatureSet],
+) -> list[str]:
     notes = []
     if late := step - 1 - after_step:
         notes.append(
             f"the weights are {late} step{'s' if late > 1 else ''} older than those that step "
             f"{step} began with, so its loss differs from the recorded one"
+        )
+    if segment.features != tuple(each.name for each in features):
+        notes.append(
+            f"the run read the features {', '.join(segment.features) or 'none'}, which the data "
+            "set doesn't have now, so the loss differs slightly"
         )
     here = (device_name(device), torch.__version__)
     if here != (segment.device, segment.torch):

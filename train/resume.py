@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,9 @@ from model.checkpoint import CONFIG_FILE
 from model.spec import Embedder
 from stages.storage.layout import LOCK
 from train.checkpoints import checkpoints, damage, find_checkpoint, later_than, step_of
+from train.features.reading import FeatureSet
 from train.mirror import Mirror
+from train.mixture import Mixture
 
 # Settings that may differ when a run is resumed. Others would change the model that it makes. A
 # name that ends in a dot stands for all settings below it. Not compared for another reason: data,
@@ -25,12 +27,15 @@ _MAY_CHANGE: Final = (
     "work_folder",
     "accept_changes",
     "model.device",
+    "ema.on_cpu",
     "max_train_steps",
     "micro_batch_size",
     "max_bad_share",
     "max_nonfinite_steps",
     "verify_samples",
     "gradient_checkpointing",
+    "channels_last",
+    "compile",
     "mixed_precision",
     "deterministic",
     "threads",
@@ -39,6 +44,7 @@ _MAY_CHANGE: Final = (
     "cache_gb",
     "cache_folder",
     "checkpointing_steps",
+    "validation_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "report_to",
@@ -46,9 +52,12 @@ _MAY_CHANGE: Final = (
     "log_keys",
     "keep_samples",
     "ray.",
+    "features.",
+    "validation.",
     "weights.",
 )
 _DATA: Final = "data"  # in accept_changes: the samples
+_FEATURES: Final = "features"  # in accept_changes: cached features, or their lack
 _LATEST: Final = "latest"
 _RESUMED: Final = ".resumed.partial"  # folder for a checkpoint from another URL, during the run
 
@@ -56,12 +65,20 @@ _RESUMED: Final = ".resumed.partial"  # folder for a checkpoint from another URL
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What a run trains on. digest: equal digests mean equal samples in equal order. count: of
-    samples. embedder: of their identities, None if the data sets don't state it.
+    samples. embedder: of their identities, None if the data sets don't state it. features: names of
+    those that are read in place of encoding the samples.
     """
 
     digest: str
     count: int
     embedder: Embedder | None = None
+    features: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(mixture: Mixture, features: Mapping[str, FeatureSet]) -> Samples:
+        """Returns what identifies the samples of a mixture and the features that are read."""
+        names = tuple(each.name for each in features.values())
+        return Samples(mixture.digest, len(mixture), mixture.embedder(), names)
 
     def __str__(self) -> str:
         return f"{self.count:,} samples with digest {self.digest[:12]}"
@@ -73,7 +90,11 @@ def metadata(config: TrainConfig, samples: Samples, start: str) -> dict[str, Any
 
     start: the checkpoint that the run was resumed from by name, "" for none.
     """
-    numbers = {"data": samples.digest, "samples": samples.count}
+    numbers = {
+        "data": samples.digest,
+        "samples": samples.count,
+        "features": list(samples.features),
+    }
     embedder = samples.embedder and asdict(samples.embedder)
     return {"train": asdict(config), **numbers, "embedder": embedder, "start": start}
 
@@ -120,6 +141,20 @@ def choose_checkpoint(
             "when the next checkpoint is written. Move them now to keep them."
         )
     return checkpoint
+
+
+def agreed_samples(samples: Samples) -> Samples:
+    """Returns the samples. Raises ConfigError if they, or the features that are read, aren't the
+    same in all processes, since the data set is changing.
+    """
+    from accelerate.utils import gather_object
+
+    if len({str(each) for each in gather_object([(samples.digest, samples.features)])}) > 1:
+        raise ConfigError(
+            "the processes see other samples or other features: the data set is being changed. "
+            "Wait until that is done, then run the same command again."
+        )
+    return samples
 
 
 def agreed_checkpoint(choose: Callable[[], Path | None] | None) -> Path | None:
@@ -225,7 +260,7 @@ def check_same_run(
 
 def check_accepted(config: TrainConfig) -> None:
     """Raises ConfigError if `accept_changes` names something that is not a setting."""
-    names = flatten(asdict(config))
+    names = {*flatten(asdict(config)), _FEATURES}
     if unknown := [name for name in config.accept_changes if name not in names]:
         raise ConfigError(
             f"accept_changes={','.join(unknown)}: expected names of settings that may differ from "
@@ -252,6 +287,11 @@ def differences(config: TrainConfig, samples: Samples, checkpoint: Path) -> dict
     trained = Samples(values["data"], values["samples"])
     if trained.digest != samples.digest:
         changes[_DATA] = f"data had {trained}, now {samples}"
+    if (features := tuple(values.get("features", ()))) != samples.features:
+        before_text, now_text = (", ".join(each) or "none" for each in (features, samples.features))
+        changes[_FEATURES] = (
+            f"features that were read: {before_text}, now {now_text}; features.use=false reads none"
+        )
     return changes
 
 

@@ -40,7 +40,7 @@ class Segment:
     which checkpoints have too. settings: of the run, as plain values. processes, micro_batch: how
     many processes there were, and samples of a micro-batch. threads: of torch. device, torch: name
     and version. resumed_from: folder or URL of the checkpoint; "" for a new run. last_step: of the
-    segment; None while no later one is known.
+    segment; None while no later one is known. features: names of those that were read.
     """
 
     step: int
@@ -56,6 +56,7 @@ class Segment:
     torch: str
     resumed_from: str = ""
     last_step: int | None = None
+    features: tuple[str, ...] = ()
 
     @property
     def batch(self) -> BatchPlan:
@@ -120,10 +121,7 @@ def read_segments(output: Path) -> list[Segment]:
     is none, or if another version wrote them.
     """
     try:
-        segments = [
-            Segment(**{**line, "data": tuple(line["data"]), "indexes": tuple(line["indexes"])})
-            for line in read_lines(output / DATA)
-        ]
+        segments = [Segment(**_without_lists(line)) for line in read_lines(output / DATA)]
     except (TypeError, KeyError) as error:
         raise ConfigError(
             f"{output / DATA} was written by another version ({type(error).__name__}: {error}). "
@@ -137,6 +135,10 @@ def read_segments(output: Path) -> list[Segment]:
     following = [*(segment.step for segment in segments[1:]), None]
     closed = [replace(s, last_step=last) for s, last in zip(segments, following, strict=True)]
     return [segment for segment in closed if segment.last_step != segment.step]
+
+
+def _without_lists(line: dict[str, Any]) -> dict[str, Any]:
+    return {n: tuple(value) if isinstance(value, list) else value for n, value in line.items()}
 
 
 def segment_of(segments: Sequence[Segment], step: int) -> Segment:

@@ -1,22 +1,24 @@
-"""The setup of a run: checks of the configuration; models, optimizer, schedule, preparation."""
+"""The setup of a run: checks of the configuration, models, and preparation of samples."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch import nn
 
 from configs.errors import ConfigError
-from configs.training import OptimConfig, TrainConfig
+from configs.training import TrainConfig
 from model.base import adapter_path
-from model.checkpoint import load_adapter
 from model.conditions import DropRates
-from model.consistentid import BaseModels, ConsistentID, load_base
-from model.spec import ModelSpec
+from model.consistentid import BaseModels, ConsistentID, copy_weights, load_base, part_of
+from model.spec import Embedder, ModelSpec
+from model.start import load_start
 from stages.storage.remote import refuse_credentials
 from train.data import Preparation
+from train.optimization import make_optimizer
 from train.resume import check_accepted
 from train.step import Frozen, TrainedModel, freeze
 
@@ -41,24 +43,52 @@ def check_config(config: TrainConfig) -> None:
             f"output={config.output} is a folder. Leave work_folder empty."
         )
     check_accepted(config)
-    if config.model.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"model.device={config.model.device}: expected auto, cpu or cuda")
+    if config.report_to == "wandb" and find_spec("wandb") is None:
+        raise ConfigError(
+            "report_to=wandb, but wandb isn't installed. Install it (pip install wandb), or set "
+            "report_to=tensorboard."
+        )
+    check_device(config)
+    make_optimizer(config, {})
+
+
+def check_device(config: TrainConfig) -> None:
+    """Raises ConfigError for a device that torch doesn't find, or that can't compute as asked."""
+    if config.model.device not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"model.device={config.model.device}: expected auto, cpu, cuda or mps")
+    has_mps = torch.backends.mps.is_available()
+    if config.model.device == "mps" and not has_mps:
+        raise ConfigError(
+            "model.device=mps, but torch finds no GPU of Apple. Set model.device=auto."
+        )
+    if config.model.device in ("mps", "auto") and has_mps and config.mixed_precision != "no":
+        raise ConfigError(
+            f"mixed_precision={config.mixed_precision}: on GPUs of Apple, training needs float32. "
+            "Set mixed_precision=no."
+        )
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "model.device=cuda, but torch finds no GPU. Set model.device=auto, or install a torch "
             "with CUDA and its driver."
         )
-    make_optimizer(config.optim, config.max_train_steps, [nn.Parameter(torch.zeros(1))])
 
 
 def make_models(
-    config: TrainConfig, spec: ModelSpec, base: str, device: torch.device
+    config: TrainConfig,
+    spec: ModelSpec,
+    base: str,
+    device: torch.device,
+    embedder: Embedder | None = None,
+    message: Callable[[str], None] = lambda _: None,
+    features: Collection[str] = (),
 ) -> tuple[Frozen, TrainedModel]:
-    """Loads the base model in the configured precision, and makes the trained parts in float32,
-    with initial weights from the seed.
+    """Loads the base model in the configured precision, and makes the adapter in float32, with
+    initial weights from the seed. Only the parts that train require gradients.
 
-    base: a folder or a hub id. Raises WeightsError if the base or `config.adapter` can't be
-    loaded, ConfigError if the base can't take images of the configured resolution.
+    base: a folder or a hub id. embedder: of the data's identities. message: is told what of
+    `config.adapter` was loaded. features: kinds that are read in place of encoding samples. Raises
+    WeightsError if the base or `config.adapter` can't be loaded, ConfigError if the base can't take
+    images of the configured resolution.
     """
     models = load_base(
         spec,
@@ -67,7 +97,8 @@ def make_models(
         device=device,
         dtype=_DTYPES[config.mixed_precision],
     )
-    _copy_weights(models)
+    for module in models.modules.values():
+        copy_weights(module)
     if config.mixed_precision == "fp16":
         models.vae.float()  # fp16 overflows in SDXL's VAE
     multiple = models.vae_factor * 2 ** (len(models.unet.config.block_out_channels) - 1)
@@ -78,54 +109,25 @@ def make_models(
     torch.manual_seed(config.seed)  # the initial weights depend on nothing else
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
     if config.adapter:
-        load_adapter(Path(adapter_path(config.adapter)), adapter)
-    if config.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
-    frozen = freeze(models, spec.vision_size, config.keep_features)
+        message(load_start(Path(adapter_path(config.adapter)), adapter, embedder))
+    for name, parameter in adapter.named_parameters():
+        parameter.requires_grad_(part_of(name) in config.trained_parts)
+    _speed_up(config, models)
+    unneeded = {*features} - ({"vae"} if config.validation_steps else set())  # it draws portraits
+    frozen = freeze(models, spec.vision_size, config.keep_features, unneeded)
     return frozen, TrainedModel(adapter, models.unet).train()
 
 
-def _copy_weights(models: BaseModels) -> None:
-    """Copies all weights into memory of their own.
-
-    Those of a file that is mapped into memory begin at any address, and on CPUs the last bit of a
-    product depends on that.
-    """
-    for module in models.modules.values():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.clone()
-
-
-def make_optimizer(
-    config: OptimConfig, steps: int, parameters: list[nn.Parameter]
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Makes AdamW and its learning rate schedule over `steps` steps of the optimizer.
-
-    Raises ConfigError for an unknown schedule.
-    """
-    from diffusers.optimization import SchedulerType, get_scheduler
-
-    # piecewise_constant needs further settings
-    names = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
-    if config.lr_scheduler not in names:
-        raise ConfigError(
-            f"optim.lr_scheduler={config.lr_scheduler}: expected one of {', '.join(names)}"
-        )
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,  # it can skip an update on the device
-    )
-    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=steps,
-    )
-    return optimizer, schedule
+def _speed_up(config: TrainConfig, models: BaseModels) -> None:
+    """Applies the settings that only change how fast the models run, and in how much memory."""
+    if config.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+        models.vae.to(memory_format=torch.channels_last)
+    if config.compile != "no":
+        # layers differ in their hooks, and torch gives up after eight versions of shared code
+        models.unet.compile_repeated_blocks(backend=config.compile, isolate_recompiles=True)
 
 
 def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Preparation:
@@ -144,9 +146,13 @@ def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Pr
             text=config.loss.drop_text,
             identity=config.loss.drop_identity,
             both=config.loss.drop_both,
+            region=config.loss.drop_region,
             legacy=config.model.mode == "legacy",
         ),
         seed=config.seed,
+        noise_offset=config.loss.noise_offset,
+        input_perturbation=config.loss.input_perturbation,
+        true_sizes=config.model.sizes == "true",
         cache_size=config.keep_samples,
         verify=config.verify_samples,
     )

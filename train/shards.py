@@ -47,6 +47,9 @@ class ShardSet:
     digests mean equal samples in equal order. index_file: name of the index. Raises ConfigError for
     a `data` that can't be opened, SourceError if there is no data set or no sample, ShardError if a
     shard contradicts its manifest, StoreError if the index can't be written.
+
+    tars: number of each shard that has samples → digest of its tar. made_from: number of each shard
+    → its manifest's `inputs_digest`.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class ShardSet:
                 "first, then give its output here, as in data=runs/dataset."
             )
         _check_tars(reader, manifests, sizes)
+        self.tars: Final = {m.index: m.tar.sha256 for m in manifests if m.written}
+        self.made_from: Final = {m.index: m.inputs_digest for m in manifests}
         people = _people_digest(reader.store)
         if split != "all" and not people:
             raise SourceError(
@@ -130,12 +135,29 @@ class ShardSet:
 
         verify: compare the bytes of each with its digest. Raises ShardError if a tar is missing.
         """
+        reader, places, parts = self._parts(numbers)
+        return [reader.sample_in(parts.pop(), place, verify=verify) for place in places]
+
+    def members(
+        self, numbers: Sequence[int], *, verify: bool = True
+    ) -> list[dict[str, bytes] | ShardError]:
+        """Returns the files of those samples, by extension, in that order; for a damaged one, the
+        error. Otherwise as `records`.
+        """
+        reader, places, parts = self._parts(numbers)
+        return [reader.members_in(parts.pop(), place, verify=verify) for place in places]
+
+    def _parts(
+        self, numbers: Sequence[int]
+    ) -> tuple[DatasetReader, list[SamplePlace], list[bytes]]:
+        """Returns a reader, the samples' places, and their bytes in reverse order, so that each can
+        be freed when it has been parsed.
+        """
         # A new reader: a worker process can't share its parent's connections.
         reader, places = self._reader(), [self.place(number) for number in numbers]
         read = reader.parts_at
         parts = read(places) if self._cache is None else self._cache.read(places, read)
-        parts.reverse()  # each is freed when it has been parsed
-        return [reader.sample_in(parts.pop(), place, verify=verify) for place in places]
+        return reader, places, parts[::-1]
 
     def dataset_config(self) -> str:
         """Returns the data set's own configuration, as YAML; "" if it has none."""

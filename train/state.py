@@ -35,14 +35,19 @@ class Snapshot:
     """A copy of weights and state in the CPU's memory, which later steps don't change.
 
     trained: the model, on which no step is being taken. state: for state.pt, tensors and plain
-    values, with the `step`. Copies from a GPU go to pinned memory, and are waited for once.
+    values, with the `step`. weights: some of the adapter's, by name, that are copied in place of
+    those that it has now. Copies from a GPU go to pinned memory, and are waited for once.
     """
 
     def __init__(
-        self, trained: TrainedModel, extras: AdapterExtras, state: Mapping[str, Any]
+        self,
+        trained: TrainedModel,
+        extras: AdapterExtras,
+        state: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
     ) -> None:
         self._trained, self._extras = trained, extras  # of the first, only the configuration
-        self._adapter: dict[str, Tensor] = _copy(trained.adapter.state_dict())
+        self._adapter: dict[str, Tensor] = _copy({**trained.adapter.state_dict(), **weights})
         self.state: dict[str, Any] = _copy(state)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
@@ -109,23 +114,6 @@ def load_checkpoint(folder: Path, trained: TrainedModel) -> dict[str, Any]:
         ) from error
     load_adapter(folder, trained.adapter)
     return state
-
-
-def load_optimizer(optimizer: Any, schedule: Any, state: Mapping[str, Any]) -> None:
-    """Restores optimizer and schedule from the contents of state.pt, except for the settings that
-    both were made with: a learning rate that was changed on purpose takes effect.
-    """
-    settings = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict({**state["schedule"], "base_lrs": schedule.base_lrs})
-    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-    for group, values, rate in zip(optimizer.param_groups, settings, rates, strict=True):
-        group.update(values, lr=rate)
-    schedule._last_lr = rates
 
 
 def random_state() -> dict[str, Any]:

@@ -6,8 +6,8 @@ depends on values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from model.consistentid import (
     predict_noise,
 )
 from model.losses import localisation_errors, noise_errors
-from model.noising import noise_schedule, noised, size_ids
+from model.noising import noise_schedule, noised
 from train import draws
 from train.data import TrainBatch
 from train.encodings import Encodings
@@ -82,22 +82,39 @@ class Frozen:
         return self.zero_hidden.device
 
 
-def freeze(base: BaseModels, vision_size: int, keep: int = 0) -> Frozen:
+def freeze(
+    base: BaseModels, vision_size: int, keep: int = 0, features: Collection[str] = ()
+) -> Frozen:
     """Makes the frozen side of training from a base model that is on its device.
 
     vision_size: side of the image encoder's input, in pixels. keep: number of samples whose
-    encodings stay in memory. Raises ConfigError for a base that predicts neither noise nor
+    encodings stay in memory. features: kinds that are read; the memory of encoders that aren't
+    needed for other samples is freed. Raises ConfigError for a base that predicts neither noise nor
     velocity.
     """
     device = next(base.image_encoder.parameters()).device
     schedule = noise_schedule(base.scheduler, device)
     zero = torch.zeros(1, 3, vision_size, vision_size, device=device)
+    zero_hidden = encode_images(base.image_encoder, zero)
+    for kind, encoder in (("vae", base.vae), ("image", base.image_encoder)):
+        if kind in features:
+            encoder.to("meta")
     return Frozen(
         base=base,
         noise_schedule=schedule,
-        zero_hidden=encode_images(base.image_encoder, zero),
+        zero_hidden=zero_hidden,
         hidden=Encodings(partial(encode_images, base.image_encoder), keep * IMAGES),
         moments=Encodings(partial(_moments, base.vae), keep),
+    )
+
+
+def without_memory(frozen: Frozen) -> Frozen:
+    """Returns the same models, whose encodings don't stay in memory."""
+    base = frozen.base
+    return replace(
+        frozen,
+        hidden=Encodings(partial(encode_images, base.image_encoder)),
+        moments=Encodings(partial(_moments, base.vae)),
     )
 
 
@@ -115,8 +132,11 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
     """
     size, slots = batch.token_valid.shape
     rows = frozen.zero_hidden.expand(size * (1 + slots), -1, -1).clone()
-    if len(batch.clip_images):
-        rows.index_copy_(0, batch.image_rows, frozen.hidden(batch.image_names, batch.clip_images))
+    if len(batch.image_rows):
+        states = batch.hidden
+        if states is None:
+            states = frozen.hidden(batch.image_names, batch.clip_images)
+        rows.index_copy_(0, batch.image_rows, states.to(rows.dtype))
     hidden = rows.reshape(size, 1 + slots, *rows.shape[1:])
     text_hidden, pooled = encode_text(frozen.base, batch.input_ids, batch.input_ids_2)
     return Features(
@@ -139,13 +159,15 @@ def noised_latents(frozen: Frozen, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     vae, schedule = frozen.base.vae, frozen.noise_schedule
-    posterior = DiagonalGaussianDistribution(
-        frozen.moments(batch.pixel_names, batch.pixels.to(vae.dtype))
-    )
+    if batch.moments is not None:
+        moments = batch.moments.float()
+    else:
+        moments = frozen.moments(batch.pixel_names, batch.pixels.to(vae.dtype))
+    posterior = DiagonalGaussianDistribution(moments)
     latents = (
         posterior.mean + posterior.std * batch.latent_noise
     ).float() * vae.config.scaling_factor
-    return noised(schedule, latents, batch.noise, batch.timesteps)
+    return noised(schedule, latents, batch.noise, batch.timesteps, batch.added_noise)
 
 
 def snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
@@ -202,10 +224,7 @@ def step_losses(
     """
     features = frozen_features(frozen, batch)
     noisy, target = noised_latents(frozen, batch)
-    height, width = batch.pixels.shape[-2:]
-    time_ids = None
-    if features.pooled is not None:  # SDXL
-        time_ids = size_ids(len(noisy), height, width, noisy.device)
+    time_ids = batch.sizes.float() if features.pooled is not None else None  # of SDXL
     token_idx = batch.token_idx if config.facial_weight else None
     prediction, scores = trained(
         noisy, batch.timesteps, features, token_idx=token_idx, time_ids=time_ids

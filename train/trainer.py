@@ -1,7 +1,8 @@
 """The trainer: from a configuration to OUT/final, through checkpoints to resume from.
 
-    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/
-        summary.json  {data,losses,keys,spikes,skipped,nonfinite}.jsonl
+    OUT/config.yaml  base/ (tiny model only)  checkpoint-NNNNNN/  final/  index/  logs/  report/
+        validation/  summary.json
+        {data,losses,times,validation,keys,spikes,skipped,nonfinite}.jsonl
 
 If OUT is on an object store, these files are in a local folder first (train/mirror.py).
 
@@ -11,11 +12,10 @@ A step waits for no value of its own: losses stay on the device and are fetched 
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -24,47 +24,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
 from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
 from stages.backends.runtime import deterministic_algorithms, pin_threads
 from train.base import ensure_base
+from train.batch_maker import BatchMaker
 from train.batches import plan_batches
-from train.checkpoints import write_folder_atomically
-from train.data import BatchMaker, unpacked
+from train.data import unpacked
 from train.facts import NONFINITE, SKIPPED, HostCopy, Limits, StepCheck, StepFacts
-from train.history import HISTORY, summarise
+from train.features.reading import open_features
+from train.history import HISTORY, TIMES, summarise
 from train.loader import micro_batches
 from train.mirror import open_output
 from train.mixture import open_mixture
+from train.optimization import Optimization
 from train.outcome import Outcome, Progress, Watcher
 from train.packing import PackedBatch, check_shared_memory
-from train.processes import join_processes
-from train.records import StepRecords
+from train.processes import join_processes, peak_memory
+from train.records import StepRecords, spike_context
+from train.report import write_report
 from train.resume import (
     Samples,
     agreed_checkpoint,
+    agreed_samples,
     choose_checkpoint,
     fetch_chosen,
     flatten,
-    metadata,
     start_of_run,
 )
+from train.saving import Saver
 from train.segments import add_segment, inherit, new_segment
-from train.setup import check_config, make_models, make_optimizer, make_preparation
+from train.setup import check_config, make_models, make_preparation
 from train.shards import INDEX
-from train.spikes import SPIKES, SpikeContext
+from train.spikes import SPIKES
 from train.state import (
-    AdapterExtras,
-    Snapshot,
     load_checkpoint,
-    load_optimizer,
-    random_state,
     set_random_state,
     write_json,
 )
 from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
+from train.validation import LINES, open_validator
 from train.writer import CheckpointWriter
 
 
@@ -96,13 +98,13 @@ class Trainer:
             if self.mirror is not None and self.accelerator.is_local_main_process:
                 self.mirror.fetch_indexes()
             self.mixture = open_mixture(config, self.output / INDEX)
-        self.samples = Samples(self.mixture.digest, len(self.mixture), self.mixture.embedder())
+            tell = watcher.message if self.is_main else lambda _: None
+            self.features = open_features(config, self.mixture, self.output / INDEX, tell)
+        self.samples = agreed_samples(Samples.of(self.mixture, self.features))
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
         self.mixture.check_step(self.batch.size)
-        if self.is_main and (message := self.mixture.message()):
-            watcher.message(message)
         self.order = self.mixture.order(config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec, config.model.without)
@@ -113,27 +115,49 @@ class Trainer:
             stack.enter_context(self.writer)
         choose = self._choose_checkpoint if self.is_main else None
         self.checkpoint = checkpoint = agreed_checkpoint(choose)
-        self.start = start_of_run(config, checkpoint)
-        self.base = self._prepare_output(checkpoint)
-        self.frozen, self.trained = make_models(config, self.spec, self.base, self.device)
-        self.preparation = make_preparation(config, self.spec, self.frozen)
-        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
-        self.optimizer: Any
-        self.optimizer, self.schedule = make_optimizer(
-            config.optim, config.max_train_steps, self.parameters
+        base = self._prepare_output(checkpoint)
+        say = tell if checkpoint is None else lambda _: None
+        self.frozen, self.trained = make_models(
+            config, self.spec, base, self.device, self.samples.embedder, say, self.features
         )
+        self.preparation = make_preparation(config, self.spec, self.frozen)
+        self.optimization = Optimization(config, self.trained.adapter)
         self.progress = Progress()
         if checkpoint is not None:
             state = self._resume(checkpoint)
-        # The loader is not passed to `prepare`, which would split its batches a second time
-        # (accelerate #3547). Neither is the schedule: accelerate would advance it once for every
-        # process.
-        self.model, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
+        # Not passed to `prepare`: the loader, whose batches it would split (accelerate #3547), and
+        # the schedule, which it would advance once for every process.
+        self.model, self.optimization.optimizer = self.accelerator.prepare(
+            self.trained, self.optimization.optimizer
+        )
         if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.records = StepRecords(
+        self.saver = Saver(
+            config=config,
+            output=self.output,
+            base=base,
+            samples=self.samples,
+            start=start_of_run(config, checkpoint),
+            dataset=self.mixture.dataset_config(),
+            trained=self.trained,
+            optimization=self.optimization,
+            accelerator=self.accelerator,
+            writer=self.writer,
+        )
+        self.validator = open_validator(
+            config,
+            self.output,
             self.progress.step,
-            self._spike_context(),
+            self.accelerator,
+            self.frozen,
+            self.preparation,
+            watcher.message,
+        )
+        self.records = StepRecords(
+            self.progress,
+            spike_context(
+                config, self.output, self.batch.size, self.mixture, self.order, watcher.message
+            ),
             self.batch.accumulation,
             self.accelerator,
             is_main=self.is_main,
@@ -164,7 +188,8 @@ class Trainer:
         base, local = "", replace(self.config, output=str(self.output))
         if self.writer is not None:
             if checkpoint is not None:
-                inherit(self.output, checkpoint, (HISTORY, SKIPPED, NONFINITE, SPIKES))
+                names = (HISTORY, SKIPPED, NONFINITE, SPIKES, TIMES, LINES)
+                inherit(self.output, checkpoint, names)
             base = ensure_base(local, self.spec, self.watcher.message)
             # what was accepted for this resume isn't accepted for good
             dump(replace(self.config, accept_changes=()), self.output / "config.yaml")
@@ -179,7 +204,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Restores a checkpoint, except for what `prepare` makes; returns its state."""
         state = load_checkpoint(checkpoint, self.trained)
-        load_optimizer(self.optimizer, self.schedule, state)
+        self.optimization.load_state_dict(state)
         set_random_state(state["random"], self.accelerator.process_index)
         self.progress = Progress(state["step"], state["position"], state["seconds"])
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
@@ -192,8 +217,9 @@ class Trainer:
             unread=0 if self.device.type == "cuda" else self.batch.accumulation,
             resolution=self.config.resolution,
             side=self.spec.vision_size,
+            features={name: each.kind.bytes_per_sample for name, each in self.features.items()},
         )
-        maker = BatchMaker(self.mixture, self.order, self.preparation)
+        maker = BatchMaker(self.mixture, self.order, self.preparation, self.features)
         return micro_batches(
             maker.fetch,
             maker.make,
@@ -213,7 +239,7 @@ class Trainer:
         first = next(batches)
         batch = unpacked(first, self.preparation, self.device)
         group_gradients(self.model, self.frozen, batch, self.config.loss, self.accelerator.backward)
-        self.optimizer.zero_grad()
+        self.optimization.optimizer.zero_grad()
         return chain([first], batches)
 
     def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
@@ -243,19 +269,38 @@ class Trainer:
                 if self.accelerator.num_processes == 1:
                     stop.agreed = stop.agreed or bool(stop.signal)
                 losses = None
-                if progress.step % config.log_every == 0 or saves or stop.agreed:
+                validates = self.validator.is_due(progress.step)
+                if progress.step % config.log_every == 0 or saves or validates or stop.agreed:
                     losses = self._fetch_losses()
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
                 if saves or stop.agreed:
                     stop.agreed = check.check(previous) or stop.agreed
                     previous = None
-                    self._save()
+                    self.saver.save(progress, self.records.state())
+                last += self._validate(losses, stop)
                 self.watcher.step(progress.step, losses)
             stopped = progress.step < config.max_train_steps
             outcome = self._finish((stop.signal or signal.SIGTERM) if stopped else 0)
             self.accelerator.end_training()
         return outcome
+
+    def _validate(self, losses: dict[str, float] | None, stop: Stop) -> float:
+        """Records the time of the steps, if their losses were fetched, and validates, if that is
+        due. Returns the seconds that it took.
+        """
+        began, step = time.monotonic(), self.progress.step
+        if losses is not None:
+            self.records.add_times(self.progress, peak_memory(self.device))
+        if self.validator.is_due(step) and not stop.agreed:
+            self.validator.validate(step, self.trained, self.optimization.average)
+            self._report()
+        return time.monotonic() - began
+
+    def _report(self) -> None:
+        if self.is_main:
+            with suppress(ConfigError):  # a finished run may lack the files that it is made of
+                write_report(self.output)
 
     def _begin(self) -> StepCheck:
         """Announces and records on what the run trains; returns the check of its steps."""
@@ -263,11 +308,14 @@ class Trainer:
 
         config = self.config
         if self.is_main:
-            self.watcher.message(f"{self.batch}, on {self.device.type}")
+            batch = f"{self.batch}, on {self.device.type}"
+            for text in (self.mixture.message(), batch, self.optimization.summary()):
+                if text:
+                    self.watcher.message(text)
             segment = new_segment(
                 config, self.progress, self.batch, self.mixture, self.device, self.checkpoint
             )
-            add_segment(self.output, segment)
+            add_segment(self.output, replace(segment, features=self.samples.features))
         if config.report_to != "none":
             self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         limits = Limits(
@@ -285,24 +333,16 @@ class Trainer:
             self.watcher.message if self.is_main else None,
         )
 
-    def _spike_context(self) -> SpikeContext:
-        return SpikeContext(
-            output=self.output,
-            name=self.config.output,
-            batch=self.batch.size,
-            names_at=lambda position: self.mixture.name(self.order.sample(position)),
-            masked=lambda step: masks_background(self.config.loss, self.config.seed, step),
-            message=self.watcher.message,
-        )
-
     def _step(self, batches: Iterator[PackedBatch], stop: Stop) -> StepFacts:
         """Takes one optimizer step over its micro-batches. An update with a gradient that isn't
         finite is skipped, which the device decides.
         """
         config, progress, world = self.config, self.progress, self.batch.world
-        rate = float(self.schedule.get_last_lr()[0])
+        rates = self.optimization.rates()
         mask = masks_background(config.loss, config.seed, progress.step + 1)
+        began = time.monotonic()
         micro = [next(batches) for _ in range(self.batch.accumulation)]
+        waited = time.monotonic() - began
         own = [float(sum(int(b.valid.sum()) for b in micro)), float(bool(stop.signal))]
         local = torch.tensor(own).to(self.device, non_blocking=True)
         numbers: Tensor = self.accelerator.reduce(local, "sum")
@@ -321,14 +361,9 @@ class Trainer:
                 # the processes' gradients are averaged, and should be added
                 self.accelerator.backward(losses.total * world)
             losses_of_micro.append(losses)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm)
-        skipped = (~torch.isfinite(norm)).float()
-        self.optimizer.optimizer.found_inf = skipped  # the fused AdamW does nothing where it is 1
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
+        skipped = self.optimization.step(self.accelerator)
         bad = tuple(sample for batch in micro for sample in batch.bad)
-        self.records.add(progress.step + 1, micro, losses_of_micro, rate)
+        self.records.add(progress.step + 1, micro, losses_of_micro, rates, waited)
         copy = HostCopy(torch.cat((numbers, skipped[None])))
         step_facts = StepFacts(progress.step + 1, progress.position, copy, bad)
         progress.position += self.batch.size
@@ -341,42 +376,6 @@ class Trainer:
             self.accelerator.log(means, step=self.progress.step)
         return means
 
-    def _extras(self) -> AdapterExtras:
-        base = self.base
-        if Path(base).is_relative_to(self.output):
-            # relative to the adapter's folder, so that the run can be moved
-            base = os.path.relpath(base, self.output / "final")
-        return AdapterExtras(
-            metadata={
-                "step": self.progress.step,
-                "position": self.progress.position,
-                "base": base,
-                **metadata(self.config, self.samples, self.start),
-            },
-            dataset=self.mixture.dataset_config(),
-        )
-
-    def _save(self) -> None:
-        """Copies the state of the run, and begins to write it. Only the main process does."""
-        from accelerate.utils import gather_object
-
-        random: list[dict[str, Any]] = gather_object([random_state()])
-        if self.writer is not None:
-            scaler = self.accelerator.scaler
-            self.writer.save(
-                self.progress.step,
-                lambda: self._snapshot(
-                    optimizer=self.optimizer.state_dict(),
-                    schedule=self.schedule.state_dict(),
-                    random=random,
-                    spikes=self.records.state(),
-                    scaler=scaler.state_dict() if scaler else {},
-                ),
-            )
-
-    def _snapshot(self, **state: Any) -> Snapshot:
-        return Snapshot(self.trained, self._extras(), {**asdict(self.progress), **state})
-
     def _finish(self, stop_signal: int) -> Outcome:
         """Waits for the last checkpoint; writes the summary and, unless a signal stopped the run,
         OUT/final.
@@ -385,8 +384,7 @@ class Trainer:
         if self.records.history is not None and self.writer is not None:
             self.writer.wait()
             if not stop_signal:
-                write_adapter = self._snapshot().write_adapter
-                adapter = write_folder_atomically(self.output / "final", write_adapter)
+                adapter = self.saver.write_final(progress)
             summary = summarise(
                 self.records.history,
                 samples=progress.position,
@@ -394,6 +392,7 @@ class Trainer:
                 finished=not stop_signal,
             )
             write_json(self.output / "summary.json", summary)
+            self._report()
             self.writer.finish(progress.step, with_final=not stop_signal)
         self.accelerator.wait_for_everyone()
         return Outcome(step=progress.step, signal=stop_signal, adapter=adapter, summary=summary)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs.training import DataSource
@@ -71,3 +73,16 @@ def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
         tuple(DataSource(path=str(folder / name), weight=w) for name, w in weights.items()),
         ("abababcc", "aabbc", "aaaabcde"),
     )
+
+
+@pytest.fixture(scope="session")
+def held_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of three people, of whom b and c are on the validation side."""
+    folder = with_people(data, tmp_path_factory.mktemp("held-out") / "data", "aaaabbcc")
+    table = pq.read_table(folder / "identities.parquet")
+    people = table.column("identity_id").to_pylist()
+    sides = pa.array(["val" if person in ("id-b", "id-c") else "train" for person in people])
+    place = table.column_names.index("split")
+    table = table.set_column(place, table.schema.field(place), sides)
+    pq.write_table(table, folder / "identities.parquet")
+    return folder

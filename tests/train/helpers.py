@@ -15,7 +15,8 @@ from torch import Tensor
 
 from configs.training import DataSource, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from model.spec import SPECS
-from train.data import BatchMaker, TrainBatch, unpacked
+from train.batch_maker import BatchMaker
+from train.data import TrainBatch, unpacked
 from train.mixture import Mixture
 from train.outcome import Outcome
 from train.setup import make_models, make_preparation

@@ -90,7 +90,7 @@ def test_later_steps_do_not_change_a_snapshot(parts: Parts, tmp_path: Path) -> N
     moments = [entry["exp_avg"].clone() for entry in optimizer.state.values()]
     extras = AdapterExtras(metadata={}, dataset="")
     state = {"step": 1, "optimizer": optimizer.state_dict()}
-    snapshot = Snapshot(parts.trained, extras, state)
+    snapshot = Snapshot(parts.trained, extras, state, {})
     step()
     CheckpointWriter(tmp_path, 1, print).write(snapshot)
     restored = load_checkpoint(tmp_path / "checkpoint-000001", parts.trained)
@@ -157,7 +157,7 @@ def test_lines_are_on_the_disk_before_the_checkpoint(parts: Parts, tmp_path: Pat
     (tmp_path / "losses.jsonl").symlink_to("nowhere")  # can't be written to the disk
     extras = AdapterExtras(metadata={}, dataset="")
     with pytest.raises(StoreError, match=r"losses\.jsonl"):
-        CheckpointWriter(tmp_path, 1, print).write(Snapshot(parts.trained, extras, {"step": 1}))
+        CheckpointWriter(tmp_path, 1, print).write(Snapshot(parts.trained, extras, {"step": 1}, {}))
     assert names(tmp_path) == []
 
 

@@ -18,7 +18,8 @@ from model.spec import SPECS
 from stages.record import Record
 from tests.train.helpers import Parts, assert_same_rows, small
 from train import draws
-from train.data import BatchMaker, unpacked
+from train.batch_maker import BatchMaker
+from train.data import unpacked
 from train.loader import micro_batches
 from train.mixture import Mixture
 from train.order import SampleOrder

@@ -19,7 +19,7 @@ from configs.training import OptimConfig
 from stages.record import Record
 from tests.train.conftest import Mixed
 from tests.train.helpers import Listener, Parts, run, small, sources
-from train.data import BatchMaker
+from train.batch_maker import BatchMaker, Fetched
 from train.facts import Limits, StepCheck, StepFacts
 from train.history import read_lines
 from train.mixture import Mixture, open_mixture
@@ -92,10 +92,11 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     # without verification, which would find the changed bytes first
     mixture = Mixture(sources(copy))
     maker = BatchMaker(mixture, mixture.order(0), replace(parts.preparation, verify=False))
-    conditions, pixels, bad = maker._prepare((5, 5), {5: mixture.records([5], verify=False)[0]})
-    assert bad is not None and bad.key == shards.key(5)
-    assert "the identity embedding has norm" in bad.reason
-    assert not conditions.identity.any() and not pixels.any()
+    fetched = Fetched({5: mixture.records([5], verify=False)[0]}, {}, {})
+    blank = maker._prepare((5, 5), fetched)
+    assert blank.bad is not None and blank.bad.key == shards.key(5)
+    assert "the identity embedding has norm" in blank.bad.reason
+    assert not blank.conditions.identity.any() and not blank.pixels.any()
 
 
 def poisoned_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -159,19 +160,21 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_counts(
     spoiled = [False]
 
     def snapshot(step: int) -> None:
-        snapshots.append([p.detach().clone() for p in trainer.parameters])
+        snapshots.append([p.detach().clone() for p in trainer.optimization.parameters])
         spoiled[0] = step == 1  # the gradient of the second step
 
     listener = Listener(snapshot)
     with ExitStack() as stack:
         trainer = Trainer(config, listener, stack)
-        trainer.parameters[3].register_hook(lambda g: g * torch.nan if spoiled[0] else g)
+        trainer.optimization.parameters[3].register_hook(
+            lambda g: g * torch.nan if spoiled[0] else g
+        )
         outcome = trainer.run()
     assert outcome.step == 4
     first, second, third, _ = snapshots
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert not all(torch.equal(*pair) for pair in zip(second, third, strict=True))
-    assert {float(s["step"]) for s in trainer.optimizer.state.values()} == {3.0}
+    assert {float(s["step"]) for s in trainer.optimization.optimizer.state.values()} == {3.0}
     assert [line["step"] for line in read_lines(tmp_path / "out/nonfinite.jsonl")] == [2]
     assert "step 2: loss or gradient is not finite" in listener.messages[-1]
 
@@ -182,7 +185,7 @@ def test_a_checkpoint_with_values_that_are_not_finite_is_not_written(
     extras = AdapterExtras(metadata={}, dataset="")
     with torch.no_grad():
         next(parts.trained.adapter.parameters())[0] = torch.nan
-    snapshot = Snapshot(parts.trained, extras, {"step": 5})
+    snapshot = Snapshot(parts.trained, extras, {"step": 5}, {})
     with pytest.raises(TrainingError, match="not finite after step 5, so no checkpoint"):
         CheckpointWriter(tmp_path, 1, print).write(snapshot)
     assert list(tmp_path.iterdir()) == []

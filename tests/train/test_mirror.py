@@ -103,6 +103,7 @@ def test_a_run_to_s3_has_all_its_files_there_in_spite_of_faults(
     assert {name.split("/")[0] for name in files} == {
         *("checkpoint-000004", "checkpoint-000006", "final"),
         *("config.yaml", "data.jsonl", "index", "losses.jsonl", "summary.json"),
+        *("times.jsonl", "report"),
     }
     secret = ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode()
     assert not [name for name, content in files.items() if secret in content]

@@ -117,7 +117,7 @@ def test_a_run_names_shares_and_pairs_at_its_start(
     config = small(mixed.sources, tiny_base, tmp_path / "out", pair_prob=0.5, max_train_steps=1)
     run(config, listener)
     one, two, three = (source.path for source in mixed.sources)
-    assert listener.messages == [
+    assert listener.messages[:2] == [
         f"{one}: 8 samples, 50.0% of the positions; {two}: 5 samples, 16.7% of the positions; "
         f"{three}: 8 samples, 33.3% of the positions; "
         "16 of 21 samples have another of the same person",

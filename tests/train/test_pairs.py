@@ -19,7 +19,8 @@ from stages.record import Record
 from stages.regions import Mode, region_masks
 from tests.train.conftest import Mixed
 from tests.train.helpers import Parts, assert_same_rows, run, small
-from train.data import BatchMaker, unpacked
+from train.batch_maker import BatchMaker, Fetched
+from train.data import unpacked
 from train.history import read_lines
 from train.mixture import Mixture
 from train.shards import ShardSet
@@ -146,13 +147,13 @@ def test_a_bad_reference_makes_the_sample_bad_and_is_the_one_that_is_named(
     source = (DataSource(path=str(copy)),)
     mixture = Mixture(source, pair_prob=0.5)
     maker = BatchMaker(mixture, mixture.order(3), parts.preparation)
-    read = dict(enumerate(mixture.records(range(8))))
+    read = Fetched(dict(enumerate(mixture.records(range(8)))), {}, {})
     pairs = [(0, 2), (0, 4), (2, 0), (2, 2), (0, 0)]
     prepared = {pair: maker._prepare(pair, read) for pair in pairs}
-    bad = {pair: why and why.key for pair, (_, _, why) in prepared.items()}
+    bad = {pair: each.bad and each.bad.key for pair, each in prepared.items()}
     spoiled = mixture.key(2)
     assert bad == {(0, 2): spoiled, (0, 4): None, (2, 0): spoiled, (2, 2): spoiled, (0, 0): None}
-    assert prepared[0, 2][0].key == mixture.key(0) and not prepared[0, 2][1].any()
+    assert prepared[0, 2].conditions.key == mixture.key(0) and not prepared[0, 2].pixels.any()
     config = small(
         source, tiny_base, tmp_path / "out", pair_prob=0.5, max_bad_share=0.2, max_train_steps=8
     )

@@ -24,8 +24,9 @@ from configs.errors import ShardError, StoreError
 from configs.training import DataSource
 from tests.stages.storage.s3_server import Bucket, Faults
 from tests.train.helpers import Parts, assert_same_rows, sources
+from train.batch_maker import BatchMaker
 from train.cache import SampleCache
-from train.data import BatchMaker, unpacked
+from train.data import unpacked
 from train.loader import fetched_ahead, micro_batches
 from train.mixture import Mixture
 from train.packing import PackedBatch

@@ -14,13 +14,12 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.load import load
-from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from configs.training import LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainedConfig
 from tests.train.helpers import Listener, run, small
 from train.history import read_lines
+from train.optimization import load_optimizer, make_optimizer
 from train.resume import Samples, check_same_run, differences
-from train.setup import make_optimizer
 from train.shards import ShardSet
-from train.state import load_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +118,13 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(
 
 
 def test_learning_rates_are_those_of_the_new_number_of_steps() -> None:
-    config = OptimConfig(learning_rate=1e-3, lr_scheduler="cosine")
+    optim = OptimConfig(learning_rate=1e-3, lr_scheduler="cosine")
+    train = TrainedConfig(parts=("lora",))
 
     def optimizer_at(steps: int, total: int) -> tuple[Any, Any]:
-        optimizer, schedule = make_optimizer(config, total, [nn.Parameter(torch.ones(1))])
+        config = TrainConfig(optim=optim, train=train, max_train_steps=total)
+        parameters = {"adapter_modules.0.to_q_lora.down.weight": nn.Parameter(torch.ones(1))}
+        optimizer, schedule = make_optimizer(config, parameters)
         for _ in range(steps):
             optimizer.step()
             schedule.step()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tests.train.conftest import Mixed
 from tests.train.helpers import Parts, assert_same_rows, sources
+from train.batch_maker import BatchMaker
 from train.batches import plan_batches
-from train.data import BatchMaker, TrainBatch, unpacked
+from train.data import TrainBatch, unpacked
 from train.loader import micro_batches
 from train.mixture import Mixture
 

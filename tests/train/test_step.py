@@ -34,7 +34,7 @@ def test_features_equal_those_of_inference_though_zero_images_are_not_encoded(pa
     features = frozen_features(parts.frozen, parts.make(positions))
     pairs = parts.maker._pairs_at(positions)
     samples = parts.maker._samples(pairs, parts.maker.fetch(positions))
-    conditions = collate([sample for sample, _, _ in samples])
+    conditions = collate([sample.conditions for sample in samples])
     uniform = torch.tensor(
         [draws.uniform(3, "drop", position) for position in positions], dtype=torch.float64
     )

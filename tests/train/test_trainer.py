@@ -317,7 +317,7 @@ def test_tensorboard_gets_the_losses(data: Path, tiny_base: Path, tmp_path: Path
         ({"work_folder": "work"}, "for an output at a URL"),
         ({"accept_changes": ("data", "optim.learning_rat")}, "accept_changes=optim.learning_rat:"),
         ({"optim": OptimConfig(lr_scheduler="linaer")}, "expected one of"),
-        ({"model": ModelConfig(spec="tiny", device="tpu")}, "auto, cpu or cuda"),
+        ({"model": ModelConfig(spec="tiny", device="tpu")}, "auto, cpu, cuda or mps"),
     ],
 )
 def test_impossible_settings_are_refused(

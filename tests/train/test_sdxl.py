@@ -1,0 +1,94 @@
+"""Training an adapter for SDXL, on a base of its shape at toy size."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.load import load
+from configs.training import ModelConfig, TrainConfig, ValidationConfig
+from model.forms import expected_state
+from model.spec import SPECS
+from tests.infer.helpers import TINY_XL, make_tiny_xl
+from tests.train.helpers import run, same, small, weights
+from train.history import read_lines
+from train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def tiny_xl(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_xl(tmp_path_factory.mktemp("xl"), tiny_base)
+
+
+@pytest.fixture(autouse=True)
+def _toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPECS, "sdxl", replace(TINY_XL, name="sdxl"))
+
+
+def xl(data: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
+    values = {"model": ModelConfig(spec="sdxl", base=str(base), device="cpu"), "max_train_steps": 4}
+    return small(data, base, output, **{**values, **changes})
+
+
+def test_the_preset_is_valid_and_trains_as_many_parameters_as_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load(TrainConfig, "configs/train/sdxl.yaml", ["data=a", "output=b"])
+    assert (config.model.spec, config.resolution) == ("sdxl", 1024)
+    monkeypatch.undo()
+    count = sum(value.numel() for value in expected_state(SPECS["sdxl"]).values())
+    assert count == 868_832_256
+
+
+def test_a_run_starts_trains_and_resumes_to_the_same_weights(
+    data: Path, tiny_xl: Path, tmp_path: Path
+) -> None:
+    config = xl(data, tiny_xl, tmp_path / "run", checkpointing_steps=2)
+    straight = run(config)
+    shutil.copytree(tmp_path / "run/checkpoint-000002", tmp_path / "again/checkpoint-000002")
+    resumed = run(replace(config, output=str(tmp_path / "again")))
+    assert straight.adapter is not None and resumed.adapter is not None
+    assert same(weights(straight.adapter), weights(resumed.adapter))
+    first, last = weights(tmp_path / "run/checkpoint-000002"), weights(straight.adapter)
+    changed = [key for key, value in first.items() if not torch.equal(value, last[key])]
+    assert len(changed) > 0.9 * len(first)
+
+
+def test_sizes_reach_the_unet(
+    data: Path, tiny_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    original = Trainer._step
+
+    def looked(self: Trainer, *arguments: Any) -> Any:
+        unet = self.trained.unet
+        hook = unet.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]),
+            with_kwargs=True,
+        )
+        try:
+            return original(self, *arguments)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(Trainer, "_step", looked)
+    losses = {}
+    for sizes in ("true", "fixed"):
+        model = ModelConfig(spec="sdxl", base=str(tiny_xl), device="cpu", sizes=sizes)  # type: ignore[arg-type]
+        run(xl(data, tiny_xl, tmp_path / sizes, model=model, max_train_steps=1))
+        losses[sizes] = next(read_lines(tmp_path / sizes / "losses.jsonl"))["loss"]
+    assert seen[1].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+    assert seen[0][:, 4:].tolist() == [[32, 32]] * 2 and (seen[0][:, :2] > 32).all()
+    assert losses["true"] != losses["fixed"]
+
+
+def test_it_is_validated_too(held_out: Path, tiny_xl: Path, tmp_path: Path) -> None:
+    settings = ValidationConfig(samples=2, portraits=1, num_inference_steps=2)
+    changes = {"max_train_steps": 2, "validation_steps": 2, "validation": settings}
+    run(xl(held_out, tiny_xl, tmp_path / "run", **changes))
+    assert (tmp_path / "run/validation/000002.jpg").is_file()

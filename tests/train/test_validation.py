@@ -1,0 +1,169 @@
+"""Validation and the report: held-out people, fixed noise, and what the page shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs.errors import ConfigError
+from configs.training import EmaConfig, FeaturesConfig, TrainConfig, ValidationConfig
+from tests.train.helpers import Listener, run, same, small, weights
+from train.features.make import make_features
+from train.history import read_lines
+from train.report import write_report
+from train.shards import ShardSet
+
+
+def validated(data: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
+    settings = ValidationConfig(samples=2, portraits=2, num_inference_steps=2)
+    values = {"validation_steps": 2, "validation": settings, "max_train_steps": 4}
+    return small(data, base, output, **{**values, **changes})
+
+
+def test_held_out_people_are_measured_and_drawn_and_the_run_is_as_without(
+    held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    listener = Listener()
+    with_validation = run(
+        validated(held_out, tiny_base, tmp_path / "run", report_to="tensorboard"), listener
+    )
+    plain = run(validated(held_out, tiny_base, tmp_path / "plain", validation_steps=0))
+    assert with_validation.adapter and plain.adapter
+    assert same(weights(with_validation.adapter), weights(plain.adapter))
+    lines = [*read_lines(tmp_path / "run/validation.jsonl")]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert line["gap"] == pytest.approx(line["swapped"] - line["right"]) and line["gap"] != 0
+    assert sum("validation after step" in text for text in listener.messages) == 2
+    for step in (2, 4):
+        with Image.open(tmp_path / f"run/validation/{step:06d}.jpg") as sheet:
+            assert sheet.size == (3 * 32, 2 * 32)  # photograph and two prompts; two people
+    events = EventAccumulator(str(next((tmp_path / "run/logs").rglob("events*")).parent))
+    events.Reload()
+    assert "validation/gap" in events.Tags()["scalars"]
+    assert "validation/portraits" in events.Tags()["images"]
+
+
+def test_only_people_of_the_validation_side_are_shown(
+    held_out: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = ShardSet.records
+
+    def recorded(self: ShardSet, numbers: Any, **options: Any) -> Any:
+        if not self.held_out_of_test:  # type: ignore[attr-defined]
+            read.extend(self.key(number) for number in numbers)
+        return original(self, numbers, **options)
+
+    monkeypatch.setattr(ShardSet, "held_out_of_test", False, raising=False)
+    train_keys = {ShardSet(str(held_out), "train").key(n) for n in range(4)}
+    config = validated(held_out, tiny_base, tmp_path / "run", max_train_steps=2)
+    from train.validation import Validation
+
+    monkeypatch.setattr(ShardSet, "records", recorded)
+    before = Validation.losses
+
+    def alone(self: Validation, trained: Any) -> Any:
+        read.clear()
+        values = before(self, trained)
+        assert read and not {*read} & train_keys
+        return values
+
+    monkeypatch.setattr(Validation, "losses", alone)
+    run(config)
+
+
+def test_the_average_is_validated_and_the_weights_stay(
+    held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    ema = EmaConfig(decay=0.9)
+    averaged = run(validated(held_out, tiny_base, tmp_path / "ema", ema=ema))
+    plain = run(validated(held_out, tiny_base, tmp_path / "plain"))
+    assert averaged.adapter and plain.adapter
+    one, two = (weights(tmp_path / name / "checkpoint-000004") for name in ("ema", "plain"))
+    assert same(one, two)
+    lines = [[*read_lines(tmp_path / name / "validation.jsonl")] for name in ("ema", "plain")]
+    assert lines[0][-1]["right"] != lines[1][-1]["right"]
+
+
+def test_features_are_read_and_portraits_still_drawn(
+    held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    class Quiet(Listener):
+        def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None: ...
+
+    import shutil
+
+    own = Path(shutil.copytree(held_out, tmp_path / "data"))
+    features = FeaturesConfig(kinds=("vae", "image"), dtype="float32")
+    config = validated(own, tiny_base, tmp_path / "run", features=features)
+    make_features(config, Quiet())
+    run(config)
+    run(validated(held_out, tiny_base, tmp_path / "plain", keep_features=8))
+    one, two = ([*read_lines(tmp_path / n / "validation.jsonl")] for n in ("run", "plain"))
+    for with_features, without in zip(one, two, strict=True):
+        assert with_features["right"] == pytest.approx(without["right"], rel=1e-4)
+    assert (tmp_path / "run/validation/000004.jpg").is_file()
+
+
+def test_a_data_set_without_held_out_people_is_refused(
+    data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception, match=r"split=val|validation side") as error:
+        run(validated(data, tiny_base, tmp_path / "run"))
+    assert isinstance(error.value, ConfigError) or "split" in str(error.value)
+
+
+class Links(HTMLParser):
+    """Collects what a page would load, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+def test_the_report_is_one_file_with_what_the_run_recorded(
+    held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "<b>run"
+    run(validated(held_out, tiny_base, output, log_every=1))
+    page = (output / "report/index.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.loaded and all(each.startswith("data:image/jpeg") for each in links.loaded)
+    for text in (
+        "Training <b>run",
+        "4 of 4",
+        "projector, facial_encoder, identity_kv, lora",
+        "noise_loss",
+        "another person",
+        "samples a second",
+        "waiting for samples",
+        "learning_rate: 0.001",
+    ):
+        assert text in links.text, text
+    assert "<b>" not in page
+    # written again from the run's own files, to the same bytes
+    (output / "report/index.html").unlink()
+    assert write_report(output).read_text() == page
+    with pytest.raises(ConfigError, match="missing or empty"):
+        write_report(tmp_path / "nothing")
+    times = [*read_lines(output / "times.jsonl")]
+    assert [line["step"] for line in times] == [1, 2, 3, 4]
+    assert all(0 <= line["wait"] <= line["seconds"] for line in times)
+    torch.manual_seed(0)
+    assert replace(validated(held_out, tiny_base, output)).validation_steps == 2
