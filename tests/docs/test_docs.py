@@ -62,12 +62,16 @@ def has_key(kind: type[Any], names: list[str]) -> bool:
     return len(names) == 1 or (is_dataclass(inner) and has_key(inner, names[1:]))
 
 
+FILES = (["json"], ["jsonl"])  # endings of files, which are no settings
+
+
 def unknown_keys(text: str) -> Iterator[str]:
     """Yields the keys in a text that name a section, no setting of it, and no module."""
     classes = sections()
     for key in KEY.findall(text):
         section, *names = key.split(".")
-        if Path(ROOT, *key.split(".")).with_suffix(".py").is_file():
+        module = Path(ROOT, *key.split("."))
+        if module.is_dir() or module.with_suffix(".py").is_file() or names[-1:] in FILES:
             continue
         if section in classes and not any(has_key(kind, names) for kind in classes[section]):
             yield key
