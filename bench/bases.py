@@ -1,7 +1,7 @@
 """Base models and adapters at full size with random weights, made on the spot.
 
-They take the same time and memory as real ones, so nothing needs to be downloaded but CLIP's
-vocabulary, a file of 1.4 MB.
+They take the same time and memory as real ones, so nothing needs to be downloaded. Their tokenizer
+is that of the small base, which has CLIP's vocabulary.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import torch
 
+from model.base import base_path
 from model.checkpoint import write_adapter
 from model.spec import SPECS, Embedder, Mode
 from model.tiny import make_tiny_base
-from model.vocabulary import clip_tokenizer
 from stages.backends.weights import Weights
 
 _SCHEDULER: Final = {
@@ -43,19 +43,17 @@ _UNUSED: Final = ("feature_extractor", "image_encoder", "safety_checker")
 _SEED: Final = 0
 
 
-def make_base(
-    folder: Path, model: str, device: str = "cpu", vocabulary: Path | None = None
-) -> None:
+def make_base(folder: Path, model: str, device: str = "cpu") -> None:
     """Writes a base model and its image encoder with random weights, in diffusers' layout, float16.
 
-    model: sd15, sdxl or tiny (float32). device: where the weights are drawn. vocabulary: CLIP's
-    vocabulary file; None: from the cache of weights, or downloaded.
+    model: sd15, sdxl or tiny (float32, with CLIP's vocabulary from the cache of weights, or
+    downloaded). device: where the weights are drawn.
     """
-    vocabulary = vocabulary or Weights().fetch("clip_bpe")
     if model == "tiny":
-        make_tiny_base(folder, vocabulary, _SEED)
+        make_tiny_base(folder, Weights().fetch("clip_bpe"), _SEED)
         return
     import diffusers
+    from transformers import CLIPTokenizer
 
     parts = _parts(sdxl=model == "sdxl")
     tokenizers = {name.replace("text_encoder", "tokenizer") for name in parts if "text" in name}
@@ -66,7 +64,9 @@ def make_base(
             part = make()
         part.half().save_pretrained(partial / name)
     for name in tokenizers:
-        clip_tokenizer(vocabulary).save_pretrained(partial / name)
+        CLIPTokenizer.from_pretrained(base_path("small"), subfolder="tokenizer").save_pretrained(
+            partial / name
+        )
     diffusers.EulerDiscreteScheduler(**_SCHEDULER).save_pretrained(partial / "scheduler")
     (partial / "model_index.json").write_text(json.dumps(_index(model, [*parts, *tokenizers])))
     partial.rename(folder)

@@ -16,18 +16,17 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Final
 
-import cv2
 import torch
 import typer
-from skimage.data import astronaut, cat, coffee, rocket
 
 from bench.against import Cost, cost_of
+from bench.pictures import pictures
 from configs.captions import FACE_MAX_NEW_TOKENS, MAX_NEW_TOKENS, LlavaConfig
 from stages.backends.llava import Llava
 from stages.backends.llava.batches import Batches
 from stages.backends.runtime import pin_threads, torch_device
-from stages.codec import _decode_cached, encode_jpeg
-from stages.record import Record, key_of
+from stages.codec import _decode_cached
+from stages.record import Record
 from tests.stages.tiny_llava import Size, make_checkpoint
 
 SIZE: Final = Size(
@@ -40,7 +39,6 @@ SIZE: Final = Size(
     vision_layers=4,
     positions=4096,
 )
-SIDE: Final = 512  # pixels, of the pictures
 Texts = list[tuple[str, str]]
 
 
@@ -70,21 +68,6 @@ def main(
     ratio = compare(backend, records, batch_size, rounds)
     print(f"captions ÷ generate: {ratio:.2f}; expected at least {least:.2f}")
     raise typer.Exit(ratio < least)
-
-
-def pictures(count: int) -> list[Record]:
-    """Returns `count` different pictures of 512 × 512."""
-    photographs = [
-        cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-        for image in (astronaut(), cat(), coffee(), rocket())
-    ]
-    images = [
-        encode_jpeg(photographs[n % 4][:: (-1) ** (n // 4), :, :] // (1 + n // 8), 95)
-        for n in range(count)
-    ]
-    return [
-        Record(key=key_of(str(n)), source=str(n), image=image) for n, image in enumerate(images)
-    ]
 
 
 @contextmanager

@@ -90,7 +90,6 @@ def main(
     ] = None,
     photo: Annotated[Path | None, typer.Option(help="A photograph of a face.")] = None,
     no_photo: Annotated[bool, typer.Option(help="Leave the face models out.")] = False,
-    vocabulary: Annotated[Path | None, typer.Option(help="CLIP's vocabulary file.")] = None,
 ) -> None:
     """Measure both orders of work and print a table and a line of JSON."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of the processes, before they import it
@@ -100,7 +99,7 @@ def main(
     steps = steps or (50 if on_gpu else 4)
     width, height = (int(side) for side in (size or _size(model, on_gpu)).split("x"))
     folder = base or Path("runs/bench-inference", model)
-    _alone(_prepare, folder, model, device, vocabulary)
+    _alone(_prepare, folder, model, device)
     person, person_text = _person(folder, photo, no_photo)
     setup = Setup(
         model=model,
@@ -166,11 +165,11 @@ def _alone(function: Any, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def _prepare(folder: Path, model: str, device: str, vocabulary: Path | None) -> None:
+def _prepare(folder: Path, model: str, device: str) -> None:
     """Makes what isn't there, and reads it all, so that no order pays for a cold disk."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").is_dir():
-        make_base(folder / "base", model, device, vocabulary)
+        make_base(folder / "base", model, device)
     if not (folder / "adapter" / "adapter.json").is_file():
         make_adapter(folder / "adapter", model, _MODE, DatasetConfig().embed.weights, device)
     for path in sorted(folder.rglob("*.safetensors")):

@@ -1,8 +1,11 @@
-"""A person without a photograph: the record that the stages would have made of one."""
+"""People without photographs: the records that the stages would have made of them."""
 
 from __future__ import annotations
 
 import io
+import shutil
+import time
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -10,6 +13,9 @@ from PIL import Image
 
 from stages.codec import encode_labels
 from stages.record import IDENTITY_DIM, Face, Record, key_of
+from stages.storage.commit import ChainInfo, PlannedShard, commit
+from stages.storage.manifest import ShardRun
+from stages.storage.store import Store
 
 _SIDE: Final = 512
 _PARTS: Final = {  # label → (top, bottom, left, right), in sixteenths of the image
@@ -29,9 +35,11 @@ _FACE: Final = Face(
 )
 
 
-def synthetic_person() -> Record:
-    """Returns a record with noise as the image, a label map of boxes, and a random embedding."""
-    rng = np.random.default_rng(0)
+def synthetic_person(number: int = 0) -> Record:
+    """Returns a record with noise as the image, a label map of boxes, a random embedding, and
+    captions. number: another one gives another image and embedding.
+    """
+    rng = np.random.default_rng(number)
     labels = np.zeros((_SIDE, _SIDE), np.uint8)
     for label, box in _PARTS.items():
         top, bottom, left, right = (side * _SIDE // 16 for side in box)
@@ -43,8 +51,8 @@ def synthetic_person() -> Record:
         data = file.getvalue()
     identity = rng.standard_normal(IDENTITY_DIM).astype(np.float32)
     return Record(
-        key=key_of("synthetic"),
-        source="synthetic",
+        key=key_of(f"synthetic-{number}"),
+        source=f"synthetic-{number}",
         image=data,
         width=_SIDE,
         height=_SIDE,
@@ -52,4 +60,20 @@ def synthetic_person() -> Record:
         identity=identity / np.linalg.norm(identity),
         faces=(_FACE,),
         face=0,
+        caption="A person looks at the camera, in front of a wall.",
+        face_caption="The person has round eyes, a straight nose, small ears and a wide mouth.",
     )
+
+
+def write_people(folder: Path, count: int, shard_size: int = 64) -> Path:
+    """Writes a data set of synthetic people, unless it exists; returns its folder."""
+    if folder.exists():
+        return folder
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    for index, first in enumerate(range(0, count, shard_size)):
+        records = [synthetic_person(each) for each in range(first, min(first + shard_size, count))]
+        shard = PlannedShard(index=index, inputs=len(records), bytes=0, digest="")
+        run = ShardRun({}, "", time.time()).finish()
+        commit(Store(str(partial)), shard, records, ChainInfo((), ()), run)
+    return partial.replace(folder)

@@ -4,7 +4,8 @@
 
 `--random-base FOLDER` makes Stable Diffusion 1.5 (`model.spec=sdxl`: SDXL) and CLIP ViT-H/14 at
 full size with random weights there, which train at the same speed as real ones, so nothing needs to
-be downloaded but CLIP's vocabulary. Of OUT, features are computed and left there (`make features`).
+be downloaded. Without `data=OUT`, synthetic people are written beside it. Of the data, features are
+computed and left there (`make features`).
 
 Measured in turns, on the same batches:
 
@@ -17,18 +18,17 @@ Measured in turns, on the same batches:
 
 Printed as JSON: the median of a step, samples/s, the speed beside `bare` in the same turns, the
 wait for samples, and the most memory of the GPU. Then the parts of the cached step, each by itself,
-the localisation loss's share, and the share of the device's peak that the model's operations reach
-(model FLOPs utilisation), if `--peak-tflops` is given.
+with the localisation loss's share, and model FLOPs utilisation: the share of the device's peak that
+the UNet's operations in a step reach.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,19 +39,23 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.bases import make_base
+from bench.synthetic_person import write_people
+from bench.watcher import Watcher
 from configs.load import load
-from configs.training import TrainConfig
+from configs.training import DataSource, TrainConfig
 from model.consistentid import encode_images, encode_text, predict_noise
 from train.data import TrainBatch, unpacked
 from train.features.make import make_features
 from train.packing import IMAGES, PackedBatch
-from train.processes import peak_memory
 from train.step import frozen_features, noised_latents, step_losses
 from train.stopping import Stop
 from train.trainer import Trainer
 
 _WARMUP: Final = 2  # steps of each kind that are not measured
-_KINDS: Final = ("bare", "cached", "uncached", "reference")
+KINDS: Final = ("bare", "cached", "uncached", "reference")
+_PEOPLE: Final = 64  # synthetic ones, where no data is given
+# dense operations in bf16 or fp16, 1e12/s, of the vendor's data sheets
+_PEAK_TFLOPS: Final = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165, "L4": 121}
 
 
 def main(
@@ -61,8 +65,11 @@ def main(
         Path | None, typer.Option(help="Folder for a base of random weights; made once.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of each kind.")] = 20,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="Of those above, beside bare; may repeat.")
+    ] = None,
     peak_tflops: Annotated[
-        float, typer.Option(help="Of the device, in the training's precision; 0: unknown.")
+        float, typer.Option(help="Of the device, in the training's precision; 0: of its data sheet")
     ] = 0.0,
 ) -> None:
     """Measure training steps."""
@@ -73,38 +80,41 @@ def main(
                 random_base, settings.model.spec, "cuda" if torch.cuda.is_available() else "cpu"
             )
         settings = replace(settings, model=replace(settings.model, base=str(random_base)))
-    settings = replace(settings, features=replace(settings.features, kinds=("vae", "image")))
-    make_features(settings, _Messages())
-    with tempfile.TemporaryDirectory(prefix="train-") as folder, ExitStack() as stack:
-        print(json.dumps(compare(settings, Path(folder), steps, peak_tflops, stack), indent=1))
+        if not settings.data:
+            people = write_people(random_base.with_name("people"), _PEOPLE)
+            settings = replace(settings, data=(DataSource(path=str(people)),), split="all")
+    print(json.dumps(compare(settings, steps, kinds or KINDS[1:], peak_tflops), indent=1))
 
 
 def compare(
-    config: TrainConfig, folder: Path, steps: int, peak_tflops: float, stack: ExitStack
+    config: TrainConfig, steps: int, kinds: Sequence[str] = KINDS[1:], peak_tflops: float = 0.0
 ) -> dict[str, Any]:
-    """Returns what is printed. folder: for the outputs of the runs."""
+    """Computes what features of the data lack, measures, and returns what is printed."""
+    config = replace(
+        config,
+        features=replace(config.features, kinds=("vae", "image")),
+        max_train_steps=10_000_000,
+        report_to="none",
+    )
+    make_features(config, Watcher(prints=True))
     runs: dict[str, Run] = {}
-    for name in _KINDS:
-        cached = name in ("bare", "cached")
-        own = replace(
-            config,
-            output=str(folder / name),
-            max_train_steps=10_000_000,
-            features=replace(config.features, use=cached),
-        )
-        runs[name] = Run(name, own, stack)
-    for _ in range(_WARMUP + steps):
-        for run in runs.values():
-            run.step()
-    bare = runs["bare"].seconds[_WARMUP:]
-    return {
-        "device": runs["bare"].device_name(),
-        "precision": config.mixed_precision,
-        "samples_a_step": config.global_batch_size,
-        **{name: run.measured(bare) for name, run in runs.items()},
-        "parts_of_cached_ms": runs["cached"].parts(),
-        **_utilisation(runs["bare"], peak_tflops),
-    }
+    with tempfile.TemporaryDirectory(prefix="train-") as folder, ExitStack() as stack:
+        for name in (KINDS[0], *kinds):
+            features = replace(config.features, use=name in ("bare", "cached"))
+            own = replace(config, output=str(Path(folder) / name), features=features)
+            runs[name] = Run(name, own, stack)
+        for _ in range(_WARMUP + steps):
+            for run in runs.values():
+                run.step()
+        bare = runs["bare"].seconds[_WARMUP:]
+        return {
+            "device": runs["bare"].device_name(),
+            "precision": config.mixed_precision,
+            "samples_a_step": config.global_batch_size,
+            **{name: run.measured(bare) for name, run in runs.items()},
+            **({"parts_of_cached_ms": runs["cached"].parts()} if "cached" in runs else {}),
+            **_utilisation(runs, peak_tflops),
+        }
 
 
 class Run:
@@ -112,15 +122,17 @@ class Run:
 
     def __init__(self, name: str, config: TrainConfig, stack: ExitStack) -> None:
         self._name = name
-        self.trainer = Trainer(config, _Messages(), stack)
+        self._allocated, self._most = -_allocated(), 0  # bytes of a GPU, of this run alone
+        self.trainer = Trainer(config, Watcher(prints=True), stack)
         self._waits: list[float] = []
         loaded = stack.enter_context(closing(self.trainer._batches()))
         self._batches = _timed(loaded, self._waits)
         self.seconds: list[float] = []
-        self._first = [next(self._batches) for _ in range(self.trainer.batch.accumulation)]
+        self._first = [next(loaded) for _ in range(self.trainer.batch.accumulation)]
+        self._allocated += _allocated()
 
     def step(self) -> None:
-        with self._clock(self.seconds):
+        with self._memory(), self._clock(self.seconds):
             if self._name == "bare":
                 for batch in self._first:
                     self.bare(self._moved(batch))
@@ -185,12 +197,28 @@ class Run:
         return unpacked(batch, self.trainer.preparation, self.trainer.device)
 
     @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Adds what the context allocates to what this run holds, and keeps the most."""
+        before = _allocated()
+        if before:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if before:
+            peak = torch.cuda.max_memory_allocated() - before
+            self._most = max(self._most, self._allocated + peak)
+            self._allocated += _allocated() - before
+
+    @contextmanager
     def _clock(self, seconds: list[float]) -> Iterator[None]:
+        self._synchronize()
         began = time.perf_counter()
         yield
+        self._synchronize()
+        seconds.append(time.perf_counter() - began)
+
+    def _synchronize(self) -> None:
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
 
     def measured(self, bare: list[float]) -> dict[str, Any]:
         """bare: seconds of the bare model's steps, in the same turns."""
@@ -204,7 +232,7 @@ class Run:
                 statistics.median(b / o for b, o in zip(bare, own, strict=True)), 3
             ),
             "wait_ms": round(1e3 * sum(waits) / len(own), 2),
-            "memory_gb": round(peak_memory(self.trainer.device) / 1e9, 2),
+            **({"gpu_gb": round(self._most / 1e9, 2)} if self._most else {}),
         }
 
     def parts(self, turns: int = 3) -> dict[str, float]:
@@ -226,8 +254,11 @@ class Run:
         whole = self._time(lambda: backward(config.loss), turns)
         plain = self._time(lambda: backward(without), turns)
         move = self._time(lambda: self._moved(self._first[0]), turns)
-        backward(config.loss)
-        update = self._time(lambda: trainer.optimization.step(trainer.accelerator), turns)
+        updates: list[float] = []
+        for _ in range(turns):
+            trainer.accelerator.backward(forward(config.loss))
+            with self._clock(updates):
+                trainer.optimization.step(trainer.accelerator)
         parts = {
             "move": move,
             "encode": encode,
@@ -235,7 +266,7 @@ class Run:
             "forward": ahead - encode - noise,
             "backward": whole - ahead,
             "of that, localisation loss": whole - plain,
-            "optimizer, of a step": update,
+            "optimizer, of a step": statistics.median(updates),
         }
         return {name: round(1e3 * seconds, 2) for name, seconds in parts.items()}
 
@@ -251,16 +282,29 @@ class Run:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _utilisation(run: Run, peak_tflops: float) -> dict[str, float]:
-    """Returns the operations of the bare model in a step, and the share of the device's peak."""
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _utilisation(runs: dict[str, Run], peak_tflops: float) -> dict[str, Any]:
+    """Returns the operations of the bare model in a step, and the share of the device's peak that
+    they reach in each kind of step.
+    """
+    run = runs["bare"]
     with FlopCounterMode(display=False) as counter:
         for batch in run._first:
             run.bare(run._moved(batch))
-    operations = counter.get_total_flops()
-    values = {"tera_operations_a_step": round(operations / 1e12, 3)}
-    if peak_tflops:
-        rate = operations / statistics.median(run.seconds[_WARMUP:]) / 1e12
-        values["model_flops_utilisation_of_bare"] = round(rate / peak_tflops, 3)
+    tera = counter.get_total_flops() / 1e12
+    name = run.device_name()
+    known = [peak for model, peak in _PEAK_TFLOPS.items() if model in name]
+    peak = peak_tflops or (known[0] if known else 0)
+    values: dict[str, Any] = {"tera_operations_a_step": round(tera, 3)}
+    if peak:
+        values["peak_tflops"] = peak
+        values["model_flops_utilisation"] = {
+            kind: round(tera / statistics.median(each.seconds[_WARMUP:]) / peak, 3)
+            for kind, each in runs.items()
+        }
     return values
 
 
@@ -271,17 +315,6 @@ def _timed(batches: Iterator[PackedBatch], waits: list[float]) -> Iterator[Packe
         batch = next(batches)
         waits.append(time.perf_counter() - began)
         yield batch
-
-
-class _Messages:
-    """A train.outcome.Watcher, and of features."""
-
-    def message(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None: ...
-
-    def step(self, step: int, losses: dict[str, float] | None) -> None: ...
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class DetectConfig:
     min_score: float = 0.5  # over 0, under 1
     # first: the first face in the detector's order, as in the reference
     select: Literal["largest", "first"] = "largest"
+    device: str = field(default="auto", metadata=NOT_HASHED)  # auto, cpu or cuda
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
     def __post_init__(self) -> None:
@@ -156,6 +157,7 @@ class EmbedConfig:
 
     backend: str = "arcface"
     weights: str = "w600k_mbf"
+    device: str = field(default="auto", metadata=NOT_HASHED)  # auto, cpu or cuda
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=NOT_HASHED)
 
 

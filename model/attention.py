@@ -56,12 +56,21 @@ def token_probabilities(query: Tensor, key: Tensor, token_idx: Tensor) -> Tensor
     float32. The probability is zero for an index ≥ T: in legacy mode, as in the reference, text
     positions index the keys of self-attention, which are pixels, and an 8×8 layer has only 64.
     """
-    logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
-    index = token_idx.clamp(max=key.shape[-2] - 1)[:, None, None, :].expand(*logits.shape[:-1], -1)
-    probabilities = torch.exp(
-        logits.gather(-1, index) - torch.logsumexp(logits, dim=-1, keepdim=True)
-    )
+    query = query * query.shape[-1] ** -0.5
+    # A second product with the chosen keys is cheaper than choosing from the logits: backward, that
+    # would be a scatter into all of them.
+    index = token_idx.clamp(max=key.shape[-2] - 1)[:, None, :, None]
+    chosen = key.gather(-2, index.expand(-1, key.shape[1], -1, key.shape[-1]))
+    total = torch.logsumexp((query @ key.transpose(-1, -2)).float(), dim=-1, keepdim=True)
+    probabilities = torch.exp((query @ chosen.transpose(-1, -2)).float() - total)
     return probabilities * (token_idx < key.shape[-2])[:, None, None, :]
+
+
+def linear_of(x: Tensor, linear: nn.Linear) -> Tensor:
+    """Returns the linear layer of `x` in the type of `x`: in a UNet in half precision, the
+    adapter's float32 weights are rounded for the product, and their gradients are float32.
+    """
+    return F.linear(x, linear.weight.to(x.dtype))
 
 
 class LoRALinear(nn.Module):
@@ -75,8 +84,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.up(self.down(x.to(self.down.weight.dtype)))
-        return update.to(x.dtype)
+        return linear_of(linear_of(x, self.down), self.up)
 
     def added_to(self, weight: Tensor) -> Tensor:
         """Returns `weight` (out_dim, in_dim) plus the update, in the type of `weight`.
@@ -236,9 +244,8 @@ class IdentityCrossAttention(LoRASelfAttention):
         attended = super()._attend(attn, query, text, mask, region_scores)
         if self.scale == 0.0 or self.to_k_ip is None or self.to_v_ip is None:
             return attended
-        identity = identity.to(self.to_k_ip.weight.dtype)
-        key = self._heads(attn, self.to_k_ip(identity)).to(query.dtype)
-        value = self._heads(attn, self.to_v_ip(identity)).to(query.dtype)
+        key = self._heads(attn, linear_of(identity, self.to_k_ip))
+        value = self._heads(attn, linear_of(identity, self.to_v_ip))
         return attended + self.scale * F.scaled_dot_product_attention(query, key, value)
 
 

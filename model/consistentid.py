@@ -314,7 +314,7 @@ class ConsistentID(nn.Module):
         """
         return self.image_proj_model(  # type: ignore[no-any-return]
             identity.flatten(1).to(self.dtype),
-            clip_hidden.to(self.dtype),
+            self._states(clip_hidden),
             shortcut=self.spec.shortcut if shortcut is None else shortcut,
             scale=scale,
         )
@@ -340,7 +340,13 @@ class ConsistentID(nn.Module):
 
     def region_tokens(self, region_hidden: Tensor) -> Tensor:
         """Hidden states of region images (B, R, N, V) → one token each (B, R, C)."""
-        return self.FacialEncoder.region_tokens(region_hidden.to(self.dtype))
+        return self.FacialEncoder.region_tokens(self._states(region_hidden))
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        """Returns the image encoder's states in the adapter's type, or under autocast, which
+        converts them itself, as they are: they are large.
+        """
+        return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.dtype)
 
     def prepare(self, features: Features) -> Tensor:
         """Returns `encoder_hidden_states` (B, 81, C): the fused text, then the ID tokens."""

@@ -57,7 +57,15 @@ def localisation_errors(scores: Sequence[Tensor], region_masks: Tensor, valid: T
             "no layer returned scores: pass token_idx to the UNet call, and name in spec.hooked "
             "blocks that the UNet has"
         )
-    return torch.stack([_layer_errors(layer, region_masks, valid) for layer in scores]).mean(0)
+    by_size: dict[tuple[int, int], list[Tensor]] = {}
+    for layer in scores:
+        by_size.setdefault((layer.shape[1], layer.shape[2]), []).append(layer)
+    # layers of one size in one computation, for fewer operations: their heads follow each other
+    per_head = [
+        _head_errors(torch.cat(layers, 1), region_masks, valid).reshape(len(valid), len(layers), -1)
+        for layers in by_size.values()
+    ]
+    return torch.cat([errors.mean(2) for errors in per_head], 1).mean(1)
 
 
 def layer_size(region_masks: Tensor, pixels: int) -> tuple[int, int]:
@@ -76,7 +84,8 @@ def layer_size(region_masks: Tensor, pixels: int) -> tuple[int, int]:
     return size
 
 
-def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
+def _head_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor:
+    """Returns the loss of each head, (B, heads), from scores (B, heads, pixels, R)."""
     scores = scores.float()
     size = layer_size(region_masks, scores.shape[2])
     masks = F.interpolate(region_masks.float(), size=size, mode="bilinear", antialias=True)
@@ -86,5 +95,4 @@ def _layer_errors(scores: Tensor, region_masks: Tensor, valid: Tensor) -> Tensor
     mean_outside = (scores * outside).sum(2) / (outside.sum(2) + _EPSILON)
     mean_inside = (scores * inside).sum(2) / (inside.sum(2) + _EPSILON)
     valid = valid[:, None].to(scores.dtype)
-    per_head = ((mean_outside - mean_inside) * valid).sum(-1) / (valid.sum(-1) + _EPSILON)
-    return per_head.mean(1)
+    return ((mean_outside - mean_inside) * valid).sum(-1) / (valid.sum(-1) + _EPSILON)

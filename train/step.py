@@ -59,7 +59,9 @@ class TrainedModel(nn.Module):
         """
         states = self.adapter.prepare(features)
         extra = {} if time_ids is None else {"pooled": features.pooled, "time_ids": time_ids}
-        return predict_noise(self.unet, noisy, timesteps, states, token_idx=token_idx, **extra)
+        # The UNet computes in its own precision. Autocast would compute its norms in float32.
+        with torch.autocast(noisy.device.type, enabled=False):
+            return predict_noise(self.unet, noisy, timesteps, states, token_idx=token_idx, **extra)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +133,14 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
     Only images that aren't zero go through the image encoder.
     """
     size, slots = batch.token_valid.shape
-    rows = frozen.zero_hidden.expand(size * (1 + slots), -1, -1).clone()
-    if len(batch.image_rows):
-        states = batch.hidden
-        if states is None:
-            states = frozen.hidden(batch.image_names, batch.clip_images)
-        rows.index_copy_(0, batch.image_rows, states.to(rows.dtype))
+    zero = frozen.zero_hidden
+    states = batch.hidden if len(batch.image_rows) else zero[:0]
+    if states is None:
+        states = frozen.hidden(batch.image_names, batch.clip_images)
+    # each row's place among the zero image's states, which are first, and those of the images
+    places = torch.zeros(size * (1 + slots), dtype=torch.int64, device=zero.device)
+    places[batch.image_rows] = torch.arange(1, 1 + len(states), device=zero.device)
+    rows = torch.cat((zero, states.to(zero.dtype))).index_select(0, places)
     hidden = rows.reshape(size, 1 + slots, *rows.shape[1:])
     text_hidden, pooled = encode_text(frozen.base, batch.input_ids, batch.input_ids_2)
     return Features(

@@ -24,7 +24,9 @@ class ArcFace:
         from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
         path = weights.fetch(config.weights)
-        self._model: Any = ArcFaceONNX(model_file=str(path), session=onnx_session(path))
+        self._model: Any = ArcFaceONNX(
+            model_file=str(path), session=onnx_session(path, config.device)
+        )
 
     def embed(self, images: Sequence[Image], faces: Sequence[Face]) -> list[FloatArray]:
         """See protocols.IdentityEmbedder. The whole sequence is one batch of the network."""

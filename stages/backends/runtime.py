@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from configs.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+_CUDA: Final = "CUDAExecutionProvider"
+_NVIDIA: Final = Path("/dev/nvidiactl")  # there, if a driver is loaded
 _threads = 0
 
 
@@ -58,20 +64,53 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def onnx_session(path: Path) -> Any:
-    """Returns an onnxruntime session, on the GPU if the installed build supports it, else on the
-    CPU with the threads that `pin_threads` set.
+@cache
+def onnx_device(name: str) -> str:
+    """Returns the device on which onnxruntime runs models, cpu or cuda, for a configured name;
+    "auto" means cuda if the installed build supports it and there is a GPU.
+
+    Raises ConfigError for cuda on a build without it. With auto, a log line says so where there is
+    a GPU that isn't used.
     """
     import onnxruntime
 
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {name}: expected auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not _NVIDIA.exists()):
+        return "cpu"
+    if _CUDA in onnxruntime.get_available_providers():
+        import torch  # noqa: F401
+
+        onnxruntime.preload_dlls()  # CUDA's libraries, from the packages that torch brought
+        return "cuda"
+    lacking = f"onnxruntime {onnxruntime.__version__} is built without CUDA"
+    if name == "cuda":
+        raise ConfigError(
+            f"device cuda, but {lacking}. `make install GPU=1` installs onnxruntime-gpu instead."
+        )
+    logger.warning("%s, so faces are detected and embedded on the CPU. See make doctor.", lacking)
+    return "cpu"
+
+
+def onnx_session(path: Path, device: str) -> Any:
+    """Returns an onnxruntime session on a device as `onnx_device` takes it, on the CPU with the
+    threads that `pin_threads` set. Raises ConfigError as that does, or if CUDA fails to start.
+    """
+    import onnxruntime
+
+    on_cuda = onnx_device(device) == "cuda"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    available = onnxruntime.get_available_providers()
-    preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [name for name in preferred if name in available]
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    providers = [*([_CUDA] if on_cuda else []), "CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if on_cuda and _CUDA not in session.get_providers():
+        raise ConfigError(
+            f"onnxruntime {onnxruntime.__version__} can't start CUDA, though it is built with it. "
+            "`make doctor` prints what it misses; with device=cpu it runs on the CPU."
+        )
+    return session
 
 
 def torch_device(name: str) -> str:

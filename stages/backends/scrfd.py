@@ -18,7 +18,7 @@ class Scrfd:
         from insightface.model_zoo.scrfd import SCRFD
 
         path = weights.fetch(config.weights)
-        self._model: Any = SCRFD(model_file=str(path), session=onnx_session(path))
+        self._model: Any = SCRFD(model_file=str(path), session=onnx_session(path, config.device))
         self._threshold = config.min_score
 
     def detect(self, image: Image, size: int) -> list[Face]:

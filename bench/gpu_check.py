@@ -1,0 +1,125 @@
+"""What only a GPU can show, in a few minutes: `make gpu-check`.
+
+    python -m bench.gpu_check --output gpu.json
+
+Each check (`bench/gpu_checks.py`) runs in a process of its own: rates of the device; models of the
+chain, a training step and short trainings on the GPU against the CPU, within stated tolerances;
+trainings resumed to the same bytes; `bench.train` and `bench.inference` at full size with random
+weights. Needed are this folder and a Python with torch; nothing is installed or downloaded. A check
+that lacks a package or weights says so in its row, and the others go on.
+
+Writes the JSON file and, beside it, a table in Markdown. Exit status: 0 if no check failed, 1 if
+one did, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.gpu_checks import CHECKS, DETAILS, Setting, measured
+
+_LINES = 3  # of a process's errors, in its row
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="JSON file of all values.")] = Path("gpu.json"),
+    folder: Annotated[Path, typer.Option(help="For data, models and outputs.")] = Path(
+        "runs/gpu-check"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help="A check; may repeat.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu: to try the checks themselves without a GPU.")
+    ] = "cuda",
+    tiny: Annotated[bool, typer.Option(help="Small sizes, for a CPU.")] = False,
+    one: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Run all checks and write what they measured."""
+    names = only or list(CHECKS)
+    if unknown := [name for name in names if name not in CHECKS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: expected {', '.join(CHECKS)}")
+    setting = Setting(device=device, tiny=tiny, folder=folder)
+    if one:
+        print(json.dumps(measured(one, setting)))
+        return
+    if problem := no_gpu() if device == "cuda" else "":
+        print(f"no GPU: {problem}", file=sys.stderr)
+        raise typer.Exit(2)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        began = time.monotonic()
+        rows[name] = in_process(name, setting)
+        rows[name]["seconds"] = round(time.monotonic() - began, 1)
+        row = rows[name]
+        print(f"{name}: {row['status']} in {row['seconds']} s {row['detail']}", flush=True)
+        output.write_text(json.dumps(rows, indent=1) + "\n")
+    text = table(rows)
+    output.with_suffix(".md").write_text(text)
+    print(text)
+    raise typer.Exit(any(row["status"] == "failed" for row in rows.values()))
+
+
+def no_gpu() -> str:
+    """Returns why CUDA can't be used here, or nothing."""
+    try:
+        import torch
+    except ImportError:
+        return "torch isn't installed for this Python. Install it, or choose another PYTHON."
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA. Try: make install GPU=1"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no device. Does nvidia-smi list one?"
+    return ""
+
+
+def in_process(name: str, setting: Setting) -> dict[str, Any]:
+    """Runs a check in a new process; returns its row."""
+    command = [sys.executable, "-m", "bench.gpu_check", "--one", name, "--device", setting.device]
+    command += ["--folder", str(setting.folder), *(["--tiny"] if setting.tiny else [])]
+    limit = CHECKS[name].seconds
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "detail": f"stopped after {limit} s", "values": {}}
+    try:
+        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = " | ".join(done.stderr.strip().splitlines()[-_LINES:])
+        return {"status": "failed", "detail": f"exit {done.returncode}: {last}", "values": {}}
+    return row
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Returns a table in Markdown, with a line for each check."""
+    lines = ["| check | result | seconds | values |", "| --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        result = f"{row['status']}: {row['detail']}" if row["detail"] else row["status"]
+        values = ", ".join(flat(row["values"]))
+        cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in (result, values))
+        shown, measured_values = cells
+        lines.append(f"| {name} | {shown} | {row['seconds']} | {measured_values} |")
+    return "\n".join(lines) + "\n"
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns `name value` of all values, with the names of nested ones joined by dots."""
+    texts: list[str] = []
+    for name, value in values.items():
+        if name == DETAILS:
+            continue
+        if isinstance(value, dict):
+            texts += flat(value, f"{prefix}{name}.")
+        else:
+            texts.append(f"{prefix}{name} {value}")
+    return texts
+
+
+if __name__ == "__main__":
+    typer.run(main)
