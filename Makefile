@@ -4,6 +4,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PRESET ?= demo
@@ -12,19 +13,24 @@ DEMO ?= runs/demo
 COUNT ?=
 STEPS ?=
 ARGS ?=
+# 1: install CUDA builds; 0: don't. By default 1 with an NVIDIA driver, or if they were installed before.
+GPU ?= $(if $(or $(wildcard $(VENV)/.installed-gpu),$(shell command -v nvidia-smi)),1)
+ON_GPU := $(filter-out 0,$(GPU))
+INSTALLED := $(VENV)/.installed$(if $(ON_GPU),-gpu)
+OTHER_ONNX := onnxruntime$(if $(ON_GPU),,-gpu)
 
 # uv doesn't read pip's configuration, so pass on pip's index and find-links (for example, a folder
-# with a CPU build of torch).
+# with a CPU build of torch, which is left out with GPU=1).
 pip_config = $$($(PYTHON) -m pip config get global.$(1) 2>/dev/null)
 UV_INSTALL = \
-	links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$(call pip_config,find-links)}}"; \
+	links="$${UV_FIND_LINKS:-$(if $(ON_GPU),,$${PIP_FIND_LINKS:-$(call pip_config,find-links)})}"; \
 	index="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$(call pip_config,index-url)}}"; \
 	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$(echo $$links | tr ' ' ',')"; fi; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo base learn-proof dataset features train replay infer report inspect weights caption-servers test golden chaos \
+.PHONY: help install doctor gpu-check demo base learn-proof dataset features train replay infer report inspect weights caption-servers test golden chaos \
 	chaos-train quality lint format bench bench-scale clean
 
 help: ## list all targets
@@ -32,14 +38,24 @@ help: ## list all targets
 	@echo
 	@echo '  CONFIG=FILE chooses a preset in configs/; ARGS="key=value …" overrides its settings.'
 
-install: $(VENV)/.installed ## install the project into .venv; other targets do this first
+install: $(INSTALLED) ## install the project into .venv; other targets do this first. GPU=1: CUDA builds
 
-$(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
+$(INSTALLED): pyproject.toml constraints.txt overrides.txt overrides-gpu.txt
 	$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check uv 2>&1 | grep -v "is ignored" || true
-	@echo installing into $(VENV)
-	@$(UV_INSTALL) -c constraints.txt --override overrides.txt -e ".[dev]"
+	@echo installing into $(VENV)$(if $(ON_GPU),$(comma) with CUDA builds)
+	@$(BIN)/uv pip uninstall --quiet --python $(RUN) $(OTHER_ONNX) 2>/dev/null || true
+	@$(UV_INSTALL) -c constraints.txt --override overrides.txt \
+		$(if $(ON_GPU),--override overrides-gpu.txt) -e ".[dev$(if $(ON_GPU),$(comma)gpu)]"
+	@rm -f $(VENV)/.installed $(VENV)/.installed-gpu
 	@touch $@
+
+# These two also work before an install, with any Python.
+doctor: ## print what runs on which device, what is missing, and what to type
+	$(or $(wildcard $(RUN)),$(PYTHON)) -m pipelines.doctor $(ARGS)
+
+gpu-check: ## what only a GPU can show, in minutes: equality with the CPU, training, speed. ARGS="--output gpu.json"
+	$(or $(wildcard $(RUN)),$(PYTHON)) -m bench.gpu_check $(ARGS)
 
 demo: install ## all steps: synthetic people → shards and report → training → portraits. COUNT= STEPS= ARGS="--launcher ray"
 	$(RUN) -m pipelines.demo.run --folder $(DEMO) $(if $(COUNT),--count $(COUNT)) $(if $(STEPS),--steps $(STEPS)) $(ARGS)

@@ -14,43 +14,31 @@ one did, 2 without a GPU.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from bench.gpu_checks import CHECKS, DETAILS, Setting, measured
 
 _LINES = 3  # of a process's errors, in its row
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="JSON file of all values.")] = Path("gpu.json"),
-    folder: Annotated[Path, typer.Option(help="For data, models and outputs.")] = Path(
-        "runs/gpu-check"
-    ),
-    only: Annotated[list[str] | None, typer.Option(help="A check; may repeat.")] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu: to try the checks themselves without a GPU.")
-    ] = "cuda",
-    tiny: Annotated[bool, typer.Option(help="Small sizes, for a CPU.")] = False,
-    one: Annotated[str, typer.Option(hidden=True)] = "",
-) -> None:
-    """Run all checks and write what they measured."""
-    names = only or list(CHECKS)
-    if unknown := [name for name in names if name not in CHECKS]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: expected {', '.join(CHECKS)}")
+def main() -> int:
+    """Runs all checks and writes what they measured; returns the exit status."""
+    options = _options()
+    output, folder, device, tiny = options.output, options.folder, options.device, options.tiny
+    names = options.only or list(CHECKS)
     setting = Setting(device=device, tiny=tiny, folder=folder)
-    if one:
-        print(json.dumps(measured(one, setting)))
-        return
+    if options.one:
+        print(json.dumps(measured(options.one, setting)))
+        return 0
     if problem := no_gpu() if device == "cuda" else "":
         print(f"no GPU: {problem}", file=sys.stderr)
-        raise typer.Exit(2)
+        return 2
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -63,7 +51,24 @@ def main(
     text = table(rows)
     output.with_suffix(".md").write_text(text)
     print(text)
-    raise typer.Exit(any(row["status"] == "failed" for row in rows.values()))
+    return int(any(row["status"] == "failed" for row in rows.values()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("gpu.json"), help="JSON file of all values")
+    folder = Path("runs/gpu-check")
+    add("--folder", type=Path, default=folder, help="for data, models and outputs")
+    add("--only", action="append", choices=[*CHECKS], help="a check; may repeat")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: try the checks themselves")
+    add("--tiny", action="store_true", help="small sizes, for a CPU")
+    add("--one", default="", help=argparse.SUPPRESS)  # in a process of its own
+    return parser.parse_args()
 
 
 def no_gpu() -> str:
@@ -122,4 +127,4 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    raise SystemExit(main())

@@ -120,7 +120,7 @@ def parse(setting: Setting) -> Values:
             return path
 
     name = ParseConfig().weights
-    real = in_cache(name)
+    real = Weights().has(name)
     weights = Weights() if real else Drawn()
     images = [decode_jpeg(record.image) for record in pictures(2 if setting.tiny else 8)]
     config = ParseConfig(size=64 if setting.tiny else 512)
@@ -440,18 +440,11 @@ def _people(setting: Setting) -> Path:
     return write_people(setting.folder / "people", 16 if setting.tiny else 64)
 
 
-def in_cache(name: str) -> bool:
-    """Whether a file of the table of weights is in the cache."""
-    from stages.backends.weights import Weights
-
-    weights = Weights()
-    entry = weights.entry(name)
-    return (weights.cache / entry.sha256[:12] / entry.file).is_file()
-
-
 def need_weights(*names: str) -> None:
     """Raises MissingError if files of the table of weights aren't in the cache."""
-    if lacking := [name for name in names if not in_cache(name)]:
+    from stages.backends.weights import Weights
+
+    if lacking := [name for name in names if not Weights().has(name)]:
         raise MissingError(f"weights {', '.join(lacking)}: `make weights` fetches them")
 
 

@@ -199,9 +199,7 @@ def _person(folder: Path, photo: Path | None, no_photo: bool) -> tuple[Path | Re
 
 def _there(weights: Weights, names: Sequence[str], package: str) -> bool:
     """Whether files are in the cache of weights, and a package is installed."""
-    entries = [weights.entry(name) for name in names]
-    files = [weights.cache / entry.sha256[:12] / entry.file for entry in entries]
-    return all(map(Path.is_file, files)) and importlib.util.find_spec(package) is not None
+    return all(map(weights.has, names)) and importlib.util.find_spec(package) is not None
 
 
 def _write_portrait(target: Path) -> None:

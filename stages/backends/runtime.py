@@ -15,7 +15,7 @@ from configs.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_CUDA: Final = "CUDAExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"  # onnxruntime's name
 _NVIDIA: Final = Path("/dev/nvidiactl")  # there, if a driver is loaded
 _threads = 0
 
@@ -78,7 +78,7 @@ def onnx_device(name: str) -> str:
         raise ConfigError(f"device {name}: expected auto, cpu or cuda")
     if name == "cpu" or (name == "auto" and not _NVIDIA.exists()):
         return "cpu"
-    if _CUDA in onnxruntime.get_available_providers():
+    if CUDA in onnxruntime.get_available_providers():
         import torch  # noqa: F401
 
         onnxruntime.preload_dlls()  # CUDA's libraries, from the packages that torch brought
@@ -103,9 +103,9 @@ def onnx_session(path: Path, device: str) -> Any:
     options.intra_op_num_threads = _threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    providers = [*([_CUDA] if on_cuda else []), "CPUExecutionProvider"]
+    providers = [*([CUDA] if on_cuda else []), "CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    if on_cuda and _CUDA not in session.get_providers():
+    if on_cuda and CUDA not in session.get_providers():
         raise ConfigError(
             f"onnxruntime {onnxruntime.__version__} can't start CUDA, though it is built with it. "
             "`make doctor` prints what it misses; with device=cpu it runs on the CPU."

@@ -232,6 +232,14 @@ class Weights:
                     self._download(name, weight, target)
         return target
 
+    def has(self, name: str) -> bool:
+        """Whether the file of `name` is there; its contents aren't checked. Raises what `entry`
+        raises.
+        """
+        weight = self.entry(name)
+        target = self.cache / weight.sha256[:12] / weight.file
+        return self.configured_paths.get(name, target).is_file()
+
     def _make_folder(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)

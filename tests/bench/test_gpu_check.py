@@ -1,0 +1,87 @@
+"""bench.gpu_check: all checks pass on a CPU at small sizes; what is missing gets a row."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu_check import no_gpu, table
+from bench.gpu_checks import CHECKS, Check, MissingError, Setting, ToleranceError, measured, need
+
+_SHORT = ("device", "parse", "faces", "captions", "step")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(device="cpu", tiny=True, folder=tmp_path_factory.mktemp("gpu-check"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in _SHORT else pytest.param(name, marks=pytest.mark.thorough) for name in CHECKS],
+)
+def test_a_check_passes_on_the_cpu(name: str, setting: Setting) -> None:
+    row = measured(name, setting)
+    assert (row["status"], row["detail"]) == ("passed", "")
+    assert row["values"]
+
+
+def test_a_value_outside_its_tolerance_fails(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same network with one changed weight is another network."""
+    import stages.backends.bisenet as bisenet
+
+    load, calls = bisenet.BiSeNetParser.__init__, []
+
+    def changed(self: bisenet.BiSeNetParser, *arguments: object) -> None:
+        load(self, *arguments)  # type: ignore[arg-type]
+        calls.append(self)
+        if len(calls) == 2:
+            self._net.conv_out.conv_out.weight.mul_(-1)
+
+    monkeypatch.setattr(bisenet.BiSeNetParser, "__init__", changed)
+    row = measured("parse", setting)
+    assert row["status"] == "failed"
+    assert "expected at least 0.999" in row["detail"]
+
+
+def test_what_is_missing_gets_a_row(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKS, "device", Check(run=CHECKS["device"].run, packages=("no_such",)))
+    assert measured("device", setting)["detail"] == "packages no_such"
+
+    def lacks(_: Setting) -> dict[str, object]:
+        raise MissingError("weights of mine: fetch them")
+
+    monkeypatch.setitem(CHECKS, "device", Check(run=lacks, packages=()))
+    row = measured("device", setting)
+    assert (row["status"], row["detail"]) == ("missing", "weights of mine: fetch them")
+    with pytest.raises(ToleranceError, match="too far"):
+        need(False, "too far", {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "bench.gpu_check", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"no GPU: {no_gpu()}"
+    assert not output.exists()
+
+
+def test_the_command_writes_json_and_a_table(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "bench.gpu_check", "--output", str(output), "--only", "device"]
+    command += ["--device", "cpu", "--tiny", "--folder", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())
+    assert output.with_suffix(".md").read_text() == table(rows)
+    assert rows["device"]["status"] == "passed"
+    assert "| device | passed |" in table(rows)
