@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from configs.training import TrainConfig
+from train.card import CARD, model_card
 from train.checkpoints import write_folder_atomically
+from train.mixture import Mixture
 from train.optimization import Optimization
 from train.outcome import Progress
 from train.resume import Samples, metadata
@@ -24,8 +26,7 @@ from train.writer import CheckpointWriter
 class Saver:
     """Copies the state of a run for checkpoints, which a thread writes.
 
-    output, base: of the run. start: see train.resume.start_of_run. dataset: the configuration of
-    the data's stages, as YAML. writer: None on processes other than the main one.
+    output, base: of the run. start: see train.resume.start_of_run. mixture: its data. writer: None on processes other than the main one.
     """
 
     config: TrainConfig
@@ -33,7 +34,7 @@ class Saver:
     base: str
     samples: Samples
     start: str
-    dataset: str
+    mixture: Mixture
     trained: TrainedModel
     optimization: Optimization
     accelerator: Any
@@ -61,10 +62,19 @@ class Saver:
                 ),
             )
 
-    def write_final(self, progress: Progress) -> Path:
-        """Writes OUT/final, with the averaged weights if there is an average; returns it."""
+    def write_final(self, progress: Progress, losses: Mapping[str, Any]) -> Path:
+        """Writes OUT/final, with the averaged weights if there is an average, and a model card.
+
+        losses: of `train.history.summarise`. Returns the folder.
+        """
         snapshot = self._snapshot(progress, self.optimization.averaged())
-        return write_folder_atomically(self.output / "final", snapshot.write_adapter)
+        card = model_card(self.config, self.mixture, self.trained.adapter, self.output, losses)
+
+        def write(folder: Path) -> None:
+            snapshot.write_adapter(folder)
+            (folder / CARD).write_text(card, encoding="utf-8")
+
+        return write_folder_atomically(self.output / "final", write)
 
     def _snapshot(
         self, progress: Progress, weights: Mapping[str, Tensor], **state: Any
@@ -85,5 +95,5 @@ class Saver:
                 "base": base,
                 **metadata(self.config, self.samples, self.start),
             },
-            dataset=self.dataset,
+            dataset=self.mixture.dataset_config(),
         )

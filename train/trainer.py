@@ -138,7 +138,7 @@ class Trainer:
             base=base,
             samples=self.samples,
             start=start_of_run(config, checkpoint),
-            dataset=self.mixture.dataset_config(),
+            mixture=self.mixture,
             trained=self.trained,
             optimization=self.optimization,
             accelerator=self.accelerator,
@@ -383,14 +383,14 @@ class Trainer:
         progress, adapter, summary = self.progress, None, {}
         if self.records.history is not None and self.writer is not None:
             self.writer.wait()
-            if not stop_signal:
-                adapter = self.saver.write_final(progress)
             summary = summarise(
                 self.records.history,
                 samples=progress.position,
                 seconds=progress.seconds,
                 finished=not stop_signal,
             )
+            if not stop_signal:
+                adapter = self.saver.write_final(progress, summary)
             write_json(self.output / "summary.json", summary)
             self._report()
             self.writer.finish(progress.step, with_final=not stop_signal)
