@@ -122,8 +122,8 @@ def _metrics(output: Path, losses: Mapping[str, Any]) -> str:
     if validations:
         last = validations[-1]
         lines.append(
-            f"| noise loss of people whom it isn't trained on, step {last['step']:,}: with the right "
-            f"person, with another | {last['right']:.4f}, {last['swapped']:.4f} |"
+            f"| noise loss of people whom it isn't trained on, step {last['step']:,}: with the "
+            f"right person, with another | {last['right']:.4f}, {last['swapped']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,8 @@ from train.writer import CheckpointWriter
 class Saver:
     """Copies the state of a run for checkpoints, which a thread writes.
 
-    output, base: of the run. start: see train.resume.start_of_run. mixture: its data. writer: None on processes other than the main one.
+    output, base: of the run. start: see train.resume.start_of_run. mixture: its data. writer: None
+    on processes other than the main one.
     """
 
     config: TrainConfig

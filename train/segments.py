@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -184,19 +185,20 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 
 def inherit(output: Path, checkpoint: Path, names: Sequence[str]) -> None:
     """Copies the past of a checkpoint's weights from the run that wrote it, if that isn't the run
-    in `output`: the files of lines called `names`, the indexes of the data, and the tiny base. If
-    it is, sets the later checkpoints aside.
+    in `output`: the files called `names`, which may be patterns, the indexes of the data, and the
+    tiny base. If it is, sets the later checkpoints aside.
     """
     past = checkpoint.parent
     if past.resolve() == output.resolve():
         set_aside(output, _metadata(checkpoint)["step"])
         return
-    for name in (DATA, *names):
-        if (past / name).is_file():
-            _copy(past / name, output / name)
-            Lines(output / name, step=_metadata(checkpoint)["step"])  # without later steps
-    for source in past.glob(f"{INDEX}/*.arrow"):
-        if not (target := output / INDEX / source.name).exists():
+    patterns = (DATA, *names, f"{INDEX}/*.arrow")
+    for source in chain.from_iterable(map(past.glob, patterns)):
+        target = output / source.relative_to(past)
+        if source.suffix == ".jsonl":
+            _copy(source, target)
+            Lines(target, step=_metadata(checkpoint)["step"])  # without later steps
+        elif not target.exists():
             target.parent.mkdir(exist_ok=True)
             _copy(source, target)
     if (past / "base").is_dir() and not (output / "base").exists():

@@ -66,7 +66,7 @@ from train.state import (
 )
 from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
-from train.validation import LINES, open_validator
+from train.validation import LINES, SHEETS, open_validator
 from train.writer import CheckpointWriter
 
 
@@ -188,7 +188,7 @@ class Trainer:
         base, local = "", replace(self.config, output=str(self.output))
         if self.writer is not None:
             if checkpoint is not None:
-                names = (HISTORY, SKIPPED, NONFINITE, SPIKES, TIMES, LINES)
+                names = (HISTORY, SKIPPED, NONFINITE, SPIKES, TIMES, LINES, f"{SHEETS}/*.jpg")
                 inherit(self.output, checkpoint, names)
             base = ensure_base(local, self.spec, self.watcher.message)
             # what was accepted for this resume isn't accepted for good
@@ -245,6 +245,8 @@ class Trainer:
     def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
+        if self.validator.is_due(progress.step):  # unless it was done, before the run was stopped
+            self.validator.validate(progress.step, self.trained, self.optimization.average)
         if progress.step >= config.max_train_steps:
             self.watcher.message(
                 f"{self.output} is finished: {progress.step:,} steps. To continue, set "

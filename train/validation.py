@@ -262,11 +262,15 @@ class Validator:
     def is_due(self, step: int) -> bool:
         """Returns whether a validation follows this step."""
         every = self._config.validation_steps
-        return bool(every) and (step % every == 0 or step == self._config.max_train_steps)
+        ends = step == self._config.max_train_steps
+        return bool(every) and step > 0 and (step % every == 0 or ends)
 
     def validate(self, step: int, trained: TrainedModel, average: Average | None) -> None:
-        """Measures and draws with the averaged weights, if there are any; records both."""
-        if self._validation is not None and self._lines is not None:
+        """Measures and draws with the averaged weights, if there are any, and records both, unless
+        that was done.
+        """
+        done = self._lines is not None and any(line["step"] == step for line in self._lines.read())
+        if self._validation is not None and self._lines is not None and not done:
             with average.applied() if average is not None else nullcontext():
                 values = self._validation.losses(trained)
                 sheet = self._validation.sheet(trained)

@@ -167,3 +167,27 @@ def test_the_report_is_one_file_with_what_the_run_recorded(
     assert all(0 <= line["wait"] <= line["seconds"] for line in times)
     torch.manual_seed(0)
     assert replace(validated(held_out, tiny_base, output)).validation_steps == 2
+
+
+def test_a_validation_that_a_stop_left_out_is_made_up(
+    held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = validated(held_out, tiny_base, tmp_path / "run", checkpointing_steps=2)
+    whole = run(config)
+    lines = (tmp_path / "run/validation.jsonl").read_text()
+    sheets = {step: (tmp_path / f"run/validation/{step:06d}.jpg").read_bytes() for step in (2, 4)}
+
+    # as after a kill between the checkpoint and the validation of step 4
+    (tmp_path / "run/validation.jsonl").write_text(lines.splitlines(keepends=True)[0])
+    (tmp_path / "run/validation/000004.jpg").unlink()
+    again = run(config)
+    assert (tmp_path / "run/validation.jsonl").read_text() == lines
+    assert (tmp_path / "run/validation/000004.jpg").read_bytes() == sheets[4]
+    assert again.adapter == whole.adapter
+
+    # another run from the checkpoint inherits what was validated before it
+    first = str(tmp_path / "run/checkpoint-000002")
+    run(replace(config, output=str(tmp_path / "other"), resume_from_checkpoint=first))
+    assert (tmp_path / "other/validation.jsonl").read_text() == lines
+    for step, sheet in sheets.items():
+        assert (tmp_path / f"other/validation/{step:06d}.jpg").read_bytes() == sheet
