@@ -301,7 +301,7 @@ def _prepare_output(folder: Path, settings: InferConfig) -> None:
 def quieten_libraries() -> None:
     """Silences the libraries' messages and progress bars while they load models."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime"):
+    for name in ("httpx", "urllib3", "diffusers", "transformers", "onnxruntime", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     import diffusers

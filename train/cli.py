@@ -238,7 +238,8 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for name in ("diffusers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 
