@@ -2,7 +2,7 @@
 
     python -m bench.gpu_check --output gpu.json
 
-Each check (`bench/gpu_checks.py`) runs in a process of its own: rates of the device; models of the
+Each check (`bench/gpu`) runs in a process of its own: rates of the device; models of the
 chain, a training step and short trainings on the GPU against the CPU, within stated tolerances;
 trainings resumed to the same bytes; `bench.train` and `bench.inference` at full size with random
 weights. Needed are this folder and a Python with torch; nothing is installed or downloaded. A check
@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_checks import CHECKS, DETAILS, Setting, measured
+from bench.gpu.checks import CHECKS, measured
+from bench.gpu.common import DETAILS, Setting
 
 _LINES = 3  # of a process's errors, in its row
 

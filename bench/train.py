@@ -296,8 +296,8 @@ def _utilisation(runs: dict[str, Run], peak_tflops: float) -> dict[str, Any]:
             run.bare(run._moved(batch))
     tera = counter.get_total_flops() / 1e12
     name = run.device_name()
-    known = [peak for model, peak in _PEAK_TFLOPS.items() if model in name]
-    peak = peak_tflops or (known[0] if known else 0)
+    peaks = [peak for model, peak in _PEAK_TFLOPS.items() if model in name]
+    peak = peak_tflops or (peaks[0] if peaks else 0)
     values: dict[str, Any] = {"tera_operations_a_step": round(tera, 3)}
     if peak:
         values["peak_tflops"] = peak

@@ -145,10 +145,12 @@ def _source(path: str, weight: float | None) -> str:
     stated = licences.most_common(_MOST)
     photos = ", ".join(f"{_escaped(licence)} ({count:,})" for licence, count in stated)
     others = f", and {len(licences) - _MOST:,} others" if len(licences) > _MOST else ""
-    made = "".join(f"\n- {_escaped(each['file'])}: {_escaped(each['license'])}" for each in weights)
+    models = "".join(
+        f"\n- {_escaped(each['file'])}: {_escaped(each['license'])}" for each in weights
+    )
     return (
         f"{title}, licences of its photographs as their source states them: {photos}{others}."
-        + (f" It was made with these models:\n{made}" if made else "")
+        + (f" It was made with these models:\n{models}" if models else "")
     )
 
 

@@ -233,9 +233,7 @@ class Weights:
         return target
 
     def has(self, name: str) -> bool:
-        """Whether the file of `name` is there; its contents aren't checked. Raises what `entry`
-        raises.
-        """
+        """Whether the file of `name` is there, unchecked. Raises what `entry` raises."""
         weight = self.entry(name)
         target = self.cache / weight.sha256[:12] / weight.file
         return self.configured_paths.get(name, target).is_file()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu.checks import CHECKS, measured
+from bench.gpu.common import Check, MissingError, Setting, ToleranceError, need
 from bench.gpu_check import no_gpu, table
-from bench.gpu_checks import CHECKS, Check, MissingError, Setting, ToleranceError, measured, need
 
 _SHORT = ("device", "parse", "faces", "captions", "step")
 
