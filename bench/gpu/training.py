@@ -73,6 +73,7 @@ def step(setting: Setting) -> Values:
 def _step(setting: Setting, device: str, precision: str) -> dict[str, Any]:
     """Returns the losses and the gradients of a micro-batch, float32 on the CPU."""
     import torch
+
     from train.data import unpacked
     from train.step import step_losses
     from train.trainer import Trainer
