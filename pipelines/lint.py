@@ -18,6 +18,7 @@ import pyarrow as pa
 from configs.errors import ShardError, StoreError
 from pipelines.dedup.global_pass import lint_identities, stale_shards
 from pipelines.ledger import Ledger
+from pipelines.lint_features import lint_features
 from pipelines.planning.plan import planned_inputs
 from pipelines.takedown import Removals, lint_removals
 from stages.record import Status
@@ -44,8 +45,9 @@ def lint(
     do.
 
     fast: compares names and sizes of files, manifests, plan and configuration, and reads no tar and
-    no sidecar. Otherwise also all digests, samples, rows, removals and identities. advance: called
-    with a number of checked shards (fast), or of bytes of tars and sidecars.
+    no sidecar. Otherwise also all digests, samples, rows, removals and identities, and of features
+    the keys. advance: called with a number of checked shards (fast), or of bytes of tars and
+    sidecars, without those of features.
     """
     lines = set[str]()
     for line in _Lint(store, fast, advance).faults():
@@ -83,6 +85,7 @@ class _Lint:
             yield from _caught(check())
         for manifest in self.manifests.values():
             yield from _caught(self._shard(manifest))
+        yield from _caught(self._features())
         if not self.fast:
             yield from _caught(lint_removals(self.store, self.removals.keys))
             yield from _caught(lint_identities(self.store, self.sample_keys, self.complete))
@@ -185,6 +188,16 @@ class _Lint:
                 yield self._missing(name)
             except ShardError as error:
                 yield str(error)
+
+    def _features(self) -> Iterator[str]:
+        return lint_features(
+            self.store,
+            self.manifests,
+            self.removals.keys,
+            self.sample_keys,
+            complete=self.complete,
+            fast=self.fast,
+        )
 
     def _missing(self, name: str) -> str:
         return f"{name} is missing. {layout.how_to_repair(name)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,12 @@ from train.features.reading import FeatureSet
 from train.mixture import Mixture
 from train.order import SampleOrder
 from train.packing import BadSample, PackedBatch, packed
+from train.texts import TextStates, empty_text_ids, text_ids
 
 Records = dict[int, Record | ShardError]  # by the samples' numbers
 Features = dict[int, Tensor | ShardError]
+Texts = dict[int, TextStates | ShardError]
+AnyFeatures = TypeVar("AnyFeatures", Tensor, TextStates)
 
 _UNIT_NORM = 1e-3  # largest deviation; embeddings are stored in float32 and normalised
 
@@ -37,6 +40,7 @@ class Prepared(NamedTuple):
     """A sample as it is cached. pixels: its image, (3, R, R) uint8. sizes: (6,) int64, see
     `model.pixels.size_condition`. moments: features of the image, (8, h, w). hidden: features of
     the images for the image encoder, (1 + slots, tokens, V): of the photograph and of each slot.
+    text: features of the text, (77 · C + P,); None if they aren't read, or are of another text.
     bad: why it can't be trained on, if it can't.
 
     With moments, `pixels` has none, and with hidden, the images of the conditions.
@@ -47,17 +51,19 @@ class Prepared(NamedTuple):
     sizes: Tensor
     moments: Tensor | None = None
     hidden: Tensor | None = None
+    text: Tensor | None = None
     bad: BadSample | None = None
 
 
 class Fetched(NamedTuple):
-    """What a micro-batch is made of, by the samples' numbers. moments, hidden: features of the
-    kinds vae and image; empty if they aren't read.
+    """What a micro-batch is made of, by the samples' numbers. moments, hidden, texts: features of
+    the kinds vae, image and text; empty if they aren't read.
     """
 
     records: Records
     moments: Features
     hidden: Features
+    texts: Texts
 
 
 class Order(Protocol):
@@ -75,7 +81,7 @@ class References(Protocol):
 class BatchMaker:
     """Makes the micro-batch of a range of positions. Runs in the loader's worker processes.
 
-    features: by kind, those that are read in place of images. references: None: the mixture's
+    features: by kind, those that are read. references: None: the mixture's
     pairs.
     """
 
@@ -91,6 +97,7 @@ class BatchMaker:
         self._features = features or {}
         self._pairs = references or mixture.pairs(cast(SampleOrder, order))
         self._cache: dict[Pair, Prepared] = {}
+        self._empty_text = empty_text_ids(preparation.tokenizer)
 
     def fetch(self, positions: range) -> Fetched:
         """Reads the samples of these positions that aren't in the cache. Threads may call it while
@@ -99,13 +106,15 @@ class BatchMaker:
         missing = [pair for pair in self._pairs_at(positions) if pair not in self._cache]
         numbers = sorted({number for pair in missing for number in pair})
         records = self._mixture.records(numbers, verify=self._preparation.verify)
+        own = {number for number, _ in missing}
         return Fetched(
             dict(zip(numbers, records, strict=True)),
-            self._read("vae", {number for number, _ in missing}),
+            self._read("vae", own),
             self._read("image", {reference for _, reference in missing}),
+            self._read("text", own),
         )
 
-    def _read(self, kind: str, numbers: set[int]) -> Features:
+    def _read(self, kind: str, numbers: set[int]) -> dict[int, Any]:
         if kind not in self._features:
             return {}
         return self._features[kind].read(sorted(numbers), verify=self._preparation.verify)
@@ -133,6 +142,8 @@ class BatchMaker:
             [sample.bad for sample in samples],
             moments=[sample.moments for sample in samples if sample.moments is not None],
             hidden=[sample.hidden for sample in samples if sample.hidden is not None],
+            texts=[sample.text for sample in samples],
+            empty_text=self._empty_text,
             references=tuple(self._mixture.key(reference) for _, reference in pairs),
             position=positions.start,
         )
@@ -190,7 +201,8 @@ class BatchMaker:
             images = empty.expand(MAX_REGIONS, -1, -1, -1)
             conditions = replace(conditions, photo=empty, region_images=images)
             hidden = torch.zeros(0)  # a blank sample shows none
-        return Prepared(conditions, image, _fixed_sizes(prep.resolution), moments, hidden, fault)
+        sizes = _fixed_sizes(prep.resolution)
+        return Prepared(conditions, image, sizes, moments, hidden, bad=fault)
 
     def _build(self, pair: Pair, fetched: Fetched) -> Prepared:
         prep, (number, shown) = self._preparation, pair
@@ -220,7 +232,11 @@ class BatchMaker:
             pixels = training_image(record, prep.resolution)
         if "image" in self._features:
             hidden = _slots(_usable_features(fetched.hidden[shown]), conditions)
-        return Prepared(conditions, pixels, sizes, moments, hidden)
+        text = None
+        if "text" in self._features:
+            may_differ = shown != number or prep.prompt is not None
+            text = _text_of(_usable_features(fetched.texts[number]), conditions, may_differ)
+        return Prepared(conditions, pixels, sizes, moments, hidden, text)
 
 
 def _slots(states: Tensor, conditions: Conditions) -> Tensor:
@@ -238,7 +254,23 @@ def _slots(states: Tensor, conditions: Conditions) -> Tensor:
     return states[[0, *(1 + row for row in rows)]]
 
 
-def _usable_features(features: Tensor | ShardError) -> Tensor:
+def _text_of(features: TextStates, conditions: Conditions, may_differ: bool) -> Tensor | None:
+    """Returns the states of the conditions' text; None if the features are of another one.
+
+    may_differ: because of a prompt, or of a region that the reference lacks. Otherwise raises
+    ValueError.
+    """
+    if torch.equal(features.ids, text_ids(conditions.input_ids, conditions.input_ids_2)):
+        return features.states
+    if may_differ:
+        return None
+    raise ValueError(
+        "its features are of a text with other tokens, as of another version of this program. "
+        "Delete the folders features/text-… of the data set, and run make features again."
+    )
+
+
+def _usable_features(features: AnyFeatures | ShardError) -> AnyFeatures:
     """Returns the features. Raises the error in their place."""
     if isinstance(features, ShardError):
         raise features

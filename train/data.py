@@ -15,6 +15,7 @@ from model.spec import ModelSpec
 from stages.regions import Mode
 from train import draws
 from train.packing import IMAGES, PackedBatch
+from train.texts import text_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class TrainBatch:
     content don't have; None for a blank sample's.
     moments: (B, 8, h, w), features of the images, and hidden: (n, tokens, V), those of the images
     for the image encoder; None where they aren't read. With them, the images have no pixels.
+    texts, encoded_texts, text_rows: where the texts' states come from, see
+    `train.texts.TextPlaces`. text_names: for each of encoded_texts, a name that other texts don't
+    have.
     sizes: (B, 6) int64, SDXL's conditioning on sizes, see `model.pixels.size_condition`.
     latent_noise: (B, 4, h, w), for sampling the VAE's posterior; noise: (B, 4, h, w), the noise to
     predict; added_noise: (B, 4, h, w), what is added to the latents. timesteps: (B,) int64. The
@@ -48,6 +52,10 @@ class TrainBatch:
     image_rows: Tensor
     moments: Tensor | None
     hidden: Tensor | None
+    texts: Tensor | None
+    encoded_texts: Tensor
+    text_rows: Tensor
+    text_names: tuple[Hashable, ...]
     image_names: tuple[Hashable, ...]
     pixel_names: tuple[Hashable, ...]
     sizes: Tensor
@@ -121,6 +129,7 @@ def unpacked(
     ]
     pairs = [*zip(batch.keys, batch.references, strict=True)]
     places = [divmod(row, IMAGES) for row in batch.image_rows.tolist()]
+    ids = text_ids(batch.input_ids, batch.input_ids_2)[batch.encoded_texts]
     moved = batch.to(device)
     region_masks, foreground = unpacked_masks(moved.masks)
     return TrainBatch(
@@ -131,6 +140,10 @@ def unpacked(
         pixels=vae_pixels(moved.pixels),
         moments=moved.moments,
         hidden=moved.hidden,
+        texts=moved.texts,
+        encoded_texts=moved.encoded_texts,
+        text_rows=moved.text_rows,
+        text_names=tuple(each.numpy().tobytes() for each in ids),
         clip_images=clip_normalised(moved.clip_images),
         image_rows=moved.image_rows,
         image_names=tuple((pairs[sample], image) for sample, image in places),

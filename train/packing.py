@@ -20,6 +20,7 @@ from torch import Tensor
 from configs.errors import ConfigError
 from model.conditions import ConditionBatch
 from stages.regions import MAX_REGIONS
+from train.texts import text_ids, text_places
 
 _SHARED: Final = Path("/dev/shm")  # noqa: S108 - where torch's workers put tensors on Linux
 _PREFETCHED: Final = 2  # batches of each worker, torch's default
@@ -44,7 +45,8 @@ class PackedBatch:
     `model.pixels`. clip_images: (n, 3, S, S) uint8, those that are shown to the image encoder;
     image_rows: (n,) int64, their rows among 6·B, which are for each sample the photograph and its
     five regions. sizes: (B, 6) int64, see `model.pixels.size_condition`. moments: (B, 8, h, w),
-    hidden: (n, tokens, V), see `train.data.TrainBatch`. The other fields are those of
+    hidden: (n, tokens, V), see `train.data.TrainBatch`. texts, encoded_texts, text_rows: where the
+    texts' states come from, see `train.texts.TextPlaces`. The other fields are those of
     `ConditionBatch`.
     """
 
@@ -64,6 +66,9 @@ class PackedBatch:
     token_idx: Tensor
     token_valid: Tensor
     identity: Tensor
+    encoded_texts: Tensor
+    text_rows: Tensor
+    texts: Tensor | None = None
     moments: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -91,17 +96,22 @@ def packed(
     *,
     moments: list[Tensor],
     hidden: list[Tensor],
+    texts: list[Tensor | None],
+    empty_text: Tensor,
     references: tuple[str, ...],
     position: int,
 ) -> PackedBatch:
     """Packs conditions and training images (B, 3, R, R) uint8. sizes: (B, 6) int64. bad: for each
     sample, why it can't be trained on; None if it can. moments, hidden: features of each sample,
-    see `train.batch_maker.Prepared`; [] if they aren't read. references: keys.
+    see `train.batch_maker.Prepared`; [] if they aren't read. texts: the states of each sample's
+    text; None where they aren't known. empty_text: ids of the empty text, (2, 77). references:
+    keys.
     """
     images = torch.cat((conditions.photo[:, None], conditions.region_images), dim=1).flatten(0, 1)
     shown = torch.cat((conditions.has_photo[:, None], conditions.token_valid), dim=1).flatten()
     # selected on the CPU: on a GPU, the host would have to wait for their number
     rows = shown.nonzero().flatten()
+    places = text_places(text_ids(conditions.input_ids, conditions.input_ids_2), empty_text, texts)
     return PackedBatch(
         position=position,
         keys=conditions.keys,
@@ -119,6 +129,9 @@ def packed(
         token_idx=conditions.token_idx,
         token_valid=conditions.token_valid,
         identity=conditions.identity,
+        encoded_texts=places.encoded,
+        text_rows=places.rows,
+        texts=places.stored,
         moments=torch.stack(moments) if moments else None,
         hidden=_shown(hidden, rows) if hidden else None,
     )
@@ -146,7 +159,7 @@ def check_shared_memory(
 
     size: samples of a micro-batch. unread: micro-batches that a process itself has there.
     resolution, side: of the training images and of those for the image encoder, in pixels.
-    features: kind → bytes of a sample, of those that are read in place of images.
+    features: kind → bytes of a sample, of those that are read.
     """
     if not workers or not _SHARED.is_dir():
         return

@@ -113,8 +113,10 @@ def make_models(
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(part_of(name) in config.trained_parts)
     _speed_up(config, models)
-    unneeded = {*features} - ({"vae"} if config.validation_steps else set())  # it draws portraits
-    frozen = freeze(models, spec.vision_size, config.keep_features, unneeded)
+    needed = {"vae", "text"} if config.validation_steps else set[str]()  # it draws portraits
+    if config.pair_prob:  # a region that the reference lacks changes the text
+        needed.add("text")
+    frozen = freeze(models, spec.vision_size, config.keep_features, {*features} - needed)
     return frozen, TrainedModel(adapter, models.unet).train()
 
 

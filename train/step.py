@@ -20,7 +20,6 @@ from model.consistentid import (
     ConsistentID,
     Features,
     encode_images,
-    encode_text,
     predict_noise,
 )
 from model.losses import localisation_errors, noise_errors
@@ -29,6 +28,7 @@ from train import draws
 from train.data import TrainBatch
 from train.encodings import Encodings
 from train.packing import IMAGES
+from train.texts import empty_text_ids, split_states, text_ids, text_states
 
 LOSSES = ("loss", "noise_loss", "facial_loss")  # the order of `StepLosses.values`
 
@@ -69,15 +69,19 @@ class Frozen:
     """What never trains.
 
     noise_schedule: a DDPMScheduler. zero_hidden: (1, N, V), the image encoder's states of a zero
-    image. hidden: CLIP-normalised images (N, 3, S, S) → the image encoder's states (N, tokens, V).
-    moments: images (N, 3, R, R) → mean and log variance of the VAE's posterior (N, 8, h, w).
+    image. empty_text: (1, 77 · C + P), the row of the empty text (train/texts.py). hidden:
+    CLIP-normalised images (N, 3, S, S) → the image encoder's states (N, tokens, V). moments: images
+    (N, 3, R, R) → mean and log variance of the VAE's posterior (N, 8, h, w). texts: ids (N, 2, 77)
+    → rows (N, 77 · C + P).
     """
 
     base: BaseModels
     noise_schedule: Any
     zero_hidden: Tensor
+    empty_text: Tensor
     hidden: Encodings
     moments: Encodings
+    texts: Encodings
 
     @property
     def device(self) -> torch.device:
@@ -90,23 +94,30 @@ def freeze(
     """Makes the frozen side of training from a base model that is on its device.
 
     vision_size: side of the image encoder's input, in pixels. keep: number of samples whose
-    encodings stay in memory. features: kinds that are read; the memory of encoders that aren't
-    needed for other samples is freed. Raises ConfigError for a base that predicts neither noise nor
-    velocity.
+    encodings stay in memory. features: kinds whose encoders aren't needed any more; their memory is
+    freed. Raises ConfigError for a base that predicts neither noise nor velocity.
     """
     device = next(base.image_encoder.parameters()).device
     schedule = noise_schedule(base.scheduler, device)
     zero = torch.zeros(1, 3, vision_size, vision_size, device=device)
     zero_hidden = encode_images(base.image_encoder, zero)
-    for kind, encoder in (("vae", base.vae), ("image", base.image_encoder)):
-        if kind in features:
-            encoder.to("meta")
+    empty_text = text_states(base, empty_text_ids(base.tokenizer)[None].to(device))
+    encoders = {
+        "vae": (base.vae,),
+        "image": (base.image_encoder,),
+        "text": (base.text_encoder, base.text_encoder_2),
+    }
+    for encoder in (each for kind in features for each in encoders[kind] if each is not None):
+        encoder.to("meta")
     return Frozen(
         base=base,
         noise_schedule=schedule,
         zero_hidden=zero_hidden,
+        empty_text=empty_text,
         hidden=Encodings(partial(encode_images, base.image_encoder), keep * IMAGES),
         moments=Encodings(partial(_moments, base.vae), keep),
+        # with pairs, a sample has several texts: a region that the reference lacks gets no mark
+        texts=Encodings(partial(text_states, base), keep * IMAGES),
     )
 
 
@@ -117,6 +128,7 @@ def without_memory(frozen: Frozen) -> Frozen:
         frozen,
         hidden=Encodings(partial(encode_images, base.image_encoder)),
         moments=Encodings(partial(_moments, base.vae)),
+        texts=Encodings(partial(text_states, base)),
     )
 
 
@@ -130,7 +142,8 @@ def _moments(vae: Any, pixels: Tensor) -> Tensor:
 def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
     """Encodes the texts and images of a batch, as `model.consistentid.encode_frozen` does.
 
-    Only images that aren't zero go through the image encoder.
+    Only images that aren't zero go through the image encoder, and only texts that aren't empty or
+    stored through the text encoders.
     """
     size, slots = batch.token_valid.shape
     zero = frozen.zero_hidden
@@ -142,7 +155,7 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
     places[batch.image_rows] = torch.arange(1, 1 + len(states), device=zero.device)
     rows = torch.cat((zero, states.to(zero.dtype))).index_select(0, places)
     hidden = rows.reshape(size, 1 + slots, *rows.shape[1:])
-    text_hidden, pooled = encode_text(frozen.base, batch.input_ids, batch.input_ids_2)
+    text_hidden, pooled = split_states(frozen.base, _texts(frozen, batch))
     return Features(
         text_hidden=text_hidden,
         pooled=pooled,
@@ -152,6 +165,17 @@ def frozen_features(frozen: Frozen, batch: TrainBatch) -> Features:
         token_mask=batch.token_mask,
         token_valid=batch.token_valid,
     )
+
+
+def _texts(frozen: Frozen, batch: TrainBatch) -> Tensor:
+    """Returns the rows of a batch's texts, (B, 77 · C + P)."""
+    parts = [frozen.empty_text]
+    if batch.texts is not None:
+        parts.append(batch.texts.to(frozen.empty_text.dtype))
+    if len(batch.encoded_texts):
+        ids = text_ids(batch.input_ids, batch.input_ids_2).index_select(0, batch.encoded_texts)
+        parts.append(frozen.texts(batch.text_names, ids))
+    return torch.cat(parts).index_select(0, batch.text_rows)
 
 
 @torch.no_grad()

@@ -20,10 +20,9 @@ from torch import Tensor
 from configs.errors import ConfigError, ShardError
 from configs.training import TrainConfig
 from model.conditions import DropRates
-from model.consistentid import Features, encode_text, predict_noise
+from model.consistentid import Features, predict_noise
 from model.losses import noise_errors
 from model.pixels import training_image
-from model.tokens import SECOND_PAD, empty_ids
 from stages.record import Record
 from train import draws
 from train.average import Average
@@ -34,6 +33,7 @@ from train.history import Lines
 from train.mixture import Mixture, open_mixture
 from train.shards import INDEX
 from train.step import Frozen, TrainedModel, frozen_features, noised_latents, without_memory
+from train.texts import split_states
 
 LINES: Final = "validation.jsonl"
 SHEETS: Final = "validation"
@@ -147,7 +147,7 @@ class Validation:
         scheduler = type(base.scheduler).from_config(base.scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps, device=batch.noise.device)
         shown = frozen_features(self._frozen, batch)
-        none = _without_conditions(self._frozen, shown, self._preparation)
+        none = _without_conditions(self._frozen, shown)
         states = torch.cat([trained.adapter.prepare(each) for each in (none, shown)])
         added: dict[str, Any] = {}
         if shown.pooled is not None and none.pooled is not None:
@@ -197,15 +197,10 @@ def _people(mixture: Mixture, count: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _without_conditions(frozen: Frozen, like: Features, preparation: Preparation) -> Features:
+def _without_conditions(frozen: Frozen, like: Features) -> Features:
     """Returns features of no text and no person, for as many samples."""
-    count, device = len(like.identity), like.identity.device
-    ids = empty_ids(preparation.tokenizer).to(device).expand(count, -1)
-    ids_2 = None
-    if like.pooled is not None:
-        ids_2 = empty_ids(preparation.tokenizer, pad_id=SECOND_PAD).to(device).expand(count, -1)
-    text_hidden, pooled = encode_text(frozen.base, ids, ids_2)
-    zero = frozen.zero_hidden
+    count, zero = len(like.identity), frozen.zero_hidden
+    text_hidden, pooled = split_states(frozen.base, frozen.empty_text.expand(count, -1))
     return Features(
         text_hidden=text_hidden,
         pooled=pooled,

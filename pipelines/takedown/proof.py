@@ -90,8 +90,8 @@ def statements(store: Store) -> Iterator[str]:
         return
     keys, digests = exclusions.removed_keys(store), exclusions.removed_digests(store)
     yield (
-        f"removals: {_count(len(entries), 'request')}. No tar, sidecar or {layout.IDENTITIES} has "
-        f"data of the {_count(len(keys), 'removed key')}, or one of the "
+        f"removals: {_count(len(entries), 'request')}. No tar, sidecar, features or "
+        f"{layout.IDENTITIES} has data of the {_count(len(keys), 'removed key')}, or one of the "
         f"{_count(len(digests), 'removed digest')}"
     )
     for entry in entries:

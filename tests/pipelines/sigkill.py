@@ -27,15 +27,22 @@ _CHILDREN.set_forkserver_preload(
 )
 
 
-def killed(moment: int, errors: Path, function: Callable[..., object], *arguments: object) -> bool:
+def killed(
+    moment: int,
+    errors: Path,
+    function: Callable[..., object],
+    *arguments: object,
+    children: Any = _CHILDREN,
+) -> bool:
     """Calls `function` in a child process that SIGKILLs itself at moment number `moment`, from 1.
 
     A moment is before a file of the output is written, when it is written but not yet there under
     its name, after that; before and after one is removed or moved; and before records are
-    captioned. Returns False where the function ended before that. Raises AssertionError, with what
-    the child wrote to the file `errors`, where it failed.
+    captioned. children: the context of multiprocessing that starts the child. Returns False where
+    the function ended before that. Raises AssertionError, with what the child wrote to the file
+    `errors`, where it failed.
     """
-    child = _CHILDREN.Process(target=_run, args=(moment, errors, function, arguments))
+    child = children.Process(target=_run, args=(moment, errors, function, arguments))
     child.start()
     child.join(60)
     assert child.exitcode in (0, -signal.SIGKILL), errors.read_text()

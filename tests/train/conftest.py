@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from tests.bases import read_once
 
 # fixtures
 from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
+from tests.train.featured import LONG, rewrite, without_a_mouth
 from tests.train.helpers import Parts, small, with_people
 from train import setup
 from train.mixture import Mixture
@@ -85,4 +87,21 @@ def held_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = table.column_names.index("split")
     table = table.set_column(place, table.schema.field(place), sides)
     pq.write_table(table, folder / "identities.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def people(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of people with several photographs and long descriptions. Some show
+    no mouth, so a sample's text depends on its reference.
+    """
+    folder = with_people(data, tmp_path_factory.mktemp("people") / "data", "abababcc")
+    samples = ShardSet(str(folder))
+    chosen = {samples.key(number) for number in range(0, len(samples), 3)}
+    rewrite(
+        folder,
+        lambda record: (
+            without_a_mouth(record) if record.key in chosen else replace(record, face_caption=LONG)
+        ),
+    )
     return folder

@@ -53,11 +53,13 @@ def test_a_kept_sample_has_the_same_features_in_every_batch(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     alone = remembering.make(range(2, 3))
     remembering.frozen.base.vae.apply(_broken)
-    remembering.frozen.base.image_encoder.apply(_broken)  # nothing goes through them again
-    assert torch.equal(
-        frozen_features(remembering.frozen, batch).region_hidden[2:3],
-        frozen_features(remembering.frozen, alone).region_hidden,
-    )
+    remembering.frozen.base.image_encoder.apply(_broken)
+    remembering.frozen.base.text_encoder.apply(_broken)  # nothing goes through them again
+    for name in ("text_hidden", "region_hidden"):
+        assert torch.equal(
+            getattr(frozen_features(remembering.frozen, batch), name)[2:3],
+            getattr(frozen_features(remembering.frozen, alone), name),
+        )
     assert torch.equal(
         noised_latents(remembering.frozen, batch)[0][2:3],
         noised_latents(remembering.frozen, alone)[0],

@@ -1,173 +1,175 @@
-"""Features: equal training with and without them, staleness, kills, and removed samples."""
+"""Reading features: equal training with and without them, and nothing that is stale."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from configs.errors import ConfigError
 from configs.load import load
 from configs.schema import DatasetConfig
-from configs.training import FeaturesConfig, TrainConfig
+from configs.training import TrainConfig
 from pipelines.takedown import by_source, take_down
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.train.helpers import Listener, keys, run, same, small, sources, weights, with_people
-from train.features.make import make_features
+from tests.train.featured import KINDS, features, losses, make, opened, paired, rewrite
+from tests.train.helpers import Listener, Parts, run, same, weights
+from train.batch_maker import BatchMaker
+from train.data import unpacked
+from train.features import kinds
 from train.history import read_lines
+from train.mixture import Mixture, open_mixture
 from train.replay import replay
 from train.shards import ShardSet
-
-
-class Steps(Listener):
-    """A listener that is told of features too."""
-
-    def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None:
-        self.messages.append(f"{name} {step} {total}")
-
-
-def features(dtype: Any = "float32", **changes: Any) -> FeaturesConfig:
-    return FeaturesConfig(kinds=("vae", "image"), dtype=dtype, **changes)
-
-
-def make(config: TrainConfig) -> list[Path]:
-    return [Path(folder) for folder in make_features(config, Steps())]
+from train.step import frozen_features
+from train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
-def people(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of people with several photographs, without features."""
-    return with_people(data, tmp_path_factory.mktemp("people") / "data", "abababcc")
+def uncached(people: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that encodes each sample alone."""
+    output = tmp_path_factory.mktemp("uncached") / "run"
+    run(paired(people, tiny_base, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def featured(people: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of people with float32 features of all kinds."""
+    folder = Path(shutil.copytree(people, tmp_path_factory.mktemp("featured") / "data"))
+    make(paired(folder, tiny_base, folder / "none"))
+    return folder
 
 
 @pytest.fixture
-def own(people: Path, tmp_path: Path) -> Path:
+def own(featured: Path, tmp_path: Path) -> Path:
     """A copy of it, which the test may change."""
-    return Path(shutil.copytree(people, tmp_path / "data"))
+    return Path(shutil.copytree(featured, tmp_path / "data"))
 
 
-def paired(data: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
-    values = {"pair_prob": 0.5, "max_train_steps": 4, "log_every": 1, "features": features()}
-    return small(data, base, output, **{**values, **changes})
-
-
-def losses(output: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(output / "losses.jsonl")]
+def folder_of(kind: str, data: Path) -> Path:
+    return next(data.glob(f"features/{kind}-*"))
 
 
 def test_float32_features_give_the_bits_of_a_run_that_encodes_each_sample_alone(
-    own: Path, people: Path, tiny_base: Path, tmp_path: Path
+    featured: Path, uncached: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    uncached = run(paired(people, tiny_base, tmp_path / "uncached", keep_features=8))
-    config = paired(own, tiny_base, tmp_path / "cached", num_workers=1)
-    make(config)
+    config = paired(featured, tiny_base, tmp_path / "cached", num_workers=1)
     listener = Listener()
     cached = run(config, listener)
-    for kind in ("vae", "image"):
+    for kind in KINDS:
         assert any(f"features: {kind} is read (float32" in text for text in listener.messages)
-    assert losses(tmp_path / "cached") == losses(tmp_path / "uncached")
-    assert uncached.adapter and cached.adapter
-    assert same(weights(uncached.adapter), weights(cached.adapter))
+    assert losses(tmp_path / "cached") == losses(uncached)
+    assert cached.adapter
+    assert same(weights(uncached / "final"), weights(cached.adapter))
+    # ignored on request, though they are there
+    run(replace(config, features=features(use=False), output=str(tmp_path / "ignored")))
+    assert losses(tmp_path / "ignored") == losses(uncached)
 
 
 def test_float16_features_give_nearly_the_same_losses(
-    own: Path, people: Path, tiny_base: Path, tmp_path: Path
+    people: Path, uncached: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    config = paired(own, tiny_base, tmp_path / "cached", features=features("float16"))
+    half = Path(shutil.copytree(people, tmp_path / "data"))
+    config = paired(half, tiny_base, tmp_path / "cached", features=features("float16"))
     make(config)
     run(config)
-    run(paired(people, tiny_base, tmp_path / "uncached"))
-    pairs = zip(losses(tmp_path / "cached"), losses(tmp_path / "uncached"), strict=True)
+    pairs = zip(losses(tmp_path / "cached"), losses(uncached), strict=True)
     for with_features, without in pairs:
         assert with_features == pytest.approx(without, rel=2e-3)
-    assert losses(tmp_path / "cached") != losses(tmp_path / "uncached")
+    assert losses(tmp_path / "cached") != losses(uncached)
 
 
+@pytest.mark.parametrize("pair_prob", [0, 0.5])
 def test_the_encoders_of_features_that_are_read_take_no_memory_and_do_not_run(
-    own: Path, tiny_base: Path, tmp_path: Path
+    featured: Path, tiny_base: Path, tmp_path: Path, pair_prob: float
 ) -> None:
-    from contextlib import ExitStack
-
-    from train.trainer import Trainer
-
-    config = paired(own, tiny_base, tmp_path / "cached")
-    make(config)
+    config = paired(featured, tiny_base, tmp_path / "cached", pair_prob=pair_prob)
     with ExitStack() as stack:
         trainer = Trainer(config, Listener(), stack)
         base = trainer.frozen.base
-        for encoder in (base.vae, base.image_encoder):
+        freed = [base.vae, base.image_encoder, *([] if pair_prob else [base.text_encoder])]
+        for encoder in freed:
             assert {p.device.type for p in encoder.parameters()} == {"meta"}
-        batches = trainer._batches()
-        batch = next(batches)
-        batches.close()
-    assert batch.moments is not None and batch.hidden is not None
-    assert batch.pixels.numel() == batch.clip_images.numel() == 0
+        assert pair_prob == 0 or next(base.text_encoder.parameters()).device.type == "cpu"
+        loaded = trainer._batches()
+        batches = [next(loaded) for _ in range(8)]
+        loaded.close()
+    for batch in batches:
+        assert batch.moments is not None and batch.hidden is not None
+        assert batch.pixels.numel() == batch.clip_images.numel() == 0
+    stored, encoded = (
+        sum(len(rows) for batch in batches if (rows := getattr(batch, name)) is not None)
+        for name in ("texts", "encoded_texts")
+    )
+    assert stored and bool(encoded) == bool(pair_prob)
 
 
-def test_features_hold_what_the_encoder_answers(own: Path, tiny_base: Path, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
+def texts(config: TrainConfig, parts: Parts, mixture: Mixture, count: int) -> torch.Tensor:
+    """The states of the texts of a run's first samples, with the features that it reads."""
+    maker = BatchMaker(mixture, mixture.order(config.seed), parts.preparation, opened(config)[0])
+    batch = unpacked(maker(range(count)), parts.preparation, "cpu")
+    return frozen_features(parts.frozen, batch).text_hidden
 
-    from model.pixels import training_pixels
 
-    config = paired(own, tiny_base, tmp_path / "none")
-    vae, _ = make(config)
-    samples, stored = ShardSet(str(own)), ShardSet(str(vae))
-    assert keys(stored) == keys(samples)
-    model = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae")
-    for number, record in enumerate(samples.records(range(8))):
-        members = stored.members([number])[0]
-        assert isinstance(members, dict) and [*members] == ["npy"]
-        stored_values = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
-        with torch.no_grad():
-            pixels = training_pixels(record, 32)[None]  # type: ignore[arg-type]
-            expected = model.encode(pixels).latent_dist.parameters[0]
-        np.testing.assert_allclose(stored_values, expected.numpy(), atol=1e-5)
+@pytest.mark.parametrize("mode", ["corrected", "legacy"])
+def test_each_sample_has_the_states_of_its_own_text_also_in_pairs(
+    own: Path, tiny_base: Path, tmp_path: Path, mode: Any
+) -> None:
+    config = paired(own, tiny_base, tmp_path / "none", pair_prob=0.8)
+    config = replace(
+        config, features=features(kinds=("text",)), model=replace(config.model, mode=mode)
+    )
+    make(config)
+    mixture = open_mixture(config, None)
+    parts = Parts(config, mixture)
+    read = texts(config, parts, mixture, 48)
+    plain = replace(config, features=features(use=False))
+    assert torch.equal(read, texts(plain, parts, mixture, 48))
+    assert len(read.unique(dim=0)) > 9  # eight samples, the empty text, and others of pairs
 
 
 def test_features_that_do_not_fit_are_not_used_and_the_log_says_why(
-    own: Path, people: Path, tiny_base: Path, tmp_path: Path
+    featured: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    config = paired(own, tiny_base, tmp_path / "run", keep_features=8)
-    make(config)
-    larger, listener = replace(config, resolution=64, output=str(tmp_path / "large")), Listener()
-    run(larger, listener)
-    text = next(text for text in listener.messages if "vae isn't used" in text)
-    assert "has resolution 32, this run needs 64" in text
-    assert any("image is read" in text for text in listener.messages)
+    config = paired(featured, tiny_base, tmp_path / "run")
 
-    listener = Listener()
-    other = replace(config, features=features("float16"), output=str(tmp_path / "half"))
-    run(other, listener)
-    text = next(text for text in listener.messages if "vae isn't used" in text)
-    assert "has dtype 'float32', this run needs 'float16'" in text
+    def answer(changed: TrainConfig, kind: str) -> str:
+        """What is said of a kind that isn't used; the kinds beside it are."""
+        sets, messages = opened(changed)
+        assert kind not in sets
+        return next(text for text in messages if f"{kind} isn't used" in text)
 
-    # the VAE has other weights
+    larger = replace(config, resolution=64)
+    assert "has resolution 32, this run needs 64" in answer(larger, "vae")
+    assert [*opened(larger)[0]] == ["image", "text"]
+    half = replace(config, features=features("float16"))
+    assert "has dtype 'float32', this run needs 'float16'" in answer(half, "vae")
+    legacy = replace(config, model=replace(config.model, mode="legacy"))
+    assert "has mode 'corrected', this run needs 'legacy'" in answer(legacy, "text")
+    assert [*opened(legacy)[0]] == ["vae"]
+
+    # other weights, and another tokenizer
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    file = next((base / "vae").glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    listener = Listener()
-    model = replace(config.model, base=str(base))
-    run(replace(config, model=model, output=str(tmp_path / "other")), listener)
-    assert "has encoder '" in next(t for t in listener.messages if "vae isn't used" in t)
-
-    run(replace(config, features=features(use=False)))
-    run(paired(people, tiny_base, tmp_path / "without", keep_features=8))
-    assert losses(tmp_path / "run") == losses(tmp_path / "without")
+    other = replace(config, model=replace(config.model, base=str(base)))
+    assert [*opened(other)[0]] == [*KINDS]  # wherever it is
+    for part, kind in (("vae", "vae"), ("text_encoder", "text")):
+        file = next((base / part).glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert "has encoder '" in answer(other, kind)
+    shutil.copytree(tiny_base / "text_encoder", base / "text_encoder", dirs_exist_ok=True)
+    assert "text" in opened(other)[0]
+    with (base / "tokenizer/tokenizer_config.json").open("a") as settings:
+        settings.write("\n")
+    assert "has tokenizer '" in answer(other, "text")
 
 
 def remove_a_sample(data: Path) -> str:
@@ -185,28 +187,59 @@ def test_features_of_a_shard_that_changed_are_removed_and_made_again(
     own: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     config = paired(own, tiny_base, tmp_path / "run", pair_prob=0)
-    folders = make(config)
+    folders = [folder_of(kind, own) for kind in KINDS]
     key = remove_a_sample(own)
     for folder in folders:
         assert not [*folder.glob("shards/fgid-000001.*")]
         assert not [p for p in folder.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
-    listener = Listener()
-    run(config, listener)
-    text = next(text for text in listener.messages if "vae isn't used" in text)
-    assert "has no features of the present samples of 1 of 3 shards" in text
+    sets, messages = opened(config)
+    assert not sets and len(messages) == len(KINDS)
+    for text in messages:
+        assert "has no features of the present samples of 1 of 3 shards" in text
 
     before = {path: path.read_bytes() for path in folders[0].glob("shards/*")}
     assert make(config) == folders
     for path, content in before.items():
         assert path.read_bytes() == content
-    listener = Listener()
-    run(replace(config, output=str(tmp_path / "again")), listener)
-    assert any("vae is read" in text for text in listener.messages)
+    assert [*opened(config)[0]] == [*KINDS]
+
+
+def test_a_changed_caption_makes_its_features_stale_even_if_they_are_put_back(
+    own: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = paired(own, tiny_base, tmp_path / "none")
+    before = Path(shutil.copytree(own / "features", tmp_path / "before"))
+    key = ShardSet(str(own)).key(0)
+    rewrite(own, lambda r: replace(r, caption="a poster") if r.key == key else r)
+    shutil.copytree(before, own / "features", dirs_exist_ok=True)
+    sets, messages = opened(config)
+    assert not sets
+    assert all("of the present samples of 1 of 3 shards" in text for text in messages)
+
+
+def test_states_of_other_tokens_than_a_samples_are_never_read(
+    people: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another version of the program, which didn't raise the kind's version, made them."""
+    own = Path(shutil.copytree(people, tmp_path / "data"))
+    config = paired(own, tiny_base, tmp_path / "none", pair_prob=0)
+    config = replace(config, features=features(kinds=("text",)))
+    with monkeypatch.context() as patch:
+        real = kinds.training_text
+        patch.setattr(kinds, "training_text", lambda caption, *rest: real(f"so {caption}", *rest))
+        make(config)
+    mixture = open_mixture(config, None)
+    parts = Parts(config, mixture)
+    maker = BatchMaker(mixture, mixture.order(3), parts.preparation, opened(config)[0])
+    batch = maker(range(8))
+    assert len(batch.bad) == 8 and batch.texts is None
+    assert "a text with other tokens" in batch.bad[0].reason
 
 
 def test_features_that_appear_during_a_run_are_refused_unless_they_are_accepted(
-    own: Path, tiny_base: Path, tmp_path: Path
+    people: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
+    own = Path(shutil.copytree(people, tmp_path / "data"))
     config = paired(own, tiny_base, tmp_path / "run", max_train_steps=2)
     run(config)
     make(config)
@@ -222,77 +255,24 @@ def test_features_that_appear_during_a_run_are_refused_unless_they_are_accepted(
     assert replay(tmp_path / "run", 1).equal
 
 
+@pytest.mark.parametrize("kind", ["vae", "text"])
 def test_a_damaged_feature_costs_its_sample_alone(
-    own: Path, tiny_base: Path, tmp_path: Path
+    own: Path, tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    config = paired(own, tiny_base, tmp_path / "run", pair_prob=0, max_bad_share=0.2)
-    vae, _ = make(config)
-    stored = ShardSet(str(vae))
-    place = stored.place(2)
-    with (vae / "shards" / place.tar).open("r+b") as tar:
+    config = paired(own, tiny_base, tmp_path / "run", pair_prob=0)
+    folder = folder_of(kind, own)
+    place = ShardSet(str(folder)).place(2)
+    with (folder / "shards" / place.tar).open("r+b") as tar:
         tar.seek(place.offset + place.size // 2)
         tar.write(b"spoiled")
-    run(config)
-    (line, *_) = read_lines(tmp_path / "run/skipped.jsonl")
-    assert line["key"] == place.key and "not those written" in line["reason"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Returns all files, of manifests what doesn't differ between equal runs."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for name in files:
-        if name.startswith("shards/") and name.endswith(".json"):
-            manifest = json.loads(files[name])
-            del manifest["run"]
-            files[name] = json.dumps(manifest).encode()
-    return files
-
-
-def test_a_killed_run_that_is_started_again_writes_the_same_bytes(
-    own: Path, people: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    undisturbed = make(paired(own, tiny_base, tmp_path / "none"))
-    other = Path(shutil.copytree(people, tmp_path / "other"))
-    command = [
-        *(sys.executable, "-m", "train.cli", "features", f"data={other}", "model.spec=tiny"),
-        *(f"model.base={tiny_base}", "model.device=cpu", "resolution=32"),
-        *("features.kinds=[vae,image]", "features.dtype=float32"),
-    ]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        while process.poll() is None and not [*other.glob("features/*/shards/*.json")]:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.wait()
-    shards = len([*other.glob("features/*/shards/*.json")])
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert 1 <= shards <= 6
-    for folder in undisturbed:
-        again = other / "features" / folder.name
-        assert contents(again) == contents(folder)
-
-
-def test_ray_writes_the_same_bytes(
-    own: Path, people: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    inline = make(paired(own, tiny_base, tmp_path / "none"))
-    other = Path(shutil.copytree(people, tmp_path / "other"))
-    config = paired(other, tiny_base, tmp_path / "none", features=features(executor="ray"))
-    for one, two in zip(inline, make(config), strict=True):
-        assert contents(one) == contents(two)
-
-
-def test_the_space_is_said_first_and_refused_if_there_is_too_little(
-    own: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, listener = paired(own, tiny_base, tmp_path / "none"), Steps()
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore[attr-defined]
-        with pytest.raises(ConfigError, match=r"the features need .* and the disk has 0 B free"):
-            make_features(config, listener)
-    assert "features: vae of 8 samples take up to" in listener.messages[0]
-    with pytest.raises(ConfigError, match=r"Set model\.base"):
-        make_features(replace(config, model=replace(config.model, base="")), listener)
-    with pytest.raises(ConfigError, match=r"no samples there"):
-        make_features(replace(config, data=sources(tmp_path / "empty")), listener)
+    if kind == "vae":
+        run(replace(config, max_bad_share=0.2))
+        (line, *_) = read_lines(tmp_path / "run/skipped.jsonl")
+        assert line["key"] == place.key and "not those written" in line["reason"]
+        return
+    mixture = open_mixture(config, None)
+    parts = Parts(config, mixture)
+    maker = BatchMaker(mixture, mixture.order(3), parts.preparation, opened(config)[0])
+    batch = maker(range(8))
+    assert [bad.key for bad in batch.bad] == [place.key]
+    assert "not those written" in batch.bad[0].reason

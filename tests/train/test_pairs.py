@@ -147,7 +147,7 @@ def test_a_bad_reference_makes_the_sample_bad_and_is_the_one_that_is_named(
     source = (DataSource(path=str(copy)),)
     mixture = Mixture(source, pair_prob=0.5)
     maker = BatchMaker(mixture, mixture.order(3), parts.preparation)
-    read = Fetched(dict(enumerate(mixture.records(range(8)))), {}, {})
+    read = Fetched(dict(enumerate(mixture.records(range(8)))), {}, {}, {})
     pairs = [(0, 2), (0, 4), (2, 0), (2, 2), (0, 0)]
     prepared = {pair: maker._prepare(pair, read) for pair in pairs}
     bad = {pair: each.bad and each.bad.key for pair, each in prepared.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from configs.training import ModelConfig, TrainConfig, ValidationConfig
 from model.forms import expected_state
 from model.spec import SPECS
 from tests.infer.helpers import TINY_XL, make_tiny_xl
-from tests.train.helpers import run, same, small, weights
+from tests.train.featured import features, losses, make
+from tests.train.helpers import Listener, run, same, small, weights
 from train.history import read_lines
 from train.trainer import Trainer
 
@@ -57,6 +59,22 @@ def test_a_run_starts_trains_and_resumes_to_the_same_weights(
     first, last = weights(tmp_path / "run/checkpoint-000002"), weights(straight.adapter)
     changed = [key for key, value in first.items() if not torch.equal(value, last[key])]
     assert len(changed) > 0.9 * len(first)
+
+
+def test_float32_features_of_both_text_encoders_give_the_bits_of_a_run_without(
+    data: Path, tiny_xl: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(data, tmp_path / "data"))
+    config = xl(own, tiny_xl, tmp_path / "cached", features=features(kinds=("text",)))
+    config = replace(config, keep_features=8)
+    [folder] = make(config)
+    listener = Listener()
+    run(config, listener)
+    assert any("features: text is read" in text for text in listener.messages)
+    run(replace(config, features=features(use=False), output=str(tmp_path / "plain")))
+    assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
+    settings = json.loads((folder / "features.json").read_text())
+    assert {"encoder", "encoder_2", "tokenizer", "tokenizer_2"} < settings.keys()
 
 
 def test_sizes_reach_the_unet(

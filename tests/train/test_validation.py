@@ -102,7 +102,7 @@ def test_features_are_read_and_portraits_still_drawn(
     import shutil
 
     own = Path(shutil.copytree(held_out, tmp_path / "data"))
-    features = FeaturesConfig(kinds=("vae", "image"), dtype="float32")
+    features = FeaturesConfig(kinds=("vae", "image", "text"), dtype="float32")
     config = validated(own, tiny_base, tmp_path / "run", features=features)
     make_features(config, Quiet())
     run(config)

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError, WeightsError
+from configs.errors import ConfigError
 from configs.training import TrainConfig
 from model.base import base_path
 from model.conditions import photo_images
@@ -26,17 +26,16 @@ from model.consistentid import (
     load_model,
 )
 from model.pixels import clip_normalised, training_image, vae_pixels
-from model.spec import spec_named
+from model.prompt import add_marks, training_text
+from model.spec import TOKEN_LIMIT, spec_named
+from model.tokens import text_tokens
+from stages.codec import decode_labels
 from stages.record import Record
-from stages.regions import MAX_REGIONS
+from stages.regions import MAX_REGIONS, region_masks
+from train.features.encoders import encoder_digest, encoder_folder, read_config, tokenizer_digest
+from train.texts import TextStates, text_ids, text_states
 
 MEMBER: Final = "npy"  # ending of a sample's file
-_CONFIG: Final = "config.json"
-# names of an encoder's weights, in the order in which the libraries look for them
-_WEIGHTS: Final = (
-    *("diffusion_pytorch_model*.safetensors", "model*.safetensors"),
-    *("diffusion_pytorch_model*.bin", "pytorch_model*.bin"),
-)
 
 
 class Kind(ABC):
@@ -57,7 +56,16 @@ class Kind(ABC):
                 f"model.spec={self.spec.name} has no base model of its own, so features can't be "
                 "computed before a run has made one. Set model.base to its folder."
             )
-        self.dtype = np.dtype(config.features.dtype)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the array that is stored of a sample."""
+        return np.dtype(self.config.features.dtype)
+
+    @property
+    def use(self) -> str:
+        """For what training still runs the encoder, for people."""
+        return "its encoder doesn't run"
 
     @property
     @abstractmethod
@@ -79,11 +87,11 @@ class Kind(ABC):
         """Returns the encoder in float32."""
 
     @abstractmethod
-    def encode(self, encoder: Any, records: Sequence[Record], device: str) -> list[Tensor]:
-        """Returns the features of each record, float32 on the CPU."""
+    def encode(self, encoder: Any, records: Sequence[Record], device: str) -> list[Any]:
+        """Returns the features of each record, with float32 states on the CPU."""
 
-    def _loaded(self, kind: Any, device: str) -> Any:
-        root, folder = self.place
+    def _loaded(self, kind: Any, place: tuple[str, str], device: str) -> Any:
+        root, folder = place
         model = load_model(kind, root, subfolder=folder, dtype=torch.float32)
         model.requires_grad_(False).eval()
         copy_weights(model)
@@ -95,7 +103,7 @@ class Kind(ABC):
         return {
             "kind": self.name,
             "version": self.version,
-            "dtype": str(self.dtype),
+            "dtype": self.config.features.dtype,
             "encoder": encoder_digest(*self.place),
             **self.settings,
         }
@@ -106,9 +114,14 @@ class Kind(ABC):
         text = json.dumps(self.description, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-    def stored(self, features: Tensor) -> npt.NDArray[Any]:
-        """Returns a sample's features as they are stored."""
-        return features.numpy().astype(self.dtype)
+    def stored(self, features: Any) -> npt.NDArray[Any]:
+        """Returns a sample's features, as `encode` returns them, as they are stored."""
+        values: npt.NDArray[Any] = features.numpy().astype(self.dtype)
+        return values
+
+    def restored(self, stored: npt.NDArray[Any]) -> Any:
+        """Returns stored features as training reads them."""
+        return torch.from_numpy(stored)
 
     def check(self, stored: npt.NDArray[Any]) -> None:
         """Raises ValueError for an array that can't be a sample's stored features."""
@@ -144,7 +157,7 @@ class VaeKind(Kind):
     def load(self, device: str) -> Any:
         import diffusers
 
-        return self._loaded(diffusers.AutoencoderKL, device)
+        return self._loaded(diffusers.AutoencoderKL, self.place, device)
 
     @torch.no_grad()
     def encode(self, encoder: Any, records: Sequence[Record], device: str) -> list[Tensor]:
@@ -191,7 +204,7 @@ class ImageKind(Kind):
     def load(self, device: str) -> Any:
         import transformers
 
-        return self._loaded(transformers.CLIPVisionModelWithProjection, device)
+        return self._loaded(transformers.CLIPVisionModelWithProjection, self.place, device)
 
     @torch.no_grad()
     def encode(self, encoder: Any, records: Sequence[Record], device: str) -> list[Tensor]:
@@ -215,58 +228,104 @@ class ImageKind(Kind):
         return [*torch.split(hidden, counts)]
 
 
-KINDS: Final[dict[str, type[Kind]]] = {kind.name: kind for kind in (VaeKind, ImageKind)}
+class TextKind(Kind):
+    """A text's row (train/texts.py), and the ids that it was computed of: those of the sample's own
+    captions and regions.
 
-
-def encoder_folder(root: str, folder: str) -> Path:
-    """Returns the local folder of an encoder: that of a hub id is downloaded. Raises WeightsError
-    if it can't be.
+    With pairs, a region that the reference lacks may change the text, and so may a prompt. Training
+    compares the ids, and encodes such a text.
     """
-    if Path(root).is_dir():
-        return Path(root, folder)
-    from huggingface_hub import snapshot_download
 
-    inside = f"{folder}/" if folder else ""
-    try:
-        for weights in (_WEIGHTS[:2], _WEIGHTS[2:]):
-            names = [f"{inside}{name}" for name in (_CONFIG, *weights)]
-            path = Path(snapshot_download(root, allow_patterns=names), folder)
-            if any(_weights_in(path)):
-                return path
-        raise OSError("it has no weights in safetensors or PyTorch's form")
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"the encoder {root}/{folder} can't be downloaded ({error}). Name a folder in "
-            "diffusers' layout, or a hub id (which needs a network)."
-        ) from error
+    name = "text"
+
+    @property
+    def use(self) -> str:
+        if self.config.pair_prob:
+            return "its encoders run for pairs with another text, as of fewer regions"
+        return "its encoders don't run"
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.base, "text_encoder"
+
+    @property
+    def _second(self) -> tuple[str, str]:
+        return self.base, "text_encoder_2"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        settings = {
+            "spec": self.spec.name,
+            "mode": self.config.model.mode,
+            "tokenizer": tokenizer_digest(self.base, "tokenizer"),
+        }
+        if self.spec.two_text_encoders:
+            settings["encoder_2"] = encoder_digest(*self._second)
+            settings["tokenizer_2"] = tokenizer_digest(self.base, "tokenizer_2")
+        return settings
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        import transformers
+
+        width, pooled = 0, 0
+        for place in (self.place, self._second) if self.spec.two_text_encoders else (self.place,):
+            config = transformers.CLIPTextConfig.from_pretrained(encoder_folder(*place))
+            width += config.hidden_size
+            pooled = config.projection_dim if place == self._second else 0
+        states = (TOKEN_LIMIT * width + pooled,)
+        ids = ("ids", "<i4", (2, TOKEN_LIMIT))
+        return np.dtype([ids, ("states", self.config.features.dtype, states)])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def load(self, device: str) -> Any:
+        import transformers
+
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(self.base, subfolder="tokenizer")
+        encoders = SimpleNamespace(
+            tokenizer=add_marks(tokenizer),
+            tokenizer_2=None,
+            text_encoder=self._loaded(transformers.CLIPTextModel, self.place, device),
+            text_encoder_2=None,
+        )
+        if self.spec.two_text_encoders:
+            kind = transformers.CLIPTextModelWithProjection
+            encoders.text_encoder_2 = self._loaded(kind, self._second, device)
+            encoders.tokenizer_2 = transformers.CLIPTokenizer.from_pretrained(
+                self.base, subfolder="tokenizer_2"
+            )
+        return encoders
+
+    def encode(self, encoder: Any, records: Sequence[Record], device: str) -> list[TextStates]:
+        ids = torch.stack(
+            [self._ids(record, encoder.tokenizer, encoder.tokenizer_2) for record in records]
+        )
+        states = text_states(encoder, ids.to(device)).float().cpu()
+        return [TextStates(*each) for each in zip(ids, states, strict=True)]
+
+    def _ids(self, record: Record, tokenizer: Any, tokenizer_2: Any) -> Tensor:
+        """Returns the ids that training reads of a sample without a pair, (2, 77)."""
+        mode = self.config.model.mode
+        text = training_text(
+            record.caption,
+            record.face_caption,
+            tuple(region_masks(decode_labels(record.parsing), mode)),
+            tokenizer,
+            self.spec,
+            mode,
+        )
+        tokens = text_tokens(text, tokenizer, mode, tokenizer_2)
+        return text_ids(tokens.input_ids, tokens.input_ids_2)
+
+    def stored(self, features: TextStates) -> npt.NDArray[Any]:
+        return np.array((features.ids.numpy(), features.states.numpy()), self.dtype)
+
+    def restored(self, stored: npt.NDArray[Any]) -> TextStates:
+        ids, states = (np.ascontiguousarray(stored[name]) for name in ("ids", "states"))
+        return TextStates(torch.from_numpy(ids).long(), torch.from_numpy(states))
 
 
-def read_config(root: str, folder: str) -> dict[str, Any]:
-    """Returns an encoder's config.json. Raises WeightsError if it can't be read."""
-    path = encoder_folder(root, folder) / _CONFIG
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path} can't be read ({error}). Name a base in diffusers' layout."
-        ) from error
-    return values
-
-
-def encoder_digest(root: str, folder: str) -> str:
-    """Returns a digest of an encoder's weights and configuration."""
-    path, digest = encoder_folder(root, folder), hashlib.sha256()
-    for file in (path / _CONFIG, *_weights_in(path)):
-        with file.open("rb") as stream:
-            line = f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
-def _weights_in(path: Path) -> list[Path]:
-    """Returns the files of weights that are loaded, without variants such as fp16."""
-    for pattern in _WEIGHTS:
-        files = [file for file in sorted(path.glob(pattern)) if ".fp16" not in file.name]
-        if files:
-            return files
-    return []
+KINDS: Final[dict[str, type[Kind]]] = {kind.name: kind for kind in (VaeKind, ImageKind, TextKind)}

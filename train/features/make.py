@@ -82,8 +82,7 @@ class FeatureStage(Stage):
         except (ValueError, OSError) as error:  # Pillow's errors are OSErrors
             keys = ", ".join(record.key for record in records)
             raise ShardError(
-                f"an image of {keys} can't be encoded ({error}). `lint` says whether the data set "
-                "is damaged."
+                f"{keys} can't be encoded ({error}). `lint` says whether the data set is damaged."
             ) from error
         return [
             replace(record, image=_npy(self._kind.stored(features)))

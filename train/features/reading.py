@@ -47,13 +47,11 @@ class FeatureSet:
         """Returns zeros of the shape and type of a sample's features."""
         return torch.from_numpy(np.zeros(self.kind.shape, self.kind.dtype))
 
-    def read(
-        self, numbers: Sequence[int], *, verify: bool = True
-    ) -> dict[int, Tensor | ShardError]:
-        """Returns number → features of those samples; for a damaged one, the error. Raises
-        ShardError if a tar is missing.
+    def read(self, numbers: Sequence[int], *, verify: bool = True) -> dict[int, Any]:
+        """Returns number → features of those samples, as `Kind.restored` returns them; for a
+        damaged one, a ShardError. Raises ShardError if a tar is missing.
         """
-        features: dict[int, Tensor | ShardError] = {}
+        features: dict[int, Any] = {}
         by_part: dict[int, list[tuple[int, int]]] = {}
         for number in numbers:
             part, key = self.mixture.source_of(number)
@@ -69,14 +67,14 @@ class FeatureSet:
                 features[number] = self._parsed(members, self.parts[part].data)
         return features
 
-    def _parsed(self, members: dict[str, bytes] | ShardError, place: str) -> Tensor | ShardError:
+    def _parsed(self, members: dict[str, bytes] | ShardError, place: str) -> Any:
         if isinstance(members, ShardError):
             return ShardError(f"{str(members).partition('. ')[0]}. {_REMAKE}")
         try:
             with PARSING:
                 values = np.load(io.BytesIO(members[MEMBER]), allow_pickle=False)
             self.kind.check(values)
-            return torch.from_numpy(values)
+            return self.kind.restored(values)
         except (*DAMAGED, OSError) as error:
             return ShardError(f"{place}: features can't be read ({error}). {_REMAKE}")
 
@@ -110,7 +108,7 @@ def open_features(
         sets_by_kind[name] = FeatureSet(kind, f"{kind.folder}@{contents[:8]}", mixture, tuple(sets))
         message(
             f"features: {name} is read ({config.features.dtype}, up to "
-            f"{kind.bytes_per_sample:,} bytes a sample), and its encoder doesn't run"
+            f"{kind.bytes_per_sample:,} bytes a sample), and {kind.use}"
         )
     return sets_by_kind
 
