@@ -70,7 +70,7 @@ class Frozen:
 
     noise_schedule: a DDPMScheduler. zero_hidden: (1, N, V), the image encoder's states of a zero
     image. hidden: CLIP-normalised images (N, 3, S, S) → the image encoder's states (N, tokens, V).
-    moments: images (N, 3, R, R) → mean and log variance of the VAE's posterior (N, 8, h, w).
+    moments: images (N, 3, H, W) → mean and log variance of the VAE's posterior (N, 8, h, w).
     """
 
     base: BaseModels

@@ -25,18 +25,21 @@ from configs.training import FeaturesConfig, TrainConfig
 from pipelines.takedown import by_source, take_down
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.train.helpers import Listener, keys, run, same, small, sources, weights, with_people
+from tests.train.helpers import (
+    Listener,
+    Steps,
+    keys,
+    run,
+    same,
+    small,
+    sources,
+    weights,
+    with_people,
+)
 from train.features.make import make_features
 from train.history import read_lines
 from train.replay import replay
 from train.shards import ShardSet
-
-
-class Steps(Listener):
-    """A listener that is told of features too."""
-
-    def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None:
-        self.messages.append(f"{name} {step} {total}")
 
 
 def features(dtype: Any = "float32", **changes: Any) -> FeaturesConfig:
