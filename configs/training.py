@@ -9,6 +9,7 @@ from typing import Final, Literal
 from configs.common import ALONE, PlacementConfig, WeightsConfig
 from configs.common import check as _check
 from configs.errors import ConfigError
+from configs.ray_train import RayTrainConfig
 from configs.schema import RayConfig
 
 Part = Literal["projector", "facial_encoder", "identity_kv", "lora"]
@@ -248,30 +249,6 @@ class FeaturesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayTrainConfig:
-    """Training on a Ray cluster, with Ray Train."""
-
-    # host:port, auto (the cluster that this node belongs to), local (a new one); "": without Ray
-    address: str = ""
-    workers: int = 0  # processes that train; 0: as many as fit into the cluster
-    cpus: float = 1.0  # that each reserves, for itself and the processes that read samples
-    gpus: int = 1  # 1: each trains on a GPU; 0: on CPUs
-    storage_path: str = ""  # of Ray Train's own files, a folder or fsspec URL; "": OUTPUT/ray
-    max_failures: int = 3  # how often all workers are started again after one of them died
-
-    def __post_init__(self) -> None:
-        _check(self.workers >= 0, f"ray.workers={self.workers}: expected at least 0")
-        _check(self.cpus > 0, f"ray.cpus={self.cpus}: expected more than 0")
-        _check(
-            self.gpus in (0, 1), f"ray.gpus={self.gpus}: expected 0 or 1, since a process uses one"
-        )
-        _check(
-            self.max_failures >= 0,
-            f"ray.max_failures={self.max_failures}: expected at least 0",
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """The settings of `python -m train.cli run`."""
 
@@ -294,6 +271,9 @@ class TrainConfig:
     adapter: str = ""
     # pixels, a multiple of what the base's VAE and UNet scale by together: 64 for Stable Diffusion
     resolution: int = 512
+    # images are cropped to the nearest of several aspect ratios, which have about as many pixels as
+    # the square of `resolution`, in place of that square; all samples of a step have one shape
+    buckets: bool = False
     global_batch_size: int = 16  # samples of a step, over all processes, as in the paper
     # most samples that a process takes through the model together; what is left of its share of
     # the global batch follows in further micro-batches before the weights change
@@ -365,6 +345,11 @@ class TrainConfig:
         _check(0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share}: expected 0 to 1")
         _check(0 <= self.pair_prob <= 1, f"pair_prob={self.pair_prob}: expected 0 to 1")
         _check_sources(self.data)
+        _check(
+            not self.buckets or self.compile == "no",
+            f"compile={self.compile}: with buckets=true, shapes change from step to step, and what "
+            "is compiled would depend on their order. Set compile=no, or buckets=false.",
+        )
         self._check_parts()
 
     @property

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.pixels import FOREGROUND, clip_image, clip_normalised, packed_masks, unpacked_masks
+from model.pixels import FOREGROUND, Size, clip_image, clip_normalised, packed_masks, unpacked_masks
 from model.prompt import MarkedText, inference_text, training_text
 from model.spec import ModelSpec
 from model.tokens import SECOND_PAD, empty_ids, text_tokens
@@ -58,18 +58,19 @@ class _AsRead:
 
     @property
     def region_masks(self) -> Tensor:
-        """The regions' masks, (5, R, R), 0 or 1."""
+        """The regions' masks, (5, H, W), 0 or 1."""
         return unpacked_masks(self.masks)[0]
 
     @property
     def foreground(self) -> Tensor:
-        """The foreground's mask, (R, R), 0 or 1."""
+        """The foreground's mask, (H, W), 0 or 1."""
         return unpacked_masks(self.masks)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions(_AsRead):
-    """The inputs of one sample. R = resolution, S = input side of the image encoder, in pixels.
+    """The inputs of one sample. H, W = sides of the training image, S = input side of the image
+    encoder, in pixels.
 
     Up to five regions get a slot; slot i is entry i of every tensor with a leading 5.
 
@@ -81,7 +82,7 @@ class Conditions(_AsRead):
     token_idx: (5,) int64, position of each slot's noun. token_valid: (5,) bool, whether the slot
     is used; where it is False, the slot's image isn't shown.
     photo: (3, S, S) uint8. has_photo: () bool, whether it is shown to the image encoder.
-    region_images: (5, 3, S, S) uint8. masks: (R, R) uint8, see `model.pixels`.
+    region_images: (5, 3, S, S) uint8. masks: (H, W) uint8, see `model.pixels`.
     identity: (512,) float32, unit norm.
     """
 
@@ -167,7 +168,7 @@ def build_conditions(
     mode: Mode,
     *,
     prompt: str | None = None,
-    resolution: int,
+    resolution: int | Size,
     tokenizer_2: Any = None,
     reference: Record | None = None,
     images: bool = True,
@@ -176,11 +177,11 @@ def build_conditions(
 
     prompt: the user's prompt; None builds the conditions of a training sample, whose text is the
     record's captions. tokenizer: a CLIP tokenizer with the marks added (`model.prompt.add_marks`).
-    tokenizer_2: SDXL's second one, read in legacy mode only. resolution: side of the masks, in
-    pixels. reference: a record of the same person. Then photograph, region images and identity are
-    the reference's, text and masks the record's, and a region that one of the two lacks has no
-    slot. images: make photograph and region images, for the image encoder; without, they have no
-    pixels. Raises ValueError if one of the records lacks one of the three.
+    tokenizer_2: SDXL's second one, read in legacy mode only. resolution: of the masks, see
+    `model.pixels.sides`. reference: a record of the same person. Then photograph, region images and
+    identity are the reference's, text and masks the record's, and a region that one of the two
+    lacks has no slot. images: make photograph and region images, for the image encoder; without,
+    they have no pixels. Raises ValueError if one of the records lacks one of the three.
     """
     photo, labels, identity = _decode(record)
     masks = shown_masks = region_masks(labels, mode)

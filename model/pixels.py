@@ -23,6 +23,7 @@ from stages.regions import MAX_REGIONS, Mask, Mode
 # of the images that CLIP was trained on: mean and standard deviation of red, green and blue
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+Size = tuple[int, int]  # width and height, in pixels
 FOREGROUND: Final = MAX_REGIONS  # its bit in a mask's byte; a region's bit is its slot
 
 
@@ -52,10 +53,15 @@ def clip_normalised(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def training_image(record: Record, resolution: int) -> Tensor:
-    """Returns the training image, (3, R, R) uint8.
+def sides(resolution: int | Size) -> Size:
+    """Returns width and height. resolution: these, or the side of a square."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
-    The short side is scaled to R and the centre is cropped, in the same way as for the masks.
+
+def training_image(record: Record, resolution: int | Size) -> Tensor:
+    """Returns the training image, (3, H, W) uint8. resolution: see `sides`.
+
+    It is scaled to cover that size and the centre is cropped, in the same way as for the masks.
     """
     with Image.open(io.BytesIO(record.image)) as file:
         image = _centre_crop(file.convert("RGB"), resolution)
@@ -63,34 +69,35 @@ def training_image(record: Record, resolution: int) -> Tensor:
 
 
 def vae_pixels(images: Tensor) -> Tensor:
-    """Returns what the VAE reads of images (…, 3, R, R) uint8: float32 in [-1, 1]."""
+    """Returns what the VAE reads of images (…, 3, H, W) uint8: float32 in [-1, 1]."""
     return images.float() / 127.5 - 1.0
 
 
-def training_pixels(record: Record, resolution: int) -> Tensor:
-    """Returns the training image as the VAE reads it, (3, R, R) in [-1, 1]."""
+def training_pixels(record: Record, resolution: int | Size) -> Tensor:
+    """Returns the training image as the VAE reads it, (3, H, W) in [-1, 1]."""
     return vae_pixels(training_image(record, resolution))
 
 
-def packed_masks(slots: Sequence[Mask], foreground: Mask, side: int) -> Tensor:
-    """Returns the masks, cropped like the training image, (side, side) uint8."""
-    bits = np.zeros((side, side), np.uint8)
+def packed_masks(slots: Sequence[Mask], foreground: Mask, resolution: int | Size) -> Tensor:
+    """Returns the masks, cropped like the training image, (H, W) uint8."""
+    width, height = sides(resolution)
+    bits = np.zeros((height, width), np.uint8)
     for bit, mask in [*enumerate(slots), (FOREGROUND, foreground)]:
-        image = _centre_crop(Image.fromarray(mask.astype(np.uint8) * 255), side)
+        image = _centre_crop(Image.fromarray(mask.astype(np.uint8) * 255), resolution)
         bits |= (np.asarray(image) > 127).astype(np.uint8) << np.uint8(bit)
     return torch.from_numpy(bits)
 
 
 def unpacked_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the masks of the slots (…, 5, R, R) and of the foreground (…, R, R), 0 or 1, of
-    packed ones (…, R, R).
+    """Returns the masks of the slots (…, 5, H, W) and of the foreground (…, H, W), 0 or 1, of
+    packed ones (…, H, W).
     """
     bits = torch.arange(FOREGROUND + 1, dtype=torch.uint8, device=masks.device)
     unpacked = ((masks[..., None, :, :] >> bits.view(-1, 1, 1)) & 1).float()
     return unpacked[..., :FOREGROUND, :, :], unpacked[..., FOREGROUND, :, :]
 
 
-def size_condition(record: Record, resolution: int, mode: Mode) -> Tensor:
+def size_condition(record: Record, resolution: int | Size, mode: Mode) -> Tensor:
     """Returns SDXL's conditioning on sizes for a record's training image, (6,) int64: height and
     width of the source's image, top and left of the crop in the scaled image, height and width of
     the crop (Podell et al. 2023, arXiv 2307.01952, section 2.2).
@@ -101,18 +108,27 @@ def size_condition(record: Record, resolution: int, mode: Mode) -> Tensor:
     _, (left, top) = _crop(record.width, record.height, resolution)
     corner = (0, 0) if mode == "legacy" else (top, left)
     source = record.source_height or record.height, record.source_width or record.width
-    return torch.tensor([*source, *corner, resolution, resolution])
+    width, height = sides(resolution)
+    return torch.tensor([*source, *corner, height, width])
 
 
-def _centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """Scales the short side to `side` pixels, then crops the centre square."""
-    size, (left, top) = _crop(*image.size, side)
+def fixed_size_condition(resolution: int | Size) -> Tensor:
+    """Returns SDXL's conditioning on sizes for an image that isn't cropped, (6,) int64."""
+    width, height = sides(resolution)
+    return torch.tensor([height, width, 0, 0, height, width])
+
+
+def _centre_crop(image: Image.Image, resolution: int | Size) -> Image.Image:
+    """Scales the image until it covers a size, then crops the centre."""
+    size, (left, top) = _crop(*image.size, resolution)
+    width, height = sides(resolution)
     resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + side, top + side))
+    return resized.crop((left, top, left + width, top + height))
 
 
-def _crop(width: int, height: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns width and height of the scaled image, and left and top of the centre square."""
-    scale = side / min(width, height)
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    return size, ((size[0] - side) // 2, (size[1] - side) // 2)
+def _crop(width: int, height: int, resolution: int | Size) -> tuple[Size, tuple[int, int]]:
+    """Returns width and height of the scaled image, and left and top of its centre."""
+    across, down = sides(resolution)
+    scale = max(across / width, down / height)
+    size = max(across, round(width * scale)), max(down, round(height * scale))
+    return size, ((size[0] - across) // 2, (size[1] - down) // 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.errors import ShardError
 from model.conditions import Conditions, build_conditions, collate, drop_conditions, drop_regions
-from model.pixels import size_condition, training_image
+from model.pixels import Size, fixed_size_condition, sides, size_condition, training_image
 from model.spec import TOKEN_LIMIT, ModelSpec
 from model.tokens import SECOND_PAD, empty_ids
 from stages.record import IDENTITY_DIM, Record
@@ -21,7 +21,7 @@ from train import draws
 from train.data import Preparation
 from train.features.reading import FeatureSet
 from train.mixture import Mixture
-from train.order import SampleOrder
+from train.order import Order as RunOrder
 from train.packing import BadSample, PackedBatch, packed
 from train.texts import TextStates, empty_text_ids, text_ids
 
@@ -37,7 +37,7 @@ Pair = tuple[int, int]
 
 
 class Prepared(NamedTuple):
-    """A sample as it is cached. pixels: its image, (3, R, R) uint8. sizes: (6,) int64, see
+    """A sample as it is cached. pixels: its image, (3, H, W) uint8. sizes: (6,) int64, see
     `model.pixels.size_condition`. moments: features of the image, (8, h, w). hidden: features of
     the images for the image encoder, (1 + slots, tokens, V): of the photograph and of each slot.
     text: features of the text, (77 · C + P,); None if they aren't read, or are of another text.
@@ -95,7 +95,7 @@ class BatchMaker:
     ) -> None:
         self._mixture, self._order, self._preparation = mixture, order, preparation
         self._features = features or {}
-        self._pairs = references or mixture.pairs(cast(SampleOrder, order))
+        self._pairs = references or mixture.pairs(cast(RunOrder, order))
         self._cache: dict[Pair, Prepared] = {}
         self._empty_text = empty_text_ids(preparation.tokenizer)
 
@@ -188,10 +188,11 @@ class BatchMaker:
 
     def _blank(self, number: int, *, bad: int, reason: str) -> Prepared:
         prep, mixture = self._preparation, self._mixture
+        width, height = size = prep.size(number)
         conditions = blank_conditions(
-            prep.tokenizer, prep.spec, key=mixture.key(number), resolution=prep.resolution
+            prep.tokenizer, prep.spec, key=mixture.key(number), resolution=size
         )
-        image = torch.zeros(3, prep.resolution, prep.resolution, dtype=torch.uint8)
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
         fault = BadSample(mixture.key(bad), mixture.shard_of(bad), reason)
         moments = hidden = None
         if "vae" in self._features:
@@ -201,35 +202,36 @@ class BatchMaker:
             images = empty.expand(MAX_REGIONS, -1, -1, -1)
             conditions = replace(conditions, photo=empty, region_images=images)
             hidden = torch.zeros(0)  # a blank sample shows none
-        sizes = _fixed_sizes(prep.resolution)
+        sizes = fixed_size_condition(size)
         return Prepared(conditions, image, sizes, moments, hidden, bad=fault)
 
     def _build(self, pair: Pair, fetched: Fetched) -> Prepared:
         prep, (number, shown) = self._preparation, pair
         record = _usable(fetched.records[number])
+        size = prep.size(number)
         reference = None if shown == number else _usable(fetched.records[shown])
         conditions = build_conditions(
             record,
             prep.tokenizer,
             prep.spec,
             prep.mode,
-            resolution=prep.resolution,
+            resolution=size,
             prompt=prep.prompt,
             tokenizer_2=prep.tokenizer_2,
             reference=reference,
             images="image" not in self._features,
         )
         sizes = (
-            size_condition(record, prep.resolution, prep.mode)
+            size_condition(record, size, prep.mode)
             if prep.true_sizes
-            else _fixed_sizes(prep.resolution)
+            else fixed_size_condition(size)
         )
         moments = hidden = None
         if "vae" in self._features:
             moments = _usable_features(fetched.moments[number])
             pixels = torch.zeros(3, 0, 0, dtype=torch.uint8)
         else:
-            pixels = training_image(record, prep.resolution)
+            pixels = training_image(record, size)
         if "image" in self._features:
             hidden = _slots(_usable_features(fetched.hidden[shown]), conditions)
         text = None
@@ -277,11 +279,6 @@ def _usable_features(features: AnyFeatures | ShardError) -> AnyFeatures:
     return features
 
 
-def _fixed_sizes(resolution: int) -> Tensor:
-    """Returns the conditioning of an image that isn't cropped."""
-    return torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
-
-
 def _usable(record: Record | ShardError) -> Record:
     """Returns the record. Raises the error in its place, or ValueError for an identity that is not
     a finite vector of unit norm.
@@ -295,11 +292,14 @@ def _usable(record: Record | ShardError) -> Record:
     return record
 
 
-def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: int) -> Conditions:
+def blank_conditions(
+    tokenizer: Any, spec: ModelSpec, *, key: str, resolution: int | Size
+) -> Conditions:
     """Returns the conditions of a sample without text, regions and identity: all its tensors are
     zero, except for the token ids. It takes the place of one that can't be read.
     """
     image = torch.zeros(3, spec.vision_size, spec.vision_size, dtype=torch.uint8)
+    width, height = sides(resolution)
     return Conditions(
         key=key,
         text="",
@@ -314,6 +314,6 @@ def blank_conditions(tokenizer: Any, spec: ModelSpec, *, key: str, resolution: i
         photo=image,
         has_photo=torch.tensor(False),
         region_images=image.expand(MAX_REGIONS, -1, -1, -1),
-        masks=torch.zeros(resolution, resolution, dtype=torch.uint8),
+        masks=torch.zeros(height, width, dtype=torch.uint8),
         identity=torch.zeros(IDENTITY_DIM),
     )

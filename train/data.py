@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from model.conditions import DropRates
-from model.pixels import clip_normalised, unpacked_masks, vae_pixels
+from model.pixels import Size, clip_normalised, sides, unpacked_masks, vae_pixels
 from model.spec import ModelSpec
 from stages.regions import Mode
 from train import draws
+from train.buckets import Buckets
 from train.packing import IMAGES, PackedBatch
 from train.texts import text_ids
 
@@ -27,7 +28,7 @@ class TrainBatch:
     except in pairs.
 
     valid: (B,) bool, False for a blank sample in the place of one that can't be read.
-    pixels: (B, 3, R, R) in [-1, 1], the images to learn.
+    pixels: (B, 3, H, W) in [-1, 1], the images to learn.
     clip_images: (n, 3, S, S), the CLIP-normalised images that are not zero; image_rows: (n,)
     int64, their rows among 6·B, which are for each sample the photograph and its five regions.
     image_names, pixel_names: for each of clip_images and of pixels, a name that images of other
@@ -77,8 +78,9 @@ class TrainBatch:
 class Preparation:
     """What turns records into micro-batches.
 
-    resolution: side of the training images, in pixels. latent_shape: (4, h, w). timesteps: number
-    of the noise schedule's. noise_offset, input_perturbation: see configs.training.LossConfig.
+    resolution: side of the training images, in pixels, if they aren't in buckets. latent_channels,
+    vae_factor: of the latents, and how many pixels' side one of theirs has. timesteps: number of
+    the noise schedule's. noise_offset, input_perturbation: see configs.training.LossConfig.
     true_sizes: SDXL's conditioning on sizes is that of each sample. cache_size: number of prepared
     samples and pairs, the first ones read, that stay in memory, for small data sets with many
     epochs. verify: compare samples with their digests. prompt: the text in place of captions.
@@ -88,7 +90,8 @@ class Preparation:
     spec: ModelSpec
     mode: Mode
     resolution: int
-    latent_shape: tuple[int, int, int]
+    latent_channels: int
+    vae_factor: int
     timesteps: int
     drop: DropRates
     seed: int
@@ -99,6 +102,11 @@ class Preparation:
     cache_size: int = 0
     verify: bool = True
     prompt: str | None = None
+    buckets: Buckets | None = None
+
+    def size(self, number: int) -> Size:
+        """Returns width and height of a sample's training image, in pixels."""
+        return sides(self.resolution) if self.buckets is None else self.buckets.size(number)
 
 
 def unpacked(
@@ -109,7 +117,8 @@ def unpacked(
     Nothing is copied with a plain `to`, which would wait for all that the GPU still has to do.
     """
     positions = range(batch.position, batch.position + len(batch.keys))
-    shape, seed = preparation.latent_shape, preparation.seed
+    height, width = (side // preparation.vae_factor for side in batch.masks.shape[-2:])
+    shape, seed = (preparation.latent_channels, height, width), preparation.seed
     normal = {
         name: torch.stack([draws.normal(shape, seed, name, position) for position in positions])
         for name in ("latent_noise", "noise")
@@ -148,7 +157,7 @@ def unpacked(
         image_rows=moved.image_rows,
         image_names=tuple((pairs[sample], image) for sample, image in places),
         pixel_names=tuple(
-            key if valid else None
+            (key, *batch.masks.shape[-2:]) if valid else None
             for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True)
         ),
         sizes=moved.sizes,

@@ -6,6 +6,7 @@ The file has one record batch with a row for each sample, so each column is one 
     offset, size         of its part of the tar, in bytes
     sha256               of these bytes; zeros: unknown
     identity             a number for the person shown; -1: the data set doesn't say
+    width, height        of its image, in pixels
     by_key, by_identity  sorted: a digest of the key, or the identity, in the upper bits, and the
                          sample's number in the lower ones
 
@@ -32,7 +33,7 @@ from stages.storage.manifest import Manifest
 from stages.storage.reader import SamplePlace
 from stages.storage.store import Store
 
-FORMAT: Final = 1  # rises with each change of the file's layout
+FORMAT: Final = 2  # rises with each change of the file's layout
 NO_IDENTITY: Final = -1
 _DIGEST_BYTES: Final = 32
 _TYPES: Final = {
@@ -40,9 +41,12 @@ _TYPES: Final = {
     "size": pa.int64(),
     "sha256": pa.binary(_DIGEST_BYTES),
     "identity": pa.int64(),
+    "width": pa.int32(),
+    "height": pa.int32(),
     "by_key": pa.uint64(),
     "by_identity": pa.uint64(),
 }
+_SIZES: Final = ("width", "height")
 _SLICE: Final = 50_000  # keys that are converted at a time
 
 
@@ -51,7 +55,7 @@ class ShardSamples:
     """The n samples of a shard to be indexed, in the order of its tar.
 
     offset, size: (n,) int64, bytes. sha256: (n, 32) uint8, zeros if unknown. identity: (n,) int64,
-    0 up to 2**63, or -1.
+    0 up to 2**63, or -1. width, height: (n,) int32, pixels of the image.
     """
 
     manifest: Manifest
@@ -60,6 +64,8 @@ class ShardSamples:
     size: Any
     sha256: Any
     identity: Any
+    width: Any
+    height: Any
 
 
 class SampleIndex:
@@ -76,7 +82,7 @@ class SampleIndex:
         self.tars: Final[list[str]] = metadata["tars"]
         self._first: Final[list[int]] = metadata["first"]  # number of each tar's first sample
         self._keys = batch.column("key")
-        numbers = ("offset", "size", "identity", "by_key", "by_identity")
+        numbers = [name for name in batch.schema.names if name in _TYPES and name != "sha256"]
         self._values = {name: batch.column(name).to_numpy() for name in numbers}
         digests = batch.column("sha256").buffers()[1]
         self._sha256 = np.frombuffer(digests, np.uint8)[: len(batch) * _DIGEST_BYTES]
@@ -102,6 +108,10 @@ class SampleIndex:
             size=int(self._values["size"][number]),
             sha256=digest.hex() if any(digest) else "",
         )
+
+    def pixels(self) -> tuple[Any, Any]:
+        """Returns widths and heights of the samples' images, (n,) int32 each."""
+        return self._values["width"], self._values["height"]
 
     def number(self, key: str) -> int | None:
         """Returns the number of the sample with this key; None if there is none."""
@@ -181,6 +191,8 @@ def write_index(path: Path, name: str, shards: Iterable[ShardSamples], *, whole:
                 ("size", shard.size),
                 ("sha256", shard.sha256),
                 ("identity", shard.identity),
+                ("width", shard.width),
+                ("height", shard.height),
                 ("by_key", digests),
                 ("by_identity", np.asarray(shard.identity, np.int64).view(np.uint64)),
             ):
@@ -205,8 +217,13 @@ def _opened(path: Path) -> tuple[pa.RecordBatch, dict[str, Any]]:
     metadata = json.loads(file.schema.metadata[b"index"])
     batch = file.get_batch(0)
     batch.validate()
-    types = {name: batch.schema.field(name).type for name in _TYPES}
-    if types != _TYPES or batch.schema.field("key").type != pa.large_string():
+    # without sizes: an index of the format before, which `train.seen` reads
+    names = [name for name in _TYPES if name in batch.schema.names or name not in _SIZES]
+    types = {name: batch.schema.field(name).type for name in names}
+    if (
+        any(types[name] != _TYPES[name] for name in names)
+        or batch.schema.field("key").type != pa.large_string()
+    ):
         raise ValueError("columns of other types")
     return batch, metadata
 

@@ -15,12 +15,14 @@ from typing import Any, Final
 
 from configs.errors import ConfigError, ShardError
 from configs.training import DataSource, TrainConfig
+from model.pixels import Size
 from model.spec import Embedder
 from stages.record import Record
 from stages.storage import layout
 from stages.storage.reader import DatasetReader
+from train.buckets import BucketOrder, Buckets, chosen_buckets
 from train.cache import SampleCache, open_cache
-from train.order import SampleOrder
+from train.order import Order, SampleOrder
 from train.pairs import Pairs
 from train.shards import ShardSet
 
@@ -60,7 +62,7 @@ class Mixture:
         self._first = [0, *accumulate(self._sizes)]  # number of each data set's first sample
         weights = [source.weight for source in data if source.weight is not None]
         self._weights = weights or None
-        self._slots = self.order(0).slots
+        self._slots = SampleOrder(self._sizes, 0, self._weights).slots
         self.digests: Final = tuple(part.digest for part in self.parts)
         self.index_files: Final = tuple(part.index_file for part in self.parts)
         self.digest: Final = self._digest()
@@ -78,11 +80,20 @@ class Mixture:
     def __str__(self) -> str:
         return ", ".join(self._paths)
 
-    def order(self, seed: int) -> SampleOrder:
+    def buckets(self, sizes: Sequence[Size], batch: int) -> Buckets:
+        """Returns the samples in buckets. sizes: of those that are possible. batch: samples of a
+        step.
+        """
+        pixels = [part.pixels() for part in self.parts]
+        return chosen_buckets(pixels, self._slots, sizes, batch)
+
+    def order(self, seed: int, buckets: Buckets | None = None) -> Order:
         """Returns the order in which the samples are trained on."""
+        if buckets is not None:
+            return BucketOrder(buckets, self._sizes, self._slots, seed)
         return SampleOrder(self._sizes, seed, self._weights)
 
-    def pairs(self, order: SampleOrder) -> Pairs:
+    def pairs(self, order: Order) -> Pairs:
         """Returns which samples give the conditions."""
         return Pairs(order, self.others, self._pair_prob)
 
@@ -136,7 +147,7 @@ class Mixture:
         part, own = self._place(number)
         return shard_name(self.parts[part].shard_of(own), self._paths[part], len(self.parts))
 
-    def keys_at(self, order: SampleOrder, position: int) -> tuple[str, str]:
+    def keys_at(self, order: Order, position: int) -> tuple[str, str]:
         """Returns the keys of the sample at a position and of its reference."""
         reference = self.pairs(order).reference(position)
         return self.key(order.sample(position)), self.key(reference)

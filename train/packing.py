@@ -41,7 +41,7 @@ class PackedBatch:
     references: keys of the samples that give their conditions, their own except in pairs.
 
     bad: samples that can't be read; valid: (B,) bool, False at their places, where the other
-    tensors hold a blank sample. pixels: (B, 3, R, R) uint8. masks: (B, R, R) uint8, see
+    tensors hold a blank sample. pixels: (B, 3, H, W) uint8. masks: (B, H, W) uint8, see
     `model.pixels`. clip_images: (n, 3, S, S) uint8, those that are shown to the image encoder;
     image_rows: (n,) int64, their rows among 6·B, which are for each sample the photograph and its
     five regions. sizes: (B, 6) int64, see `model.pixels.size_condition`. moments: (B, 8, h, w),
@@ -101,7 +101,7 @@ def packed(
     references: tuple[str, ...],
     position: int,
 ) -> PackedBatch:
-    """Packs conditions and training images (B, 3, R, R) uint8. sizes: (B, 6) int64. bad: for each
+    """Packs conditions and training images (B, 3, H, W) uint8. sizes: (B, 6) int64. bad: for each
     sample, why it can't be trained on; None if it can. moments, hidden: features of each sample,
     see `train.batch_maker.Prepared`; [] if they aren't read. texts: the states of each sample's
     text; None where they aren't known. empty_text: ids of the empty text, (2, 77). references:
@@ -158,8 +158,9 @@ def check_shared_memory(
     into the shared memory that is free.
 
     size: samples of a micro-batch. unread: micro-batches that a process itself has there.
-    resolution, side: of the training images and of those for the image encoder, in pixels.
-    features: kind → bytes of a sample, of those that are read.
+    resolution, side: of the training images and of those for the image encoder, in pixels. Images
+    in buckets have no more pixels than the square. features: kind → bytes of a sample, of those
+    that are read.
     """
     if not workers or not _SHARED.is_dir():
         return

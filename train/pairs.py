@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from train import draws
-from train.order import SampleOrder
+from train.order import Order
 
 
 class Pairs:
@@ -17,7 +17,7 @@ class Pairs:
     """
 
     def __init__(
-        self, order: SampleOrder, others: Callable[[int], Sequence[int]], probability: float
+        self, order: Order, others: Callable[[int], Sequence[int]], probability: float
     ) -> None:
         self._order, self._others, self._probability = order, others, probability
 

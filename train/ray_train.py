@@ -21,8 +21,9 @@ from typing import Any, Final
 from uuid import uuid4
 
 from configs.errors import ConfigError, PipelineError, StoreError, TrainingError, user_message
+from configs.ray_train import RayTrainConfig
 from configs.schema import RayConfig
-from configs.training import RayTrainConfig, TrainConfig
+from configs.training import TrainConfig
 from stages.executors.cluster import list_nodes, ray_cluster, start_on_this_node
 from stages.executors.placement import Resources
 from stages.storage.remote import file_system

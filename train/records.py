@@ -11,7 +11,7 @@ from configs.training import TrainConfig
 from train.history import HISTORY, KEYS, TIMES, History, KeyLog, Lines
 from train.losses import LossWindow, losses_of_process
 from train.mixture import Mixture
-from train.order import SampleOrder
+from train.order import Order
 from train.outcome import Progress
 from train.packing import PackedBatch
 from train.spikes import SpikeCheck, SpikeContext
@@ -23,7 +23,7 @@ def spike_context(
     output: Path,
     batch: int,
     mixture: Mixture,
-    order: SampleOrder,
+    order: Order,
     message: Callable[[str], None],
 ) -> SpikeContext:
     """Returns what the check for spikes knows of a run. batch: samples of a step."""

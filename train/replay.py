@@ -36,7 +36,7 @@ from train.mirror import Runs, reading
 from train.mixture import Mixture, open_mixture
 from train.packing import PackedBatch
 from train.segments import Segment, checkpoints_of, device_name, read_segments, segment_of
-from train.setup import make_models, make_preparation
+from train.setup import make_buckets, make_models, make_preparation
 from train.shards import INDEX
 from train.step import LOSSES, Frozen, StepLosses, TrainedModel, masks_background, step_losses
 
@@ -96,14 +96,14 @@ def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
             f"{mixture} has changed since step {step} was trained, so the step can't be "
             "computed again. `python -m train.cli seen` works without the samples."
         )
-    order = mixture.order(config.seed)
     with deterministic_algorithms(config.deterministic):
         features = {
             name: each
             for name, each in open_features(config, mixture, None, lambda _: None).items()
             if each.name in segment.features
         }
-        run = _Models(config, output, features)
+        run = _Models(config, output, features, mixture)
+        order = mixture.order(config.seed, run.preparation.buckets)
         saved = checkpoints_of(runs, output, segments)
         checkpoint, after_step = run.load_weights(runs, saved, step, segments)
         plan, positions = segment.batch, segment.positions(step)
@@ -119,7 +119,7 @@ def _replay(runs: Runs, output: Path, step: int, images: Path | None) -> Replay:
     samples = _samples(fetched, [mixture.shard_of(number) for number in numbers], batches)
     ranks = _by_loss(samples)
     if images is not None:
-        pictures = _pictures(mixture, numbers, config.resolution)
+        pictures = _pictures(mixture, numbers, run.preparation)
         _save_images(images, [(samples[rank], pictures[rank]) for rank in ranks])
     loss, recorded = exact(fetched.values[0, 0]), _recorded(output, step)
     return Replay(
@@ -148,7 +148,11 @@ class _Models:
     """The models of a run, made as the trainer makes them."""
 
     def __init__(
-        self, config: TrainConfig, output: Path, features: Mapping[str, FeatureSet]
+        self,
+        config: TrainConfig,
+        output: Path,
+        features: Mapping[str, FeatureSet],
+        mixture: Mixture,
     ) -> None:
         self.config = config
         self.accelerator = Accelerator(
@@ -161,7 +165,8 @@ class _Models:
         self.frozen, self.trained = make_models(
             config, spec, base, self.accelerator.device, features=features
         )
-        self.preparation: Preparation = make_preparation(config, spec, self.frozen)
+        buckets = make_buckets(config, mixture, self.frozen.base)
+        self.preparation: Preparation = make_preparation(config, spec, self.frozen, buckets)
 
     def load_weights(
         self, runs: Runs, saved: list[tuple[int, Path]], step: int, segments: list[Segment]
@@ -241,16 +246,17 @@ def _by_loss(samples: list[SampleLoss]) -> list[int]:
     return sorted(range(len(samples)), key=rank)
 
 
-def _pictures(mixture: Mixture, numbers: Sequence[int], resolution: int) -> list[Any]:
-    """Returns the pictures of samples, (R, R, 3) uint8; a black one where it can't be read."""
+def _pictures(mixture: Mixture, numbers: Sequence[int], preparation: Preparation) -> list[Any]:
+    """Returns the pictures of samples, (H, W, 3) uint8; a black one where it can't be read."""
     pictures = []
-    for record in mixture.records(numbers):
+    for number, record in zip(numbers, mixture.records(numbers), strict=True):
+        width, height = size = preparation.size(number)
         try:
             if isinstance(record, ShardError):
                 raise record
-            pictures.append(training_image(record, resolution).permute(1, 2, 0).numpy())
+            pictures.append(training_image(record, size).permute(1, 2, 0).numpy())
         except (ShardError, ValueError, OSError):
-            pictures.append(np.zeros((resolution, resolution, 3), np.uint8))
+            pictures.append(np.zeros((height, width, 3), np.uint8))
     return pictures
 
 

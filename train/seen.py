@@ -19,12 +19,13 @@ import numpy as np
 from configs.errors import ConfigError
 from stages.storage.exclusions import removed_keys
 from stages.storage.store import Store
+from train.buckets import BucketOrder, in_buckets
 from train.facts import NONFINITE, SKIPPED
 from train.history import HISTORY, read_lines
 from train.index import SampleIndex, open_index
 from train.mirror import Runs, reading
 from train.mixture import shard_name
-from train.order import SampleOrder
+from train.order import Order, SampleOrder
 from train.pairs import Pairs
 from train.segments import Segment, checkpoints_of, read_segments
 from train.shards import INDEX
@@ -190,9 +191,13 @@ class _Samples:
         sizes = [len(index) for index in self._indexes]
         self._first = [0, *accumulate(sizes)]  # number of each data set's first sample
         weights = [source["weight"] for source in segment.settings["data"]]
-        self._order = SampleOrder(
-            sizes, segment.settings["seed"], None if None in weights else weights
-        )
+        seed = segment.settings["seed"]
+        order = SampleOrder(sizes, seed, None if None in weights else weights)
+        self._order: Order = order
+        if segment.buckets:
+            pixels = [index.pixels() for index in self._indexes]
+            buckets = in_buckets(pixels, segment.buckets, segment.batch.size)
+            self._order = BucketOrder(buckets, sizes, order.slots, seed)
         self._pairs = Pairs(self._order, self._others, segment.settings["pair_prob"])
 
     def numbers(self, key: str) -> list[int]:

@@ -22,6 +22,7 @@ from configs.errors import ConfigError
 from configs.load import load_text
 from configs.training import TrainConfig
 from model.checkpoint import CONFIG_FILE
+from model.pixels import Size
 from train.batches import BatchPlan
 from train.checkpoints import checkpoints, set_aside, sync
 from train.history import Lines, read_lines
@@ -42,6 +43,7 @@ class Segment:
     many processes there were, and samples of a micro-batch. threads: of torch. device, torch: name
     and version. resumed_from: folder or URL of the checkpoint; "" for a new run. last_step: of the
     segment; None while no later one is known. features: names of those that were read.
+    buckets: width and height of each; () if the samples were not in buckets.
     """
 
     step: int
@@ -58,6 +60,7 @@ class Segment:
     resumed_from: str = ""
     last_step: int | None = None
     features: tuple[str, ...] = ()
+    buckets: tuple[Size, ...] = ()
 
     @property
     def batch(self) -> BatchPlan:

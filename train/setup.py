@@ -17,7 +17,9 @@ from model.consistentid import BaseModels, ConsistentID, copy_weights, load_base
 from model.spec import Embedder, ModelSpec
 from model.start import load_start
 from stages.storage.remote import refuse_credentials
+from train.buckets import Buckets, bucket_sizes
 from train.data import Preparation
+from train.mixture import Mixture
 from train.optimization import make_optimizer
 from train.resume import check_accepted
 from train.step import Frozen, TrainedModel, freeze
@@ -101,8 +103,7 @@ def make_models(
         copy_weights(module)
     if config.mixed_precision == "fp16":
         models.vae.float()  # fp16 overflows in SDXL's VAE
-    multiple = models.vae_factor * 2 ** (len(models.unet.config.block_out_channels) - 1)
-    if config.resolution % multiple:
+    if config.resolution % (multiple := _multiple(models)):
         raise ConfigError(
             f"resolution={config.resolution}: this base needs a multiple of {multiple}"
         )
@@ -120,6 +121,19 @@ def make_models(
     return frozen, TrainedModel(adapter, models.unet).train()
 
 
+def _multiple(base: BaseModels) -> int:
+    """Returns what the sides of training images must be multiples of, in pixels."""
+    return int(base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1))
+
+
+def make_buckets(config: TrainConfig, mixture: Mixture, base: BaseModels) -> Buckets | None:
+    """Returns the samples in buckets; None if the run has none."""
+    if not config.buckets:
+        return None
+    sizes = bucket_sizes(config.resolution, _multiple(base))
+    return mixture.buckets(sizes, config.global_batch_size)
+
+
 def _speed_up(config: TrainConfig, models: BaseModels) -> None:
     """Applies the settings that only change how fast the models run, and in how much memory."""
     if config.gradient_checkpointing:
@@ -132,17 +146,19 @@ def _speed_up(config: TrainConfig, models: BaseModels) -> None:
         models.unet.compile_repeated_blocks(backend=config.compile, isolate_recompiles=True)
 
 
-def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Preparation:
+def make_preparation(
+    config: TrainConfig, spec: ModelSpec, frozen: Frozen, buckets: Buckets | None = None
+) -> Preparation:
     """Returns the settings by which records become micro-batches for these models."""
     base = frozen.base
-    side = config.resolution // base.vae_factor
     return Preparation(
         tokenizer=base.tokenizer,
         tokenizer_2=base.tokenizer_2,
         spec=spec,
         mode=config.model.mode,
         resolution=config.resolution,
-        latent_shape=(base.vae.config.latent_channels, side, side),
+        latent_channels=base.vae.config.latent_channels,
+        vae_factor=base.vae_factor,
         timesteps=frozen.noise_schedule.config.num_train_timesteps,
         drop=DropRates(
             text=config.loss.drop_text,
@@ -157,4 +173,5 @@ def make_preparation(config: TrainConfig, spec: ModelSpec, frozen: Frozen) -> Pr
         true_sizes=config.model.sizes == "true",
         cache_size=config.keep_samples,
         verify=config.verify_samples,
+        buckets=buckets,
     )

@@ -33,7 +33,7 @@ INDEX: Final = "index"  # folder of a run's indexes
 _READERS: Final = 16  # sidecars read at a time
 _AHEAD: Final = 64  # sidecars in memory
 _ROWS: Final = 65_536  # of identities.parquet in memory
-_COLUMNS: Final = ("key", "tar_offset", "tar_size", "sample_sha256")
+_COLUMNS: Final = ("key", "tar_offset", "tar_size", "sample_sha256", "width", "height")
 _PEOPLE: Final = ("key", "shard", "identity_id", "split")
 _REBUILD: Final = "Remove its manifest and run make dataset again: it makes the shard again."
 
@@ -113,6 +113,10 @@ class ShardSet:
         if the data set has no identities yet.
         """
         return self._index.others(number)
+
+    def pixels(self) -> tuple[Any, Any]:
+        """Returns widths and heights of the samples' images, (n,) int32 each."""
+        return self._index.pixels()
 
     def with_others(self) -> int:
         """Returns how many samples have another of the same person on this side."""
@@ -244,6 +248,8 @@ def _chosen(
             size=places.column("tar_size").to_numpy(),
             sha256=_digests(places.column("sample_sha256").to_pylist()),
             identity=_numbers(own.column("identity_id").to_pylist(), row),
+            width=places.column("width").to_numpy(),
+            height=places.column("height").to_numpy(),
         )
 
 

@@ -71,7 +71,7 @@ class Frozen:
     noise_schedule: a DDPMScheduler. zero_hidden: (1, N, V), the image encoder's states of a zero
     image. empty_text: (1, 77 · C + P), the row of the empty text (train/texts.py). hidden:
     CLIP-normalised images (N, 3, S, S) → the image encoder's states (N, tokens, V). moments: images
-    (N, 3, R, R) → mean and log variance of the VAE's posterior (N, 8, h, w). texts: ids (N, 2, 77)
+    (N, 3, H, W) → mean and log variance of the VAE's posterior (N, 8, h, w). texts: ids (N, 2, 77)
     → rows (N, 77 · C + P).
     """
 

@@ -56,14 +56,10 @@ from train.resume import (
 )
 from train.saving import Saver
 from train.segments import add_segment, inherit, new_segment
-from train.setup import check_config, make_models, make_preparation
+from train.setup import check_config, make_buckets, make_models, make_preparation
 from train.shards import INDEX
 from train.spikes import SPIKES
-from train.state import (
-    load_checkpoint,
-    set_random_state,
-    write_json,
-)
+from train.state import load_checkpoint, set_random_state, write_json
 from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
 from train.validation import LINES, SHEETS, open_validator
@@ -105,7 +101,6 @@ class Trainer:
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
         )
         self.mixture.check_step(self.batch.size)
-        self.order = self.mixture.order(config.seed)
         set_seed(config.seed)
         self.spec = spec_named(config.model.spec, config.model.without)
         self.writer: CheckpointWriter | None = None
@@ -120,7 +115,9 @@ class Trainer:
         self.frozen, self.trained = make_models(
             config, self.spec, base, self.device, self.samples.embedder, say, self.features
         )
-        self.preparation = make_preparation(config, self.spec, self.frozen)
+        self.buckets = make_buckets(config, self.mixture, self.frozen.base)
+        self.order = self.mixture.order(config.seed, self.buckets)
+        self.preparation = make_preparation(config, self.spec, self.frozen, self.buckets)
         self.optimization = Optimization(config, self.trained.adapter)
         self.progress = Progress()
         if checkpoint is not None:
@@ -206,7 +203,8 @@ class Trainer:
         state = load_checkpoint(checkpoint, self.trained)
         self.optimization.load_state_dict(state)
         set_random_state(state["random"], self.accelerator.process_index)
-        self.progress = Progress(state["step"], state["position"], state["seconds"])
+        position = self.order.step_start(state["position"])  # the size of a step may have changed
+        self.progress = Progress(state["step"], position, state["seconds"])
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
         return {"scaler": {}, **state}
 
@@ -311,13 +309,16 @@ class Trainer:
         config = self.config
         if self.is_main:
             batch = f"{self.batch}, on {self.device.type}"
-            for text in (self.mixture.message(), batch, self.optimization.summary()):
+            data = self.mixture.message(), str(self.buckets or "")
+            for text in (*data, batch, self.optimization.summary()):
                 if text:
                     self.watcher.message(text)
             segment = new_segment(
                 config, self.progress, self.batch, self.mixture, self.device, self.checkpoint
             )
-            add_segment(self.output, replace(segment, features=self.samples.features))
+            buckets = self.buckets.sizes if self.buckets else ()
+            used = replace(segment, features=self.samples.features, buckets=buckets)
+            add_segment(self.output, used)
         if config.report_to != "none":
             self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         limits = Limits(

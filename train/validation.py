@@ -22,7 +22,7 @@ from configs.training import TrainConfig
 from model.conditions import DropRates
 from model.consistentid import Features, predict_noise
 from model.losses import noise_errors
-from model.pixels import training_image
+from model.pixels import fixed_size_condition, training_image
 from stages.record import Record
 from train import draws
 from train.average import Average
@@ -82,6 +82,7 @@ class Validation:
             noise_offset=0.0,
             input_perturbation=0.0,
             cache_size=0,
+            buckets=None,  # the images of a batch have one shape
         )
         self._people = _people(mixture, max(settings.samples, settings.portraits, 2))
         if len(self._people) < 2:
@@ -151,8 +152,7 @@ class Validation:
         states = torch.cat([trained.adapter.prepare(each) for each in (none, shown)])
         added: dict[str, Any] = {}
         if shown.pooled is not None and none.pooled is not None:
-            side = self._preparation.resolution
-            sizes = torch.tensor([side, side, 0, 0, side, side], device=states.device)
+            sizes = fixed_size_condition(self._preparation.resolution).to(states.device)
             added = {
                 "pooled": torch.cat((none.pooled, shown.pooled)),
                 "time_ids": sizes.float().expand(2 * len(batch.noise), -1),

@@ -11,9 +11,13 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from configs.schema import DatasetConfig, SourceConfig
 from configs.training import DataSource
+from pipelines.run import run as make_dataset
 from tests.bases import read_once
+from tests.sharing import shared_folder
 
 # fixtures
 from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
@@ -22,6 +26,9 @@ from tests.train.helpers import Parts, small, with_people
 from train import setup
 from train.mixture import Mixture
 from train.shards import ShardSet
+
+# of the portraits: three are narrow, three wide and two square
+CROPS = [(640, 1024)] * 3 + [(1024, 640)] * 3 + [(1024, 1024)] * 2
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -105,3 +112,22 @@ def people(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def shaped(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
+    """A data set of the portraits, cropped to CROPS."""
+
+    def make(folder: Path) -> None:
+        cropped = folder / "images"
+        cropped.mkdir()
+        for path, (width, height) in zip(sorted(portraits.glob("*.*")), CROPS, strict=True):
+            image = Image.open(path)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image.crop((left, top, left + width, top + height)).save(cropped / f"{path.stem}.png")
+        source, output = SourceConfig(path=str(cropped)), str(folder / "data")
+        make_dataset(
+            DatasetConfig(source=source, output=output, shard_size=3, executor="inline", threads=1)
+        )
+
+    return shared_folder(tmp_path_factory, "shaped", make) / "data"

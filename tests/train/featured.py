@@ -17,7 +17,7 @@ from stages.regions import region_masks
 from stages.storage.commit import ChainInfo, PlannedShard, commit
 from stages.storage.reader import DatasetReader
 from stages.storage.store import Store
-from tests.train.helpers import Listener, small
+from tests.train.helpers import Steps, small
 from train.features.make import make_features
 from train.features.reading import FeatureSet, open_features
 from train.history import read_lines
@@ -30,13 +30,6 @@ LONG = (
     "bridge, a wide mouth with full red lips that are slightly open, two ears with golden rings, "
     "a striped shirt with a wide collar, a garden with old trees behind the person"
 )
-
-
-class Steps(Listener):
-    """A listener that is told of features too."""
-
-    def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None:
-        self.messages.append(f"{name} {step} {total}")
 
 
 def features(dtype: Any = "float32", **changes: Any) -> FeaturesConfig:

@@ -86,6 +86,13 @@ class Listener:
             self.losses.append((step, losses))
 
 
+class Steps(Listener):
+    """A listener that is told of features too."""
+
+    def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None:
+        self.messages.append(f"{name} {step} {total}")
+
+
 def keys(samples: ShardSet | Mixture) -> list[str]:
     """Returns the keys of all samples, in their order."""
     return [samples.key(number) for number in range(len(samples))]

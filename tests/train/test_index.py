@@ -101,6 +101,19 @@ def test_a_damaged_index_is_made_again(
     assert only_file(tmp_path).read_bytes() == whole
 
 
+def test_an_index_of_the_format_without_sizes_can_still_be_read(
+    data: Path, tmp_path: Path, shards: ShardSet
+) -> None:
+    ShardSet(str(data), "all", tmp_path)
+    path = only_file(tmp_path)
+    batch = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).get_batch(0)
+    old = batch.drop_columns(["width", "height"])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, old.schema) as writer:
+        writer.write_batch(old)
+    index = open_index(path, path.stem)
+    assert index is not None and [index.key(number) for number in range(8)] == keys(shards)
+
+
 def test_an_index_under_the_name_of_another_is_not_used(data: Path, tmp_path: Path) -> None:
     ShardSet(str(data), "all", tmp_path / "one")
     ShardSet(str(data), "train", tmp_path / "other")
@@ -183,6 +196,8 @@ def sample_shard(manifest: object, names: list[str], people: list[int]) -> Shard
         size=np.full(count, 512),
         sha256=np.full((count, 32), 7, np.uint8),
         identity=np.array(people, np.int64),
+        width=np.arange(count) + 1,
+        height=np.arange(count) + 2,
     )
 
 
@@ -205,6 +220,8 @@ def test_an_index_answers_as_lists_do(
     every = [key for each in listed for key in each]
     identities = [person for each in people for person in each]
     assert [index.key(number) for number in range(len(index))] == every
+    sizes = [(row + 1, row + 2) for each in people for row in range(len(each))]
+    assert [*zip(*(each.tolist() for each in index.pixels()), strict=True)] == sizes
     for number, key in enumerate(every):
         assert index.number(key) == number
         assert index.others(number) == [

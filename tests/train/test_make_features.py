@@ -22,8 +22,8 @@ from model.consistentid import encode_text, load_base
 from model.pixels import training_pixels
 from model.spec import SPECS
 from tests.pipelines.sigkill import killed
-from tests.train.featured import Steps, features, make, paired
-from tests.train.helpers import keys, sources
+from tests.train.featured import features, make, paired
+from tests.train.helpers import Steps, keys, sources
 from train.cli import app
 from train.features.make import make_features
 from train.shards import ShardSet

@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 
 from configs.errors import ConfigError
 from configs.load import dump
+from configs.ray_train import RayTrainConfig
 from configs.schema import RayConfig
-from configs.training import RayTrainConfig
 from stages.executors.cluster import list_nodes, ray_cluster
 from stages.executors.placement import Resources
 from stages.storage.lock import RunLock

@@ -47,10 +47,13 @@ def test_the_preset_is_valid_and_trains_as_many_parameters_as_published(
     assert count == 868_832_256
 
 
+@pytest.mark.parametrize("buckets", [False, True])
 def test_a_run_starts_trains_and_resumes_to_the_same_weights(
-    data: Path, tiny_xl: Path, tmp_path: Path
+    data: Path, shaped: Path, tiny_xl: Path, tmp_path: Path, buckets: bool
 ) -> None:
-    config = xl(data, tiny_xl, tmp_path / "run", checkpointing_steps=2)
+    samples = shaped if buckets else data
+    changes = {"checkpointing_steps": 2, "buckets": buckets, "split": "all"}
+    config = xl(samples, tiny_xl, tmp_path / "run", **changes)
     straight = run(config)
     shutil.copytree(tmp_path / "run/checkpoint-000002", tmp_path / "again/checkpoint-000002")
     resumed = run(replace(config, output=str(tmp_path / "again")))

@@ -16,6 +16,7 @@ from tests.train.conftest import Mixed
 from tests.train.helpers import Parts, assert_same_rows, sources
 from train.batch_maker import BatchMaker
 from train.batches import plan_batches
+from train.buckets import Buckets, bucket_sizes
 from train.data import TrainBatch, unpacked
 from train.loader import micro_batches
 from train.mixture import Mixture
@@ -24,8 +25,8 @@ from train.mixture import Mixture
 class Names:
     """Makes micro-batches that are lists of [sample, its reference], without reading them."""
 
-    def __init__(self, mixture: Mixture, seed: int) -> None:
-        self._order = mixture.order(seed)
+    def __init__(self, mixture: Mixture, seed: int, buckets: Buckets | None = None) -> None:
+        self._order = mixture.order(seed, buckets)
         self._pairs = mixture.pairs(self._order)
 
     def __call__(self, positions: range) -> tuple[int, list[list[int]]]:
@@ -52,7 +53,12 @@ def stretches(size: int, workers: st.SearchStrategy[int]) -> st.SearchStrategy[S
 
 
 def global_batches(
-    samples: Mixture, seed: int, size: int, parts: list[Stretch], start: int = 0
+    samples: Mixture,
+    seed: int,
+    size: int,
+    parts: list[Stretch],
+    start: int = 0,
+    buckets: Buckets | None = None,
 ) -> list[list[list[int]]]:
     """Returns the samples of each step of a run that was stopped after each stretch, and continued
     by other processes. start: position of the first.
@@ -62,7 +68,7 @@ def global_batches(
         plan = plan_batches(size, most, world)
         ranks = [
             micro_batches(
-                Names(samples, seed),
+                Names(samples, seed, buckets),
                 start=start,
                 size=plan.micro,
                 rank=rank,
@@ -113,6 +119,20 @@ def test_worker_processes_change_nothing(mixed: Mixed) -> None:
     undisturbed = global_batches(samples, 3, 6, [Stretch(9, 1, 0, 6)])
     parts = [Stretch(3, 2, 2, 2, 3), Stretch(2, 1, 2, 4), Stretch(4, 3, 1, 1, 1)]
     assert global_batches(samples, 3, 6, parts) == undisturbed
+
+
+@given(data=st.data(), seed=st.integers(0, 2**40), first=st.sampled_from([0, 2, 9_980]))
+@settings(max_examples=12, deadline=None)
+def test_with_buckets_too(shaped: Path, data: st.DataObject, seed: int, first: int) -> None:
+    samples = Mixture(sources(shaped))
+    buckets = samples.buckets(bucket_sizes(32, 8), 2)
+    make = Names(samples, seed, buckets)
+    parts = data.draw(st.lists(stretches(2, st.just(0)), min_size=1, max_size=4))
+    starts = range(first, first + 2 * sum(part.steps for part in parts), 2)
+    undisturbed = [make(range(start, start + 2))[1] for start in starts]
+    assert global_batches(samples, seed, 2, parts, first, buckets) == undisturbed
+    for step in undisturbed:
+        assert len({buckets.size(number) for number, _ in step}) == 1
 
 
 @pytest.mark.parametrize("pair_prob", [0.0, 0.6])

@@ -140,6 +140,14 @@ class VaeKind(Kind):
 
     name = "vae"
 
+    def __init__(self, config: TrainConfig) -> None:
+        if config.buckets:
+            raise ConfigError(
+                "features of the kind vae are those of square images, and buckets=true crops to "
+                "other shapes. Leave vae out of features.kinds, or set buckets=false."
+            )
+        super().__init__(config)
+
     @property
     def place(self) -> tuple[str, str]:
         return self.base, "vae"
