@@ -92,7 +92,7 @@ def test_an_identity_without_unit_norm_makes_a_sample_bad(
     # without verification, which would find the changed bytes first
     mixture = Mixture(sources(copy))
     maker = BatchMaker(mixture, mixture.order(0), replace(parts.preparation, verify=False))
-    fetched = Fetched({5: mixture.records([5], verify=False)[0]}, {}, {})
+    fetched = Fetched({5: mixture.records([5], verify=False)[0]}, {}, {}, {})
     blank = maker._prepare((5, 5), fetched)
     assert blank.bad is not None and blank.bad.key == shards.key(5)
     assert "the identity embedding has norm" in blank.bad.reason

@@ -62,7 +62,7 @@ class FeatureStage(Stage):
     """Replaces the image of each record by its features, as the bytes of an .npy file."""
 
     name = "features"
-    requires = ("image", "parsing")
+    requires = ("image", "parsing", "identity", "caption", "face_caption")
     provides = ("image",)
 
     def __init__(self, kind: Kind) -> None:
