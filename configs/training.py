@@ -110,24 +110,31 @@ class LossConfig:
     # shares of samples trained without text, without identity, without both
     drop_text: float = 0.05
     drop_identity: float = 0.05
-    drop_both: float = 0.05
+    drop_both: float | None = None  # None: 0.05, or in legacy mode the reference's 0.1
     # share of regions that are left out of a sample, each by itself: the noun then keeps the text's
     # token, and the localisation loss doesn't read it
     drop_region: float = 0.0
 
     def __post_init__(self) -> None:
-        total = self.drop_text + self.drop_identity + self.drop_both
+        total = self.drop_text + self.drop_identity + self.both(legacy=False)
         _check(0 <= total <= 1, f"loss.drop_* add up to {total}: expected 0 to 1")
-        drops = ("drop_text", "drop_identity", "drop_both")
-        for name in (*drops, "facial_weight", "snr_gamma", "noise_offset", "input_perturbation"):
-            _check(
-                getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: expected at least 0"
-            )
+        weights = ("facial_weight", "snr_gamma", "noise_offset", "input_perturbation")
+        for name in ("drop_text", "drop_identity", "drop_both", *weights):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"loss.{name}={value}: expected at least 0")
         for name in ("mask_loss_prob", "drop_region"):
             _check(
                 0 <= getattr(self, name) <= 1,
                 f"loss.{name}={getattr(self, name)}: expected 0 to 1",
             )
+
+    def both(self, *, legacy: bool) -> float:
+        """Returns the share of samples without text and identity; in legacy mode, without text and
+        photograph.
+        """
+        if self.drop_both is not None:
+            return self.drop_both
+        return 0.1 if legacy else 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

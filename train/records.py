@@ -16,6 +16,7 @@ from train.outcome import Progress
 from train.packing import PackedBatch
 from train.spikes import SpikeCheck, SpikeContext
 from train.step import LOSSES, StepLosses, masks_background
+from train.step_clock import StepClock
 
 
 def spike_context(
@@ -72,6 +73,7 @@ class StepRecords:
         self._keys = KeyLog(lines, gather) if keys else None
         self._times = Lines(output / TIMES, step=step) if is_main else None
         self._waited, self._timed = 0.0, replace(progress)
+        self.clock = StepClock(accelerator.device)
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint holds of the records, as tensors and plain values."""
@@ -94,10 +96,11 @@ class StepRecords:
             self._keys.add(step, micro)
 
     def add_times(self, progress: Progress, memory: int) -> None:
-        """Writes how long the steps since the last call took, each, and for how much of that this
-        process waited for samples. memory: the most that was used, in bytes.
+        """Writes how long the steps since the last call took, each, for how much of that this
+        process waited for samples, and how long the device took for each part. memory: the most
+        that was used, in bytes.
         """
-        steps = progress.step - self._timed.step
+        steps, parts = progress.step - self._timed.step, self.clock.fetch()
         if self._times is not None and steps:
             line = {
                 "step": progress.step,
@@ -105,6 +108,7 @@ class StepRecords:
                 "samples": self._batch,
                 "seconds": round((progress.seconds - self._timed.seconds) / steps, 6),
                 "wait": round(self._waited / steps, 6),
+                "parts": {name: round(s / steps, 6) for name, s in parts.items()},
                 "memory": memory,
             }
             self._times.add([line])

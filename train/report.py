@@ -24,6 +24,7 @@ from train.history import HISTORY, TIMES, read_lines
 from train.segments import Segment, read_segments
 from train.spikes import SPIKES
 from train.step import LOSSES
+from train.step_clock import PARTS
 from train.validation import LINES, SHEETS
 
 REPORT: Final = "report/index.html"
@@ -156,9 +157,32 @@ def _speed(times: Sequence[Mapping[str, Any]]) -> str:
         (
             curves("samples a second", {"samples/s": rate}),
             curves("waiting for samples, share of a step", {"percent": wait}),
+            _parts(times),
             curves("most memory of the GPU, or of this process", {"GB": memory}),
         )
     )
+
+
+def _parts(times: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how long the device took for each part of a step, as curves and as shares."""
+    recorded = [line for line in times if line.get("parts")]
+    if not recorded:
+        return ""
+    series = {
+        part: [(line["step"], 1e3 * line["parts"][part]) for line in recorded] for part in PARTS
+    }
+    whole = sum(line["seconds"] * line["steps"] for line in recorded)
+    shares = {
+        part: sum(line["parts"][part] * line["steps"] for line in recorded) / whole
+        for part in PARTS
+    }
+    text = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    rest = 1 - sum(shares.values())
+    note = (
+        f"<p>Of the time in steps: {text}, waiting for samples and the rest {rest:.0%}. "
+        "<code>bench.train</code> measures the same parts beside the bare UNet.</p>"
+    )
+    return curves("parts of a step, ms", series) + note
 
 
 def _bad_samples(output: Path) -> str:

@@ -163,7 +163,7 @@ def make_preparation(
         drop=DropRates(
             text=config.loss.drop_text,
             identity=config.loss.drop_identity,
-            both=config.loss.drop_both,
+            both=config.loss.both(legacy=config.model.mode == "legacy"),
             region=config.loss.drop_region,
             legacy=config.model.mode == "legacy",
         ),

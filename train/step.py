@@ -242,16 +242,19 @@ def step_losses(
     *,
     mask: bool,
     count: Tensor | None = None,
+    mark: Callable[[str], None] = lambda _: None,
 ) -> StepLosses:
     """Computes the losses of a micro-batch that is on the device.
 
     trained: a TrainedModel, or accelerate's wrapper of one. mask: leave the background out of the
     noise loss. count: the number of valid samples that the sum of their losses is divided by, a
     scalar on the device; None: those of this micro-batch. With the number in the global batch, the
-    losses and gradients of its micro-batches add up to those of the whole.
+    losses and gradients of its micro-batches add up to those of the whole. mark: told the parts of
+    a step that end here (train.step_clock).
     """
     features = frozen_features(frozen, batch)
     noisy, target = noised_latents(frozen, batch)
+    mark("encode")
     time_ids = batch.sizes.float() if features.pooled is not None else None  # of SDXL
     token_idx = batch.token_idx if config.facial_weight else None
     prediction, scores = trained(
@@ -272,6 +275,7 @@ def step_losses(
     errors = torch.where(batch.valid[:, None], errors, 0)
     divisor = batch.valid.sum() if count is None else count
     values = errors.sum(0) / divisor.clamp(min=1)
+    mark("forward")
     return StepLosses(
         total=values[0],
         values=values.detach(),

@@ -17,6 +17,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,10 @@ class Trainer:
             limit = config.checkpoints_total_limit
             self.writer = CheckpointWriter(self.output, limit, watcher.message, self.mirror)
             stack.enter_context(self.writer)
-        choose = self._choose_checkpoint if self.is_main else None
-        self.checkpoint = checkpoint = agreed_checkpoint(choose)
+        choose = partial(
+            choose_checkpoint, config, self.samples, self.output, self.mirror, watcher.message
+        )
+        self.checkpoint = checkpoint = agreed_checkpoint(choose if self.is_main else None)
         base = self._prepare_output(checkpoint)
         say = tell if checkpoint is None else lambda _: None
         self.frozen, self.trained = make_models(
@@ -170,11 +173,6 @@ class Trainer:
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
         return device
-
-    def _choose_checkpoint(self) -> Path | None:
-        return choose_checkpoint(
-            self.config, self.samples, self.output, self.mirror, self.watcher.message
-        )
 
     def _prepare_output(self, checkpoint: Path | None) -> str:
         """Makes the output folder and, where it is needed, the tiny base; returns the base to load.
@@ -350,6 +348,8 @@ class Trainer:
         local = torch.tensor(own).to(self.device, non_blocking=True)
         numbers: Tensor = self.accelerator.reduce(local, "sum")
         losses_of_micro: list[StepLosses] = []
+        mark = self.records.clock.mark
+        mark("")
         for index, batch in enumerate(micro):
             is_last = index == len(micro) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -360,11 +360,14 @@ class Trainer:
                     config.loss,
                     mask=mask,
                     count=numbers[0],
+                    mark=mark,
                 )
                 # the processes' gradients are averaged, and should be added
                 self.accelerator.backward(losses.total * world)
+                mark("backward")
             losses_of_micro.append(losses)
         skipped = self.optimization.step(self.accelerator)
+        mark("optimizer")
         bad = tuple(sample for batch in micro for sample in batch.bad)
         self.records.add(progress.step + 1, micro, losses_of_micro, rates, waited)
         copy = HostCopy(torch.cat((numbers, skipped[None])))
