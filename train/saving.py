@@ -15,6 +15,7 @@ from train.checkpoints import write_folder_atomically
 from train.optimization import Optimization
 from train.outcome import Progress
 from train.resume import Samples, metadata
+from train.sharding import take_part
 from train.state import AdapterExtras, Snapshot, random_state
 from train.step import TrainedModel
 from train.writer import CheckpointWriter
@@ -47,22 +48,29 @@ class Saver:
         from accelerate.utils import gather_object
 
         random: list[dict[str, Any]] = gather_object([random_state()])
-        if self.writer is not None:
-            scaler = self.accelerator.scaler
-            self.writer.save(
-                progress.step,
-                lambda: self._snapshot(
-                    progress,
-                    {},
-                    **self.optimization.state_dict(),
-                    random=random,
-                    spikes=spikes,
-                    scaler=scaler.state_dict() if scaler else {},
-                ),
-            )
+        scaler, state = self.accelerator.scaler, self.optimization.state_dict()
+        if self.writer is None:
+            take_part((self.trained.adapter.state_dict(), state))
+            return
+        self.writer.save(
+            progress.step,
+            lambda: self._snapshot(
+                progress,
+                {},
+                **state,
+                random=random,
+                spikes=spikes,
+                scaler=scaler.state_dict() if scaler else {},
+            ),
+        )
 
-    def write_final(self, progress: Progress) -> Path:
-        """Writes OUT/final, with the averaged weights if there is an average; returns it."""
+    def write_final(self, progress: Progress) -> Path | None:
+        """Writes OUT/final in the main process, with the averaged weights if there is an average;
+        returns it, and None in other processes. All processes must call it together.
+        """
+        if self.writer is None:
+            take_part({**self.trained.adapter.state_dict(), **self.optimization.averaged()})
+            return None
         snapshot = self._snapshot(progress, self.optimization.averaged())
         return write_folder_atomically(self.output / "final", snapshot.write_adapter)
 

@@ -20,6 +20,7 @@ from stages.storage.remote import refuse_credentials
 from train.data import Preparation
 from train.optimization import make_optimizer
 from train.resume import check_accepted
+from train.sharding import check_sharding
 from train.step import Frozen, TrainedModel, freeze
 
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,6 +50,7 @@ def check_config(config: TrainConfig) -> None:
             "report_to=tensorboard."
         )
     check_device(config)
+    check_sharding(config)
     make_optimizer(config, {})
 
 

@@ -57,6 +57,7 @@ from train.resume import (
 from train.saving import Saver
 from train.segments import add_segment, inherit, new_segment
 from train.setup import check_config, make_models, make_preparation
+from train.sharding import is_sharded, prepare, shard, without_sync
 from train.shards import INDEX
 from train.spikes import SPIKES
 from train.state import (
@@ -121,16 +122,17 @@ class Trainer:
             config, self.spec, base, self.device, self.samples.embedder, say, self.features
         )
         self.preparation = make_preparation(config, self.spec, self.frozen)
-        self.optimization = Optimization(config, self.trained.adapter)
-        self.progress = Progress()
+        state = {} if checkpoint is None else load_checkpoint(checkpoint, self.trained)
+        shard(self.trained, self.accelerator)
+        self.optimization, self.progress = Optimization(config, self.trained.adapter), Progress()
         if checkpoint is not None:
-            state = self._resume(checkpoint)
-        # Not passed to `prepare`: the loader, whose batches it would split (accelerate #3547), and
+            self._resume(checkpoint, state)
+        # Not passed to accelerate: the loader, whose batches it would split (accelerate #3547), and
         # the schedule, which it would advance once for every process.
-        self.model, self.optimization.optimizer = self.accelerator.prepare(
-            self.trained, self.optimization.optimizer
+        self.model, self.optimization.optimizer = prepare(
+            self.accelerator, self.trained, self.optimization.optimizer
         )
-        if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
+        if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.saver = Saver(
             config=config,
@@ -162,7 +164,7 @@ class Trainer:
             self.accelerator,
             is_main=self.is_main,
             keys=config.log_keys,
-            spikes=state["spikes"] if checkpoint is not None else None,
+            spikes=state.get("spikes"),
         )
 
     @property
@@ -201,14 +203,12 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         return base or ensure_base(local, self.spec, lambda _: None)
 
-    def _resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Restores a checkpoint, except for what `prepare` makes; returns its state."""
-        state = load_checkpoint(checkpoint, self.trained)
+    def _resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Restores a checkpoint's state, except for what `prepare` makes."""
         self.optimization.load_state_dict(state)
         set_random_state(state["random"], self.accelerator.process_index)
         self.progress = Progress(state["step"], state["position"], state["seconds"])
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
-        return {"scaler": {}, **state}
 
     def _batches(self) -> Generator[PackedBatch, None, None]:
         check_shared_memory(
@@ -308,7 +308,8 @@ class Trainer:
 
         config = self.config
         if self.is_main:
-            batch = f"{self.batch}, on {self.device.type}"
+            how = ", sharded" if is_sharded(self.model) else ""
+            batch = f"{self.batch}, on {self.device.type}{how}"
             for text in (self.mixture.message(), batch, self.optimization.summary()):
                 if text:
                     self.watcher.message(text)
@@ -349,7 +350,7 @@ class Trainer:
         losses_of_micro: list[StepLosses] = []
         for index, batch in enumerate(micro):
             is_last = index == len(micro) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if is_last else without_sync(self.accelerator, self.model):
                 losses = step_losses(
                     self.model,
                     self.frozen,
@@ -380,11 +381,11 @@ class Trainer:
         """Waits for the last checkpoint; writes the summary and, unless a signal stopped the run,
         OUT/final.
         """
-        progress, adapter, summary = self.progress, None, {}
-        if self.records.history is not None and self.writer is not None:
+        progress, summary = self.progress, {}
+        if self.writer is not None:
             self.writer.wait()
-            if not stop_signal:
-                adapter = self.saver.write_final(progress)
+        adapter = None if stop_signal else self.saver.write_final(progress)
+        if self.records.history is not None and self.writer is not None:
             summary = summarise(
                 self.records.history,
                 samples=progress.position,
