@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.training import EmaConfig
+from train.sharding import sharded_as
 
 
 class Average:
@@ -65,6 +66,6 @@ class Average:
             for name, parameter in zip(self._names, self._parameters, strict=True)
         }
         before = dict(zip(state.get("names", ()), state.get("shadow_params", ()), strict=True))
-        shadow = [before.get(name, value) for name, value in present.items()]
+        shadow = [sharded_as(value, before.get(name, value)) for name, value in present.items()]
         self._model.load_state_dict({**state, "decay": self._decay, "shadow_params": shadow})
         self._model.to(self._home)

@@ -13,6 +13,7 @@ from configs.errors import ConfigError, WeightsError
 from configs.training import OptimConfig, TrainConfig
 from model.consistentid import ConsistentID, part_of
 from train.average import Average
+from train.sharding import sharded_as, whole
 
 
 class Optimization:
@@ -55,7 +56,7 @@ class Optimization:
         skipped because a gradient isn't finite, else 0; a scalar on the device.
         """
         most = self._config.optim.max_grad_norm
-        norm = accelerator.clip_grad_norm_(self.parameters, most)
+        norm = whole(accelerator.clip_grad_norm_(self.parameters, most))
         skipped: Tensor = (~torch.isfinite(norm)).float()
         self.optimizer.optimizer.found_inf = skipped  # the fused AdamW does nothing where it is 1
         # Others don't read it, so the host has to wait for the norm. A scaler does that itself.
@@ -170,8 +171,12 @@ def load_optimizer(optimizer: Any, schedule: Any, state: Mapping[str, Any]) -> N
         )
     number_before, moments = _numbers(before), {}
     if before["param_groups"][0]["kind"] == now["param_groups"][0]["kind"]:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
         moments = {
-            number: before["state"][number_before[name]]
+            number: {
+                key: sharded_as(parameters[number], value) if isinstance(value, Tensor) else value
+                for key, value in before["state"][number_before[name]].items()
+            }
             for name, number in _numbers(now).items()
             if number_before.get(name) in before["state"]
         }

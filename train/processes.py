@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from configs.errors import ConfigError
 from configs.training import TrainConfig
+from train.sharding import hidden_from_accelerate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,17 +72,18 @@ def join_processes(config: TrainConfig, output: Path) -> Accelerator:
 
     # Without a GPU, accelerate wouldn't connect the processes unless it is told to use CPUs.
     on_cpu = config.model.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(output),
-            logging_dir=str(output / "logs"),
-            automatic_checkpoint_naming=False,
-        ),
-    )
+    with hidden_from_accelerate():
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(output),
+                logging_dir=str(output / "logs"),
+                automatic_checkpoint_naming=False,
+            ),
+        )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise ConfigError(

@@ -17,6 +17,7 @@ from train.mixture import Mixture
 from train.optimization import Optimization
 from train.outcome import Progress
 from train.resume import Samples, metadata
+from train.sharding import take_part
 from train.state import AdapterExtras, Snapshot, random_state
 from train.step import TrainedModel
 from train.writer import CheckpointWriter
@@ -49,25 +50,32 @@ class Saver:
         from accelerate.utils import gather_object
 
         random: list[dict[str, Any]] = gather_object([random_state()])
-        if self.writer is not None:
-            scaler = self.accelerator.scaler
-            self.writer.save(
-                progress.step,
-                lambda: self._snapshot(
-                    progress,
-                    {},
-                    **self.optimization.state_dict(),
-                    random=random,
-                    spikes=spikes,
-                    scaler=scaler.state_dict() if scaler else {},
-                ),
-            )
+        scaler, state = self.accelerator.scaler, self.optimization.state_dict()
+        if self.writer is None:
+            take_part((self.trained.adapter.state_dict(), state))
+            return
+        self.writer.save(
+            progress.step,
+            lambda: self._snapshot(
+                progress,
+                {},
+                **state,
+                random=random,
+                spikes=spikes,
+                scaler=scaler.state_dict() if scaler else {},
+            ),
+        )
 
-    def write_final(self, progress: Progress, losses: Mapping[str, Any]) -> Path:
-        """Writes OUT/final, with the averaged weights if there is an average, and a model card.
+    def write_final(self, progress: Progress, losses: Mapping[str, Any]) -> Path | None:
+        """Writes OUT/final in the main process, with the averaged weights if there is an average,
+        and a model card; returns it, and None in other processes. All processes must call it
+        together.
 
-        losses: of `train.history.summarise`. Returns the folder.
+        losses: of `train.history.summarise`; the other processes have none.
         """
+        if self.writer is None:
+            take_part({**self.trained.adapter.state_dict(), **self.optimization.averaged()})
+            return None
         snapshot = self._snapshot(progress, self.optimization.averaged())
         card = model_card(self.config, self.mixture, self.trained.adapter, self.output, losses)
 

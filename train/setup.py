@@ -22,6 +22,7 @@ from train.data import Preparation
 from train.mixture import Mixture
 from train.optimization import make_optimizer
 from train.resume import check_accepted
+from train.sharding import check_sharding
 from train.step import Frozen, TrainedModel, freeze
 
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,6 +52,7 @@ def check_config(config: TrainConfig) -> None:
             "report_to=tensorboard."
         )
     check_device(config)
+    check_sharding(config)
     make_optimizer(config, {})
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.errors import TrainingError, WeightsError
 from model.checkpoint import load_adapter, save_adapter
 from train.checkpoints import write_file_list
+from train.sharding import whole
 from train.step import TrainedModel
 
 STATE_FILE: Final = "state.pt"
@@ -36,7 +37,8 @@ class Snapshot:
 
     trained: the model, on which no step is being taken. state: for state.pt, tensors and plain
     values, with the `step`. weights: some of the adapter's, by name, that are copied in place of
-    those that it has now. Copies from a GPU go to pinned memory, and are waited for once.
+    those that it has now. Copies from a GPU go to pinned memory, and are waited for once. Sharded
+    tensors are gathered: the other processes must call `take_part` for the same ones.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ def _copy(value: Any) -> Any:
     for it.
     """
     if isinstance(value, Tensor):
-        value = value.detach()
+        value = whole(value.detach())
         if value.device.type != "cuda":
             return value.to("cpu", copy=True)
         pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)

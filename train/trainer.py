@@ -26,22 +26,21 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
-from configs.load import dump
 from configs.training import TrainConfig
 from model.spec import spec_named
 from stages.backends.runtime import deterministic_algorithms, pin_threads
-from train.base import ensure_base
 from train.batch_maker import BatchMaker
 from train.batches import plan_batches
 from train.data import unpacked
-from train.facts import NONFINITE, SKIPPED, HostCopy, Limits, StepCheck, StepFacts
+from train.facts import HostCopy, Limits, StepCheck, StepFacts
 from train.features.reading import open_features
-from train.history import HISTORY, TIMES, summarise
+from train.history import summarise
 from train.loader import micro_batches
 from train.mirror import open_output
 from train.mixture import open_mixture
 from train.optimization import Optimization
 from train.outcome import Outcome, Progress, Watcher
+from train.output import prepare_output
 from train.packing import PackedBatch, check_shared_memory
 from train.processes import join_processes, peak_memory
 from train.records import StepRecords, spike_context
@@ -51,19 +50,18 @@ from train.resume import (
     agreed_checkpoint,
     agreed_samples,
     choose_checkpoint,
-    fetch_chosen,
     flatten,
     start_of_run,
 )
 from train.saving import Saver
-from train.segments import add_segment, inherit, new_segment
+from train.segments import add_segment, new_segment
 from train.setup import check_config, make_buckets, make_models, make_preparation
+from train.sharding import is_sharded, prepare, shard, without_sync
 from train.shards import INDEX
-from train.spikes import SPIKES
 from train.state import load_checkpoint, set_random_state, write_json
 from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
-from train.validation import LINES, SHEETS, open_validator
+from train.validation import open_validator
 from train.writer import CheckpointWriter
 
 
@@ -113,7 +111,16 @@ class Trainer:
             choose_checkpoint, config, self.samples, self.output, self.mirror, watcher.message
         )
         self.checkpoint = checkpoint = agreed_checkpoint(choose if self.is_main else None)
-        base = self._prepare_output(checkpoint)
+        base = prepare_output(
+            config,
+            self.output,
+            self.spec,
+            checkpoint,
+            self.accelerator,
+            self.writer,
+            self.mirror,
+            watcher.message,
+        )
         say = tell if checkpoint is None else lambda _: None
         self.frozen, self.trained = make_models(
             config, self.spec, base, self.device, self.samples.embedder, say, self.features
@@ -121,16 +128,17 @@ class Trainer:
         self.buckets = make_buckets(config, self.mixture, self.frozen.base)
         self.order = self.mixture.order(config.seed, self.buckets)
         self.preparation = make_preparation(config, self.spec, self.frozen, self.buckets)
-        self.optimization = Optimization(config, self.trained.adapter)
-        self.progress = Progress()
+        state = {} if checkpoint is None else load_checkpoint(checkpoint, self.trained)
+        shard(self.trained, self.accelerator)
+        self.optimization, self.progress = Optimization(config, self.trained.adapter), Progress()
         if checkpoint is not None:
-            state = self._resume(checkpoint)
-        # Not passed to `prepare`: the loader, whose batches it would split (accelerate #3547), and
+            self._resume(checkpoint, state)
+        # Not passed to accelerate: the loader, whose batches it would split (accelerate #3547), and
         # the schedule, which it would advance once for every process.
-        self.model, self.optimization.optimizer = self.accelerator.prepare(
-            self.trained, self.optimization.optimizer
+        self.model, self.optimization.optimizer = prepare(
+            self.accelerator, self.trained, self.optimization.optimizer
         )
-        if self.accelerator.scaler is not None and checkpoint is not None and state["scaler"]:
+        if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.saver = Saver(
             config=config,
@@ -162,7 +170,7 @@ class Trainer:
             self.accelerator,
             is_main=self.is_main,
             keys=config.log_keys,
-            spikes=state["spikes"] if checkpoint is not None else None,
+            spikes=state.get("spikes"),
         )
 
     @property
@@ -174,37 +182,13 @@ class Trainer:
         device: torch.device = self.accelerator.device
         return device
 
-    def _prepare_output(self, checkpoint: Path | None) -> str:
-        """Makes the output folder and, where it is needed, the tiny base; returns the base to load.
-
-        The main process makes them; the others wait for it, and fetch from a mirror what their
-        machine lacks.
-        """
-        base, local = "", replace(self.config, output=str(self.output))
-        if self.writer is not None:
-            if checkpoint is not None:
-                names = (HISTORY, SKIPPED, NONFINITE, SPIKES, TIMES, LINES, f"{SHEETS}/*.jpg")
-                inherit(self.output, checkpoint, names)
-            base = ensure_base(local, self.spec, self.watcher.message)
-            # what was accepted for this resume isn't accepted for good
-            dump(replace(self.config, accept_changes=()), self.output / "config.yaml")
-            self.writer.upload()
-        self.accelerator.wait_for_everyone()
-        if self.mirror is not None:
-            if self.accelerator.is_local_main_process and not self.is_main:
-                fetch_chosen(self.config, checkpoint, self.mirror)
-            self.accelerator.wait_for_everyone()
-        return base or ensure_base(local, self.spec, lambda _: None)
-
-    def _resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Restores a checkpoint, except for what `prepare` makes; returns its state."""
-        state = load_checkpoint(checkpoint, self.trained)
+    def _resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Restores a checkpoint's state, except for what `prepare` makes."""
         self.optimization.load_state_dict(state)
         set_random_state(state["random"], self.accelerator.process_index)
         position = self.order.step_start(state["position"])  # the size of a step may have changed
         self.progress = Progress(state["step"], position, state["seconds"])
         self.watcher.message(f"resuming from {checkpoint} at step {self.progress.step:,}")
-        return {"scaler": {}, **state}
 
     def _batches(self) -> Generator[PackedBatch, None, None]:
         check_shared_memory(
@@ -306,7 +290,8 @@ class Trainer:
 
         config = self.config
         if self.is_main:
-            batch = f"{self.batch}, on {self.device.type}"
+            how = ", sharded" if is_sharded(self.model) else ""
+            batch = f"{self.batch}, on {self.device.type}{how}"
             data = self.mixture.message(), str(self.buckets or "")
             for text in (*data, batch, self.optimization.summary()):
                 if text:
@@ -352,7 +337,7 @@ class Trainer:
         mark("")
         for index, batch in enumerate(micro):
             is_last = index == len(micro) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if is_last else without_sync(self.accelerator, self.model):
                 losses = step_losses(
                     self.model,
                     self.frozen,
@@ -386,7 +371,7 @@ class Trainer:
         """Waits for the last checkpoint; writes the summary and, unless a signal stopped the run,
         OUT/final.
         """
-        progress, adapter, summary = self.progress, None, {}
+        progress, summary = self.progress, {}
         if self.records.history is not None and self.writer is not None:
             self.writer.wait()
             summary = summarise(
@@ -395,8 +380,8 @@ class Trainer:
                 seconds=progress.seconds,
                 finished=not stop_signal,
             )
-            if not stop_signal:
-                adapter = self.saver.write_final(progress, summary)
+        adapter = None if stop_signal else self.saver.write_final(progress, summary)
+        if self.writer is not None:
             write_json(self.output / "summary.json", summary)
             self._report()
             self.writer.finish(progress.step, with_final=not stop_signal)
