@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -140,12 +140,17 @@ class Trainer:
         )
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._open_records(base, state)
+
+    def _open_records(self, base: str, state: Mapping[str, Any]) -> None:
+        """Makes what saves, validates and records. base: of the run. state: of the checkpoint."""
+        config, watcher = self.config, self.watcher
         self.saver = Saver(
             config=config,
             output=self.output,
             base=base,
             samples=self.samples,
-            start=start_of_run(config, checkpoint),
+            start=start_of_run(config, self.checkpoint),
             mixture=self.mixture,
             trained=self.trained,
             optimization=self.optimization,
