@@ -262,6 +262,7 @@ def test_a_step_of_several_micro_batches_is_the_same_step(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_train_on_the_steps_of_one(
     straight: Path, shaped: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from train.history import read_lines
 from train.mixture import Mixture
 from train.setup import check_config
 from train.step import frozen_features, noised_latents
+from train.texts import empty_text_ids
 
 NO_DROPS = LossConfig(drop_text=0, drop_identity=0, drop_both=0)
 
@@ -207,3 +208,20 @@ def test_a_gpu_of_apple_that_is_missing_is_said(data: Path, tiny_base: Path) -> 
     model = ModelConfig(spec="tiny", base=str(tiny_base), device="mps")
     with pytest.raises(ConfigError, match=r"model\.device=mps, but torch finds no"):
         check_config(small(data, tiny_base, data / "none", model=model))
+
+
+@pytest.mark.parametrize(("mode", "share"), [("corrected", 0.05), ("legacy", 0.1)])
+def test_legacy_drops_text_and_photograph_as_often_as_the_reference(
+    mode: Literal["corrected", "legacy"],
+    share: float,
+    mixture: Mixture,
+    data: Path,
+    tiny_base: Path,
+) -> None:
+    model = ModelConfig(spec="tiny", base=str(tiny_base), device="cpu", mode=mode)
+    loss = LossConfig(drop_text=0, drop_identity=0)
+    parts = Parts(small(data, tiny_base, data / "none", loss=loss, model=model), mixture)
+    assert parts.preparation.drop.both == share
+    batch = parts.make(range(512))
+    dropped = (batch.input_ids == empty_text_ids(parts.frozen.base.tokenizer)[0]).all(1)
+    assert float(dropped.float().mean()) == pytest.approx(share, abs=0.035)

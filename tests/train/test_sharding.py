@@ -96,7 +96,7 @@ def state(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_losses_and_files_are_those_of_a_run_without(one: Path, sharded: Path) -> None:
     assert losses(sharded) == pytest.approx(losses(one), rel=1e-6)
     for folder in ("checkpoint-000004", "final"):
@@ -115,7 +115,7 @@ def test_losses_and_files_are_those_of_a_run_without(one: Path, sharded: Path) -
             torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_it_resumes_to_the_same_bits_and_without_fsdp_to_the_same_losses(
     config: TrainConfig, sharded: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +139,6 @@ def test_it_resumes_to_the_same_bits_and_without_fsdp_to_the_same_losses(
     assert losses(tmp_path / "alone") == pytest.approx(losses(sharded), rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_each_process_keeps_its_part_and_all_skip_a_step_that_is_not_finite(
     config: TrainConfig, one: Path, tmp_path: Path

@@ -153,6 +153,7 @@ def test_the_report_is_one_file_with_what_the_run_recorded(
         "another person",
         "samples a second",
         "waiting for samples",
+        "parts of a step, ms",
         "learning_rate: 0.001",
     ):
         assert text in links.text, text
@@ -165,6 +166,10 @@ def test_the_report_is_one_file_with_what_the_run_recorded(
     times = [*read_lines(output / "times.jsonl")]
     assert [line["step"] for line in times] == [1, 2, 3, 4]
     assert all(0 <= line["wait"] <= line["seconds"] for line in times)
+    for line in times:
+        assert [*line["parts"]] == ["encode", "forward", "backward", "optimizer"]
+        assert min(line["parts"].values()) > 0
+        assert sum(line["parts"].values()) + line["wait"] <= line["seconds"]
     torch.manual_seed(0)
     assert replace(validated(held_out, tiny_base, output)).validation_steps == 2
 
