@@ -13,10 +13,12 @@ DEMO ?= runs/demo
 COUNT ?=
 STEPS ?=
 ARGS ?=
-# 1: install CUDA builds; 0: don't. By default 1 with an NVIDIA driver, or if they were installed before.
-GPU ?= $(if $(or $(wildcard $(VENV)/.installed-gpu),$(shell command -v nvidia-smi)),1)
+# 1: install CUDA builds; 0: don't. By default what is installed, else 1 where there is an NVIDIA driver.
+GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1,$(if $(wildcard $(VENV)/.installed),0,$(if $(shell command -v nvidia-smi),1)))
 ON_GPU := $(filter-out 0,$(GPU))
 INSTALLED := $(VENV)/.installed$(if $(ON_GPU),-gpu)
+# Of the other kind: what marks it as installed, and onnxruntime's package.
+OTHER := $(VENV)/.installed$(if $(ON_GPU),,-gpu)
 OTHER_ONNX := onnxruntime$(if $(ON_GPU),,-gpu)
 
 # uv doesn't read pip's configuration, so pass on pip's index and find-links (for example, a folder
@@ -42,15 +44,16 @@ install: $(INSTALLED) ## install the project into .venv; other targets do this f
 
 $(INSTALLED): pyproject.toml constraints.txt overrides.txt overrides-gpu.txt
 	$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed $(VENV)/.installed-gpu
 	@$(RUN) -m pip install --quiet --disable-pip-version-check uv 2>&1 | grep -v "is ignored" || true
 	@echo installing into $(VENV)$(if $(ON_GPU),$(comma) with CUDA builds)
 	@$(BIN)/uv pip uninstall --quiet --python $(RUN) $(OTHER_ONNX) 2>/dev/null || true
 	@$(UV_INSTALL) -c constraints.txt --override overrides.txt \
-		$(if $(ON_GPU),--override overrides-gpu.txt) -e ".[dev$(if $(ON_GPU),$(comma)gpu)]"
-	@rm -f $(VENV)/.installed $(VENV)/.installed-gpu
+		$(if $(ON_GPU),--override overrides-gpu.txt) $(if $(wildcard $(OTHER)),--reinstall-package torch) \
+		-e ".[dev$(if $(ON_GPU),$(comma)gpu)]"
 	@touch $@
 
-# These two also work before an install, with any Python.
+# These two also work before an install.
 doctor: ## print what runs on which device, what is missing, and what to type
 	$(or $(wildcard $(RUN)),$(PYTHON)) -m pipelines.doctor $(ARGS)
 

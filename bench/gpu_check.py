@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -90,15 +92,22 @@ def in_process(name: str, setting: Setting) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.gpu_check", "--one", name, "--device", setting.device]
     command += ["--folder", str(setting.folder), *(["--tiny"] if setting.tiny else [])]
     limit = CHECKS[name].seconds
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=limit)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return {"status": "failed", "detail": f"stopped after {limit} s", "values": {}}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"status": "failed", "detail": f"stopped after {limit} s", "values": {}}
-    try:
-        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        row: dict[str, Any] = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
-        last = " | ".join(done.stderr.strip().splitlines()[-_LINES:])
-        return {"status": "failed", "detail": f"exit {done.returncode}: {last}", "values": {}}
+        last = " | ".join(errors.strip().splitlines()[-_LINES:])
+        return {"status": "failed", "detail": f"exit {process.returncode}: {last}", "values": {}}
     return row
 
 

@@ -55,7 +55,7 @@ _WARMUP: Final = 2  # steps of each kind that are not measured
 KINDS: Final = ("bare", "cached", "uncached", "reference")
 _PEOPLE: Final = 64  # synthetic ones, where no data is given
 # dense operations in bf16 or fp16, 1e12/s, of the vendor's data sheets
-_PEAK_TFLOPS: Final = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165, "L4": 121}
+_PEAK_TFLOPS: Final = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 def main(
@@ -295,7 +295,7 @@ def _utilisation(runs: dict[str, Run], peak_tflops: float) -> dict[str, Any]:
         for batch in run._first:
             run.bare(run._moved(batch))
     tera = counter.get_total_flops() / 1e12
-    name = run.device_name()
+    name = run.device_name() if run.trainer.config.mixed_precision != "no" else ""
     peaks = [peak for model, peak in _PEAK_TFLOPS.items() if model in name]
     peak = peak_tflops or (peaks[0] if peaks else 0)
     values: dict[str, Any] = {"tera_operations_a_step": round(tera, 3)}

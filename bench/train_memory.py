@@ -1,7 +1,7 @@
 """How much memory a training step takes, by settings: a table in Markdown.
 
     python -m bench.train_memory sdxl --size 512 --precision bf16       # a CPU with 24 GB: minutes
-    python -m bench.train_memory sdxl --size 1024 --micro 1 --micro 4 --no-checkpointing
+    python -m bench.train_memory sdxl --size 1024 --micro 1 --micro 4 --also-without-checkpointing
 
 Forward and backward pass of the trainer's step on the UNet, with gradients of all trained
 parameters, at full size with random weights. Features are cached, so that VAE and image encoder
@@ -61,9 +61,9 @@ def main(
     model: Annotated[str, typer.Argument(help="sd15 or sdxl; tiny tries it out.")] = "sdxl",
     size: Annotated[int, typer.Option(help="Side of the training images, pixels.")] = 1024,
     micro: Annotated[list[int] | None, typer.Option(help="Samples; may repeat.")] = None,
-    checkpointing: Annotated[
-        bool, typer.Option(help="Gradient checkpointing; --no-checkpointing: also without.")
-    ] = True,
+    also_without_checkpointing: Annotated[
+        bool, typer.Option("--also-without-checkpointing", help="Measure both.")
+    ] = False,
     precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "bf16",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     folder: Annotated[Path, typer.Option(help="For weights and data, which stay.")] = Path(
@@ -87,7 +87,7 @@ def main(
     make_features(config, Watcher())
     print(f"| {' | '.join(_COLUMNS)} |")
     print("| --- " * len(_COLUMNS) + "|")
-    for saves in (True,) if checkpointing else (True, False):
+    for saves in (True, False) if also_without_checkpointing else (True,):
         for samples in micro or [1]:
             print(line(measure(replace(config, gradient_checkpointing=saves), samples)), flush=True)
 

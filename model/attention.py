@@ -38,7 +38,7 @@ class RegionScores:
     def scores(self) -> list[Tensor]:
         return list(self._by_layer.values())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator] # both runs must save the same tensors
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # forward and recomputation must agree
     def add(self, layer: str, query: Tensor, key: Tensor) -> None:
         """Stores the probabilities of a layer. query: (B, heads, N, d), key: (B, heads, T, d).
 

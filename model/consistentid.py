@@ -343,8 +343,8 @@ class ConsistentID(nn.Module):
         return self.FacialEncoder.region_tokens(self._states(region_hidden))
 
     def _states(self, hidden: Tensor) -> Tensor:
-        """Returns the image encoder's states in the adapter's type, or under autocast, which
-        converts them itself, as they are: they are large.
+        """Converts the image encoder's states to the adapter's type. Under autocast it returns them
+        unchanged, since autocast converts them, and a copy would be large.
         """
         return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.dtype)
 

@@ -1,7 +1,7 @@
 """What runs on which device here, what is missing, and what to type: `make doctor`.
 
 Only the standard library is imported at the top, so that it also runs before `make install`, with
-any Python. Exit status: 0 if all that the pipeline, training and inference need is there, else 1.
+Python 3.10 or later. Exit status: 0 if all packages that are needed are there, else 1.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _PACKAGES: Final = (  # module → what it is used for
     *(("ray", "clusters"),),
 )
 _OPTIONAL: Final = (  # module, what it is used for, how to get it
-    ("bitsandbytes", "8-bit Adam, captions in 4 bits", "pip install bitsandbytes"),
-    ("wandb", "report_to=wandb", "pip install wandb"),
-    ("s3fs", "data on S3", "pip install s3fs"),
+    ("bitsandbytes", "8-bit Adam, captions in 4 bits", ".venv/bin/pip install bitsandbytes"),
+    ("wandb", "report_to=wandb", ".venv/bin/pip install wandb"),
+    ("s3fs", "data on S3", ".venv/bin/pip install s3fs"),
 )
+_PYTHON: Final = ((3, 11), (3, 12))  # versions that the project runs with
 _MEMORY_GB: Final = 8  # under which the demo may not run
 _SHARED_GB: Final = 1  # under which readers of training samples run out of shared memory
 _DISK_GB: Final = 10
@@ -53,7 +54,9 @@ class Row:
 
 def machine() -> Iterator[Row]:
     """Yields what the machine has."""
-    yield Row("Python", f"{platform.python_version()}, {sys.executable}")
+    wrong = sys.version_info[:2] not in _PYTHON
+    advice = "make install PYTHON=python3.11, or 3.12" if wrong else ""
+    yield Row("Python", f"{platform.python_version()}, {sys.executable}", advice)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     few = f"the demo needs about {_MEMORY_GB} GB" if pages < _MEMORY_GB else ""
     yield Row("cores, memory", f"{os.cpu_count()} cores, {pages:.0f} GB", few)
@@ -73,8 +76,17 @@ def gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10)
+    except subprocess.TimeoutExpired:
+        return []
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
+def _install() -> str:
+    """Returns the command that installs CUDA builds; an install that has none is begun anew."""
+    again = "rm -r .venv && " if Path(".venv/.installed-gpu").exists() else ""
+    return f"{again}make install GPU=1"
 
 
 def packages() -> Iterator[Row]:
@@ -118,7 +130,7 @@ def _torch(with_gpu: bool) -> tuple[str, str]:
     if not with_gpu:
         return "cpu", ""
     if torch.version.cuda is None:
-        return f"cpu: torch {torch.__version__} is built without CUDA", "make install GPU=1"
+        return f"cpu: torch {torch.__version__} is built without CUDA", _install()
     state = f"cpu: torch {torch.__version__}, for CUDA {torch.version.cuda}, finds no device"
     return state, "is the driver new enough for that CUDA? nvidia-smi prints what it supports"
 
@@ -135,14 +147,14 @@ def _onnx(with_gpu: bool) -> tuple[str, str]:
     if onnx_device("auto") == "cpu":
         if not with_gpu:
             return "cpu", ""
-        return f"cpu: onnxruntime {onnxruntime.__version__} has no CUDA", "make install GPU=1"
+        return f"cpu: onnxruntime {onnxruntime.__version__} has no CUDA", _install()
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "neg", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[CUDA])
     if CUDA in session.get_providers():
         return "cuda", ""
-    return "cpu: CUDA doesn't start; its libraries are printed above", "make install GPU=1"
+    return "cpu: CUDA doesn't start; what it misses is printed above", _install()
 
 
 def weights() -> Iterator[Row]:

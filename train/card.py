@@ -1,10 +1,11 @@
 """The model card in OUT/final: what was trained on what, with which result, and what it isn't for.
 
-It depends on the run alone, so a run that was resumed writes the same card.
+It depends on the run and its data, so a run that was resumed writes the same card.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -28,8 +29,7 @@ _LONGEST: Final = 100  # characters of a text from outside
 
 _TEXT: Final = """---
 library_name: diffusers
-base_model: {base}
-license: other
+{base_model}license: other
 tags: [consistentid, text-to-image, identity-preserving]
 ---
 
@@ -84,14 +84,17 @@ def model_card(
     output: the run's folder. losses: of `train.history.summarise`.
     """
     model, spec = config.model, adapter.spec
-    published = model.base if model.base and not Path(model.base).exists() else ""
+    base = model.base or spec.base
+    is_local = Path(base).exists() or "://" in base or base.startswith(("/", "."))
+    base_model = f"base_model: {json.dumps(base)}\n" if base and not is_local else ""
     return _TEXT.format(
-        name=output.resolve().name,
-        base=published or spec.base or spec.name,
+        name=_escaped(output.resolve().name),
+        base_model=base_model,
+        base=_escaped(f"a local one, {Path(base).name}" if is_local else base or spec.name),
         spec=model.spec,
         mode=model.mode,
         preset="demo" if model.spec in ("tiny", "small") else model.spec,
-        start=Path(config.adapter).name if config.adapter else "initial weights",
+        start=_escaped(Path(config.adapter).name) if config.adapter else "initial weights",
         steps=losses["steps"],
         size=config.global_batch_size,
         parts=_parts(adapter),
@@ -129,9 +132,11 @@ def _metrics(output: Path, losses: Mapping[str, Any]) -> str:
 
 
 def _source(path: str, weight: float | None) -> str:
-    """Returns what is known of a data set: the licences of its photographs and of its models."""
+    """Returns what is known of a data set: the licences of its photographs, on both sides of its
+    split, and of its models.
+    """
     name = path.rstrip("/").rpartition("/")[2]
-    title = f"**{name}**" + (f", weight {weight:g}" if weight is not None else "")
+    title = f"**{_escaped(name)}**" + (f", weight {weight:g}" if weight is not None else "")
     try:
         reader = DatasetReader(path)
         licences: Counter[str] = Counter()
@@ -140,8 +145,8 @@ def _source(path: str, weight: float | None) -> str:
             for entry in pc.value_counts(column.combine_chunks()).to_pylist():
                 licences[entry["values"] or "not stated"] += entry["counts"]
         weights = reader.dataset_info().get("weights", [])
-    except (PipelineError, OSError) as error:
-        return f"{title}: its licences couldn't be read when the card was written ({error})."
+    except (PipelineError, OSError):
+        return f"{title}: its licences couldn't be read when the card was written."
     stated = licences.most_common(_MOST)
     photos = ", ".join(f"{_escaped(licence)} ({count:,})" for licence, count in stated)
     others = f", and {len(licences) - _MOST:,} others" if len(licences) > _MOST else ""

@@ -30,6 +30,7 @@ from train.validation import LINES, SHEETS
 REPORT: Final = "report/index.html"
 _SHEETS_SHOWN: Final = 12
 _SHEET_WIDTH: Final = 720  # pixels
+_MOST_LINES: Final = 4000  # of the losses in memory
 _ROWS: Final = 20  # of a table of samples
 
 _STYLE: Final = """
@@ -48,7 +49,7 @@ def write_report(output: Path) -> Path:
     Raises ConfigError if there is no run.
     """
     segments = read_segments(output)
-    lines = [*read_lines(output / HISTORY)]
+    lines = _thinned(output / HISTORY)
     if not lines:
         raise ConfigError(f"{output}: the run has recorded no step yet.")
     title = f"Training {output.resolve().name}"
@@ -76,6 +77,27 @@ def write_report(output: Path) -> Path:
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _thinned(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the losses, or of a long run, means of equally many: the last step, and
+    of each number the mean of those that are finite.
+    """
+    count = sum(1 for _ in read_lines(path))
+    size = -(-count // _MOST_LINES) or 1
+    lines, part = list[dict[str, Any]](), list[dict[str, Any]]()
+    for number, line in enumerate(read_lines(path), 1):
+        part.append(line)
+        if len(part) == size or number == count:
+            values = {
+                name: [x for each in part if (x := each.get(name)) is not None]
+                for name in line
+                if name != "step"
+            }
+            means = {name: sum(xs) / len(xs) if xs else None for name, xs in values.items()}
+            lines.append({"step": line["step"], **means})
+            part = []
+    return lines
 
 
 def _summary(

@@ -81,6 +81,7 @@ def check_sharding(config: TrainConfig) -> None:
         f"validation_steps={config.validation_steps} (use 0)": config.validation_steps > 0,
         f"compile={config.compile} (use no)": config.compile != "no",
         "channels_last=true (use false)": config.channels_last,
+        "ema.on_cpu=true (use false)": bool(config.ema.decay) and config.ema.on_cpu,
     }
     if names := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise ConfigError(

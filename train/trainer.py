@@ -15,7 +15,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -279,15 +279,18 @@ class Trainer:
         began, step = time.monotonic(), self.progress.step
         if losses is not None:
             self.records.add_times(self.progress, peak_memory(self.device))
-        if self.validator.is_due(step) and not stop.agreed:
+        ends = step == self.config.max_train_steps
+        if self.validator.is_due(step) and (ends or not stop.agreed):
             self.validator.validate(step, self.trained, self.optimization.average)
             self._report()
         return time.monotonic() - began
 
     def _report(self) -> None:
         if self.is_main:
-            with suppress(ConfigError):  # a finished run may lack the files that it is made of
+            try:
                 write_report(self.output)
+            except (ConfigError, OSError, ValueError) as error:  # no reason to end a run
+                self.watcher.message(f"the report can't be written: {error}")
 
     def _begin(self) -> StepCheck:
         """Announces and records on what the run trains; returns the check of its steps."""

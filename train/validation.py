@@ -252,7 +252,8 @@ class Validator:
     ) -> None:
         self._config, self._output, self._accelerator = config, output, accelerator
         self._validation, self._message = validation, message
-        self._lines = Lines(output / LINES, step=step) if validation is not None else None
+        # also without validation: lines of later steps, which are trained again, are removed
+        self._lines = Lines(output / LINES, step=step) if accelerator.is_main_process else None
 
     def is_due(self, step: int) -> bool:
         """Returns whether a validation follows this step."""

@@ -10,12 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from bench.gpu.common import DETAILS, Setting, Values, need, need_weights, people
+from bench.gpu.common import DETAILS, MissingError, Setting, Values, need, need_weights, people
 from bench.watcher import Watcher
 
 # ‖GPU − CPU‖ / ‖CPU‖, where the CPU computes in float32. TF32 is off.
 TOLERANCES: Final = {"no": 1e-3, "fp16": 2e-2, "bf16": 6e-2}
 _LOSS: Final = {"no": 1e-3, "fp16": 2e-2, "bf16": 2e-2}  # relative, of the mean loss of all steps
+_NEEDED_GB: Final = {32: 60, 16: 36, 8: 22, 4: 15}  # of samples in a step, at 512 pixels
 _SCALE: Final = 1024  # of the loss, since fp16 has no smaller gradients than 6e-8
 _SAVED, _STEPS = 3, 6  # the step that training is resumed from, and the last one
 
@@ -163,13 +164,28 @@ def train_speed(setting: Setting) -> Values:
     if setting.tiny:
         _forget_precision()
         return _speeds(compare(_small(setting, setting.folder / "speed", setting.device), 2))
+    samples = _samples_that_fit()
     command = [sys.executable, "-m", "bench.train", "--steps", "5", "split=all"]
     command += ["--random-base", str(setting.folder / "sd15/base")]
-    command += [f"data={people(setting)}", "micro_batch_size=32", "global_batch_size=32"]
+    command += [f"data={people(setting)}", f"micro_batch_size={samples}"]
+    command += [f"global_batch_size={samples}"]
     command += ["gradient_checkpointing=false", "channels_last=true", "num_workers=2"]
     command += ["model.device=cuda"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return _speeds(json.loads(done.stdout))
+
+
+def _samples_that_fit() -> int:
+    """Returns how many samples a step can have, with the models of four kinds of steps beside each
+    other. Raises MissingError for a GPU with too little memory.
+    """
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    for samples, needed in _NEEDED_GB.items():
+        if free >= needed:
+            return samples
+    raise MissingError(f"{min(_NEEDED_GB.values())} GB of GPU memory; {free:.1f} GB are free")
 
 
 def _speeds(measured: Values) -> Values:
@@ -181,6 +197,7 @@ def _speeds(measured: Values) -> Values:
         for kind in KINDS
     }
     utilisation = measured.get("model_flops_utilisation")
+    values["samples_a_step"] = measured["samples_a_step"]
     return {**values, **({"utilisation": utilisation} if utilisation else {}), DETAILS: measured}
 
 

@@ -67,7 +67,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 @cache
 def onnx_device(name: str) -> str:
     """Returns the device on which onnxruntime runs models, cpu or cuda, for a configured name;
-    "auto" means cuda if the installed build supports it and there is a GPU.
+    "auto" means cuda if onnxruntime's build and torch can use a GPU.
 
     Raises ConfigError for cuda on a build without it. With auto, a log line says so where there is
     a GPU that isn't used.
@@ -79,8 +79,10 @@ def onnx_device(name: str) -> str:
     if name == "cpu" or (name == "auto" and not _NVIDIA.exists()):
         return "cpu"
     if CUDA in onnxruntime.get_available_providers():
-        import torch  # noqa: F401
+        import torch
 
+        if name == "auto" and not torch.cuda.is_available():
+            return "cpu"
         onnxruntime.preload_dlls()  # CUDA's libraries, from the packages that torch brought
         return "cuda"
     lacking = f"onnxruntime {onnxruntime.__version__} is built without CUDA"
@@ -94,7 +96,8 @@ def onnx_device(name: str) -> str:
 
 def onnx_session(path: Path, device: str) -> Any:
     """Returns an onnxruntime session on a device as `onnx_device` takes it, on the CPU with the
-    threads that `pin_threads` set. Raises ConfigError as that does, or if CUDA fails to start.
+    threads that `pin_threads` set. Raises ConfigError as that does. If CUDA fails to start, it does
+    so for cuda; with auto, the session is on the CPU, and a log line says so.
     """
     import onnxruntime
 
@@ -106,10 +109,10 @@ def onnx_session(path: Path, device: str) -> Any:
     providers = [*([CUDA] if on_cuda else []), "CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     if on_cuda and CUDA not in session.get_providers():
-        raise ConfigError(
-            f"onnxruntime {onnxruntime.__version__} can't start CUDA, though it is built with it. "
-            "`make doctor` prints what it misses; with device=cpu it runs on the CPU."
-        )
+        problem = f"onnxruntime {onnxruntime.__version__} is built with CUDA, and can't start it"
+        if device == "cuda":
+            raise ConfigError(f"{problem}. Set device=auto, which then uses the CPU.")
+        logger.warning("%s, so it uses the CPU. See make doctor.", problem)
     return session
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+import torch
 
 from configs.errors import ConfigError
 from pipelines import doctor
@@ -48,6 +49,8 @@ def test_an_unused_gpu_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(runtime, "_NVIDIA", tool)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     runtime.onnx_device.cache_clear()
     try:
         rows = {row.what: row for row in doctor.devices()}

@@ -163,6 +163,7 @@ def test_each_process_keeps_its_part_and_all_skip_a_step_that_is_not_finite(
         ({}, ["validation_steps=5"], r"validation_steps=5 \(use 0\)"),
         ({}, ["channels_last=true"], "channels_last=true"),
         ({}, ["ray.address=auto"], "ray.address=auto"),
+        ({}, ["ema.decay=0.9", "ema.on_cpu=true"], "ema.on_cpu=true"),
     ],
 )
 def test_what_does_not_work_is_refused_first(
@@ -188,6 +189,7 @@ def test_the_launchers_defaults_are_accepted_but_for_the_version(
         monkeypatch.setenv(name, value)
     assert is_asked_for()
     check_sharding(TrainConfig())
+    check_sharding(load(TrainConfig, "configs/train/sdxl.yaml", ["channels_last=false"]))
     for name, value in launcher_environment().items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"Give --fsdp_version 2"):
