@@ -146,6 +146,8 @@ def _source(path: str, weight: float | None) -> str:
                 licences[entry["values"] or "not stated"] += entry["counts"]
         weights = reader.dataset_info().get("weights", [])
     except (PipelineError, OSError):
+        licences, weights = Counter(), []
+    if not licences:
         return f"{title}: its licences couldn't be read when the card was written."
     stated = licences.most_common(_MOST)
     photos = ", ".join(f"{_escaped(licence)} ({count:,})" for licence, count in stated)

@@ -12,7 +12,7 @@ import torch
 
 from bench.gpu.checks import CHECKS, measured
 from bench.gpu.common import Check, MissingError, Setting, ToleranceError, need
-from bench.gpu_check import no_gpu, table
+from bench.gpu_check import in_process, no_gpu, table
 
 _SHORT = ("device", "parse", "faces", "captions", "step")
 
@@ -64,6 +64,15 @@ def test_what_is_missing_gets_a_row(setting: Setting, monkeypatch: pytest.Monkey
     assert (row["status"], row["detail"]) == ("missing", "weights of mine: fetch them")
     with pytest.raises(ToleranceError, match="too far"):
         need(False, "too far", {})
+
+
+def test_a_check_that_takes_too_long_is_stopped(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Check(run=CHECKS["step"].run, packages=(), seconds=1)
+    monkeypatch.setitem(CHECKS, "step", slow)
+    row = in_process("step", setting)
+    assert (row["status"], row["detail"]) == ("failed", "stopped after 1 s")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,7 +13,7 @@ import pytest
 
 from configs.training import TrainedConfig
 from tests.train.helpers import Listener, run, small
-from train.card import CARD
+from train.card import CARD, _source
 from train.shards import ShardSet
 
 
@@ -51,7 +51,13 @@ def test_it_says_what_was_trained_on_what(licensed: Path, tiny_base: Path, tmp_p
     assert r"\<b\>CC\|BY\</b\> (1)" in card
     assert "w600k\\_mbf.onnx: non-commercial research only" in card
     assert f"{outcome.summary['noise_loss']['end']:.4f}" in card
-    assert str(tmp_path) not in card
+    assert "| base | a local one, " in card and "base_model:" not in card
+    assert str(tmp_path) not in card and str(tiny_base) not in card
+
+
+def test_licences_that_cannot_be_read_are_said_so_without_the_path(tmp_path: Path) -> None:
+    text = _source(f"{tmp_path}/faces|", None)
+    assert text == "**faces\\|**: its licences couldn't be read when the card was written."
 
 
 def test_a_resumed_run_writes_the_same_card(data: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs.errors import ConfigError
 from configs.training import EmaConfig, FeaturesConfig, TrainConfig, ValidationConfig
 from tests.train.helpers import Listener, run, same, small, weights
+from train import report
 from train.features.make import make_features
 from train.history import read_lines
 from train.report import write_report
@@ -196,3 +198,23 @@ def test_a_validation_that_a_stop_left_out_is_made_up(
     assert (tmp_path / "other/validation.jsonl").read_text() == lines
     for step, sheet in sheets.items():
         assert (tmp_path / f"other/validation/{step:06d}.jpg").read_bytes() == sheet
+
+    # steps that are trained again without validation have no lines of the weights before
+    run(replace(config, validation_steps=0, resume_from_checkpoint="checkpoint-000002"))
+    assert [line["step"] for line in read_lines(tmp_path / "run/validation.jsonl")] == [2]
+
+
+def test_the_losses_of_a_long_run_are_shown_as_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_MOST_LINES", 4)
+    path = tmp_path / "losses.jsonl"
+    losses = [1.0, 2.0, None, None, None, None, 7.0]
+    lines = [json.dumps({"step": n, "loss": loss}) for n, loss in enumerate(losses, 1)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    assert report._thinned(path) == [
+        {"step": 2, "loss": 1.5},
+        {"step": 4, "loss": None},
+        {"step": 6, "loss": None},
+        {"step": 7, "loss": 7.0},
+    ]

@@ -37,8 +37,8 @@ def test_workers_leave_room_for_tasks_and_missing_gpus_are_an_error() -> None:
         plan_groups(gpu, [Resources(8, 0)])
     groups = plan_groups(gpu, [Resources(16, 2)] * 2)
     assert [group.names for group in groups] == [
-        ("resize", "detect"),
-        ("parse", "embed"),
+        ("resize",),
+        ("detect", "parse", "embed"),
         ("caption",),
     ]
     assert sum(group.gpus * group.workers for group in groups) <= 4
