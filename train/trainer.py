@@ -61,7 +61,7 @@ from train.shards import INDEX
 from train.state import load_checkpoint, set_random_state, write_json
 from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
-from train.validation import open_validator
+from train.validation import check_held_out, open_held_out, open_validator
 from train.writer import CheckpointWriter
 
 
@@ -95,6 +95,8 @@ class Trainer:
             self.mixture = open_mixture(config, self.output / INDEX)
             tell = watcher.message if self.is_main else lambda _: None
             self.features = open_features(config, self.mixture, self.output / INDEX, tell)
+            self.held_out = open_held_out(config, self.output / INDEX)
+        check_held_out(config, self.held_out)
         self.samples = agreed_samples(Samples.of(self.mixture, self.features))
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
@@ -159,6 +161,7 @@ class Trainer:
         )
         self.validator = open_validator(
             config,
+            self.held_out,
             self.output,
             self.progress.step,
             self.accelerator,

@@ -61,8 +61,7 @@ class _Fixed:
 class Validation:
     """Measures and draws for the present weights, without changing anything of the run.
 
-    mixture: of the validation side. features: that are read of it. Raises ConfigError if it shows
-    fewer than two people.
+    mixture: of the validation side, which shows two people or more. features: that are read of it.
     """
 
     def __init__(
@@ -85,12 +84,6 @@ class Validation:
             buckets=None,  # the images of a batch have one shape
         )
         self._people = _people(mixture, max(settings.samples, settings.portraits, 2))
-        if len(self._people) < 2:
-            raise ConfigError(
-                f"validation_steps={config.validation_steps} needs two people on the validation "
-                f"side, and {mixture} has {len(self._people)}. Set validation_steps=0, or make the "
-                "data set with another global_pass.val_share."
-            )
 
     @torch.no_grad()
     def losses(self, trained: TrainedModel) -> dict[str, float]:
@@ -235,6 +228,23 @@ def write_sheet(output: Path, step: int, sheet: Image.Image) -> Any:
     return np.asarray(sheet)
 
 
+def open_held_out(config: TrainConfig, index_folder: Path) -> Mixture | None:
+    """Opens the validation side of the data; None if the run doesn't validate."""
+    if not config.validation_steps:
+        return None
+    return open_mixture(replace(config, split="val", pair_prob=0.0), index_folder)
+
+
+def check_held_out(config: TrainConfig, mixture: Mixture | None) -> None:
+    """Raises ConfigError if the validation side shows fewer than two people."""
+    if mixture is not None and len(people := _people(mixture, 2)) < 2:
+        raise ConfigError(
+            f"validation_steps={config.validation_steps} needs two people on the validation side, "
+            f"and {mixture} has {len(people)}. Set validation_steps=0, or make the data set with "
+            "another global_pass.val_share."
+        )
+
+
 class Validator:
     """Validates a run at the configured steps, in the main process; the others wait.
 
@@ -293,6 +303,7 @@ class Validator:
 
 def open_validator(
     config: TrainConfig,
+    mixture: Mixture | None,
     output: Path,
     step: int,
     accelerator: Any,
@@ -300,12 +311,9 @@ def open_validator(
     preparation: Preparation,
     message: Callable[[str], None],
 ) -> Validator:
-    """Makes the validator of a run that has taken `step` steps. Raises ConfigError if the data show
-    too few people.
-    """
+    """Makes the validator of a run that has taken `step` steps. mixture: of `open_held_out`."""
     validation = None
-    if config.validation_steps and accelerator.is_main_process:
-        mixture = open_mixture(replace(config, split="val", pair_prob=0.0), output / INDEX)
+    if mixture is not None and accelerator.is_main_process:
         features = open_features(config, mixture, output / INDEX, lambda _: None)
         validation = Validation(config, mixture, frozen, preparation, features)
     return Validator(config, output, step, accelerator, validation, message)

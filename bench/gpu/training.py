@@ -79,7 +79,7 @@ def _step(setting: Setting, device: str, precision: str) -> dict[str, Any]:
     from train.step import step_losses
     from train.trainer import Trainer
 
-    _forget_precision()
+    forget_precision()
     output = setting.folder / "step"
     shutil.rmtree(output, ignore_errors=True)
     config = _small(setting, output, device, mixed_precision=precision)
@@ -98,7 +98,7 @@ def _step(setting: Setting, device: str, precision: str) -> dict[str, Any]:
     return {"losses": losses.values.float().cpu(), "gradients": torch.cat(gradients)}
 
 
-def _forget_precision() -> None:
+def forget_precision() -> None:
     """Lets accelerate take another precision: it allows one in a process."""
     from accelerate.state import AcceleratorState
 
@@ -139,7 +139,7 @@ def _train(
     """Returns the folder of the trained adapter, and the mean loss of the steps taken."""
     from train.trainer import train
 
-    _forget_precision()
+    forget_precision()
     output = setting.folder / "training" / name
     shutil.rmtree(output, ignore_errors=True)
     watcher = Watcher()
@@ -162,7 +162,7 @@ def train_speed(setting: Setting) -> Values:
     from bench.train import compare
 
     if setting.tiny:
-        _forget_precision()
+        forget_precision()
         return _speeds(compare(_small(setting, setting.folder / "speed", setting.device), 2))
     samples = _samples_that_fit()
     command = [sys.executable, "-m", "bench.train", "--steps", "5", "split=all"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,17 @@ import torch
 
 from bench.gpu.checks import CHECKS, measured
 from bench.gpu.common import Check, MissingError, Setting, ToleranceError, need
+from bench.gpu.training import forget_precision
 from bench.gpu_check import in_process, no_gpu, table
 
 _SHORT = ("device", "parse", "faces", "captions", "step")
+
+
+@pytest.fixture(autouse=True)
+def _any_precision_afterwards() -> Iterator[None]:
+    """Other tests of this process may train in another precision."""
+    yield
+    forget_precision()
 
 
 @pytest.fixture(scope="module")
