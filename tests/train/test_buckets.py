@@ -340,6 +340,7 @@ def test_cached_features_of_square_images_are_not_read(
         assert one["noise_loss"] == pytest.approx(other["noise_loss"], rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_pairs_kept_features_validation_and_a_dry_run_work_with_buckets(
     shaped: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -176,6 +176,7 @@ def test_the_report_is_one_file_with_what_the_run_recorded(
     assert replace(validated(held_out, tiny_base, output)).validation_steps == 2
 
 
+@pytest.mark.thorough
 def test_a_validation_that_a_stop_left_out_is_made_up(
     held_out: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
