@@ -70,6 +70,9 @@ def linear_of(x: Tensor, linear: nn.Linear) -> Tensor:
     """Returns the linear layer of `x` in the type of `x`: in a UNet in half precision, the
     adapter's float32 weights are rounded for the product, and their gradients are float32.
     """
+    if linear.weight.dtype == x.dtype:
+        output: Tensor = linear(x)  # as a module: hooks of an offloaded model load its weight
+        return output
     return F.linear(x, linear.weight.to(x.dtype))
 
 
