@@ -86,7 +86,8 @@ def model_card(
     model, spec = config.model, adapter.spec
     base = model.base or spec.base
     is_local = Path(base).exists() or "://" in base or base.startswith(("/", "."))
-    base_model = f"base_model: {json.dumps(base)}\n" if base and not is_local else ""
+    on_hub = base.count("/") == 1 and not is_local
+    base_model = f"base_model: {json.dumps(base)}\n" if on_hub else ""
     return _TEXT.format(
         name=_escaped(output.resolve().name),
         base_model=base_model,
