@@ -32,6 +32,7 @@ _OPTIONAL: Final = (  # module, what it is used for, how to get it
     ("s3fs", "data on S3", ".venv/bin/pip install s3fs"),
 )
 _PYTHON: Final = ((3, 11), (3, 12))  # versions that the project runs with
+_DRIVER: Final = "is the driver new enough for that CUDA? nvidia-smi prints what it supports"
 _MEMORY_GB: Final = 8  # under which the demo may not run
 _SHARED_GB: Final = 1  # under which readers of training samples run out of shared memory
 _DISK_GB: Final = 10
@@ -39,8 +40,10 @@ _DISK_GB: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """what: a device, package or step. state: what is there. advice: what to type, or nothing.
-    required: whether something doesn't work without it.
+    """A line of the output.
+
+    what: name of a device, package or step. state: its version, or the device it runs on. advice: a
+    command that helps, or "". required: whether a problem with it makes the exit status 1.
     """
 
     what: str
@@ -132,7 +135,7 @@ def _torch(with_gpu: bool) -> tuple[str, str]:
     if torch.version.cuda is None:
         return f"cpu: torch {torch.__version__} is built without CUDA", _install()
     state = f"cpu: torch {torch.__version__}, for CUDA {torch.version.cuda}, finds no device"
-    return state, "is the driver new enough for that CUDA? nvidia-smi prints what it supports"
+    return state, _DRIVER
 
 
 def _onnx(with_gpu: bool) -> tuple[str, str]:
@@ -147,6 +150,8 @@ def _onnx(with_gpu: bool) -> tuple[str, str]:
     if onnx_device("auto") == "cpu":
         if not with_gpu:
             return "cpu", ""
+        if CUDA in onnxruntime.get_available_providers():
+            return "cpu: torch finds no GPU", _DRIVER
         return f"cpu: onnxruntime {onnxruntime.__version__} has no CUDA", _install()
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "neg", value[:1], value[1:])

@@ -133,8 +133,8 @@ def _metrics(output: Path, losses: Mapping[str, Any]) -> str:
 
 
 def _source(path: str, weight: float | None) -> str:
-    """Returns what is known of a data set: the licences of its photographs, on both sides of its
-    split, and of its models.
+    """Returns the licences of a data set's photographs, of both splits, and of the models that made
+    the data set.
     """
     name = path.rstrip("/").rpartition("/")[2]
     title = f"**{_escaped(name)}**" + (f", weight {weight:g}" if weight is not None else "")

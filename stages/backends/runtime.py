@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from configs.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CUDA: Final = "CUDAExecutionProvider"  # onnxruntime's name
-_NVIDIA: Final = Path("/dev/nvidiactl")  # there, if a driver is loaded
 _threads = 0
 
 
@@ -76,7 +76,8 @@ def onnx_device(name: str) -> str:
 
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {name}: expected auto, cpu or cuda")
-    if name == "cpu" or (name == "auto" and not _NVIDIA.exists()):
+    has_driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
+    if name == "cpu" or (name == "auto" and not has_driver):
         return "cpu"
     if CUDA in onnxruntime.get_available_providers():
         import torch

@@ -1,4 +1,4 @@
-"""Weights with which training starts: what is taken of which file, and what is said of it."""
+"""Starting a training from an adapter file: the loaded weights, and the message about them."""
 
 from __future__ import annotations
 

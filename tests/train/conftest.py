@@ -21,7 +21,7 @@ from tests.sharing import shared_folder
 
 # fixtures
 from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
-from tests.train.featured import LONG, rewrite, without_a_mouth
+from tests.train.featured import LONG, make, paired, rewrite, without_a_mouth
 from tests.train.helpers import Parts, small, with_people
 from train import setup
 from train.mixture import Mixture
@@ -131,3 +131,11 @@ def shaped(tmp_path_factory: pytest.TempPathFactory, portraits: Path) -> Path:
         )
 
     return shared_folder(tmp_path_factory, "shaped", make) / "data"
+
+
+@pytest.fixture(scope="session")
+def featured(people: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of people with float32 features of all kinds, made by one process."""
+    folder = Path(shutil.copytree(people, tmp_path_factory.mktemp("featured") / "data"))
+    make(paired(folder, tiny_base, folder / "none"))
+    return folder

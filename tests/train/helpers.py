@@ -87,7 +87,7 @@ class Listener:
 
 
 class Steps(Listener):
-    """A listener that is told of features too."""
+    """A listener that also records the progress of `make features`."""
 
     def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None:
         self.messages.append(f"{name} {step} {total}")

@@ -39,14 +39,6 @@ def uncached(people: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFac
     return output
 
 
-@pytest.fixture(scope="module")
-def featured(people: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set of people with float32 features of all kinds."""
-    folder = Path(shutil.copytree(people, tmp_path_factory.mktemp("featured") / "data"))
-    make(paired(folder, tiny_base, folder / "none"))
-    return folder
-
-
 @pytest.fixture
 def own(featured: Path, tmp_path: Path) -> Path:
     """A copy of it, which the test may change."""
@@ -141,7 +133,7 @@ def test_features_that_do_not_fit_are_not_used_and_the_log_says_why(
     config = paired(featured, tiny_base, tmp_path / "run")
 
     def answer(changed: TrainConfig, kind: str) -> str:
-        """What is said of a kind that isn't used; the kinds beside it are."""
+        """Returns the message about a kind that isn't used. All other kinds must be used."""
         sets, messages = opened(changed)
         assert kind not in sets
         return next(text for text in messages if f"{kind} isn't used" in text)

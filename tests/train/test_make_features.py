@@ -32,24 +32,16 @@ from train.shards import ShardSet
 _FORKED = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="module")
-def inline(people: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set of people with features that one undisturbed process made."""
-    folder = Path(shutil.copytree(people, tmp_path_factory.mktemp("inline") / "data"))
-    make(paired(folder, tiny_base, folder / "none"))
-    return folder
-
-
 @pytest.fixture
 def own(people: Path, tmp_path: Path) -> Path:
     """A copy of the data set without features."""
     return Path(shutil.copytree(people, tmp_path / "data"))
 
 
-def test_features_hold_what_the_encoders_answer(inline: Path, tiny_base: Path) -> None:
+def test_features_hold_what_the_encoders_answer(featured: Path, tiny_base: Path) -> None:
     base = load_base(SPECS["tiny"], tiny_base)
-    vae, text = (next(inline.glob(f"features/{kind}-*")) for kind in ("vae", "text"))
-    samples, moments, texts = (ShardSet(str(folder)) for folder in (inline, vae, text))
+    vae, text = (next(featured.glob(f"features/{kind}-*")) for kind in ("vae", "text"))
+    samples, moments, texts = (ShardSet(str(folder)) for folder in (featured, vae, text))
     assert keys(moments) == keys(texts) == keys(samples)
     for number, record in enumerate(samples.records(range(8))):
         values = []
@@ -87,24 +79,24 @@ def contents(data: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("moment", [2, 14, 40, 63])
 def test_a_killed_run_that_is_started_again_writes_the_same_bytes(
-    inline: Path, own: Path, tiny_base: Path, tmp_path: Path, moment: int
+    featured: Path, own: Path, tiny_base: Path, tmp_path: Path, moment: int
 ) -> None:
     config = paired(own, tiny_base, tmp_path / "none")
     assert killed(moment, tmp_path / "errors", make, config, children=_FORKED)
-    assert contents(own).keys() != contents(inline).keys()
+    assert contents(own).keys() != contents(featured).keys()
     dump(config, tmp_path / "preset.yaml")
     result = CliRunner().invoke(app, ["features", "-c", str(tmp_path / "preset.yaml")])
     assert result.exit_code == 0, result.output
-    assert contents(own) == contents(inline)
+    assert contents(own) == contents(featured)
 
 
 def test_ray_writes_the_same_bytes(
-    inline: Path, own: Path, tiny_base: Path, tmp_path: Path
+    featured: Path, own: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     chosen = ("image", "text")  # all that features read of a record
     settings = features(executor="ray", kinds=chosen)
     make(paired(own, tiny_base, tmp_path / "none", features=settings))
-    expected = contents(inline)
+    expected = contents(featured)
     assert contents(own) == {n: v for n, v in expected.items() if n.startswith(chosen)}
 
 

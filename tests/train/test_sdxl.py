@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,31 +81,24 @@ def test_float32_features_of_both_text_encoders_give_the_bits_of_a_run_without(
     assert {"encoder", "encoder_2", "tokenizer", "tokenizer_2"} < settings.keys()
 
 
-def test_sizes_reach_the_unet(
-    data: Path, tiny_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[torch.Tensor] = []
-    original = Trainer._step
-
-    def looked(self: Trainer, *arguments: Any) -> Any:
-        unet = self.trained.unet
-        hook = unet.register_forward_pre_hook(
-            lambda _module, _args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]),
-            with_kwargs=True,
-        )
-        try:
-            return original(self, *arguments)
-        finally:
-            hook.remove()
-
-    monkeypatch.setattr(Trainer, "_step", looked)
+def test_sizes_reach_the_unet(data: Path, tiny_xl: Path, tmp_path: Path) -> None:
+    sizes: list[list[list[float]]] = []
     losses = {}
-    for sizes in ("true", "fixed"):
-        model = ModelConfig(spec="sdxl", base=str(tiny_xl), device="cpu", sizes=sizes)  # type: ignore[arg-type]
-        run(xl(data, tiny_xl, tmp_path / sizes, model=model, max_train_steps=1))
-        losses[sizes] = next(read_lines(tmp_path / sizes / "losses.jsonl"))["loss"]
-    assert seen[1].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
-    assert seen[0][:, 4:].tolist() == [[32, 32]] * 2 and (seen[0][:, :2] > 32).all()
+    for name in ("true", "fixed"):
+        model = ModelConfig(spec="sdxl", base=str(tiny_xl), device="cpu", sizes=name)  # type: ignore[arg-type]
+        config = xl(data, tiny_xl, tmp_path / name, model=model, max_train_steps=1)
+        with ExitStack() as stack:
+            trainer = Trainer(config, Listener(), stack)
+            trainer.trained.unet.register_forward_pre_hook(
+                lambda _, __, options: sizes.append(
+                    options["added_cond_kwargs"]["time_ids"].tolist()
+                ),
+                with_kwargs=True,
+            )
+            trainer.run()
+        losses[name] = next(read_lines(tmp_path / name / "losses.jsonl"))["loss"]
+    assert sizes[1] == [[32, 32, 0, 0, 32, 32]] * 2
+    assert all(row[4:] == [32, 32] and min(row[:2]) > 32 for row in sizes[0])
     assert losses["true"] != losses["fixed"]
 
 

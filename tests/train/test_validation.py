@@ -1,8 +1,9 @@
-"""Validation and the report: held-out people, fixed noise, and what the page shows."""
+"""Validation on the validation split, and the report of a training."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,12 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.errors import ConfigError
 from configs.training import EmaConfig, FeaturesConfig, TrainConfig, ValidationConfig
-from tests.train.helpers import Listener, run, same, small, weights
+from tests.train.helpers import Listener, keys, run, same, small, weights
 from train import report
 from train.features.make import make_features
 from train.history import read_lines
 from train.report import write_report
 from train.shards import ShardSet
+from train.trainer import Trainer
 
 
 def validated(data: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -54,32 +56,16 @@ def test_held_out_people_are_measured_and_drawn_and_the_run_is_as_without(
 
 
 def test_only_people_of_the_validation_side_are_shown(
-    held_out: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    read: list[str] = []
-    original = ShardSet.records
-
-    def recorded(self: ShardSet, numbers: Any, **options: Any) -> Any:
-        if not self.held_out_of_test:  # type: ignore[attr-defined]
-            read.extend(self.key(number) for number in numbers)
-        return original(self, numbers, **options)
-
-    monkeypatch.setattr(ShardSet, "held_out_of_test", False, raising=False)
-    train_keys = {ShardSet(str(held_out), "train").key(n) for n in range(4)}
-    config = validated(held_out, tiny_base, tmp_path / "run", max_train_steps=2)
-    from train.validation import Validation
-
-    monkeypatch.setattr(ShardSet, "records", recorded)
-    before = Validation.losses
-
-    def alone(self: Validation, trained: Any) -> Any:
-        read.clear()
-        values = before(self, trained)
-        assert read and not {*read} & train_keys
-        return values
-
-    monkeypatch.setattr(Validation, "losses", alone)
-    run(config)
+    sides = {side: {*keys(ShardSet(str(held_out), side))} for side in ("train", "val")}
+    with ExitStack() as stack:
+        trainer = Trainer(validated(held_out, tiny_base, tmp_path / "run"), Listener(), stack)
+        validation = trainer.validator._validation
+        assert validation is not None and trainer.held_out is not None
+        shown = {trainer.held_out.key(number) for number in validation._people}
+    assert len(shown) == 2
+    assert shown <= sides["val"] and not shown & sides["train"]
 
 
 def test_the_average_is_validated_and_the_weights_stay(
