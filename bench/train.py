@@ -36,7 +36,6 @@ from typing import Annotated, Any, Final
 
 import torch
 import typer
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.bases import make_base
 from bench.synthetic_person import write_people
@@ -46,6 +45,7 @@ from configs.training import DataSource, TrainConfig
 from model.consistentid import encode_images, encode_text, predict_noise
 from train.data import TrainBatch, unpacked
 from train.features.make import make_features
+from train.flops import peak_flops, sample_flops
 from train.packing import IMAGES, PackedBatch
 from train.step import frozen_features, noised_latents, step_losses
 from train.stopping import Stop
@@ -54,8 +54,6 @@ from train.trainer import Trainer
 _WARMUP: Final = 2  # steps of each kind that are not measured
 KINDS: Final = ("bare", "cached", "uncached", "reference")
 _PEOPLE: Final = 64  # synthetic ones, where no data is given
-# dense operations in bf16 or fp16, 1e12/s, of the vendor's data sheets
-_PEAK_TFLOPS: Final = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 def main(
@@ -291,18 +289,14 @@ def _utilisation(runs: dict[str, Run], peak_tflops: float) -> dict[str, Any]:
     they reach in each kind of step.
     """
     run = runs["bare"]
-    with FlopCounterMode(display=False) as counter:
-        for batch in run._first:
-            run.bare(run._moved(batch))
-    tera = counter.get_total_flops() / 1e12
-    name = run.device_name() if run.trainer.config.mixed_precision != "no" else ""
-    peaks = [peak for model, peak in _PEAK_TFLOPS.items() if model in name]
-    peak = peak_tflops or (peaks[0] if peaks else 0)
-    values: dict[str, Any] = {"tera_operations_a_step": round(tera, 3)}
-    if peak:
-        values["peak_tflops"] = peak
+    trainer = run.trainer
+    flops = trainer.batch.size * sample_flops(trainer.config, trainer.spec, trainer.frozen.base)
+    values: dict[str, Any] = {"tera_operations_a_step": round(flops / 1e12, 3)}
+    listed = peak_flops(run.device_name(), trainer.config.mixed_precision)
+    if peak := 1e12 * peak_tflops or listed:
+        values["peak_tflops"] = round(peak / 1e12)
         values["model_flops_utilisation"] = {
-            kind: round(tera / statistics.median(each.seconds[_WARMUP:]) / peak, 3)
+            kind: round(flops / statistics.median(each.seconds[_WARMUP:]) / peak, 3)
             for kind, each in runs.items()
         }
     return values

@@ -7,7 +7,7 @@ what they do with the UNet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +293,11 @@ class ConsistentID(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    def train_only(self, parts: Collection[Part]) -> None:
+        """Makes the weights of these parts require gradients, and no others."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(part_of(name) in parts)
 
     def set_scale(self, scale: float) -> None:
         """Sets the weight of the ID attention in every layer: 1 as in training, 0 for none."""

@@ -20,6 +20,7 @@ from configs.errors import ConfigError
 from configs.load import to_yaml
 from train.curves import STYLE, curves
 from train.facts import NONFINITE, SKIPPED
+from train.flops import peak_flops
 from train.history import HISTORY, TIMES, read_lines
 from train.segments import Segment, read_segments
 from train.spikes import SPIKES
@@ -61,7 +62,7 @@ def write_report(output: Path) -> Path:
             _losses(lines),
             _validation(output),
             "<h2>Speed</h2>",
-            _speed([*read_lines(output / TIMES)]),
+            _speed(segments[-1], [*read_lines(output / TIMES)]),
             _bad_samples(output),
             "<h2>Settings</h2>",
             f"<pre>{escape(to_yaml(segments[-1].config()))}</pre>",
@@ -165,7 +166,7 @@ def _embedded(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
 
-def _speed(times: Sequence[Mapping[str, Any]]) -> str:
+def _speed(segment: Segment, times: Sequence[Mapping[str, Any]]) -> str:
     if not times:
         return "<p class='none'>Not recorded.</p>"
 
@@ -180,6 +181,7 @@ def _speed(times: Sequence[Mapping[str, Any]]) -> str:
             curves("samples a second", {"samples/s": rate}),
             curves("waiting for samples, share of a step", {"percent": wait}),
             _parts(times),
+            _flops(segment, times),
             curves("most memory of the GPU, or of this process", {"GB": memory}),
         )
     )
@@ -205,6 +207,27 @@ def _parts(times: Sequence[Mapping[str, Any]]) -> str:
         "<code>bench.train</code> measures the same parts beside the bare UNet.</p>"
     )
     return curves("parts of a step, ms", series) + note
+
+
+def _flops(segment: Segment, times: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how many operations a second the UNet's made, since the last start."""
+    own = [line for line in times if line["step"] > segment.step]
+    if not own or not segment.sample_flops:
+        return ""
+    seconds = sum(line["seconds"] * line["steps"] for line in own)
+    flops = segment.sample_flops * sum(line["samples"] * line["steps"] for line in own) / seconds
+    each = f"{segment.sample_flops / 1e12:.3g}"
+    text = (
+        f"The UNet, forward and backward, takes {each} TFLOP for a sample: in the steps since the "
+        f"last start {flops / 1e12:.3g} TFLOP/s"
+    )
+    peak = segment.processes * peak_flops(segment.device, segment.config().mixed_precision)
+    if peak:
+        text += (
+            f", which is {flops / peak:.0%} of the peak of {segment.processes} × {segment.device} "
+            f"({peak / 1e12:,.0f} TFLOP/s): the model FLOPs utilisation"
+        )
+    return f"<p>{escape(text)}.</p>"
 
 
 def _bad_samples(output: Path) -> str:

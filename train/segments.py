@@ -43,7 +43,8 @@ class Segment:
     many processes there were, and samples of a micro-batch. threads: of torch. device, torch: name
     and version. resumed_from: folder or URL of the checkpoint; "" for a new run. last_step: of the
     segment; None while no later one is known. features: names of those that were read.
-    buckets: width and height of each; () if the samples were not in buckets.
+    buckets: width and height of each; () if the samples were not in buckets. sample_flops: see
+    train/flops.py; 0 in the files of older versions.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Segment:
     last_step: int | None = None
     features: tuple[str, ...] = ()
     buckets: tuple[Size, ...] = ()
+    sample_flops: int = 0
 
     @property
     def batch(self) -> BatchPlan:
@@ -90,8 +92,11 @@ def new_segment(
     mixture: Mixture,
     device: torch.device,
     checkpoint: Path | None,
+    **others: Any,
 ) -> Segment:
-    """Returns the segment that a run begins, on this machine. checkpoint: that it resumes from."""
+    """Returns the segment that a run begins, on this machine. checkpoint: that it resumes from.
+    others: fields that have a default.
+    """
     return Segment(
         step=progress.step,
         position=progress.position,
@@ -105,6 +110,7 @@ def new_segment(
         device=device_name(device),
         torch=torch.__version__,
         resumed_from=origin(config, checkpoint),
+        **others,
     )
 
 

@@ -13,7 +13,7 @@ from configs.errors import ConfigError
 from configs.training import TrainConfig
 from model.base import adapter_path
 from model.conditions import DropRates
-from model.consistentid import BaseModels, ConsistentID, copy_weights, load_base, part_of
+from model.consistentid import BaseModels, ConsistentID, copy_weights, load_base
 from model.spec import Embedder, ModelSpec
 from model.start import load_start
 from stages.storage.remote import refuse_credentials
@@ -113,8 +113,7 @@ def make_models(
     adapter = ConsistentID(spec, models.unet, config.model.mode).to(device)
     if config.adapter:
         message(load_start(Path(adapter_path(config.adapter)), adapter, embedder))
-    for name, parameter in adapter.named_parameters():
-        parameter.requires_grad_(part_of(name) in config.trained_parts)
+    adapter.train_only(config.trained_parts)
     _speed_up(config, models)
     needed = {"vae", "text"} if config.validation_steps else set[str]()  # it draws portraits
     if config.pair_prob:  # a region that the reference lacks changes the text

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,7 @@ from train.batches import plan_batches
 from train.data import unpacked
 from train.facts import HostCopy, Limits, StepCheck, StepFacts
 from train.features.reading import open_features
+from train.flops import sample_flops
 from train.history import summarise
 from train.loader import micro_batches
 from train.mirror import open_output
@@ -187,8 +188,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
+        return torch.device(self.accelerator.device)
 
     def _resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Restores a checkpoint's state, except for what `prepare` makes."""
@@ -256,8 +256,7 @@ class Trainer:
                 previous = step_facts
                 if self.writer is not None:
                     self.writer.check()
-                if self.accelerator.num_processes == 1:
-                    stop.agreed = stop.agreed or bool(stop.signal)
+                stop.agreed |= self.accelerator.num_processes == 1 and bool(stop.signal)
                 losses = None
                 validates = self.validator.is_due(progress.step)
                 if progress.step % config.log_every == 0 or saves or validates or stop.agreed:
@@ -301,18 +300,19 @@ class Trainer:
 
         config = self.config
         if self.is_main:
-            how = ", sharded" if is_sharded(self.model) else ""
-            batch = f"{self.batch}, on {self.device.type}{how}"
+            batch = f"{self.batch}, on {self.device.type}{', sharded' * is_sharded(self.model)}"
             data = self.mixture.message(), str(self.buckets or "")
             for text in (*data, batch, self.optimization.summary()):
                 if text:
                     self.watcher.message(text)
+            start = (config, self.progress, self.batch, self.mixture, self.device, self.checkpoint)
             segment = new_segment(
-                config, self.progress, self.batch, self.mixture, self.device, self.checkpoint
+                *start,
+                features=self.samples.features,
+                buckets=self.buckets.sizes if self.buckets else (),
+                sample_flops=sample_flops(config, self.spec, self.frozen.base),
             )
-            buckets = self.buckets.sizes if self.buckets else ()
-            used = replace(segment, features=self.samples.features, buckets=buckets)
-            add_segment(self.output, used)
+            add_segment(self.output, segment)
         if config.report_to != "none":
             self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         limits = Limits(
