@@ -45,6 +45,10 @@ class SourceError(PipelineError):
     """A source that can't be listed or read at all."""
 
 
+class EmptySideError(SourceError):
+    """A data set without samples on one side of its split."""
+
+
 class WeightsError(PipelineError):
     """A weights file that is missing or unreachable, whose license is refused, or that has another
     sha256 than the table states.

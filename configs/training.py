@@ -116,8 +116,6 @@ class LossConfig:
     drop_region: float = 0.0
 
     def __post_init__(self) -> None:
-        total = self.drop_text + self.drop_identity + self.both(legacy=False)
-        _check(0 <= total <= 1, f"loss.drop_* add up to {total}: expected 0 to 1")
         weights = ("facial_weight", "snr_gamma", "noise_offset", "input_perturbation")
         for name in ("drop_text", "drop_identity", "drop_both", *weights):
             value = getattr(self, name)
@@ -128,13 +126,17 @@ class LossConfig:
                 f"loss.{name}={getattr(self, name)}: expected 0 to 1",
             )
 
-    def both(self, *, legacy: bool) -> float:
-        """Returns the share of samples without text and identity; in legacy mode, without text and
-        photograph.
+    def drops(self, *, legacy: bool) -> tuple[float, float, float]:
+        """Returns the shares of samples without text, without identity, and without both; in legacy
+        mode there are only those without text and photograph.
         """
-        if self.drop_both is not None:
-            return self.drop_both
-        return 0.1 if legacy else 0.05
+        if legacy:
+            return 0.0, 0.0, 0.1 if self.drop_both is None else self.drop_both
+        return (
+            self.drop_text,
+            self.drop_identity,
+            0.05 if self.drop_both is None else self.drop_both,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +244,8 @@ class FeaturesConfig:
     # 512 pixels. image: the image encoder's states of photograph and regions, 3.9 MB a sample with
     # CLIP ViT-H/14. text: the text encoders' states, 121 KB a sample with SD 1.5, 321 KB with SDXL
     kinds: tuple[Literal["vae", "image", "text"], ...] = ("vae",)
-    # float32 gives the bits of a run that encodes each sample alone; float16 takes half the space
+    # float32 gives the bits of a run that encodes each sample alone, if make features does so too
+    # (placement.batch_size=1); float16 takes half the space
     dtype: Literal["float16", "float32"] = "float16"
     # whether training reads features that fit it; false: it encodes all samples
     use: bool = True
@@ -308,7 +311,8 @@ class TrainConfig:
     resume_from_checkpoint: str = "latest"
     # settings that may differ from those of the checkpoint, and data: other samples
     accept_changes: tuple[str, ...] = ()
-    # steps between two validations, with one at the end; 0: none. They need samples with split=val
+    # steps between two validations, with one at the end; 0: none. They need two people on the
+    # validation side of the data's split, and split=train
     validation_steps: int = 0
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -357,6 +361,8 @@ class TrainConfig:
             f"compile={self.compile}: with buckets=true, shapes change from step to step, and what "
             "is compiled would depend on their order. Set compile=no, or buckets=false.",
         )
+        drops = sum(self.loss.drops(legacy=self.model.mode == "legacy"))
+        _check(drops <= 1, f"loss.drop_* add up to {drops}: expected at most 1")
         self._check_parts()
 
     @property

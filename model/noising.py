@@ -44,13 +44,3 @@ def noised(
     if schedule.config.prediction_type == "v_prediction":
         return noisy, schedule.get_velocity(latents, noise, timesteps)
     return noisy, noise
-
-
-def size_ids(count: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Returns SDXL's conditioning on sizes for images that aren't cropped, (count, 6) float32:
-    original size, the crop's corner, target size.
-    """
-    ids = torch.zeros(count, 6, device=device)
-    for column, side in zip((0, 1, 4, 5), (height, width, height, width), strict=True):
-        ids[:, column].fill_(side)
-    return ids

@@ -19,9 +19,8 @@ from configs.training import TrainConfig
 from model.consistentid import ConsistentID, part_of
 from stages.record import Status
 from stages.storage.reader import DatasetReader
-from train.history import read_lines
+from train.history import VALIDATIONS, read_lines
 from train.mixture import Mixture
-from train.validation import LINES
 
 CARD: Final = "README.md"
 _MOST: Final = 20  # licences that are listed by name
@@ -122,14 +121,18 @@ def _metrics(output: Path, losses: Mapping[str, Any]) -> str:
         "| noise loss, mean of the first and of the last tenth of the steps | "
         f"{noise['start']:.4f}, {noise['end']:.4f} |",
     ]
-    validations = [*read_lines(output / LINES)] if (output / LINES).is_file() else []
+    validations = [*read_lines(output / VALIDATIONS)] if (output / VALIDATIONS).is_file() else []
     if validations:
         last = validations[-1]
         lines.append(
             f"| noise loss of people whom it isn't trained on, step {last['step']:,}: with the "
-            f"right person, with another | {last['right']:.4f}, {last['swapped']:.4f} |"
+            f"right person, with another | {_loss(last['right'])}, {_loss(last['swapped'])} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _source(path: str, weight: float | None) -> str:

@@ -90,7 +90,7 @@ again computes what is missing, after a kill or after the data set has changed.
         features.kinds=[vae,image] features.executor=ray features.ray.address=auto \\
         features.placement.gpus=1 features.placement.batch_size=16
 
-[bold]Settings[/]: FeaturesConfig in configs/training.py. They are stored in DATA/features.
+The features are stored in DATA/features. [bold]Settings[/]: FeaturesConfig in configs/training.py.
 
 Exit status: 0 finished, 2 wrong settings, data or weights, 130 stopped by Ctrl-C.
 """
@@ -160,12 +160,18 @@ A run writes it at each validation and at its end; this command also while it tr
 """
 )
 def report(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of a run, a folder.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The output of a run, a folder.")],
 ) -> None:
     with user_errors():
+        from configs.errors import ConfigError
         from train.report import write_report
 
-        typer.echo(write_report(output))
+        if "://" in output:
+            raise ConfigError(
+                f"{output}: expected a folder. A run whose output is a URL writes the report there "
+                "at each validation and at its end."
+            )
+        typer.echo(write_report(Path(output)))
 
 
 _SEEN_HELP = """List the steps that used samples, and the newest checkpoint that never saw them.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import TrainingError
+from configs.training import TrainConfig
 from train.history import Lines
 from train.packing import BadSample
 
@@ -68,6 +69,15 @@ class Limits:
     samples: int
     bad_share: float
     nonfinite_steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, samples: int) -> Limits:
+        return cls(
+            batch=config.global_batch_size,
+            samples=samples,
+            bad_share=config.max_bad_share,
+            nonfinite_steps=config.max_nonfinite_steps,
+        )
 
 
 class StepCheck:

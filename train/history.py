@@ -17,6 +17,8 @@ from train.step import LOSSES
 HISTORY: Final = "losses.jsonl"
 KEYS: Final = "keys.jsonl"
 TIMES: Final = "times.jsonl"
+VALIDATIONS: Final = "validation.jsonl"
+SHEETS: Final = "validation"  # a folder of pictures
 
 
 class Lines:

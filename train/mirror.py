@@ -36,6 +36,7 @@ from train.checkpoints import (
     step_of,
     write_folder_atomically,
 )
+from train.history import SHEETS
 from train.shards import INDEX
 
 _FINAL: Final = "final"
@@ -187,18 +188,25 @@ class Mirror:
         return f"{wrong[0]} is missing or is not as it was written" if wrong else ""
 
     def fetch_folders(self) -> None:
-        """Fetches the tiny base model and the indexes of the data that the folder lacks."""
+        """Fetches the tiny base model, the indexes of the data and the pictures of validations that
+        the folder lacks.
+        """
         base = self.folder / "base"
         if not base.exists() and (files := self.store.tree(base.name)):
             write_folder_atomically(base, partial(self._download, base.name, list(files)))
         self.fetch_indexes()
+        self._fetch_missing(SHEETS)
 
     def fetch_indexes(self) -> None:
         """Fetches the indexes of the data that the folder lacks."""
-        for name in self.store.names(INDEX):
-            if not (target := self.folder / INDEX / name).exists():
+        self._fetch_missing(INDEX)
+
+    def _fetch_missing(self, top: str) -> None:
+        """Fetches the files of the store's folder `top` that the local one lacks."""
+        for name in self.store.names(top):
+            if not (target := self.folder / top / name).exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self.store.download(f"{INDEX}/{name}", target)
+                self.store.download(f"{top}/{name}", target)
 
     def _files(self) -> Iterator[Path]:
         """Yields the local files outside checkpoints and OUT/final, without temporary ones."""

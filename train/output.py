@@ -12,15 +12,14 @@ from configs.training import TrainConfig
 from model.spec import ModelSpec
 from train.base import ensure_base
 from train.facts import NONFINITE, SKIPPED
-from train.history import HISTORY, TIMES
+from train.history import HISTORY, SHEETS, TIMES, VALIDATIONS
 from train.mirror import Mirror
 from train.resume import fetch_chosen
 from train.segments import inherit
 from train.spikes import SPIKES
-from train.validation import LINES, SHEETS
 from train.writer import CheckpointWriter
 
-_PAST: Final = (HISTORY, SKIPPED, NONFINITE, SPIKES, TIMES, LINES, f"{SHEETS}/*.jpg")
+_PAST: Final = (HISTORY, SKIPPED, NONFINITE, SPIKES, TIMES, VALIDATIONS, f"{SHEETS}/*.jpg")
 
 
 def prepare_output(

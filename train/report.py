@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,12 +22,11 @@ from configs.load import to_yaml
 from train.curves import STYLE, curves
 from train.facts import NONFINITE, SKIPPED
 from train.flops import peak_flops
-from train.history import HISTORY, TIMES, read_lines
+from train.history import HISTORY, SHEETS, TIMES, VALIDATIONS, read_lines
 from train.segments import Segment, read_segments
 from train.spikes import SPIKES
 from train.step import LOSSES
 from train.step_clock import PARTS
-from train.validation import LINES, SHEETS
 
 REPORT: Final = "report/index.html"
 _SHEETS_SHOWN: Final = 12
@@ -49,7 +49,7 @@ def write_report(output: Path) -> Path:
 
     Raises ConfigError if there is no run.
     """
-    segments = read_segments(output)
+    segments, times = read_segments(output), [*read_lines(output / TIMES)]
     lines = _thinned(output / HISTORY)
     if not lines:
         raise ConfigError(f"{output}: the run has recorded no step yet.")
@@ -57,12 +57,12 @@ def write_report(output: Path) -> Path:
     body = "".join(
         (
             f"<h1>{escape(title)}</h1>",
-            _summary(segments, lines, [*read_lines(output / TIMES)]),
+            _summary(segments, lines, times),
             "<h2>Losses</h2>",
             _losses(lines),
             _validation(output),
             "<h2>Speed</h2>",
-            _speed(segments[-1], [*read_lines(output / TIMES)]),
+            _speed(segments[-1], times),
             _bad_samples(output),
             "<h2>Settings</h2>",
             f"<pre>{escape(to_yaml(segments[-1].config()))}</pre>",
@@ -84,21 +84,25 @@ def _thinned(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of the losses, or of a long run, means of equally many: the last step, and
     of each number the mean of those that are finite.
     """
-    count = sum(1 for _ in read_lines(path))
+    count = _count_lines(path)
     size = -(-count // _MOST_LINES) or 1
-    lines, part = list[dict[str, Any]](), list[dict[str, Any]]()
-    for number, line in enumerate(read_lines(path), 1):
-        part.append(line)
-        if len(part) == size or number == count:
-            values = {
-                name: [x for each in part if (x := each.get(name)) is not None]
-                for name in line
-                if name != "step"
-            }
-            means = {name: sum(xs) / len(xs) if xs else None for name, xs in values.items()}
-            lines.append({"step": line["step"], **means})
-            part = []
+    lines, source = list[dict[str, Any]](), read_lines(path)
+    while part := [*islice(source, size)]:
+        values = {
+            name: [x for each in part if (x := each.get(name)) is not None]
+            for name in part[-1]
+            if name != "step"
+        }
+        means = {name: sum(xs) / len(xs) if xs else None for name, xs in values.items()}
+        lines.append({"step": part[-1]["step"], **means})
     return lines
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _summary(
@@ -135,7 +139,7 @@ def _losses(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _validation(output: Path) -> str:
-    lines = [*read_lines(output / LINES)]
+    lines = [*read_lines(output / VALIDATIONS)]
     if not lines:
         return "<h2>Validation</h2><p class='none'>None: set validation_steps.</p>"
     series = {
@@ -210,18 +214,21 @@ def _parts(times: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _flops(segment: Segment, times: Sequence[Mapping[str, Any]]) -> str:
-    """Returns how many operations a second the UNet's made, since the last start."""
+    """Returns how many floating-point operations the UNet made in a second, since the last
+    start.
+    """
     own = [line for line in times if line["step"] > segment.step]
     if not own or not segment.sample_flops:
         return ""
     seconds = sum(line["seconds"] * line["steps"] for line in own)
     flops = segment.sample_flops * sum(line["samples"] * line["steps"] for line in own) / seconds
-    each = f"{segment.sample_flops / 1e12:.3g}"
+    config = segment.config()
     text = (
-        f"The UNet, forward and backward, takes {each} TFLOP for a sample: in the steps since the "
-        f"last start {flops / 1e12:.3g} TFLOP/s"
+        f"The UNet, forward and backward, takes {segment.sample_flops / 1e12:.3g} TFLOP for a "
+        f"square sample of {config.resolution} pixels: in the steps since the last start "
+        f"{flops / 1e12:.3g} TFLOP/s"
     )
-    peak = segment.processes * peak_flops(segment.device, segment.config().mixed_precision)
+    peak = segment.processes * peak_flops(segment.device, config.mixed_precision)
     if peak:
         text += (
             f", which is {flops / peak:.0%} of the peak of {segment.processes} × {segment.device} "

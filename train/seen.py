@@ -159,6 +159,11 @@ def _notes(segments: Sequence[Segment]) -> list[str]:
             f"Steps 1 to {first.step:,} are not recorded: they may have used the samples. All "
             "checkpoints come after them."
         )
+    if any(segment.settings["validation_steps"] for segment in segments):
+        notes.append(
+            "The run validated: validation/, report/ and logs/ in its output show photographs of "
+            "the validation side, which these steps don't include."
+        )
     if settings["adapter"]:
         notes.append(f"The run began with adapter={settings['adapter']}: see what that has seen.")
     return notes

@@ -92,11 +92,12 @@ def new_segment(
     mixture: Mixture,
     device: torch.device,
     checkpoint: Path | None,
-    **others: Any,
+    *,
+    features: tuple[str, ...] = (),
+    buckets: tuple[Size, ...] = (),
+    sample_flops: int = 0,
 ) -> Segment:
-    """Returns the segment that a run begins, on this machine. checkpoint: that it resumes from.
-    others: fields that have a default.
-    """
+    """Returns the segment that a run begins, on this machine. checkpoint: that it resumes from."""
     return Segment(
         step=progress.step,
         position=progress.position,
@@ -110,7 +111,9 @@ def new_segment(
         device=device_name(device),
         torch=torch.__version__,
         resumed_from=origin(config, checkpoint),
-        **others,
+        features=features,
+        buckets=buckets,
+        sample_flops=sample_flops,
     )
 
 

@@ -19,6 +19,7 @@ from model.start import load_start
 from stages.storage.remote import refuse_credentials
 from train.buckets import Buckets, bucket_sizes
 from train.data import Preparation
+from train.features.kinds import needed_encoders
 from train.mixture import Mixture
 from train.optimization import make_optimizer
 from train.resume import check_accepted
@@ -44,6 +45,11 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError(
             f"work_folder={config.work_folder} is for an output at a URL, but "
             f"output={config.output} is a folder. Leave work_folder empty."
+        )
+    if config.validation_steps and config.split != "train":
+        raise ConfigError(
+            f"validation_steps={config.validation_steps} measures on the validation side of the "
+            f"data, and split={config.split} trains on it. Set split=train, or validation_steps=0."
         )
     check_accepted(config)
     if config.report_to == "wandb" and find_spec("wandb") is None:
@@ -115,10 +121,8 @@ def make_models(
         message(load_start(Path(adapter_path(config.adapter)), adapter, embedder))
     adapter.train_only(config.trained_parts)
     _speed_up(config, models)
-    needed = {"vae", "text"} if config.validation_steps else set[str]()  # it draws portraits
-    if config.pair_prob:  # a region that the reference lacks changes the text
-        needed.add("text")
-    frozen = freeze(models, spec.vision_size, config.keep_features, {*features} - needed)
+    unneeded = {*features} - {*needed_encoders(config)}
+    frozen = freeze(models, spec.vision_size, config.keep_features, unneeded)
     return frozen, TrainedModel(adapter, models.unet).train()
 
 
@@ -151,7 +155,8 @@ def make_preparation(
     config: TrainConfig, spec: ModelSpec, frozen: Frozen, buckets: Buckets | None = None
 ) -> Preparation:
     """Returns the settings by which records become micro-batches for these models."""
-    base = frozen.base
+    base, legacy = frozen.base, config.model.mode == "legacy"
+    text, identity, both = config.loss.drops(legacy=legacy)
     return Preparation(
         tokenizer=base.tokenizer,
         tokenizer_2=base.tokenizer_2,
@@ -162,11 +167,11 @@ def make_preparation(
         vae_factor=base.vae_factor,
         timesteps=frozen.noise_schedule.config.num_train_timesteps,
         drop=DropRates(
-            text=config.loss.drop_text,
-            identity=config.loss.drop_identity,
-            both=config.loss.both(legacy=config.model.mode == "legacy"),
+            text=text,
+            identity=identity,
+            both=both,
             region=config.loss.drop_region,
-            legacy=config.model.mode == "legacy",
+            legacy=legacy,
         ),
         seed=config.seed,
         noise_offset=config.loss.noise_offset,

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from configs.errors import ConfigError, ShardError, SourceError
+from configs.errors import ConfigError, EmptySideError, ShardError, SourceError
 from stages.record import Record, Status
 from stages.storage import layout
 from stages.storage.manifest import Manifest
@@ -87,7 +87,7 @@ class ShardSet:
         self.digest: Final = self._index.digest
         self.index_file: Final = _file_of(name)
         if not len(self) and any(manifest.written for manifest in manifests):
-            raise SourceError(
+            raise EmptySideError(
                 f"{data}: none of its samples is on the side split={split}. Train with "
                 "split=all, or make the data set again with another global_pass.val_share."
             )

@@ -62,7 +62,7 @@ from train.shards import INDEX
 from train.state import load_checkpoint, set_random_state, write_json
 from train.step import StepLosses, group_gradients, masks_background, step_losses
 from train.stopping import Stop, Stopping, stop_on_signal
-from train.validation import check_held_out, open_held_out, open_validator
+from train.validation import open_held_out, open_validator
 from train.writer import CheckpointWriter
 
 
@@ -97,7 +97,6 @@ class Trainer:
             tell = watcher.message if self.is_main else lambda _: None
             self.features = open_features(config, self.mixture, self.output / INDEX, tell)
             self.held_out = open_held_out(config, self.output / INDEX)
-        check_held_out(config, self.held_out)
         self.samples = agreed_samples(Samples.of(self.mixture, self.features))
         self.batch = plan_batches(
             config.global_batch_size, config.micro_batch_size, self.accelerator.num_processes
@@ -233,17 +232,19 @@ class Trainer:
     def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
-        if self.validator.is_due(progress.step):  # unless it was done, before the run was stopped
-            self.validator.validate(progress.step, self.trained, self.optimization.average)
+        if config.report_to != "none":
+            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         if progress.step >= config.max_train_steps:
             self.watcher.message(
                 f"{self.output} is finished: {progress.step:,} steps. To continue, set "
                 f"max_train_steps={2 * progress.step}."
             )
+            self._validate(Stop())
             return self._finish(0)
         check = self._begin()
         previous: StepFacts | None = None
         with stopping() as stop, closing(self._batches()) as loaded:
+            self._validate(stop)  # what a stopped run left out
             batches = self._grouped(loaded)
             last = time.monotonic()
             while progress.step < config.max_train_steps and not stop.agreed:
@@ -256,34 +257,36 @@ class Trainer:
                 previous = step_facts
                 if self.writer is not None:
                     self.writer.check()
-                stop.agreed |= self.accelerator.num_processes == 1 and bool(stop.signal)
-                losses = None
+                stop.agreed = stop.agreed or (self.batch.world == 1 and bool(stop.signal))
                 validates = self.validator.is_due(progress.step)
-                if progress.step % config.log_every == 0 or saves or validates or stop.agreed:
-                    losses = self._fetch_losses()
+                logs = progress.step % config.log_every == 0 or saves or validates or stop.agreed
+                losses = self._fetch_losses() if logs else None
                 now = time.monotonic()
                 progress.seconds, last = progress.seconds + now - last, now
+                if losses is not None:
+                    self.records.add_times(progress, peak_memory(self.device))
                 if saves or stop.agreed:
-                    stop.agreed = check.check(previous) or stop.agreed
+                    self._save(check, previous, stop)
                     previous = None
-                    self.saver.save(progress, self.records.state())
-                last += self._validate(losses, stop)
+                last += self._validate(stop)
+                if stop.agreed and previous is not None:  # a signal during the validation
+                    self._save(check, previous, stop)
                 self.watcher.step(progress.step, losses)
             stopped = progress.step < config.max_train_steps
             outcome = self._finish((stop.signal or signal.SIGTERM) if stopped else 0)
             self.accelerator.end_training()
         return outcome
 
-    def _validate(self, losses: dict[str, float] | None, stop: Stop) -> float:
-        """Records the time of the steps, if their losses were fetched, and validates, if that is
-        due. Returns the seconds that it took.
-        """
+    def _save(self, check: StepCheck, last: StepFacts, stop: Stop) -> None:
+        """Writes a checkpoint, after the check of the last step."""
+        stop.agreed = check.check(last) or stop.agreed
+        self.saver.save(self.progress, self.records.state())
+
+    def _validate(self, stop: Stop) -> float:
+        """Validates, if that is due and wasn't done. Returns the seconds that it took."""
         began, step = time.monotonic(), self.progress.step
-        if losses is not None:
-            self.records.add_times(self.progress, peak_memory(self.device))
-        ends = step == self.config.max_train_steps
-        if self.validator.is_due(step) and (ends or not stop.agreed):
-            self.validator.validate(step, self.trained, self.optimization.average)
+        if self.validator.is_due(step) and not stop.agreed:
+            self.validator.validate(step, self.trained, self.optimization.average, stop)
             self._report()
         return time.monotonic() - began
 
@@ -300,31 +303,28 @@ class Trainer:
 
         config = self.config
         if self.is_main:
-            batch = f"{self.batch}, on {self.device.type}{', sharded' * is_sharded(self.model)}"
+            how = ", sharded" if is_sharded(self.model) else ""
+            batch = f"{self.batch}, on {self.device.type}{how}"
             data = self.mixture.message(), str(self.buckets or "")
             for text in (*data, batch, self.optimization.summary()):
                 if text:
                     self.watcher.message(text)
-            start = (config, self.progress, self.batch, self.mixture, self.device, self.checkpoint)
             segment = new_segment(
-                *start,
+                config,
+                self.progress,
+                self.batch,
+                self.mixture,
+                self.device,
+                self.checkpoint,
                 features=self.samples.features,
                 buckets=self.buckets.sizes if self.buckets else (),
                 sample_flops=sample_flops(config, self.spec, self.frozen.base),
             )
             add_segment(self.output, segment)
-        if config.report_to != "none":
-            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
-        limits = Limits(
-            batch=self.batch.size,
-            samples=len(self.mixture),
-            bad_share=self.config.max_bad_share,
-            nonfinite_steps=self.config.max_nonfinite_steps,
-        )
         return StepCheck(
             self.output,
             self.progress.step,
-            limits,
+            Limits.of(config, len(self.mixture)),
             lambda position: self.mixture.keys_at(self.order, position),
             gather_object,
             self.watcher.message if self.is_main else None,

@@ -6,6 +6,7 @@ OUT/validation/STEP.jpg       a row for each person: a photograph, and a portrai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from configs.errors import ConfigError, ShardError
+from configs.errors import ConfigError, EmptySideError, ShardError
 from configs.training import TrainConfig
 from model.conditions import DropRates
 from model.consistentid import Features, predict_noise
@@ -29,14 +30,13 @@ from train.average import Average
 from train.batch_maker import BatchMaker
 from train.data import Preparation, TrainBatch, unpacked
 from train.features.reading import FeatureSet, open_features
-from train.history import Lines
+from train.history import SHEETS, VALIDATIONS, Lines
 from train.mixture import Mixture, open_mixture
 from train.shards import INDEX
 from train.step import Frozen, TrainedModel, frozen_features, noised_latents, without_memory
+from train.stopping import Stop
 from train.texts import split_states
 
-LINES: Final = "validation.jsonl"
-SHEETS: Final = "validation"
 _TIMESTEPS: Final = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule
 _BATCH: Final = 8  # samples at a time
 
@@ -58,10 +58,15 @@ class _Fixed:
         return self.references[position]
 
 
+class InterruptedValidationError(Exception):
+    """A signal to stop, while a validation ran."""
+
+
 class Validation:
     """Measures and draws for the present weights, without changing anything of the run.
 
     mixture: of the validation side, which shows two people or more. features: that are read of it.
+    The methods raise InterruptedValidationError when `stop` has a signal.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class Validation:
         self._people = _people(mixture, max(settings.samples, settings.portraits, 2))
 
     @torch.no_grad()
-    def losses(self, trained: TrainedModel) -> dict[str, float]:
+    def losses(self, trained: TrainedModel, stop: Stop) -> dict[str, float]:
         """Returns the noise loss at fixed timesteps, the mean over samples and timesteps, with the
         right identity (`right`) and with that of another person (`swapped`), and their difference
         (`gap`).
@@ -94,19 +99,24 @@ class Validation:
         numbers = self._people[: max(2, self._config.validation.samples)]
         shifted = (*numbers[1:], numbers[0])
         means = {
-            "right": self._mean_loss(trained, numbers, numbers),
-            "swapped": self._mean_loss(trained, numbers, shifted),
+            "right": self._mean_loss(trained, numbers, numbers, stop),
+            "swapped": self._mean_loss(trained, numbers, shifted, stop),
         }
         return {**means, "gap": means["swapped"] - means["right"]}
 
     def _mean_loss(
-        self, trained: TrainedModel, numbers: Sequence[int], references: Sequence[int]
+        self,
+        trained: TrainedModel,
+        numbers: Sequence[int],
+        references: Sequence[int],
+        stop: Stop,
     ) -> float:
         count = self._preparation.timesteps
         errors = []
         for batch in self._batches(self._preparation, numbers, references):
             features = frozen_features(self._frozen, batch)
             for share in _TIMESTEPS:
+                _check_signal(stop)
                 timesteps = torch.full_like(batch.timesteps, round(share * (count - 1)))
                 at = replace(batch, timesteps=timesteps)
                 noisy, target = noised_latents(self._frozen, at)
@@ -116,7 +126,7 @@ class Validation:
         return float(torch.cat(errors).mean())
 
     @torch.no_grad()
-    def sheet(self, trained: TrainedModel) -> Image.Image | None:
+    def sheet(self, trained: TrainedModel, stop: Stop) -> Image.Image | None:
         """Returns a row for each person: a photograph, and a portrait for each prompt. None if no
         portraits are asked for.
         """
@@ -128,14 +138,12 @@ class Validation:
         columns = [_photographs(self._mixture.records(numbers), side)]
         for prompt in settings.prompts:
             preparation = replace(self._preparation, prompt=prompt)
-            parts = [
-                self._draw(trained, batch) for batch in self._batches(preparation, numbers, numbers)
-            ]
-            columns.append(torch.cat(parts))
+            batches = self._batches(preparation, numbers, numbers)
+            columns.append(torch.cat([self._draw(trained, batch, stop) for batch in batches]))
         rows = torch.cat(columns, dim=2)  # (people, side, columns · side, 3)
         return Image.fromarray(rows.flatten(0, 1).numpy())
 
-    def _draw(self, trained: TrainedModel, batch: TrainBatch) -> Tensor:
+    def _draw(self, trained: TrainedModel, batch: TrainBatch, stop: Stop) -> Tensor:
         """Returns portraits of a batch's conditions, (B, R, R, 3) uint8."""
         settings, base = self._config.validation, self._frozen.base
         scheduler = type(base.scheduler).from_config(base.scheduler.config)
@@ -152,6 +160,7 @@ class Validation:
             }
         latents = batch.noise * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
+            _check_signal(stop)
             both = scheduler.scale_model_input(torch.cat((latents, latents)), timestep)
             predicted, _ = predict_noise(trained.unet, both, timestep, states, **added)
             without, with_conditions = predicted.float().chunk(2)
@@ -168,10 +177,15 @@ class Validation:
         """Yields batches whose random numbers depend on the place among the samples alone."""
         fixed = _Fixed(tuple(numbers), tuple(references))
         maker = BatchMaker(self._mixture, fixed, preparation, self._features, fixed)
-        size = min(_BATCH, self._config.micro_batch_size)  # as much as training takes at a time
+        size = min(_BATCH, self._config.micro_batch_size)
         for start in range(0, len(numbers), size):
             positions = range(start, min(start + size, len(numbers)))
             yield unpacked(maker(positions), preparation, self._frozen.device)
+
+
+def _check_signal(stop: Stop) -> None:
+    if stop.signal:
+        raise InterruptedValidationError
 
 
 def _people(mixture: Mixture, count: int) -> tuple[int, ...]:
@@ -229,20 +243,31 @@ def write_sheet(output: Path, step: int, sheet: Image.Image) -> Any:
 
 
 def open_held_out(config: TrainConfig, index_folder: Path) -> Mixture | None:
-    """Opens the validation side of the data; None if the run doesn't validate."""
+    """Opens the validation side of the data sets that have one; None if the run doesn't validate.
+
+    Raises ConfigError if it shows fewer than two people.
+    """
     if not config.validation_steps:
         return None
-    return open_mixture(replace(config, split="val", pair_prob=0.0), index_folder)
+    held_out = replace(config, split="val", pair_prob=0.0)
+    sources = [s for s in config.data if _has_side(replace(held_out, data=(s,)), index_folder)]
+    if sources:
+        mixture = open_mixture(replace(held_out, data=tuple(sources)), index_folder)
+        if len(_people(mixture, 2)) == 2:
+            return mixture
+    raise ConfigError(
+        f"validation_steps={config.validation_steps} needs two people on the validation side, and "
+        f"{', '.join(source.path for source in config.data)} has {'one' if sources else 'none'}. "
+        "Set validation_steps=0, or make the data set with another global_pass.val_share."
+    )
 
 
-def check_held_out(config: TrainConfig, mixture: Mixture | None) -> None:
-    """Raises ConfigError if the validation side shows fewer than two people."""
-    if mixture is not None and len(people := _people(mixture, 2)) < 2:
-        raise ConfigError(
-            f"validation_steps={config.validation_steps} needs two people on the validation side, "
-            f"and {mixture} has {len(people)}. Set validation_steps=0, or make the data set with "
-            "another global_pass.val_share."
-        )
+def _has_side(config: TrainConfig, index_folder: Path) -> bool:
+    try:
+        open_mixture(config, index_folder)
+    except EmptySideError:
+        return False
+    return True
 
 
 class Validator:
@@ -262,8 +287,10 @@ class Validator:
     ) -> None:
         self._config, self._output, self._accelerator = config, output, accelerator
         self._validation, self._message = validation, message
-        # also without validation: lines of later steps, which are trained again, are removed
-        self._lines = Lines(output / LINES, step=step) if accelerator.is_main_process else None
+        self._lines: Lines | None = None
+        if accelerator.is_main_process:
+            # also without validation: lines of later steps, which are trained again, are removed
+            self._lines = Lines(output / VALIDATIONS, step=step)
 
     def is_due(self, step: int) -> bool:
         """Returns whether a validation follows this step."""
@@ -271,23 +298,38 @@ class Validator:
         ends = step == self._config.max_train_steps
         return bool(every) and step > 0 and (step % every == 0 or ends)
 
-    def validate(self, step: int, trained: TrainedModel, average: Average | None) -> None:
+    def validate(
+        self, step: int, trained: TrainedModel, average: Average | None, stop: Stop
+    ) -> None:
         """Measures and draws with the averaged weights, if there are any, and records both, unless
-        that was done.
+        that was done. A signal ends it without a record. Then all processes agree to stop if one of
+        them received a signal.
         """
         done = self._lines is not None and any(line["step"] == step for line in self._lines.read())
-        if self._validation is not None and self._lines is not None and not done:
-            with average.applied() if average is not None else nullcontext():
-                values = self._validation.losses(trained)
-                sheet = self._validation.sheet(trained)
-            self._lines.add([{"step": step, **values}])
-            pixels = None if sheet is None else write_sheet(self._output, step, sheet)
-            self._message(
-                f"validation after step {step:,}: noise loss {values['right']:.4f}, with another "
-                f"person's identity {values['swapped']:.4f}"
-            )
-            self._log(step, values, pixels)
-        self._accelerator.wait_for_everyone()
+        if self._validation is not None and not done:
+            try:
+                with average.applied() if average is not None else nullcontext():
+                    values = self._validation.losses(trained, stop)
+                    sheet = self._validation.sheet(trained, stop)
+            except InterruptedValidationError:
+                self._message(
+                    f"validation after step {step:,}: interrupted; a resumed run validates first"
+                )
+            else:
+                self._record(step, values, sheet)
+        received = torch.tensor([float(bool(stop.signal))], device=self._accelerator.device)
+        stop.agreed |= bool(self._accelerator.reduce(received, "sum") > 0)
+
+    def _record(self, step: int, values: Mapping[str, float], sheet: Image.Image | None) -> None:
+        pixels = None if sheet is None else write_sheet(self._output, step, sheet)
+        finite = {n: value if math.isfinite(value) else None for n, value in values.items()}
+        if self._lines is not None:
+            self._lines.add([{"step": step, **finite}])
+        self._message(
+            f"validation after step {step:,}: noise loss {values['right']:.4f}, with another "
+            f"person's identity {values['swapped']:.4f}"
+        )
+        self._log(step, values, pixels)
 
     def _log(self, step: int, values: Mapping[str, float], sheet: Any) -> None:
         if self._config.report_to == "none":

@@ -16,8 +16,8 @@ from infer.mixin import ConsistentIDMixin
 from model.conditions import Conditions, DropRates, build_conditions, collate, drop_conditions
 from model.consistentid import BaseModels, ConsistentID, encode_frozen, predict_noise
 from model.losses import noise_errors
-from model.noising import noise_schedule, noised, size_ids
-from model.pixels import training_pixels
+from model.noising import noise_schedule, noised
+from model.pixels import fixed_size_condition, training_pixels
 from stages.record import Record
 
 TIMESTEPS: Final = (100, 300, 500, 700, 900)
@@ -182,8 +182,8 @@ def denoised(
         token_idx = torch.stack([conditions[number].token_idx for number in numbers]).to(device)
         added = {}
         if pooled is not None:  # SDXL
-            sides = (model.side, model.side)
-            added = {"pooled": pooled[numbers], "time_ids": size_ids(len(rows), *sides, device)}
+            sizes = fixed_size_condition(model.side).to(device).float()
+            added = {"pooled": pooled[numbers], "time_ids": sizes.expand(len(rows), -1)}
         prediction, layers = predict_noise(
             unet,
             noisy,

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,7 +20,7 @@ from tests.sharing import shared_folder
 # fixtures
 from tests.stages.storage.conftest import bucket, server_and_client, short_pauses  # noqa: F401
 from tests.train.featured import LONG, make, paired, rewrite, without_a_mouth
-from tests.train.helpers import Parts, small, with_people
+from tests.train.helpers import Parts, hold_out, small, with_people
 from train import setup
 from train.mixture import Mixture
 from train.shards import ShardSet
@@ -87,14 +85,9 @@ def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
 @pytest.fixture(scope="session")
 def held_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of three people, of whom b and c are on the validation side."""
-    folder = with_people(data, tmp_path_factory.mktemp("held-out") / "data", "aaaabbcc")
-    table = pq.read_table(folder / "identities.parquet")
-    people = table.column("identity_id").to_pylist()
-    sides = pa.array(["val" if person in ("id-b", "id-c") else "train" for person in people])
-    place = table.column_names.index("split")
-    table = table.set_column(place, table.schema.field(place), sides)
-    pq.write_table(table, folder / "identities.parquet")
-    return folder
+    return hold_out(
+        with_people(data, tmp_path_factory.mktemp("held-out") / "data", "aaaabbcc"), "b", "c"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
@@ -44,6 +45,19 @@ def with_people(data: Path, folder: Path, people: str, *, without_shard: int | N
     if without_shard is not None:
         (folder / f"shards/fgid-{without_shard:06d}.json").unlink()
     return folder
+
+
+def hold_out(data: Path, *people: str) -> Path:
+    """Puts the samples of these people, of `with_people`, on the validation side, all others on the
+    training side.
+    """
+    table = pq.read_table(data / "identities.parquet")
+    of_samples = table.column("identity_id").to_pylist()
+    sides = ["val" if person.removeprefix("id-") in people else "train" for person in of_samples]
+    place = table.column_names.index("split")
+    field = table.schema.field(place)
+    pq.write_table(table.set_column(place, field, pa.array(sides)), data / "identities.parquet")
+    return data
 
 
 def small(

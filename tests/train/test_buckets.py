@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -27,6 +25,7 @@ from tests.train.helpers import (
     Listener,
     Parts,
     Steps,
+    hold_out,
     keys,
     run,
     same,
@@ -344,13 +343,7 @@ def test_cached_features_of_square_images_are_not_read(
 def test_pairs_kept_features_validation_and_a_dry_run_work_with_buckets(
     shaped: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    data = with_people(shaped, tmp_path / "data", "abababcc")
-    table = pq.read_table(data / "identities.parquet")
-    place = table.column_names.index("split")
-    sides = pa.array(["val"] * len(table))
-    pq.write_table(
-        table.set_column(place, table.schema.field(place), sides), data / "identities.parquet"
-    )
+    data = hold_out(with_people(shaped, tmp_path / "data", "abababcc"), "a", "b", "c")
     config = bucketed(
         data,
         tiny_base,

@@ -8,6 +8,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,10 +153,12 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_after_some(
     assert all(line["step"] <= last["step"] for line in history)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_a_skipped_update_changes_nothing_and_the_next_one_counts(
-    data: Path, tiny_base: Path, tmp_path: Path
+    data: Path, tiny_base: Path, tmp_path: Path, optimizer: Any
 ) -> None:
-    config = small(data, tiny_base, tmp_path / "out", max_train_steps=4)
+    optim = OptimConfig(learning_rate=1e-3, lr_scheduler="constant", optimizer=optimizer)
+    config = small(data, tiny_base, tmp_path / "out", optim=optim, max_train_steps=4)
     snapshots: list[list[torch.Tensor]] = []
     spoiled = [False]
 

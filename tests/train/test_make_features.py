@@ -28,7 +28,7 @@ from train.cli import app
 from train.features.make import make_features
 from train.shards import ShardSet
 
-# Torch is imported here, and needs seconds for it.
+# The process that is killed is forked: importing torch anew would take seconds.
 _FORKED = multiprocessing.get_context("fork")
 
 
@@ -77,7 +77,9 @@ def contents(data: Path) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize("moment", [2, 14, 40, 63])
+@pytest.mark.parametrize(
+    "moment", [2, *(pytest.param(n, marks=pytest.mark.thorough) for n in (14, 40)), 63]
+)
 def test_a_killed_run_that_is_started_again_writes_the_same_bytes(
     featured: Path, own: Path, tiny_base: Path, tmp_path: Path, moment: int
 ) -> None:
@@ -90,10 +92,11 @@ def test_a_killed_run_that_is_started_again_writes_the_same_bytes(
     assert contents(own) == contents(featured)
 
 
+@pytest.mark.thorough
 def test_ray_writes_the_same_bytes(
     featured: Path, own: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    chosen = ("image", "text")  # all that features read of a record
+    chosen = ("image", "text")  # they read all parts of a record that any kind reads
     settings = features(executor="ray", kinds=chosen)
     make(paired(own, tiny_base, tmp_path / "none", features=settings))
     expected = contents(featured)

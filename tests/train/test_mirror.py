@@ -270,6 +270,12 @@ def test_a_list_of_files_that_leads_out_of_the_folder_is_damage(
     assert [*tmp_path.rglob("*escaped*")] == [] and not checkpoints(tmp_path / "work/deep")
 
 
+def test_pictures_of_validations_are_fetched(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("out/validation/000002.jpg", b"a picture")
+    Mirror(bucket.out, tmp_path / "work").fetch_folders()
+    assert (tmp_path / "work/validation/000002.jpg").read_bytes() == b"a picture"
+
+
 def call(*arguments: object, status: int = 0) -> str:
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == status, result.output

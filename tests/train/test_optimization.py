@@ -23,7 +23,9 @@ from configs.training import (
     TrainConfig,
     TrainedConfig,
 )
+from model.checkpoint import read_adapter
 from model.consistentid import part_of
+from model.forms import write_ip_adapter
 from tests.train.helpers import Listener, run, same, small, weights
 from train.checkpoints import FILES, write_file_list
 from train.history import read_lines
@@ -35,6 +37,14 @@ def initial(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("runs") / "initial"
     run(changed(data, tiny_base, output, learning_rate=1e-30, steps=1))
     return output / "checkpoint-000001"
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of three steps that trains everything."""
+    output = tmp_path_factory.mktemp("runs") / "plain"
+    run(changed(data, tiny_base, output))
+    return output
 
 
 def changed(
@@ -92,21 +102,36 @@ def test_only_the_named_parts_change(
 
 
 def test_a_part_has_its_own_learning_rate(
-    initial: Path, data: Path, tiny_base: Path, tmp_path: Path
+    initial: Path, plain: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     config = changed(data, tiny_base, tmp_path / "run")
     slow = replace(config.optim, learning_rates=PartRates(facial_encoder=1e-5))
     outcome = run(replace(config, optim=slow))
-    plain = run(replace(config, output=str(tmp_path / "plain")))
-    assert outcome.adapter is not None and plain.adapter is not None
+    assert outcome.adapter is not None
     before = weights(initial)
-    by_part, all_equal = (moved(before, weights(each.adapter)) for each in (outcome, plain))  # type: ignore[arg-type]
+    by_part, all_equal = (
+        moved(before, weights(folder)) for folder in (outcome.adapter, plain / "final")
+    )
     # a step of Adam is at most about the learning rate
     assert by_part["facial_encoder"] < all_equal["facial_encoder"] / 50
     assert by_part["projector"] == pytest.approx(all_equal["projector"], rel=0.1)
     line = next(read_lines(tmp_path / "run/losses.jsonl"))
     assert line["lr"] == 1e-3 and line["lr_facial_encoder"] == 1e-5
-    assert "lr_facial_encoder" not in next(read_lines(tmp_path / "plain/losses.jsonl"))
+    assert "lr_facial_encoder" not in next(read_lines(plain / "losses.jsonl"))
+
+
+def test_a_run_begins_with_the_weights_of_an_ip_adapter(
+    initial: Path, plain: Path, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    write_ip_adapter(read_adapter(plain / "final"), tmp_path / "start.bin")
+    config = changed(data, tiny_base, tmp_path / "run", learning_rate=1e-30, steps=1)
+    listener = Listener()
+    run(replace(config, adapter=str(tmp_path / "start.bin")), listener)
+    before, start = weights(initial), weights(plain / "final")
+    for key, value in weights(tmp_path / "run/checkpoint-000001").items():
+        expected = before if part_of(key) == "facial_encoder" else start
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-20)
+    assert any("facial_encoder  0 of" in text for text in listener.messages)
 
 
 @pytest.mark.parametrize(

@@ -98,12 +98,15 @@ def test_sizes_reach_the_unet(data: Path, tiny_xl: Path, tmp_path: Path) -> None
             trainer.run()
         losses[name] = next(read_lines(tmp_path / name / "losses.jsonl"))["loss"]
     assert sizes[1] == [[32, 32, 0, 0, 32, 32]] * 2
-    assert all(row[4:] == [32, 32] and min(row[:2]) > 32 for row in sizes[0])
+    assert all(row[4:] == [32, 32] and row[:2] == [1024, 1024] for row in sizes[0])
     assert losses["true"] != losses["fixed"]
 
 
-def test_it_is_validated_too(held_out: Path, tiny_xl: Path, tmp_path: Path) -> None:
+def test_held_out_people_are_measured_and_drawn(
+    held_out: Path, tiny_xl: Path, tmp_path: Path
+) -> None:
     settings = ValidationConfig(samples=2, portraits=1, num_inference_steps=2)
     changes = {"max_train_steps": 2, "validation_steps": 2, "validation": settings}
     run(xl(held_out, tiny_xl, tmp_path / "run", **changes))
-    assert (tmp_path / "run/validation/000002.jpg").is_file()
+    (line,) = read_lines(tmp_path / "run/validation.jsonl")
+    assert line["gap"] != 0 and (tmp_path / "run/validation/000002.jpg").is_file()

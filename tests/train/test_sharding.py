@@ -61,6 +61,7 @@ def config(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
         micro_batch_size=1,
         max_train_steps=4,
         checkpointing_steps=2,
+        gradient_checkpointing=True,
         ema=EmaConfig(decay=0.3),
     )
 

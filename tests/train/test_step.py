@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import ConfigError
 from configs.training import LossConfig
 from model.conditions import collate, drop_conditions
-from model.consistentid import encode_frozen
+from model.consistentid import encode_frozen, predict_noise
+from model.spec import TOKEN_LIMIT
 from tests.train.helpers import Parts
 from train import draws
 from train.data import TrainBatch
 from train.step import freeze, frozen_features, noised_latents, snr_weights, step_losses
 
 PLAIN = LossConfig(facial_weight=0)
+SLOTS = 5  # of region tokens in a text
 
 
 def losses(
@@ -97,6 +100,35 @@ def test_gradients_of_the_localisation_loss_reach_the_adapter(parts: Parts) -> N
     for i in hooked:
         assert f"adapter_modules.{i}.to_q_lora.up.weight" in with_gradient
         assert f"adapter_modules.{i}.to_k_lora.up.weight" in with_gradient
+
+
+def test_the_localisation_loss_computes_for_its_tokens_in_its_layers_only(parts: Parts) -> None:
+    batch = parts.make(range(2))
+
+    def operations(weight: float) -> int:
+        config = LossConfig(facial_weight=weight)
+        with FlopCounterMode(display=False) as counter:
+            step_losses(parts.trained, parts.frozen, batch, config, mask=False).total.backward()
+        return int(counter.get_total_flops())
+
+    plain = operations(0.0)
+    added = operations(0.01) - plain
+    states = parts.trained.adapter.prepare(frozen_features(parts.frozen, batch))
+    noisy, _ = noised_latents(parts.frozen, batch)
+    _, scores = predict_noise(
+        parts.trained.unet, noisy, batch.timesteps, states, token_idx=batch.token_idx
+    )
+    widths = [
+        parts.trained.unet.get_submodule(processor.hook).to_q.out_features
+        for processor in parts.trained.adapter.adapter_modules
+        if processor.hook
+    ]
+    products = [
+        # the query with all texts' keys, then with the region tokens'
+        2 * len(layer) * layer.shape[2] * width * (TOKEN_LIMIT + SLOTS)
+        for layer, width in zip(scores, widths, strict=True)
+    ]
+    assert added == 3 * sum(products) > 0  # forward, and two products backward
 
 
 def test_the_localisation_loss_falls_when_it_is_trained(parts: Parts) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import math
+import shutil
+import signal
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,17 +18,20 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ConfigError
-from configs.training import EmaConfig, FeaturesConfig, TrainConfig, ValidationConfig
-from tests.train.helpers import Listener, keys, run, same, small, weights
+from configs.training import DataSource, EmaConfig, FeaturesConfig, TrainConfig, ValidationConfig
+from tests.train.helpers import Listener, Steps, hold_out, keys, run, same, small, sources, weights
 from train import report
 from train.features.make import make_features
 from train.history import read_lines
 from train.report import write_report
 from train.shards import ShardSet
+from train.stopping import Stop
 from train.trainer import Trainer
 
 
-def validated(data: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
+def validated(
+    data: Path | tuple[DataSource, ...], base: Path, output: Path, **changes: Any
+) -> TrainConfig:
     settings = ValidationConfig(samples=2, portraits=2, num_inference_steps=2)
     values = {"validation_steps": 2, "validation": settings, "max_train_steps": 4}
     return small(data, base, output, **{**values, **changes})
@@ -64,6 +70,11 @@ def test_only_people_of_the_validation_side_are_shown(
         validation = trainer.validator._validation
         assert validation is not None and trainer.held_out is not None
         shown = {trainer.held_out.key(number) for number in validation._people}
+        nothing = dict.fromkeys(("right", "swapped", "gap"), math.nan)
+        trainer.validator._record(2, nothing, None)
+    assert [*read_lines(tmp_path / "run/validation.jsonl")] == [
+        {"step": 2, **dict.fromkeys(nothing, None)}
+    ]
     assert len(shown) == 2
     assert shown <= sides["val"] and not shown & sides["train"]
 
@@ -84,16 +95,14 @@ def test_the_average_is_validated_and_the_weights_stay(
 def test_features_are_read_and_portraits_still_drawn(
     held_out: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    class Quiet(Listener):
-        def start(self, name: str, step: int, total: int, batch_size: int, unit: str) -> None: ...
-
-    import shutil
-
     own = Path(shutil.copytree(held_out, tmp_path / "data"))
     features = FeaturesConfig(kinds=("vae", "image", "text"), dtype="float32")
     config = validated(own, tiny_base, tmp_path / "run", features=features)
-    make_features(config, Quiet())
-    run(config)
+    make_features(config, Steps())
+    listener = Listener()
+    run(config, listener)
+    for kind in config.features.kinds:
+        assert any(f"features: {kind} is read" in text for text in listener.messages), kind
     run(validated(held_out, tiny_base, tmp_path / "plain", keep_features=8))
     one, two = ([*read_lines(tmp_path / n / "validation.jsonl")] for n in ("run", "plain"))
     for with_features, without in zip(one, two, strict=True):
@@ -101,12 +110,61 @@ def test_features_are_read_and_portraits_still_drawn(
     assert (tmp_path / "run/validation/000004.jpg").is_file()
 
 
-def test_a_data_set_without_held_out_people_is_refused(
-    data: Path, tiny_base: Path, tmp_path: Path
+def test_two_held_out_people_are_needed(
+    data: Path, held_out: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Exception, match=r"split=val|validation side") as error:
-        run(validated(data, tiny_base, tmp_path / "run"))
-    assert isinstance(error.value, ConfigError) or "split" in str(error.value)
+    alone = hold_out(Path(shutil.copytree(held_out, tmp_path / "data")), "b")
+    for folder, count in ((data, "none"), (alone, "one")):
+        text = rf"needs two people on the validation side, and .*/{folder.name} has {count}\."
+        with pytest.raises(ConfigError, match=text):
+            run(validated(folder, tiny_base, tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"split=all trains on it\. Set split=train"):
+        run(validated(held_out, tiny_base, tmp_path / "run", split="all"))
+
+
+def test_a_data_set_without_held_out_people_is_left_out(
+    data: Path, held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    both = (*sources(data), *sources(held_out))
+    config = validated(both, tiny_base, tmp_path / "run")
+    with ExitStack() as stack:
+        trainer = Trainer(config, Listener(), stack)
+        assert trainer.held_out is not None
+        assert keys(trainer.held_out) == keys(ShardSet(str(held_out), "val"))
+
+
+def test_a_signal_ends_a_validation_which_the_resumed_run_makes(
+    held_out: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = validated(held_out, tiny_base, tmp_path / "run", report_to="tensorboard")
+    whole = run(replace(config, output=str(tmp_path / "whole"), report_to="none"))
+    stop = Stop()
+
+    def receive_signal(*_: Any) -> None:
+        if not torch.is_grad_enabled():  # only a validation computes without gradients
+            stop.signal = signal.SIGTERM
+
+    listener = Listener()
+    with ExitStack() as stack:
+        trainer = Trainer(config, listener, stack)
+        trainer.trained.unet.register_forward_hook(receive_signal)
+        outcome = trainer.run(lambda: nullcontext(stop))
+    assert (outcome.step, outcome.signal) == (2, signal.SIGTERM)
+    assert "validation after step 2: interrupted" in "\n".join(listener.messages)
+    assert not [*read_lines(tmp_path / "run/validation.jsonl")]
+    assert (tmp_path / "run/checkpoint-000002").is_dir()
+
+    resumed = run(config)
+    assert whole.adapter is not None and resumed.adapter is not None
+    assert same(weights(whole.adapter), weights(resumed.adapter))
+    for name in ("validation.jsonl", "validation/000002.jpg", "validation/000004.jpg"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    steps = set()
+    for path in (tmp_path / "run/logs").rglob("events*"):
+        events = EventAccumulator(str(path)).Reload()
+        if "validation/gap" in events.Tags()["scalars"]:
+            steps |= {value.step for value in events.Scalars("validation/gap")}
+    assert steps == {2, 4}
 
 
 class Links(HTMLParser):
@@ -158,8 +216,6 @@ def test_the_report_is_one_file_with_what_the_run_recorded(
         assert [*line["parts"]] == ["encode", "forward", "backward", "optimizer"]
         assert min(line["parts"].values()) > 0
         assert sum(line["parts"].values()) + line["wait"] <= line["seconds"]
-    torch.manual_seed(0)
-    assert replace(validated(held_out, tiny_base, output)).validation_steps == 2
 
 
 @pytest.mark.thorough

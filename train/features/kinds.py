@@ -38,6 +38,14 @@ from train.texts import TextStates, text_ids, text_states
 MEMBER: Final = "npy"  # ending of a sample's file
 
 
+def needed_encoders(config: TrainConfig) -> dict[str, str]:
+    """Returns the kinds of features whose encoders run although features are read, and what for."""
+    needed = {"text": "pairs with another text, as of fewer regions"} if config.pair_prob else {}
+    if config.validation_steps and config.validation.portraits:
+        needed |= dict.fromkeys(("vae", "text"), "portraits of validations")
+    return needed
+
+
 class Kind(ABC):
     """A kind of features, for the settings of a run.
 
@@ -64,8 +72,9 @@ class Kind(ABC):
 
     @property
     def use(self) -> str:
-        """For what training still runs the encoder, for people."""
-        return "its encoder doesn't run"
+        """Whether training runs the encoder, for people."""
+        reason = needed_encoders(self.config).get(self.name)
+        return f"is encoded only for {reason}" if reason else "its encoder doesn't run"
 
     @property
     @abstractmethod
@@ -245,12 +254,6 @@ class TextKind(Kind):
     """
 
     name = "text"
-
-    @property
-    def use(self) -> str:
-        if self.config.pair_prob:
-            return "its encoders run for pairs with another text, as of fewer regions"
-        return "its encoders don't run"
 
     @property
     def place(self) -> tuple[str, str]:
