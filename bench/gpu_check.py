@@ -5,21 +5,32 @@
 Each check (`bench/gpu`) runs in a process of its own: rates of the device; models of the
 chain, a training step and short trainings on the GPU against the CPU, within stated tolerances;
 trainings resumed to the same bytes; `bench.train` and `bench.inference` at full size with random
-weights. Needed are this folder and a Python with torch; nothing is installed or downloaded. A check
-that lacks a package or weights says so in its row, and the others go on.
+weights. Needed are this folder and Python 3.11 or newer with torch; nothing is installed or
+downloaded. A check that lacks a package or weights says so in its row, and the others go on.
 
-Writes the JSON file and, beside it, a table in Markdown. Exit status: 0 if no check failed, 1 if
-one did, 2 without a GPU.
+Writes the JSON file, which also has all that a failed check wrote to standard error, and beside it
+a table in Markdown. Exit status: 0 if no check failed, 1 if one did, 2 without a GPU or with an
+older Python.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - an older one can't import the modules below
+    version = ".".join(map(str, sys.version_info[:3]))
+    print(
+        f"Python {version} is too old: 3.11 or newer is needed. Choose another, as with "
+        "`make gpu-check PYTHON=python3.11`.",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
 
 import argparse
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +48,12 @@ def main() -> int:
     names = options.only or list(CHECKS)
     setting = Setting(device=device, tiny=tiny, folder=folder)
     if options.one:
-        print(json.dumps(measured(options.one, setting)))
+        try:
+            print(json.dumps(measured(options.one, setting)))
+        except subprocess.CalledProcessError as error:
+            # no traceback: before this line stands what the command wrote, with the cause
+            print(error, file=sys.stderr)
+            return 1
         return 0
     if problem := no_gpu() if device == "cuda" else "":
         print(f"no GPU: {problem}", file=sys.stderr)
@@ -102,12 +118,24 @@ def in_process(name: str, setting: Setting) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
             if isinstance(error, KeyboardInterrupt):
                 raise
-            return {"status": "failed", "detail": f"stopped after {limit} s", "values": {}}
+            errors = process.communicate()[1]
+            row = {"status": "failed", "detail": f"stopped after {limit} s", "values": {}}
+        else:
+            row = row_of(output, errors, process.returncode)
+    return {**row, "errors": errors} if row["status"] == "failed" else row
+
+
+def row_of(output: str, errors: str, status: int) -> dict[str, Any]:
+    """Returns the row that a process printed last, or else one with the end of its errors."""
     try:
         row: dict[str, Any] = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
-        last = " | ".join(errors.strip().splitlines()[-_LINES:])
-        return {"status": "failed", "detail": f"exit {process.returncode}: {last}", "values": {}}
+        last = errors.strip().splitlines()[-_LINES:]
+        for line in last:
+            if line.startswith(ModuleNotFoundError.__name__):
+                return {"status": "missing", "detail": line, "values": {}}
+        detail = f"exit {status}: {' | '.join(last)}"
+        return {"status": "failed", "detail": detail, "values": {}}
     return row
 
 

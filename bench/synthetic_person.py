@@ -65,8 +65,11 @@ def synthetic_person(number: int = 0) -> Record:
     )
 
 
-def write_people(folder: Path, count: int, shard_size: int = 64) -> Path:
-    """Writes a data set of synthetic people, unless it exists; returns its folder."""
+def write_people(parent: Path, count: int, shard_size: int = 64) -> Path:
+    """Writes a data set of synthetic people, unless it exists; returns its folder, which is in
+    `parent` and has the number in its name.
+    """
+    folder = parent / f"people-{count}"
     if folder.exists():
         return folder
     partial = folder.with_name(f".{folder.name}")

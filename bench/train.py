@@ -7,19 +7,30 @@ full size with random weights there, which train at the same speed as real ones,
 be downloaded. Without `data=OUT`, synthetic people are written beside it. Of the data, features are
 computed and left there (`make features`).
 
-Measured in turns, on the same batches:
+Measured are four kinds of steps:
 
     bare       UNet with the adapter's attention, forward and backward; nothing else
     cached     the trainer's step, which reads features of VAE and image encoder
     uncached   the trainer's step, which runs these encoders: one call each for a micro-batch
     reference  the order of work of the reference's script, written here from a description of it:
-               a call of the image encoder for each picture of each sample, losses that the host
-               waits for in every step, and no cache
+               a call of the image encoder for each picture of each sample and of the text encoder
+               for each text, losses that the host waits for in every step, and no cache
 
-Printed as JSON: the median of a step, samples/s, the speed beside `bare` in the same turns, the
-wait for samples, and the most memory of the GPU. Then the parts of the cached step, each by itself,
-with the localisation loss's share, and model FLOPs utilisation: the share of the device's peak that
-the UNet's operations in a step reach.
+First they take turns, one step of each kind, always with the batches of the first step, which are
+in memory: no loader runs. `step_ms` is the median of a kind's steps, and `speed_of_bare` the median
+of `bare`'s time divided by its own in the same turn.
+
+Then `cached` and `uncached` train by themselves, one after the other, each with a loader that it
+starts and ends, so that no other loader runs. As in the trainer, the host is at most one step ahead
+of the GPU. The first steps aren't measured: two, and one for each micro-batch that the loader can
+have ready. Of the `--steps` that follow, without a pause, `training_step_ms` is the time of a step,
+`samples_per_s` the speed, and `wait_ms` the time in a step that the host waits for samples, while
+the GPU may still compute. Of the other kinds, which have no loader, `samples_per_s` follows from
+`step_ms`. `gpu_gb` is the most memory of the GPU.
+
+Last come the parts of the cached step, each by itself, with the localisation loss's share, and
+model FLOPs utilisation: the share of the device's peak that the UNet's operations reach at
+`samples_per_s`. All is printed as JSON.
 """
 
 from __future__ import annotations
@@ -42,17 +53,21 @@ from bench.synthetic_person import write_people
 from bench.watcher import Watcher
 from configs.load import load
 from configs.training import DataSource, TrainConfig
-from model.consistentid import encode_images, encode_text, predict_noise
+from model.consistentid import encode_images, predict_noise
 from train.data import TrainBatch, unpacked
+from train.facts import StepFacts
 from train.features.make import make_features
 from train.flops import peak_flops, sample_flops
 from train.packing import IMAGES, PackedBatch
 from train.step import frozen_features, noised_latents, step_losses
 from train.stopping import Stop
+from train.texts import text_ids, text_states
 from train.trainer import Trainer
 
 _WARMUP: Final = 2  # steps of each kind that are not measured
+_PREFETCHED: Final = 2  # micro-batches that a loader's process has ready, torch's default
 KINDS: Final = ("bare", "cached", "uncached", "reference")
+_TRAINING: Final = ("cached", "uncached")  # those that are also measured with a loader
 _PEOPLE: Final = 64  # synthetic ones, where no data is given
 
 
@@ -79,7 +94,7 @@ def main(
             )
         settings = replace(settings, model=replace(settings.model, base=str(random_base)))
         if not settings.data:
-            people = write_people(random_base.with_name("people"), _PEOPLE)
+            people = write_people(random_base.parent, _PEOPLE)
             settings = replace(settings, data=(DataSource(path=str(people)),), split="all")
     print(json.dumps(compare(settings, steps, kinds or KINDS[1:], peak_tflops), indent=1))
 
@@ -92,6 +107,7 @@ def compare(
         config,
         features=replace(config.features, kinds=("vae", "image")),
         max_train_steps=10_000_000,
+        keep_features=0,
         report_to="none",
     )
     make_features(config, Watcher(prints=True))
@@ -104,6 +120,8 @@ def compare(
         for _ in range(_WARMUP + steps):
             for run in runs.values():
                 run.step()
+        for name in (each for each in _TRAINING if each in runs):
+            runs[name].train(steps)
         bare = runs["bare"].seconds[_WARMUP:]
         return {
             "device": runs["bare"].device_name(),
@@ -116,20 +134,22 @@ def compare(
 
 
 class Run:
-    """A run that takes the steps of one kind."""
+    """A run that takes the steps of one kind. seconds: of each step in turns. training, waiting:
+    seconds of a step with a loader, and of its wait for samples; 0.0 if that wasn't measured.
+    """
 
     def __init__(self, name: str, config: TrainConfig, stack: ExitStack) -> None:
         self._name = name
         self._allocated, self._most = -_allocated(), 0  # bytes of a GPU, of this run alone
         self.trainer = Trainer(config, Watcher(prints=True), stack)
-        self._waits: list[float] = []
-        loaded = stack.enter_context(closing(self.trainer._batches()))
-        self._batches = _timed(loaded, self._waits)
         self.seconds: list[float] = []
-        self._first = [next(loaded) for _ in range(self.trainer.batch.accumulation)]
+        self.training = self.waiting = 0.0
+        with closing(self.trainer._batches()) as loaded:
+            self._first = [next(loaded) for _ in range(self.trainer.batch.accumulation)]
         self._allocated += _allocated()
 
     def step(self) -> None:
+        """Takes a step with the first batches."""
         with self._memory(), self._clock(self.seconds):
             if self._name == "bare":
                 for batch in self._first:
@@ -137,8 +157,29 @@ class Run:
             elif self._name == "reference":
                 self._reference()
             else:
-                self.trainer._step(self._batches, Stop())
-                self.trainer.progress.step += 1
+                self._take(iter(self._first), 1)
+
+    def train(self, steps: int) -> None:
+        """Takes steps without a pause, with a new loader, and measures them."""
+        waits: list[float] = []
+        seconds: list[float] = []
+        with self._memory(), closing(self.trainer._batches()) as loaded:
+            batches = _timed(loaded, waits)
+            self._take(batches, _WARMUP + _PREFETCHED * self.trainer.config.num_workers)
+            waits.clear()
+            with self._clock(seconds):
+                self._take(batches, steps)
+        self.training, self.waiting = seconds[0] / steps, sum(waits) / steps
+
+    def _take(self, batches: Iterator[PackedBatch], steps: int) -> None:
+        """Takes steps of the trainer. As in its `run`, the host is at most one step ahead."""
+        previous: StepFacts | None = None
+        for _ in range(steps):
+            step_facts = self.trainer._step(batches, Stop())
+            self.trainer.progress.step += 1
+            if previous is not None:
+                previous.numbers.tolist()
+            previous = step_facts
 
     def bare(self, batch: TrainBatch) -> None:
         """The UNet forward and backward, with states and noise that were made before."""
@@ -170,7 +211,7 @@ class Run:
 
     def _reference(self) -> None:
         trainer = self.trainer
-        for packed in (next(self._batches) for _ in range(trainer.batch.accumulation)):
+        for packed in self._first:
             batch = self._moved(packed)
             frozen = trainer.frozen
             rows = frozen.zero_hidden.expand(len(batch.valid) * IMAGES, -1, -1).clone()
@@ -182,11 +223,16 @@ class Run:
                     else torch.zeros_like(batch.clip_images[:1])
                 )
                 rows[row] = encode_images(frozen.base.image_encoder, pixels)[0]
-            for ids, ids_2 in zip(batch.input_ids, batch.input_ids_2, strict=True):
-                encode_text(frozen.base, ids[None], ids_2[None])
-            hidden = rows.reshape(len(batch.valid), IMAGES, *rows.shape[1:])
-            shown = replace(batch, hidden=hidden.flatten(0, 1)[batch.image_rows])
-            losses = step_losses(trainer.model, frozen, shown, trainer.config.loss, mask=False)
+            ids = text_ids(batch.input_ids, batch.input_ids_2)
+            encoded = replace(
+                batch,
+                hidden=rows[batch.image_rows],
+                texts=torch.cat([text_states(frozen.base, each[None]) for each in ids]),
+                encoded_texts=batch.encoded_texts[:0],
+                text_rows=torch.arange(1, 1 + len(ids), device=trainer.device),
+                text_names=(),
+            )
+            losses = step_losses(trainer.model, frozen, encoded, trainer.config.loss, mask=False)
             trainer.accelerator.backward(losses.total)
             losses.total.item()  # the script prints the loss of each step
         trainer.optimization.step(trainer.accelerator)
@@ -220,18 +266,24 @@ class Run:
 
     def measured(self, bare: list[float]) -> dict[str, Any]:
         """bare: seconds of the bare model's steps, in the same turns."""
-        own, size = self.seconds[_WARMUP:], self.trainer.batch.size
-        usual = statistics.median(own)
-        waits = self._waits[-len(own) * self.trainer.batch.accumulation :]
-        return {
-            "step_ms": round(1e3 * usual, 1),
-            "samples_per_s": round(size / usual, 3),
+        own = self.seconds[_WARMUP:]
+        values = {
+            "step_ms": round(1e3 * statistics.median(own), 1),
+            "samples_per_s": round(self.samples_per_second(), 3),
             "speed_of_bare": round(
                 statistics.median(b / o for b, o in zip(bare, own, strict=True)), 3
             ),
-            "wait_ms": round(1e3 * sum(waits) / len(own), 2),
-            **({"gpu_gb": round(self._most / 1e9, 2)} if self._most else {}),
         }
+        if self.training:
+            values["training_step_ms"] = round(1e3 * self.training, 1)
+            values["wait_ms"] = round(1e3 * self.waiting, 2)
+        if self._most:
+            values["gpu_gb"] = round(self._most / 1e9, 2)
+        return values
+
+    def samples_per_second(self) -> float:
+        seconds = self.training or statistics.median(self.seconds[_WARMUP:])
+        return self.trainer.batch.size / seconds
 
     def parts(self, turns: int = 3) -> dict[str, float]:
         """Returns the milliseconds of each part of a step, by itself, for one micro-batch."""
@@ -286,18 +338,17 @@ def _allocated() -> int:
 
 def _utilisation(runs: dict[str, Run], peak_tflops: float) -> dict[str, Any]:
     """Returns the operations of the bare model in a step, and the share of the device's peak that
-    they reach in each kind of step.
+    they reach at each kind's samples per second.
     """
     run = runs["bare"]
     trainer = run.trainer
-    flops = trainer.batch.size * sample_flops(trainer.config, trainer.spec, trainer.frozen.base)
-    values: dict[str, Any] = {"tera_operations_a_step": round(flops / 1e12, 3)}
+    flops = sample_flops(trainer.config, trainer.spec, trainer.frozen.base)
+    values: dict[str, Any] = {"tera_operations_a_step": round(flops * trainer.batch.size / 1e12, 3)}
     listed = peak_flops(run.device_name(), trainer.config.mixed_precision)
     if peak := 1e12 * peak_tflops or listed:
         values["peak_tflops"] = round(peak / 1e12)
         values["model_flops_utilisation"] = {
-            kind: round(flops / statistics.median(each.seconds[_WARMUP:]) / peak, 3)
-            for kind, each in runs.items()
+            kind: round(flops * each.samples_per_second() / peak, 3) for kind, each in runs.items()
         }
     return values
 

@@ -75,7 +75,7 @@ def main(
     if not base.exists():
         make_base(base, model, "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     config = TrainConfig(
-        data=(DataSource(path=str(write_people(folder / "people", 16))),),
+        data=(DataSource(path=str(write_people(folder, 16))),),
         split="all",
         model=ModelConfig(spec=model, base=str(base), device=device),  # type: ignore[arg-type]
         features=FeaturesConfig(kinds=("vae", "image")),

@@ -13,8 +13,22 @@ from configs.training import Part, TrainConfig
 from model.consistentid import BaseModels, ConsistentID, predict_noise
 from model.spec import TOKEN_LIMIT, Mode, ModelSpec
 
-# dense operations in bf16 or fp16, 1e12/s, of the vendor's data sheets
-_PEAK_TFLOPS: Final = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
+# Dense operations in bf16 or fp16, 1e12/s, of the vendor's data sheets, by the whole name of the
+# GPU: other variants, and parts of a GPU (MIG), have other peaks.
+_PEAK_TFLOPS: Final = {
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GH200 480GB": 989,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H200": 989,
+    "NVIDIA H200 NVL": 835,
+    "NVIDIA L40S": 362,
+}
 
 
 def sample_flops(config: TrainConfig, spec: ModelSpec, base: BaseModels) -> int:
@@ -30,7 +44,9 @@ def sample_flops(config: TrainConfig, spec: ModelSpec, base: BaseModels) -> int:
 def _count(
     unet_config: str, spec: ModelSpec, mode: Mode, parts: tuple[Part, ...], side: int
 ) -> int:
-    """Counts on a UNet without memory, in one to four seconds. side: of the latents."""
+    """Counts on torch's meta device, which computes no values, in one to four seconds. side: of the
+    latents.
+    """
     import diffusers
 
     with torch.device("meta"):
@@ -56,8 +72,7 @@ def _count(
 
 
 def peak_flops(device: str, precision: str) -> float:
-    """Returns the peak of a GPU in operations a second, by its name; 0.0 if it isn't known, and for
-    float32.
+    """Returns the peak of a GPU in operations a second, by its name; 0.0 if it isn't listed, and
+    for float32.
     """
-    peaks = [peak for name, peak in _PEAK_TFLOPS.items() if name in device]
-    return peaks[0] * 1e12 if peaks and precision != "no" else 0.0
+    return 1e12 * _PEAK_TFLOPS.get(device, 0) if precision != "no" else 0.0

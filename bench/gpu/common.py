@@ -56,7 +56,7 @@ def people(setting: Setting) -> Path:
     """Returns the folder of a data set of synthetic people, which is made once."""
     from bench.synthetic_person import write_people
 
-    return write_people(setting.folder / "people", 16 if setting.tiny else 64)
+    return write_people(setting.folder, 16 if setting.tiny else 64)
 
 
 def need_weights(*names: str) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ def device(setting: Setting) -> Values:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     one, other = (torch.randn(side, side, device=setting.device, dtype=dtype) for _ in range(2))
     product = median_seconds(lambda: one @ other, setting.device)
-    source = torch.randn(64 * side, side, device=setting.device, dtype=dtype)
+    source = torch.randn(8 * side, side, device=setting.device, dtype=dtype)
     target = torch.empty_like(source)
     copy = median_seconds(lambda: target.copy_(source), setting.device)
     values: Values = {
@@ -51,7 +52,9 @@ def device(setting: Setting) -> Values:
 
 
 def step(setting: Setting) -> Values:
-    """A training step of the small model: its losses and gradients, in each precision."""
+    """A training step of the small model: its losses and gradients, in each precision; and the
+    average of the weights.
+    """
     import torch
 
     expected = _step(setting, "cpu", "no")
@@ -68,9 +71,34 @@ def step(setting: Setting) -> Values:
         wrong = [name for name, error in errors.items() if not error <= most]
         text = f"{precision}: {', '.join(wrong)} differ by more than {most} from the CPU's"
         need(not wrong, text, values)
+    values["average_on_cpu_equal"] = _average_on_cpu_equal(setting.device)
+    need(values["average_on_cpu_equal"], "ema.on_cpu gives other averages", values)
     return values
 
 
+def _average_on_cpu_equal(device: str) -> bool:
+    """Whether an average that is on the CPU between the steps equals one on the device."""
+    import torch
+
+    from configs.training import EmaConfig
+    from train.average import Average
+
+    weight = torch.nn.Parameter(torch.arange(1024.0, device=device))
+    on_cpu, on_device = (
+        Average(EmaConfig(decay=0.9, on_cpu=each), {"weight": weight}) for each in (True, False)
+    )
+    equal = True
+    for _ in range(_STEPS):
+        weight.data.mul_(1.1)
+        for average in (on_cpu, on_device):
+            average.step()
+        stored, expected = on_cpu.weights()["weight"], on_device.weights()["weight"]
+        equal &= stored.device.type == "cpu" and torch.equal(stored, expected.cpu())
+    with on_cpu.applied():
+        return equal and torch.equal(weight, expected)
+
+
+@cache
 def _step(setting: Setting, device: str, precision: str) -> dict[str, Any]:
     """Returns the losses and the gradients of a micro-batch, float32 on the CPU."""
     import torch

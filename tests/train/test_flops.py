@@ -32,17 +32,20 @@ def config_of(base: Path, **changes: Any) -> TrainConfig:
     return small(base, base, base, **changes)  # no data is read, nothing is written
 
 
+@pytest.mark.parametrize("part", ["full", "paper", "lora"])
 def test_the_operations_are_those_of_a_real_pass_and_checkpointing_adds_none(
-    tiny_base: Path, base: BaseModels
+    tiny_base: Path, base: BaseModels, part: Any
 ) -> None:
-    config = config_of(tiny_base, gradient_checkpointing=True)
+    train = TrainedConfig(parts=(part,))
+    config = config_of(tiny_base, gradient_checkpointing=True, train=train)
     _, trained = make_models(config, SPEC, str(tiny_base), torch.device("cpu"))
     before = torch.random.get_rng_state()
     counted = sample_flops(config, SPEC, base)
     assert torch.equal(torch.random.get_rng_state(), before)
 
     def really(samples: int) -> int:
-        states = torch.randn(samples, 81, SPEC.cross_attention_dim, requires_grad=True)
+        states = torch.randn(samples, 81, SPEC.cross_attention_dim)
+        states.requires_grad_(part != "lora")  # of the projector and the facial encoder
         times = torch.zeros(samples, dtype=torch.long)
         # of torch's fused attention on CPUs, the counter knows no operations
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -90,4 +93,8 @@ def test_the_report_tells_how_many_and_the_share_of_the_peak(
 def test_the_peak_is_known_by_the_name_of_a_gpu_for_half_precision() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == peak_flops("NVIDIA H200", "fp16") > 9e14
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA H100 NVL", "bf16") == peak_flops("NVIDIA H200 NVL", "bf16") == 835e12
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") == 0
+    assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16") == 0
     assert peak_flops("NVIDIA H200", "no") == peak_flops("cpu", "bf16") == 0
