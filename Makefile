@@ -13,13 +13,16 @@ DEMO ?= runs/demo
 COUNT ?=
 STEPS ?=
 ARGS ?=
+# As in has_nvidia_driver (stages/backends/runtime.py). `command` needs a shell, and make before 4.3 starts one only for
+# special characters, such as those of a redirection.
+DRIVER := $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /dev/nvidiactl)
 # 1: install CUDA builds; 0: don't. By default what is installed, else 1 where there is an NVIDIA driver.
-GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1,$(if $(wildcard $(VENV)/.installed),0,$(if $(shell command -v nvidia-smi),1)))
+GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1,$(if $(wildcard $(VENV)/.installed),0,$(if $(DRIVER),1)))
 ON_GPU := $(filter-out 0,$(GPU))
+# The mark of a complete environment of this kind.
 INSTALLED := $(VENV)/.installed$(if $(ON_GPU),-gpu)
-# Of the other kind: what marks it as installed, and onnxruntime's package.
-OTHER := $(VENV)/.installed$(if $(ON_GPU),,-gpu)
-OTHER_ONNX := onnxruntime$(if $(ON_GPU),,-gpu)
+# For targets that also work before an install: PYTHON, if it was set, else the environment's, if there is one.
+ANY_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(RUN))),$(PYTHON))
 
 # uv doesn't read pip's configuration, so pass on pip's index and find-links (for example, a folder
 # with a CPU build of torch, which is left out with GPU=1).
@@ -42,23 +45,20 @@ help: ## list all targets
 
 install: $(INSTALLED) ## install the project into .venv; other targets do this first. GPU=1: CUDA builds
 
+# An environment without this kind's mark is deleted first: its builds or its Python may be others, or its install failed.
 $(INSTALLED): pyproject.toml constraints.txt overrides.txt overrides-gpu.txt
-	$(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.installed $(VENV)/.installed-gpu
+	$(if $(wildcard $@),,$(PYTHON) -m venv --clear $(VENV))
 	@$(RUN) -m pip install --quiet --disable-pip-version-check uv 2>&1 | grep -v "is ignored" || true
 	@echo installing into $(VENV)$(if $(ON_GPU),$(comma) with CUDA builds)
-	@$(BIN)/uv pip uninstall --quiet --python $(RUN) $(OTHER_ONNX) 2>/dev/null || true
 	@$(UV_INSTALL) -c constraints.txt --override overrides.txt \
-		$(if $(ON_GPU),--override overrides-gpu.txt) $(if $(wildcard $(OTHER)),--reinstall-package torch) \
-		-e ".[dev$(if $(ON_GPU),$(comma)gpu)]"
+		$(if $(ON_GPU),--override overrides-gpu.txt) -e ".[dev$(if $(ON_GPU),$(comma)gpu)]"
 	@touch $@
 
-# These two also work before an install.
 doctor: ## print what runs on which device, what is missing, and what to type
-	$(or $(wildcard $(RUN)),$(PYTHON)) -m pipelines.doctor $(ARGS)
+	$(ANY_PYTHON) -m pipelines.doctor $(ARGS)
 
-gpu-check: ## what only a GPU can show, in minutes: equality with the CPU, training, speed. ARGS="--output gpu.json"
-	$(or $(wildcard $(RUN)),$(PYTHON)) -m bench.gpu_check $(ARGS)
+gpu-check: ## what only a GPU can show, in minutes: equality with the CPU, training, speed. PYTHON= ARGS="--output gpu.json"
+	$(ANY_PYTHON) -m bench.gpu_check $(ARGS)
 
 demo: install ## all steps: synthetic people → shards and report → training → portraits. COUNT= STEPS= ARGS="--launcher ray"
 	$(RUN) -m pipelines.demo.run --folder $(DEMO) $(if $(COUNT),--count $(COUNT)) $(if $(STEPS),--steps $(STEPS)) $(ARGS)

@@ -64,6 +64,11 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def has_nvidia_driver() -> bool:
+    """Returns whether this machine has an NVIDIA driver; some containers lack its nvidia-smi."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
+
+
 @cache
 def onnx_device(name: str) -> str:
     """Returns the device on which onnxruntime runs models, cpu or cuda, for a configured name;
@@ -76,8 +81,7 @@ def onnx_device(name: str) -> str:
 
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {name}: expected auto, cpu or cuda")
-    has_driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
-    if name == "cpu" or (name == "auto" and not has_driver):
+    if name == "cpu" or (name == "auto" and not has_nvidia_driver()):
         return "cpu"
     if CUDA in onnxruntime.get_available_providers():
         import torch

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -15,51 +16,75 @@ from configs.errors import ConfigError
 from pipelines import doctor
 from stages.backends import runtime
 
+ROOT = Path(__file__).parents[2]
+ON_TORCH = {"parse", "caption (llava)", "training", "portraits"}
 
-def test_it_prints_every_section_and_succeeds() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.doctor", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
+
+def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs the doctor in another process; the arguments are Python's."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=env, timeout=100
     )
+
+
+def environment(folder: Path, nvidia_smi: str) -> dict[str, str]:
+    """This environment, with a program `nvidia-smi` in `folder`."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+    tool.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def by_name(sections: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What → row."""
+    return {row["what"]: row for rows in sections.values() for row in rows}
+
+
+def package(folder: Path, name: str, text: str) -> None:
+    """Writes a package that consists of `text`."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+
+
+def test_every_section_is_printed_and_an_unused_gpu_is_named(tmp_path: Path) -> None:
+    """The driver lists a GPU, and torch is told to use none."""
+    env = environment(tmp_path, "echo 'NVIDIA Test, 1024 MiB, 1.0'")
+    done = run("-m", "pipelines.doctor", "--json", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads(done.stdout)
     assert [*sections] == [title for title, _ in doctor.SECTIONS]
-    steps = {row["what"]: row["state"] for row in sections["where models run, with device: auto"]}
-    assert {*steps} == {"detect, embed", "parse", "caption (llava)", "training", "portraits"}
+    steps = {row["what"] for row in sections["where models run, with device: auto"]}
+    assert steps == {"detect, embed", *ON_TORCH}
+    rows = by_name(sections)
+    assert rows["NVIDIA GPUs"]["state"] == "NVIDIA Test, 1024 MiB, 1.0"
+    for step in steps:
+        assert rows[step]["state"].startswith("cpu: ")
+        assert rows[step]["advice"]
 
 
 def test_without_packages_it_says_what_to_type(tmp_path: Path) -> None:
-    """-S: without site-packages."""
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", "-m", "pipelines.doctor"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={},
-    )
+    """-S: without site-packages. One package has no metadata, as after an interrupted removal."""
+    package(tmp_path, "ray", "")
+    done = run("-S", "-m", "pipelines.doctor", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1, done.stderr
     assert "torch                  missing (models)  → make install" in done.stdout
+    assert "ray                    fails: PackageNotFoundError: No package metadata" in done.stdout
     assert done.stdout.endswith("Type: make install\n")
 
 
-def test_an_unused_gpu_is_named(tmp_path: Path) -> None:
-    """The driver lists a GPU, and torch is told to use none."""
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA Test, 1024 MiB, 1.0'\n")
-    tool.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.doctor", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    rows = {row["what"]: row for section in json.loads(done.stdout).values() for row in section}
-    assert rows["NVIDIA GPUs"]["state"] == "NVIDIA Test, 1024 MiB, 1.0"
-    for step in ("detect, embed", "training"):
-        assert rows[step]["state"].startswith("cpu: ")
-        assert rows[step]["advice"]
+def test_errors_of_torch_and_the_driver_are_shown_in_their_rows(tmp_path: Path) -> None:
+    package(tmp_path, "torch", "print('a line')\nraise OSError('libc10.so: cannot open')\n")
+    env = environment(tmp_path, "echo 'no driver is running'; exit 9")
+    done = run("-m", "pipelines.doctor", "--json", env={**env, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1, done.stderr
+    rows = by_name(json.loads(done.stdout))
+    for step in ON_TORCH:
+        assert rows[step]["state"] == "fails: OSError: libc10.so: cannot open"
+        assert rows[step]["advice"].endswith("make install")
+    assert rows["NVIDIA GPUs"]["state"] == "nvidia-smi fails with 9: no driver is running"
+    assert "driver" in rows["NVIDIA GPUs"]["advice"]
+    assert not rows["weights of demo"]["required"], "it needs no torch"
 
 
 def test_cuda_is_used_or_refused() -> None:
