@@ -232,8 +232,6 @@ class Trainer:
     def run(self, stopping: Stopping = stop_on_signal) -> Outcome:
         """Train until the last step or a signal, and write a checkpoint in both cases."""
         config, progress = self.config, self.progress
-        if config.report_to != "none":
-            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         if progress.step >= config.max_train_steps:
             self.watcher.message(
                 f"{self.output} is finished: {progress.step:,} steps. To continue, set "
@@ -321,6 +319,8 @@ class Trainer:
                 sample_flops=sample_flops(config, self.spec, self.frozen.base),
             )
             add_segment(self.output, segment)
+        if config.report_to != "none":
+            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
         return StepCheck(
             self.output,
             self.progress.step,
