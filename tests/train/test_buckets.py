@@ -343,17 +343,18 @@ def test_cached_features_of_square_images_are_not_read(
 def test_pairs_kept_features_validation_and_a_dry_run_work_with_buckets(
     shaped: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    data = hold_out(with_people(shaped, tmp_path / "data", "abababcc"), "a", "b", "c")
+    data = hold_out(with_people(shaped, tmp_path / "data", "aaaaabca"), "b", "c")
     config = bucketed(
         data,
         tiny_base,
         tmp_path / "run",
+        split="train",
         pair_prob=0.7,
         keep_features=8,
         max_train_steps=4,
         checkpointing_steps=2,
         validation_steps=4,
-        validation=ValidationConfig(samples=3, portraits=2, num_inference_steps=2),
+        validation=ValidationConfig(samples=2, portraits=2, num_inference_steps=2),
     )
     assert dry_run(config, Listener()).samples == 2 and not (tmp_path / "run").exists()
     whole = run(config)
