@@ -126,6 +126,7 @@ def test_a_server_comes_back_when_it_answers(
     assert len(back.requests) - before >= 6
 
 
+@pytest.mark.thorough
 def test_pauses_grow_while_a_server_fails_and_start_anew_when_it_has_answered(
     records: list[Record], start: Callable[..., ChatServer], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from configs.captions import FACE_RETRY_PROMPT, RETRY_PROMPT, CaptionConfig, OpenAIConfig
 from stages.backends.weights import Weights
 from stages.base import run_stage
@@ -44,6 +46,7 @@ def busy_share(spans: list[tuple[float, float]]) -> float:
     return 1 - empty / (CONCURRENCY * (events[-1][0] - events[0][0]))
 
 
+@pytest.mark.thorough
 def test_slots_are_busy_over_several_calls_and_second_tries() -> None:
     """Latencies spread by half around 0.4 s; one in ten answers needs a second try."""
     draws, lock = random.Random(1), threading.Lock()

@@ -89,7 +89,9 @@ def test_a_damaged_image_is_a_line_without_a_traceback(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)]
+)
 def test_a_signal_to_all_processes_writes_a_checkpoint_from_which_the_command_resumes(
     preset: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

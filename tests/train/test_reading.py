@@ -156,6 +156,7 @@ def test_a_store_with_faults_gives_the_batches_of_local_files(
             assert_same_rows(*(unpacked(each, parts.preparation, "cpu") for each in (one, other)))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("short_pauses")
 def test_a_store_that_fails_is_an_error_of_the_run_and_not_a_bad_sample(
     remote: Bucket, parts: Parts
