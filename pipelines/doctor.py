@@ -63,8 +63,9 @@ class Row:
 def machine() -> Iterator[Row]:
     """Yields what the machine has."""
     wrong = sys.version_info[:2] not in _PYTHON
-    advice = f"{_install()} PYTHON=python3.11, or 3.12" if wrong else ""
-    yield Row("Python", f"{platform.python_version()}, {sys.executable}", advice, required=wrong)
+    state = f"{platform.python_version()}{' (3.11 or 3.12 is needed)' if wrong else ''}"
+    advice = f"{_install()} PYTHON=python3.11" if wrong else ""
+    yield Row("Python", f"{state}, {sys.executable}", advice, required=wrong)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     few = f"the demo needs about {_MEMORY_GB} GB" if pages < _MEMORY_GB else ""
     yield Row("cores, memory", f"{os.cpu_count()} cores, {pages:.0f} GB", few)
@@ -107,12 +108,16 @@ def _install(kind: str = "") -> str:
 
 
 def _checked(what: str, check: Callable[[], Row]) -> Row:
-    """Returns a check's row, or one with its error: a broken package may raise any."""
+    """Returns a check's row, or one with its error: a broken package may raise any. Errors of
+    imports and of loading libraries ask for an install.
+    """
     try:
         return check()
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split())
-        return Row(what, f"fails: {type(error).__name__}: {text}", _install(), required=True)
+        is_broken = isinstance(error, ImportError | OSError)
+        advice = _install() if is_broken else ""
+        return Row(what, f"fails: {type(error).__name__}: {text}", advice, required=True)
 
 
 @cache
@@ -228,7 +233,8 @@ def main() -> int:
         parts = ["\n".join([title, *map(str, rows)]) for title, rows in sections.items()]
         if problems:
             names = ", ".join(row.what for row in problems)
-            parts.append(f"missing or failing: {names}. Type: {problems[0].advice}")
+            advice = next((f" Type: {row.advice}" for row in problems if row.advice), "")
+            parts.append(f"missing or failing: {names}.{advice}")
         text = "\n\n".join(parts)
     sys.stdout.write(f"{text}\n")
     return int(bool(problems))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,16 @@ from train.mixture import Mixture
 from train.order import Order
 from train.outcome import Progress
 from train.packing import PackedBatch
+from train.resume import flatten
 from train.spikes import SpikeCheck, SpikeContext
 from train.step import LOSSES, StepLosses, masks_background
 from train.step_clock import StepClock
+
+
+def start_trackers(config: TrainConfig, accelerator: Any) -> None:
+    """Starts TensorBoard or Weights & Biases, if that was asked for and not done."""
+    if config.report_to != "none" and not accelerator.trackers:
+        accelerator.init_trackers("train", config=flatten(asdict(config)))
 
 
 def spike_context(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -159,14 +159,20 @@ def _notes(segments: Sequence[Segment]) -> list[str]:
             f"Steps 1 to {first.step:,} are not recorded: they may have used the samples. All "
             "checkpoints come after them."
         )
-    if any(segment.settings["validation_steps"] for segment in segments):
+    if any(_shows_people(segment.settings) for segment in segments):
         notes.append(
-            "The run validated: validation/, report/ and logs/ in its output show photographs of "
-            "the validation side, which these steps don't include."
+            "The run validated: validation/, report/ and logs/ in its output, and Weights & Biases "
+            "with report_to=wandb, show photographs of people on the validation side. The steps "
+            "above tell nothing about those."
         )
     if settings["adapter"]:
         notes.append(f"The run began with adapter={settings['adapter']}: see what that has seen.")
     return notes
+
+
+def _shows_people(settings: Mapping[str, Any]) -> bool:
+    validates = settings.get("validation_steps")  # missing in files of older versions
+    return bool(validates and settings["validation"]["portraits"])
 
 
 class _Spared:

@@ -16,7 +16,6 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,14 +43,13 @@ from train.outcome import Outcome, Progress, Watcher
 from train.output import prepare_output
 from train.packing import PackedBatch, check_shared_memory
 from train.processes import join_processes, peak_memory
-from train.records import StepRecords, spike_context
+from train.records import StepRecords, spike_context, start_trackers
 from train.report import write_report
 from train.resume import (
     Samples,
     agreed_checkpoint,
     agreed_samples,
     choose_checkpoint,
-    flatten,
     start_of_run,
 )
 from train.saving import Saver
@@ -237,8 +235,9 @@ class Trainer:
                 f"{self.output} is finished: {progress.step:,} steps. To continue, set "
                 f"max_train_steps={2 * progress.step}."
             )
-            self._validate(Stop())
-            return self._finish(0)
+            with stopping() as stop:
+                self._validate(stop)
+            return self._finish(stop)
         check = self._begin()
         previous: StepFacts | None = None
         with stopping() as stop, closing(self._batches()) as loaded:
@@ -270,10 +269,7 @@ class Trainer:
                 if stop.agreed and previous is not None:  # a signal during the validation
                     self._save(check, previous, stop)
                 self.watcher.step(progress.step, losses)
-            stopped = progress.step < config.max_train_steps
-            outcome = self._finish((stop.signal or signal.SIGTERM) if stopped else 0)
-            self.accelerator.end_training()
-        return outcome
+            return self._finish(stop)
 
     def _save(self, check: StepCheck, last: StepFacts, stop: Stop) -> None:
         """Writes a checkpoint, after the check of the last step."""
@@ -319,8 +315,7 @@ class Trainer:
                 sample_flops=sample_flops(config, self.spec, self.frozen.base),
             )
             add_segment(self.output, segment)
-        if config.report_to != "none":
-            self.accelerator.init_trackers("train", config=flatten(asdict(config)))
+        start_trackers(config, self.accelerator)
         return StepCheck(
             self.output,
             self.progress.step,
@@ -378,11 +373,14 @@ class Trainer:
             self.accelerator.log(means, step=self.progress.step)
         return means
 
-    def _finish(self, stop_signal: int) -> Outcome:
-        """Waits for the last checkpoint; writes the summary and, unless a signal stopped the run,
-        OUT/final.
+    def _finish(self, stop: Stop) -> Outcome:
+        """Waits for the last checkpoint; writes the summary and, unless a signal stopped the run
+        before its last step or its last validation, OUT/final.
         """
         progress, summary = self.progress, {}
+        validates = stop.agreed and self.validator.is_due(progress.step)
+        complete = progress.step >= self.config.max_train_steps and not validates
+        stop_signal = 0 if complete else stop.signal or signal.SIGTERM
         if self.records.history is not None and self.writer is not None:
             self.writer.wait()
             summary = summarise(
@@ -397,4 +395,5 @@ class Trainer:
             self._report()
             self.writer.finish(progress.step, with_final=not stop_signal)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return Outcome(step=progress.step, signal=stop_signal, adapter=adapter, summary=summary)

@@ -32,6 +32,7 @@ from train.data import Preparation, TrainBatch, unpacked
 from train.features.reading import FeatureSet, open_features
 from train.history import SHEETS, VALIDATIONS, Lines
 from train.mixture import Mixture, open_mixture
+from train.records import start_trackers
 from train.shards import INDEX
 from train.step import Frozen, TrainedModel, frozen_features, noised_latents, without_memory
 from train.stopping import Stop
@@ -257,8 +258,9 @@ def open_held_out(config: TrainConfig, index_folder: Path) -> Mixture | None:
             return mixture
     raise ConfigError(
         f"validation_steps={config.validation_steps} needs two people on the validation side, and "
-        f"{', '.join(source.path for source in config.data)} has {'one' if sources else 'none'}. "
-        "Set validation_steps=0, or make the data set with another global_pass.val_share."
+        f"the data ({', '.join(source.path for source in config.data)}) has "
+        f"{'one' if sources else 'none'}. Set validation_steps=0, or make the data set with "
+        "another global_pass.val_share."
     )
 
 
@@ -302,11 +304,12 @@ class Validator:
         self, step: int, trained: TrainedModel, average: Average | None, stop: Stop
     ) -> None:
         """Measures and draws with the averaged weights, if there are any, and records both, unless
-        that was done. A signal ends it without a record. Then all processes agree to stop if one of
-        them received a signal.
+        that was done. A signal to the main process ends it without a record. Afterwards all
+        processes agree to stop if one of them received a signal.
         """
         done = self._lines is not None and any(line["step"] == step for line in self._lines.read())
         if self._validation is not None and not done:
+            start_trackers(self._config, self._accelerator)
             try:
                 with average.applied() if average is not None else nullcontext():
                     values = self._validation.losses(trained, stop)
@@ -317,6 +320,7 @@ class Validator:
                 )
             else:
                 self._record(step, values, sheet)
+        self._accelerator.wait_for_everyone()
         received = torch.tensor([float(bool(stop.signal))], device=self._accelerator.device)
         stop.agreed |= bool(self._accelerator.reduce(received, "sum") > 0)
 
@@ -356,6 +360,9 @@ def open_validator(
     """Makes the validator of a run that has taken `step` steps. mixture: of `open_held_out`."""
     validation = None
     if mixture is not None and accelerator.is_main_process:
-        features = open_features(config, mixture, output / INDEX, lambda _: None)
+        paths = [part.data for part in mixture.parts]
+        held_out = tuple(source for source in config.data if source.path in paths)
+        own = replace(config, data=held_out)
+        features = open_features(own, mixture, output / INDEX, lambda _: None)
         validation = Validation(config, mixture, frozen, preparation, features)
     return Validator(config, output, step, accelerator, validation, message)

@@ -18,11 +18,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ConfigError
-from configs.training import DataSource, EmaConfig, FeaturesConfig, TrainConfig, ValidationConfig
+from configs.training import (
+    DataSource,
+    EmaConfig,
+    FeaturesConfig,
+    OptimConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from tests.train.helpers import Listener, Steps, hold_out, keys, run, same, small, sources, weights
 from train import report
 from train.features.make import make_features
 from train.history import read_lines
+from train.outcome import Outcome
 from train.report import write_report
 from train.shards import ShardSet
 from train.stopping import Stop
@@ -115,44 +123,69 @@ def test_two_held_out_people_are_needed(
 ) -> None:
     alone = hold_out(Path(shutil.copytree(held_out, tmp_path / "data")), "b")
     for folder, count in ((data, "none"), (alone, "one")):
-        text = rf"needs two people on the validation side, and .*/{folder.name} has {count}\."
+        text = rf"needs two people on the validation side, and .*/{folder.name}\) has {count}\."
         with pytest.raises(ConfigError, match=text):
             run(validated(folder, tiny_base, tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"split=all trains on it\. Set split=train"):
         run(validated(held_out, tiny_base, tmp_path / "run", split="all"))
 
 
+@pytest.mark.parametrize("held_out_first", [True, False])
 def test_a_data_set_without_held_out_people_is_left_out(
-    data: Path, held_out: Path, tiny_base: Path, tmp_path: Path
+    featured: Path, tiny_base: Path, tmp_path: Path, held_out_first: bool
 ) -> None:
-    both = (*sources(data), *sources(held_out))
-    config = validated(both, tiny_base, tmp_path / "run")
+    with_val = hold_out(Path(shutil.copytree(featured, tmp_path / "data")), "b", "c")
+    both = [*sources(with_val), *sources(featured)]
+    # the people's regions differ, and so do the texts that a swapped identity is shown with
+    config = validated(
+        tuple(both if held_out_first else reversed(both)),
+        tiny_base,
+        tmp_path / "run",
+        optim=OptimConfig(learning_rate=1e-30),  # the same weights, whatever it trains on
+        features=FeaturesConfig(kinds=("vae", "image", "text"), dtype="float32"),
+        validation=ValidationConfig(samples=2, portraits=0),
+        max_train_steps=2,
+    )
+    listener = Listener()
+    run(config, listener)
+    assert sum(" is read " in text for text in listener.messages) == 3
+    encoding = replace(config.features, use=False)
+    plain = replace(config, output=str(tmp_path / "plain"), data=sources(with_val))
+    run(replace(plain, features=encoding))
+    one, two = (next(read_lines(tmp_path / n / "validation.jsonl")) for n in ("run", "plain"))
+    assert one["right"] == pytest.approx(two["right"], rel=1e-4)
+    assert one["swapped"] == pytest.approx(two["swapped"], rel=1e-4)
+
+
+def interrupted(config: TrainConfig, step: int, listener: Listener) -> Outcome:
+    """Runs until the validation after a step, which a signal then ends."""
+    stop = Stop()
     with ExitStack() as stack:
-        trainer = Trainer(config, Listener(), stack)
-        assert trainer.held_out is not None
-        assert keys(trainer.held_out) == keys(ShardSet(str(held_out), "val"))
+        trainer = Trainer(config, listener, stack)
+
+        def receive_signal(*_: Any) -> None:
+            # only a validation computes without gradients
+            if trainer.progress.step == step and not torch.is_grad_enabled():
+                stop.signal = signal.SIGTERM
+
+        trainer.trained.unet.register_forward_hook(receive_signal)
+        return trainer.run(lambda: nullcontext(stop))
 
 
-def test_a_signal_ends_a_validation_which_the_resumed_run_makes(
+def test_a_signal_ends_a_validation_which_the_next_run_makes(
     held_out: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     config = validated(held_out, tiny_base, tmp_path / "run", report_to="tensorboard")
     whole = run(replace(config, output=str(tmp_path / "whole"), report_to="none"))
-    stop = Stop()
-
-    def receive_signal(*_: Any) -> None:
-        if not torch.is_grad_enabled():  # only a validation computes without gradients
-            stop.signal = signal.SIGTERM
-
-    listener = Listener()
-    with ExitStack() as stack:
-        trainer = Trainer(config, listener, stack)
-        trainer.trained.unet.register_forward_hook(receive_signal)
-        outcome = trainer.run(lambda: nullcontext(stop))
-    assert (outcome.step, outcome.signal) == (2, signal.SIGTERM)
-    assert "validation after step 2: interrupted" in "\n".join(listener.messages)
-    assert not [*read_lines(tmp_path / "run/validation.jsonl")]
-    assert (tmp_path / "run/checkpoint-000002").is_dir()
+    for step in (2, 4):
+        listener = Listener()
+        outcome = interrupted(config, step, listener)
+        assert (outcome.step, outcome.signal) == (step, signal.SIGTERM)
+        assert f"validation after step {step}: interrupted" in "\n".join(listener.messages)
+        lines = read_lines(tmp_path / "run/validation.jsonl")
+        assert [line["step"] for line in lines] == [*range(2, step, 2)]
+        assert (tmp_path / f"run/checkpoint-{step:06d}").is_dir()
+        assert not (tmp_path / "run/final").exists()
 
     resumed = run(config)
     assert whole.adapter is not None and resumed.adapter is not None

@@ -40,9 +40,13 @@ MEMBER: Final = "npy"  # ending of a sample's file
 
 def needed_encoders(config: TrainConfig) -> dict[str, str]:
     """Returns the kinds of features whose encoders run although features are read, and what for."""
-    needed = {"text": "pairs with another text, as of fewer regions"} if config.pair_prob else {}
-    if config.validation_steps and config.validation.portraits:
-        needed |= dict.fromkeys(("vae", "text"), "portraits of validations")
+    needed = {}
+    if config.pair_prob:
+        needed["text"] = "pairs with another text, as of fewer regions"
+    if config.validation_steps:  # which also shows a person with another one's regions
+        needed["text"] = " and ".join([*needed.values(), "validations"])
+        if config.validation.portraits:
+            needed["vae"] = "validations"
     return needed
 
 
