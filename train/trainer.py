@@ -237,7 +237,7 @@ class Trainer:
             )
             with stopping() as stop:
                 self._validate(stop)
-            return self._finish(stop)
+                return self._finish(stop)
         check = self._begin()
         previous: StepFacts | None = None
         with stopping() as stop, closing(self._batches()) as loaded:
