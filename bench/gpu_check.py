@@ -32,6 +32,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ from bench.gpu.common import DETAILS, Setting
 _LINES = 3  # of a process's errors, in its row
 
 
-def main() -> int:
-    """Runs all checks and writes what they measured; returns the exit status."""
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all checks and writes what they measured; returns the exit status. arguments: of the
+    command line; None for those of this process.
+    """
+    options = _options(arguments)
     output, folder, device, tiny = options.output, options.folder, options.device, options.tiny
     names = options.only or list(CHECKS)
     setting = Setting(device=device, tiny=tiny, folder=folder)
@@ -73,7 +76,7 @@ def main() -> int:
     return int(any(row["status"] == "failed" for row in rows.values()))
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_check",
         description=__doc__,
@@ -87,7 +90,7 @@ def _options() -> argparse.Namespace:
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: try the checks themselves")
     add("--tiny", action="store_true", help="small sizes, for a CPU")
     add("--one", default="", help=argparse.SUPPRESS)  # in a process of its own
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def no_gpu() -> str:

@@ -66,20 +66,26 @@ def check_device(config: TrainConfig) -> None:
     """Raises ConfigError for a device that torch doesn't find, or that can't compute as asked."""
     if config.model.device not in ("auto", "cpu", "cuda", "mps"):
         raise ConfigError(f"model.device={config.model.device}: expected auto, cpu, cuda or mps")
-    has_mps = torch.backends.mps.is_available()
-    if config.model.device == "mps" and not has_mps:
-        raise ConfigError(
-            "model.device=mps, but torch finds no GPU of Apple. Set model.device=auto."
-        )
-    if config.model.device in ("mps", "auto") and has_mps and config.mixed_precision != "no":
-        raise ConfigError(
-            f"mixed_precision={config.mixed_precision}: on GPUs of Apple, training needs float32. "
-            "Set mixed_precision=no."
-        )
+    check_mps(config, is_available=torch.backends.mps.is_available())
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "model.device=cuda, but torch finds no GPU. Set model.device=auto, or install a torch "
             "with CUDA and its driver."
+        )
+
+
+def check_mps(config: TrainConfig, *, is_available: bool) -> None:
+    """Raises ConfigError if a GPU of Apple is asked for and not available, or would be used in
+    another precision than float32.
+    """
+    if config.model.device == "mps" and not is_available:
+        raise ConfigError(
+            "model.device=mps, but torch finds no GPU of Apple. Set model.device=auto."
+        )
+    if config.model.device in ("mps", "auto") and is_available and config.mixed_precision != "no":
+        raise ConfigError(
+            f"mixed_precision={config.mixed_precision}: on GPUs of Apple, training needs float32. "
+            "Set mixed_precision=no."
         )
 
 

@@ -251,25 +251,28 @@ def open_held_out(config: TrainConfig, index_folder: Path) -> Mixture | None:
     if not config.validation_steps:
         return None
     held_out = replace(config, split="val", pair_prob=0.0)
-    sources = [s for s in config.data if _has_side(replace(held_out, data=(s,)), index_folder)]
-    if sources:
-        mixture = open_mixture(replace(held_out, data=tuple(sources)), index_folder)
-        if len(_people(mixture, 2)) == 2:
-            return mixture
+    mixture = _open_side(held_out, index_folder)
+    if mixture is None:
+        parts = [replace(held_out, data=(source,)) for source in config.data]
+        sources = [part.data[0] for part in parts if _open_side(part, index_folder) is not None]
+        if sources:
+            mixture = _open_side(replace(held_out, data=tuple(sources)), index_folder)
+    if mixture is not None and len(_people(mixture, 2)) == 2:
+        return mixture
     raise ConfigError(
         f"validation_steps={config.validation_steps} needs two people on the validation side, and "
         f"the data ({', '.join(source.path for source in config.data)}) has "
-        f"{'one' if sources else 'none'}. Set validation_steps=0, or make the data set with "
-        "another global_pass.val_share."
+        f"{'none' if mixture is None else 'one'}. Set validation_steps=0, or make the data set "
+        "with another global_pass.val_share."
     )
 
 
-def _has_side(config: TrainConfig, index_folder: Path) -> bool:
+def _open_side(config: TrainConfig, index_folder: Path) -> Mixture | None:
+    """Opens the data; None if a data set has no sample on the side `config.split`."""
     try:
-        open_mixture(config, index_folder)
+        return open_mixture(config, index_folder)
     except EmptySideError:
-        return False
-    return True
+        return None
 
 
 class Validator:

@@ -90,8 +90,7 @@ def test_the_exit_status_is_1_after_a_check_that_took_too_long(
     monkeypatch.setitem(CHECKS, "step", slow)
     output = tmp_path / "gpu.json"
     options = ["--output", str(output), "--only", "step", "--device", "cpu", "--tiny"]
-    monkeypatch.setattr(sys, "argv", ["gpu_check", *options, "--folder", str(tmp_path / "work")])
-    assert main() == 1
+    assert main([*options, "--folder", str(tmp_path / "work")]) == 1
     (row,) = json.loads(output.read_text()).values()
     assert (row["status"], row["detail"]) == ("failed", "stopped after 1 s")
     assert "| step | failed: stopped after 1 s |" in output.with_suffix(".md").read_text()
@@ -113,8 +112,7 @@ def test_the_row_of_a_check_has_the_error_of_a_command_that_it_started(
         return {}
 
     monkeypatch.setitem(CHECKS, "device", Check(run=start, packages=()))
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--one", "device"])
-    assert main() == 1
+    assert main(["--one", "device"]) == 1
     output, errors = capfd.readouterr()
     assert "CalledProcessError" not in errors
     row = row_of(output, errors, 1)

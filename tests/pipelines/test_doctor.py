@@ -48,7 +48,7 @@ def package(folder: Path, name: str, text: str) -> None:
 
 
 def test_every_section_is_printed_and_an_unused_gpu_is_named(tmp_path: Path) -> None:
-    """The driver lists a GPU, and torch is told to use none."""
+    """nvidia-smi lists a GPU, and CUDA_VISIBLE_DEVICES hides all GPUs from torch."""
     env = environment(tmp_path, "echo 'NVIDIA Test, 1024 MiB, 1.0'")
     done = run("-m", "pipelines.doctor", "--json", env=env)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,7 +22,7 @@ from train.cli import app
 from train.data import TrainBatch
 from train.history import read_lines
 from train.mixture import Mixture
-from train.setup import check_device
+from train.setup import check_mps
 from train.step import frozen_features, noised_latents
 from train.texts import empty_text_ids
 
@@ -219,13 +219,11 @@ def test_a_dry_run_takes_two_steps_and_leaves_nothing(
     ],
 )
 def test_gpus_of_apple_train_in_float32(
-    has_mps: bool, device: str, precision: Any, error: str, monkeypatch: pytest.MonkeyPatch
+    has_mps: bool, device: str, precision: Any, error: str
 ) -> None:
-    # one of the two kinds of machines isn't here
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
     config = TrainConfig(model=ModelConfig(spec="tiny", device=device), mixed_precision=precision)
     with pytest.raises(ConfigError, match=error) if error else nullcontext():
-        check_device(config)
+        check_mps(config, is_available=has_mps)
 
 
 def test_drop_rates_must_leave_something() -> None:
